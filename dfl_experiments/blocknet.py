@@ -1,0 +1,135 @@
+"""Networks as a chain of blocks, and the trace of one forward pass through them, cut where a method says.
+
+Notation, throughout the package: h_0 = x; a_i = pre_i(h_{i-1}), h_i = post_i(a_i) for i = 1 … L-1; logits
+a_L = head(h_{L-1}).
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Reader = nn.Linear | nn.Conv2d
+
+
+class Block(nn.Module):
+    """h = post(pre(x)): what lies between two feedback boundaries.
+
+    `pre` ends at the block's last pre-activation a, where its error signal δ = ∂ℒ/∂a lives; `post` is the rest
+    (activation, pooling, flattening). With `leak`, `pre` is called as `pre(x, shortcut)` and at a cut the second
+    argument still carries the gradient of the block above into the block below (spec: ResNet18's skip, as published).
+    """
+
+    def __init__(self, pre: nn.Module, post: nn.Module, leak: bool = False) -> None:
+        super().__init__()
+        self.pre = pre
+        self.post = post
+        self.leak = leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, *h_{i-1}) -> (N, *h_i)."""
+        return self.post(self.pre(x))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass: what every block read, its pre-activation and its output. Index i-1 holds block i's.
+
+    inputs[i-1]: the tensors through which block i depends on h_{i-1}: h_{i-1} itself, or behind a cut a detached leaf
+    (and h_{i-1} beside it where the block leaks). inputs[L-1] is what the head read.
+    """
+
+    x: Tensor
+    inputs: Sequence[tuple[Tensor, ...]]
+    preactivations: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    logits: Tensor
+    cuts: frozenset[int]
+
+    def backward(
+        self,
+        signals: Sequence[Tensor | None],
+        error: Tensor,
+        parameters: Sequence[Tensor],
+        keep: bool = False,
+    ) -> list[Tensor | None]:
+        """Start autograd from every error signal at once: inside each block, across no cut.
+
+        signals: gradient at h_1 … h_{L-1}, None where a method sends none; error: e = ∂ℒ/∂a_L, (N, K). Sets `.grad` of
+        `parameters`, and computes no gradient of a block's input where nobody reads it. With `keep`, the graph stays
+        for a reader and the applied δ_1 … δ_{L-1} are returned, None where no signal came; without, nothing is.
+        """
+        roots = [(h, s) for h, s in zip(self.outputs, signals, strict=True) if s is not None]
+        outputs, gradients = zip(*roots, (self.logits, error), strict=True)
+        read = [a for a in self.preactivations if a.requires_grad] if keep else []
+        # not `backward(inputs=…)`: that leaves hooks on every a_i, which later readers of the graph would set off
+        found = torch.autograd.grad(outputs, [*parameters, *read], gradients, retain_graph=keep, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=False):
+            parameter.grad = gradient
+        return list(found[len(parameters) :])
+
+
+class BlockNet(nn.Module):
+    """a_L = head(h_{L-1}), h_i = block_i(h_{i-1}): a model is a function that returns one of these."""
+
+    def __init__(self, *blocks: Block, head: nn.Module, input_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self.input_shape = tuple(input_shape)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers or blocks, head included."""
+        return len(self.blocks) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits a_L. x: (N, *h_0) -> (N, K)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def readers(self, i: int) -> list[Reader]:
+        """The weight layers of block i+1 (of the head for i = L-1), the first of which reads h_i."""
+        module = self.head if i == self.depth - 1 else self.blocks[i]
+        return [layer for layer in module.modules() if isinstance(layer, Reader)]
+
+    @torch.no_grad()
+    def output_shapes(self) -> list[torch.Size]:
+        """The shape of one sample's h_1 … h_{L-1}, from a forward pass that leaves the net as it was."""
+        training, parameter = self.training, next(self.parameters())
+        x = torch.zeros(1, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
+        trace = self.eval().trace(x)
+        self.train(training)
+        return [h.shape[1:] for h in trace.outputs]
+
+    def parameters_above(self, i: int) -> list[nn.Parameter]:
+        """The weights of every block above h_i and of the head."""
+        return [p for module in (*self.blocks[i:], self.head) for p in module.parameters()]
+
+    def trace(self, x: Tensor, cuts: Collection[int] = (), frozen: int = 0, keep: bool = False) -> Trace:
+        """One forward pass that keeps what the error signals need.
+
+        cuts: boundaries i behind which block i+1 reads a detached h_i. frozen: how many of the lowest blocks learn
+        nothing, and so need no graph. With `keep`, every block's graph reaches its input, for a reader of the trace.
+        """
+        inputs: list[tuple[Tensor, ...]] = []
+        preactivations: list[Tensor] = []
+        outputs: list[Tensor] = []
+        h = x
+        for i, module in enumerate((*self.blocks, self.head)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or i >= frozen)):
+                read: tuple[Tensor, ...] = (h,)
+                if i in cuts:
+                    detached = h.detach().requires_grad_(keep)
+                    read = (detached, h) if getattr(module, "leak", False) else (detached,)
+                inputs.append(read)
+                if module is self.head:
+                    break
+                a = module.pre(*read)
+                h = module.post(a)
+                preactivations.append(a)
+                outputs.append(h)
+        logits = self.head(*read)
+        return Trace(x, inputs, preactivations, outputs, logits, frozenset(cuts))

@@ -1,0 +1,149 @@
+"""From images in memory to batches on the device: a function of the seed, the epoch and the place in it alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfl_experiments.config import UserError
+from dfl_experiments.data.augmentation import Augmentation
+
+CHUNK = 2048  # images that are augmented at once
+PLAIN_CHUNK = 512  # and that are only normalised
+SHUFFLE, AUGMENT, SPLIT = range(3)  # what a random stream is for
+
+
+def random_stream(seed: int, *place: int) -> torch.Generator:
+    """A CPU generator for one purpose and place of a run, unrelated to that of any other seed, purpose or place."""
+    state = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def split(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Shuffled indices of 0 .. n-1: those to train on, and `fraction` of them held out for validation.
+
+    Raises `UserError` where a fraction above zero leaves one of the two without any.
+    """
+    order = torch.randperm(n, generator=random_stream(seed, SPLIT))
+    held_out = round(n * fraction)
+    if fraction > 0 and not 0 < held_out < n:
+        raise UserError(f"validation_fraction={fraction}: of {n} images it holds out {held_out}; choose another fraction")
+    return order[held_out:], order[:held_out]
+
+
+def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copies as uint8 (N, C, H, W) and int64 (N,): on the device, or on the CPU if half the GPU's free memory is less."""
+    copies = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels, dtype=np.int64))
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return copies
+    return copies[0].to(device), copies[1].to(device)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for a GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class Normalise:
+    """(x / 255 - mean) / std as one multiplication and one addition; one value serves all channels."""
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        """Raises `UserError` for lists of different lengths, empty ones, or a std that is not positive."""
+        if len(mean) != len(std) or not mean or min(std) <= 0:
+            raise UserError(f"dataset.mean={mean}, dataset.std={std}: as many means as positive deviations are needed")
+        shape = () if len(mean) == 1 else (-1, 1, 1)
+        means, deviations = (torch.tensor(values, dtype=torch.float64).reshape(shape) for values in (mean, std))
+        self.scale = (1 / (255 * deviations)).float()
+        self.shift = (-means / deviations).float()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: (N, C, H, W) uint8 -> float32. Raises `UserError` where the number of channels does not fit."""
+        if self.scale.ndim and len(self.scale) != images.shape[1]:
+            raise UserError(
+                f"dataset.mean and dataset.std have {len(self.scale)} values, the images {images.shape[1]} channels"
+            )
+        if self.scale.ndim and self.scale.device != images.device:
+            self.scale, self.shift = moved(self.scale, images.device), moved(self.shift, images.device)
+        return images.float().mul_(self.scale).add_(self.shift)
+
+
+class Batches:
+    """A training set's batches, shuffled and augmented anew in every epoch."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        normalise: Normalise,
+        augmentation: Augmentation,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """images: (N, C, H, W) uint8, labels: (N,) int64, on the device or on the CPU."""
+        self.images, self.labels = images, labels
+        self.normalise, self.augmentation = normalise, augmentation
+        self.batch_size, self.seed = batch_size, seed
+        self.device, self.dtype = device, dtype
+        size = PLAIN_CHUNK if augmentation.is_identity else CHUNK
+        self.per_chunk = max(1, size // batch_size)
+
+    def __len__(self) -> int:
+        """Batches per epoch; the last one may be smaller."""
+        return -(-len(self.labels) // self.batch_size)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's (images, labels) from a batch on: the same ones whether or not what comes before was drawn."""
+        order = torch.randperm(len(self.labels), generator=random_stream(self.seed, SHUFFLE, epoch))
+        chunks = moved(order, self.images.device).split(self.per_chunk * self.batch_size)
+        first, skipped = divmod(start_batch, self.per_chunk)
+        for chunk in range(first, len(chunks)):
+            images = moved(self.images[chunks[chunk]], self.device)
+            labels = moved(self.labels[chunks[chunk]], self.device)
+            generator = random_stream(self.seed, AUGMENT, epoch, chunk)
+            x = self.augmentation(images, self.normalise, generator).to(self.dtype)
+            batches = zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
+            yield from list(batches)[skipped if chunk == first else 0 :]
+
+
+class EvaluationBatches:
+    """A set's batches in its own order, normalised; can be gone through again and again."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        normalise: Normalise,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.images, self.labels, self.normalise = images, labels, normalise
+        self.batch_size, self.device, self.dtype = batch_size, device, dtype
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels) on the device."""
+        for start in range(0, len(self.labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            images = self.normalise(moved(self.images[part], self.device))
+            yield images.to(self.dtype), moved(self.labels[part], self.device)
+
+
+def evaluation_batches(
+    images: Tensor,
+    labels: Tensor,
+    normalise: Normalise,
+    batch_size: int = 1000,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> EvaluationBatches:
+    """A set's batches in its own order, on the device; where none is named, where the images are."""
+    return EvaluationBatches(images, labels, normalise, batch_size, device or images.device, dtype)

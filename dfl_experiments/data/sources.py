@@ -1,0 +1,139 @@
+"""The raw form of each data set: what all sources promise, and those that libraries already read."""
+
+import contextlib
+import io
+import socket
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+SILENCE = 20.0  # seconds without an answer after which a download is given up
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set in memory, or mapped into it.
+
+    images: (N, C, H, W) uint8. labels: (N,) integers that index `classes`.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: list[str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.classes)
+
+
+class Source(ABC):
+    """Where a data set comes from, before it is packed into arrays."""
+
+    @abstractmethod
+    def read(self, data_dir: Path, download: bool) -> Arrays:
+        """The data set from its raw form in `data_dir`, fetched first if it is not there and `download` is set.
+
+        Raises `UserError` for a mistake in the files that it can name, and OSError, RuntimeError or ValueError where
+        they are absent, cannot be fetched or are damaged.
+        """
+
+    @abstractmethod
+    def locations(self, data_dir: Path) -> list[Path]:
+        """Where the raw form is looked for; any one of them is enough."""
+
+    def cache_name(self, name: str) -> str | None:
+        """The folder of `data_dir` that holds the packed arrays, or None where packing is not worth it."""
+        return name
+
+
+@contextlib.contextmanager
+def quiet_download() -> Iterator[None]:
+    """Give up on a silent network, and keep progress bars to terminals."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            if not sys.stderr.isatty():
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+class Digits(Source):
+    """The 8x8 handwritten digits that scikit-learn brings along: 1,437 to train on and 360 to test."""
+
+    def read(self, data_dir: Path, download: bool) -> Arrays:
+        """A fixed split, stratified by class; the 17 grey levels are spread over 0..255."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+        labels = digits.target.astype(np.int64)
+        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        return Arrays(images[train], labels[train], images[test], labels[test], [str(name) for name in digits.target_names])
+
+    def locations(self, data_dir: Path) -> list[Path]:
+        """Nowhere: it is part of scikit-learn."""
+        return []
+
+    def cache_name(self, name: str) -> str | None:
+        """Never packed."""
+        return None
+
+
+class Mnist(Source):
+    """MNIST in the four files of its authors, as torchvision keeps them."""
+
+    def read(self, data_dir: Path, download: bool) -> Arrays:
+        """60,000 and 10,000 images of 1x28x28."""
+        from torchvision.datasets import MNIST
+
+        with quiet_download():
+            train, test = (MNIST(data_dir, train=train, download=download) for train in (True, False))
+        parts = [part for split in (train, test) for part in (split.data[:, None].numpy(), split.targets.numpy())]
+        return Arrays(*parts, classes=[str(digit) for digit in range(10)])
+
+    def locations(self, data_dir: Path) -> list[Path]:
+        """torchvision's folder."""
+        return [data_dir / "MNIST" / "raw"]
+
+
+class Cifar(Source):
+    """CIFAR-10 or CIFAR-100 (fine labels) in the pickled batches of their authors, as torchvision keeps them."""
+
+    def __init__(self, classes: Literal[10, 100]) -> None:
+        self.classes = classes
+
+    def read(self, data_dir: Path, download: bool) -> Arrays:
+        """50,000 and 10,000 images of 3x32x32."""
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        dataset = {10: CIFAR10, 100: CIFAR100}[self.classes]
+        with quiet_download():
+            train, test = (dataset(data_dir, train=train, download=download) for train in (True, False))
+        parts = [
+            part for split in (train, test) for part in (split.data.transpose(0, 3, 1, 2), np.array(split.targets, np.int64))
+        ]
+        return Arrays(*parts, classes=list(train.classes))
+
+    def locations(self, data_dir: Path) -> list[Path]:
+        """torchvision's folder, or the archive that it unpacks."""
+        names = {10: ("cifar-10-batches-py", "cifar-10-python.tar.gz"), 100: ("cifar-100-python", "cifar-100-python.tar.gz")}
+        return [data_dir / name for name in names[self.classes]]

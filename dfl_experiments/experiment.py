@@ -1,0 +1,128 @@
+"""What a configuration names, built and on its device; one epoch of it, and its evaluation."""
+
+import os
+import random
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from dfl_experiments.alignment import QUANTITIES
+from dfl_experiments.blocknet import BlockNet
+from dfl_experiments.config import UserError, build
+from dfl_experiments.data.batches import Batches, Normalise, evaluation_batches, resident, split
+from dfl_experiments.data.datasets import load
+from dfl_experiments.learning import Learner
+from dfl_experiments.losses import LOSSES
+from dfl_experiments.optimizers import Optimizer
+from dfl_experiments.progress import Progress
+from dfl_experiments.settings import Settings
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto is the first GPU, or else the CPU. Raises `UserError` for a device that this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here += ["mps"] * torch.backends.mps.is_available()
+    name = "cuda:0" if name == "cuda" else name
+    if name not in here:
+        raise UserError(f"device={name}: not on this machine; there are {', '.join(here)}")
+    return torch.device(name)
+
+
+def clean_random_state(seed: int, deterministic: bool) -> None:
+    """Leave nothing behind of an earlier job in this process: the same seed gives what it gives alone."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+class Experiment:
+    """The data, the network, the method and the optimizers that a configuration names, on their device."""
+
+    def __init__(self, cfg: DictConfig, settings: Settings) -> None:
+        self.settings = settings
+        self.device = resolve_device(settings.device)
+        clean_random_state(settings.seed, settings.deterministic)
+        source = build(cfg.dataset.source, "dataset.source")
+        arrays = load(cfg.dataset.name, source, Path(settings.data_dir))
+        train, held_out = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
+        if settings.limit is not None:
+            train = train[: settings.limit]
+        normalise = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))
+        images, labels = arrays.train_images, arrays.train_labels
+        self.validation = evaluation_batches(*resident(images[held_out], labels[held_out], self.device), normalise)
+        self.test = evaluation_batches(*resident(arrays.test_images, arrays.test_labels, self.device), normalise)
+        self.batches = Batches(
+            *resident(images[train], labels[train], self.device),
+            normalise,
+            build(cfg.augmentation, "augmentation"),
+            settings.batch_size,
+            settings.seed,
+            self.device,
+        )
+        self.train_size = len(train)
+        loss = LOSSES[settings.loss]
+        # built on the CPU: a seed means the same weights on every device, and the same W for every method
+        net = build(cfg.model, "model", input_shape=arrays.shape, num_classes=arrays.num_classes)
+        method = build(cfg.method, "method", net=net, num_classes=arrays.num_classes, loss=loss)
+        self.check_batches(net)
+        self.schedule: Optimizer = build(cfg.optimizer, "optimizer")
+        self.learner = Learner(net.to(self.device), method.to(self.device), loss, self.schedule)
+
+    def check_batches(self, net: BlockNet) -> None:
+        """Raise `UserError` where batch normalisation would meet a batch of one image."""
+        single = self.train_size % self.settings.batch_size == 1 or self.settings.batch_size == 1
+        if single and any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
+            raise UserError(
+                f"batch_size={self.settings.batch_size}: with {self.train_size} training images the last batch holds "
+                "one, which batch normalisation cannot work with; choose another batch_size or limit"
+            )
+
+    def train_epoch(self, epoch: int, progress: Progress) -> tuple[Tensor, Tensor, float]:
+        """One pass over the training images, without a look at the device's values before its end.
+
+        Returns, on the CPU, the values of every iteration (iterations, 1 + 5·(L-1)): the loss, then the alignment's
+        quantities layer by layer, NaN where not measured; the number of correct predictions (); and the seconds.
+        """
+        learner, every = self.learner, self.settings.alignment.every
+        learner.set_lr(self.schedule.lr_at(epoch, self.settings.epochs))
+        learner.net.train()
+        layers = learner.net.depth - 1
+        values = torch.full((len(self.batches), 1 + layers * len(QUANTITIES)), torch.nan, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        first = (epoch - 1) * len(self.batches)
+        progress.begin(epoch)
+        start = time.perf_counter()
+        for index, (x, target) in enumerate(self.batches.epoch(epoch)):
+            step = learner.step(x, target, align=every > 0 and (first + index) % every == 0)
+            values[index, 0] = step.loss
+            if step.alignment is not None:
+                values[index, 1:] = step.alignment.flatten()
+            correct += step.correct
+            progress.step(len(target), step.loss, step.alignment)
+        values = values.cpu()
+        return values, correct.cpu(), time.perf_counter() - start
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Mean loss and accuracy over a set of images."""
+        net, loss = self.learner.net.eval(), self.learner.loss
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        count = 0
+        for x, target in batches:
+            logits = net(x)
+            value, _ = loss.value_and_error(logits, target)
+            total += torch.stack([value * len(target), (logits.argmax(1) == target).sum()])
+            count += len(target)
+        summed, correct = total.tolist()
+        return summed / count, correct / count

@@ -1,0 +1,37 @@
+"""Output losses as pairs of a value and the error e = ∂ℒ/∂a_L that every feedback signal is made from."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class OutputLoss(ABC):
+    """A loss of the logits a_L (N, K) and class labels (N,), meaned over the batch."""
+
+    @abstractmethod
+    def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """ℒ, a scalar, and e = ∂ℒ/∂a_L, (N, K), which carries the mean's factor 1/N."""
+
+
+class CrossEntropy(OutputLoss):
+    """ℒ = -(1/N) Σ log softmax(a_L)[y*],  e = (softmax(a_L) - y*) / N."""
+
+    def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        log_y = F.log_softmax(logits.detach(), dim=1)
+        error = log_y.exp()
+        minus_one = torch.full_like(target, -1, dtype=error.dtype)
+        error.scatter_add_(1, target[:, None], minus_one[:, None])
+        return F.nll_loss(log_y, target), error.div_(len(target))
+
+
+class SquaredError(OutputLoss):
+    """ℒ = (1/2N) Σ ‖a_L - y*‖² with y* one-hot,  e = (a_L - y*) / N."""
+
+    def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        difference = logits.detach() - F.one_hot(target, logits.shape[1])
+        return difference.square().sum() / (2 * len(target)), difference / len(target)
+
+
+LOSSES: dict[str, OutputLoss] = {"cross_entropy": CrossEntropy(), "squared_error": SquaredError()}

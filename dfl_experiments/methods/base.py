@@ -1,0 +1,39 @@
+"""What a method is: where the graph is cut, and which error signals start autograd there."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dfl_experiments.blocknet import BlockNet, Trace
+from dfl_experiments.losses import OutputLoss
+
+
+class Method(nn.Module):
+    """The contract of a learning rule. As it stands it is backpropagation: no cut, and only e starts autograd.
+
+    A subclass sets `cuts` and `frozen` in its constructor, and overrides `signals`, and `adapt` if it learns feedback
+    weights. Parameters of the method itself (its B) get an optimizer of the network's kind and hyper-parameters.
+
+    cuts: boundaries i (1 … L-1) behind which no gradient flows down; there h_i gets its signal from `signals`.
+    frozen: how many of the lowest blocks get no signal at all, and stay as they were initialised.
+    """
+
+    cuts: frozenset[int] = frozenset()
+    frozen: int = 0
+
+    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
+        super().__init__()
+        if net.depth < 2:
+            raise ValueError("a network needs at least one hidden block")
+        self.depth = net.depth
+
+    def adapt(self, trace: Trace, target: Tensor) -> None:
+        """Learn from the forward pass, before any error signal is formed. target: labels (N,).
+
+        Fill `.grad` of the method's own parameters, whose optimizer then steps, or change its buffers in place. The
+        trace is a constant here: nothing of the network may change.
+        """
+
+    def signals(self, trace: Trace, error: Tensor, target: Tensor) -> Sequence[Tensor | None]:
+        """The gradient at each block output h_1 … h_{L-1}; None where the method sends none. error: e, (N, K)."""
+        return [None] * (self.depth - 1)

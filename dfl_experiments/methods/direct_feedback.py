@@ -1,0 +1,75 @@
+"""Direct feedback: δ_i = (B_{i+1} e) ⊙ f'(a_i), with B fixed (DFA) or trained by a local loss (LAS, LTAS)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dfl_experiments.blocknet import BlockNet, Trace
+from dfl_experiments.losses import OutputLoss
+from dfl_experiments.methods.base import Method
+from dfl_experiments.methods.local_module import LocalModule, Pooling
+
+
+class DirectFeedback(Method):
+    """DFA (`local_target` null, Eqs. 15-18), LAS ("logits", Eqs. 19-24) and LTAS ("labels", Eqs. 25-27).
+
+    LAS descends ℒ_i = ‖y_i - a_L‖², summed over classes and meaned over the batch (`local_reduction` "sum") or meaned
+    over both ("mean"). LTAS descends the network's own loss at y_i: cross-entropy of softmax(y_i), or ½‖y_i - y*‖².
+    `local_pooling` is the global pooling of an image-shaped local module, `init` where every B starts (see
+    `LocalModule.initialise`). `top` says what h_{L-1} receives: "backprop", W_Lᵀ e, or "direct", B_L e with B_L fixed:
+    local modules sit on h_1 … h_{L-2} only.
+    """
+
+    def __init__(
+        self,
+        net: BlockNet,
+        num_classes: int,
+        loss: OutputLoss,
+        local_target: Literal["logits", "labels"] | None = None,
+        local_reduction: Literal["sum", "mean"] = "sum",
+        local_pooling: Pooling = "average",
+        init: Literal["product", "kaiming"] = "product",
+        top: Literal["backprop", "direct"] = "backprop",
+    ) -> None:
+        super().__init__(net, num_classes, loss)
+        self.loss = loss
+        self.local_target = local_target
+        self.scale = 2.0 if local_reduction == "sum" else 2.0 / num_classes
+        self.cuts = frozenset(range(1, self.depth if top == "direct" else self.depth - 1))
+        chain = [net.readers(i) for i in range(self.depth)]
+        shapes = net.output_shapes()
+        modules: list[LocalModule] = []
+        for i in sorted(self.cuts):
+            module = LocalModule(chain[i][0], shapes[i - 1], num_classes, local_pooling)
+            module.initialise(init, chain[i:])
+            module.requires_grad_(local_target is not None and i < self.depth - 1)
+            modules.append(module)
+        self.feedback = nn.ModuleList(modules)
+        self.local_modules = modules
+
+    def adapt(self, trace: Trace, target: Tensor) -> None:
+        """∂ℒ_i/∂B of every local module: h_i (y_i - a_L)ᵀ or h_i (softmax(y_i) - y*)ᵀ, times the reduction's factor."""
+        if self.local_target is None:
+            return
+        outputs, gradients, weights = [], [], []
+        for module, h in zip(self.local_modules, trace.outputs, strict=False):
+            if module.weight.requires_grad:
+                y = module(h.detach())
+                outputs.append(y)
+                gradients.append(self._local_error(y.detach(), trace.logits.detach(), target))
+                weights.append(module.weight)
+        if weights:
+            torch.autograd.backward(outputs, gradients, inputs=weights)
+
+    def _local_error(self, y: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """∂ℒ_i/∂y_i, (N, K)."""
+        if self.local_target == "labels":
+            return self.loss.value_and_error(y, target)[1]
+        return (y - logits) * (self.scale / len(y))
+
+    def signals(self, trace: Trace, error: Tensor, target: Tensor) -> Sequence[Tensor | None]:
+        """B_{i+1} e at every cut h_i, with B as it is now."""
+        direct = [module.feedback(error) for module in self.local_modules]
+        return [*direct, *[None] * (self.depth - 1 - len(direct))]

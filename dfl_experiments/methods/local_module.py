@@ -1,0 +1,112 @@
+"""The local module y_i = pool(conv(h_i; B̄)) and its transpose, the direct feedback of e to h_i.
+
+Both are linear in B̄ through the same small matrices. Let S_v[u, r] = 1 where output position p of the convolution reads
+row r with kernel row u (r = p·stride + u·dilation - padding, 0 ≤ p < H'), and S_h the same for columns. Then
+
+    Σ_p conv(h; B̄)[k, p] = Σ_{c,u,v} B̄[k,c,u,v] (S_v h_c S_hᵀ)[u, v]        no convolution, only window sums
+    conv_transpose(e ⊗ 1; B̄)[c] = Σ_k e_k G[k, c],  G[k, c] = S_vᵀ B̄[k, c] S_h   G once per step for the whole batch
+
+so the feedback is exactly the transpose of the sum-pooled module.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfl_experiments.blocknet import Reader
+
+Pooling = Literal["average", "max"]
+
+
+def window_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """S: (kernel, size), how often position r is read through kernel element u over all output positions."""
+    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    positions = torch.arange(outputs)[None, :] * stride + torch.arange(kernel)[:, None] * dilation - padding
+    return (positions[:, :, None] == torch.arange(size)).sum(1)
+
+
+class LocalModule(nn.Module):
+    """Copies the layer that reads h_i, with K outputs and no bias; on a flattened h_i it is y = B̄ h, B̄: (K, d).
+
+    On an image-shaped h_i (C, H, W), B̄ is (K, C, k, k) with the reader's kernel, stride and padding, followed by global
+    pooling. A linear reader of an image (behind a global pooling of its own) counts as a 1×1 convolution.
+    """
+
+    weight: nn.Parameter
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, reader: Reader, shape: Sequence[int], num_classes: int, pooling: Pooling) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.pooling = pooling
+        like = reader.weight
+        if len(self.shape) == 1:
+            weight = torch.empty(num_classes, self.shape[0])
+        else:
+            channels, height, width = self.shape
+            geometry = _geometry(reader)
+            self.stride, self.padding, self.dilation = geometry[1], geometry[2], geometry[3]
+            per_axis = [list(axis) for axis in zip(*geometry, strict=True)]
+            for name, size, axis in zip(("rows", "columns"), (height, width), per_axis, strict=True):
+                self.register_buffer(name, window_positions(size, *axis).to(like), persistent=False)
+            self.positions = math.prod(
+                (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+                for size, (kernel, stride, pad, dilation) in zip((height, width), per_axis, strict=True)
+            )
+            weight = torch.empty(num_classes, channels, *geometry[0])
+        self.weight = nn.Parameter(weight.to(like))
+
+    @torch.no_grad()
+    def initialise(self, init: Literal["product", "kaiming"], chain: Sequence[Sequence[Reader]]) -> None:
+        """Set B to W_{i+1}ᵀ … W_Lᵀ ("product"), or Kaiming-uniformly ("kaiming": fan-in K if linear, C·k² if not).
+
+        chain: the weight layers of each block from the reader of h_i to the head. Where a product does not exist,
+        because not all of them are single linear layers, B starts as a convolution does by default.
+        """
+        linear = isinstance(chain[0][0], nn.Linear)
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(self.weight, mode="fan_out" if linear else "fan_in", nonlinearity="relu")
+        elif all(len(layers) == 1 and isinstance(layers[0], nn.Linear) for layers in chain):
+            product = chain[-1][0].weight
+            for layers in reversed(chain[:-1]):
+                product = product @ layers[0].weight
+            self.weight.copy_(product.reshape(self.weight.shape))
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """y = Bᵀ h (Eq. 19), or pool(conv(h; B̄)).  h: (N, *shape) -> (N, K)."""
+        if len(self.shape) == 1:
+            return F.linear(h, self.weight)
+        if self.pooling == "max":
+            planes = F.conv2d(h, self.weight, None, self.stride, self.padding, self.dilation)
+            return planes.amax((2, 3))
+        sums = self.rows @ (h @ self.columns.T)
+        return F.linear(sums.flatten(1), self.weight.flatten(1)) / self.positions
+
+    @torch.no_grad()
+    def feedback(self, error: Tensor) -> Tensor:
+        """B e, the direct error signal (Eq. 24).  error: (N, K) -> (N, *shape)."""
+        if len(self.shape) == 1:
+            return error @ self.weight
+        # no 1/(H'W'): the paper repeats e over the plane, it does not average it
+        planes = self.rows.T @ self.weight @ self.columns
+        return (error @ planes.flatten(1)).view(len(error), *self.shape)
+
+
+def _geometry(reader: Reader) -> list[tuple[int, int]]:
+    """Kernel, stride, padding and dilation of the reader, each as (rows, columns)."""
+    if isinstance(reader, nn.Linear):
+        return [(1, 1), (1, 1), (0, 0), (1, 1)]
+    assert not isinstance(reader.padding, str), "a reader states its padding in pixels"
+    return [
+        (reader.kernel_size[0], reader.kernel_size[1]),
+        (reader.stride[0], reader.stride[1]),
+        (reader.padding[0], reader.padding[1]),
+        (reader.dilation[0], reader.dilation[1]),
+    ]

@@ -1,0 +1,7 @@
+"""Networks as chains of blocks. They know nothing of how they are trained."""
+
+from dfl_experiments.models.conv3 import conv3
+from dfl_experiments.models.fc import fc
+from dfl_experiments.models.resnet18 import resnet18
+
+__all__ = ["conv3", "fc", "resnet18"]

@@ -1,0 +1,48 @@
+"""Conv3 and Conv3+BN: three convolution blocks, then three linear layers (Crafton et al., 2019)."""
+
+from typing import Literal
+
+from torch import nn
+
+from dfl_experiments.blocknet import Block, BlockNet
+from dfl_experiments.config import Count, Widths
+from dfl_experiments.models.fc import dense_blocks
+
+
+def batch_norm(channels: int, updates: int) -> nn.BatchNorm2d:
+    """BN whose running statistics r ← (1-m) r + m s move as if `updates` forward passes had seen the same batch.
+
+    n passes over one batch s give r ← (1-m)ⁿ r + (1 - (1-m)ⁿ) s, which is one pass with momentum 1 - (1-m)ⁿ; m = 0.1.
+    """
+    return nn.BatchNorm2d(channels, momentum=1 - 0.9**updates)
+
+
+def conv3(
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    channels: Widths,
+    widths: list[Count],
+    downsampling: Literal["max_pool", "stride"] = "max_pool",
+    batch_norm_updates: Literal[0, 1, 2] = 0,
+) -> BlockNet:
+    """Blocks [conv 5×5, pad 2 (+ BN); ReLU; max-pool 3×3, stride 2, pad 1], then flattened to widths-K.
+
+    downsampling: "max_pool" as in the published code, "stride" as in the text (convolution of stride 2, no pooling).
+    batch_norm_updates: 0 for no batch normalisation, otherwise see `batch_norm`.
+    """
+    planes, height, width = input_shape
+    pooled = downsampling == "max_pool"
+    blocks: list[Block] = []
+    for out in channels:
+        layers: list[nn.Module] = [nn.Conv2d(planes, out, 5, stride=1 if pooled else 2, padding=2)]
+        if batch_norm_updates:
+            layers.append(batch_norm(out, batch_norm_updates))
+        after: list[nn.Module] = [nn.ReLU()]
+        if pooled:
+            after.append(nn.MaxPool2d(3, stride=2, padding=1))
+        if len(blocks) == len(channels) - 1:
+            after.append(nn.Flatten())
+        blocks.append(Block(nn.Sequential(*layers), nn.Sequential(*after)))
+        planes, height, width = out, -(-height // 2), -(-width // 2)
+    dense = [planes * height * width, *widths]
+    return BlockNet(*blocks, *dense_blocks(dense), head=nn.Linear(dense[-1], num_classes), input_shape=input_shape)

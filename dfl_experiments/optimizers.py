@@ -1,0 +1,55 @@
+"""Optimizers with the paper's step schedule. The network and the local modules get one each, of the same kind."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dfl_experiments.config import Fraction, NonNegative, Positive
+
+PAPER_MILESTONES = (0.5, 0.75, 0.89, 0.94)
+
+
+@dataclass(frozen=True)
+class Optimizer(ABC):
+    """lr_t = lr · decay^(number of milestones, as fractions of all epochs, that epoch t has reached)."""
+
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    milestones: list[Fraction] = field(default_factory=lambda: list(PAPER_MILESTONES))
+    decay: Positive = 0.25
+
+    def lr_at(self, epoch: int, epochs: int) -> float:
+        """The learning rate of epoch 1 … epochs."""
+        return self.lr * self.decay ** sum(epoch - 1 >= milestone * epochs for milestone in self.milestones)
+
+    @abstractmethod
+    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """An optimizer of these parameters, one fused kernel a step."""
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adam (Kingma and Ba, 2014); weight_decay is the L2 term added to the gradient."""
+
+    betas: list[Fraction] = field(default_factory=lambda: [0.9, 0.999])
+    eps: Positive = 1e-8
+
+    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        first, second = self.betas
+        return torch.optim.Adam(parameters, self.lr, (first, second), self.eps, self.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """W ← W - lr · (∂ℒ/∂W + weight_decay · W), with momentum if it is not zero."""
+
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+
+    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True
+        )

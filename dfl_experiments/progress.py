@@ -1,0 +1,73 @@
+"""What a person sees while a run trains: a bar on a terminal, a line now and then elsewhere."""
+
+import logging
+import sys
+import time
+
+from torch import Tensor
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Progress:
+    """epoch, loss, accuracy, layer-1 cosine and samples per second.
+
+    Values are read from the device only where that does not make it wait (`peek`: on a CPU), otherwise the last epoch's
+    are shown.
+    """
+
+    def __init__(self, epochs: int, batches: int, peek: bool) -> None:
+        self.epochs, self.batches, self.peek = epochs, batches, peek
+        self.terminal = sys.stderr.isatty()
+        self.shown: dict[str, str] = {}
+        self._last_line = self._last_look = 0.0
+        self._epoch = self._samples = 0
+        self._bar: tqdm | None = None
+
+    def begin(self, epoch: int) -> None:
+        """Start epoch 1 … epochs."""
+        self._epoch, self._samples, self._start = epoch, 0, time.perf_counter()
+        if self.terminal:
+            self._bar = tqdm(total=self.batches, desc=f"epoch {epoch}/{self.epochs}", unit="it", leave=False)
+            self._bar.set_postfix(self.shown)
+
+    def step(self, samples: int, loss: Tensor, alignment: Tensor | None) -> None:
+        """One batch is done."""
+        self._samples += samples
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update()
+        if now - self._last_look < SECONDS_BETWEEN_LOOKS:
+            return
+        self._last_look = now
+        if self.peek:
+            self.shown["loss"] = f"{loss.item():.4f}"
+            if alignment is not None and len(alignment):
+                self.shown["cosine/1"] = f"{alignment[0, 0].item():.3f}"
+        self.shown["samples/s"] = f"{self._samples / (now - self._start):.0f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self.shown)
+        elif now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def end(self, loss: float, accuracy: float, cosine: float | None, seconds: float) -> None:
+        """The epoch is done; accuracy is the test set's, cosine layer 1's mean over the epoch."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self.shown = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.4f}"}
+        if cosine is not None:
+            self.shown["cosine/1"] = f"{cosine:.3f}"
+        self.shown["samples/s"] = f"{self._samples / seconds:.0f}"
+        is_due = time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES
+        if self.terminal or is_due or self._epoch in (1, self.epochs):
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = time.perf_counter()
+        values = "  ".join(f"{name} {value}" for name, value in self.shown.items())
+        log.info("epoch %d/%d  %s", self._epoch, self.epochs, values)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The whole test suite, in an environment of its own.
+#   bash scripts/test.sh [pytest arguments]       for example: bash scripts/test.sh -k laws
+# Tests on MNIST, CIFAR-10 and TinyImageNet need DFL_DATA_DIR (see `dfl-data list`) and are skipped without it.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install_project test
+exec .venv/bin/python -m pytest "$@"

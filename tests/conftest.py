@@ -1,0 +1,80 @@
+"""Every method × every model that conf/ names, tiny and in float64; and the real data, where there is some."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, ListConfig
+
+from dfl_experiments.blocknet import BlockNet, Trace
+from dfl_experiments.config import CONF_DIR, build, compose
+from dfl_experiments.learning import Learner
+from dfl_experiments.losses import LOSSES
+from dfl_experiments.methods import Method
+from dfl_experiments.settings import register_resolvers
+
+register_resolvers()
+CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
+
+
+def options(group: str) -> list[str]:
+    """The names of a group's files: a new one is tested from the day it is added."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+METHODS, MODELS, PROTOCOLS = options("method"), options("model"), options("protocol")
+
+
+def shrink(model: DictConfig) -> DictConfig:
+    """Every list of sizes made small, with no two neighbours alike."""
+    for key, value in model.items():
+        if isinstance(value, ListConfig) and all(isinstance(item, int) for item in value):
+            model[key] = [5 + (index + 2) % 3 for index in range(len(value))]
+    return model
+
+
+class Tiny:
+    """A tiny float64 network with its method and its learner, and a batch to learn from."""
+
+    def __init__(self, method: str, model: str, *overrides: str, classes: int = CLASSES) -> None:
+        cfg = compose([f"method={method}", f"model={model}", "dataset.fc_widths=[1,1,1]", *overrides])
+        torch.manual_seed(3)
+        self.loss = LOSSES[cfg.loss]
+        self.net: BlockNet = build(shrink(cfg.model), "model", input_shape=SHAPE, num_classes=classes).double()
+        self.method: Method = build(cfg.method, "method", net=self.net, num_classes=classes, loss=self.loss)
+        self.schedule = build(cfg.optimizer, "optimizer")
+        self.learner = Learner(self.net, self.method, self.loss, self.schedule)
+        random = torch.Generator().manual_seed(4)
+        self.x = torch.randn(BATCH, *SHAPE, dtype=torch.float64, generator=random)
+        self.target = torch.randint(classes, (BATCH,), generator=random)
+
+    def backward(self) -> tuple[Trace, list[torch.Tensor | None], torch.Tensor]:
+        """A kept trace after its backward pass, the δ_i that were applied, and the error it started from."""
+        trace = self.net.trace(self.x, self.method.cuts, self.method.frozen, keep=True)
+        _, error = self.loss.value_and_error(trace.logits, self.target)
+        signals = self.method.signals(trace, error, self.target)
+        return trace, trace.backward(signals, error, self.learner.parameters, keep=True), error
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every weight, buffer and B, copied."""
+        return {
+            f"{name}.{key}": value.clone()
+            for name, module in (("net", self.net), ("method", self.method))
+            for key, value in module.state_dict().items()
+        }
+
+
+@pytest.fixture
+def tiny():
+    """The class above, as a factory."""
+    return Tiny
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets; without it the test is skipped, saying so."""
+    folder = os.environ.get("DFL_DATA_DIR")
+    if not folder:
+        pytest.skip("DFL_DATA_DIR names no folder of real data sets")
+    return Path(folder)
