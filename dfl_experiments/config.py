@@ -10,7 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -56,7 +56,7 @@ def _message(where: str, error: ValidationError) -> str:
 def checked(hint: Any, value: Any, where: str) -> Any:
     """The value, if it is of the annotated type and in range; otherwise a `UserError` naming key, value and choices."""
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        return TypeAdapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
         raise UserError(_message(where, error)) from None
 
@@ -95,9 +95,11 @@ def compose(overrides: list[str]) -> DictConfig:
 
 def one_line(error: Exception) -> str:
     """An error as one line, which Hydra and OmegaConf spread over several, with the choices if there is no such key."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).split(" Config search path:")[0]
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and OmegaConf.is_dict(cause.parent_node):
-        keys = ", ".join(str(key) for key in cause.parent_node if key != "hydra")
-        text = f"{text.split(' To append to your config')[0]} No such key as {cause.full_key}; there are {keys}"
+        keys = ", ".join(str(key) for key in cause.parent_node if key not in ("hydra", "name", "_target_"))
+        text = (
+            f"{text.split(' To append to your config')[0]} No such key as {cause.full_key}; there are {keys or 'none'}"
+        )
     return text

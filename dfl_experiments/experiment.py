@@ -55,9 +55,9 @@ class Experiment:
         clean_random_state(settings.seed, settings.deterministic)
         source = build(cfg.dataset.source, "dataset.source")
         arrays = load(cfg.dataset.name, source, Path(settings.data_dir))
-        train, held_out = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
-        if settings.limit is not None:
-            train = train[: settings.limit]
+        indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
+        train, held_out = (index.numpy() for index in indices)
+        train = train[: settings.limit]
         normalise = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))
         images, labels = arrays.train_images, arrays.train_labels
         self.validation = evaluation_batches(*resident(images[held_out], labels[held_out], self.device), normalise)

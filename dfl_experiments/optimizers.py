@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dfl_experiments.config import Fraction, NonNegative, Positive
@@ -34,7 +36,7 @@ class Optimizer(ABC):
 class Adam(Optimizer):
     """Adam (Kingma and Ba, 2014); weight_decay is the L2 term added to the gradient."""
 
-    betas: list[Fraction] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
     eps: Positive = 1e-8
 
     def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

@@ -49,8 +49,10 @@ class Table:
         self._writer.writerows([cell(row.get(column)) for column in self.columns] for row in rows)
         self._file.flush()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "Table":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
 

@@ -99,43 +99,43 @@ def epochs_of(experiment: Experiment, run_dir: Path, tracker: Tracker, result: d
     accuracies, seconds, images = Accuracies(), 0.0, 0
     initial = experiment.evaluate(experiment.test)[1] if settings.stop_untrainable else 0.0
     progress = Progress(settings.epochs, len(experiment.batches), peek=experiment.device.type == "cpu")
-    iterations = Table(run_dir / "iterations.csv", iteration_columns(learner.net.depth - 1))
-    table = Table(run_dir / "epochs.csv", EPOCH_COLUMNS)
     saved = time.perf_counter()
     result |= {"status": "finished", "reason": None}
-    for epoch in range(1, settings.epochs + 1):
-        values, correct, duration = experiment.train_epoch(epoch, progress)
-        seconds, images = seconds + duration, images + experiment.train_size
-        validation = experiment.evaluate(experiment.validation)[1] if len(experiment.validation) else None
-        test_loss, test = experiment.evaluate(experiment.test)
-        accuracies.add(validation, test)
-        rows = iteration_rows(values, epoch)
-        train_loss = values[:, 0].mean().item()
-        row: dict[str, float | int | None] = {
-            "epoch": epoch,
-            "lr": experiment.schedule.lr_at(epoch, settings.epochs),
-            "train_loss": train_loss,
-            "train_accuracy": correct.item() / experiment.train_size,
-            "validation_accuracy": validation,
-            "test_loss": test_loss,
-            "test_accuracy": test,
-            "seconds": duration,
-        }
-        iterations.extend(rows)
-        table.extend([row])
-        tracker.log(rows)
-        tracker.log([row])
-        cosine = per_layer(values, "cosine_sample", torch.mean)
-        progress.end(train_loss, test, cosine.get("1"), duration)
-        reason = stopped(values, epoch, learner.net, accuracies, initial)
-        if epoch == settings.epochs or reason or time.perf_counter() - saved >= settings.checkpoint.every_seconds:
-            checkpoint.save(run_dir, checkpoint.state_of(learner, epoch, epoch * len(values), accuracies))
-            saved = time.perf_counter()
-        if reason:
-            result |= reason
-            break
-    iterations.close()
-    table.close()
+    with (
+        Table(run_dir / "iterations.csv", iteration_columns(learner.net.depth - 1)) as iterations,
+        Table(run_dir / "epochs.csv", EPOCH_COLUMNS) as table,
+    ):
+        for epoch in range(1, settings.epochs + 1):
+            values, correct, duration = experiment.train_epoch(epoch, progress)
+            seconds, images = seconds + duration, images + experiment.train_size
+            validation = experiment.evaluate(experiment.validation)[1] if len(experiment.validation) else None
+            test_loss, test = experiment.evaluate(experiment.test)
+            accuracies.add(validation, test)
+            rows = iteration_rows(values, epoch)
+            train_loss = values[:, 0].mean().item()
+            row: dict[str, float | int | None] = {
+                "epoch": epoch,
+                "lr": experiment.schedule.lr_at(epoch, settings.epochs),
+                "train_loss": train_loss,
+                "train_accuracy": correct.item() / experiment.train_size,
+                "validation_accuracy": validation,
+                "test_loss": test_loss,
+                "test_accuracy": test,
+                "seconds": duration,
+            }
+            iterations.extend(rows)
+            table.extend([row])
+            tracker.log(rows)
+            tracker.log([row])
+            cosine = per_layer(values, "cosine_sample", torch.mean)
+            progress.end(train_loss, test, cosine.get("1"), duration)
+            reason = stopped(values, epoch, learner.net, accuracies, initial)
+            if epoch == settings.epochs or reason or time.perf_counter() - saved >= settings.checkpoint.every_seconds:
+                checkpoint.save(run_dir, checkpoint.state_of(learner, epoch, epoch * len(values), accuracies))
+                saved = time.perf_counter()
+            if reason:
+                result |= reason
+                break
     summary = accuracies.summary()
     key = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}[headline]
     result |= {
@@ -143,6 +143,7 @@ def epochs_of(experiment: Experiment, run_dir: Path, tracker: Tracker, result: d
         "test_accuracy": summary,
         "validation_accuracy": accuracies.epochs[-1][0],
         "cosine": cosine,
+        "cosine_by_construction": [str(i) for i in range(max(learner.method.cuts, default=0) + 1, learner.net.depth)],
         "zeros": per_layer(values, "zeros", torch.sum),
         "seconds": seconds,
         "samples_per_second": images / seconds,
@@ -177,8 +178,10 @@ def summarise(result: dict[str, Any], run_dir: Path) -> None:
     )
     if accuracy["at_best_validation"] is not None:
         log.info("  … at the epoch with the best validation accuracy   %.4f", accuracy["at_best_validation"])
-    cosines = [f"{layer}: {value:.3f}" for layer, value in result["cosine"].items()]
-    if cosines:
-        log.info("  alignment with BP, mean cosine of the last epoch   layer %s", "  ".join(cosines))
+    if result["cosine"]:
+        log.info("  alignment with BP, mean cosine of the last epoch")
+    for layer, cosine in result["cosine"].items():
+        exact = layer in result["cosine_by_construction"]
+        log.info("    layer %s   %.3f%s", layer, cosine, " (BP's own signal, by construction)" if exact else "")
     log.info("  %.0f samples/s, %.1f s of training", result["samples_per_second"], result["seconds"])
     log.info("  run directory   %s", run_dir)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
@@ -71,8 +71,12 @@ def check(cfg: DictConfig) -> Settings:
     Raises `UserError`, one line naming the key, the value and the choices; nothing is built, read or written.
     """
     values = {str(key): value for key, value in plain(cfg).items() if key != "hydra"}
+    known = [*GROUPS, "dataset", "protocol", *_names(Settings)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{key}: no such option; there are {', '.join(known)}")
     hints = get_type_hints(Settings, include_extras=True)
-    flat = {name: checked(hints[name], _nested(hints[name], name, values[name]), name) for name in _names(Settings)}
+    flat = {name: _option(hints[name], name, values[name]) for name in _names(Settings)}
     for group, given in GROUPS.items():
         check_node(values[group], group, given)
     check_node(values["dataset"]["source"], "dataset.source")
@@ -88,12 +92,12 @@ def _names(options: Any) -> list[str]:
     return [field.name for field in fields(options)]
 
 
-def _nested(hint: Any, name: str, value: Any) -> Any:
-    """A node of options as its dataclass, each field checked under its own name; any other value as it is."""
-    if hint not in (Alignment, Checkpoint, Tracking):
-        return value
+def _option(hint: Any, name: str, value: Any) -> Any:
+    """A checked value; a node of options as its dataclass, each field checked under its own name."""
+    if not is_dataclass(hint):
+        return checked(hint, value, name)
     hints = get_type_hints(hint, include_extras=True)
-    return hint(**{key: checked(hints[key], value[key], f"{name}.{key}") for key in _names(hint)})
+    return cast(Any, hint)(**{key: checked(hints[key], value[key], f"{name}.{key}") for key in _names(hint)})
 
 
 def scientific(cfg: DictConfig) -> dict[str, Any]:

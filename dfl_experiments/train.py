@@ -15,6 +15,8 @@ from dfl_experiments.config import CONF_DIR, UserError, one_line
 from dfl_experiments.settings import check, register_resolvers
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+# what the user asked for: `main` sets the variable for its own ends
+SHOW_TRACEBACKS = os.environ.get(FULL_ERROR) == "1"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -29,7 +31,7 @@ def job(cfg: DictConfig) -> float | None:
 
         return run(cfg, settings, Path(hydra_config.runtime.output_dir), group)
     except UserError as error:
-        if group is not None:
+        if group is not None or SHOW_TRACEBACKS:
             raise
         # Hydra would print a line of its own before the error of a single job
         raise SystemExit(_refuse(error)) from error
@@ -43,7 +45,7 @@ def _refuse(error: Exception) -> int:
 def main() -> None:
     """Run `job`; a user's mistake ends in one line and exit code 2, and HYDRA_FULL_ERROR=1 shows where it came from."""
     register_resolvers()
-    if os.environ.get(FULL_ERROR) == "1":
+    if SHOW_TRACEBACKS:
         job()
         return
     # Hydra then passes errors on to us instead of printing its own shortened traceback

@@ -1,6 +1,8 @@
 """Every method × every model that conf/ names, tiny and in float64; and the real data, where there is some."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,14 @@ def shrink(model: DictConfig) -> DictConfig:
     return model
 
 
+def dfl_train(folder: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 280):
+    """Run `dfl-train` in a folder as a person would, in a process of its own."""
+    command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=timeout
+    )
+
+
 class Tiny:
     """A tiny float64 network with its method and its learner, and a batch to learn from."""
 
@@ -63,12 +73,6 @@ class Tiny:
             for name, module in (("net", self.net), ("method", self.method))
             for key, value in module.state_dict().items()
         }
-
-
-@pytest.fixture
-def tiny():
-    """The class above, as a factory."""
-    return Tiny
 
 
 @pytest.fixture(scope="session")

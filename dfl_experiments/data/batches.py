@@ -28,12 +28,14 @@ def split(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(n, generator=random_stream(seed, SPLIT))
     held_out = round(n * fraction)
     if fraction > 0 and not 0 < held_out < n:
-        raise UserError(f"validation_fraction={fraction}: of {n} images it holds out {held_out}; choose another fraction")
+        raise UserError(
+            f"validation_fraction={fraction}: of {n} images it holds out {held_out}; choose another fraction"
+        )
     return order[held_out:], order[:held_out]
 
 
 def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copies as uint8 (N, C, H, W) and int64 (N,): on the device, or on the CPU if half the GPU's free memory is less."""
+    """Copies as uint8 (N, C, H, W) and int64 (N,), on the device; on the CPU if half a GPU's free memory is less."""
     copies = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels, dtype=np.int64))
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
         return copies

@@ -3,12 +3,11 @@
 import json
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock
 
 from dfl_experiments.config import UserError
 from dfl_experiments.data.sources import Arrays, Source
@@ -35,18 +34,21 @@ def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Ar
         return source.read(data_dir, download)
     folder = data_dir / cache
     if not is_packed(folder):
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(data_dir / f".{cache}.lock")
-            lock.acquire()
-        except OSError as error:
-            raise UserError(f"data_dir={data_dir}: {name} cannot be packed there ({reason(error)})") from error
-        with lock:
+        with locked(data_dir, cache):
+            # another process may have packed it while this one waited
             if not is_packed(folder):
                 log.info("preparing %s in %s", name, folder)
                 pack(read_raw(name, source, data_dir, download), folder)
-        lock.release()
     return open_packed(folder)
+
+
+def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:
+    """The lock, held until its context ends, that one process at a time packs under. Raises `UserError` where it cannot be written."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        return FileLock(data_dir / f".{cache}.lock").acquire()
+    except OSError as error:
+        raise UserError(f"data_dir={data_dir}: {cache} cannot be packed there ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:
@@ -64,18 +66,20 @@ def read_raw(name: str, source: Source, data_dir: Path, download: bool) -> Array
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError) as error:
         places = " or ".join(str(path) for path in source.locations(data_dir))
         raise UserError(
-            f"dataset {name} is not there: neither packed in {data_dir / (source.cache_name(name) or name)} nor raw in "
+            f"dataset {name}: neither packed in {data_dir / (source.cache_name(name) or name)} nor readable from "
             f"{places} ({reason(error)}); run `dfl-data prepare dataset={name}` on a machine with a network, or set "
-            "data_dir or DFL_DATA_DIR to where it is"
+            "data_dir or DFL_DATA_DIR to the folder that has it"
         ) from error
 
 
 def pack(arrays: Arrays, folder: Path) -> None:
-    """Write the arrays beside the folder and rename them into it. Raises `UserError` for arrays that break the rules."""
+    """Write the arrays beside the folder and rename them into it. Raises `UserError`, as `check` or for the disk."""
     check(arrays, folder)
+    temporary = folder.with_name(f".{folder.name}.partial")
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
+            shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
+            temporary.mkdir()
             for part in PARTS:
                 np.save(temporary / f"{part}.npy", getattr(arrays, part))
             (temporary / CLASSES).write_text(json.dumps(arrays.classes))
@@ -114,10 +118,14 @@ def check(arrays: Arrays, folder: Path) -> None:
     for split in ("train", "test"):
         images, labels = getattr(arrays, f"{split}_images"), getattr(arrays, f"{split}_labels")
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
-            raise UserError(f"{folder / split}_images.npy: must be uint8 (N, C, H, W), is {images.dtype} {images.shape}")
+            raise UserError(
+                f"{folder / split}_images.npy: must be uint8 (N, C, H, W), is {images.dtype} {images.shape}"
+            )
         if images.shape[1:] != arrays.train_images.shape[1:]:
             raise UserError(f"{folder / split}_images.npy: of another shape than train_images.npy")
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-            raise UserError(f"{folder / split}_labels.npy: must be {len(images)} integers, is {labels.dtype} {labels.shape}")
+            raise UserError(
+                f"{folder / split}_labels.npy: must be {len(images)} integers, is {labels.dtype} {labels.shape}"
+            )
         if labels.min() < 0 or labels.max() >= len(arrays.classes):
             raise UserError(f"{folder / split}_labels.npy: labels must be 0 to {len(arrays.classes) - 1}")

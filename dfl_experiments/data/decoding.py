@@ -26,13 +26,14 @@ class Tree:
     read: Callable[[str], bytes]
 
 
-def folder_tree(root: Path) -> Tree:
-    """The files of a folder; what begins with a dot is left out."""
+def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
+    """The files of a folder, or of some folders inside it; what begins with a dot is left out."""
     names = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inner = Path(folder).relative_to(root)
-        names += [(inner / name).as_posix() for name in files if not name.startswith(".")]
+    for start in inside:
+        for folder, folders, files in os.walk(root / start, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            place = Path(folder).relative_to(root)
+            names += [(place / name).as_posix() for name in files if not name.startswith(".")]
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
 

@@ -38,7 +38,7 @@ def _angle(shear: float) -> float:
 
 
 def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
-    """The strength of an operation at one of the `BINS`, without its sign: radians' tangent, pixels, degrees, factor."""
+    """The strength of an operation at one of the `BINS`, without its sign: a slope, pixels, degrees, a factor, …"""
     if operation == "Posterize":
         return float(8 - round(bin_ / ((BINS - 1) / 4)))
     if operation == "Solarize":
@@ -51,7 +51,7 @@ def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
 
 @lru_cache(maxsize=256)
 def _origins(operation: str, value: float, height: int, width: int, device: torch.device) -> Tensor:
-    """Where each pixel of the result comes from: 1 + its place in the flat image, 0 outside.  (height * width,) int64."""
+    """Where each pixel comes from: 1 + the place in the flat image, 0 outside.  (height * width,) int64."""
     places = torch.arange(1.0, height * width + 1).reshape(1, 1, height, width)
     return GEOMETRY[operation](places, value).flatten().long().to(device, non_blocking=True)
 
@@ -91,7 +91,7 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
-    """factor * image + (1 - factor) * blurred, blurred by [1 1 1; 1 5 1; 1 1 1] / 13 inside the border.  (N, C, H, W)."""
+    """factor * image + (1 - factor) * its blur by [1 1 1; 1 5 1; 1 1 1] / 13 inside the border.  (N, C, H, W)."""
     if min(images.shape[-2:]) <= 2:
         return images
     # Sums of whole numbers: they do not depend on the order, and a thirteenth of one is never halfway between two.

@@ -87,7 +87,9 @@ class Digits(Source):
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
         labels = digits.target.astype(np.int64)
         train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-        return Arrays(images[train], labels[train], images[test], labels[test], [str(name) for name in digits.target_names])
+        return Arrays(
+            images[train], labels[train], images[test], labels[test], [str(name) for name in digits.target_names]
+        )
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Nowhere: it is part of scikit-learn."""
@@ -107,8 +109,9 @@ class Mnist(Source):
 
         with quiet_download():
             train, test = (MNIST(data_dir, train=train, download=download) for train in (True, False))
-        parts = [part for split in (train, test) for part in (split.data[:, None].numpy(), split.targets.numpy())]
-        return Arrays(*parts, classes=[str(digit) for digit in range(10)])
+        images = [split.data[:, None].numpy() for split in (train, test)]
+        labels = [split.targets.numpy() for split in (train, test)]
+        return Arrays(images[0], labels[0], images[1], labels[1], [str(digit) for digit in range(10)])
 
     def locations(self, data_dir: Path) -> list[Path]:
         """torchvision's folder."""
@@ -128,12 +131,14 @@ class Cifar(Source):
         dataset = {10: CIFAR10, 100: CIFAR100}[self.classes]
         with quiet_download():
             train, test = (dataset(data_dir, train=train, download=download) for train in (True, False))
-        parts = [
-            part for split in (train, test) for part in (split.data.transpose(0, 3, 1, 2), np.array(split.targets, np.int64))
-        ]
-        return Arrays(*parts, classes=list(train.classes))
+        images = [split.data.transpose(0, 3, 1, 2) for split in (train, test)]
+        labels = [np.array(split.targets, np.int64) for split in (train, test)]
+        return Arrays(images[0], labels[0], images[1], labels[1], list(train.classes))
 
     def locations(self, data_dir: Path) -> list[Path]:
         """torchvision's folder, or the archive that it unpacks."""
-        names = {10: ("cifar-10-batches-py", "cifar-10-python.tar.gz"), 100: ("cifar-100-python", "cifar-100-python.tar.gz")}
+        names = {
+            10: ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+            100: ("cifar-100-python", "cifar-100-python.tar.gz"),
+        }
         return [data_dir / name for name in names[self.classes]]

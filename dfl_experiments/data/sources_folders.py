@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from dfl_experiments.config import Count, UserError
 from dfl_experiments.data.decoding import Tree, decode, folder_tree, zip_tree
 from dfl_experiments.data.sources import Arrays, Source, quiet_download
 
+SPLITS = ("train", "test", "val")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -59,27 +61,34 @@ class TinyImageNet(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """100,000 and 10,000 images of 3x64x64 where the data set is complete. Raises `UserError` for missing parts."""
         with self.tree(data_dir, download) as tree:
-            for name in ("wnids.txt", "val/val_annotations.txt"):
-                if name not in tree.names and name != "wnids.txt":
-                    raise UserError(f"{tree.label}: {name} is missing")
-            train = [(name, name.split("/")[1]) for name in tree.names if re.fullmatch(r"train/\w+/images/.*\.JPEG", name)]
-            listed = tree.read("wnids.txt").decode().split() if "wnids.txt" in tree.names else []
-            wnids = listed or sorted({wnid for _, wnid in train})
-            rows = [line.split("\t")[:2] for line in tree.read("val/val_annotations.txt").decode().splitlines() if line]
-            test = sorted((f"val/images/{file}", wnid) for file, wnid in rows)
-            absent = sorted({name for name, _ in test} - set(tree.names))
-            if absent:
-                raise UserError(f"{tree.label}: {absent[0]} is missing, {len(absent)} such files in all")
-            unknown = {wnid for _, wnid in train + test} ^ set(wnids)
-            if not train or not test or unknown:
-                raise UserError(f"{tree.label}: images and wnids.txt do not agree on {', '.join(sorted(unknown)[:3]) or 'any'}")
+            train, test, wnids = self.listing(tree)
             images = decode(tree, [name for name, _ in train + test], channels=3)
             words = tree.read("words.txt").decode() if "words.txt" in tree.names else ""
-        labels = np.array([wnids.index(wnid) for _, wnid in train + test], np.int64)
+        number = {wnid: label for label, wnid in enumerate(wnids)}
+        labels = np.array([number[wnid] for _, wnid in train + test], np.int64)
         first_word = {wnid: line.split(",")[0] for wnid, _, line in (row.partition("\t") for row in words.splitlines())}
         classes = [f"{wnid} {first_word.get(wnid, '')}".strip() for wnid in wnids]
         n = len(train)
         return Arrays(images[:n], labels[:n], images[n:], labels[n:], classes)
+
+    def listing(self, tree: Tree) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
+        """(file, class) of the training and of the test images, and the classes in the order of `wnids.txt`."""
+        names = set(tree.names)
+        if "val/val_annotations.txt" not in names:
+            raise UserError(f"{tree.label}: val/val_annotations.txt is missing")
+        train = [(name, name.split("/")[1]) for name in tree.names if re.fullmatch(r"train/\w+/images/.*\.JPEG", name)]
+        rows = [line.split("\t") for line in tree.read("val/val_annotations.txt").decode().splitlines() if "\t" in line]
+        test = sorted((f"val/images/{row[0]}", row[1]) for row in rows)
+        absent = sorted({name for name, _ in test} - names)
+        if not train or not test or absent:
+            missing = absent[0] if absent else f"{'val' if train else 'train'} images"
+            raise UserError(f"{tree.label}: incomplete, {missing} is not there")
+        present = {wnid for _, wnid in train}
+        wnids = tree.read("wnids.txt").decode().split() if "wnids.txt" in names else sorted(present)
+        differing = sorted((present | {wnid for _, wnid in test}) ^ set(wnids))
+        if differing:
+            raise UserError(f"{tree.label}: the images and wnids.txt do not agree on class {differing[0]}")
+        return train, test, wnids
 
 
 class Folder(Source):
@@ -106,13 +115,15 @@ class Folder(Source):
         for file in self.tree().names:
             status = os.stat(self.path / file)
             listing.append(f"{file} {status.st_size} {status.st_mtime_ns}")
-        return f"{name}-{hashlib.sha256('\0'.join(listing).encode()).hexdigest()[:12]}"
+        digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+        return f"{name}-{digest[:12]}"
 
     def tree(self) -> Tree:
-        """The files below the folder. Raises `UserError` where it is none."""
+        """The image files of the splits. Raises `UserError` where the folder does not exist."""
         if not self.path.is_dir():
             raise UserError(f"dataset.source.path={self.path}: no such folder")
-        return folder_tree(self.path)
+        files = folder_tree(self.path, SPLITS)
+        return replace(files, names=[name for name in files.names if name.lower().endswith(SUFFIXES)])
 
     def classes(self, split: str) -> list[str]:
         """The class folders of a split."""
@@ -121,27 +132,28 @@ class Folder(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Raises `UserError` for a missing split, classes that differ between splits, and classes without images."""
         tree = self.tree()
-        here = [split for split in ("train", "test", "val") if (self.path / split).is_dir()]
+        here = [split for split in SPLITS if (self.path / split).is_dir()]
         if len(here) < 2 or here[0] != "train":
             raise UserError(f"{self.path}: needs train/ and test/ (or val/) with a folder for each class in them")
         classes = self.classes("train")
         differing = sorted(set(classes) ^ set(self.classes(here[1])))
-        if differing:
-            raise UserError(f"{self.path}: class {differing[0]} is not in both {here[0]}/ and {here[1]}/")
-        files: list[str] = []
-        labels: list[int] = []
-        ends = []
-        for split in here[:2]:
-            for label, name in enumerate(classes):
-                inside = f"{split}/{name}/"
-                found = [file for file in tree.names if file.startswith(inside) and file.lower().endswith(SUFFIXES)]
-                if not found:
-                    raise UserError(f"{self.path}/{inside}: no images ({' '.join(SUFFIXES)})")
-                files += found
-                labels += [label] * len(found)
-            ends.append(len(files))
-        if not classes:
-            raise UserError(f"{self.path}/{here[0]}: no class folders")
-        images = decode(tree, files, self.channels, self.size)
-        targets, n = np.array(labels, np.int64), ends[0]
-        return Arrays(images[:n], targets[:n], images[n:], targets[n:], classes)
+        if differing or not classes:
+            what = (
+                f"class {differing[0]} is not in both train/ and {here[1]}/"
+                if differing
+                else "no class folders in train/"
+            )
+            raise UserError(f"{self.path}: {what}")
+        found = {split: [self.images(tree, split, name) for name in classes] for split in here[:2]}
+        files = [file for groups in found.values() for group in groups for file in group]
+        labels = [np.repeat(np.arange(len(classes)), [len(group) for group in groups]) for groups in found.values()]
+        images, n = decode(tree, files, self.channels, self.size), len(labels[0])
+        return Arrays(images[:n], labels[0], images[n:], labels[1], classes)
+
+    def images(self, tree: Tree, split: str, name: str) -> list[str]:
+        """A class's files in a split. Raises `UserError` where there is none."""
+        inside = f"{split}/{name}/"
+        found = [file for file in tree.names if file.startswith(inside)]
+        if not found:
+            raise UserError(f"{self.path}/{inside}: no images ({' '.join(SUFFIXES)})")
+        return found
