@@ -1,6 +1,7 @@
 """What a person sees while a run trains: a bar on a terminal, a line now and then elsewhere."""
 
 import logging
+import math
 import sys
 import time
 
@@ -46,8 +47,9 @@ class Progress:
         self._last_look = now
         if self.peek:
             self.shown["loss"] = f"{loss.item():.4f}"
-            if alignment is not None and len(alignment):
-                self.shown["cosine/1"] = f"{alignment[0, 0].item():.3f}"
+            cosine = math.nan if alignment is None else alignment[0, 0].item()
+            if not math.isnan(cosine):
+                self.shown["cosine/1"] = f"{cosine:.3f}"
         self.shown["samples/s"] = f"{self._samples / (now - self._start):.0f}"
         if self._bar is not None:
             self._bar.set_postfix(self.shown)
@@ -60,7 +62,7 @@ class Progress:
             self._bar.close()
             self._bar = None
         self.shown = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.4f}"}
-        if cosine is not None:
+        if cosine is not None and not math.isnan(cosine):
             self.shown["cosine/1"] = f"{cosine:.3f}"
         self.shown["samples/s"] = f"{self._samples / seconds:.0f}"
         is_due = time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES

@@ -1,6 +1,7 @@
 """All epochs of a run, its records, and how it ends."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,7 @@ def summarise(result: dict[str, Any], run_dir: Path) -> None:
         log.info("  alignment with BP, mean cosine of the last epoch")
     for layer, cosine in result["cosine"].items():
         exact = layer in result["cosine_by_construction"]
-        log.info("    layer %s   %.3f%s", layer, cosine, " (BP's own signal, by construction)" if exact else "")
+        value = "no signal" if math.isnan(cosine) else f"{cosine:.3f}"
+        log.info("    layer %s   %s%s", layer, value, " (BP's own signal, by construction)" if exact else "")
     log.info("  %.0f samples/s, %.1f s of training", result["samples_per_second"], result["seconds"])
     log.info("  run directory   %s", run_dir)

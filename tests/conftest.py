@@ -17,6 +17,8 @@ from dfl_experiments.methods import Method
 from dfl_experiments.settings import register_resolvers
 
 register_resolvers()
+# the networks are tiny: threads would only wait for one another
+torch.set_num_threads(1)
 CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
 
 
@@ -76,9 +78,12 @@ class Tiny:
 
 
 @pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The folder of real data sets; without it the test is skipped, saying so."""
+def data_dir(tmp_path_factory) -> Path:
+    """Links to the real data sets, in a folder of their own to be packed in; skips, saying so, without any."""
     folder = os.environ.get("DFL_DATA_DIR")
     if not folder:
         pytest.skip("DFL_DATA_DIR names no folder of real data sets")
-    return Path(folder)
+    links = tmp_path_factory.mktemp("data")
+    for item in Path(folder).iterdir():
+        (links / item.name).symlink_to(item.resolve())
+    return links

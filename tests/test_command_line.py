@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -115,18 +116,15 @@ def test_wandb_mirrors_the_local_files(default_run):
 
 def test_a_crashed_job_s_run_ends_as_failed_and_the_next_one_is_another(tmp_path):
     config = {key: {"name": key} for key in ("method", "model", "dataset", "augmentation", "protocol")}
-    ends = []
+    columns, ends = ["iteration", "loss"], []
     for name in ("crashed", "fine"):
         folder = tmp_path / name
         folder.mkdir()
-        tracking = Tracking("offline", "test", None, [])
-        try:
-            with track(tracking, folder, config, ["iteration", "loss"], "sweep") as tracker:
-                tracker.log([{"iteration": 1, "loss": 0.5}])
-                if name == "crashed":
-                    raise RuntimeError(name)
-        except RuntimeError as error:
-            assert str(error) == "crashed"
+        expectation = pytest.raises(RuntimeError) if name == "crashed" else nullcontext()
+        with expectation, track(Tracking("offline", "test", None, []), folder, config, columns, "sweep") as tracker:
+            tracker.log([{"iteration": 1, "loss": 0.5}])
+            if name == "crashed":
+                raise RuntimeError
         found = records(folder)
         assert found["run"][0]["run_group"] == "sweep"
         ends.append((found["run"][0]["run_id"], found["exit"][0].get("exit_code")))

@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -324,21 +325,47 @@ def test_interrupted_pack_leaves_nothing_to_be_used(tmp_path, monkeypatch):
     assert len(load("mnist", Mnist(), tmp_path).train_labels) == 12
 
 
+def test_interrupted_renames_leave_nothing_to_be_used(tmp_path, monkeypatch):
+    write_mnist(tmp_path)
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for name in ("classes.json", *(f"{part}.npy" for part in PARTS[1:])):
+        (folder / name).write_text("an older pack's")
+    rename = Path.replace
+
+    def interrupt(path, target):
+        if path.stem != PARTS[0]:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load("mnist", Mnist(), tmp_path)
+    assert (folder / "train_images.npy").exists()
+    assert not is_packed(folder)
+
+
 def test_two_processes_at_once(folder, tmp_path):
-    for index in range(200):
-        write_image(folder / "train" / "cats" / f"more{index}.png", index)
     code = (
         "import sys, logging; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
         "from dfl_experiments.data.datasets import load; from dfl_experiments.data.sources_folders import Folder\n"
-        "print(load('folder', Folder(sys.argv[1]), Path(sys.argv[2])).train_images.sum())"
+        "source = Folder(sys.argv[1]); print('ready', flush=True)\n"
+        "print(load('folder', source, Path(sys.argv[2])).train_images.sum())"
     )
-    arguments = [sys.executable, "-c", code, str(folder), str(tmp_path / "data")]
+    data_dir = tmp_path / "data"
+    arguments = [sys.executable, "-c", code, str(folder), str(data_dir)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    results = [process.communicate() for process in [subprocess.Popen(arguments, **pipes) for _ in range(3)]]
-    assert len({out for out, _ in results}) == 1
+    with datasets.locked(data_dir, Folder(str(folder)).cache_name("folder")):
+        processes = [subprocess.Popen(arguments, **pipes) for _ in range(2)]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # both have found nothing packed, and wait
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert results[0][0] == results[1][0]
     assert sum(err.count("preparing folder") for _, err in results) == 1
-    assert not list((tmp_path / "data").glob("*.partial"))
+    assert not list(data_dir.glob("*.partial"))
 
 
 def test_lock_ends_with_its_context(tmp_path):
@@ -520,8 +547,9 @@ def test_epochs_seeds_and_chunks_differ():
         0,
         CPU,
     )
-    first, second = (x for x, _ in same.epoch(0))
+    first, second, other_epoch = (x for epoch in (0, 1) for x, _ in list(same.epoch(epoch))[: 2 - epoch])
     assert not torch.equal(first, second)
+    assert not torch.equal(first, other_epoch)
 
 
 def test_batches_leave_the_global_random_numbers_alone():

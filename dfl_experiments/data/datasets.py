@@ -43,7 +43,7 @@ def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Ar
 
 
 def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:
-    """The lock, held until its context ends, that one process at a time packs under. Raises `UserError` where it cannot be written."""
+    """The lock to pack under, held until its context ends. Raises `UserError` where it cannot be written."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         return FileLock(data_dir / f".{cache}.lock").acquire()
