@@ -75,6 +75,8 @@ def check_node(node: Node, where: str, given: tuple[str, ...] = ()) -> tuple[Cal
     for key in values:
         if key not in choices:
             raise UserError(f"{where}.{key}: no such option; there are {', '.join(choices) or 'none'}")
+        if values[key] == "???":
+            raise UserError(f"{where}.{key}: missing; set {where}.{key}=…")
     for key in choices:
         if key not in values and parameters[key].default is inspect.Parameter.empty:
             raise UserError(f"{where}.{key}: missing")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfl_experiments.alignment import QUANTITIES
 from dfl_experiments.blocknet import BlockNet
 from dfl_experiments.config import UserError, build
-from dfl_experiments.data.batches import Batches, Normalise, evaluation_batches, resident, split
+from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, resident, split
 from dfl_experiments.data.datasets import load
 from dfl_experiments.learning import Learner
 from dfl_experiments.losses import LOSSES
@@ -60,8 +60,9 @@ class Experiment:
         train = train[: settings.limit]
         normalise = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))
         images, labels = arrays.train_images, arrays.train_labels
-        self.validation = evaluation_batches(*resident(images[held_out], labels[held_out], self.device), normalise)
-        self.test = evaluation_batches(*resident(arrays.test_images, arrays.test_labels, self.device), normalise)
+        device = self.device
+        self.validation = EvaluationBatches(*resident(images[held_out], labels[held_out], device), normalise, device)
+        self.test = EvaluationBatches(*resident(arrays.test_images, arrays.test_labels, device), normalise, device)
         self.batches = Batches(
             *resident(images[train], labels[train], self.device),
             normalise,

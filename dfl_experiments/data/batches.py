@@ -113,16 +113,16 @@ class Batches:
 
 
 class EvaluationBatches:
-    """A set's batches in its own order, normalised; can be gone through again and again."""
+    """A set's batches in its own order, normalised, on the device; can be gone through again and again."""
 
     def __init__(
         self,
         images: Tensor,
         labels: Tensor,
         normalise: Normalise,
-        batch_size: int,
         device: torch.device,
-        dtype: torch.dtype,
+        batch_size: int = 1000,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.images, self.labels, self.normalise = images, labels, normalise
         self.batch_size, self.device, self.dtype = batch_size, device, dtype
@@ -137,15 +137,3 @@ class EvaluationBatches:
             part = slice(start, start + self.batch_size)
             images = self.normalise(moved(self.images[part], self.device))
             yield images.to(self.dtype), moved(self.labels[part], self.device)
-
-
-def evaluation_batches(
-    images: Tensor,
-    labels: Tensor,
-    normalise: Normalise,
-    batch_size: int = 1000,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> EvaluationBatches:
-    """A set's batches in its own order, on the device; where none is named, where the images are."""
-    return EvaluationBatches(images, labels, normalise, batch_size, device or images.device, dtype)

@@ -22,10 +22,15 @@ from dfl_experiments.blocknet import Reader
 Pooling = Literal["average", "max"]
 
 
+def output_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """H', how many positions a convolution has along an axis of length `size`."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def window_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """S: (kernel, size), how often position r is read through kernel element u over all output positions."""
-    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    positions = torch.arange(outputs)[None, :] * stride + torch.arange(kernel)[:, None] * dilation - padding
+    """S: (kernel, size), 1 where some output position reads position r through kernel element u, 0 elsewhere."""
+    outputs = torch.arange(output_positions(size, kernel, stride, padding, dilation))
+    positions = outputs[None, :] * stride + torch.arange(kernel)[:, None] * dilation - padding
     return (positions[:, :, None] == torch.arange(size)).sum(1)
 
 
@@ -50,14 +55,11 @@ class LocalModule(nn.Module):
         else:
             channels, height, width = self.shape
             geometry = _geometry(reader)
-            self.stride, self.padding, self.dilation = geometry[1], geometry[2], geometry[3]
-            per_axis = [list(axis) for axis in zip(*geometry, strict=True)]
-            for name, size, axis in zip(("rows", "columns"), (height, width), per_axis, strict=True):
-                self.register_buffer(name, window_positions(size, *axis).to(like), persistent=False)
-            self.positions = math.prod(
-                (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-                for size, (kernel, stride, pad, dilation) in zip((height, width), per_axis, strict=True)
-            )
+            _, self.stride, self.padding, self.dilation = geometry
+            rows, columns = ([axis[i] for axis in geometry] for i in (0, 1))
+            self.register_buffer("rows", window_positions(height, *rows).to(like), persistent=False)
+            self.register_buffer("columns", window_positions(width, *columns).to(like), persistent=False)
+            self.positions = output_positions(height, *rows) * output_positions(width, *columns)
             weight = torch.empty(num_classes, channels, *geometry[0])
         self.weight = nn.Parameter(weight.to(like))
 
