@@ -25,26 +25,37 @@ def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
     return deltas[:0:-1]
 
 
-def compare(delta: Tensor | None, reference: Tensor, scale: Tensor) -> Tensor:
+def _scaled(signal: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample's signal, (N, d), over its own largest magnitude, and that magnitude, (N,); zero stays zero.
+
+    A confidently classified sample's signal may be 1e-25, or 1e+24 times smaller than its neighbour's: unscaled, the
+    squares of float32 numbers would underflow.
+    """
+    largest = torch.linalg.vector_norm(signal, torch.inf, dim=1)
+    return signal / torch.where(largest == 0, 1.0, largest)[:, None], largest
+
+
+def compare(delta: Tensor | None, reference: Tensor) -> Tensor:
     """The `QUANTITIES` of one layer, (5,): cosines, Frobenius norms of both signals, and samples left out.
 
-    delta: the signal a method applied, None if it sent none; reference: BP's; scale: (N, 1), see `measure`.
+    delta: the signal a method applied, None if it sent none; reference: BP's. Both (N, …).
     cosine_sample = mean over samples n of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖), where samples with a signal of exactly zero on
     either side are left out and counted; NaN if none is left. cosine_batch = ⟨δ, r⟩ / (‖δ‖ ‖r‖) over all N·d numbers.
     """
     reference = reference.detach().flatten(1)
     delta = torch.zeros_like(reference) if delta is None else delta.detach().flatten(1)
-    d, r = (delta / scale)[:, None], (reference / scale)[:, None]
-    dot, dd, rr = ((u @ v.mT).flatten() for u, v in ((d, r), (d, d), (r, r)))
-    present = (dd > 0) & (rr > 0)
+    (d, d_size), (r, r_size) = _scaled(delta), _scaled(reference)
+    dot, dd, rr = ((u[:, None] @ v[:, :, None]).flatten() for u, v in ((d, r), (d, d), (r, r)))
+    present = (d_size != 0) & (r_size != 0)
     cosine = torch.where(present, dot / (dd.sqrt() * rr.sqrt()), 0.0)
-    weight = scale.flatten().square()
-    dot_batch, dd_batch, rr_batch = (dot * weight).sum(), (dd * weight).sum(), (rr * weight).sum()
+    d_top, r_top = d_size.amax(), r_size.amax()
+    d_part, r_part = d_size / torch.where(d_top == 0, 1.0, d_top), r_size / torch.where(r_top == 0, 1.0, r_top)
+    d_norm, r_norm = (dd * d_part.square()).sum().sqrt(), (rr * r_part.square()).sum().sqrt()
     return torch.stack([
         cosine.sum() / present.sum(),
-        dot_batch / (dd_batch.sqrt() * rr_batch.sqrt()),
-        dd_batch.sqrt(),
-        rr_batch.sqrt(),
+        (dot * d_part * r_part).sum() / (d_norm * r_norm),
+        d_norm * d_top,
+        r_norm * r_top,
         (~present).sum().to(dot),
     ])  # fmt: skip
 
@@ -56,7 +67,4 @@ def measure(trace: Trace, applied: Sequence[Tensor | None], error: Tensor) -> Te
     Where nothing was cut, what autograd applied is BP's own signal, and there is nothing to compute a second time.
     """
     references = backprop_deltas(trace, error) if trace.cuts else [d for d in applied if d is not None]
-    # every signal of a sample is proportional to its error: dividing by it keeps squares of tiny signals from underflow
-    scale = error.abs().amax(1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return torch.stack([compare(d, r, scale) for d, r in zip(applied, references, strict=True)])
+    return torch.stack([compare(d, r) for d, r in zip(applied, references, strict=True)])

@@ -95,6 +95,16 @@ class BlockNet(nn.Module):
         module = self.head if i == self.depth - 1 else self.blocks[i]
         return [layer for layer in module.modules() if isinstance(layer, Reader)]
 
+    def normalised_planes(self) -> list[int]:
+        """How many pixels each batch normalisation sees per image and channel."""
+        planes: list[int] = []
+        layers = [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)]
+        hooks = [layer.register_forward_pre_hook(lambda _, x: planes.append(x[0][0, 0].numel())) for layer in layers]
+        self.output_shapes()
+        for hook in hooks:
+            hook.remove()
+        return planes
+
     @torch.no_grad()
     def output_shapes(self) -> list[torch.Size]:
         """The shape of one sample's h_1 … h_{L-1}, from a forward pass that leaves the net as it was."""
@@ -123,7 +133,9 @@ class BlockNet(nn.Module):
                 read: tuple[Tensor, ...] = (h,)
                 if i in cuts:
                     detached = h.detach().requires_grad_(keep)
-                    read = (detached, h) if getattr(module, "leak", False) else (detached,)
+                    # a block that learns nothing receives nothing, through a leak neither
+                    leaks = i > frozen and getattr(module, "leak", False)
+                    read = (detached, h) if leaks else (detached,)
                 inputs.append(read)
                 if module is self.head:
                     break

@@ -42,9 +42,12 @@ def locate(target: str) -> Callable[..., Any]:
     if not module.startswith("dfl_experiments"):
         raise UserError(f"_target_={target}: only names of dfl_experiments are accepted")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"_target_={target}: there is no such class or function") from error
+    if not callable(found) or inspect.isabstract(found):
+        raise UserError(f"_target_={target}: is nothing that can be built")
+    return found
 
 
 def _message(where: str, error: ValidationError) -> str:
@@ -68,6 +71,8 @@ def check_node(node: Node, where: str, given: tuple[str, ...] = ()) -> tuple[Cal
     bookkeeping (`name`) are left out. Raises `UserError` for an unknown or missing key and for a wrong type or range.
     """
     values = {str(key): value for key, value in plain(node).items() if key not in ("_target_", "name")}
+    if "_target_" not in plain(node):
+        raise UserError(f"{where}._target_: missing")
     target = locate(plain(node)["_target_"])
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)

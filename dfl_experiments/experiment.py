@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfl_experiments.alignment import QUANTITIES
 from dfl_experiments.blocknet import BlockNet
@@ -32,7 +32,10 @@ def resolve_device(name: str) -> torch.device:
     name = "cuda:0" if name == "cuda" else name
     if name not in here:
         raise UserError(f"device={name}: not on this machine; there are {', '.join(here)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def clean_random_state(seed: int, deterministic: bool) -> None:
@@ -81,13 +84,17 @@ class Experiment:
         self.learner = Learner(net.to(self.device), method.to(self.device), loss, self.schedule)
 
     def check_batches(self, net: BlockNet) -> None:
-        """Raise `UserError` where batch normalisation would meet a batch of one image."""
-        single = self.train_size % self.settings.batch_size == 1 or self.settings.batch_size == 1
-        if single and any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
-            raise UserError(
-                f"batch_size={self.settings.batch_size}: with {self.train_size} training images the last batch holds "
-                "one, which batch normalisation cannot work with; choose another batch_size or limit"
-            )
+        """Raise `UserError` where batch normalisation would have a single number per channel to normalise."""
+        size, smallest = (
+            self.settings.batch_size,
+            self.train_size % self.settings.batch_size or self.settings.batch_size,
+        )
+        if smallest > 1 or all(plane > 1 for plane in net.normalised_planes()):
+            return
+        raise UserError(
+            f"batch_size={size}: of {self.train_size} training images the last batch holds one, which batch "
+            "normalisation cannot work with on planes of one pixel; choose another batch_size or limit"
+        )
 
     def train_epoch(self, epoch: int, progress: Progress) -> tuple[Tensor, Tensor, float]:
         """One pass over the training images, without a look at the device's values before its end.
@@ -118,12 +125,13 @@ class Experiment:
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Mean loss and accuracy over a set of images."""
         net, loss = self.learner.net.eval(), self.learner.loss
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = []
         count = 0
         for x, target in batches:
             logits = net(x)
             value, _ = loss.value_and_error(logits, target)
-            total += torch.stack([value * len(target), (logits.argmax(1) == target).sum()])
+            sums.append(torch.stack([value * len(target), (logits.argmax(1) == target).sum()]))
             count += len(target)
-        summed, correct = total.tolist()
+        # summed on the CPU: not every device has float64
+        summed, correct = torch.stack(sums).cpu().double().sum(0).tolist()
         return summed / count, correct / count

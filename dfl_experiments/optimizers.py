@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dfl_experiments.config import Fraction, NonNegative, Positive
+from dfl_experiments.config import Fraction, NonNegative, Positive, UserError
 
 PAPER_MILESTONES = (0.5, 0.75, 0.89, 0.94)
 
@@ -50,6 +50,10 @@ class SGD(Optimizer):
 
     momentum: Fraction = 0.0
     nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise UserError("optimizer.nesterov=True: needs optimizer.momentum above zero")
 
     def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(

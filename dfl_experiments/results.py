@@ -99,7 +99,7 @@ def git_commit() -> str | None:
     if not (here.parent / ".git").exists():
         return None
     try:
-        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(here), str(here.parent / "conf")])
         commit, changes = (
             subprocess.run(["git", "-C", str(here), *c], capture_output=True, text=True, check=True, timeout=10).stdout
             for c in commands

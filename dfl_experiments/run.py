@@ -32,6 +32,7 @@ from dfl_experiments.tracking import Tracker, track
 
 log = logging.getLogger(__name__)
 
+HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}
 UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 5, 1.15
 
 
@@ -53,67 +54,85 @@ def iteration_rows(values: Tensor, epoch: int) -> list[dict[str, float | int | N
 
 
 def per_layer(values: Tensor, quantity: str, reduce: Any) -> dict[str, float]:
-    """One quantity of every layer over an epoch's iterations, by layer number; those not measured are left out."""
-    columns = values[:, 1:].unflatten(1, (-1, len(QUANTITIES)))[:, :, QUANTITIES.index(quantity)]
-    return {str(i): float(reduce(column[~column.isnan()])) for i, column in enumerate(columns.T, start=1)}
+    """One quantity of every layer over an epoch's measured iterations, by layer number; empty if there is none.
+
+    Values that are not a number, because a signal was zero for the whole batch, are left out; NaN if all are.
+    """
+    quantities = values[:, 1:].unflatten(1, (-1, len(QUANTITIES)))
+    measured = quantities[~quantities[:, :, QUANTITIES.index("zeros")].isnan().any(1)]
+    if not len(measured):
+        return {}
+    columns = measured[:, :, QUANTITIES.index(quantity)].T
+    return {str(i): float(reduce(column[~column.isnan()])) for i, column in enumerate(columns, start=1)}
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """Status and one-line reason of a run that an exception ended."""
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    return {"status": status, "reason": " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")}
 
 
 def run(cfg: DictConfig, settings: Settings, run_dir: Path, group: str | None) -> float | None:
     """Train as configured, writing the run directory, and return the accuracy that the protocol reports.
 
-    A run that raises leaves a `result.json` with status "failed" (or "interrupted") and the reason.
+    A run that raises leaves a `result.json` with status "failed" (or "interrupted"), the reason, and what was known.
     """
     config = plain(cfg)
     names = {key: config[key]["name"] for key in ("dataset", "augmentation", "model", "method", "protocol")}
     result: dict[str, Any] = {
-        "status": "failed", "reason": None, **names, "seed": settings.seed, "epochs": settings.epochs,
+        "status": "failed", "reason": None, **names, "seed": settings.seed, "epochs": 0, "versions": versions(),
+        "git_commit": git_commit(), "config": config,
     }  # fmt: skip
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("result.json", "last.pt"):  # of an earlier run in this directory, whose end they would claim
+        (run_dir / name).unlink(missing_ok=True)
     write_config(run_dir, cfg)
     try:
         experiment = Experiment(cfg, settings)
-        columns = iteration_columns(experiment.learner.net.depth - 1)
-        with track(settings.tracking, run_dir, config, columns, group) as tracker:
-            epochs_of(experiment, run_dir, tracker, result, config["protocol"]["accuracy"])
-            result |= {
-                "parameters": sum(p.numel() for p in experiment.learner.net.parameters()),
-                "device": device_name(experiment.device),
-                "versions": versions(),
-                "git_commit": git_commit(),
-                "config": config,
-            }
-            tracker.summarise(result)
+        net, cuts = experiment.learner.net, experiment.learner.method.cuts
+        result |= {
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "device": device_name(experiment.device),
+            "cosine_by_construction": [str(i) for i in range(max(cuts, default=0) + 1, net.depth)],
+        }
+        with track(settings.tracking, run_dir, config, iteration_columns(net.depth - 1), group) as tracker:
+            try:
+                train(experiment, run_dir, tracker, result)
+            except BaseException as error:
+                result |= failure(error)
+                raise
+            finally:
+                tracker.summarise(result)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        result |= {"status": "interrupted" if interrupted else "failed", "reason": reason, "config": config}
-        write_result(run_dir, result)
+        result |= failure(error)
         raise
-    write_result(run_dir, result)
+    finally:
+        write_result(run_dir, result)
     summarise(result, run_dir)
     return result["accuracy"]
 
 
-def epochs_of(experiment: Experiment, run_dir: Path, tracker: Tracker, result: dict[str, Any], headline: str) -> None:
-    """All epochs, each one's rows written as it ends, and the outcome added to the result."""
+def train(experiment: Experiment, run_dir: Path, tracker: Tracker, result: dict[str, Any]) -> None:
+    """All epochs; each one's rows are written, and the result brought up to date, as it ends."""
     settings, learner = experiment.settings, experiment.learner
-    accuracies, seconds, images = Accuracies(), 0.0, 0
+    accuracies, seconds = Accuracies(), 0.0
     initial = experiment.evaluate(experiment.test)[1] if settings.stop_untrainable else 0.0
     progress = Progress(settings.epochs, len(experiment.batches), peek=experiment.device.type == "cpu")
+    sizes = torch.full((len(experiment.batches),), float(settings.batch_size))
+    sizes[-1] = experiment.train_size - settings.batch_size * (len(sizes) - 1)
     saved = time.perf_counter()
-    result |= {"status": "finished", "reason": None}
     with (
         Table(run_dir / "iterations.csv", iteration_columns(learner.net.depth - 1)) as iterations,
         Table(run_dir / "epochs.csv", EPOCH_COLUMNS) as table,
     ):
         for epoch in range(1, settings.epochs + 1):
             values, correct, duration = experiment.train_epoch(epoch, progress)
-            seconds, images = seconds + duration, images + experiment.train_size
             validation = experiment.evaluate(experiment.validation)[1] if len(experiment.validation) else None
             test_loss, test = experiment.evaluate(experiment.test)
             accuracies.add(validation, test)
+            seconds += duration
             rows = iteration_rows(values, epoch)
-            train_loss = values[:, 0].mean().item()
+            train_loss = (values[:, 0] @ sizes).item() / experiment.train_size
             row: dict[str, float | int | None] = {
                 "epoch": epoch,
                 "lr": experiment.schedule.lr_at(epoch, settings.epochs),
@@ -129,26 +148,25 @@ def epochs_of(experiment: Experiment, run_dir: Path, tracker: Tracker, result: d
             tracker.log(rows)
             tracker.log([row])
             cosine = per_layer(values, "cosine_sample", torch.mean)
+            summary = accuracies.summary()
+            result |= {
+                "epochs": epoch,
+                "accuracy": summary[HEADLINES[settings.protocol.accuracy]],
+                "test_accuracy": summary,
+                "validation_accuracy": validation,
+                "cosine": cosine or result.get("cosine", {}),
+                "zeros": per_layer(values, "zeros", torch.sum) or result.get("zeros", {}),
+                "seconds": seconds,
+                "samples_per_second": epoch * experiment.train_size / seconds,
+            }
             progress.end(train_loss, test, cosine.get("1"), duration)
-            reason = stopped(values, epoch, learner.net, accuracies, initial)
-            if epoch == settings.epochs or reason or time.perf_counter() - saved >= settings.checkpoint.every_seconds:
+            end = stopped(values, epoch, learner.net, accuracies, initial)
+            if epoch == settings.epochs or end or time.perf_counter() - saved >= settings.checkpoint.every_seconds:
                 checkpoint.save(run_dir, checkpoint.state_of(learner, epoch, epoch * len(values), accuracies))
                 saved = time.perf_counter()
-            if reason:
-                result |= reason
+            if end:
                 break
-    summary = accuracies.summary()
-    key = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}[headline]
-    result |= {
-        "accuracy": summary[key],
-        "test_accuracy": summary,
-        "validation_accuracy": accuracies.epochs[-1][0],
-        "cosine": cosine,
-        "cosine_by_construction": [str(i) for i in range(max(learner.method.cuts, default=0) + 1, learner.net.depth)],
-        "zeros": per_layer(values, "zeros", torch.sum),
-        "seconds": seconds,
-        "samples_per_second": images / seconds,
-    }
+    result |= end or {"status": "finished"}
 
 
 def stopped(
@@ -163,7 +181,7 @@ def stopped(
         return {"status": "diverged", "reason": f"a weight is NaN or Inf after iteration {epoch * len(values)}"}
     if epoch >= UNTRAINABLE_EPOCH and accuracies.best_test < UNTRAINABLE_FACTOR * initial:
         best = f"best test accuracy {accuracies.best_test:.4f} < {UNTRAINABLE_FACTOR} × the initial {initial:.4f}"
-        return {"reason": f"stopped after epoch {epoch}: {best}"}
+        return {"status": "stopped", "reason": f"after epoch {epoch}: {best}"}
     return None
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dfl_experiments.config import UserError
 from dfl_experiments.results import EPOCH_COLUMNS, cell
 from dfl_experiments.settings import Tracking
 
@@ -59,18 +60,27 @@ def track(
     import wandb
 
     names = {key: config[key]["name"] for key in ("method", "model", "dataset", "augmentation", "protocol")}
-    with wandb.init(
-        mode=tracking.mode,
-        dir=run_dir,
-        project=tracking.project,
-        entity=tracking.entity,
-        name=run_dir.name,
-        group=group,
-        job_type=names["method"],
-        tags=[*dict.fromkeys([*names.values(), *tracking.tags])],
-        config=dict(config),
-        # without it, a second run in one process would be the first one again if that was not finished
-        reinit="finish_previous",
-        settings=wandb.Settings(console="off", silent=True),
-    ) as run:
+    try:
+        run = wandb.init(
+            mode=tracking.mode,
+            dir=run_dir,
+            project=tracking.project,
+            entity=tracking.entity,
+            name=run_dir.name,
+            group=group,
+            job_type=names["method"],
+            tags=[*dict.fromkeys([*names.values(), *tracking.tags])],
+            config=dict(config),
+            # without it, a second run in one process would be the first one again if that was not finished
+            reinit="finish_previous",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"tracking.mode={tracking.mode}: W&B says: {error}; or train with tracking=offline") from error
+    # not `with run`: that prints the traceback of every exception, an interruption too
+    try:
         yield WandbTracker(run, iteration_columns)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()

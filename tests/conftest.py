@@ -1,5 +1,6 @@
 """Every method × every model that conf/ names, tiny and in float64; and the real data, where there is some."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -41,9 +42,18 @@ def shrink(model: DictConfig) -> DictConfig:
 def dfl_train(folder: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 280):
     """Run `dfl-train` in a folder as a person would, in a process of its own."""
     command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=timeout
-    )
+    # one thread, or two busy cores make a tiny network's threads wait for one another most of the time
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def clean_logging():
+    """Leave logging as it was: a command run in this process sets it up for streams that end with the test."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 class Tiny:

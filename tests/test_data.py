@@ -435,6 +435,7 @@ def run(monkeypatch, *arguments: str) -> None:
     command.main()
 
 
+@pytest.mark.usefixtures("clean_logging")
 def test_list_and_prepare(monkeypatch, capsys, tmp_path):
     write_mnist(tmp_path)
     here = f"data_dir={tmp_path}"
@@ -456,6 +457,7 @@ def test_list_and_prepare(monkeypatch, capsys, tmp_path):
     assert states()["mnist"] == "packed"
 
 
+@pytest.mark.usefixtures("clean_logging")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

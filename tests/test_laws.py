@@ -221,5 +221,30 @@ def test_tiny_signals_keep_their_direction():
         scaled = error * factor
         signals = t.method.signals(trace, scaled, t.target)
         deltas = trace.backward(signals, scaled, t.learner.parameters, keep=True)
-        results.append(measure(trace, deltas, scaled)[:, 0])
+        results.append(measure(trace, deltas, scaled)[:, :2])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["conv3_bn", "resnet18"])
+def test_a_confident_sample_does_not_blank_the_others_behind_batch_norm(model):
+    t = Tiny("las", model)
+    t.net.float()
+    t.method.float()
+    t.x = t.x.float()
+    with torch.no_grad():
+        layer = t.net.readers(t.net.depth - 1)[0]
+        layer.weight *= 300.0
+        logits = t.net(t.x)
+    t.target = logits.argmax(1)
+    t.target[0] = (t.target[0] + 1) % CLASSES
+    trace, deltas, error = t.backward()
+    assert error.abs().amax(1).min() < 1e-12  # confident: in float32, squares of its signals underflow
+    alignment = measure(trace, deltas, error)
+    assert torch.isfinite(alignment).all()
+    assert alignment[:, :2].abs().le(1 + 1e-5).all()
+
+
+def test_shallow_s_frozen_blocks_receive_nothing_through_a_leaking_skip():
+    t = Tiny("shallow", "resnet18", "protocol=authors")
+    alignment = t.learner.step(t.x, t.target, align=True).alignment
+    assert (alignment[: t.method.frozen, 2] == 0).all()

@@ -36,7 +36,8 @@ def split(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Copies as uint8 (N, C, H, W) and int64 (N,), on the device; on the CPU if half a GPU's free memory is less."""
-    copies = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels, dtype=np.int64))
+    # a mapped file is copied, what was picked from one is in memory already
+    copies = torch.from_numpy(np.require(images, requirements=["C", "W"])), torch.from_numpy(labels.astype(np.int64))
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
         return copies
     return copies[0].to(device), copies[1].to(device)

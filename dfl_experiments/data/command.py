@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dfl_experiments.config import CONF_DIR, UserError, build, compose, one_line
+from dfl_experiments.config import CONF_DIR, UserError, build, checked, compose, one_line
 from dfl_experiments.data.datasets import is_packed, load, open_packed
 
 EPILOG = """examples:
@@ -25,15 +25,21 @@ def names() -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / "dataset").glob("*.yaml"))
 
 
+def place(cfg: DictConfig) -> Path:
+    """data_dir. Raises `UserError` if that is no path."""
+    return Path(checked(str, cfg.data_dir, "data_dir")).expanduser()
+
+
 def prepare(overrides: list[str]) -> None:
     """Fetch and pack the data set that `dataset=` names. Raises `UserError`."""
     if not any(override.startswith("dataset=") for override in overrides):
         raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(names())}")
     cfg = compose(overrides)
+    data_dir = place(cfg)
     source = build(cfg.dataset.source, "dataset.source")
-    arrays = load(cfg.dataset.name, source, Path(cfg.data_dir))
+    arrays = load(cfg.dataset.name, source, data_dir)
     cache = source.cache_name(cfg.dataset.name)
-    where = Path(cfg.data_dir).expanduser() / cache if cache else "scikit-learn itself"
+    where = data_dir / cache if cache else "scikit-learn itself"
     shape = "x".join(str(length) for length in arrays.shape)
     print(
         f"{cfg.dataset.name}: {len(arrays.train_labels)} training and {len(arrays.test_labels)} test images of {shape} "
@@ -44,7 +50,7 @@ def prepare(overrides: list[str]) -> None:
 def row(overrides: list[str]) -> tuple[str, ...]:
     """One data set's line of the list: name, state, train, test, shape, classes, place."""
     cfg = compose(overrides)
-    name, data_dir = cfg.dataset.name, Path(cfg.data_dir).expanduser()
+    name, data_dir = cfg.dataset.name, place(cfg)
     unset = sorted(OmegaConf.missing_keys(cfg.dataset))
     if unset:
         return name, "unset", "", "", "", "", f"needs {', '.join(unset)}"

@@ -9,7 +9,7 @@ from dfl_experiments.config import Count, Widths
 from dfl_experiments.models.fc import dense_blocks
 
 
-def batch_norm(channels: int, updates: int) -> nn.BatchNorm2d:
+def normalisation(channels: int, updates: int) -> nn.BatchNorm2d:
     """BN whose running statistics r ← (1-m) r + m s move as if `updates` forward passes had seen the same batch.
 
     n passes over one batch s give r ← (1-m)ⁿ r + (1 - (1-m)ⁿ) s, which is one pass with momentum 1 - (1-m)ⁿ; m = 0.1.
@@ -23,20 +23,21 @@ def conv3(
     channels: Widths,
     widths: list[Count],
     downsampling: Literal["max_pool", "stride"] = "max_pool",
-    batch_norm_updates: Literal[0, 1, 2] = 0,
+    batch_norm: bool = False,
+    batch_norm_updates: Literal[1, 2] = 1,
 ) -> BlockNet:
     """Blocks [conv 5×5, pad 2 (+ BN); ReLU; max-pool 3×3, stride 2, pad 1], then flattened to widths-K.
 
     downsampling: "max_pool" as in the published code, "stride" as in the text (convolution of stride 2, no pooling).
-    batch_norm_updates: 0 for no batch normalisation, otherwise see `batch_norm`.
+    batch_norm_updates: see `normalisation`.
     """
     planes, height, width = input_shape
     pooled = downsampling == "max_pool"
     blocks: list[Block] = []
     for out in channels:
         layers: list[nn.Module] = [nn.Conv2d(planes, out, 5, stride=1 if pooled else 2, padding=2)]
-        if batch_norm_updates:
-            layers.append(batch_norm(out, batch_norm_updates))
+        if batch_norm:
+            layers.append(normalisation(out, batch_norm_updates))
         after: list[nn.Module] = [nn.ReLU()]
         if pooled:
             after.append(nn.MaxPool2d(3, stride=2, padding=1))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from dfl_experiments.blocknet import Block, BlockNet
 from dfl_experiments.config import Count, Widths
-from dfl_experiments.models.conv3 import batch_norm
+from dfl_experiments.models.conv3 import normalisation
 
 
 class Residual(nn.Module):
@@ -17,14 +17,14 @@ class Residual(nn.Module):
         super().__init__()
         self.branch = nn.Sequential(
             nn.Conv2d(planes, out, 3, stride, 1, bias=False),
-            batch_norm(out, updates),
+            normalisation(out, updates),
             nn.ReLU(),
             nn.Conv2d(out, out, 3, 1, 1, bias=False),
-            batch_norm(out, updates),
+            normalisation(out, updates),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or planes != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(planes, out, 1, stride, bias=False), batch_norm(out, updates))
+            self.shortcut = nn.Sequential(nn.Conv2d(planes, out, 1, stride, bias=False), normalisation(out, updates))
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
         """x: what the branch reads; skipped: what the shortcut reads, if not the same tensor. Both (N, C, H, W)."""
@@ -59,7 +59,9 @@ def resnet18(
     skip: whether the shortcut across a boundary is "cut" like the branch, or "leak"s BP's signal past the direct one.
     """
     planes = channels[0]
-    stem = nn.Sequential(nn.Conv2d(input_shape[0], planes, 7, 2, 3, bias=False), batch_norm(planes, batch_norm_updates))
+    stem = nn.Sequential(
+        nn.Conv2d(input_shape[0], planes, 7, 2, 3, bias=False), normalisation(planes, batch_norm_updates)
+    )
     blocks = [Block(stem, nn.ReLU())]
     for index, out in enumerate(channels):
         first = Residual(planes, out, 1 if index == 0 else 2, batch_norm_updates)
