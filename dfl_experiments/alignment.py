@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dfl_experiments.blocknet import Trace
 
+CACHED_NUMBERS = 2**16  # of each signal, as float64 half a megabyte
 QUANTITIES = ("cosine_sample", "cosine_batch", "norm", "norm_bp", "zeros")
 
 
@@ -17,22 +18,32 @@ def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
     no second forward pass, no second update of batch statistics, no `.grad` touched. The trace must have been kept.
     """
     roots = [*trace.preactivations, trace.logits]
+    outputs = [h for h in trace.outputs if h is not None]
     deltas = [error]
-    for i in range(len(trace.outputs), 0, -1):
+    for i in range(len(outputs), 0, -1):
         read = torch.autograd.grad(roots[i], trace.inputs[i], deltas[-1], retain_graph=True)
         signal = read[0] if len(read) == 1 else read[0] + read[1]
-        deltas += torch.autograd.grad(trace.outputs[i - 1], trace.preactivations[i - 1], signal, retain_graph=True)
+        deltas += torch.autograd.grad(outputs[i - 1], trace.preactivations[i - 1], signal, retain_graph=True)
     return deltas[:0:-1]
 
 
-def _scaled(signal: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample's signal, (N, d), over its own largest magnitude, and that magnitude, (N,); zero stays zero.
+def inner_products(delta: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨δ_n, r_n⟩, ‖δ_n‖² and ‖r_n‖² of every sample n, (N,) each, from signals (N, d).
 
-    A confidently classified sample's signal may be 1e-25, or 1e+24 times smaller than its neighbour's: unscaled, the
-    squares of float32 numbers would underflow.
+    In float64: a confidently classified sample's signal may be 1e-25, whose square float32 cannot hold (MPS has no
+    float64 and does with what it has). On a CPU a few samples at a time, whose copies then stay in the cache.
     """
-    largest = torch.linalg.vector_norm(signal, torch.inf, dim=1)
-    return signal / torch.where(largest == 0, 1.0, largest)[:, None], largest
+    dtype = torch.float32 if delta.device.type == "mps" else torch.float64
+    count, numbers = delta.shape
+    rows = max(1, CACHED_NUMBERS // numbers) if delta.device.type == "cpu" else count
+    pair = torch.empty(min(rows, count), 2, numbers, dtype=dtype, device=delta.device)
+    products = []
+    for some_d, some_r in zip(delta.split(rows), reference.split(rows), strict=True):
+        some = pair[: len(some_d)]
+        some[:, 0], some[:, 1] = some_d, some_r
+        products.append(some @ some.mT)
+    gram = torch.cat(products)
+    return gram[:, 0, 1], gram[:, 0, 0], gram[:, 1, 1]
 
 
 def compare(delta: Tensor | None, reference: Tensor) -> Tensor:
@@ -42,22 +53,15 @@ def compare(delta: Tensor | None, reference: Tensor) -> Tensor:
     cosine_sample = mean over samples n of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖), where samples with a signal of exactly zero on
     either side are left out and counted; NaN if none is left. cosine_batch = ⟨δ, r⟩ / (‖δ‖ ‖r‖) over all N·d numbers.
     """
-    reference = reference.detach().flatten(1)
-    delta = torch.zeros_like(reference) if delta is None else delta.detach().flatten(1)
-    (d, d_size), (r, r_size) = _scaled(delta), _scaled(reference)
-    dot, dd, rr = ((u[:, None] @ v[:, :, None]).flatten() for u, v in ((d, r), (d, d), (r, r)))
-    present = (d_size != 0) & (r_size != 0)
+    r = reference.detach().flatten(1)
+    d = torch.zeros_like(r) if delta is None else delta.detach().flatten(1)
+    dot, dd, rr = inner_products(d, r)
+    present = (dd != 0) & (rr != 0)
     cosine = torch.where(present, dot / (dd.sqrt() * rr.sqrt()), 0.0)
-    d_top, r_top = d_size.amax(), r_size.amax()
-    d_part, r_part = d_size / torch.where(d_top == 0, 1.0, d_top), r_size / torch.where(r_top == 0, 1.0, r_top)
-    d_norm, r_norm = (dd * d_part.square()).sum().sqrt(), (rr * r_part.square()).sum().sqrt()
+    d_norm, r_norm = dd.sum().sqrt(), rr.sum().sqrt()
     return torch.stack([
-        cosine.sum() / present.sum(),
-        (dot * d_part * r_part).sum() / (d_norm * r_norm),
-        d_norm * d_top,
-        r_norm * r_top,
-        (~present).sum().to(dot),
-    ])  # fmt: skip
+        cosine.sum() / present.sum(), dot.sum() / (d_norm * r_norm), d_norm, r_norm, (~present).sum().to(dot),
+    ]).to(reference.dtype)  # fmt: skip
 
 
 @torch.no_grad()

@@ -34,18 +34,24 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward pass: what every block read, its pre-activation and its output. Index i-1 holds block i's.
+    """One forward pass. Index i-1 holds what belongs to block i.
 
-    inputs[i-1]: the tensors through which block i depends on h_{i-1}: h_{i-1} itself, or behind a cut a detached leaf
-    (and h_{i-1} beside it where the block leaks). inputs[L-1] is what the head read.
+    outputs[i-1]: h_i where the graph is cut behind it, None elsewhere, so that its memory is free once it is read.
+    Only if the trace was kept, all of the outputs, and: preactivations[i-1]: a_i; inputs[i-1]: the tensors through
+    which block i depends on h_{i-1}, that is h_{i-1} itself, or behind a cut a detached leaf (and h_{i-1} beside it
+    where the block leaks); inputs[L-1] is what the head read.
     """
 
-    x: Tensor
-    inputs: Sequence[tuple[Tensor, ...]]
-    preactivations: Sequence[Tensor]
-    outputs: Sequence[Tensor]
     logits: Tensor
     cuts: frozenset[int]
+    outputs: Sequence[Tensor | None]
+    preactivations: Sequence[Tensor] = ()
+    inputs: Sequence[tuple[Tensor, ...]] = ()
+
+    @property
+    def cut_outputs(self) -> list[Tensor]:
+        """h_i of every cut, from the lowest up."""
+        return [h for i, h in enumerate(self.outputs, start=1) if i in self.cuts and h is not None]
 
     def backward(
         self,
@@ -56,11 +62,11 @@ class Trace:
     ) -> list[Tensor | None]:
         """Start autograd from every error signal at once: inside each block, across no cut.
 
-        signals: gradient at h_1 … h_{L-1}, None where a method sends none; error: e = ∂ℒ/∂a_L, (N, K). Sets `.grad` of
+        signals: gradient at h_1 … h_{L-1}, None except at cuts; error: e = ∂ℒ/∂a_L, (N, K). Sets `.grad` of
         `parameters`, and computes no gradient of a block's input where nobody reads it. With `keep`, the graph stays
         for a reader and the applied δ_1 … δ_{L-1} are returned, None where no signal came; without, nothing is.
         """
-        roots = [(h, s) for h, s in zip(self.outputs, signals, strict=True) if s is not None]
+        roots = [(h, s) for h, s in zip(self.outputs, signals, strict=True) if s is not None and h is not None]
         outputs, gradients = zip(*roots, (self.logits, error), strict=True)
         read = [a for a in self.preactivations if a.requires_grad] if keep else []
         # not `backward(inputs=…)`: that leaves hooks on every a_i, which later readers of the graph would set off
@@ -110,9 +116,9 @@ class BlockNet(nn.Module):
         """The shape of one sample's h_1 … h_{L-1}, from a forward pass that leaves the net as it was."""
         training, parameter = self.training, next(self.parameters())
         x = torch.zeros(1, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
-        trace = self.eval().trace(x)
+        trace = self.eval().trace(x, keep=True)
         self.train(training)
-        return [h.shape[1:] for h in trace.outputs]
+        return [h.shape[1:] for h in trace.outputs if h is not None]
 
     def parameters_above(self, i: int) -> list[nn.Parameter]:
         """The weights of every block above h_i and of the head."""
@@ -126,7 +132,7 @@ class BlockNet(nn.Module):
         """
         inputs: list[tuple[Tensor, ...]] = []
         preactivations: list[Tensor] = []
-        outputs: list[Tensor] = []
+        outputs: list[Tensor | None] = []
         h = x
         for i, module in enumerate((*self.blocks, self.head)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or i >= frozen)):
@@ -136,12 +142,13 @@ class BlockNet(nn.Module):
                     # a block that learns nothing receives nothing, through a leak neither
                     leaks = i > frozen and getattr(module, "leak", False)
                     read = (detached, h) if leaks else (detached,)
-                inputs.append(read)
+                if keep:
+                    inputs.append(read)
                 if module is self.head:
                     break
                 a = module.pre(*read)
                 h = module.post(a)
-                preactivations.append(a)
-                outputs.append(h)
-        logits = self.head(*read)
-        return Trace(x, inputs, preactivations, outputs, logits, frozenset(cuts))
+                outputs.append(h if keep or i + 1 in cuts else None)
+                if keep:
+                    preactivations.append(a)
+        return Trace(self.head(*read), frozenset(cuts), outputs, preactivations, inputs)

@@ -80,7 +80,7 @@ def test_the_last_hidden_layer_receives_the_transposed_weights_in_the_fair_proto
     for name in PROTOCOLS:
         t = Tiny("dfa", "fc", f"protocol={name}")
         _, deltas, error = t.backward()
-        trace = t.net.trace(t.x)
+        trace = t.net.trace(t.x, keep=True)
         backprop = (error @ t.net.head.weight) * (trace.preactivations[-1] > 0)
         assert torch.allclose(deltas[-1], backprop) == (name == "fair")
         assert not any(p.requires_grad for p in t.method.parameters())

@@ -35,5 +35,5 @@ class Method(nn.Module):
         """
 
     def signals(self, trace: Trace, error: Tensor, target: Tensor) -> Sequence[Tensor | None]:
-        """The gradient at each block output h_1 … h_{L-1}; None where the method sends none. error: e, (N, K)."""
+        """The gradient at each block output h_1 … h_{L-1}, None wherever there is no cut. error: e, (N, K)."""
         return [None] * (self.depth - 1)

@@ -54,7 +54,7 @@ class DirectFeedback(Method):
         if self.local_target is None:
             return
         outputs, gradients, weights = [], [], []
-        for module, h in zip(self.local_modules, trace.outputs, strict=False):
+        for module, h in zip(self.local_modules, trace.cut_outputs, strict=True):
             if module.weight.requires_grad:
                 y = module(h.detach())
                 outputs.append(y)

@@ -1,0 +1,260 @@
+"""The one place where time is judged: every method beside plain PyTorch, interleaved, in one process.
+
+    python scripts/benchmark.py [--quick] [--device cpu|cuda] [--threads 1] [--models fc-mnist,conv3,…] [--out FILE]
+
+Prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random: their content
+changes no time. Contenders of one table take turns step by step, so that what else the machine does hits all alike.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfl_experiments.config import build, compose
+from dfl_experiments.config import plain as plain_config
+from dfl_experiments.data.augmentation import Augmentation
+from dfl_experiments.data.batches import Normalise, random_stream
+from dfl_experiments.experiment import Experiment
+from dfl_experiments.learning import Learner
+from dfl_experiments.losses import LOSSES
+from dfl_experiments.results import device_name, git_commit, iteration_columns, versions
+from dfl_experiments.run import train
+from dfl_experiments.settings import check
+from dfl_experiments.tracking import track
+
+BATCH = 64
+MODELS = {
+    "fc-mnist": ("fc", "mnist", (1, 28, 28)),
+    "fc-cifar10": ("fc", "cifar10", (3, 32, 32)),
+    "conv3": ("conv3", "cifar10", (3, 32, 32)),
+    "conv3_bn": ("conv3_bn", "cifar10", (3, 32, 32)),
+    "resnet18": ("resnet18", "cifar10", (3, 32, 32)),
+}
+METHODS = ("bp", "shallow", "dfa", "las", "ltas")
+ADAM_BYTES = 32  # per weight: gradient written and read; weight and both moments read and written; float32
+Step = Callable[[Tensor, Tensor], object]
+
+
+def learner(method: str, model: str, device: torch.device) -> Learner:
+    """A method on a model of the paper's size."""
+    name, dataset, shape = MODELS[model]
+    cfg = compose([f"method={method}", f"model={name}", f"dataset={dataset}"])
+    torch.manual_seed(0)
+    loss = LOSSES["cross_entropy"]
+    net = build(cfg.model, "model", input_shape=shape, num_classes=10)
+    rule = build(cfg.method, "method", net=net, num_classes=10, loss=loss)
+    return Learner(net.to(device), rule.to(device), loss, build(cfg.optimizer, "optimizer"))
+
+
+def plain(model: str, device: torch.device) -> Step:
+    """The same net as people write it: nn.Sequential, loss.backward(), a fused optimizer."""
+    blocks = learner("bp", model, device).net
+    net = nn.Sequential(*(nn.Sequential(*block.children()) for block in blocks.blocks), blocks.head)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
+
+    def step(x: Tensor, target: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def medians(contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds per call of each contender, the contenders taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(rounds + 2):  # two rounds of warm-up
+        for name, call in contenders.items():
+            start = clock(device)
+            call()
+            if index >= 2:
+                times[name].append(clock(device) - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def step_times(model: str, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds per step of every contender, and its operations and bytes of weights."""
+    shape = MODELS[model][2]
+    x, target = torch.randn(BATCH, *shape, device=device), torch.randint(10, (BATCH,), device=device)
+    steps: dict[str, Step] = {"plain": plain(model, device)}
+    weights = {"plain": 0}
+    for method in METHODS:
+        one = learner(method, model, device)
+        trained = [*one.parameters, *(p for p in one.method.parameters() if p.requires_grad)]
+        weights[method] = sum(p.numel() for p in trained)
+        steps[method] = one.step
+        if method != "bp":
+            steps[f"{method} + alignment"] = partial(one.step, align=True)
+    weights["plain"] = weights["bp"]
+
+    def call(step: Step) -> Callable[[], object]:
+        return lambda: step(x, target)
+
+    found = medians({name: call(step) for name, step in steps.items()}, rounds, device)
+    result = {name: {"ms": seconds * 1e3} for name, seconds in found.items()}
+    for name, count in weights.items():
+        with FlopCounterMode(display=False) as counter:
+            steps[name](x, target)
+        result[name] |= {"gflop": counter.get_total_flops() / 1e9, "optimizer_mb": count * ADAM_BYTES / 1e6}
+    return result
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """What this machine's matrix product and copy reach: operations and bytes per second."""
+    a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
+    source = torch.randn(64 * 2**20 // 4, device=device)
+    target = torch.empty_like(source)
+    found = medians({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5, device)
+    return {"flop_per_s": 2 * 2048**3 / found["product"], "bytes_per_s": 2 * source.nbytes / found["copy"]}
+
+
+def augmentation_times(count: int, rounds: int) -> dict[str, float]:
+    """Microseconds per image of randaugment_cutout_flip: whole batches, and torchvision's pipeline image by image."""
+    from torchvision import transforms
+    from torchvision.transforms.functional import to_pil_image
+
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    pictures = [to_pil_image(image) for image in images]
+    normalise = transforms.Normalize([0.5] * 3, [0.25] * 3)
+    each = transforms.Compose(
+        [transforms.RandAugment(), transforms.ToTensor(), normalise, transforms.RandomHorizontalFlip()]
+    )
+    whole = Augmentation(flip=0.5, randaugment=True, cutout=14)
+    together = Normalise([0.5], [0.25])
+    contenders = {
+        "image by image": lambda: torch.stack([each(picture) for picture in pictures]),
+        "whole batches": lambda: whole(images, together, random_stream(0)),
+    }
+    return {name: value / count * 1e6 for name, value in medians(contenders, rounds, torch.device("cpu")).items()}
+
+
+def tracking_times(images: int, device: str) -> dict[str, float]:
+    """Seconds of an epoch of FC on MNIST-sized images with alignment at every iteration: W&B off and offline."""
+    random = np.random.default_rng(0)
+    times: dict[str, list[float]] = {"disabled": [], "offline": []}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "mnist"
+        data.mkdir()
+        for split, count in (("train", images), ("test", 100)):
+            np.save(data / f"{split}_images.npy", random.integers(0, 256, (count, 1, 28, 28), np.uint8))
+            np.save(data / f"{split}_labels.npy", random.integers(0, 10, count))
+        (data / "classes.json").write_text(json.dumps([str(digit) for digit in range(10)]))
+        for mode in ("disabled", "offline") * 3:
+            overrides = ["dataset=mnist", f"data_dir={folder}", "epochs=1", f"tracking={mode}", f"device={device}"]
+            cfg = compose([*overrides, "protocol=paper", "sweep=benchmark"])
+            settings = check(cfg)
+            run_dir = Path(tempfile.mkdtemp(dir=folder))
+            experiment = Experiment(cfg, settings)
+            with track(settings.tracking, run_dir, plain_config(cfg), iteration_columns(2), None) as tracker:
+                start = clock(experiment.device)
+                train(experiment, run_dir, tracker, {})
+                times[mode].append(clock(experiment.device) - start)
+    return {mode: min(values) for mode, values in times.items()}
+
+
+def peak_memory(model: str, device: torch.device) -> dict[str, float]:
+    """Megabytes at the peak of a few steps of each method, each in a process of its own on a CPU."""
+    found = {}
+    for method in METHODS:
+        command = [sys.executable, __file__, "--peak", f"{method},{model}", "--device", str(device)]
+        found[method] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
+def print_peak(method: str, model: str, device: torch.device) -> None:
+    """What `peak_memory` starts."""
+    one = learner(method, model, device)
+    x, target = torch.randn(BATCH, *MODELS[model][2], device=device), torch.randint(10, (BATCH,), device=device)
+    for _ in range(4):
+        one.step(x, target)
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated(device) / 1e6)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def show_steps(model: str, steps: dict[str, dict[str, float]], rate: dict[str, float]) -> None:
+    """One model's table."""
+    print(f"\n{model}, batch {BATCH}")
+    print(f"{'':18} {'ms':>9} {'/ plain':>8} {'/ bp':>7} {'alignment':>10} {'floor ms':>9} {'reached':>8}")
+    for name, values in steps.items():
+        base = name.removesuffix(" + alignment")
+        ratio = f"{values['ms'] / steps[base]['ms']:.3f}" if base != name else ""
+        floor, reached = "", ""
+        if "gflop" in values:
+            seconds = values["gflop"] * 1e9 / rate["flop_per_s"] + values["optimizer_mb"] * 1e6 / rate["bytes_per_s"]
+            values["floor_ms"] = seconds * 1e3
+            floor, reached = f"{seconds * 1e3:.2f}", f"{seconds * 1e3 / values['ms']:.0%}"
+        print(
+            f"{name:18} {values['ms']:9.2f} {values['ms'] / steps['plain']['ms']:8.3f} "
+            f"{values['ms'] / steps['bp']['ms']:7.3f} {ratio:>10} {floor:>9} {reached:>8}"
+        )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, under a minute")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", default="", help=f"of {', '.join(MODELS)} (default: all, with --quick the first)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if options.peak:
+        method, model = options.peak.split(",")
+        print_peak(method, model, device)
+        return
+    models = options.models.split(",") if options.models else list(MODELS)[: 1 if options.quick else None]
+    rate = rates(device)
+    print(f"{device_name(device)}: {rate['flop_per_s'] / 1e9:.0f} Gflop/s, {rate['bytes_per_s'] / 1e9:.1f} GB/s")
+    report: dict[str, Any] = {
+        "device": device_name(device), "machine": platform.platform(), "versions": versions(),
+        "git_commit": git_commit(), "rates": rate, "steps": {}, "peak_mb": {},
+    }  # fmt: skip
+    for model in models:
+        rounds = {"fc-mnist": 200}.get(model, 12) // (2 if options.quick else 1)
+        steps = step_times(model, rounds, device)
+        show_steps(model, steps, rate)
+        report["steps"] |= {model: steps}
+    report["augmentation_us_per_image"] = found = augmentation_times(256 if options.quick else 2048, 3)
+    print("\nrandaugment_cutout_flip, µs per image: ", {name: round(value, 1) for name, value in found.items()})
+    print(f"  {found['image by image'] / found['whole batches']:.1f} × faster")
+    report["tracking_s"] = found = tracking_times(6400 if options.quick else 60000, options.device)
+    print("\none epoch of las on FC-MNIST, s: ", {name: round(value, 2) for name, value in found.items()})
+    print(f"  offline / disabled {found['offline'] / found['disabled']:.3f}")
+    for model in models:
+        report["peak_mb"] |= {model: (found := peak_memory(model, device))}
+        print(f"\npeak memory on {model}, MB: ", {name: round(value) for name, value in found.items()})
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\n{options.out}")
+
+
+if __name__ == "__main__":
+    main()
