@@ -1,5 +1,7 @@
 """What a configuration names, built and on its device; one epoch of it, and its evaluation."""
 
+import contextlib
+import ctypes
 import os
 import random
 import time
@@ -49,12 +51,27 @@ def clean_random_state(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def reuse_memory() -> None:
+    """Let glibc keep the large blocks that one step frees for the next, in place of returning them to the system.
+
+    On a CPU a step's gradients and activations are otherwise mapped, zeroed and unmapped page by page every time, a
+    quarter of a step of the 3×4096 net. Elsewhere than with glibc nothing is done.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # <malloc.h>
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 class Experiment:
     """The data, the network, the method and the optimizers that a configuration names, on their device."""
 
     def __init__(self, cfg: DictConfig, settings: Settings) -> None:
         self.settings = settings
         self.device = resolve_device(settings.device)
+        if self.device.type == "cpu":
+            reuse_memory()
         clean_random_state(settings.seed, settings.deterministic)
         source = build(cfg.dataset.source, "dataset.source")
         arrays = load(cfg.dataset.name, source, Path(settings.data_dir))

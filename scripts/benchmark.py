@@ -9,7 +9,6 @@ changes no time. Contenders of one table take turns step by step, so that what e
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from dfl_experiments.config import build, compose
 from dfl_experiments.config import plain as plain_config
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Normalise, random_stream
-from dfl_experiments.experiment import Experiment
+from dfl_experiments.experiment import Experiment, reuse_memory
 from dfl_experiments.learning import Learner
 from dfl_experiments.losses import LOSSES
 from dfl_experiments.results import device_name, git_commit, iteration_columns, versions
@@ -123,12 +122,20 @@ def step_times(model: str, rounds: int, device: torch.device) -> dict[str, dict[
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """What this machine's matrix product and copy reach: operations and bytes per second."""
+    """What this machine's matrix product, convolution and copy reach: operations and bytes per second."""
     a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
     source = torch.randn(64 * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    found = medians({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5, device)
-    return {"flop_per_s": 2 * 2048**3 / found["product"], "bytes_per_s": 2 * source.nbytes / found["copy"]}
+    images, kernels = torch.randn(BATCH, 96, 16, 16, device=device), torch.randn(128, 96, 5, 5, device=device)
+    contenders = {
+        "product": lambda: a @ b,
+        "convolution": lambda: F.conv2d(images, kernels, padding=2),
+        "copy": lambda: target.copy_(source),
+    }
+    found = medians(contenders, 5, device)
+    products = 2 * 2048**3 / found["product"]
+    convolutions = 2 * images.numel() * 128 * 25 / found["convolution"]
+    return {"product": products, "convolution": convolutions, "bytes_per_s": 2 * source.nbytes / found["copy"]}
 
 
 def augmentation_times(count: int, rounds: int) -> dict[str, float]:
@@ -176,7 +183,7 @@ def tracking_times(images: int, device: str) -> dict[str, float]:
 
 
 def peak_memory(model: str, device: torch.device) -> dict[str, float]:
-    """Megabytes at the peak of a few steps of each method, each in a process of its own on a CPU."""
+    """Megabytes at the peak of a few steps of each method, each in a process of its own (on a CPU: Linux only)."""
     found = {}
     for method in METHODS:
         command = [sys.executable, __file__, "--peak", f"{method},{model}", "--device", str(device)]
@@ -193,7 +200,9 @@ def print_peak(method: str, model: str, device: torch.device) -> None:
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated(device) / 1e6)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        # not getrusage: its peak begins with that of the process that started this one
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(float(line.split()[1]) / 1e3)
 
 
 def show_steps(model: str, steps: dict[str, dict[str, float]], rate: dict[str, float]) -> None:
@@ -205,7 +214,8 @@ def show_steps(model: str, steps: dict[str, dict[str, float]], rate: dict[str, f
         ratio = f"{values['ms'] / steps[base]['ms']:.3f}" if base != name else ""
         floor, reached = "", ""
         if "gflop" in values:
-            seconds = values["gflop"] * 1e9 / rate["flop_per_s"] + values["optimizer_mb"] * 1e6 / rate["bytes_per_s"]
+            best = rate["product"] if model.startswith("fc") else max(rate["product"], rate["convolution"])
+            seconds = values["gflop"] * 1e9 / best + values["optimizer_mb"] * 1e6 / rate["bytes_per_s"]
             values["floor_ms"] = seconds * 1e3
             floor, reached = f"{seconds * 1e3:.2f}", f"{seconds * 1e3 / values['ms']:.0%}"
         print(
@@ -225,6 +235,8 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        reuse_memory()  # as a run does; it serves plain PyTorch as well
     device = torch.device(options.device)
     if options.peak:
         method, model = options.peak.split(",")
@@ -232,7 +244,8 @@ def main() -> None:
         return
     models = options.models.split(",") if options.models else list(MODELS)[: 1 if options.quick else None]
     rate = rates(device)
-    print(f"{device_name(device)}: {rate['flop_per_s'] / 1e9:.0f} Gflop/s, {rate['bytes_per_s'] / 1e9:.1f} GB/s")
+    gflops = {name: round(rate[name] / 1e9) for name in ("product", "convolution")}
+    print(f"{device_name(device)}: Gflop/s {gflops}, copy {rate['bytes_per_s'] / 1e9:.1f} GB/s")
     report: dict[str, Any] = {
         "device": device_name(device), "machine": platform.platform(), "versions": versions(),
         "git_commit": git_commit(), "rates": rate, "steps": {}, "peak_mb": {},
