@@ -102,11 +102,8 @@ class Experiment:
 
     def check_batches(self, net: BlockNet) -> None:
         """Raise `UserError` where batch normalisation would have a single number per channel to normalise."""
-        size, smallest = (
-            self.settings.batch_size,
-            self.train_size % self.settings.batch_size or self.settings.batch_size,
-        )
-        if smallest > 1 or all(plane > 1 for plane in net.normalised_planes()):
+        size = self.settings.batch_size
+        if (self.train_size % size or size) > 1 or all(plane > 1 for plane in net.normalised_planes()):
             return
         raise UserError(
             f"batch_size={size}: of {self.train_size} training images the last batch holds one, which batch "
