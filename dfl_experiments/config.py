@@ -44,7 +44,7 @@ def locate(target: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"_target_={target}: there is no such class or function") from error
+        raise UserError(f"_target_={target}: cannot be loaded ({error})") from error
     if not callable(found) or inspect.isabstract(found):
         raise UserError(f"_target_={target}: is nothing that can be built")
     return found
@@ -80,6 +80,8 @@ def check_node(node: Node, where: str, given: tuple[str, ...] = ()) -> tuple[Cal
     for key in values:
         if key not in choices:
             raise UserError(f"{where}.{key}: no such option; there are {', '.join(choices) or 'none'}")
+        if key not in hints:
+            raise UserError(f"{where}.{key}: {target.__name__} gives it no type annotation to check it against")
         if values[key] == "???":
             raise UserError(f"{where}.{key}: missing; set {where}.{key}=…")
     for key in choices:

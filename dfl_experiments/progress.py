@@ -46,7 +46,7 @@ class Progress:
             return
         self._last_look = now
         if self.peek:
-            self.shown["loss"] = f"{loss.item():.4f}"
+            self.shown["train loss"] = f"{loss.item():.4f}"
             cosine = math.nan if alignment is None else alignment[0, 0].item()
             if not math.isnan(cosine):
                 self.shown["cosine/1"] = f"{cosine:.3f}"
@@ -61,7 +61,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self.shown = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.4f}"}
+        self.shown = {"train loss": f"{loss:.4f}", "test accuracy": f"{accuracy:.4f}"}
         if cosine is not None and not math.isnan(cosine):
             self.shown["cosine/1"] = f"{cosine:.3f}"
         self.shown["samples/s"] = f"{self._samples / seconds:.0f}"

@@ -192,11 +192,10 @@ def summarise(result: dict[str, Any], run_dir: Path) -> None:
     log.info("%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"])
     if result["reason"]:
         log.info("  %s", result["reason"])
-    log.info(
-        "  test accuracy   %.4f (best %.4f at epoch %d)", accuracy["last"], accuracy["best"], accuracy["best_epoch"]
-    )
+    log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])
     if accuracy["at_best_validation"] is not None:
-        log.info("  … at the epoch with the best validation accuracy   %.4f", accuracy["at_best_validation"])
+        log.info("                  %.4f after the epoch of best validation accuracy", accuracy["at_best_validation"])
+    log.info("                  %.4f at best, after epoch %d", accuracy["best"], accuracy["best_epoch"])
     if result["cosine"]:
         log.info("  alignment with BP, mean cosine of the last epoch")
     for layer, cosine in result["cosine"].items():

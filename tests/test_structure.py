@@ -62,12 +62,15 @@ def test_the_readme_s_new_method_is_complete_and_obeys_the_laws(tmp_path):
         assert not (tmp_path / name).exists()
         (tmp_path / name).write_text(text)
     (method,) = (Path(name).stem for name, _ in blocks if name.startswith("conf/method"))
-    laws = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_laws.py", "-k", f"{method}-"]
+    laws = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "tests/test_laws.py", "-k", f"{method}-"]
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(laws, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
-    run = [sys.executable, "-m", "dfl_experiments.train", f"method={method}", "epochs=2", "tracking=disabled"]
+    (model,) = (Path(name).stem for name, _ in blocks if name.startswith("conf/model"))
+    assert f"{method}-{model}" in done.stdout
+    choice = (f"method={method}", f"model={model}", "epochs=2", "tracking=disabled")
+    run = [sys.executable, "-m", "dfl_experiments.train", *choice]
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert f"finished: {method}, fc on digits" in done.stdout
+    assert f"finished: {method}, {model} on digits" in done.stdout
