@@ -65,12 +65,20 @@ class Trace:
         signals: gradient at h_1 … h_{L-1}, None except at cuts; error: e = ∂ℒ/∂a_L, (N, K). Sets `.grad` of
         `parameters`, and computes no gradient of a block's input where nobody reads it. With `keep`, the graph stays
         for a reader and the applied δ_1 … δ_{L-1} are returned, None where no signal came; without, nothing is.
+
+        Raises ValueError for a signal where nothing is cut: autograd would add it to BP's.
         """
-        roots = [(h, s) for h, s in zip(self.outputs, signals, strict=True) if s is not None and h is not None]
+        roots = []
+        for i, (h, signal) in enumerate(zip(self.outputs, signals, strict=True), start=1):
+            if signal is not None:
+                if h is None or i not in self.cuts:
+                    raise ValueError(f"a signal for h_{i}, where nothing is cut: the cuts are {sorted(self.cuts)}")
+                roots.append((h, signal))
         outputs, gradients = zip(*roots, (self.logits, error), strict=True)
-        read = [a for a in self.preactivations if a.requires_grad] if keep else []
         # not `backward(inputs=…)`: that leaves hooks on every a_i, which later readers of the graph would set off
-        found = torch.autograd.grad(outputs, [*parameters, *read], gradients, retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(
+            outputs, [*parameters, *self.preactivations], gradients, retain_graph=keep, allow_unused=True
+        )
         for parameter, gradient in zip(parameters, found, strict=False):
             parameter.grad = gradient
         return list(found[len(parameters) :])

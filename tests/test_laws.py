@@ -250,3 +250,13 @@ def test_shallow_s_frozen_blocks_receive_nothing_through_a_leaking_skip():
     t = Tiny("shallow", "resnet18", "protocol=authors")
     alignment = t.learner.step(t.x, t.target, align=True).alignment
     assert (alignment[: t.method.frozen, 2] == 0).all()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_signal_where_nothing_is_cut_is_refused_whether_or_not_it_is_measured(keep):
+    t = Tiny("bp", "fc")
+    trace = t.net.trace(t.x, keep=keep)
+    _, error = t.loss.value_and_error(trace.logits, t.target)
+    signals = [torch.zeros(len(t.x), *t.net.output_shapes()[0]), None, None]
+    with pytest.raises(ValueError, match="h_1, where nothing is cut"):
+        trace.backward(signals, error, t.learner.parameters, keep=keep)
