@@ -143,13 +143,9 @@ def train(experiment: Experiment, run_dir: Path, tracker: Tracker, result: dict[
                 "test_accuracy": test,
                 "seconds": duration,
             }
-            iterations.extend(rows)
-            table.extend([row])
-            tracker.log(rows)
-            tracker.log([row])
             cosine = per_layer(values, "cosine_sample", torch.mean)
             summary = accuracies.summary()
-            result |= {
+            update = {
                 "epochs": epoch,
                 "accuracy": summary[HEADLINES[settings.protocol.accuracy]],
                 "test_accuracy": summary,
@@ -159,6 +155,11 @@ def train(experiment: Experiment, run_dir: Path, tracker: Tracker, result: dict[
                 "seconds": seconds,
                 "samples_per_second": epoch * experiment.train_size / seconds,
             }
+            iterations.extend(rows)
+            table.extend([row])
+            result |= update  # next to the rows, so that an interruption finds both or neither
+            tracker.log(rows)
+            tracker.log([row])
             progress.end(train_loss, test, cosine.get("1"), duration)
             end = stopped(values, epoch, learner.net, accuracies, initial)
             if epoch == settings.epochs or end or time.perf_counter() - saved >= settings.checkpoint.every_seconds:
