@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dfl_experiments.config import CONF_DIR, UserError, build, checked, compose, one_line
 from dfl_experiments.data.datasets import is_packed, load, open_packed
+from dfl_experiments.data.sources import expanded
 
 EPILOG = """examples:
   dfl-data list                                        what is there, in data_dir
   dfl-data prepare dataset=mnist                       download if need be, and pack
   dfl-data prepare dataset=cifar10 data_dir=/data      somewhere else (as does the variable DFL_DATA_DIR)
-  dfl-data prepare dataset=folder dataset.source.path=~/photos dataset.source.size=64
+  dfl-data prepare dataset=folder dataset.source.path=$HOME/photos dataset.source.size=64
 """
 
 
@@ -27,7 +29,7 @@ def names() -> list[str]:
 
 def place(cfg: DictConfig) -> Path:
     """data_dir. Raises `UserError` if that is no path."""
-    return Path(checked(str, cfg.data_dir, "data_dir")).expanduser()
+    return expanded(checked(str, cfg.data_dir, "data_dir"), "data_dir")
 
 
 def prepare(overrides: list[str]) -> None:
@@ -56,10 +58,13 @@ def row(overrides: list[str]) -> tuple[str, ...]:
         return name, "unset", "", "", "", "", f"needs {', '.join(unset)}"
     source = build(cfg.dataset.source, "dataset.source")
     cache = source.cache_name(name)
-    if cache is not None and not is_packed(data_dir / cache):
-        found = next((path for path in source.locations(data_dir) if path.exists()), None)
-        return name, "raw" if found else "absent", "", "", "", "", str(found or data_dir)
-    arrays = load(name, source, data_dir, download=False) if cache is None else open_packed(data_dir / cache)
+    try:
+        if cache is not None and not is_packed(data_dir / cache):
+            found = next((path for path in source.locations(data_dir) if os.path.exists(path)), None)
+            return name, "raw" if found else "absent", "", "", "", "", str(found or data_dir)
+        arrays = load(name, source, data_dir, download=False) if cache is None else open_packed(data_dir / cache)
+    except UserError as error:
+        return name, "damaged", "", "", "", "", str(error)
     sizes = (
         f"{len(arrays.train_labels)}",
         f"{len(arrays.test_labels)}",

@@ -3,7 +3,7 @@
 import io
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from dfl_experiments.config import UserError
+from dfl_experiments.messages import reason
 
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -25,37 +26,67 @@ class Tree:
     names: list[str]
     read: Callable[[str], bytes]
 
+    def lines(self, name: str) -> list[str]:
+        """A text file's lines. Raises `UserError` for one that is no text or cannot be read."""
+        try:
+            return self.read(name).decode().splitlines()
+        except Exception as error:  # of a damaged archive zipfile raises nearly anything
+            raise UserError(f"{self.label}/{name}: cannot be read as text ({reason(error)})") from error
+
 
 def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
-    """The files of a folder, or of some folders inside it; what begins with a dot is left out."""
-    names = []
-    for start in inside:
-        for folder, folders, files in os.walk(root / start, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            place = Path(folder).relative_to(root)
-            names += [(place / name).as_posix() for name in files if not name.startswith(".")]
+    """The files of a folder, or of some folders inside it; what begins with a dot is left out.
+
+    Raises `UserError` for what cannot be looked into, a link to nowhere, and one that leads back to where it lies.
+    """
+    names = [path.relative_to(root).as_posix() for start in inside for path in files_below(root / start)]
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
+
+
+def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """`folder_tree`'s files, links followed; `above`: the real paths of the folders that were gone through."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise UserError(f"{folder}: a link back to a folder that it lies in; delete it")
+    try:
+        with os.scandir(folder) as scan:
+            entries = [(Path(entry.path), entry.is_dir(), entry.is_file()) for entry in scan if entry.name[0] != "."]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    for path, is_dir, is_file in entries:
+        if is_dir:
+            yield from files_below(path, (*above, real))
+        elif is_file:
+            yield path
+        else:
+            raise UserError(f"{path}: neither a file nor a folder (a link to nowhere?); delete it")
 
 
 def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
     """The members of an archive below its folder `inner`, read in place: nothing is ever extracted."""
     prefix = f"{inner}/"
-    names = [name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)]
+    names = {name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)}
     return Tree(f"{archive.filename}:{inner}", sorted(names), lambda name: archive.read(prefix + name))
 
 
 def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray:
     """One image as (C, H, W) uint8; with a size, scaled to cover a square of it and cropped around the centre.
 
-    Raises `UserError` for a file that is no image, and for one with more than 8 bits per channel.
+    Raises `UserError` for a file that is no image, and for one with several frames or more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{tree.label}/{name}: more than 8 bits per channel; convert it first")
+            # cameras put a preview behind the picture (MPO), which is no frame of it
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise UserError(f"{tree.label}/{name}: more than one frame; keep one of them")
             decoded = image.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, zipfile.BadZipFile) as error:
-        raise UserError(f"{tree.label}/{name}: cannot be read as an image") from error
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file Pillow and zipfile raise nearly anything
+        why = "it has no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise UserError(f"{tree.label}/{name}: cannot be read as an image ({why}); repair or delete it") from error
     if size is not None:
         decoded = ImageOps.fit(decoded, (size, size))
     return np.asarray(decoded).reshape(decoded.height, decoded.width, channels).transpose(2, 0, 1)
@@ -71,7 +102,7 @@ def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = N
         if image.shape != first.shape:
             raise UserError(
                 f"{tree.label}: {names[0]} is {first.shape[2]}x{first.shape[1]}, {names[index]} is "
-                f"{image.shape[2]}x{image.shape[1]}; dataset.source.size=64 would make all of them 64x64"
+                f"{image.shape[2]}x{image.shape[1]}; all need one size (dataset=folder: dataset.source.size=64)"
             )
         images[index] = image
 

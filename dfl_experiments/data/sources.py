@@ -1,16 +1,20 @@
 """The raw form of each data set: what all sources promise, and those that libraries already read."""
 
 import contextlib
+import hashlib
 import io
+import pickle
 import socket
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
+
+from dfl_experiments.config import UserError
 
 SILENCE = 20.0  # seconds without an answer after which a download is given up
 
@@ -60,6 +64,22 @@ class Source(ABC):
         return name
 
 
+def expanded(path: str | Path, key: str) -> Path:
+    """A path with `~` replaced by the home. Raises `UserError` where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={path}: there is no such home") from error
+
+
+def official(path: Path, md5: str) -> bytes:
+    """A published file's content. Raises `UserError` where it is not what was published, OSError where it is absent."""
+    content = path.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise UserError(f"{path}: damaged or altered, it is not the published file; delete it to have it fetched again")
+    return content
+
+
 @contextlib.contextmanager
 def quiet_download() -> Iterator[None]:
     """Give up on a silent network, and keep progress bars to terminals."""
@@ -101,16 +121,28 @@ class Digits(Source):
 
 
 class Mnist(Source):
-    """MNIST in the four files of its authors, as torchvision keeps them."""
+    """MNIST in the four files of its authors, as torchvision unpacks them."""
+
+    # torchvision knows the checksums of the packed files only
+    FILES: ClassVar = {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    }
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """60,000 and 10,000 images of 1x28x28."""
+        """60,000 and 10,000 images of 1x28x28. Raises `UserError` for a file that is not the published one."""
         from torchvision.datasets import MNIST
 
-        with quiet_download():
-            train, test = (MNIST(data_dir, train=train, download=download) for train in (True, False))
-        images = [split.data[:, None].numpy() for split in (train, test)]
-        labels = [split.targets.numpy() for split in (train, test)]
+        (raw,) = self.locations(data_dir)
+        if download and not all((raw / name).exists() for name in self.FILES):
+            with quiet_download():
+                MNIST(data_dir, download=True)
+        contents = [np.frombuffer(official(raw / name, md5), np.uint8) for name, md5 in self.FILES.items()]
+        # after a header of 16 bytes, or of 8
+        images = [content[16:].reshape(-1, 1, 28, 28) for content in contents[::2]]
+        labels = [content[8:].astype(np.int64) for content in contents[1::2]]
         return Arrays(images[0], labels[0], images[1], labels[1], [str(digit) for digit in range(10)])
 
     def locations(self, data_dir: Path) -> list[Path]:
@@ -125,15 +157,30 @@ class Cifar(Source):
         self.classes = classes
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """50,000 and 10,000 images of 3x32x32."""
+        """50,000 and 10,000 images of 3x32x32. Raises `UserError` for a file that is not the published one."""
         from torchvision.datasets import CIFAR10, CIFAR100
+        from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-        dataset = {10: CIFAR10, 100: CIFAR100}[self.classes]
-        with quiet_download():
-            train, test = (dataset(data_dir, train=train, download=download) for train in (True, False))
-        images = [split.data.transpose(0, 3, 1, 2) for split in (train, test)]
-        labels = [np.array(split.targets, np.int64) for split in (train, test)]
-        return Arrays(images[0], labels[0], images[1], labels[1], list(train.classes))
+        published = {10: CIFAR10, 100: CIFAR100}[self.classes]
+        splits, meta = (published.train_list, published.test_list), published.meta
+        folder = data_dir / published.base_folder
+        files = {name: md5 for split in splits for name, md5 in split} | {meta["filename"]: meta["md5"]}
+        damaged = [name for name, md5 in files.items() if not check_integrity(folder / name, md5)]
+        if download and damaged:
+            try:
+                with quiet_download():
+                    download_and_extract_archive(published.url, data_dir, None, published.filename, published.tgz_md5)
+            except (OSError, RuntimeError):
+                for name in damaged:
+                    if (folder / name).exists():
+                        official(folder / name, files[name])
+                raise
+        batches = {name: pickle.loads(official(folder / name, md5), encoding="latin1") for name, md5 in files.items()}
+        key = {10: "labels", 100: "fine_labels"}[self.classes]
+        train, test = ([batches[name] for name, _ in split] for split in splits)
+        images = [np.concatenate([batch["data"] for batch in split]).reshape(-1, 3, 32, 32) for split in (train, test)]
+        labels = [np.concatenate([batch[key] for batch in split]).astype(np.int64) for split in (train, test)]
+        return Arrays(images[0], labels[0], images[1], labels[1], batches[meta["filename"]][meta["key"]])
 
     def locations(self, data_dir: Path) -> list[Path]:
         """torchvision's folder, or the archive that it unpacks."""

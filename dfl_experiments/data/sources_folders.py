@@ -1,6 +1,8 @@
 """Data sets that are trees of image files: TinyImageNet, and a user's own folder."""
 
 import hashlib
+import itertools
+import logging
 import os
 import re
 import zipfile
@@ -14,10 +16,24 @@ import numpy as np
 
 from dfl_experiments.config import Count, UserError
 from dfl_experiments.data.decoding import Tree, decode, folder_tree, zip_tree
-from dfl_experiments.data.sources import Arrays, Source, quiet_download
+from dfl_experiments.data.sources import Arrays, Source, expanded, quiet_download
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "test", "val")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# (file, class) of the training and of the test images, and the classes in the order of their labels
+Listing = tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]
+
+
+def arrays_of(tree: Tree, listing: Listing, channels: int, size: int | None = None) -> Arrays:
+    """The listed images, decoded. Raises `UserError` for one that cannot be, or that differs from the first in size."""
+    train, test, classes = listing
+    number = {name: label for label, name in enumerate(classes)}
+    images = decode(tree, [file for file, _ in train + test], channels, size)
+    labels = np.array([number[name] for _, name in train + test], np.int64)
+    n = len(train)
+    return Arrays(images[:n], labels[:n], images[n:], labels[n:], classes)
 
 
 class TinyImageNet(Source):
@@ -27,6 +43,7 @@ class TinyImageNet(Source):
     """
 
     NAME = "tiny-imagenet-200"
+    LABELS = "val/val_annotations.txt"
     URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -44,10 +61,13 @@ class TinyImageNet(Source):
         if not archive.exists() and download:
             self.fetch(archive)
         try:
-            with zipfile.ZipFile(archive) as opened:
-                yield zip_tree(opened, self.NAME)
-        except zipfile.BadZipFile as error:
+            opened = zipfile.ZipFile(archive)
+        except OSError:
+            raise
+        except Exception as error:  # of a damaged archive zipfile raises nearly anything
             raise UserError(f"{archive}: damaged or incomplete ({error}); delete it and fetch it again") from error
+        with opened:
+            yield zip_tree(opened, self.NAME)
 
     def fetch(self, archive: Path) -> None:
         """Download beside the archive and check it before it gets its name. Raises OSError or RuntimeError."""
@@ -61,33 +81,42 @@ class TinyImageNet(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """100,000 and 10,000 images of 3x64x64 where the data set is complete. Raises `UserError` for missing parts."""
         with self.tree(data_dir, download) as tree:
-            train, test, wnids = self.listing(tree)
-            images = decode(tree, [name for name, _ in train + test], channels=3)
-            words = tree.read("words.txt").decode() if "words.txt" in tree.names else ""
-        number = {wnid: label for label, wnid in enumerate(wnids)}
-        labels = np.array([number[wnid] for _, wnid in train + test], np.int64)
-        first_word = {wnid: line.split(",")[0] for wnid, _, line in (row.partition("\t") for row in words.splitlines())}
-        classes = [f"{wnid} {first_word.get(wnid, '')}".strip() for wnid in wnids]
-        n = len(train)
-        return Arrays(images[:n], labels[:n], images[n:], labels[n:], classes)
+            listing = self.listing(tree)
+            arrays = arrays_of(tree, listing, channels=3)
+            words = tree.lines("words.txt") if "words.txt" in tree.names else []
+        first_word = {wnid: line.split(",")[0] for wnid, _, line in (row.partition("\t") for row in words)}
+        return replace(arrays, classes=[f"{wnid} {first_word.get(wnid, '')}".strip() for wnid in arrays.classes])
 
-    def listing(self, tree: Tree) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
-        """(file, class) of the training and of the test images, and the classes in the order of `wnids.txt`."""
+    def listing(self, tree: Tree) -> Listing:
+        """The images that the data set's own lists name. Raises `UserError` where lists and images do not agree."""
         names = set(tree.names)
-        if "val/val_annotations.txt" not in names:
-            raise UserError(f"{tree.label}: val/val_annotations.txt is missing")
-        train = [(name, name.split("/")[1]) for name in tree.names if re.fullmatch(r"train/\w+/images/.*\.JPEG", name)]
-        rows = [line.split("\t") for line in tree.read("val/val_annotations.txt").decode().splitlines() if "\t" in line]
-        test = sorted((f"val/images/{row[0]}", row[1]) for row in rows)
-        absent = sorted({name for name, _ in test} - names)
+        if self.LABELS not in names:
+            raise UserError(f"{tree.label}: incomplete, {self.LABELS} is not there")
+        rows = [line.split("\t") for line in tree.lines(self.LABELS) if line.strip()]
+        train = [
+            (name, name.split("/")[1]) for name in tree.names if re.fullmatch(r"train/\w+/images/[^/]+\.JPEG", name)
+        ]
+        test = sorted((f"val/images/{row[0]}", "".join(row[1:2])) for row in rows)
+        listed = {name for name, _ in test}
+        unlisted = sorted({name for name in names if re.fullmatch(r"val/images/[^/]+\.JPEG", name)} - listed)
+        if unlisted or len(listed) < len(test):
+            what = f"no line for {unlisted[0]}" if unlisted else "two lines for one image"
+            raise UserError(f"{tree.label}/{self.LABELS}: damaged, it has {what}")
+        # the published folder has a list of every class's training images
+        for file in filter(re.compile(r"train/(\w+)/\1_boxes\.txt").fullmatch, names):
+            listed |= {f"{Path(file).parent}/images/{line.split()[0]}" for line in tree.lines(file) if line.strip()}
+        absent = sorted(listed - names)
         if not train or not test or absent:
             missing = absent[0] if absent else f"{'val' if train else 'train'} images"
             raise UserError(f"{tree.label}: incomplete, {missing} is not there")
-        present = {wnid for _, wnid in train}
-        wnids = tree.read("wnids.txt").decode().split() if "wnids.txt" in names else sorted(present)
-        differing = sorted((present | {wnid for _, wnid in test}) ^ set(wnids))
+        found = {wnid for _, wnid in train}
+        wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else sorted(found)
+        twice = {wnid for wnid in wnids if wnids.count(wnid) > 1}
+        differing = sorted((found ^ set(wnids)) | ({wnid for _, wnid in test} ^ set(wnids)) | twice)
         if differing:
-            raise UserError(f"{tree.label}: the images and wnids.txt do not agree on class {differing[0]}")
+            raise UserError(f"{tree.label}: the images and wnids.txt do not agree on class {differing[0]!r}")
+        if len(wnids) < 2:
+            raise UserError(f"{tree.label}: needs images of two classes at least, has only {wnids[0]}")
         return train, test, wnids
 
 
@@ -102,7 +131,7 @@ class Folder(Source):
         """size: None where all images have one size; otherwise they are scaled and cropped to size x size."""
         if path in ("", "???"):
             raise UserError("dataset.source.path: missing; it names the folder that has train/ and test/ in it")
-        self.path = Path(path).expanduser().resolve()
+        self.path = Path(os.path.realpath(expanded(path, "dataset.source.path")))
         self.size, self.channels = size, channels
 
     def locations(self, data_dir: Path) -> list[Path]:
@@ -110,50 +139,59 @@ class Folder(Source):
         return [self.path]
 
     def cache_name(self, name: str) -> str:
-        """The name with a hash of the folder's path, the options and the listing: a changed folder is packed anew."""
-        listing = [str(self.path), str(self.size), str(self.channels)]
-        for file in self.tree().names:
+        """The name with a hash of the folder's path, the options and the listing: a changed folder is packed anew.
+
+        Raises `UserError` as `listing` does: no start goes by a pack whose folder has become a bad one.
+        """
+        lines = [str(self.path), str(self.size), str(self.channels)]
+        _, (train, test, _) = self.listing()
+        for file, _ in train + test:
             status = os.stat(self.path / file)
-            listing.append(f"{file} {status.st_size} {status.st_mtime_ns}")
-        digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+            lines.append(f"{file} {status.st_size} {status.st_mtime_ns}")
+        digest = hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
         return f"{name}-{digest[:12]}"
 
-    def tree(self) -> Tree:
-        """The image files of the splits. Raises `UserError` where the folder does not exist."""
-        if not self.path.is_dir():
-            raise UserError(f"dataset.source.path={self.path}: no such folder")
-        files = folder_tree(self.path, SPLITS)
-        return replace(files, names=[name for name in files.names if name.lower().endswith(SUFFIXES)])
-
-    def classes(self, split: str) -> list[str]:
-        """The class folders of a split."""
-        return sorted(entry.name for entry in (self.path / split).iterdir() if entry.is_dir() and entry.name[0] != ".")
-
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """Raises `UserError` for a missing split, classes that differ between splits, and classes without images."""
-        tree = self.tree()
-        here = [split for split in SPLITS if (self.path / split).is_dir()]
-        if len(here) < 2 or here[0] != "train":
-            raise UserError(f"{self.path}: needs train/ and test/ (or val/) with a folder for each class in them")
-        classes = self.classes("train")
-        differing = sorted(set(classes) ^ set(self.classes(here[1])))
-        if differing or not classes:
-            what = (
-                f"class {differing[0]} is not in both train/ and {here[1]}/"
-                if differing
-                else "no class folders in train/"
-            )
-            raise UserError(f"{self.path}: {what}")
-        found = {split: [self.images(tree, split, name) for name in classes] for split in here[:2]}
-        files = [file for groups in found.values() for group in groups for file in group]
-        labels = [np.repeat(np.arange(len(classes)), [len(group) for group in groups]) for groups in found.values()]
-        images, n = decode(tree, files, self.channels, self.size), len(labels[0])
-        return Arrays(images[:n], labels[0], images[n:], labels[1], classes)
+        """Raises `UserError` as `listing` does, and for an image that cannot be decoded or is of another size."""
+        tree, listing = self.listing()
+        used = {file for file, _ in listing[0] + listing[1]}
+        others = [name for name in tree.names if name not in used]
+        if others:
+            log.warning("%s: %d files are passed over, such as %s", self.path, len(others), others[0])
+        return arrays_of(tree, listing, self.channels, self.size)
 
-    def images(self, tree: Tree, split: str, name: str) -> list[str]:
-        """A class's files in a split. Raises `UserError` where there is none."""
-        inside = f"{split}/{name}/"
-        found = [file for file in tree.names if file.startswith(inside)]
-        if not found:
-            raise UserError(f"{self.path}/{inside}: no images ({' '.join(SUFFIXES)})")
-        return found
+    def listing(self) -> tuple[Tree, Listing]:
+        """All files of the two splits, and the images among them by class.
+
+        Raises `UserError` for a missing folder or split, classes that differ between the splits, fewer than two of
+        them, a class without images and an image without a class.
+        """
+        if not os.path.isdir(self.path):
+            what = "is no folder" if os.path.exists(self.path) else "no such folder"
+            raise UserError(f"dataset.source.path={self.path}: {what}")
+        splits = [split for split in SPLITS if os.path.isdir(self.path / split)][:2]
+        if len(splits) < 2 or splits[0] != "train":
+            raise UserError(f"{self.path}: needs train/ and test/ (or val/) with a folder for each class in them")
+        tree = folder_tree(self.path, splits)
+        groups: dict[str, dict[str, list[str]]] = {split: {} for split in splits}
+        for split, group in groups.items():
+            group.update({path.name: [] for path in sorted((self.path / split).iterdir()) if path.is_dir()})
+        for file in tree.names:
+            if file.lower().endswith(SUFFIXES):
+                split, name, *inner = file.split("/")
+                if not inner:
+                    raise UserError(f"{self.path / file}: an image outside the class folders; put it into one")
+                groups[split][name].append(file)
+        classes, others = ([name for name in group if name[0] != "."] for group in groups.values())
+        differing = sorted(set(classes) ^ set(others))
+        if differing:
+            both = f"both {splits[0]}/ and {splits[1]}/"
+            raise UserError(f"{self.path}: class {differing[0]} is not in {both}, which need the same class folders")
+        if len(classes) < 2:
+            there = f"only {classes[0]}" if classes else "no class folders"
+            raise UserError(f"{self.path / 'train'}: needs a folder for each of two classes at least, has {there}")
+        for split, name in itertools.product(splits, classes):
+            if not groups[split][name]:
+                raise UserError(f"{self.path}/{split}/{name}/: no images ({' '.join(SUFFIXES)})")
+        train, test = ([(file, name) for name in classes for file in group[name]] for group in groups.values())
+        return tree, (train, test, classes)
