@@ -6,9 +6,13 @@ a_L = head(h_{L-1}).
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dfl_experiments.config import UserError
+from dfl_experiments.messages import clipped
 
 Reader = nn.Linear | nn.Conv2d
 
@@ -32,6 +36,21 @@ class Block(nn.Module):
         return self.post(self.pre(x))
 
 
+class Delivery(torch.autograd.Function):
+    """A scalar above h whose backward pass hands h its signal, of which nobody but autograd then holds a reference."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, box: list[Tensor]) -> Tensor:
+        """box: the signal alone, shaped like h."""
+        ctx.box = box
+        return h.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The signal, taken out of its box."""
+        return ctx.box.pop(), None
+
+
 @dataclass(frozen=True)
 class Trace:
     """One forward pass. Index i-1 holds what belongs to block i.
@@ -44,7 +63,7 @@ class Trace:
 
     logits: Tensor
     cuts: frozenset[int]
-    outputs: Sequence[Tensor | None]
+    outputs: list[Tensor | None]
     preactivations: Sequence[Tensor] = ()
     inputs: Sequence[tuple[Tensor, ...]] = ()
 
@@ -64,7 +83,8 @@ class Trace:
 
         signals: gradient at h_1 … h_{L-1}, None except at cuts; error: e = ∂ℒ/∂a_L, (N, K). Sets `.grad` of
         `parameters`, and computes no gradient of a block's input where nobody reads it. With `keep`, the graph stays
-        for a reader and the applied δ_1 … δ_{L-1} are returned, None where no signal came; without, nothing is.
+        for a reader and the applied δ_1 … δ_{L-1} are returned, None where no signal came. Without, nothing is, and
+        the outputs and signals are let go of, for autograd to free each as soon as it has used it.
 
         Raises ValueError for a signal where nothing is cut: autograd would add it to BP's.
         """
@@ -73,11 +93,15 @@ class Trace:
             if signal is not None:
                 if h is None or i not in self.cuts:
                     raise ValueError(f"a signal for h_{i}, where nothing is cut: the cuts are {sorted(self.cuts)}")
-                roots.append((h, signal))
-        outputs, gradients = zip(*roots, (self.logits, error), strict=True)
+                roots.append(Delivery.apply(h, [signal]))
+        signal = h = None
+        del signals
+        if not keep:
+            self.outputs.clear()
+        gradients = [None] * len(roots) + [error]
         # not `backward(inputs=…)`: that leaves hooks on every a_i, which later readers of the graph would set off
         found = torch.autograd.grad(
-            outputs, [*parameters, *self.preactivations], gradients, retain_graph=keep, allow_unused=True
+            [*roots, self.logits], [*parameters, *self.preactivations], gradients, retain_graph=keep, allow_unused=True
         )
         for parameter, gradient in zip(parameters, found, strict=False):
             parameter.grad = gradient
@@ -120,13 +144,25 @@ class BlockNet(nn.Module):
         return planes
 
     @torch.no_grad()
-    def output_shapes(self) -> list[torch.Size]:
-        """The shape of one sample's h_1 … h_{L-1}, from a forward pass that leaves the net as it was."""
+    def probe(self) -> Trace:
+        """A kept trace of one blank image, from a forward pass that leaves the net as it was.
+
+        Raises `UserError` where no image gets through: a kernel or a pooling is larger than what is left of it, or two
+        layers do not fit together.
+        """
         training, parameter = self.training, next(self.parameters())
         x = torch.zeros(1, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
-        trace = self.eval().trace(x, keep=True)
-        self.train(training)
-        return [h.shape[1:] for h in trace.outputs if h is not None]
+        try:
+            return self.eval().trace(x, keep=True)
+        except (RuntimeError, ValueError) as error:
+            shape = "x".join(str(length) for length in self.input_shape)
+            raise UserError(f"model: images of {shape} do not get through it ({clipped(str(error), 200)})") from error
+        finally:
+            self.train(training)
+
+    def output_shapes(self) -> list[torch.Size]:
+        """The shape of one sample's h_1 … h_{L-1}."""
+        return [h.shape[1:] for h in self.probe().outputs if h is not None]
 
     def parameters_above(self, i: int) -> list[nn.Parameter]:
         """The weights of every block above h_i and of the head."""

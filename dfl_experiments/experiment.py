@@ -5,7 +5,7 @@ import ctypes
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,19 @@ from torch import Tensor
 
 from dfl_experiments.alignment import QUANTITIES
 from dfl_experiments.blocknet import BlockNet
+from dfl_experiments.capture import CapturedStep
 from dfl_experiments.config import UserError, build
 from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, resident, split
 from dfl_experiments.data.datasets import load
-from dfl_experiments.learning import Learner
+from dfl_experiments.learning import Learner, Precision
 from dfl_experiments.losses import LOSSES
 from dfl_experiments.optimizers import Optimizer
 from dfl_experiments.progress import Progress
 from dfl_experiments.settings import Settings
+from dfl_experiments.sharing import ALL_THREADS
+
+# what determinism asks of cuBLAS, which looks at it once, when it begins
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -45,10 +50,18 @@ def clean_random_state(seed: int, deterministic: bool) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def set_precision(precision: Precision, device: torch.device) -> None:
+    """Allow TF32 products and convolutions, or forbid them: PyTorch's own default is to convolve with them.
+
+    Raises `UserError` for tf32 where there is none.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision=tf32: {device.type} has none; only a GPU does. There are float32, bfloat16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def reuse_memory() -> None:
@@ -60,16 +73,22 @@ def reuse_memory() -> None:
     mmap_threshold, trim_threshold = -3, -1  # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        # some systems allow no more than the second
+        if libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25):
+            libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 class Experiment:
-    """The data, the network, the method and the optimizers that a configuration names, on their device."""
+    """The data, the network, the method and the optimizers that a configuration names, on their device.
 
-    def __init__(self, cfg: DictConfig, settings: Settings) -> None:
+    threads: of the CPU, unless the settings name a number.
+    """
+
+    def __init__(self, cfg: DictConfig, settings: Settings, threads: int = ALL_THREADS) -> None:
         self.settings = settings
         self.device = resolve_device(settings.device)
+        set_precision(settings.precision, self.device)
+        torch.set_num_threads(settings.threads or threads)
         if self.device.type == "cpu":
             reuse_memory()
         clean_random_state(settings.seed, settings.deterministic)
@@ -98,7 +117,10 @@ class Experiment:
         method = build(cfg.method, "method", net=net, num_classes=arrays.num_classes, loss=loss)
         self.check_batches(net)
         self.schedule: Optimizer = build(cfg.optimizer, "optimizer")
-        self.learner = Learner(net.to(self.device), method.to(self.device), loss, self.schedule)
+        self.learner = Learner(net.to(self.device), method.to(self.device), loss, self.schedule, settings.precision)
+        self.step: Callable[[Tensor, Tensor, bool], Tensor] = self.learner.row
+        if self.device.type == "cuda" and settings.cuda_graph:
+            self.step = CapturedStep(self.learner, settings.batch_size, self.device)
 
     def check_batches(self, net: BlockNet) -> None:
         """Raise `UserError` where batch normalisation would have a single number per channel to normalise."""
@@ -110,40 +132,52 @@ class Experiment:
             "normalisation cannot work with on planes of one pixel; choose another batch_size or limit"
         )
 
-    def train_epoch(self, epoch: int, progress: Progress) -> tuple[Tensor, Tensor, float]:
+    def train_epoch(
+        self,
+        epoch: int,
+        progress: Progress,
+        done: Tensor | None = None,
+        after_step: Callable[[Tensor, float], None] | None = None,
+    ) -> tuple[Tensor, float]:
         """One pass over the training images, without a look at the device's values before its end.
 
-        Returns, on the CPU, the values of every iteration (iterations, 1 + 5·(L-1)): the loss, then the alignment's
-        quantities layer by layer, NaN where not measured; the number of correct predictions (); and the seconds.
+        done: the rows of the batches that need no doing again. after_step: called with the rows so far and the seconds.
+        Returns, on the CPU, the row of every iteration (iterations, 2 + 5·(L-1)), as `Learner.row` has it; and the
+        seconds that this call took.
         """
         learner, every = self.learner, self.settings.alignment.every
         learner.set_lr(self.schedule.lr_at(epoch, self.settings.epochs))
         learner.net.train()
-        layers = learner.net.depth - 1
-        values = torch.full((len(self.batches), 1 + layers * len(QUANTITIES)), torch.nan, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        columns = 2 + (learner.net.depth - 1) * len(QUANTITIES)
+        rows = torch.empty(len(self.batches), columns, device=self.device)
+        start_batch = 0 if done is None else len(done)
+        if done is not None:
+            rows[:start_batch] = done
         first = (epoch - 1) * len(self.batches)
-        progress.begin(epoch)
+        progress.begin(epoch, start_batch)
         start = time.perf_counter()
-        for index, (x, target) in enumerate(self.batches.epoch(epoch)):
-            step = learner.step(x, target, align=every > 0 and (first + index) % every == 0)
-            values[index, 0] = step.loss
-            if step.alignment is not None:
-                values[index, 1:] = step.alignment.flatten()
-            correct += step.correct
-            progress.step(len(target), step.loss, step.alignment)
-        values = values.cpu()
-        return values, correct.cpu(), time.perf_counter() - start
+        for index, (x, target) in enumerate(self.batches.epoch(epoch, start_batch), start_batch):
+            rows[index] = self.step(x, target, every > 0 and (first + index) % every == 0)
+            progress.step(len(target), rows[index])
+            if after_step is not None:
+                after_step(rows[: index + 1], time.perf_counter() - start)
+        rows = rows.cpu()
+        return rows, time.perf_counter() - start
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean loss and accuracy over a set of images."""
-        net, loss = self.learner.net.eval(), self.learner.loss
+    def evaluate(
+        self, batches: Iterable[tuple[Tensor, Tensor]], check: Callable[[], None] | None = None
+    ) -> tuple[float, float]:
+        """Mean loss and accuracy over a set of images. check: called before every batch."""
+        net = self.learner.net.eval()
         sums = []
         count = 0
         for x, target in batches:
-            logits = net(x)
-            value, _ = loss.value_and_error(logits, target)
+            if check is not None:
+                check()
+            with self.learner.autocast():
+                logits = net(x)
+            value, _ = self.learner.value_and_error(logits, target)
             sums.append(torch.stack([value * len(target), (logits.argmax(1) == target).sum()]))
             count += len(target)
         # summed on the CPU: not every device has float64

@@ -1,7 +1,7 @@
 """Optimizers with the paper's step schedule. The network and the local modules get one each, of the same kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -21,15 +21,23 @@ class Optimizer(ABC):
     lr: Positive
     weight_decay: NonNegative = 0.0
     milestones: list[Fraction] = field(default_factory=lambda: list(PAPER_MILESTONES))
-    decay: Positive = 0.25
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.25
 
     def lr_at(self, epoch: int, epochs: int) -> float:
         """The learning rate of epoch 1 … epochs."""
         return self.lr * self.decay ** sum(epoch - 1 >= milestone * epochs for milestone in self.milestones)
 
     @abstractmethod
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """An optimizer of these parameters, one fused kernel a step."""
+    def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """An optimizer of these parameters, all on one device; one fused kernel a step.
+
+        On a GPU its learning rate is a tensor there, so that a captured step follows its changes.
+        """
+
+    def starting_lr(self, parameters: Sequence[Tensor]) -> float | Tensor:
+        """The learning rate before the first epoch sets it, where the optimizer of these parameters reads it."""
+        device = parameters[0].device
+        return torch.tensor(self.lr, device=device) if device.type == "cuda" else self.lr
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,16 @@ class Adam(Optimizer):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
     eps: Positive = 1e-8
 
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         first, second = self.betas
-        return torch.optim.Adam(parameters, self.lr, (first, second), self.eps, self.weight_decay, fused=True)
+        lr = self.starting_lr(parameters)
+        on_gpu = isinstance(lr, Tensor)
+        adam = torch.optim.Adam(
+            parameters, lr, (first, second), self.eps, self.weight_decay, fused=True, capturable=on_gpu
+        )
+        # PyTorch warns once of a capturable optimizer that steps uncaptured, as it does here before a capture
+        adam._warned_capturable_if_run_uncaptured = True
+        return adam
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,8 @@ class SGD(Optimizer):
         if self.nesterov and not self.momentum:
             raise UserError("optimizer.nesterov=True: needs optimizer.momentum above zero")
 
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        lr = self.starting_lr(parameters)
         return torch.optim.SGD(
-            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True
+            parameters, lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True
         )

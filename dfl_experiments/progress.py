@@ -25,19 +25,21 @@ class Progress:
         self.epochs, self.batches, self.peek = epochs, batches, peek
         self.terminal = sys.stderr.isatty()
         self.shown: dict[str, str] = {}
-        self._last_line = self._last_look = 0.0
+        self._last_line = self._last_look = time.perf_counter()
         self._epoch = self._samples = 0
         self._bar: tqdm | None = None
 
-    def begin(self, epoch: int) -> None:
-        """Start epoch 1 … epochs."""
+    def begin(self, epoch: int, done: int = 0) -> None:
+        """Start epoch 1 … epochs, of which so many batches are done."""
         self._epoch, self._samples, self._start = epoch, 0, time.perf_counter()
         if self.terminal:
-            self._bar = tqdm(total=self.batches, desc=f"epoch {epoch}/{self.epochs}", unit="it", leave=False)
+            self._bar = tqdm(
+                total=self.batches, initial=done, desc=f"epoch {epoch}/{self.epochs}", unit="it", leave=False
+            )
             self._bar.set_postfix(self.shown)
 
-    def step(self, samples: int, loss: Tensor, alignment: Tensor | None) -> None:
-        """One batch is done."""
+    def step(self, samples: int, row: Tensor) -> None:
+        """One batch is done; row is that of `Learner.row`."""
         self._samples += samples
         now = time.perf_counter()
         if self._bar is not None:
@@ -46,8 +48,8 @@ class Progress:
             return
         self._last_look = now
         if self.peek:
-            self.shown["train loss"] = f"{loss.item():.4f}"
-            cosine = math.nan if alignment is None else alignment[0, 0].item()
+            self.shown["train loss"] = f"{row[0].item():.4f}"
+            cosine = row[2].item()
             if not math.isnan(cosine):
                 self.shown["cosine/1"] = f"{cosine:.3f}"
         self.shown["samples/s"] = f"{self._samples / (now - self._start):.0f}"

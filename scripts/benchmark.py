@@ -1,6 +1,7 @@
 """The one place where time is judged: every method beside plain PyTorch, interleaved, in one process.
 
-    python scripts/benchmark.py [--quick] [--device cpu|cuda] [--threads 1] [--models fc-mnist,conv3,…] [--out FILE]
+    python scripts/benchmark.py [--quick] [--device cpu|cuda] [--threads 1] [--models fc-mnist,conv3,…]
+                                [--grid DATA_DIR] [--out FILE]
 
 Prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random: their content
 changes no time. Contenders of one table take turns step by step, so that what else the machine does hits all alike.
@@ -10,21 +11,21 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import grid, medians, peak_mb, start_up
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from dfl_experiments.capture import CapturedStep
 from dfl_experiments.config import build, compose
 from dfl_experiments.config import plain as plain_config
 from dfl_experiments.data.augmentation import Augmentation
@@ -33,9 +34,9 @@ from dfl_experiments.experiment import Experiment, reuse_memory
 from dfl_experiments.learning import Learner
 from dfl_experiments.losses import LOSSES
 from dfl_experiments.results import device_name, git_commit, iteration_columns, versions
-from dfl_experiments.run import train
-from dfl_experiments.settings import check
+from dfl_experiments.settings import check, science
 from dfl_experiments.tracking import track
+from dfl_experiments.training import Training
 
 BATCH = 64
 MODELS = {
@@ -75,45 +76,44 @@ def plain(model: str, device: torch.device) -> Step:
     return step
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, after all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def medians(contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds per call of each contender, the contenders taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(rounds + 2):  # two rounds of warm-up
-        for name, call in contenders.items():
-            start = clock(device)
-            call()
-            if index >= 2:
-                times[name].append(clock(device) - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def step_times(model: str, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Milliseconds per step of every contender, and its operations and bytes of weights."""
-    shape = MODELS[model][2]
-    x, target = torch.randn(BATCH, *shape, device=device), torch.randint(10, (BATCH,), device=device)
+def contenders_of(model: str, device: torch.device) -> tuple[dict[str, Step], dict[str, int]]:
+    """A step of every contender on a model, and how many weights it trains."""
     steps: dict[str, Step] = {"plain": plain(model, device)}
     weights = {"plain": 0}
     for method in METHODS:
         one = learner(method, model, device)
         trained = [*one.parameters, *(p for p in one.method.parameters() if p.requires_grad)]
         weights[method] = sum(p.numel() for p in trained)
-        steps[method] = one.step
+        steps[method] = one.row
         if method != "bp":
-            steps[f"{method} + alignment"] = partial(one.step, align=True)
+            steps[f"{method} + alignment"] = partial(one.row, align=True)
+        if device.type == "cuda":
+            captured = CapturedStep(learner(method, model, device), BATCH, device)
+            steps[f"{method} captured"] = captured
+            steps[f"{method} captured + alignment"] = partial(captured, align=True)
     weights["plain"] = weights["bp"]
+    return steps, weights
+
+
+def step_times(model: str, rounds: int, instances: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds per step of every contender, and its operations and bytes of weights.
+
+    instances: how many times all are made anew, for where the allocator puts a small network's weights moves its time
+    by some per cent; the median over all is taken.
+    """
+    shape = MODELS[model][2]
+    x, target = torch.randn(BATCH, *shape, device=device), torch.randint(10, (BATCH,), device=device)
 
     def call(step: Step) -> Callable[[], object]:
         return lambda: step(x, target)
 
-    found = medians({name: call(step) for name, step in steps.items()}, rounds, device)
-    result = {name: {"ms": seconds * 1e3} for name, seconds in found.items()}
+    found: list[dict[str, float]] = []
+    for _ in range(instances):
+        steps, weights = contenders_of(model, device)
+        found.append(medians({name: call(step) for name, step in steps.items()}, rounds // instances, device))
+    result = {name: {"ms": statistics.median(times[name] for times in found) * 1e3} for name in steps}
+    for name, step in steps.items():
+        result[name]["peak_mb"] = peak_mb(call(step), device)
     for name, count in weights.items():
         with FlopCounterMode(display=False) as counter:
             steps[name](x, target)
@@ -158,7 +158,7 @@ def augmentation_times(count: int, rounds: int) -> dict[str, float]:
     return {name: value / count * 1e6 for name, value in medians(contenders, rounds, torch.device("cpu")).items()}
 
 
-def tracking_times(images: int, device: str) -> dict[str, float]:
+def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
     """Seconds of an epoch of FC on MNIST-sized images with alignment at every iteration: W&B off and offline."""
     random = np.random.default_rng(0)
     times: dict[str, list[float]] = {"disabled": [], "offline": []}
@@ -171,44 +171,23 @@ def tracking_times(images: int, device: str) -> dict[str, float]:
         (data / "classes.json").write_text(json.dumps([str(digit) for digit in range(10)]))
         for mode in ("disabled", "offline") * 3:
             overrides = ["dataset=mnist", f"data_dir={folder}", "epochs=1", f"tracking={mode}", f"device={device}"]
-            cfg = compose([*overrides, "protocol=paper", "sweep=benchmark"])
+            cfg = compose([*overrides, "protocol=paper", "sweep=benchmark", f"threads={threads}"])
             settings = check(cfg)
             run_dir = Path(tempfile.mkdtemp(dir=folder))
             experiment = Experiment(cfg, settings)
             with track(settings.tracking, run_dir, plain_config(cfg), iteration_columns(2), None) as tracker:
-                start = clock(experiment.device)
-                train(experiment, run_dir, tracker, {})
-                times[mode].append(clock(experiment.device) - start)
+                start = time.perf_counter()  # W&B has threads and a process of its own
+                Training(experiment, run_dir, tracker, {}, science(cfg)).run()
+                times[mode].append(time.perf_counter() - start)
     return {mode: min(values) for mode, values in times.items()}
-
-
-def peak_memory(model: str, device: torch.device) -> dict[str, float]:
-    """Megabytes at the peak of a few steps of each method, each in a process of its own (on a CPU: Linux only)."""
-    found = {}
-    for method in METHODS:
-        command = [sys.executable, __file__, "--peak", f"{method},{model}", "--device", str(device)]
-        found[method] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return found
-
-
-def print_peak(method: str, model: str, device: torch.device) -> None:
-    """What `peak_memory` starts."""
-    one = learner(method, model, device)
-    x, target = torch.randn(BATCH, *MODELS[model][2], device=device), torch.randint(10, (BATCH,), device=device)
-    for _ in range(4):
-        one.step(x, target)
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated(device) / 1e6)
-    else:
-        # not getrusage: its peak begins with that of the process that started this one
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        print(float(line.split()[1]) / 1e3)
 
 
 def show_steps(model: str, steps: dict[str, dict[str, float]], rate: dict[str, float]) -> None:
     """One model's table."""
     print(f"\n{model}, batch {BATCH}")
-    print(f"{'':18} {'ms':>9} {'/ plain':>8} {'/ bp':>7} {'alignment':>10} {'floor ms':>9} {'reached':>8}")
+    print(
+        f"{'':28} {'ms':>9} {'/ plain':>8} {'/ bp':>7} {'alignment':>10} {'floor ms':>9} {'reached':>8} {'peak MB':>8}"
+    )
     for name, values in steps.items():
         base = name.removesuffix(" + alignment")
         ratio = f"{values['ms'] / steps[base]['ms']:.3f}" if base != name else ""
@@ -219,8 +198,9 @@ def show_steps(model: str, steps: dict[str, dict[str, float]], rate: dict[str, f
             values["floor_ms"] = seconds * 1e3
             floor, reached = f"{seconds * 1e3:.2f}", f"{seconds * 1e3 / values['ms']:.0%}"
         print(
-            f"{name:18} {values['ms']:9.2f} {values['ms'] / steps['plain']['ms']:8.3f} "
-            f"{values['ms'] / steps['bp']['ms']:7.3f} {ratio:>10} {floor:>9} {reached:>8}"
+            f"{name:28} {values['ms']:9.2f} {values['ms'] / steps['plain']['ms']:8.3f} "
+            f"{values['ms'] / steps['bp']['ms']:7.3f} {ratio:>10} {floor:>9} {reached:>8} "
+            f"{values['peak_mb']:8.1f}"
         )
 
 
@@ -232,38 +212,45 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", default="", help=f"of {', '.join(MODELS)} (default: all, with --quick the first)")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"))
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--grid", metavar="DATA_DIR", help="also run a 16-point grid on the MNIST there (minutes)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.device == "cpu":
         reuse_memory()  # as a run does; it serves plain PyTorch as well
     device = torch.device(options.device)
-    if options.peak:
-        method, model = options.peak.split(",")
-        print_peak(method, model, device)
-        return
     models = options.models.split(",") if options.models else list(MODELS)[: 1 if options.quick else None]
     rate = rates(device)
     gflops = {name: round(rate[name] / 1e9) for name in ("product", "convolution")}
     print(f"{device_name(device)}: Gflop/s {gflops}, copy {rate['bytes_per_s'] / 1e9:.1f} GB/s")
     report: dict[str, Any] = {
         "device": device_name(device), "machine": platform.platform(), "versions": versions(),
-        "git_commit": git_commit(), "rates": rate, "steps": {}, "peak_mb": {},
+        "git_commit": git_commit(), "rates": rate, "steps": {},
     }  # fmt: skip
     for model in models:
-        rounds = {"fc-mnist": 200}.get(model, 12) // (2 if options.quick else 1)
-        steps = step_times(model, rounds, device)
+        rounds, instances = (350, 7) if model == "fc-mnist" else (12, 1)
+        if options.quick:
+            rounds, instances = rounds // 2, min(instances, 3)
+        steps = step_times(model, rounds, instances, device)
         show_steps(model, steps, rate)
         report["steps"] |= {model: steps}
     report["augmentation_us_per_image"] = found = augmentation_times(256 if options.quick else 2048, 3)
     print("\nrandaugment_cutout_flip, µs per image: ", {name: round(value, 1) for name, value in found.items()})
     print(f"  {found['image by image'] / found['whole batches']:.1f} × faster")
-    report["tracking_s"] = found = tracking_times(6400 if options.quick else 60000, options.device)
+    report["tracking_s"] = found = tracking_times(6400 if options.quick else 60000, options.device, options.threads)
     print("\none epoch of las on FC-MNIST, s: ", {name: round(value, 2) for name, value in found.items()})
     print(f"  offline / disabled {found['offline'] / found['disabled']:.3f}")
-    for model in models:
-        report["peak_mb"] |= {model: (found := peak_memory(model, device))}
-        print(f"\npeak memory on {model}, MB: ", {name: round(value) for name, value in found.items()})
+    if not options.quick:
+        report["start_up_s"] = found = start_up()
+        print(
+            "\na one-step run on the digits, start to end, s: ",
+            {name: round(value, 2) for name, value in found.items()},
+        )
+    if options.grid:
+        report["runs_per_hour"] = found = grid(options.grid)
+        print(
+            "\n16 points on MNIST, 2 epochs each, runs per hour: ",
+            {name: round(value) for name, value in found.items()},
+        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{options.out}")

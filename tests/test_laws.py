@@ -69,7 +69,7 @@ def test_las_on_a_linear_net_converges_to_the_jacobian_products():
     for i in range(t.net.depth):  # a local module has no bias, so that a net without is within its reach
         t.net.readers(i)[0].bias.data.zero_()
         torch.nn.init.orthogonal_(t.net.readers(i)[0].weight)
-    optimizer = t.schedule.make(t.method.parameters())
+    optimizer = t.schedule.make(list(t.method.parameters()))
     trace = t.net.trace(torch.randn(500, *t.x.shape[1:], dtype=torch.float64), t.method.cuts)
     for _ in range(3000):
         t.method.adapt(trace, t.target)

@@ -7,7 +7,7 @@ from torch import nn
 
 from dfl_experiments.config import compose
 from dfl_experiments.results import Accuracies
-from dfl_experiments.run import stopped
+from dfl_experiments.training import stopped
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dfl_experiments.blocknet import BlockNet, Trace
+from dfl_experiments.config import UserError
 from dfl_experiments.losses import OutputLoss
 
 
@@ -22,9 +23,13 @@ class Method(nn.Module):
     frozen: int = 0
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
+        """Raises `UserError` for a network that no method can train: on images of this shape, or for these classes."""
         super().__init__()
         if net.depth < 2:
-            raise ValueError("a network needs at least one hidden block")
+            raise UserError("model: a network needs at least one hidden block")
+        shape = tuple(net.probe().logits.shape)
+        if shape != (1, num_classes):
+            raise UserError(f"model: gives {shape} for one image, not (1, {num_classes}), a value per class")
         self.depth = net.depth
 
     def adapt(self, trace: Trace, target: Tensor) -> None:

@@ -1,11 +1,12 @@
 """Conv3 and Conv3+BN: three convolution blocks, then three linear layers (Crafton et al., 2019)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import nn
 
 from dfl_experiments.blocknet import Block, BlockNet
-from dfl_experiments.config import Count, Widths
+from dfl_experiments.config import Passes, Width, Widths
 from dfl_experiments.models.fc import dense_blocks
 
 
@@ -21,10 +22,10 @@ def conv3(
     input_shape: tuple[int, int, int],
     num_classes: int,
     channels: Widths,
-    widths: list[Count],
+    widths: Annotated[list[Width], Field(max_length=1000)],
     downsampling: Literal["max_pool", "stride"] = "max_pool",
     batch_norm: bool = False,
-    batch_norm_updates: Literal[1, 2] = 1,
+    batch_norm_updates: Passes = 1,
 ) -> BlockNet:
     """Blocks [conv 5×5, pad 2 (+ BN); ReLU; max-pool 3×3, stride 2, pad 1], then flattened to widths-K.
 

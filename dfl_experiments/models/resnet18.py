@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfl_experiments.blocknet import Block, BlockNet
-from dfl_experiments.config import Count, Widths
+from dfl_experiments.config import Depth, Passes, Widths
 from dfl_experiments.models.conv3 import normalisation
 
 
@@ -50,9 +50,9 @@ def resnet18(
     input_shape: tuple[int, int, int],
     num_classes: int,
     channels: Widths,
-    residuals: Count = 2,
+    residuals: Depth = 2,
     skip: Literal["cut", "leak"] = "cut",
-    batch_norm_updates: Literal[1, 2] = 1,
+    batch_norm_updates: Passes = 1,
 ) -> BlockNet:
     """Stem 7×7 stride 2 + BN + ReLU, no max-pool; a stage of `residuals` blocks per entry of `channels`; average pool.
 

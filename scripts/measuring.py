@@ -1,0 +1,119 @@
+"""What the benchmark measures with: clocks, contenders that take turns, memory, whole processes."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all that was asked of the device is done.
+
+    With one CPU thread, those that this thread computed: what else the machine does meanwhile does not count.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def medians(contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds per call of each contender, the contenders taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    warm_up = 5 if device.type == "cuda" else 2
+    for index in range(rounds + warm_up):
+        for name, call in contenders.items():
+            start = clock(device)
+            call()
+            if index >= warm_up:
+                times[name].append(clock(device) - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors made inside that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self.seen.add(tensor.untyped_storage())  # it was there before, and so is what only looks at it
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return result
+
+    def free(self, size: int) -> None:
+        """Called when a storage goes."""
+        self.bytes -= size
+
+
+def peak_mb(call: Callable[[], object], device: torch.device) -> float:
+    """Megabytes that a call adds at its peak: on a CPU of tensors, on a GPU of all that its allocator gives."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with Live() as live:
+        call()
+    return live.peak / 1e6
+
+
+def seconds_of(*arguments: str) -> tuple[float, list[dict[str, Any]]]:
+    """Wall seconds of a whole `dfl-train` in a process of its own, and the results it left."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=dict(os.environ))
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise SystemExit(f"{' '.join(arguments)}: {done.stderr.strip()}")
+        return seconds, [json.loads(path.read_text()) for path in Path(folder).rglob("result.json")]
+
+
+def start_up() -> dict[str, float]:
+    """Seconds of a one-step run on the digits from start to end, and what a further job of a sweep adds to one."""
+    one_step = ("limit=64", "epochs=1", "validation_fraction=0", "threads=1")
+    jobs = 8
+    alone = {
+        mode: min(seconds_of(*one_step, f"tracking={mode}")[0] for _ in range(3)) for mode in ("disabled", "offline")
+    }
+    seeds = f"seed={','.join(map(str, range(jobs + 1)))}"
+    sweep, _ = seconds_of("--multirun", seeds, "sweep=jobs", *one_step, "tracking=disabled")
+    return {**alone, "further job": (sweep - alone["disabled"]) / jobs}
+
+
+def grid(data_dir: str) -> dict[str, float]:
+    """Runs per hour of a 16-point grid on MNIST, 2 epochs each, by how many jobs run at once."""
+    points = ("dataset=mnist", "method=bp,dfa,las,ltas", "optimizer.lr=1e-3,1e-4", "seed=0,1")
+    common = ("--multirun", *points, "epochs=2", "tracking=disabled", "sweep=grid", f"data_dir={data_dir}")
+    found = {}
+    for jobs in (1, 2):
+        launcher = ("hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}")
+        seconds, results = seconds_of(*common, *launcher, *(("threads=1",) if jobs == 1 else ()))
+        if [result["status"] for result in results] != ["finished"] * 16:
+            raise SystemExit("a point of the grid did not finish")
+        found[f"{jobs} job{'s' * (jobs > 1)}"] = 16 * 3600 / seconds
+    return found

@@ -1,0 +1,91 @@
+"""What a step asks of the device: the same every time, no value, no more memory than needed; and its precisions."""
+
+import json
+
+import pytest
+import torch
+from conftest import METHODS, MODELS, Tiny, dfl_train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CROSS = pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])
+WAITING = {"_local_scalar_dense", "nonzero", "equal", "unique", "_unique2", "masked_select"}
+# F.one_hot looks at its labels' range on a CPU, and on no GPU
+RANGE_CHECK = "aminmax _local_scalar_dense _local_scalar_dense"
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@CROSS
+@pytest.mark.parametrize("align", [False, True])
+def test_a_step_asks_for_the_same_operators_every_time_and_for_no_value(method, model, align):
+    """What a CUDA graph needs: nothing that depends on the numbers, and nothing that waits for them."""
+    t = Tiny(method, model)
+    t.learner.row(t.x, t.target, align)
+    steps = []
+    for scale in (1.0, -0.5):
+        with Operators() as operators:
+            t.learner.row(t.x * scale, t.target, align)
+        steps.append(" ".join(operators.names).replace(RANGE_CHECK, "").split())
+    changed = [pair for pair in zip(*steps, strict=True) if pair[0] != pair[1]]
+    assert not changed
+    waits = WAITING & set(steps[0])
+    assert not waits
+
+
+@CROSS
+def test_a_step_s_row_holds_its_numbers(method, model):
+    one, other = Tiny(method, model), Tiny(method, model)
+    step, row = one.learner.step(one.x, one.target, align=True), other.learner.row(other.x, other.target, align=True)
+    assert torch.equal(row[0], step.loss)
+    assert row[1] == step.correct
+    assert torch.equal(row[2:].nan_to_num(-7.0), step.alignment.flatten().nan_to_num(-7.0))
+    unmeasured = other.learner.row(other.x, other.target)
+    assert unmeasured.shape == row.shape
+    assert unmeasured[2:].isnan().all()
+
+
+@CROSS
+def test_bfloat16_steps_stay_close_and_keep_their_weights_in_float32(method, model):
+    exact, rounded = Tiny(method, model), Tiny(method, model)
+    for t in (exact, rounded):
+        t.net.float()
+        t.method.float()
+        t.x = t.x.float()
+    rounded.learner.precision = "bfloat16"
+    rows = [t.learner.row(t.x, t.target, align=True) for t in (exact, rounded)]
+    assert abs(rows[0][0] - rows[1][0]) < 0.1
+    assert rows[1].dtype == torch.float32
+    assert {p.dtype for p in [*rounded.net.parameters(), *rounded.method.parameters()]} == {torch.float32}
+    changed = [not torch.equal(a, b) for a, b in zip(rows[0], rows[1], strict=True)]
+    assert any(changed)
+
+
+def test_a_signal_is_let_go_of_once_it_is_used():
+    t = Tiny("dfa", "conv3")
+    trace = t.net.trace(t.x, t.method.cuts)
+    _, error = t.loss.value_and_error(trace.logits, t.target)
+    trace.backward(t.method.signals(trace, error, t.target), error, t.learner.parameters)
+    assert trace.outputs == []
+
+
+def test_precision_is_recorded_and_tf32_is_refused_where_there_is_none(tmp_path):
+    done = dfl_train(tmp_path, "precision=bfloat16", "epochs=3", "tracking=disabled", "threads=1")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "outputs").glob("*/*/result.json")
+    result = json.loads(path.read_text())
+    assert result["config"]["precision"] == "bfloat16"
+    assert result["test_accuracy"]["last"] > 0.6
+    assert "1 threads" in result["device"]
+    refused = dfl_train(tmp_path, "precision=tf32", "device=cpu", "tracking=disabled")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("dfl-train: error: precision=tf32: cpu has none")
