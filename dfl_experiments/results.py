@@ -1,24 +1,30 @@
 """The run directory: the local files that are the source of truth, and the records they are made of."""
 
+import contextlib
 import csv
 import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from dfl_experiments import __version__
+from dfl_experiments.config import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 EPOCH_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "validation_accuracy", "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
+RESULT, LAST, PREVIOUS = "result.json", "last.pt", "previous.pt"
+DONE = ("finished", "diverged", "stopped")  # statuses that running it again would end in again
 LAYER_COLUMNS = ("cosine_sample", "cosine_batch", "norm", "norm_bp")
 
 
@@ -37,41 +43,105 @@ def cell(value: float | int | None) -> str:
 class Table:
     """A CSV file that only grows. Rows reach the file at every `extend`."""
 
-    def __init__(self, path: Path, columns: Iterable[str]) -> None:
+    def __init__(self, path: Path, columns: Iterable[str], length: int | None = None) -> None:
+        """length: bytes of an existing file to go on after, what is behind them being cut off; None starts anew.
+
+        Raises `UserError` for a file that is missing or shorter.
+        """
         self.columns = list(columns)
-        self._file = path.open("w", newline="")
+        self._path = path
+        if length is not None and (not path.is_file() or path.stat().st_size < length):
+            raise UserError(
+                f"{path}: missing, or shorter than the checkpoint says; remove {LAST} and {PREVIOUS} to start anew"
+            )
+        self._file = path.open("w" if length is None else "a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(self.columns)
-        self._file.flush()
+        if length is None:
+            self._writer.writerow(self.columns)
+            self._file.flush()
+        else:
+            self._file.truncate(length)
+
+    def sync(self) -> int:
+        """Have the rows on the disk, and return the length of the file in bytes."""
+        with naming(self._path):
+            return synced(self._file)
 
     def extend(self, rows: Iterable[Mapping[str, float | int | None]]) -> None:
         """Append rows; a column that a row lacks stays empty."""
-        self._writer.writerows([cell(row.get(column)) for column in self.columns] for row in rows)
-        self._file.flush()
+        with naming(self._path):
+            self._writer.writerows([cell(row.get(column)) for column in self.columns] for row in rows)
+            self._file.flush()
 
     def __enter__(self) -> "Table":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # rows that a full disk did not take: `extend` has said so
+            self._file.close()
 
 
-def replace_atomically(path: Path, write: Any) -> None:
-    """Call write(temporary path) and move the outcome to `path`: a reader sees the old file or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error in writing name the file."""
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def synced(file: IO[Any]) -> int:
+    """Have everything written to an open file on the disk, and return its length in bytes."""
+    file.flush()
+    os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size
+
+
+def fsync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text to a file: a reader sees the old one or the new, never half."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with naming(path), temporary.open("w") as file:
+            file.write(text)
+            synced(file)
         temporary.replace(path)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The content of `result.json`; None where there is none that can be read."""
+    try:
+        result = json.loads((run_dir / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and {"status", "config"} <= result.keys() else None
+
+
+def status_left(run_dir: Path) -> str | None:
+    """The status that a run left here, "interrupted" if it was killed; None where there is nothing to go on from."""
+    result = read_result(run_dir)
+    if result is not None and result["status"] in DONE:
+        return result["status"]
+    if any(os.path.lexists(run_dir / name) for name in (LAST, PREVIOUS)):
+        return "interrupted" if result is None else result["status"]
+    return None
+
+
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
     """Write `result.json`, atomically. NaN and Inf become null, as JSON has no word for them."""
-    text = json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n"
-    replace_atomically(run_dir / "result.json", lambda path: path.write_text(text))
+    write_atomically(run_dir / RESULT, json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -82,9 +152,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_config(run_dir: Path, cfg: DictConfig) -> None:
+def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Write the resolved configuration to `config.yaml`."""
-    replace_atomically(run_dir / "config.yaml", lambda path: OmegaConf.save(cfg, path, resolve=True))
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
 
 def versions() -> dict[str, str]:
@@ -109,8 +179,10 @@ def git_commit() -> str | None:
     return commit.strip() + ("+changes" if changes.strip() else "")
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
     """What a person calls the device."""
+    import torch  # slow, and what else is here is needed before a refusal too
+
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

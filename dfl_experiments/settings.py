@@ -4,23 +4,31 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
+from yaml import YAMLError
 
 from dfl_experiments.config import (
+    CONF_DIR,
     Count,
     Fraction,
     NonNegative,
+    Passes,
     Positive,
     Size,
+    UnknownKey,
     UserError,
     Widths,
+    build,
     check_node,
     checked,
     plain,
 )
+from dfl_experiments.messages import did_you_mean, flat_keys, shown
 
 DEVICE = r"auto|cpu|mps|cuda(:\d+)?"
 # the groups that are built, and what the program itself gives to each
@@ -31,9 +39,15 @@ GROUPS = {
     "optimizer": (),
 }
 # what changes where or how a run is watched, not what it computes
-NOT_SCIENTIFIC = ("data_dir", "device", "checkpoint", "tracking", "sweep", "protocol")
+NOT_SCIENTIFIC = (
+    "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "sweep", "protocol", "resume", "repeat",
+    "force",
+)  # fmt: skip
+# and may therefore be given beside resume and repeat, whose configuration is the recorded one
+OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking")
 
-Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
+# of a folder, of a part of one, and of a tag in W&B
+Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=64)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Options = TypeVar("Options")
 
@@ -47,7 +61,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """every_seconds: the least time between two checkpoints."""
+    """every_seconds: between two checkpoints within an epoch; epochs end with one where that costs little time."""
 
     every_seconds: NonNegative
 
@@ -58,7 +72,7 @@ class Tracking:
 
     mode: Literal["offline", "online", "disabled"]
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
-    entity: str | None
+    entity: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")] | None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
 
 
@@ -86,12 +100,12 @@ class Protocol:
     las_init: Literal["product", "kaiming"]
     dfa_top: Literal["backprop", "direct"]
     resnet18_skip: Literal["cut", "leak"]
-    batch_norm_updates: Literal[1, 2]
+    batch_norm_updates: Passes
     validation_fraction: Fraction
     accuracy: Literal["last", "best_test", "best_validation"]
     stop_untrainable: bool
     local_pooling_of: dict[str, Literal["average", "max"]] | None = None
-    batch_norm_updates_of: dict[str, Literal[1, 2]] | None = None
+    batch_norm_updates_of: dict[str, Passes] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +115,15 @@ class Settings:
     dataset: Dataset
     protocol: Protocol
     tracking: Tracking
-    data_dir: Annotated[str, Field(min_length=1)]
+    data_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
     epochs: Count
     batch_size: Count
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     loss: Literal["cross_entropy", "squared_error"]
     device: Annotated[str, Field(pattern=f"^({DEVICE})$")]
+    threads: Count | None
+    precision: Literal["float32", "tf32", "bfloat16"]
+    cuda_graph: bool
     deterministic: bool
     limit: Count | None
     validation_fraction: Fraction
@@ -114,6 +131,9 @@ class Settings:
     alignment: Alignment
     checkpoint: Checkpoint
     sweep: Name
+    resume: str | None
+    repeat: str | None
+    force: bool
 
 
 def options(kind: type[Options], values: Any, where: str = "") -> Options:
@@ -121,10 +141,10 @@ def options(kind: type[Options], values: Any, where: str = "") -> Options:
     prefix = f"{where}." if where else ""
     hints = get_type_hints(kind, include_extras=True)
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}={values!r}: has options of its own: {', '.join(hints)}")
+        raise UserError(f"{where}={shown(values)}: has options of its own: {', '.join(hints)}")
     for key in values:
         if key not in hints:
-            raise UserError(f"{prefix}{key}: no such option; there are {', '.join(hints)}")
+            raise UnknownKey(f"{prefix}{key}", hints)
     for field in fields(cast(Any, kind)):
         if field.name not in values and field.default is MISSING:
             raise UserError(f"{prefix}{field.name}: missing")
@@ -144,17 +164,37 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 def check(cfg: DictConfig) -> Settings:
     """The run-level options of a composed configuration, every group's options checked on the way.
 
-    Raises `UserError`, one line naming the key, the value and the choices; nothing is built, read or written.
+    Raises `UserError`, one line naming the key, the value and the choices; nothing is read or written.
     """
     values = plain(without_hydra(cfg))
+    try:
+        return _settings(dict(values))
+    except UnknownKey as error:
+        raise UserError(f"{error}{did_you_mean(error.key, flat_keys(values))}") from None
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    unknown = [key for key in values if key not in GROUPS and key not in get_type_hints(Settings)]
+    if unknown:
+        raise UnknownKey(unknown[0], [*GROUPS, *get_type_hints(Settings)])
     for group, given in GROUPS.items():
         node = values.pop(group, None)
         if not isinstance(node, Mapping) or "name" not in node:
-            raise UserError(f"{group}: missing; choose one with {group}=…")
+            names = ", ".join(sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")))
+            what = "missing" if node is None else f"is no choice of the group but {shown(node)}"
+            raise UserError(f"{group}: {what}; choose with {group}=…, there are {names}")
         checked(Name, node["name"], f"{group}.name")
-        check_node(node, group, given)
+        if given:
+            check_node(node, group, given)
+        else:
+            build(node, group)  # costs nothing, and knows which options do not go together
     settings = options(Settings, values)
-    check_node(settings.dataset.source, "dataset.source")
+    dataset = settings.dataset
+    build(dataset.source, "dataset.source")
+    if len(dataset.mean) != len(dataset.std):
+        raise UserError(
+            f"dataset.std={shown(dataset.std)}: must be as long as dataset.mean, which has {len(dataset.mean)}"
+        )
     if settings.protocol.accuracy == "best_validation" and not settings.validation_fraction:
         raise UserError("protocol.accuracy='best_validation': there is no validation split; set validation_fraction")
     return settings
@@ -169,17 +209,64 @@ def scientific(cfg: DictConfig) -> dict[str, Any]:
     return values
 
 
+def science(cfg: DictConfig) -> str:
+    """A digest of everything that decides what a run computes."""
+    return hashlib.sha256(json.dumps(scientific(cfg), sort_keys=True).encode()).hexdigest()[:8]
+
+
 def point_name(cfg: DictConfig) -> str:
     """A sweep point's folder: names people look for, then a digest of everything scientific."""
-    digest = hashlib.sha256(json.dumps(scientific(cfg), sort_keys=True).encode()).hexdigest()[:8]
     names = [str(cfg[group].name) for group in ("method", "model", "dataset", "augmentation")]
-    return "-".join([*names, f"seed{cfg.seed}", digest])
+    return "-".join([*names, f"seed{cfg.seed}", science(cfg)])
+
+
+def recorded(cfg: DictConfig, hydra: Any) -> DictConfig:
+    """The configuration to run: the composed one, or the one recorded by the run that `resume` or `repeat` names.
+
+    hydra: Hydra's own node. Of the command line's overrides, which it knows, only `OPERATIONAL` ones may stand beside
+    resume and repeat. Raises `UserError` for others, and where nothing is recorded.
+    """
+    key = next((key for key in ("resume", "repeat") if cfg.get(key) is not None), None)
+    if key is None:
+        return cfg
+    path = Path(str(cfg[key])).expanduser() / "config.yaml"
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    given = [str(override).lstrip("+~").partition("=")[0] for override in overrides]
+    beside = [name for name in given if name.partition(".")[0] not in (*OPERATIONAL, key)]
+    if beside:
+        raise UserError(
+            f"{beside[0]}: {key}={cfg[key]} takes its configuration from {path}; beside it there may be "
+            f"{', '.join(OPERATIONAL)}"
+        )
+    try:
+        found = OmegaConf.load(path)
+    except OSError:
+        raise UserError(f"{key}={cfg[key]}: is no run directory, there is no {path}") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{key}={cfg[key]}: {path} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(found, DictConfig):
+        raise UserError(f"{key}={cfg[key]}: {path} is no configuration of a run")
+    found.update({name: cfg[name] for name in given if name in OPERATIONAL})
+    for name in given:
+        if "." in name:
+            OmegaConf.update(found, name, OmegaConf.select(cfg, name))
+    found.update({"resume": cfg.resume, "repeat": cfg.repeat})
+    return found
 
 
 def _point(*, _root_: DictConfig) -> str:
     return point_name(_root_)
 
 
+def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
+    if _root_.get("resume") is not None:
+        return str(Path(str(_root_.resume)).expanduser())
+    if _root_.get("repeat") is not None:
+        return f"{stamp}-repeat"
+    return "-".join([stamp, *(str(_root_[group].name) for group in ("method", "model", "dataset"))])
+
+
 def register_resolvers() -> None:
-    """`${point:}`, the name of the point that the surrounding configuration describes."""
+    """`${point:}`, the name of the point that the surrounding configuration describes, and a single run's directory."""
     OmegaConf.register_new_resolver("point", _point, replace=True)
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)

@@ -4,4 +4,5 @@
 # Tests on MNIST, CIFAR-10 and TinyImageNet need DFL_DATA_DIR (see `dfl-data list`) and are skipped without it.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_project test
-exec .venv/bin/python -m pytest "$@"
+# processes side by side, each with one thread: the networks are tiny
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n logical --maxprocesses 4 "$@"

@@ -4,20 +4,26 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+from data_helpers import write_folder, write_mnist, write_tiny
 from omegaconf import DictConfig, ListConfig
 
 from dfl_experiments.blocknet import BlockNet, Trace
 from dfl_experiments.config import CONF_DIR, build, compose
+from dfl_experiments.data.sources import Digits, Mnist
 from dfl_experiments.learning import Learner
 from dfl_experiments.losses import LOSSES
 from dfl_experiments.methods import Method
-from dfl_experiments.settings import register_resolvers
+from dfl_experiments.train import main
 
-register_resolvers()
 # the networks are tiny: threads would only wait for one another
 torch.set_num_threads(1)
 CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
@@ -40,11 +46,62 @@ def shrink(model: DictConfig) -> DictConfig:
 
 
 def dfl_train(folder: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 280):
-    """Run `dfl-train` in a folder as a person would, in a process of its own."""
+    """Run `dfl-train` in a folder as a person would, with what it writes.
+
+    In a fork of this process, which has PyTorch already; in a new one where an environment is given.
+    """
     command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
-    # one thread, or two busy cores make a tiny network's threads wait for one another most of the time
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
+    if environment is not None:
+        # one thread, or two busy cores make a tiny network's threads wait for one another most of the time
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
+    with tempfile.TemporaryDirectory() as place:
+        files = Path(place) / "out", Path(place) / "err"
+        code = ended(forked(folder, *arguments, files=files))
+        return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
+
+
+def forked(
+    folder: Path,
+    *arguments: str,
+    before: Callable[[], None] = lambda: None,
+    files: tuple[Path, Path] | None = None,
+) -> int:
+    """Start `dfl-train` in a folder in a fork of this process, and return its process id.
+
+    before: called in the fork. files: for what it writes to stdout and stderr; else both go to output.txt there.
+    """
+    Digits().read(folder, False)  # the fork then has what it imports
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.chdir(folder)
+        out, err = files or (Path("output.txt"), Path("output.txt"))
+        sys.stdout, sys.stderr = out.open("a", buffering=1), err.open("a", buffering=1)
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stderr.fileno(), 2)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a launcher starts
+        sys.argv = ["dfl-train", *arguments]
+        before()
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """Wait for a process and return its exit code, that of a killed one below zero."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
@@ -59,17 +116,17 @@ def clean_logging():
 class Tiny:
     """A tiny float64 network with its method and its learner, and a batch to learn from."""
 
-    def __init__(self, method: str, model: str, *overrides: str, classes: int = CLASSES) -> None:
+    def __init__(self, method: str, model: str, *overrides: str, classes: int = CLASSES, device: str = "cpu") -> None:
         cfg = compose([f"method={method}", f"model={model}", "dataset.fc_widths=[1,1,1]", *overrides])
         torch.manual_seed(3)
         self.loss = LOSSES[cfg.loss]
         self.net: BlockNet = build(shrink(cfg.model), "model", input_shape=SHAPE, num_classes=classes).double()
         self.method: Method = build(cfg.method, "method", net=self.net, num_classes=classes, loss=self.loss)
         self.schedule = build(cfg.optimizer, "optimizer")
-        self.learner = Learner(self.net, self.method, self.loss, self.schedule)
+        self.learner = Learner(self.net.to(device), self.method.to(device), self.loss, self.schedule)
         random = torch.Generator().manual_seed(4)
-        self.x = torch.randn(BATCH, *SHAPE, dtype=torch.float64, generator=random)
-        self.target = torch.randint(classes, (BATCH,), generator=random)
+        self.x = torch.randn(BATCH, *SHAPE, dtype=torch.float64, generator=random).to(device)
+        self.target = torch.randint(classes, (BATCH,), generator=random).to(device)
 
     def backward(self) -> tuple[Trace, list[torch.Tensor | None], torch.Tensor]:
         """A kept trace after its backward pass, the δ_i that were applied, and the error it started from."""
@@ -79,9 +136,9 @@ class Tiny:
         return trace, trace.backward(signals, error, self.learner.parameters, keep=True), error
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every weight, buffer and B, copied."""
+        """Every weight, buffer and B, copied to the CPU."""
         return {
-            f"{name}.{key}": value.clone()
+            f"{name}.{key}": value.detach().cpu().clone()
             for name, module in (("net", self.net), ("method", self.method))
             for key, value in module.state_dict().items()
         }
@@ -97,3 +154,32 @@ def data_dir(tmp_path_factory) -> Path:
     for item in Path(folder).iterdir():
         (links / item.name).symlink_to(item.resolve())
     return links
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A user's own folder of images."""
+    return write_folder(tmp_path / "mine")
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """A data_dir with a small TinyImageNet, unpacked."""
+    return write_tiny(tmp_path / "data")
+
+
+@pytest.fixture
+def mnist(tmp_path, monkeypatch) -> Path:
+    """A data_dir with a small MNIST, which counts as the published one."""
+    monkeypatch.setattr(Mnist, "FILES", write_mnist(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """No network, without waiting for one."""
+
+    def refuse(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
