@@ -33,6 +33,11 @@ def iteration_columns(layers: int) -> list[str]:
     return ["iteration", "epoch", "loss"] + [f"{name}/{i}" for i in range(1, layers + 1) for name in LAYER_COLUMNS]
 
 
+def epoch_columns(layers: int) -> list[str]:
+    """`EPOCH_COLUMNS`, then for every layer i the mean of its `cosine_sample/i` over the epoch, `cosine/i`."""
+    return [*EPOCH_COLUMNS, *(f"cosine/{i}" for i in range(1, layers + 1))]
+
+
 def cell(value: float | int | None) -> str:
     """A number as it stands in a CSV file: nine significant digits, which hold a float32; empty where not measured."""
     if value is None or math.isnan(value):

@@ -20,6 +20,7 @@ from dfl_experiments.results import (
     PREVIOUS,
     RESULT,
     device_name,
+    epoch_columns,
     git_commit,
     iteration_columns,
     read_result,
@@ -112,7 +113,7 @@ def run(
             "parameters": sum(p.numel() for p in net.parameters()),
             "cosine_by_construction": [str(i) for i in range(max(cuts, default=0) + 1, net.depth)],
         }
-        columns = iteration_columns(net.depth - 1)
+        columns = {"iteration": iteration_columns(net.depth - 1), "epoch": epoch_columns(net.depth - 1)}
         if state is None:  # only now: nothing that a directory holds is given up for a run that cannot start
             (run_dir / RESULT).unlink(missing_ok=True)
             checkpoint.discard(run_dir)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfl_experiments.messages import reason
-from dfl_experiments.results import EPOCH_COLUMNS, cell
+from dfl_experiments.results import cell
 from dfl_experiments.settings import Tracking
 
 log = logging.getLogger(__name__)
@@ -32,12 +32,13 @@ class WandbTracker(Tracker):
     Where W&B fails, one warning says so, and from then on nothing is sent: training and the local files go on.
     """
 
-    def __init__(self, run: Any, iteration_columns: Iterable[str]) -> None:
+    def __init__(self, run: Any, columns: Mapping[str, Iterable[str]]) -> None:
+        """columns: of the rows to come, by the column that counts them."""
         self._run = run
-        self._guarded(self._define, iteration_columns)
+        self._guarded(self._define, columns)
 
-    def _define(self, iteration_columns: Iterable[str]) -> None:
-        for step, columns in (("iteration", iteration_columns), ("epoch", EPOCH_COLUMNS)):
+    def _define(self, columns_of: Mapping[str, Iterable[str]]) -> None:
+        for step, columns in columns_of.items():
             self._run.define_metric(step, summary="none")
             for column in columns:
                 if column not in ("iteration", "epoch"):
@@ -126,19 +127,20 @@ def track(
     tracking: Tracking,
     run_dir: Path,
     config: Mapping[str, Any],
-    iteration_columns: Iterable[str],
+    columns: Mapping[str, Iterable[str]],
     group: str | None,
     go_on: bool = False,
 ) -> Iterator[Tracker]:
     """A tracker for one job, its run ended when the block is left: as failed if an exception leaves it.
 
-    config: the resolved configuration, nested; group: the sweep the job belongs to; go_on: with the run that is there.
+    config: the resolved configuration, nested; columns: see `WandbTracker`; group: the sweep the job belongs to;
+    go_on: with the run that is there.
     """
     run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, go_on)
     if run is None:
         yield Tracker()
         return
-    tracker = WandbTracker(run, iteration_columns)
+    tracker = WandbTracker(run, columns)
     # not `with run`: that prints the traceback of every exception, an interruption too
     try:
         yield tracker

@@ -11,7 +11,7 @@ from dfl_experiments import checkpoint
 from dfl_experiments.alignment import QUANTITIES
 from dfl_experiments.experiment import Experiment
 from dfl_experiments.progress import Progress
-from dfl_experiments.results import EPOCH_COLUMNS, LAYER_COLUMNS, Accuracies, Table, iteration_columns
+from dfl_experiments.results import LAYER_COLUMNS, Accuracies, Table, epoch_columns, iteration_columns
 from dfl_experiments.stopping import Interrupted, Stop
 from dfl_experiments.tracking import Tracker
 
@@ -121,10 +121,14 @@ class Training:
 
     def run(self) -> None:
         """All epochs that are left. Raises `Interrupted`, after a checkpoint, when a signal has asked for it."""
-        columns = iteration_columns(self.learner.net.depth - 1)
+        layers = self.learner.net.depth - 1
+        files = (
+            (self.run_dir / "iterations.csv", iteration_columns(layers), self.lengths["iterations"]),
+            (self.run_dir / "epochs.csv", epoch_columns(layers), self.lengths["epochs"]),
+        )
         with (
-            Table(self.run_dir / "iterations.csv", columns, self.lengths["iterations"]) as self.iterations,
-            Table(self.run_dir / "epochs.csv", EPOCH_COLUMNS, self.lengths["epochs"]) as self.table,
+            Table(*files[0]) as self.iterations,
+            Table(*files[1]) as self.table,
             Stop() as stop,
         ):
             try:
@@ -159,6 +163,7 @@ class Training:
         self.accuracies.add(validation, test)
         self.seconds += self.epoch_seconds
         train_loss = (values[:, 0] @ self.sizes).item() / experiment.train_size
+        cosine = per_layer(values, "cosine_sample", torch.mean)
         row: Row = {
             "epoch": epoch,
             "lr": experiment.schedule.lr_at(epoch, settings.epochs),
@@ -168,8 +173,9 @@ class Training:
             "test_loss": test_loss,
             "test_accuracy": test,
             "seconds": self.epoch_seconds,
+            **{f"cosine/{i}": value for i, value in cosine.items()},
         }
-        cosine, summary = per_layer(values, "cosine_sample", torch.mean), self.accuracies.summary()
+        summary = self.accuracies.summary()
         rows = iteration_rows(values, epoch)
         self.iterations.extend(rows)
         self.table.extend([row])

@@ -33,7 +33,7 @@ from dfl_experiments.data.batches import Normalise, random_stream
 from dfl_experiments.experiment import Experiment, reuse_memory
 from dfl_experiments.learning import Learner
 from dfl_experiments.losses import LOSSES
-from dfl_experiments.results import device_name, git_commit, iteration_columns, versions
+from dfl_experiments.results import device_name, epoch_columns, git_commit, iteration_columns, versions
 from dfl_experiments.settings import check, science
 from dfl_experiments.tracking import track
 from dfl_experiments.training import Training
@@ -175,7 +175,8 @@ def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
             settings = check(cfg)
             run_dir = Path(tempfile.mkdtemp(dir=folder))
             experiment = Experiment(cfg, settings)
-            with track(settings.tracking, run_dir, plain_config(cfg), iteration_columns(2), None) as tracker:
+            columns = {"iteration": iteration_columns(2), "epoch": epoch_columns(2)}
+            with track(settings.tracking, run_dir, plain_config(cfg), columns, None) as tracker:
                 start = time.perf_counter()  # W&B has threads and a process of its own
                 Training(experiment, run_dir, tracker, {}, science(cfg)).run()
                 times[mode].append(time.perf_counter() - start)

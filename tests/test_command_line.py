@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 
 from dfl_experiments import checkpoint
 from dfl_experiments.config import CONF_DIR, compose
-from dfl_experiments.results import EPOCH_COLUMNS
+from dfl_experiments.results import epoch_columns
 from dfl_experiments.settings import Tracking, check, point_name
 from dfl_experiments.tracking import track
 
@@ -57,7 +57,7 @@ def test_the_run_directory_holds_what_the_contract_names(default_run):
     layer = ["cosine_sample/{}", "cosine_batch/{}", "norm/{}", "norm_bp/{}"]
     expected = ["iteration", "epoch", "loss", *(name.format(i) for i in (1, 2) for name in layer)]
     assert list(rows[0]) == expected
-    assert tuple(epochs[0]) == EPOCH_COLUMNS
+    assert list(epochs[0]) == epoch_columns(2)
     assert [int(row["iteration"]) for row in rows] == list(range(1, 43))
     assert [row["epoch"] for row in rows] == ["1"] * 21 + ["2"] * 21
     assert [row["epoch"] for row in epochs] == ["1", "2"]
@@ -68,7 +68,7 @@ def test_the_run_directory_holds_what_the_contract_names(default_run):
     assert result["test_accuracy"]["last"] == pytest.approx(float(epochs[-1]["test_accuracy"]))
     assert result["validation_accuracy"] == pytest.approx(float(epochs[-1]["validation_accuracy"]))
     mean = sum(float(row["cosine_sample/1"]) for row in rows[21:]) / 21
-    assert result["cosine"]["1"] == pytest.approx(mean, rel=1e-5)
+    assert float(epochs[-1]["cosine/1"]) == pytest.approx(result["cosine"]["1"]) == pytest.approx(mean, rel=1e-5)
     assert result["cosine_by_construction"] == ["2"]
     assert result["config"]["optimizer"]["lr"] == 1e-4
     assert (run_dir / ".hydra" / "overrides.yaml").exists()
@@ -103,7 +103,7 @@ def test_wandb_mirrors_the_local_files(default_run):
             assert {column: item[column] for column in values} == values
     steps = {metric["name"]: metric.get("step_metric") for metric in found["metric"]}
     assert steps["loss"] == steps["cosine_sample/1"] == "iteration"
-    assert steps["test_accuracy"] == "epoch"
+    assert steps["test_accuracy"] == steps["cosine/1"] == "epoch"
     assert [end.get("exit_code") for end in found["exit"]] == [0]
     config = found["run"][0]["config"]["update"]
     assert config["optimizer"]["betas"] == [0.9, 0.999]
