@@ -96,12 +96,14 @@ class Experiment:
         arrays = load(cfg.dataset.name, source, Path(settings.data_dir))
         indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
         train, held_out = (index.numpy() for index in indices)
-        train = train[: settings.limit]
+        few = settings.smoke
+        train, held_out = train[:few][: settings.limit], held_out[:few]
         normalise = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))
         images, labels = arrays.train_images, arrays.train_labels
         device = self.device
         self.validation = EvaluationBatches(*resident(images[held_out], labels[held_out], device), normalise, device)
-        self.test = EvaluationBatches(*resident(arrays.test_images, arrays.test_labels, device), normalise, device)
+        test = resident(arrays.test_images[:few], arrays.test_labels[:few], device)
+        self.test = EvaluationBatches(*test, normalise, device)
         self.batches = Batches(
             *resident(images[train], labels[train], self.device),
             normalise,

@@ -158,6 +158,8 @@ def summarise(result: dict[str, Any], run_dir: Path) -> None:
     accuracy = result["test_accuracy"]
     log.info("")
     log.info("%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"])
+    if result["config"]["smoke"]:
+        log.info("  a smoke run: %d images, no result", result["config"]["smoke"])
     if result["reason"]:
         log.info("  %s", result["reason"])
     log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])

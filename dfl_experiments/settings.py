@@ -126,6 +126,7 @@ class Settings:
     cuda_graph: bool
     deterministic: bool
     limit: Count | None
+    smoke: Count | None
     validation_fraction: Fraction
     stop_untrainable: bool
     alignment: Alignment

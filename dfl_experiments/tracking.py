@@ -95,6 +95,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
     import wandb
 
     names = {key: config[key]["name"] for key in ("method", "model", "dataset", "augmentation", "protocol")}
+    smoke = ["smoke"] if config.get("smoke") else []
     last: Exception | None = None
     for mode in dict.fromkeys([tracking.mode, "offline"]):
         if last is not None:
@@ -108,7 +109,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
                 name=run_dir.name,
                 group=group,
                 job_type=names["method"],
-                tags=[*dict.fromkeys([*names.values(), *tracking.tags])],
+                tags=[*dict.fromkeys([*names.values(), *smoke, *tracking.tags])],
                 config=dict(config),
                 id=previous_id(run_dir) if go_on else None,
                 resume="allow" if go_on and mode == "online" else None,
