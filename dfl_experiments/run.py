@@ -2,13 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from dfl_experiments import checkpoint
@@ -34,29 +31,6 @@ from dfl_experiments.tracking import track
 from dfl_experiments.training import Training
 
 log = logging.getLogger(__name__)
-
-
-SECONDS_TO_CLAIM = 0.5
-
-
-class Busy(Exception):
-    """Another process is at work in the run directory."""
-
-
-@contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory, which is made if need be. Raises `Busy` while another process does.
-
-    The lock is the system's own and ends with its process, however that ends.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        # not at once: a summary may be looking at it
-        lock = FileLock(run_dir / ".lock").acquire(timeout=SECONDS_TO_CLAIM)
-    except Timeout:
-        raise Busy(f"{run_dir}: another process is at work there") from None
-    with lock:
-        yield
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -150,6 +124,8 @@ def run(
             write_result(run_dir, before | {key: result[key] for key in ("status", "reason")})
         if not (run_dir / "config.yaml").exists():
             write_config(run_dir, config)
+    if not settings.checkpoint.keep:  # only now that the result is there
+        checkpoint.discard(run_dir)
     return result
 
 

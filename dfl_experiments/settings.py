@@ -61,9 +61,13 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """every_seconds: between two checkpoints within an epoch; epochs end with one where that costs little time."""
+    """every_seconds: between two checkpoints within an epoch; epochs end with one where that costs little time.
+
+    keep: the last one, when the run has come to its end.
+    """
 
     every_seconds: NonNegative
+    keep: bool
 
 
 @dataclass(frozen=True)

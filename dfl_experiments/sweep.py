@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from dfl_experiments.claims import Busy, claimed
 from dfl_experiments.config import UserError, one_line
 from dfl_experiments.results import DONE, LAST, PREVIOUS, RESULT, read_result, status_left, write_atomically
 from dfl_experiments.settings import Settings, check, recorded, science
@@ -40,7 +41,7 @@ def run_point(cfg: DictConfig, run_dir: Path, number: int = 0, at_once: int = 1)
     fails leaves its `result.json` and says so in one line, and the sweep goes on; None is returned.
     """
     # torch is slow to import, and a refusal needs none
-    from dfl_experiments.run import Busy, claimed, summarise
+    from dfl_experiments.run import summarise
     from dfl_experiments.sharing import device_of, threads_for
 
     try:
@@ -111,7 +112,7 @@ def run_single(cfg: DictConfig, hydra: Any, run_dir: Path) -> float | None:
 
     Raises `UserError`, as `recorded`, `check` and `check_directory` do.
     """
-    from dfl_experiments.run import Busy, claimed, run, summarise
+    from dfl_experiments.run import run, summarise
 
     cfg = recorded(cfg, hydra)
     settings = check(cfg)
@@ -134,8 +135,6 @@ def run_single(cfg: DictConfig, hydra: Any, run_dir: Path) -> float | None:
 
 def status_of(point: Path) -> tuple[str, float | None, str]:
     """Status, accuracy and reason of a point as its folder tells them."""
-    from dfl_experiments.run import Busy, claimed
-
     if not point.is_dir():
         return "not started", None, ""
     result = read_result(point)

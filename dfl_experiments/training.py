@@ -195,7 +195,10 @@ class Training:
         trained = nn.ModuleList([self.learner.net, self.learner.method])
         self.end = stopped(values, epoch, trained, self.accuracies, self.initial or 0.0)
         self.epoch, self.rows, self.epoch_seconds = epoch, None, 0.0
-        last = epoch == settings.epochs or self.end is not None
-        if last or (time.perf_counter() - self._written) * SHARE_OF_WRITING >= self._writing:
+        if epoch == settings.epochs or self.end is not None:
+            due = settings.checkpoint.keep
+        else:
+            due = (time.perf_counter() - self._written) * SHARE_OF_WRITING >= self._writing
+        if due:
             self.save()
         stop.check()

@@ -20,19 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import grid, medians, peak_mb, start_up
+from measuring import grid, medians, paper_learner, peak_mb, random_batch, start_up
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfl_experiments.capture import CapturedStep
-from dfl_experiments.config import build, compose
+from dfl_experiments.config import compose
 from dfl_experiments.config import plain as plain_config
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Normalise, random_stream
 from dfl_experiments.experiment import Experiment, reuse_memory
 from dfl_experiments.learning import Learner
-from dfl_experiments.losses import LOSSES
 from dfl_experiments.results import device_name, epoch_columns, git_commit, iteration_columns, versions
 from dfl_experiments.settings import check, science
 from dfl_experiments.tracking import track
@@ -55,11 +54,7 @@ def learner(method: str, model: str, device: torch.device) -> Learner:
     """A method on a model of the paper's size."""
     name, dataset, shape = MODELS[model]
     cfg = compose([f"method={method}", f"model={name}", f"dataset={dataset}"])
-    torch.manual_seed(0)
-    loss = LOSSES["cross_entropy"]
-    net = build(cfg.model, "model", input_shape=shape, num_classes=10)
-    rule = build(cfg.method, "method", net=net, num_classes=10, loss=loss)
-    return Learner(net.to(device), rule.to(device), loss, build(cfg.optimizer, "optimizer"))
+    return paper_learner(cfg, shape, 10, device)
 
 
 def plain(model: str, device: torch.device) -> Step:
@@ -102,7 +97,7 @@ def step_times(model: str, rounds: int, instances: int, device: torch.device) ->
     by some per cent; the median over all is taken.
     """
     shape = MODELS[model][2]
-    x, target = torch.randn(BATCH, *shape, device=device), torch.randint(10, (BATCH,), device=device)
+    x, target = random_batch(shape, 10, BATCH, device)
 
     def call(step: Step) -> Callable[[], object]:
         return lambda: step(x, target)

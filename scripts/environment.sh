@@ -30,3 +30,13 @@ install_project() {
         touch "$stamp"
     fi
 }
+
+reproduce() { # target, then the script's own arguments
+    local extras=report launcher
+    for launcher in joblib slurm ray; do
+        case " $* " in *" --launcher $launcher "* | *" --launcher=$launcher "*) extras=$extras,$launcher ;; esac
+    done
+    case " $* " in *" --jobs"*) [[ $extras == *,* ]] || extras=$extras,joblib ;; esac
+    install_project "$extras"
+    exec .venv/bin/python scripts/reproduce.py "$@"
+}

@@ -1,0 +1,141 @@
+"""The figures of a report as PNG and PDF files."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from dfl_experiments.report.curves import Bars, Curves, Figure, HeatMap, Panel, heat_label
+
+PANELS_A_ROW = 3
+LABEL_GAP = 0.05  # of an axis' height, between two labels at the ends of curves
+STYLE: Any = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
+    "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 13, "pdf.fonttype": 42,
+}  # fmt: skip
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """The positions, moved apart as little as it takes for neighbours to be a gap from one another."""
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    groups: list[list[int]] = []  # of labels that touch: each is laid out evenly around its mean
+    for index in order:
+        groups.append([index])
+        while len(groups) > 1 and _low(positions, groups[-1], gap) < _high(positions, groups[-2], gap) + gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = list(positions)
+    for group in groups:
+        for offset, index in enumerate(group):
+            moved[index] = _low(positions, group, gap) + offset * gap
+    return moved
+
+
+def _low(positions: Sequence[float], group: list[int], gap: float) -> float:
+    return sum(positions[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _high(positions: Sequence[float], group: list[int], gap: float) -> float:
+    return _low(positions, group, gap) + gap * (len(group) - 1)
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def draw_curves(axes: Axes, panel: Curves) -> None:
+    """Lines with their names at their right ends, and the range over seeds as a shade."""
+    ends = []
+    for one in panel.series:
+        style = "--" if one.dashed else "-"
+        marker = "o" if len(one.x) == 1 else None
+        axes.plot(one.x, _numbers(one.y), style, color=one.colour, linewidth=1.8, marker=marker)
+        if one.low:
+            axes.fill_between(one.x, _numbers(one.low), _numbers(one.high), color=one.colour, alpha=0.2, linewidth=0)
+        last = next((i for i in reversed(range(len(one.y))) if one.y[i] is not None), None)
+        if last is not None:
+            ends.append((one, one.x[last], one.y[last] or 0.0))
+    bottom, top = axes.get_ylim()
+    places = spread([y for _, _, y in ends], LABEL_GAP * (top - bottom))
+    for (one, x, _), place in zip(ends, places, strict=True):
+        look: Any = {"color": one.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
+        axes.annotate(one.name, (x, place), (6, 0), textcoords="offset points", **look)
+    if max((len(one.x) for one in panel.series), default=0) == 1:
+        axes.set_xlim(0.5, 1.5)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_heat_map(axes: Axes, panel: HeatMap) -> None:
+    """A coloured field for every grid point, with its number; the chosen one framed."""
+    image = axes.imshow([_numbers(row) for row in panel.values], cmap="cividis", aspect="auto")
+    axes.grid(False)
+    low, high = image.get_clim()
+    for i, row in enumerate(panel.values):
+        for j, value in enumerate(row):
+            dark = value is not None and (value - low) < 0.6 * (high - low)
+            axes.text(j, i, heat_label(value), ha="center", va="center", color="white" if dark else "black")
+    row_index, column = panel.chosen
+    axes.add_patch(Rectangle((column - 0.48, row_index - 0.46), 0.96, 0.92, fill=False, color="#D55E00", linewidth=3))
+    axes.set_xticks(range(len(panel.columns)), panel.columns)
+    axes.set_yticks(range(len(panel.rows)), panel.rows)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+
+
+def draw_bars(axes: Axes, panel: Bars) -> None:
+    """A bar a name, the number at its end."""
+    bars = axes.barh(panel.names, panel.values, color=panel.colours)
+    axes.bar_label(bars, [f"{value:,.0f}" for value in panel.values], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.grid(False)
+    axes.set(xlabel=panel.x)
+
+
+def draw(axes: Axes, panel: Panel) -> None:
+    """Any panel."""
+    if isinstance(panel, Curves):
+        draw_curves(axes, panel)
+    elif isinstance(panel, HeatMap):
+        draw_heat_map(axes, panel)
+    else:
+        draw_bars(axes, panel)
+
+
+def canvas_of(figure: Figure, heading: str) -> Canvas:
+    """The figure on a canvas of its own, which no window shows."""
+    count = len(figure.panels)
+    columns = min(count, PANELS_A_ROW)
+    rows = math.ceil(count / columns)
+    bars = isinstance(figure.panels[0], Bars)
+    width, height = (7.5, 4.6) if count == 1 else (4.6 * columns, (2.6 if bars else 3.6) * rows + 0.9)
+    canvas = Canvas(figsize=(width, height), dpi=150, layout="constrained")
+    canvas.suptitle(f"{figure.title}\n{heading}", fontsize=11)
+    for place, panel in enumerate(figure.panels, start=1):
+        axes = canvas.add_subplot(rows, columns, place)
+        if count > 1 or isinstance(panel, Bars | HeatMap):
+            axes.set_title(panel.title)
+        draw(axes, panel)
+    canvas.supxlabel(figure.note, fontsize=8, color="#606060")
+    return canvas
+
+
+def write_figures(figures: Sequence[Figure], heading: str, folder: Path, prefix: str = "") -> list[Path]:
+    """Every figure as PNG and PDF in a folder, and the files' paths. heading: stands under every title."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for figure in figures:
+            canvas = canvas_of(figure, heading)
+            for ending in ("png", "pdf"):
+                path = folder / f"{prefix}{figure.name}.{ending}"
+                # no date within: the same runs give the same file
+                metadata = {"CreationDate": None} if ending == "pdf" else None
+                canvas.savefig(path, metadata=metadata)
+                written.append(path)
+    return written

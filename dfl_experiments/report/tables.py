@@ -1,0 +1,138 @@
+"""The tables of a report, as text in several formats."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from dfl_experiments.report.cells import Entry, Section, place
+from dfl_experiments.report.paper import TITLES
+
+COLUMNS = (
+    "dataset", "augmentation", "model", "method", "ours", "±", "n", "paper", "difference", "lr", "weight decay", "runs",
+)  # fmt: skip
+SETTING_COLUMNS = ("table", "smoke", "protocol", "differences")
+MISSING = "–"
+
+
+def percent(fraction: float | None, digits: int = 2, sign: str = "") -> str:
+    """A fraction as a percentage; a dash where there is none."""
+    return MISSING if fraction is None else f"{100 * fraction:{sign}.{digits}f}"
+
+
+def difference(entry: Entry) -> float | None:
+    """Ours minus the paper's; None unless there are both."""
+    return None if entry.mean is None or entry.paper is None else entry.mean - entry.paper
+
+
+def row(entry: Entry) -> list[str]:
+    """An entry under `COLUMNS`, accuracies in percent."""
+    best = entry.best
+    return [
+        *entry.cell,
+        percent(entry.mean),
+        percent(entry.deviation),
+        str(len(best.finished)) if best else "0",
+        percent(entry.paper),
+        percent(difference(entry), sign="+"),
+        f"{best.lr:g}" if best else MISSING,
+        f"{best.weight_decay:g}" if best else MISSING,
+        entry.state,
+    ]
+
+
+def rule(section: Section) -> str:
+    """How the numbers of a section were come by, in a sentence or two."""
+    entries = section.chosen
+    if not entries:
+        return "No run has finished yet."
+    headline = {str(run.config.protocol.accuracy) for entry in entries for run in entry.runs}
+    of = {"last": "after the last epoch", "best_test": "of the epoch that is best on the test set",
+          "best_validation": "of the epoch with the best validation accuracy"}  # fmt: skip
+    held_out = all(entry.best.on_validation for entry in entries if entry.best)
+    chosen = (
+        "on the validation split"
+        if held_out
+        else "on the test set itself, as these runs hold no validation split out, which flatters it"
+    )
+    return (
+        f"Test accuracy in percent {' or '.join(of[key] for key in sorted(headline))}: mean over n seeds, ± sample "
+        f"standard deviation. Of a cell's grid points the best one is shown, chosen {chosen}."
+    )
+
+
+def wide(section: Section, name: str, show: Callable[[Entry], str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table as the paper has it: a row for data and model, a column for every method."""
+    entries = section.table(name)
+    methods = sorted({entry.cell.method for entry in entries}, key=place)
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for entry in entries:
+        rows.setdefault(entry.cell[:3], {})[entry.cell.method] = show(entry)
+    header = ["dataset", "augmentation", "model", *methods]
+    return header, [[*key, *(cells.get(method, "") for method in methods)] for key, cells in rows.items()]
+
+
+def ours_and_paper(entry: Entry) -> str:
+    """Both numbers of a cell, the paper's in brackets."""
+    paper = "" if entry.paper is None else f" ({percent(entry.paper)})"
+    return f"{percent(entry.mean)}{paper}"
+
+
+def as_text(sections: Sequence[Section], style: str) -> str:
+    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown."""
+    heading = "# {}\n" if style == "github" else "{}\n" + "=" * 72 + "\n"
+    subheading = "## {}\n" if style == "github" else "{}\n"
+    parts = []
+    for section in sections:
+        parts += [heading.format(section.setting.title), rule(section) + "\n"]
+        for name, title in TITLES.items():
+            entries = section.table(name)
+            if entries:
+                body = tabulate([row(entry) for entry in entries], COLUMNS, tablefmt=style, disable_numparse=True)
+                parts += [subheading.format(title), body + "\n"]
+    return "\n".join(parts)
+
+
+def as_csv(sections: Sequence[Section]) -> str:
+    """Every entry of every table as one row; accuracies in percent, empty where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*SETTING_COLUMNS, *COLUMNS])
+    for section in sections:
+        smoke, protocol, differences = section.setting
+        for name in TITLES:
+            for entry in section.table(name):
+                values = ["" if value == MISSING else value for value in row(entry)]
+                writer.writerow([name, "smoke" if smoke else "", protocol, "; ".join(differences), *values])
+    return text.getvalue()
+
+
+def as_latex(sections: Sequence[Section]) -> str:
+    """Tables in the paper's layout, the paper's numbers in brackets beside ours; needs the package booktabs."""
+
+    def escape(text: Any) -> str:
+        replaced = str(text).replace("\\", r"\textbackslash{}")
+        for character in "_%&#$":
+            replaced = replaced.replace(character, "\\" + character)
+        return replaced.replace(MISSING, "--").replace("±", r"$\pm$")
+
+    def both(entry: Entry) -> str:
+        spread = "" if entry.deviation is None else f" ± {percent(entry.deviation)}"
+        paper = "" if entry.paper is None else f" ({percent(entry.paper)})"
+        return f"{percent(entry.mean)}{spread}{paper}"
+
+    parts = []
+    for section in sections:
+        for name, title in TITLES.items():
+            header, rows = wide(section, name, both)
+            if not rows:
+                continue
+            cells = [[escape(value) for value in line] for line in rows]
+            body = tabulate(cells, [escape(word) for word in header], tablefmt="latex_raw", disable_numparse=True)
+            body = body.replace(r"\hline", r"\toprule", 1).replace(r"\hline", r"\midrule", 1)
+            body = body.replace(r"\hline", r"\bottomrule", 1)
+            caption = f"{title}; {section.setting.title}. {rule(section)} In brackets: the paper."
+            parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{escape(caption)}}}\n{body}\n\\end{{table}}\n")
+    return "\n".join(parts)

@@ -1,0 +1,229 @@
+"""What the `reproduce_*.sh` scripts do: thin calls of `dfl-train --multirun experiment=…`, then of `dfl-report`.
+
+The grids are those of conf/experiment/. Every call can be stopped and started again: finished points are skipped,
+interrupted ones go on. The report is made in any case, with what is still missing shown as missing.
+"""
+
+import argparse
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from measuring import medians, paper_learner, random_batch
+from omegaconf import OmegaConf
+
+from dfl_experiments.config import CONF_DIR, compose
+
+EXPERIMENTS = {
+    "alignment_figure": ("alignment_figure",),
+    "fc_table": ("fc_mnist", "fc_cifar"),
+    "cnn_table": ("cnn_cifar", "cnn_shallow", "cnn_tinyimagenet"),
+}
+TARGETS = {**{name: (name,) for name in EXPERIMENTS}, "all": tuple(EXPERIMENTS)}
+SMOKE = {"smoke": "128", "epochs": "1"}  # images of each kind, and epochs
+BESIDE_STEPS = 1.2  # evaluation, augmentation, the measurements of alignment
+MOST_JOBS_AT_ONCE = 500  # SLURM takes arrays of up to 1,000
+LAUNCHERS = {
+    "basic": lambda jobs: [],
+    "joblib": lambda jobs: ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"],
+    "slurm": lambda jobs: [
+        "hydra/launcher=submitit_slurm", f"hydra.launcher.array_parallelism={jobs}",
+        f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}",
+    ],
+    "ray": lambda jobs: ["hydra/launcher=ray", f"+hydra.launcher.ray.init.num_cpus={jobs}"],
+}  # fmt: skip
+PLACES = ("dataset", "augmentation", "model", "method")
+# training images, to reckon the time with before the data is there; shape and classes
+IMAGES = {
+    "mnist": (60_000, (1, 28, 28), 10),
+    "cifar10": (50_000, (3, 32, 32), 10),
+    "cifar100": (50_000, (3, 32, 32), 100),
+    "tinyimagenet": (100_000, (3, 64, 64), 200),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One call's points. axes: the values of each; fixed: the places of a table that have one value only."""
+
+    experiment: str
+    axes: dict[str, list[str]]
+    fixed: dict[str, str]
+
+    def points(self) -> Iterator[dict[str, str]]:
+        """Every point, its fixed places included."""
+        for values in itertools.product(*self.axes.values()):
+            yield {**self.fixed, **dict(zip(self.axes, values, strict=True))}
+
+
+def grid_of(experiment: str) -> Grid:
+    """The grid that conf/experiment/ has under this name."""
+    node: Any = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
+    axes = {key: str(value).split(",") for key, value in node.hydra.sweeper.params.items()}
+    cfg = compose([f"experiment={experiment}"])
+    return Grid(experiment, axes, {place: str(cfg[place].name) for place in PLACES if place not in axes})
+
+
+def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid | None:
+    """The part of a grid that --only leaves; None if nothing is left."""
+    axes = dict(grid.axes)
+    for place in PLACES:
+        wanted = [word for word in only if word in choices[place]]
+        if not wanted:
+            continue
+        if place in axes:
+            axes[place] = [value for value in axes[place] if value in wanted]
+        elif grid.fixed[place] not in wanted:
+            return None
+    return Grid(grid.experiment, axes, grid.fixed) if all(axes.values()) else None
+
+
+def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
+    """Sweep name and grid of every call. Leaves the process with one line for a word that names nothing."""
+    grids = [(sweep, grid_of(name)) for sweep in TARGETS[target] for name in EXPERIMENTS[sweep]]
+    choices: dict[str, set[str]] = {place: set() for place in PLACES}
+    for _, grid in grids:
+        for place in PLACES:
+            choices[place] |= set(grid.axes.get(place) or [grid.fixed[place]])
+    for word in only:
+        if not any(word in values for values in choices.values()):
+            raise SystemExit(f"error: --only {word}: there are {', '.join(sorted(set().union(*choices.values())))}")
+    found = [(sweep, one) for sweep, grid in grids if (one := narrowed(grid, only, choices))]
+    if not found:
+        raise SystemExit(f"error: --only {','.join(only)}: no cell is all of these")
+    return found
+
+
+def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[int]) -> list[str]:
+    """The arguments of one call of `dfl-train`."""
+    fixed = {**(SMOKE if asked.smoke else {}), **({"epochs": str(asked.epochs)} if asked.epochs else {})}
+    return [
+        "--multirun",
+        f"experiment={grid.experiment}",
+        f"protocol={asked.protocol}",
+        f"sweep={sweep}",
+        *(f"{key}={','.join(values)}" for key, values in grid.axes.items()),
+        f"seed={','.join(map(str, seeds))}",
+        *(f"{key}={value}" for key, value in fixed.items()),
+        *LAUNCHERS[asked.launcher](asked.jobs),
+        *asked.overrides,
+    ]
+
+
+def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
+    """Every call in order: one seed of everything before the next, save on a cluster, where all wait in one queue."""
+    each = range(asked.seeds)
+    together = [[seed] for seed in each] if asked.launcher in ("basic", "joblib") else [[*each]]
+    found = []
+    for seeds in together:
+        for sweep, grid in chosen(asked.target, asked.only):
+            if asked.smoke:  # every cell, but one point of its grid
+                sweep = f"{sweep}-smoke"
+                grid = replace(grid, axes={key: v if key in PLACES else v[:1] for key, v in grid.axes.items()})
+            found.append((grid, arguments_of(asked, sweep, grid, seeds)))
+    return found
+
+
+def seconds_of(point: dict[str, str], experiment: str, epochs: int | None) -> float:
+    """How long a run would take on this machine, from two steps of its size with random images."""
+    count, shape, classes = IMAGES[point["dataset"]]
+    cfg = compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES)])
+    learner = paper_learner(cfg, shape, classes)
+    batch = random_batch(shape, classes, cfg.batch_size, learner.device)
+    step = medians({"step": lambda: learner.row(*batch)}, 2, learner.device)["step"]
+    return step * math.ceil(count / cfg.batch_size) * (epochs or cfg.epochs)
+
+
+def dry_run(asked: argparse.Namespace) -> None:
+    """Print what would be run, and about how long it would take here."""
+    known: dict[tuple[str, ...], float] = {}
+    count, total = 0, 0.0
+    for grid, arguments in calls(asked):
+        print("dfl-train", *arguments)
+        seeds = next(argument for argument in arguments if argument.startswith("seed=")).count(",") + 1
+        for point in grid.points():
+            print("   ", " ".join(f"{key}={value}" for key, value in point.items()))
+            count += seeds
+            cell = tuple(point[place] for place in PLACES)
+            if cell not in known and not asked.smoke:
+                known[cell] = seconds_of(point, grid.experiment, asked.epochs)
+            total += seeds * known.get(cell, 0.0)
+    print(f"\n{count} runs")
+    if not asked.smoke:
+        hours = BESIDE_STEPS * total / 3600 / asked.jobs
+        print(f"about {hours:,.1f} hours on this machine, {asked.jobs} at once: from 2 steps of every kind of run")
+
+
+def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
+    """The tables on the terminal, then everything else into a folder of its own."""
+    folders = [str(Path("outputs", sweep)) for sweep in dict.fromkeys(sweeps) if Path("outputs", sweep).is_dir()]
+    if not folders:
+        return
+    place = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
+    command = [sys.executable, "-m", "dfl_experiments.report.command", *folders]
+    subprocess.run(command, check=True)
+    written = {"markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "html": "report.html"}
+    for kind, name in written.items():
+        figures = ["--figures", str(place / "figures")] if kind == "html" else []
+        subprocess.run([*command, "--format", kind, "--out", str(place / name), *figures], check=True)
+
+
+def run(asked: argparse.Namespace) -> int:
+    """All calls, then the report; the worst exit code."""
+    codes, sweeps = [0], []
+    try:
+        for _, arguments in calls(asked):
+            sweeps.append(next(argument for argument in arguments if argument.startswith("sweep=")).partition("=")[2])
+            print("dfl-train", *arguments, flush=True)
+            codes.append(subprocess.run([sys.executable, "-m", "dfl_experiments.train", *arguments]).returncode)
+            if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # refused, or stopped
+                break
+    except KeyboardInterrupt:
+        codes.append(130)
+    report(asked, sweeps)
+    return max(code if code >= 0 else 128 - code for code in codes)
+
+
+def words(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [word for word in text.split(",") if word]
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above zero")
+    return int(text)
+
+
+def main() -> None:
+    """Read the command line and do as it says."""
+    parser = argparse.ArgumentParser("reproduce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--smoke", action="store_true", help="every cell once, on a few images: a trial, no results")
+    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), default="fair")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 … N-1 (default: 1)")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="in place of the paper's number")
+    parser.add_argument("--only", type=words, default=[], metavar="WORDS", help="such as cifar10,conv3,las")
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at once (default: 1; on a cluster 100)")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of the time")
+    parser.add_argument("overrides", nargs="*", help="further overrides for dfl-train, key=value")
+    asked = parser.parse_intermixed_args()
+    asked.launcher = asked.launcher or ("joblib" if (asked.jobs or 1) > 1 else "basic")
+    if asked.launcher == "basic" and (asked.jobs or 1) > 1:
+        parser.error("--jobs: the basic launcher runs one at a time; choose --launcher joblib")
+    asked.jobs = asked.jobs or {"basic": 1, "joblib": 2}.get(asked.launcher, 100)
+    if asked.dry_run:
+        dry_run(asked)
+    else:
+        raise SystemExit(run(asked))
+
+
+if __name__ == "__main__":
+    main()
