@@ -9,6 +9,7 @@ the workspace's specification is written to a file, and the script says so.
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from wandb.errors import Error as WandbError
 
@@ -49,14 +50,19 @@ def dashboard(entity: str, project: str, layers: int) -> workspaces.Workspace:
     ]
     rate, decay = panels.Config("optimizer.lr"), panels.Config("optimizer.weight_decay")
     final = panels.SummaryMetric("accuracy")
-    axes = [("method", METHOD), ("learning rate", rate), ("weight decay", decay), ("accuracy", final)]
-    columns = [panels.ParallelCoordinatesPlotColumn(metric, display_name=name) for name, metric in axes]
+    axes: dict[str, Any] = {"method": METHOD, "learning rate": rate, "weight decay": decay, "accuracy": final}
+    columns = [panels.ParallelCoordinatesPlotColumn(metric, display_name=name) for name, metric in axes.items()]
     grid = [
         panels.ParallelCoordinatesPlot(title="Every point of the grid", columns=columns),
         panels.ScatterPlot(title="Accuracy over the learning rate", x=rate, y=final, log_x=True),
     ]
     speed = [bars("Samples per second", "samples_per_second"), bars("Seconds of training", "seconds")]
-    sections = {"Accuracy by method": accuracy, "Alignment": alignment, "Grid": grid, "Throughput": speed}
+    sections: dict[str, list[Any]] = {
+        "Accuracy by method": accuracy,
+        "Alignment": alignment,
+        "Grid": grid,
+        "Throughput": speed,
+    }
     return workspaces.Workspace(
         entity=entity,
         project=project,

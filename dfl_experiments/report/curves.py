@@ -1,5 +1,6 @@
 """What the figures of a report show, before anything is drawn: panels of curves, heat maps and bars."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """A panel of curves."""
+    """A panel of curves. y_range: of the axis, where the values alone would not choose it well."""
 
     title: str
     x: str
     y: str
     series: list[Series]
+    y_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,9 @@ def alignment(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
             bp = Series(label_of("bp"), colour_of("bp"), x, [1.0] * len(x), dashed=True)
             by_construction = f": 1 by construction for {', '.join(exact)}" if exact else ""
             label = f"mean cosine of δ_{layer} with BP's"
-            panels.append(Curves(f"layer {layer}{by_construction}", "epoch", label, [bp, *series]))
+            least = min(value for one in series for value in (*one.y, *one.low) if value is not None)
+            y_range = (min(0.5, math.floor(10 * least - 0.5) / 10), 1.05)
+            panels.append(Curves(f"layer {layer}{by_construction}", "epoch", label, [bp, *series], y_range))
     name, words = "-".join(key), ", ".join(key)
     note = (
         "Cosine of the applied error signal with BP's on the same weights and batch: mean over samples and iterations"

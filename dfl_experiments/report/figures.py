@@ -60,6 +60,8 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
         last = next((i for i in reversed(range(len(one.y))) if one.y[i] is not None), None)
         if last is not None:
             ends.append((one, one.x[last], one.y[last] or 0.0))
+    if panel.y_range:
+        axes.set_ylim(*panel.y_range)
     bottom, top = axes.get_ylim()
     places = spread([y for _, _, y in ends], LABEL_GAP * (top - bottom))
     for (one, x, _), place in zip(ends, places, strict=True):

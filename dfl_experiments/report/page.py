@@ -14,6 +14,7 @@ from dfl_experiments.report.paper import TITLES
 from dfl_experiments.report.runs import Run
 from dfl_experiments.report.tables import COLUMNS, difference, ours_and_paper, percent, row, rule, wide
 
+FEW_EPOCHS = 10
 CONFIG_LEFT_OUT = ("resume", "repeat", "force", "sweep", "data_dir")
 
 
@@ -35,7 +36,9 @@ def plot(panel: Panel) -> dict[str, Any]:
     """A panel as plotly's data and layout."""
     layout: dict[str, Any] = {"title": {"text": panel.title}, "xaxis": {"title": {"text": panel.x}}}
     if isinstance(panel, Curves):
-        layout["yaxis"] = {"title": {"text": panel.y}}
+        layout["yaxis"] = {"title": {"text": panel.y}} | ({"range": panel.y_range} if panel.y_range else {})
+        if max((len(one.x) for one in panel.series), default=0) <= FEW_EPOCHS:
+            layout["xaxis"]["dtick"] = 1  # no halves of epochs
         return {"data": [trace for one in panel.series for trace in _line(one)], "layout": layout}
     if isinstance(panel, HeatMap):
         text = [[heat_label(value) for value in values] for values in panel.values]
