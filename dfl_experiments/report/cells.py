@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dfl_experiments.config import compose
-from dfl_experiments.report.paper import METHODS, PAPER, accuracy_of, table_of
+from dfl_experiments.report.paper import METHODS, PAPER, table_of
 from dfl_experiments.report.runs import Cell, Run
 from dfl_experiments.settings import scientific
 
@@ -112,6 +112,7 @@ class Entry:
 
     cell: Cell
     points: list[Point]
+    paper: float | None = None  # the accuracy that the paper has in this place
 
     @property
     def runs(self) -> list[Run]:
@@ -123,11 +124,6 @@ class Entry:
         """Of the points with the most finished seeds the one with the best mean score."""
         finished = [point for point in self.points if point.finished]
         return max(finished, key=lambda point: point.score) if finished else None
-
-    @property
-    def paper(self) -> float | None:
-        """The paper's accuracy."""
-        return accuracy_of(self.cell)
 
     @property
     def mean(self) -> float | None:
@@ -151,22 +147,24 @@ class Section:
     """All runs of one setting."""
 
     setting: Setting
-    entries: dict[Cell, Entry]
+    points: dict[Cell, list[Point]]
 
     def table(self, name: str) -> list[Entry]:
         """The entries of a table, missing cells among them.
 
         The paper's whole table where the runs are as the paper's are, otherwise the rows that have been begun.
         """
-        published = PAPER.get(name, {})
-        mine = {cell for cell in self.entries if table_of(cell) == name}
+        # with another optimizer than the tables' a run is in no place of theirs
+        elsewhere = any(difference.startswith("optimizer=") for difference in self.setting.differences)
+        mine = [cell for cell in self.points if ("other" if elsewhere else table_of(cell)) == name]
         if not mine:
             return []
         whole = not self.setting.differences
-        rows = {cell[:3] for cell in mine}
-        wanted = [cell for cell in published if whole or cell[:3] in rows]
-        more = sorted(mine - set(wanted), key=lambda cell: (*cell[:3], place(cell.method)))
-        return [self.entries.get(cell, Entry(cell, [])) for cell in [*wanted, *more]]
+        begun = {cell[:3] for cell in mine}
+        published = {cell: value for cell, value in PAPER.get(name, {}).items() if whole or cell[:3] in begun}
+        rows = list(dict.fromkeys(cell[:3] for cell in [*published, *sorted(mine)]))
+        cells = sorted({*published, *mine}, key=lambda cell: (rows.index(cell[:3]), place(cell.method)))
+        return [Entry(cell, self.points.get(cell, []), published.get(cell)) for cell in cells]
 
     @property
     def chosen(self) -> list[Entry]:
@@ -190,9 +188,9 @@ def sections(runs: Iterable[Run]) -> list[Section]:
         cells.setdefault(run.cell, {}).setdefault(axes, []).append(run)
     found = []
     for setting, cells in sorted(grouped.items(), key=lambda item: (item[0].smoke, len(item[0].differences), item[0])):
-        entries = {}
-        for cell, points in cells.items():
-            ordered = [Point(*axes, sorted(runs, key=lambda run: run.config.seed)) for axes, runs in points.items()]
-            entries[cell] = Entry(cell, sorted(ordered, key=lambda point: (point.lr, point.weight_decay)))
-        found.append(Section(setting, entries))
+        ordered = {
+            cell: [Point(*axes, sorted(runs, key=lambda run: run.config.seed)) for axes, runs in sorted(points.items())]
+            for cell, points in cells.items()
+        }
+        found.append(Section(setting, ordered))
     return found

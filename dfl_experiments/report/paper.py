@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dfl_experiments.report.runs import Cell
 
-TITLES = {"fc": "FC table", "cnn": "CNN table", "other": "Not in the paper"}
+TITLES = {"fc": "FC table", "cnn": "CNN table", "other": "Other runs, in no table of the paper's"}
 METHODS = ("bp", "shallow", "dfa", "las", "ltas")
 
 
@@ -28,8 +28,3 @@ def table_of(cell: Cell) -> str:
         if any(cell[:3] == other[:3] for other in cells):
             return name
     return "other"
-
-
-def accuracy_of(cell: Cell) -> float | None:
-    """The paper's accuracy, None where it has none."""
-    return next((cells[cell] for cells in PAPER.values() if cell in cells), None)

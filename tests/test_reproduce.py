@@ -1,0 +1,102 @@
+"""The scripts that reproduce the paper: every cell and no other, thin calls, and a report at the end."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from report_helpers import SMALL, write_packs
+
+from dfl_experiments.report.paper import PAPER
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def reproduce(folder, *arguments, timeout=250):
+    command = [sys.executable, str(SCRIPTS / "reproduce.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+def points(printed):
+    """The cells that a dry run lists, as the paper's tables have them."""
+    pairs = [re.findall(r"(\w+)=(\S+)", line) for line in printed.splitlines() if line.startswith("    ")]
+    return [tuple(dict(pair)[key] for key in ("dataset", "augmentation", "model", "method")) for pair in pairs]
+
+
+@pytest.mark.parametrize("table", ["fc", "cnn"])
+def test_the_experiments_have_every_cell_of_the_paper_s_table_and_no_other(tmp_path, table):
+    done = reproduce(tmp_path, f"{table}_table", "--smoke", "--dry-run", "--protocol", "authors")
+    assert done.returncode == 0, done.stderr
+    found = points(done.stdout)
+    assert len(found) == len(set(found))
+    assert set(found) == {tuple(cell) for cell in PAPER[table]}
+    assert f"{len(found)} runs" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_can_be_asked_for_and_its_time_is_estimated(tmp_path):
+    done = reproduce(tmp_path, "all", "--only", "mnist,las", "--seeds", "2", "--epochs", "3", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    calls = [line for line in done.stdout.splitlines() if line.startswith("dfl-train")]
+    assert [re.search(r"experiment=(\S+)", line)[1] for line in calls] == ["alignment_figure", "fc_mnist"] * 2
+    assert [re.search(r"seed=(\S+)", line)[1] for line in calls] == ["0", "0", "1", "1"]
+    assert all("epochs=3" in line and "method=las" in line for line in calls)
+    assert "10 runs" in done.stdout
+    assert re.search(r"about [\d.]+ hours on this machine", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "svhn"], "--only svhn: there are bp, cifar10"),
+        (["--only", "mnist,flip"], "no cell is all of these"),
+        (["--seeds", "0"], "'0': must be a whole number above zero"),
+        (["--launcher", "cloud"], "invalid choice: 'cloud'"),
+        (["--launcher", "basic", "--jobs", "3"], "choose --launcher joblib"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, arguments, words):
+    done = reproduce(tmp_path, "fc_table", *arguments, "--dry-run")
+    assert done.returncode != 0
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_a_smoke_run_from_start_to_report_and_again(tmp_path):
+    data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
+    asked = ("fc_table", "--smoke", "--only", "mnist", data, *SMALL[:-1])
+    done = reproduce(tmp_path, *asked)
+    assert done.returncode == 0, done.stderr
+    assert "5 points, 5 finished" in done.stdout
+    report = tmp_path / "outputs" / "fc_table-smoke-report"
+    rows = list(csv.DictReader((report / "tables.csv").open()))
+    assert [row["method"] for row in rows] == ["bp", "shallow", "dfa", "las", "ltas"]
+    assert all(row["smoke"] == "smoke" and float(row["ours"]) for row in rows)
+    for name in ("tables.md", "tables.tex", "report.html"):
+        assert "SMOKE" in (report / name).read_text()
+    assert list((report / "figures").glob("*.pdf"))
+    assert not list(tmp_path.glob("outputs/*/*/last.pt"))
+    again = reproduce(tmp_path, *asked)
+    assert again.returncode == 0
+    assert again.stdout.count("finished already") == 5
+    kept = subprocess.run(
+        [sys.executable, str(SCRIPTS / "keep_results.py"), "outputs/fc_table-smoke", "kept"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "5 runs kept" in kept.stdout
+    assert {path.name for path in (tmp_path / "kept").rglob("*.*") if path.is_file()} == {"result.json", "epochs.csv"}
+    command = [sys.executable, "-m", "dfl_experiments.report.command", "kept", "--format", "csv"]
+    same = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert same.stdout == (report / "tables.csv").read_text()
+
+
+def test_the_dashboard_is_written_to_a_file_without_a_login(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "wandb_dashboard.py"), "--layers", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "not saved to W&B (no --entity)" in done.stdout
+    text = (tmp_path / "dashboard.json").read_text()
+    for words in ("Accuracy by method", "cosine_sample/1", "cosine/2", "method", "samples_per_second"):
+        assert words in text
+    assert "cosine/3" not in text
