@@ -4,8 +4,9 @@ Notation, throughout the package: h_0 = x; a_i = pre_i(h_{i-1}), h_i = post_i(a_
 a_L = head(h_{L-1}).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,18 +38,30 @@ class Block(nn.Module):
 
 
 class Delivery(torch.autograd.Function):
-    """A scalar above h whose backward pass hands h its signal, of which nobody but autograd then holds a reference."""
+    """A scalar above h whose backward pass hands h its signal, which is formed only then, and then held by no other.
+
+    Made in the forward pass right behind h: autograd goes from the newest node to the oldest, so that the blocks above
+    are done, and their memory is free, before h's signal takes any.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, box: list[Tensor]) -> Tensor:
-        """box: the signal alone, shaped like h."""
+    def forward(ctx: Any, h: Tensor, box: list[Callable[[], Tensor]]) -> Tensor:
+        """box: to hold, by the time of the backward pass, what gives the signal, shaped like h."""
         ctx.box = box
         return h.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The signal, taken out of its box."""
-        return ctx.box.pop(), None
+        """The signal."""
+        return ctx.box.pop()(), None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where the signal of a cut boundary enters: `root`, a `Delivery` above it that asks the box for the signal."""
+
+    root: Tensor
+    box: list[Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,14 +69,16 @@ class Trace:
     """One forward pass. Index i-1 holds what belongs to block i.
 
     outputs[i-1]: h_i where the graph is cut behind it, None elsewhere, so that its memory is free once it is read.
-    Only if the trace was kept, all of the outputs, and: preactivations[i-1]: a_i; inputs[i-1]: the tensors through
-    which block i depends on h_{i-1}, that is h_{i-1} itself, or behind a cut a detached leaf (and h_{i-1} beside it
-    where the block leaks); inputs[L-1] is what the head read.
+    gates[i]: where the signal of cut i enters, for every cut above the frozen blocks. Only if the trace was kept, all
+    of the outputs, and: preactivations[i-1]: a_i; inputs[i-1]: the tensors through which block i depends on h_{i-1},
+    that is h_{i-1} itself, or behind a cut a detached leaf (and h_{i-1} beside it where the block leaks); inputs[L-1]
+    is what the head read.
     """
 
     logits: Tensor
     cuts: frozenset[int]
     outputs: list[Tensor | None]
+    gates: Mapping[int, Gate]
     preactivations: Sequence[Tensor] = ()
     inputs: Sequence[tuple[Tensor, ...]] = ()
 
@@ -74,34 +89,35 @@ class Trace:
 
     def backward(
         self,
-        signals: Sequence[Tensor | None],
+        signal: Callable[[int], Tensor],
         error: Tensor,
         parameters: Sequence[Tensor],
         keep: bool = False,
     ) -> list[Tensor | None]:
-        """Start autograd from every error signal at once: inside each block, across no cut.
+        """Start autograd from every error signal: inside each block, across no cut.
 
-        signals: gradient at h_1 … h_{L-1}, None except at cuts; error: e = ∂ℒ/∂a_L, (N, K). Sets `.grad` of
-        `parameters`, and computes no gradient of a block's input where nobody reads it. With `keep`, the graph stays
-        for a reader and the applied δ_1 … δ_{L-1} are returned, None where no signal came. Without, nothing is, and
-        the outputs and signals are let go of, for autograd to free each as soon as it has used it.
-
-        Raises ValueError for a signal where nothing is cut: autograd would add it to BP's.
+        signal: gives the gradient at h_i, and is asked once for every cut above the frozen blocks, from the highest
+        down; error: e = ∂ℒ/∂a_L, (N, K). Sets `.grad` of `parameters`, and computes no gradient of a block's input
+        where nobody reads it. With `keep`, the graph stays for a reader and the applied δ_1 … δ_{L-1} are returned,
+        None where no signal came. Without, nothing is, and an output is let go of once its signal is formed.
         """
-        roots = []
-        for i, (h, signal) in enumerate(zip(self.outputs, signals, strict=True), start=1):
-            if signal is not None:
-                if h is None or i not in self.cuts:
-                    raise ValueError(f"a signal for h_{i}, where nothing is cut: the cuts are {sorted(self.cuts)}")
-                roots.append(Delivery.apply(h, [signal]))
-        signal = h = None
-        del signals
-        if not keep:
-            self.outputs.clear()
-        gradients = [None] * len(roots) + [error]
+
+        def formed(i: int) -> Tensor:
+            gradient = signal(i)
+            if not keep:
+                self.outputs[i - 1 :] = [None] * (len(self.outputs) - i + 1)
+            return gradient
+
+        for i, gate in self.gates.items():
+            gate.box.append(partial(formed, i))
+        roots = [gate.root for gate in self.gates.values()]
         # not `backward(inputs=…)`: that leaves hooks on every a_i, which later readers of the graph would set off
         found = torch.autograd.grad(
-            [*roots, self.logits], [*parameters, *self.preactivations], gradients, retain_graph=keep, allow_unused=True
+            [*roots, self.logits],
+            [*parameters, *self.preactivations],
+            [*[None] * len(roots), error],
+            retain_graph=keep,
+            allow_unused=True,
         )
         for parameter, gradient in zip(parameters, found, strict=False):
             parameter.grad = gradient
@@ -177,6 +193,7 @@ class BlockNet(nn.Module):
         inputs: list[tuple[Tensor, ...]] = []
         preactivations: list[Tensor] = []
         outputs: list[Tensor | None] = []
+        gates: dict[int, Gate] = {}
         h = x
         for i, module in enumerate((*self.blocks, self.head)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or i >= frozen)):
@@ -193,6 +210,9 @@ class BlockNet(nn.Module):
                 a = module.pre(*read)
                 h = module.post(a)
                 outputs.append(h if keep or i + 1 in cuts else None)
+                if i + 1 in cuts and i + 1 > frozen:
+                    box: list[Callable[[], Tensor]] = []
+                    gates[i + 1] = Gate(Delivery.apply(h, box), box)
                 if keep:
                     preactivations.append(a)
-        return Trace(self.head(*read), frozenset(cuts), outputs, preactivations, inputs)
+        return Trace(self.head(*read), frozenset(cuts), outputs, gates, preactivations, inputs)

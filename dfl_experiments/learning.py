@@ -83,8 +83,9 @@ class Learner:
             self.feedback_optimizer.step()
             self.feedback_optimizer.zero_grad()
         loss, error = self.value_and_error(trace.logits, target)
-        # the signals have no name here, so that each can be freed once it is used
-        deltas = trace.backward(self.method.signals(trace, error, target), error, self.parameters, keep=align)
+        deltas = trace.backward(
+            lambda i: self.method.signal(i, trace, error, target), error, self.parameters, keep=align
+        )
         alignment = measure(trace, deltas, error) if align else None
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -132,8 +132,13 @@ class Tiny:
         """A kept trace after its backward pass, the δ_i that were applied, and the error it started from."""
         trace = self.net.trace(self.x, self.method.cuts, self.method.frozen, keep=True)
         _, error = self.loss.value_and_error(trace.logits, self.target)
-        signals = self.method.signals(trace, error, self.target)
-        return trace, trace.backward(signals, error, self.learner.parameters, keep=True), error
+        return trace, self.start(trace, error, keep=True), error
+
+    def start(self, trace: Trace, error: torch.Tensor, keep: bool = False) -> list[torch.Tensor | None]:
+        """Start autograd from the method's signals for this error."""
+        return trace.backward(
+            lambda i: self.method.signal(i, trace, error, self.target), error, self.learner.parameters, keep
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every weight, buffer and B, copied to the CPU."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import METHODS, MODELS, Tiny, dfl_train
+from measuring import peak_mb
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CROSS = pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])
@@ -70,12 +71,33 @@ def test_bfloat16_steps_stay_close_and_keep_their_weights_in_float32(method, mod
     assert any(changed)
 
 
-def test_a_signal_is_let_go_of_once_it_is_used():
+def test_signals_are_formed_one_by_one_from_the_top_and_each_output_is_let_go_of():
     t = Tiny("dfa", "conv3")
     trace = t.net.trace(t.x, t.method.cuts)
     _, error = t.loss.value_and_error(trace.logits, t.target)
-    trace.backward(t.method.signals(trace, error, t.target), error, t.learner.parameters)
-    assert trace.outputs == []
+    seen = []
+
+    def signal(i):
+        seen.append((i, [h is not None for h in trace.outputs]))
+        return t.method.signal(i, trace, error, t.target)
+
+    trace.backward(signal, error, t.learner.parameters)
+    cuts = sorted(t.method.cuts, reverse=True)
+    assert [i for i, _ in seen] == cuts
+    for i, there in seen:
+        assert [place for place, present in enumerate(there, start=1) if present] == [c for c in cuts[::-1] if c <= i]
+    assert trace.outputs == [None] * (t.net.depth - 1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_of_direct_feedback_alignment_needs_no_more_memory_than_one_of_bp(model):
+    peaks = []
+    for method in ("bp", "dfa"):
+        t = Tiny(method, model)
+        x, target = t.x.repeat(10, 1, 1, 1), t.target.repeat(10)
+        t.learner.step(x, target)
+        peaks.append(peak_mb(lambda t=t, x=x, target=target: t.learner.step(x, target), torch.device("cpu")))
+    assert peaks[1] <= peaks[0] + 0.001  # the kilobyte is for a few scalars
 
 
 def test_precision_is_recorded_and_tf32_is_refused_where_there_is_none(tmp_path):

@@ -1,7 +1,5 @@
 """What a method is: where the graph is cut, and which error signals start autograd there."""
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from dfl_experiments.blocknet import BlockNet, Trace
@@ -12,10 +10,10 @@ from dfl_experiments.losses import OutputLoss
 class Method(nn.Module):
     """The contract of a learning rule. As it stands it is backpropagation: no cut, and only e starts autograd.
 
-    A subclass sets `cuts` and `frozen` in its constructor, and overrides `signals`, and `adapt` if it learns feedback
+    A subclass sets `cuts` and `frozen` in its constructor, and overrides `signal`, and `adapt` if it learns feedback
     weights. Parameters of the method itself (its B) get an optimizer of the network's kind and hyper-parameters.
 
-    cuts: boundaries i (1 … L-1) behind which no gradient flows down; there h_i gets its signal from `signals`.
+    cuts: boundaries i (1 … L-1) behind which no gradient flows down; there h_i gets its signal from `signal`.
     frozen: how many of the lowest blocks get no signal at all, and stay as they were initialised.
     """
 
@@ -39,6 +37,9 @@ class Method(nn.Module):
         trace is a constant here: nothing of the network may change.
         """
 
-    def signals(self, trace: Trace, error: Tensor, target: Tensor) -> Sequence[Tensor | None]:
-        """The gradient at each block output h_1 … h_{L-1}, None wherever there is no cut. error: e, (N, K)."""
-        return [None] * (self.depth - 1)
+    def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
+        """The gradient at block output h_i, shaped like it. error: e, (N, K); target: labels, (N,).
+
+        Asked for at every cut above the frozen blocks, from the highest down, each when autograd gets there.
+        """
+        raise LookupError(f"{type(self).__name__} cuts behind block {i} and has no signal for it")

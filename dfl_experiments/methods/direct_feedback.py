@@ -1,6 +1,5 @@
 """Direct feedback: δ_i = (B_{i+1} e) ⊙ f'(a_i), with B fixed (DFA) or trained by a local loss (LAS, LTAS)."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -69,7 +68,6 @@ class DirectFeedback(Method):
             return self.loss.value_and_error(y, target)[1]
         return (y - logits) * (self.scale / len(y))
 
-    def signals(self, trace: Trace, error: Tensor, target: Tensor) -> Sequence[Tensor | None]:
-        """B_{i+1} e at every cut h_i, with B as it is now."""
-        direct = [module.feedback(error) for module in self.local_modules]
-        return [*direct, *[None] * (self.depth - 1 - len(direct))]
+    def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
+        """B_{i+1} e, with B as it is now."""
+        return self.local_modules[i - 1].feedback(error)
