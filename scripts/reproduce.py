@@ -28,15 +28,7 @@ TARGETS = {**{name: (name,) for name in EXPERIMENTS}, "all": tuple(EXPERIMENTS)}
 SMOKE = {"smoke": "128", "epochs": "1"}  # images of each kind, and epochs
 BESIDE_STEPS = 1.2  # evaluation, augmentation, the measurements of alignment
 MOST_JOBS_AT_ONCE = 500  # SLURM takes arrays of up to 1,000
-LAUNCHERS = {
-    "basic": lambda jobs: [],
-    "joblib": lambda jobs: ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"],
-    "slurm": lambda jobs: [
-        "hydra/launcher=submitit_slurm", f"hydra.launcher.array_parallelism={jobs}",
-        f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}",
-    ],
-    "ray": lambda jobs: ["hydra/launcher=ray", f"+hydra.launcher.ray.init.num_cpus={jobs}"],
-}  # fmt: skip
+LAUNCHERS = ("basic", "joblib", "slurm", "ray")
 PLACES = ("dataset", "augmentation", "model", "method")
 # training images, to reckon the time with before the data is there; shape and classes
 IMAGES = {
@@ -99,6 +91,18 @@ def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
     return found
 
 
+def launcher_options(launcher: str, jobs: int | None) -> list[str]:
+    """What makes Hydra start the jobs that way, so many at once."""
+    if launcher == "joblib":
+        return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs or 2}"]
+    if launcher == "slurm":  # the time limit is this project's default, a day; what meets it is queued again
+        batch = f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}"
+        return ["hydra/launcher=submitit_slurm", f"hydra.launcher.array_parallelism={jobs or 100}", batch]
+    if launcher == "ray":  # without a number, as many as there are cores; on a cluster add …ray.init.address=auto
+        return ["hydra/launcher=ray", *([f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else [])]
+    return []
+
+
 def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[int]) -> list[str]:
     """The arguments of one call of `dfl-train`."""
     fixed = {**(SMOKE if asked.smoke else {}), **({"epochs": str(asked.epochs)} if asked.epochs else {})}
@@ -110,7 +114,7 @@ def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[
         *(f"{key}={','.join(values)}" for key, values in grid.axes.items()),
         f"seed={','.join(map(str, seeds))}",
         *(f"{key}={value}" for key, value in fixed.items()),
-        *LAUNCHERS[asked.launcher](asked.jobs),
+        *launcher_options(asked.launcher, asked.jobs),
         *asked.overrides,
     ]
 
@@ -155,8 +159,8 @@ def dry_run(asked: argparse.Namespace) -> None:
             total += seeds * known.get(cell, 0.0)
     print(f"\n{count} runs")
     if not asked.smoke:
-        hours = BESIDE_STEPS * total / 3600 / asked.jobs
-        print(f"about {hours:,.1f} hours on this machine, {asked.jobs} at once: from 2 steps of every kind of run")
+        hours = BESIDE_STEPS * total / 3600
+        print(f"about {hours:,.1f} hours on this machine, one after the other: from 2 steps of every kind of run")
 
 
 def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
@@ -166,7 +170,8 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
         return
     place = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
     command = [sys.executable, "-m", "dfl_experiments.report.command", *folders]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        return
     written = {"markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "html": "report.html"}
     for kind, name in written.items():
         figures = ["--figures", str(place / "figures")] if kind == "html" else []
@@ -211,14 +216,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=positive, metavar="N", help="in place of the paper's number")
     parser.add_argument("--only", type=words, default=[], metavar="WORDS", help="such as cifar10,conv3,las")
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1")
-    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at once (default: 1; on a cluster 100)")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at once: joblib 2, slurm 100, ray a core each")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of the time")
     parser.add_argument("overrides", nargs="*", help="further overrides for dfl-train, key=value")
     asked = parser.parse_intermixed_args()
     asked.launcher = asked.launcher or ("joblib" if (asked.jobs or 1) > 1 else "basic")
     if asked.launcher == "basic" and (asked.jobs or 1) > 1:
         parser.error("--jobs: the basic launcher runs one at a time; choose --launcher joblib")
-    asked.jobs = asked.jobs or {"basic": 1, "joblib": 2}.get(asked.launcher, 100)
     if asked.dry_run:
         dry_run(asked)
     else:

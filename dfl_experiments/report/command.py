@@ -56,10 +56,12 @@ def report(asked: argparse.Namespace) -> None:
         print(asked.out)
     else:
         print(text, end="")
+    written = []
     for number, section in enumerate(found if asked.figures else [], start=1):
         prefix = f"{number}-" if len(found) > 1 else ""
-        for path in write_figures(curves.figures(section), section.setting.title, asked.figures, prefix):
-            print(path)
+        written += write_figures(curves.figures(section), section.setting.title, asked.figures, prefix)
+    if asked.figures:
+        print(f"{len(written)} files in {asked.figures}")
 
 
 def main() -> None:
