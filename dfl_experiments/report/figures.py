@@ -70,7 +70,7 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
     if max((len(one.x) for one in panel.series), default=0) == 1:
         axes.set_xlim(0.5, 1.5)
     axes.set(xlabel=panel.x, ylabel=panel.y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def draw_heat_map(axes: Axes, panel: HeatMap) -> None:
