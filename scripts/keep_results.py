@@ -25,7 +25,8 @@ def keep(source: Path, destination: Path) -> int:
         place = destination / folder.relative_to(source)
         place.mkdir(parents=True, exist_ok=True)
         write_result(place, {**result, "config": {**result["config"], "data_dir": "data"}})
-        shutil.copyfile(folder / "epochs.csv", place / "epochs.csv")
+        if (folder / "epochs.csv").exists():
+            shutil.copyfile(folder / "epochs.csv", place / "epochs.csv")
         count += 1
     return count
 

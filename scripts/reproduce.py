@@ -5,31 +5,27 @@ interrupted ones go on. The report is made in any case, with what is still missi
 """
 
 import argparse
-import itertools
 import math
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from measuring import medians, paper_learner, random_batch
-from omegaconf import OmegaConf
 
-from dfl_experiments.config import CONF_DIR, compose
+from dfl_experiments.config import compose
+from dfl_experiments.experiment import resolve_device
+from dfl_experiments.grids import PLACES, TABLES, Grid, grid_of
 
-EXPERIMENTS = {
-    "alignment_figure": ("alignment_figure",),
-    "fc_table": ("fc_mnist", "fc_cifar"),
-    "cnn_table": ("cnn_cifar", "cnn_shallow", "cnn_tinyimagenet"),
-}
+EXPERIMENTS = {"alignment_figure": ("alignment_figure",), **TABLES}
 TARGETS = {**{name: (name,) for name in EXPERIMENTS}, "all": tuple(EXPERIMENTS)}
 SMOKE = {"smoke": "128", "epochs": "1"}  # images of each kind, and epochs
-BESIDE_STEPS = 1.2  # evaluation, augmentation, the measurements of alignment
+BESIDE_STEPS = 1.15  # evaluation and augmentation
 MOST_JOBS_AT_ONCE = 500  # SLURM takes arrays of up to 1,000
 LAUNCHERS = ("basic", "joblib", "slurm", "ray")
-PLACES = ("dataset", "augmentation", "model", "method")
 # training images, to reckon the time with before the data is there; shape and classes
 IMAGES = {
     "mnist": (60_000, (1, 28, 28), 10),
@@ -37,28 +33,6 @@ IMAGES = {
     "cifar100": (50_000, (3, 32, 32), 100),
     "tinyimagenet": (100_000, (3, 64, 64), 200),
 }
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One call's points. axes: the values of each; fixed: the places of a table that have one value only."""
-
-    experiment: str
-    axes: dict[str, list[str]]
-    fixed: dict[str, str]
-
-    def points(self) -> Iterator[dict[str, str]]:
-        """Every point, its fixed places included."""
-        for values in itertools.product(*self.axes.values()):
-            yield {**self.fixed, **dict(zip(self.axes, values, strict=True))}
-
-
-def grid_of(experiment: str) -> Grid:
-    """The grid that conf/experiment/ has under this name."""
-    node: Any = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
-    axes = {key: str(value).split(",") for key, value in node.hydra.sweeper.params.items()}
-    cfg = compose([f"experiment={experiment}"])
-    return Grid(experiment, axes, {place: str(cfg[place].name) for place in PLACES if place not in axes})
 
 
 def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid | None:
@@ -109,7 +83,7 @@ def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[
     return [
         "--multirun",
         f"experiment={grid.experiment}",
-        f"protocol={asked.protocol}",
+        *([f"protocol={asked.protocol}"] if asked.protocol else []),
         f"sweep={sweep}",
         *(f"{key}={','.join(values)}" for key, values in grid.axes.items()),
         f"seed={','.join(map(str, seeds))}",
@@ -134,12 +108,14 @@ def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
 
 
 def seconds_of(point: dict[str, str], experiment: str, epochs: int | None) -> float:
-    """How long a run would take on this machine, from two steps of its size with random images."""
+    """How long a run would take on this machine's device, from two steps of its size with random images."""
     count, shape, classes = IMAGES[point["dataset"]]
     cfg = compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES)])
-    learner = paper_learner(cfg, shape, classes)
+    learner = paper_learner(cfg, shape, classes, resolve_device("auto"))
     batch = random_batch(shape, classes, cfg.batch_size, learner.device)
-    step = medians({"step": lambda: learner.row(*batch)}, 2, learner.device)["step"]
+    steps = {"plain": lambda: learner.row(*batch), "measured": lambda: learner.row(*batch, align=True)}
+    times = medians(steps, 2, learner.device)
+    step = times["plain"] + (times["measured"] - times["plain"]) / cfg.alignment.every
     return step * math.ceil(count / cfg.batch_size) * (epochs or cfg.epochs)
 
 
@@ -169,6 +145,7 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
     if not folders:
         return
     place = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
+    shutil.rmtree(place, ignore_errors=True)  # of an earlier report nothing stays beside this one
     command = [sys.executable, "-m", "dfl_experiments.report.command", *folders]
     if subprocess.run(command).returncode:
         return
@@ -178,18 +155,33 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
         subprocess.run([*command, "--format", kind, "--out", str(place / name), *figures], check=True)
 
 
+def finish(child: subprocess.Popen[bytes]) -> int:
+    """Wait for a process that this one's signals have reached, or are passed on to, and return its exit code.
+
+    `dfl-train` ends by itself, after its checkpoint: a wait that is interrupted must not kill it.
+    """
+
+    def pass_on(signum: int, _: object) -> None:
+        if signum == signal.SIGTERM:  # of SIGINT a terminal tells both
+            child.send_signal(signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def run(asked: argparse.Namespace) -> int:
     """All calls, then the report; the worst exit code."""
     codes, sweeps = [0], []
-    try:
-        for _, arguments in calls(asked):
-            sweeps.append(next(argument for argument in arguments if argument.startswith("sweep=")).partition("=")[2])
-            print("dfl-train", *arguments, flush=True)
-            codes.append(subprocess.run([sys.executable, "-m", "dfl_experiments.train", *arguments]).returncode)
-            if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # refused, or stopped
-                break
-    except KeyboardInterrupt:
-        codes.append(130)
+    for _, arguments in calls(asked):
+        sweeps.append(next(argument for argument in arguments if argument.startswith("sweep=")).partition("=")[2])
+        print("dfl-train", *arguments, flush=True)
+        codes.append(finish(subprocess.Popen([sys.executable, "-m", "dfl_experiments.train", *arguments])))
+        if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # refused, or stopped
+            break
     report(asked, sweeps)
     return max(code if code >= 0 else 128 - code for code in codes)
 
@@ -206,12 +198,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse an override of what the script says to `dfl-train` itself, which the report would know nothing of."""
+    given, asked.overrides = asked.overrides, []
+    own = {argument.partition("=")[0] for _, arguments in calls(asked) for argument in arguments}
+    asked.overrides = given
+    for override in given:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in own:
+            parser.error(f"{override}: the script sets {key} itself; --help shows what it can be told")
+
+
 def main() -> None:
     """Read the command line and do as it says."""
-    parser = argparse.ArgumentParser("reproduce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "reproduce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--smoke", action="store_true", help="every cell once, on a few images: a trial, no results")
-    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), default="fair")
+    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), help="default: fair; for the figure paper")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 … N-1 (default: 1)")
     parser.add_argument("--epochs", type=positive, metavar="N", help="in place of the paper's number")
     parser.add_argument("--only", type=words, default=[], metavar="WORDS", help="such as cifar10,conv3,las")
@@ -223,6 +228,7 @@ def main() -> None:
     asked.launcher = asked.launcher or ("joblib" if (asked.jobs or 1) > 1 else "basic")
     if asked.launcher == "basic" and (asked.jobs or 1) > 1:
         parser.error("--jobs: the basic launcher runs one at a time; choose --launcher joblib")
+    check_overrides(asked, parser)
     if asked.dry_run:
         dry_run(asked)
     else:

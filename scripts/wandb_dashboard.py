@@ -68,7 +68,10 @@ def dashboard(entity: str, project: str, layers: int) -> workspaces.Workspace:
         project=project,
         name="Direct feedback learning",
         sections=[workspaces.Section(name=name, panels=those, is_open=True) for name, those in sections.items()],
-        runset_settings=workspaces.RunsetSettings(groupby=[workspaces.Config("method.name")]),
+        runset_settings=workspaces.RunsetSettings(
+            filters=[workspaces.Tags().notin(["smoke"])],  # trials of the pipeline are no results
+            groupby=[workspaces.Config(f"{group}.name") for group in ("dataset", "model", "method")],
+        ),
     )
 
 

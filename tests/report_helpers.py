@@ -27,6 +27,21 @@ def write_packs(data_dir: Path, **channels: int) -> Path:
     return data_dir
 
 
+def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **result: Any) -> Path:  # noqa: B006
+    """A copy of a run directory that says something else: config's dotted keys, and keys of result.json."""
+    shutil.copytree(source, destination)
+    content = json.loads((destination / "result.json").read_text())
+    for key, value in config.items():
+        node = content["config"]
+        *path, last = key.split(".")
+        for name in path:
+            node = node[name]
+        node[last] = value
+    content |= result
+    (destination / "result.json").write_text(json.dumps(content))
+    return destination
+
+
 @contextmanager
 def browser(width: int = 1280, dark: bool = False) -> Iterator[Any]:
     """Chromium without a window; skips, saying so, where there is none."""

@@ -16,10 +16,11 @@ import time
 import pytest
 from conftest import dfl_train, ended, forked
 from PIL import Image
-from report_helpers import SMALL, browser, write_packs
+from report_helpers import SMALL, altered, browser, write_packs
 
 from dfl_experiments.report.cells import sections
-from dfl_experiments.report.figures import spread
+from dfl_experiments.report.curves import Curves, Figure, figures
+from dfl_experiments.report.figures import canvas_of, spread
 from dfl_experiments.report.paper import PAPER
 from dfl_experiments.report.runs import read_runs
 
@@ -66,6 +67,12 @@ def slow_steps():
 
 
 @pytest.fixture(scope="module")
+def point(folder):
+    """A finished run of BP."""
+    return next(path.parent for path in sorted((folder / "outputs" / "grid").glob("bp-*seed0*/result.json")))
+
+
+@pytest.fixture(scope="module")
 def page(folder):
     done = dfl_report(folder, "outputs", "--format", "html", "--out", "report.html")
     assert done.returncode == 0, done.stderr
@@ -105,6 +112,128 @@ def test_what_is_missing_killed_or_diverged_is_shown_as_such(folder):
         "las": "4 finished, 1 diverged",
         "ltas": "1 interrupted",
     }
+
+
+def finished(accuracy, lr, seed, **config):
+    """What `altered` is to say of a run."""
+    made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
+    return made | {"validation_accuracy": accuracy}
+
+
+def only_entry(folder):
+    (section,) = sections(read_runs([folder]))
+    return next(entry for entry in section.table("fc") if entry.runs)
+
+
+def test_a_second_seed_under_way_does_not_decide_for_its_point(point, tmp_path):
+    altered(point, tmp_path / "a", **finished(0.98, 1e-3, 0))
+    altered(point, tmp_path / "b", **finished(0.5, 1e-2, 0))
+    altered(point, tmp_path / "c", **finished(0.5, 1e-2, 1))
+    assert only_entry(tmp_path).best.lr == 1e-3
+
+
+def test_a_point_of_which_a_seed_diverged_comes_last(point, tmp_path):
+    altered(point, tmp_path / "a", **finished(0.97, 1e-2, 0))
+    altered(point, tmp_path / "b", **finished(0.97, 1e-2, 1), status="diverged")
+    assert only_entry(tmp_path).best.lr == 1e-2
+    altered(point, tmp_path / "c", **finished(0.9, 1e-3, 0))
+    entry = only_entry(tmp_path)
+    assert (entry.best.lr, entry.state, entry.grid) == (1e-3, "2 finished, 1 diverged", "2 of 4")
+
+
+def test_a_seed_counts_once_however_often_its_alignment_was_measured(point, tmp_path):
+    altered(point, tmp_path / "a", **finished(0.9, 1e-3, 0))
+    altered(point, tmp_path / "b", **finished(0.9, 1e-3, 0, **{"alignment.every": 10}))
+    assert only_entry(tmp_path).best.accuracies == [0.9]
+
+
+def test_a_method_that_is_not_known_here_keeps_its_differences(point, tmp_path):
+    for name, epochs in (("a", 3), ("b", 100)):
+        altered(point, tmp_path / name, **finished(0.5, 1e-3, 0, epochs=epochs, **{"method.name": "mine"}))
+    found = sections(read_runs([tmp_path]))
+    assert [section.setting.differences for section in found] == [
+        ("model.widths=[16, 16]",),
+        ("epochs=3", "model.widths=[16, 16]"),
+    ]
+
+
+def test_rows_of_the_paper_without_a_run_are_named(folder):
+    text = dfl_report(folder, "outputs").stdout
+    assert "Not begun: cifar10 flip fc; cifar100 flip fc." in text
+    assert "Not begun: cifar10 flip conv3; cifar10 flip conv3_bn;" in text
+
+
+def test_how_a_cell_failed_is_said_in_the_tables_of_the_paper_s_layout(folder, point, tmp_path):
+    altered(point, tmp_path / "a", **finished(0.1, 1e-3, 0), status="diverged")
+    for kind in ("latex", "html"):
+        done = dfl_report(tmp_path, "a", "--format", kind, "--out", "report")
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / "report").read_text()
+        assert "diverged (98.62)" in text
+        assert "missing (98.71)" in text
+
+
+DAMAGES = {
+    "a broken number": lambda run: (run / "epochs.csv").write_text((run / "epochs.csv").read_text() + "4,9.1e-"),
+    "zero bytes": lambda run: (run / "epochs.csv").write_bytes(b"epoch,test_accuracy\n1,\0\0\0"),
+    "no table": lambda run: (run / "epochs.csv").unlink(),
+}
+FOREIGN = {
+    "a number for a group": ({"dataset": 3}, {}),
+    "an interpolation": ({"dataset.name": "${foo.bar}"}, {}),
+    "no learning rate": ({"optimizer": {"name": "adam"}}, {}),
+    "no epochs": ({"epochs": None}, {}),
+    "an unknown headline": ({"protocol.accuracy": "best"}, {}),
+    "no throughput": ({}, {"samples_per_second": None}),
+    "a word for a seed": ({"seed": "one"}, {}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_spoils_no_report(damage, point, tmp_path):
+    altered(point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
+    DAMAGES[damage](altered(point, tmp_path / "runs" / "bad", **finished(0.9, 1e-3, 1)))
+    done = dfl_report(tmp_path, "runs", "--format", "html", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_directory_that_is_none_of_ours_is_named_and_left_out(what, point, tmp_path):
+    altered(point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
+    config, result = FOREIGN[what]
+    altered(point, tmp_path / "runs" / "bad", {"seed": 1, **config}, **result)
+    done = dfl_report(tmp_path, "runs", "--format", "html", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("dfl-report: left out: runs/bad (")
+
+
+def test_a_weight_decay_of_none_is_zero(point, tmp_path):
+    altered(point, tmp_path / "a", {"optimizer.weight_decay": None})
+    assert only_entry(tmp_path).best.weight_decay == 0.0
+
+
+def test_no_other_layer_passes_for_layer_1(folder, point, tmp_path):
+    altered(point, tmp_path / "a", {"method.name": "shallow"}, method="shallow")
+    lines = (tmp_path / "a" / "epochs.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    place = header.index("cosine/1")
+    emptied = [",".join("" if i == place else cell for i, cell in enumerate(line.split(","))) for line in lines[1:]]
+    (tmp_path / "a" / "epochs.csv").write_text("\n".join([lines[0], *emptied]) + "\n")
+    (section,) = sections(read_runs([tmp_path]))
+    found = {figure.name: figure for figure in figures(section) if figure.name.startswith("alignment")}
+    (figure,) = found.values()
+    assert figure.name == "alignment-all-layers-mnist-none-fc"
+    assert [panel.title.partition(":")[0] for panel in figure.panels] == ["layer 2"]
+
+
+def test_a_long_heading_stays_within_the_figure():
+    figure = Figure("name", "A title", "note", [Curves("panel", "x", "y", [])])
+    canvas = canvas_of(figure, "SMOKE (a trial of the pipeline, no results), " + "option.of.some.length=value, " * 9)
+    box = canvas._suptitle.get_window_extent()
+    assert canvas.bbox.x0 <= box.x0 < box.x1 <= canvas.bbox.x1
+    assert "SMOKE" in canvas._suptitle.get_text()
 
 
 def test_smoke_runs_have_a_section_of_their_own(folder):
@@ -164,13 +293,20 @@ def test_every_figure_is_written_the_same_each_time(folder, tmp_path):
         names = {path.name for path in (tmp_path / place).iterdir()}
     kinds = ("alignment-mnist", "alignment-all-layers-mnist", "learning-mnist", "grid-mnist", "throughput")
     for kind in kinds:
-        assert {path.partition(".")[2] for path in names if path.startswith(f"1-{kind}")} == {"png", "pdf"}
+        mine = [path for path in names if path.startswith("fair-") and f"-{kind}" in path]
+        assert {path.rpartition(".")[2] for path in mine} == {"png", "pdf", "csv"}
+    assert [path for path in names if path.startswith("smoke-fair-")]
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
         if name.endswith("png"):
             with Image.open(tmp_path / "first" / name) as image:
                 assert len(image.convert("RGB").getcolors(2**24)) > 20
                 assert min(image.size) > 400
+    with (tmp_path / "first" / "fair-epochs-3-model.widths--16--16-learning-mnist-none-fc.csv").open() as file:
+        shown = [row for row in csv.DictReader(file) if row["series"] == "BP" and row["panel"] == "test accuracy"]
+    (row,) = (row for row in entries(folder) if row["method"] == "bp" and not row["smoke"])
+    assert [row["x"] for row in shown] == ["1", "2", "3"]
+    assert float(shown[-1]["y"]) == pytest.approx(float(row["ours"]), abs=0.005)
 
 
 def test_labels_keep_their_order_and_a_gap():
@@ -199,9 +335,7 @@ def test_a_mistake_is_one_line(folder, arguments, words):
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_grows_and_files_that_break_off_can_be_read(folder, tmp_path):
-    (point,) = {path.parent for path in (folder / "outputs" / "grid").glob("bp-*seed1*/result.json")
-                if json.loads(path.read_text())["config"]["optimizer"]["lr"] == 1e-2}  # fmt: skip
+def test_a_run_that_grows_and_files_that_break_off_can_be_read(point, tmp_path):
     shutil.copytree(point, tmp_path / "runs" / "point")
     (tmp_path / "runs" / "other").mkdir()
     (tmp_path / "runs" / "other" / "config.yaml").write_text("of: something else")

@@ -1,9 +1,13 @@
 """The scripts that reproduce the paper: every cell and no other, thin calls, and a report at the end."""
 
 import csv
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +59,9 @@ def test_a_part_can_be_asked_for_and_its_time_is_estimated(tmp_path):
         (["--seeds", "0"], "'0': must be a whole number above zero"),
         (["--launcher", "cloud"], "invalid choice: 'cloud'"),
         (["--launcher", "basic", "--jobs", "3"], "choose --launcher joblib"),
+        (["--job", "2"], "unrecognized arguments: --job"),
+        (["sweep=mine"], "sweep=mine: the script sets sweep itself"),
+        (["+optimizer.lr=1e-5"], "+optimizer.lr=1e-5: the script sets optimizer.lr itself"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, arguments, words):
@@ -89,6 +96,26 @@ def test_a_smoke_run_from_start_to_report_and_again(tmp_path):
     command = [sys.executable, "-m", "dfl_experiments.report.command", "kept", "--format", "csv"]
     same = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert same.stdout == (report / "tables.csv").read_text()
+
+
+@pytest.mark.parametrize(("signum", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_ends_it_with_a_checkpoint_and_a_report(signum, to_all, tmp_path):
+    data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
+    command = [sys.executable, str(SCRIPTS / "reproduce.py"), "fc_table", "--only", "mnist,las", "--epochs", "20000"]
+    with (tmp_path / "output.txt").open("w") as output:
+        script = subprocess.Popen([*command, data, *SMALL[:-1]], cwd=tmp_path, stdout=output, start_new_session=True)
+    place = tmp_path / "outputs" / "fc_table"
+    while not list(place.glob("*/epochs.csv")):
+        time.sleep(0.05)
+    time.sleep(1)
+    # a terminal tells the whole group
+    (os.killpg if to_all else os.kill)(script.pid, signum)
+    assert script.wait(timeout=60) == 128 + signum
+    (run,) = place.glob("*/result.json")
+    assert json.loads(run.read_text())["status"] == "interrupted"
+    assert (run.parent / "last.pt").exists()
+    text = (tmp_path / "output.txt").read_text()
+    assert re.search(r"las .* 0 of 4 +1 interrupted", text)
 
 
 def test_the_dashboard_is_written_to_a_file_without_a_login(tmp_path):

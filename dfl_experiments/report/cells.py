@@ -1,79 +1,17 @@
-"""From runs to the numbers of a table: which runs belong together, which grid point is chosen, mean and deviation."""
+"""From runs to the numbers of a table: which grid point of a cell is chosen, mean and deviation over its seeds."""
 
-import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, NamedTuple
+from functools import cached_property
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from dfl_experiments.config import compose
+from dfl_experiments.grids import points_per_cell
 from dfl_experiments.report.paper import METHODS, PAPER, table_of
 from dfl_experiments.report.runs import Cell, Run
-from dfl_experiments.settings import scientific
+from dfl_experiments.report.settings import Setting, setting_of
 
-# what a cell's runs may differ in: the axes of its grid, what its place in the table says, and what changes no number
-AXES = ("optimizer.lr", "optimizer.weight_decay")
-NOT_A_DIFFERENCE = (*AXES, "seed", "smoke", "alignment.every", "dataset.name", "augmentation.name", "model.name")
-
-
-class Setting(NamedTuple):
-    """What the runs of one report section share. differences: from what the configuration has for such a run."""
-
-    smoke: bool
-    protocol: str
-    differences: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        """For a heading."""
-        words = ["SMOKE (a trial of the pipeline, no results)"] if self.smoke else []
-        return ", ".join([*words, f"protocol {self.protocol}", *self.differences])
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in node.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return values
-
-
-@cache
-def expected(choices: tuple[str, ...]) -> dict[str, Any]:
-    """The flat configuration of these choices, protocol options included; empty where there are no such ones."""
-    try:
-        cfg = compose(list(choices))
-        return flat(scientific(cfg)) | {f"protocol.{key}": value for key, value in cfg.protocol.items()}
-    except (HydraException, OmegaConfBaseException):
-        return {}
-
-
-def setting_of(run: Run) -> Setting:
-    """The section a run belongs to."""
-    config = run.config
-    names = [f"{group}={config[group].name}" for group in (*Cell._fields, "optimizer", "protocol")]
-    usual = expected(tuple(names))
-    found = flat(scientific(config)) | {f"protocol.{key}": value for key, value in config.protocol.items()}
-    protocol = [
-        f"{key}={json.dumps(value)}"
-        for key, value in found.items()
-        if key.startswith("protocol.") and not isinstance(value, Mapping) and key in usual and usual[key] != value
-    ]
-    if protocol:  # other options follow from a protocol's: those are no differences of their own
-        usual = expected((*names, *protocol)) or usual
-    rest = [
-        f"{key}={value}"
-        for key, value in found.items()
-        if usual and key not in NOT_A_DIFFERENCE and not key.startswith("protocol.") and usual.get(key, "") != value
-    ]
-    if config.optimizer.name != "adam":
-        rest.append(f"optimizer={config.optimizer.name}")
-    return Setting(run.smoke is not None, str(config.protocol.name), tuple(sorted([*protocol, *rest])))
+UNFIT = ("diverged", "stopped", "failed")  # how a run can end that speaks against its grid point
 
 
 @dataclass(frozen=True)
@@ -87,32 +25,31 @@ class Point:
     @cached_property
     def finished(self) -> list[Run]:
         """The runs that came to their end with an accuracy."""
-        return [run for run in self.runs if run.status == "finished" and run.result.get("accuracy") is not None]
+        return [run for run in self.runs if run.status == "finished"]
 
     @property
     def accuracies(self) -> list[float]:
         """What the protocol reports of every finished run: a fraction, on the test set."""
-        return [run.result["accuracy"] for run in self.finished]
+        return [run.accuracy for run in self.finished]
 
     @property
-    def on_validation(self) -> bool:
-        """Whether there is a validation split to choose by."""
-        return all(run.result.get("validation_accuracy") is not None for run in self.finished)
+    def unfit(self) -> bool:
+        """Whether one of its runs did not get to its end by itself."""
+        return any(run.status in UNFIT for run in self.runs)
 
-    @property
-    def score(self) -> tuple[int, float]:
-        """What it is chosen by: finished seeds, then the mean accuracy, on the validation split if there is one."""
-        key = "validation_accuracy" if self.on_validation else "accuracy"
-        return len(self.finished), statistics.fmean(run.result[key] for run in self.finished)
+    def score(self, seeds: set[int]) -> float:
+        """The mean of what a point is chosen by, over these seeds."""
+        return statistics.fmean(run.score for run in self.finished if run.seed in seeds)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table in one setting."""
+    """A cell of a table in one setting. paper: the accuracy that the paper has in this place."""
 
     cell: Cell
     points: list[Point]
-    paper: float | None = None  # the accuracy that the paper has in this place
+    paper: float | None = None
+    in_paper: bool = False
 
     @property
     def runs(self) -> list[Run]:
@@ -121,9 +58,22 @@ class Entry:
 
     @cached_property
     def best(self) -> Point | None:
-        """Of the points with the most finished seeds the one with the best mean score."""
+        """The grid point whose numbers are shown: the best mean score over the seeds that all candidates have finished.
+
+        Candidates are the points with a finished run, without those of which a run failed, if that leaves any.
+        """
         finished = [point for point in self.points if point.finished]
-        return max(finished, key=lambda point: point.score) if finished else None
+        candidates = [point for point in finished if not point.unfit] or finished
+        if not candidates:
+            return None
+        seeds = [{run.seed for run in point.finished} for point in candidates]
+        common = set.intersection(*seeds)
+        return max(candidates, key=lambda point: point.score(common or {run.seed for run in point.finished}))
+
+    @property
+    def on_validation(self) -> bool:
+        """Whether every finished run holds a validation split out to choose by."""
+        return all(run.validation is not None for point in self.points for run in point.finished)
 
     @property
     def mean(self) -> float | None:
@@ -141,6 +91,13 @@ class Entry:
         counts = Counter(run.status for run in self.runs)
         return ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "missing"
 
+    @property
+    def grid(self) -> str:
+        """How many points of its grid have finished, of how many that conf/experiment/ has for the cell."""
+        finished = sum(bool(point.finished) for point in self.points)
+        wanted = points_per_cell().get(tuple(self.cell)) if self.in_paper else None
+        return f"{finished} of {max(wanted, len(self.points))}" if wanted else str(finished)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -149,14 +106,17 @@ class Section:
     setting: Setting
     points: dict[Cell, list[Point]]
 
+    def _mine(self, name: str) -> list[Cell]:
+        # with another optimizer than the tables' a run is in no place of theirs
+        elsewhere = any(difference.startswith("optimizer=") for difference in self.setting.differences)
+        return [cell for cell in self.points if ("other" if elsewhere else table_of(cell)) == name]
+
     def table(self, name: str) -> list[Entry]:
         """The entries of a table, missing cells among them.
 
         The paper's whole table where the runs are as the paper's are, otherwise the rows that have been begun.
         """
-        # with another optimizer than the tables' a run is in no place of theirs
-        elsewhere = any(difference.startswith("optimizer=") for difference in self.setting.differences)
-        mine = [cell for cell in self.points if ("other" if elsewhere else table_of(cell)) == name]
+        mine = self._mine(name)
         if not mine:
             return []
         whole = not self.setting.differences
@@ -164,7 +124,16 @@ class Section:
         published = {cell: value for cell, value in PAPER.get(name, {}).items() if whole or cell[:3] in begun}
         rows = list(dict.fromkeys(cell[:3] for cell in [*published, *sorted(mine)]))
         cells = sorted({*published, *mine}, key=lambda cell: (rows.index(cell[:3]), place(cell.method)))
-        return [Entry(cell, self.points.get(cell, []), published.get(cell)) for cell in cells]
+        in_paper = name in PAPER and not self.setting.smoke
+        return [Entry(cell, self.points.get(cell, []), published.get(cell), in_paper) for cell in cells]
+
+    def not_begun(self, name: str) -> list[tuple[str, ...]]:
+        """The rows of a table of the paper that have no run yet in this setting, where one of its tables has."""
+        if not (self._mine("fc") or self._mine("cnn")):
+            return []
+        begun = {cell[:3] for cell in self._mine(name)}
+        shown = {entry.cell[:3] for entry in self.table(name)}
+        return list(dict.fromkeys(cell[:3] for cell in PAPER.get(name, {}) if cell[:3] not in begun | shown))
 
     @property
     def chosen(self) -> list[Entry]:
@@ -180,17 +149,19 @@ def place(method: str) -> tuple[int, str]:
 
 def sections(runs: Iterable[Run]) -> list[Section]:
     """The runs, put in order. Runs of different settings never share a section, so smoke runs stay by themselves."""
-    grouped: dict[Setting, dict[Cell, dict[tuple[float, float], list[Run]]]] = {}
+    grouped: dict[Setting, dict[Cell, dict[tuple[float, float], dict[int, Run]]]] = {}
     for run in runs:
-        optimizer = run.config.optimizer
-        axes = (float(optimizer.lr), float(optimizer.get("weight_decay", 0.0)))
-        cells = grouped.setdefault(setting_of(run), {})
-        cells.setdefault(run.cell, {}).setdefault(axes, []).append(run)
-    found = []
-    for setting, cells in sorted(grouped.items(), key=lambda item: (item[0].smoke, len(item[0].differences), item[0])):
-        ordered = {
-            cell: [Point(*axes, sorted(runs, key=lambda run: run.config.seed)) for axes, runs in sorted(points.items())]
-            for cell, points in cells.items()
-        }
-        found.append(Section(setting, ordered))
-    return found
+        seeds = grouped.setdefault(setting_of(run), {}).setdefault(run.cell, {}).setdefault(run.axes, {})
+        # a seed counts once, however often alignment was measured
+        if run.seed not in seeds or run.rank > seeds[run.seed].rank:
+            seeds[run.seed] = run
+    return [
+        Section(
+            setting,
+            {
+                cell: [Point(*axes, [seeds[seed] for seed in sorted(seeds)]) for axes, seeds in sorted(points.items())]
+                for cell, points in cells.items()
+            },
+        )
+        for setting, cells in sorted(grouped.items(), key=lambda item: (item[0][0], len(item[0][2]), item[0]))
+    ]

@@ -10,7 +10,7 @@ FORMATS = ("terminal", "markdown", "csv", "latex", "html")
 EPILOG = """examples:
   dfl-report outputs/fc_table                              the tables, here and now, whatever is still missing
   dfl-report outputs/fc_table outputs/cnn_table --format html --out report.html
-  dfl-report outputs/alignment_figure --figures figures    every figure as PNG and PDF
+  dfl-report outputs/alignment_figure --figures figures    every figure as PNG and PDF, its numbers as CSV
 """
 
 
@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, help="run directories, or folders that hold some")
     parser.add_argument("--format", choices=FORMATS, default="terminal", help="of the tables (default: terminal)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there (html: default report.html)")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write every figure there, as PNG and PDF")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write every figure there, as PNG, PDF and CSV")
     parser.add_argument("--title", default="Direct feedback learning: a report", help="of the page")
     return parser.parse_args()
 
@@ -57,8 +57,8 @@ def report(asked: argparse.Namespace) -> None:
     else:
         print(text, end="")
     written = []
-    for number, section in enumerate(found if asked.figures else [], start=1):
-        prefix = f"{number}-" if len(found) > 1 else ""
+    for section in found if asked.figures else []:
+        prefix = f"{section.setting.slug}-"
         written += write_figures(curves.figures(section), section.setting.title, asked.figures, prefix)
     if asked.figures:
         print(f"{len(written)} files in {asked.figures}")

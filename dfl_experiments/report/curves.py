@@ -41,7 +41,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A panel of numbers over two axes; values[i][j] belongs to rows[i] and columns[j], chosen is such a pair."""
+    """A panel of numbers over two axes; values[i][j] belongs to rows[i] and columns[j], chosen is such a pair.
+
+    labels: what stands in each field; scale: least and greatest value of the whole figure.
+    """
 
     title: str
     x: str
@@ -49,7 +52,9 @@ class HeatMap:
     columns: list[str]
     rows: list[str]
     values: list[Values]
+    labels: list[list[str]]
     chosen: tuple[int, int]
+    scale: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -122,34 +127,33 @@ def by_row(section: Section) -> dict[tuple[str, str, str], list[Entry]]:
 
 def alignment(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
     """The paper's alignment figure, of layer 1; and one of all layers."""
-    shown = [entry for entry in entries if entry.cell.method != "bp"]
-    panels = []
-    for layer in range(1, 1000):
-        column = f"cosine/{layer}"
-        if not any(run.epochs.get(column) for entry in entries if entry.best for run in entry.best.finished):
-            break
-        series = [one for entry in shown if (one := curve(entry, column))]
+    runs = [run for entry in entries if entry.best for run in entry.best.finished]
+    columns = {name for run in runs for name in run.epochs if name.startswith("cosine/")}
+    panels: dict[int, Curves] = {}
+    for layer in sorted(int(name.partition("/")[2]) for name in columns):
+        shown = [entry for entry in entries if entry.cell.method != "bp"]
+        series = [one for entry in shown if (one := curve(entry, f"cosine/{layer}"))]
+        if not series:
+            continue
         exact = [
             label_of(entry.cell.method)
             for entry in shown
             if entry.best and str(layer) in entry.best.finished[0].result.get("cosine_by_construction", [])
         ]
-        if series:
-            x = max((one.x for one in series), key=len)
-            bp = Series(label_of("bp"), colour_of("bp"), x, [1.0] * len(x), dashed=True)
-            by_construction = f": 1 by construction for {', '.join(exact)}" if exact else ""
-            label = f"mean cosine of δ_{layer} with BP's"
-            least = min(value for one in series for value in (*one.y, *one.low) if value is not None)
-            y_range = (min(0.5, math.floor(10 * least - 0.5) / 10), 1.05)
-            panels.append(Curves(f"layer {layer}{by_construction}", "epoch", label, [bp, *series], y_range))
+        x = max((one.x for one in series), key=len)
+        bp = Series(label_of("bp"), colour_of("bp"), x, [1.0] * len(x), dashed=True)
+        by_construction = f": 1 by construction for {', '.join(exact)}" if exact else ""
+        least = min(value for one in series for value in (*one.y, *one.low) if value is not None)
+        y_range = (min(0.5, math.floor(10 * least - 0.5) / 10), 1.05)
+        label = f"mean cosine of δ_{layer} with BP's"
+        panels[layer] = Curves(f"layer {layer}{by_construction}", "epoch", label, [bp, *series], y_range)
     name, words = "-".join(key), ", ".join(key)
-    note = (
-        "Cosine of the applied error signal with BP's on the same weights and batch: mean over samples and iterations"
-    )
-    if panels:
-        yield Figure(f"alignment-{name}", f"Alignment with BP, layer 1: {words}", f"{note}.", panels[:1])
-    if len(panels) > 1:
-        yield Figure(f"alignment-all-layers-{name}", f"Alignment with BP, every layer: {words}", f"{note}.", panels)
+    note = "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations."
+    if 1 in panels:
+        yield Figure(f"alignment-{name}", f"Alignment with BP, layer 1: {words}", note, [panels[1]])
+    if set(panels) - {1}:
+        title = f"Alignment with BP, every layer: {words}"
+        yield Figure(f"alignment-all-layers-{name}", title, note, [*panels.values()])
 
 
 def learning(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
@@ -169,17 +173,25 @@ def learning(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
 
 
 def grids(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
-    """Accuracy over learning rate and weight decay, a panel for each method with more than one finished grid point."""
+    """Accuracy over learning rate and weight decay, a panel for each method with more than one grid point."""
+    shown = [entry for entry in entries if entry.best and len(entry.points) > 1]
+    if not shown:
+        return
+    scores = {
+        (entry.cell.method, point.lr, point.weight_decay): 100 * point.score({run.seed for run in point.finished})
+        for entry in shown
+        for point in entry.points
+        if point.finished
+    }
     panels = []
-    held_out = True
-    for entry in entries:
-        points = [point for point in entry.points if point.finished]
-        if len(points) < 2 or entry.best is None:
-            continue
-        held_out = held_out and entry.best.on_validation
+    for entry in shown:
+        assert entry.best
         rates = sorted({point.lr for point in entry.points}, reverse=True)
         decays = sorted({point.weight_decay for point in entry.points})
-        values = {(point.lr, point.weight_decay): 100 * point.score[1] for point in points}
+        ends = {(point.lr, point.weight_decay): point.runs[0].status for point in entry.points if not point.finished}
+        values = [[scores.get((entry.cell.method, rate, decay)) for decay in decays] for rate in rates]
+        labels = [[ends.get((rate, decay), heat_label(values[i][j])) for j, decay in enumerate(decays)]
+                  for i, rate in enumerate(rates)]  # fmt: skip
         panels.append(
             HeatMap(
                 label_of(entry.cell.method),
@@ -187,34 +199,38 @@ def grids(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
                 "learning rate",
                 [f"{decay:g}" for decay in decays],
                 [f"{rate:g}" for rate in rates],
-                [[values.get((rate, decay)) for decay in decays] for rate in rates],
+                values,
+                labels,
                 (rates.index(entry.best.lr), decays.index(entry.best.weight_decay)),
+                (min(scores.values()), max(scores.values())),
             )
         )
-    if panels:
-        what = "Validation" if held_out else "Test"
-        title = f"{what} accuracy over the grid, %: {', '.join(key)}"
-        note = "The chosen point is framed; an empty field has not finished."
-        yield Figure(f"grid-{'-'.join(key)}", title, note, panels)
+    what = "Validation" if all(entry.on_validation for entry in shown) else "Test"
+    title = f"{what} accuracy over the grid, %: {', '.join(key)}"
+    note = "Mean over each point's finished seeds. The chosen point is framed; an empty field has no run."
+    yield Figure(f"grid-{'-'.join(key)}", title, note, panels)
 
 
 def throughput(section: Section) -> Iterable[Figure]:
     """Samples per second of training, a panel for each model and data set."""
+    runs = [run for entry in section.chosen if entry.best for run in entry.best.finished]
+    devices = sorted({str(run.result.get("device")) for run in runs})
     panels = []
     for key, entries in by_row(section).items():
-        speeds = {
-            entry.cell.method: statistics.median(run.result["samples_per_second"] for run in entry.best.finished)
-            for entry in entries
-            if entry.best
-        }
-        names, colours = map(label_of, speeds), map(colour_of, speeds)
-        label = "training samples per second"
-        panels.append(Bars(", ".join(key), label, [*names], [*colours], [*speeds.values()]))
-    devices = {str(run.result.get("device")) for entry in section.chosen if entry.best for run in entry.best.finished}
-    if panels:
-        note = (
-            f"Median over the chosen grid point's runs, alignment and augmentation included, on {'; '.join(devices)}."
+        speeds: dict[tuple[str, str], list[float]] = {}
+        for entry in entries:
+            for run in entry.best.finished if entry.best else []:
+                name = label_of(entry.cell.method)
+                if len(devices) > 1:
+                    name += f", {run.result.get('device')}"
+                speeds.setdefault((entry.cell.method, name), []).append(float(run.result["samples_per_second"]))
+        colours = [colour_of(method) for method, _ in speeds]
+        values = [statistics.median(those) for those in speeds.values()]
+        panels.append(
+            Bars(", ".join(key), "training samples per second", [name for _, name in speeds], colours, values)
         )
+    if panels:
+        note = f"Median over each chosen grid point's runs, measuring included, on {'; '.join(devices)}."
         yield Figure("throughput", "Throughput", note, panels)
 
 

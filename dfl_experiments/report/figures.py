@@ -1,20 +1,25 @@
-"""The figures of a report as PNG and PDF files."""
+"""The figures of a report as PNG and PDF files, and the numbers they show as CSV."""
 
+import csv
 import math
+import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from dfl_experiments.report.curves import Bars, Curves, Figure, HeatMap, Panel, heat_label
+from dfl_experiments.report.curves import Bars, Curves, Figure, HeatMap, Panel
 
 PANELS_A_ROW = 3
 LABEL_GAP = 0.05  # of an axis' height, between two labels at the ends of curves
+CHARACTERS_AN_INCH = 11  # of a title
 STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
     "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 13, "pdf.fonttype": 42,
@@ -75,13 +80,16 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
 
 def draw_heat_map(axes: Axes, panel: HeatMap) -> None:
     """A coloured field for every grid point, with its number; the chosen one framed."""
-    image = axes.imshow([_numbers(row) for row in panel.values], cmap="cividis", aspect="auto")
+    low, high = panel.scale
+    colours = Normalize(low - 0.01, high + 0.01)
+    image = axes.imshow([_numbers(row) for row in panel.values], cmap="cividis", norm=colours, aspect="auto")
     axes.grid(False)
-    low, high = image.get_clim()
     for i, row in enumerate(panel.values):
         for j, value in enumerate(row):
-            dark = value is not None and (value - low) < 0.6 * (high - low)
-            axes.text(j, i, heat_label(value), ha="center", va="center", color="white" if dark else "black")
+            red, green, blue, _ = image.cmap(colours(value)) if value is not None else (1, 1, 1, 1)
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            axes.text(j, i, panel.labels[i][j], ha="center", va="center", color="white" if dark else "black")
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
     row_index, column = panel.chosen
     axes.add_patch(Rectangle((column - 0.48, row_index - 0.46), 0.96, 0.92, fill=False, color="#D55E00", linewidth=3))
     axes.set_xticks(range(len(panel.columns)), panel.columns)
@@ -117,7 +125,8 @@ def canvas_of(figure: Figure, heading: str) -> Canvas:
     bars = isinstance(figure.panels[0], Bars)
     width, height = (7.5, 4.6) if count == 1 else (4.6 * columns, (2.6 if bars else 3.6) * rows + 0.9)
     canvas = Canvas(figsize=(width, height), dpi=150, layout="constrained")
-    canvas.suptitle(f"{figure.title}\n{heading}", fontsize=11)
+    lines = textwrap.wrap(figure.title, int(CHARACTERS_AN_INCH * width))
+    canvas.suptitle("\n".join([*lines, *textwrap.wrap(heading, int(CHARACTERS_AN_INCH * width))]), fontsize=11)
     for place, panel in enumerate(figure.panels, start=1):
         axes = canvas.add_subplot(rows, columns, place)
         if count > 1 or isinstance(panel, Bars | HeatMap):
@@ -127,8 +136,31 @@ def canvas_of(figure: Figure, heading: str) -> Canvas:
     return canvas
 
 
+def write_numbers(figure: Figure, path: Path) -> None:
+    """What the figure's panels show, a number a row."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["panel", "series", "x", "y", "low", "high"])
+        for panel in figure.panels:
+            if isinstance(panel, Curves):
+                for one in panel.series:
+                    for values in zip_longest(one.x, one.y, one.low, one.high):
+                        writer.writerow([panel.title, one.name, *map(_short, values)])
+            elif isinstance(panel, HeatMap):
+                for rate, row in zip(panel.rows, panel.values, strict=True):
+                    for decay, value in zip(panel.columns, row, strict=True):
+                        writer.writerow([panel.title, f"{panel.y} {rate}", f"{panel.x} {decay}", _short(value)])
+            else:
+                for name, value in zip(panel.names, panel.values, strict=True):
+                    writer.writerow([panel.title, name, "", _short(value)])
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
 def write_figures(figures: Sequence[Figure], heading: str, folder: Path, prefix: str = "") -> list[Path]:
-    """Every figure as PNG and PDF in a folder, and the files' paths. heading: stands under every title."""
+    """Every figure as PNG, PDF and CSV in a folder, and the files' paths. heading: stands under every title."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(STYLE):
@@ -140,4 +172,6 @@ def write_figures(figures: Sequence[Figure], heading: str, folder: Path, prefix:
                 metadata = {"CreationDate": None} if ending == "pdf" else None
                 canvas.savefig(path, metadata=metadata)
                 written.append(path)
+            written.append(folder / f"{prefix}{figure.name}.csv")
+            write_numbers(figure, written[-1])
     return written

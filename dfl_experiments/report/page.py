@@ -9,10 +9,20 @@ from omegaconf import OmegaConf
 from plotly.offline import get_plotlyjs
 
 from dfl_experiments.report.cells import Entry, Section
-from dfl_experiments.report.curves import Bars, Curves, Figure, HeatMap, Panel, Series, heat_label
+from dfl_experiments.report.curves import Bars, Curves, Figure, HeatMap, Panel, Series
 from dfl_experiments.report.paper import TITLES
 from dfl_experiments.report.runs import Run
-from dfl_experiments.report.tables import COLUMNS, difference, ours_and_paper, percent, row, rule, wide
+from dfl_experiments.report.tables import (
+    COLUMNS,
+    difference,
+    hours_of,
+    ours_and_paper,
+    percent,
+    row,
+    rule,
+    still_missing,
+    wide,
+)
 
 FEW_EPOCHS = 10
 CONFIG_LEFT_OUT = ("resume", "repeat", "force", "sweep", "data_dir")
@@ -41,7 +51,6 @@ def plot(panel: Panel) -> dict[str, Any]:
             layout["xaxis"]["dtick"] = 1  # no halves of epochs
         return {"data": [trace for one in panel.series for trace in _line(one)], "layout": layout}
     if isinstance(panel, HeatMap):
-        text = [[heat_label(value) for value in values] for values in panel.values]
         row_index, column = panel.chosen
         frame = {
             "type": "rect", "x0": column - 0.5, "x1": column + 0.5, "y0": row_index - 0.5, "y1": row_index + 0.5,
@@ -51,7 +60,8 @@ def plot(panel: Panel) -> dict[str, Any]:
         layout["xaxis"] |= {"type": "category"}
         layout["yaxis"] |= {"type": "category"}
         heat = {
-            "type": "heatmap", "x": panel.columns, "y": panel.rows, "z": panel.values, "text": text,
+            "type": "heatmap", "x": panel.columns, "y": panel.rows, "z": panel.values, "text": panel.labels,
+            "zmin": panel.scale[0] - 0.01, "zmax": panel.scale[1] + 0.01,
             "texttemplate": "%{text}", "colorscale": "Cividis", "hoverongaps": False,
         }  # fmt: skip
         return {"data": [heat], "layout": layout}
@@ -74,20 +84,22 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "folder": str(run.folder),
         "seed": run.config.seed,
-        "lr": f"{run.config.optimizer.lr:g}",
-        "weight_decay": f"{run.config.optimizer.get('weight_decay', 0.0):g}",
+        "lr": f"{run.axes[0]:g}",
+        "weight_decay": f"{run.axes[1]:g}",
         "status": run.status,
         "reason": run.reason,
         "epochs": f"{run.result.get('epochs', len(run.epochs.get('epoch', [])))} of {run.config.epochs}",
         "accuracy": percent(run.result.get("accuracy")),
         "commit": str(run.result.get("git_commit") or "")[:12],
         "device": run.result.get("device") or "",
+        "minutes": f"{(run.result.get('seconds') or 0) / 60:.1f}",
         "config": OmegaConf.to_yaml(OmegaConf.create(config)),
     }
 
 
 def _entry(number: int, entry: Entry) -> dict[str, Any]:
     numbers = {"ours": entry.mean, "±": entry.deviation, "paper": entry.paper, "difference": difference(entry)}
+    numbers["hours"] = hours_of(entry)
     numbers |= {"lr": entry.best.lr, "weight decay": entry.best.weight_decay} if entry.best else {}
     cells = dict(zip(COLUMNS, row(entry), strict=True))
     return {
@@ -107,10 +119,11 @@ def _tables(number: int, section: Section) -> list[dict[str, Any]]:
     tables = []
     for name, title in TITLES.items():
         entries = section.table(name)
-        if entries:
+        missing = still_missing(section, name)
+        if entries or missing:
             header, rows = wide(section, name, ours_and_paper)
             tables.append({
-                "title": title, "header": header, "wide": rows, "columns": COLUMNS,
+                "title": title, "header": header, "wide": rows, "columns": COLUMNS, "missing": missing,
                 "entries": [_entry(number, entry) for entry in entries],
                 "anchors": {(*entry.cell[:3], entry.cell.method): anchor(number, entry) for entry in entries},
             })  # fmt: skip

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ from tabulate import tabulate
 
 from dfl_experiments.report.cells import Entry, Section, place
 from dfl_experiments.report.paper import TITLES
+from dfl_experiments.report.runs import HEADLINES
 
 COLUMNS = (
-    "dataset", "augmentation", "model", "method", "ours", "±", "n", "paper", "difference", "lr", "weight decay", "runs",
+    "dataset", "augmentation", "model", "method", "ours", "±", "n", "paper", "difference", "lr", "weight decay",
+    "hours", "grid", "runs",
 )  # fmt: skip
 SETTING_COLUMNS = ("table", "smoke", "protocol", "differences")
 MISSING = "–"
@@ -27,6 +30,21 @@ def difference(entry: Entry) -> float | None:
     return None if entry.mean is None or entry.paper is None else entry.mean - entry.paper
 
 
+def hours_of(entry: Entry) -> float | None:
+    """The mean time that the chosen point's runs trained for, in hours; None if none has finished."""
+    seconds = [float(run.result["seconds"]) for run in entry.best.finished] if entry.best else []
+    return statistics.fmean(seconds) / 3600 if seconds else None
+
+
+def number(entry: Entry) -> str:
+    """The mean accuracy in percent, or else in a word why there is none."""
+    if entry.best:
+        return percent(entry.mean)
+    statuses = [run.status for run in entry.runs]
+    order = ("running", "interrupted", "failed", "diverged", "stopped")
+    return next((status for status in order if status in statuses), "missing")
+
+
 def row(entry: Entry) -> list[str]:
     """An entry under `COLUMNS`, accuracies in percent."""
     best = entry.best
@@ -39,28 +57,36 @@ def row(entry: Entry) -> list[str]:
         percent(difference(entry), sign="+"),
         f"{best.lr:g}" if best else MISSING,
         f"{best.weight_decay:g}" if best else MISSING,
+        MISSING if (hours := hours_of(entry)) is None else f"{hours:.2g}",
+        entry.grid,
         entry.state,
     ]
 
 
 def rule(section: Section) -> str:
-    """How the numbers of a section were come by, in a sentence or two."""
+    """How the numbers of a section were come by."""
     entries = section.chosen
     if not entries:
         return "No run has finished yet."
     headline = {str(run.config.protocol.accuracy) for entry in entries for run in entry.runs}
-    of = {"last": "after the last epoch", "best_test": "of the epoch that is best on the test set",
-          "best_validation": "of the epoch with the best validation accuracy"}  # fmt: skip
-    held_out = all(entry.best.on_validation for entry in entries if entry.best)
     chosen = (
         "on the validation split"
-        if held_out
+        if all(entry.on_validation for entry in entries)
         else "on the test set itself, as these runs hold no validation split out, which flatters it"
     )
     return (
-        f"Test accuracy in percent {' or '.join(of[key] for key in sorted(headline))}: mean over n seeds, ± sample "
-        f"standard deviation. Of a cell's grid points the best one is shown, chosen {chosen}."
+        f"Test accuracy in percent {' or '.join(HEADLINES[key] for key in sorted(headline))}: mean over n seeds, "
+        f"± sample standard deviation. Of a cell's grid points the best one is shown, chosen {chosen}, by the mean "
+        "over those seeds that all its candidates have finished; a point of which a run diverged, failed or was "
+        "stopped comes last. Grid: how many of the points in conf/experiment/ have finished. Hours: of training, mean "
+        "of the point's runs."
     )
+
+
+def still_missing(section: Section, name: str) -> str:
+    """The rows of the paper's table that have not been begun, in a line; empty if there are none."""
+    rows = section.not_begun(name)
+    return f"Not begun: {'; '.join(' '.join(row) for row in rows)}." if rows else ""
 
 
 def wide(section: Section, name: str, show: Callable[[Entry], str]) -> tuple[list[str], list[list[str]]]:
@@ -77,7 +103,7 @@ def wide(section: Section, name: str, show: Callable[[Entry], str]) -> tuple[lis
 def ours_and_paper(entry: Entry) -> str:
     """Both numbers of a cell, the paper's in brackets."""
     paper = "" if entry.paper is None else f" ({percent(entry.paper)})"
-    return f"{percent(entry.mean)}{paper}"
+    return f"{number(entry)}{paper}"
 
 
 def as_text(sections: Sequence[Section], style: str) -> str:
@@ -89,9 +115,14 @@ def as_text(sections: Sequence[Section], style: str) -> str:
         parts += [heading.format(section.setting.title), rule(section) + "\n"]
         for name, title in TITLES.items():
             entries = section.table(name)
+            missing = still_missing(section, name)
+            if entries or missing:
+                parts.append(subheading.format(title))
             if entries:
                 body = tabulate([row(entry) for entry in entries], COLUMNS, tablefmt=style, disable_numparse=True)
-                parts += [subheading.format(title), body + "\n"]
+                parts.append(body + "\n")
+            if missing:
+                parts.append(missing + "\n")
     return "\n".join(parts)
 
 
@@ -121,7 +152,7 @@ def as_latex(sections: Sequence[Section]) -> str:
     def both(entry: Entry) -> str:
         spread = "" if entry.deviation is None else f" ± {percent(entry.deviation)}"
         paper = "" if entry.paper is None else f" ({percent(entry.paper)})"
-        return f"{percent(entry.mean)}{spread}{paper}"
+        return f"{number(entry)}{spread}{paper}"
 
     parts = []
     for section in sections:
@@ -133,6 +164,8 @@ def as_latex(sections: Sequence[Section]) -> str:
             body = tabulate(cells, [escape(word) for word in header], tablefmt="latex_raw", disable_numparse=True)
             body = body.replace(r"\hline", r"\toprule", 1).replace(r"\hline", r"\midrule", 1)
             body = body.replace(r"\hline", r"\bottomrule", 1)
-            caption = f"{title}; {section.setting.title}. {rule(section)} In brackets: the paper."
+            seeds = [len(entry.best.finished) for entry in section.table(name) if entry.best]
+            n = f"n = {min(seeds)}" + (f" to {max(seeds)}" if max(seeds) > min(seeds) else "") if seeds else "n = 0"
+            caption = f"{title}; {section.setting.title}. {rule(section)} Here {n}. In brackets: the paper."
             parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{escape(caption)}}}\n{body}\n\\end{{table}}\n")
     return "\n".join(parts)
