@@ -1,7 +1,14 @@
 """Small runs that a report can be made of, and a browser to look at one with."""
 
+import csv
+import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import dfl_train, ended, forked
 from sklearn.datasets import load_digits
 
+from dfl_experiments.report.cells import sections
+from dfl_experiments.report.runs import read_runs
+
 SMALL = ("model.widths=[16,16]", "tracking=disabled", "threads=1", "sweep=grid")
+GRID = ("--multirun", "experiment=fc_mnist", "epochs=3", *SMALL)
 
 
 def write_packs(data_dir: Path, **channels: int) -> Path:
@@ -66,3 +78,75 @@ def browser(width: int = 1280, dark: bool = False) -> Iterator[Any]:
         yield window
     finally:
         window.quit()
+
+
+def dfl_report(folder, *arguments):
+    command = [sys.executable, "-m", "dfl_experiments.report.command", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def entries(folder):
+    done = dfl_report(folder, "outputs", "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    return list(csv.DictReader(io.StringIO(done.stdout)))
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """A grid with seeds, a point that diverged, one that was killed, and a smoke run of one of its cells."""
+    place = tmp_path_factory.mktemp("report")
+    data = f"data_dir={write_packs(place / 'data', mnist=1)}"
+    grid = dfl_train(place, *GRID, data, "method=bp,dfa,las", "optimizer.lr=1e-2,1e-3", "seed=0,1")
+    assert grid.returncode == 0, grid.stderr
+    assert dfl_train(place, *GRID, data, "method=las", "optimizer.lr=1e30").returncode == 0
+    smoke = dfl_train(place, *GRID, data, "method=dfa", "optimizer.lr=1e-2", "smoke=32")
+    assert smoke.returncode == 0, smoke.stderr
+    before = set((place / "outputs" / "grid").glob("*/epochs.csv"))
+    endless = (*GRID, data, "method=ltas", "optimizer.lr=1e-2", "epochs=3", "checkpoint.every_seconds=0")
+    stuck = forked(place, *endless, before=slow_steps)
+    while not set((place / "outputs" / "grid").glob("*/epochs.csv")) - before:
+        time.sleep(0.02)
+    os.kill(stuck, signal.SIGKILL)
+    assert ended(stuck) == -signal.SIGKILL
+    return place
+
+
+def slow_steps():
+    """In the process to be killed: every training step takes a while."""
+    from dfl_experiments.learning import Learner
+
+    row = Learner.row
+    Learner.row = lambda *arguments: (time.sleep(1), row(*arguments))[1]
+
+
+@pytest.fixture(scope="session")
+def finished_point(reported):
+    """A finished run of BP."""
+    return next(path.parent for path in sorted((reported / "outputs" / "grid").glob("bp-*seed0*/result.json")))
+
+
+@pytest.fixture(scope="session")
+def reported_page(reported):
+    done = dfl_report(reported, "outputs", "--format", "html", "--out", "report.html")
+    assert done.returncode == 0, done.stderr
+    return reported / "report.html"
+
+
+def results(folder, method, lr, smoke=None):
+    found = [json.loads(path.read_text()) for path in (folder / "outputs" / "grid").glob("*/result.json")]
+    return [
+        result
+        for result in found
+        if (result["method"], result["config"]["optimizer"]["lr"], result["config"]["smoke"]) == (method, lr, smoke)
+    ]
+
+
+def finished(accuracy, lr, seed, **config):
+    """What `altered` is to say of a run."""
+    made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
+    return made | {"validation_accuracy": accuracy}
+
+
+def only_entry(folder):
+    (section,) = sections(read_runs([folder]))
+    return next(entry for entry in section.table("fc") if entry.runs)

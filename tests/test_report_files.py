@@ -1,0 +1,78 @@
+"""Run directories in any state: what is damaged spoils no report, what is none of ours is named and left out."""
+
+import shutil
+
+import pytest
+from report_helpers import altered, dfl_report, finished, finished_point, only_entry, reported
+
+from dfl_experiments.report.runs import read_runs
+
+DAMAGES = {
+    "a broken number": lambda run: (run / "epochs.csv").write_text((run / "epochs.csv").read_text() + "4,9.1e-"),
+    "zero bytes": lambda run: (run / "epochs.csv").write_bytes(b"epoch,test_accuracy\n1,\0\0\0"),
+    "no table": lambda run: (run / "epochs.csv").unlink(),
+}
+
+
+FOREIGN = {
+    "a number for a group": ({"dataset": 3}, {}),
+    "an interpolation": ({"dataset.name": "${foo.bar}"}, {}),
+    "no learning rate": ({"optimizer": {"name": "adam"}}, {}),
+    "no epochs": ({"epochs": None}, {}),
+    "an unknown headline": ({"protocol.accuracy": "best"}, {}),
+    "no throughput": ({}, {"samples_per_second": None}),
+    "a word for a seed": ({"seed": "one"}, {}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_spoils_no_report(damage, finished_point, tmp_path):
+    altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
+    DAMAGES[damage](altered(finished_point, tmp_path / "runs" / "bad", **finished(0.9, 1e-3, 1)))
+    done = dfl_report(tmp_path, "runs", "--format", "html", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_directory_that_is_none_of_ours_is_named_and_left_out(what, finished_point, tmp_path):
+    altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
+    config, result = FOREIGN[what]
+    altered(finished_point, tmp_path / "runs" / "bad", {"seed": 1, **config}, **result)
+    done = dfl_report(tmp_path, "runs", "--format", "html", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("dfl-report: left out: runs/bad (")
+
+
+def test_a_weight_decay_of_none_is_zero(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "a", {"optimizer.weight_decay": None})
+    assert only_entry(tmp_path).best.weight_decay == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere: no such reported"),
+        (["data"], "data: no run directory there"),
+        (["outputs", "--format", "pdf"], "invalid choice: 'pdf'"),
+        (["outputs", "--out", "data"], "data: Is a directory"),
+    ],
+)
+def test_a_mistake_is_one_line(reported, arguments, words):
+    done = dfl_report(reported, *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_grows_and_files_that_break_off_can_be_read(finished_point, tmp_path):
+    shutil.copytree(finished_point, tmp_path / "runs" / "point")
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "other" / "config.yaml").write_text("of: something else")
+    half = (tmp_path / "runs" / "point" / "epochs.csv").read_text()[:-9]
+    (tmp_path / "runs" / "point" / "epochs.csv").write_text(half)
+    (tmp_path / "runs" / "point" / "result.json").write_text('{"status": "fini')
+    (run,) = read_runs([tmp_path / "runs"])
+    assert run.status == "interrupted"
+    assert len(run.epochs["test_accuracy"]) in (2, 3)
