@@ -53,7 +53,7 @@ def test_a_weight_decay_of_none_is_zero(finished_point, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere: no such reported"),
+        (["nowhere"], "nowhere: no such folder"),
         (["data"], "data: no run directory there"),
         (["outputs", "--format", "pdf"], "invalid choice: 'pdf'"),
         (["outputs", "--out", "data"], "data: Is a directory"),
