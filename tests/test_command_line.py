@@ -247,6 +247,9 @@ def test_the_wheel_works_from_any_directory(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(site)}
     printed = subprocess.run(where, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True).stdout
     assert printed.startswith(str(site))
+    report = [sys.executable, "-m", "dfl_experiments.report.command", "outputs", "--format", "html"]
+    subprocess.run(report, cwd=elsewhere, env=environment, check=True, timeout=100)
+    assert "digits, none, fc, dfa: 1 finished" in (elsewhere / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
