@@ -1,6 +1,5 @@
 """Signals that end a run between two steps, so that what it has done is safe."""
 
-import os
 import signal
 import threading
 from types import FrameType
@@ -72,7 +71,7 @@ def _is_foreign(signum: int) -> bool:
 def pass_on(stop: KeyboardInterrupt) -> None:
     """Give the signal that a run has obeyed to the handler of a library that was there before, if there is one."""
     if isinstance(stop, Interrupted) and stop.signum == REQUEUE and _is_foreign(stop.signum):
-        os.kill(os.getpid(), stop.signum)
+        signal.raise_signal(stop.signum)
 
 
 def on_terminate(signum: int, frame: FrameType | None) -> None:

@@ -138,7 +138,7 @@ GROUPS = {
     "protocol.batch_norm_updates=true": ("batch_norm_updates=True", "valid integer"),
     "protocol=authors protocol.local_pooling_of.conv3=min": ("protocol.local_pooling_of.conv3='min'", "'max'"),
     "~protocol.accuracy": ("protocol.accuracy: missing",),
-    "experiment=slow": ("experiment/slow", "alignment_figure quick"),
+    "experiment=slow": ("experiment/slow", "fc_mnist"),
     "tracking=wandb": ("tracking/wandb", "disabled offline online"),
     "tracking.mode=off": ("tracking.mode", "'offline', 'online' or 'disabled'"),
     "tracking.project=a/b": ("tracking.project='a/b'", "pattern"),

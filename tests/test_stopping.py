@@ -1,6 +1,5 @@
 """Signals, and what several jobs at once may use of a machine."""
 
-import os
 import signal
 
 import pytest
@@ -14,23 +13,27 @@ from dfl_experiments.sharing import cores, device_of, threads_for
 from dfl_experiments.stopping import Interrupted, Stop, pass_on
 
 
+@pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_obeyed_when_the_run_looks_for_it(signum, code):
+def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_latest(signum, code, looks):
     before = signal.getsignal(signum)
-    with Stop() as stop:
+    reached = []
+    with pytest.raises(Interrupted) as end, Stop() as stop:
         stop.check()
-        os.kill(os.getpid(), signum)
-        with pytest.raises(Interrupted) as end:
+        signal.raise_signal(signum)
+        reached.append("the step's end")
+        if looks:
             stop.check()
+        reached.append("the block's end")
+    assert len(reached) == (1 if looks else 2)
     assert end.value.exit_code == code
     assert signal.getsignal(signum) is before
 
 
 def test_a_second_sigint_ends_at_once():
-    with Stop():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt) as end:
-            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as end, Stop():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert not isinstance(end.value, Interrupted)
 
 
@@ -40,14 +43,12 @@ def test_a_scheduler_s_handlers_keep_sigterm_and_get_their_own_signal_once_the_r
         signum: signal.signal(signum, lambda *_: calls.append(_[0])) for signum in (signal.SIGTERM, signal.SIGUSR2)
     }
     try:
-        with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted) as end, Stop() as stop:
+            signal.raise_signal(signal.SIGTERM)
             assert calls == [signal.SIGTERM]
             stop.check()
-            os.kill(os.getpid(), signal.SIGUSR2)
+            signal.raise_signal(signal.SIGUSR2)
             assert calls == [signal.SIGTERM]
-            with pytest.raises(Interrupted) as end:
-                stop.check()
         pass_on(end.value)
         assert calls == [signal.SIGTERM, signal.SIGUSR2]
     finally:
