@@ -188,3 +188,7 @@ def offline(monkeypatch) -> None:
         raise URLError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+# for every module at once; they use what is above
+from report_helpers import finished_point, reported, reported_page  # noqa: E402, F401

@@ -1,5 +1,6 @@
 """Small runs that a report can be made of, and a browser to look at one with."""
 
+import contextlib
 import csv
 import io
 import json
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from conftest import dfl_train, ended, forked
 from sklearn.datasets import load_digits
 
 from dfl_experiments.report.cells import sections
+from dfl_experiments.report.command import main
 from dfl_experiments.report.runs import read_runs
 
 SMALL = ("model.widths=[16,16]", "tracking=disabled", "threads=1", "sweep=grid")
@@ -54,7 +55,7 @@ def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **resu
     return destination
 
 
-@contextmanager
+@contextlib.contextmanager
 def browser(width: int = 1280, dark: bool = False) -> Iterator[Any]:
     """Chromium without a window; skips, saying so, where there is none."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -81,8 +82,18 @@ def browser(width: int = 1280, dark: bool = False) -> Iterator[Any]:
 
 
 def dfl_report(folder, *arguments):
-    command = [sys.executable, "-m", "dfl_experiments.report.command", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    """Run `dfl-report` in a folder as a person would, in this process, which has its libraries already."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["dfl-report", *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def entries(folder):

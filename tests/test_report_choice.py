@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 from conftest import dfl_train
-from report_helpers import GRID, altered, dfl_report, entries, finished, finished_point, only_entry, reported, results
+from report_helpers import GRID, altered, dfl_report, entries, finished, only_entry, results
 
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.paper import PAPER

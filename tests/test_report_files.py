@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from report_helpers import altered, dfl_report, finished, finished_point, only_entry, reported
+from report_helpers import altered, dfl_report, finished, only_entry
 
 from dfl_experiments.report.runs import read_runs
 
@@ -29,7 +29,7 @@ FOREIGN = {
 def test_a_damaged_table_spoils_no_report(damage, finished_point, tmp_path):
     altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
     DAMAGES[damage](altered(finished_point, tmp_path / "runs" / "bad", **finished(0.9, 1e-3, 1)))
-    done = dfl_report(tmp_path, "runs", "--format", "html", "--figures", "figures")
+    done = dfl_report(tmp_path, "runs", "--format", "html")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
@@ -39,7 +39,7 @@ def test_a_directory_that_is_none_of_ours_is_named_and_left_out(what, finished_p
     altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
     config, result = FOREIGN[what]
     altered(finished_point, tmp_path / "runs" / "bad", {"seed": 1, **config}, **result)
-    done = dfl_report(tmp_path, "runs", "--format", "html", "--figures", "figures")
+    done = dfl_report(tmp_path, "runs", "--format", "html")
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("dfl-report: left out: runs/bad (")

@@ -7,17 +7,7 @@ import time
 
 import pytest
 from PIL import Image
-from report_helpers import (
-    altered,
-    browser,
-    dfl_report,
-    entries,
-    finished,
-    finished_point,
-    reported,
-    reported_page,
-    results,
-)
+from report_helpers import altered, browser, dfl_report, entries, finished
 
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.curves import Curves, Figure, figures

@@ -16,24 +16,32 @@ from dfl_experiments.stopping import Interrupted, Stop, pass_on
 @pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_latest(signum, code, looks):
-    before = signal.getsignal(signum)
-    reached = []
-    with pytest.raises(Interrupted) as end, Stop() as stop:
-        stop.check()
-        signal.raise_signal(signum)
-        reached.append("the step's end")
-        if looks:
+    before, reached = signal.getsignal(signum), []
+
+    def steps():
+        with Stop() as stop:
             stop.check()
-        reached.append("the block's end")
+            signal.raise_signal(signum)
+            reached.append("the step's end")
+            if looks:
+                stop.check()
+            reached.append("the block's end")
+
+    with pytest.raises(Interrupted) as end:
+        steps()
     assert len(reached) == (1 if looks else 2)
     assert end.value.exit_code == code
     assert signal.getsignal(signum) is before
 
 
 def test_a_second_sigint_ends_at_once():
-    with pytest.raises(KeyboardInterrupt) as end, Stop():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+    def twice():
+        with Stop():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as end:
+        twice()
     assert not isinstance(end.value, Interrupted)
 
 
@@ -42,13 +50,19 @@ def test_a_scheduler_s_handlers_keep_sigterm_and_get_their_own_signal_once_the_r
     before = {
         signum: signal.signal(signum, lambda *_: calls.append(_[0])) for signum in (signal.SIGTERM, signal.SIGUSR2)
     }
-    try:
-        with pytest.raises(Interrupted) as end, Stop() as stop:
+
+    def steps():
+        with Stop() as stop:
             signal.raise_signal(signal.SIGTERM)
             assert calls == [signal.SIGTERM]
             stop.check()
             signal.raise_signal(signal.SIGUSR2)
             assert calls == [signal.SIGTERM]
+            stop.check()
+
+    try:
+        with pytest.raises(Interrupted) as end:
+            steps()
         pass_on(end.value)
         assert calls == [signal.SIGTERM, signal.SIGUSR2]
     finally:
