@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import dfl_train, ended, forked
+from processes import dfl_train, ended, forked
 from sklearn.datasets import load_digits
 
 from dfl_experiments.report.cells import sections

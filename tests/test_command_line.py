@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
-from conftest import dfl_train, options
+from conftest import options
 from hydra.errors import HydraException
+from processes import dfl_train
 
 from dfl_experiments import checkpoint
 from dfl_experiments.config import CONF_DIR, compose

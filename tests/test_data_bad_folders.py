@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import dfl_train
 from data_helpers import contents, refused, write_image
 from PIL import Image
+from processes import dfl_train
 
 from dfl_experiments import train
 from dfl_experiments.data.datasets import load

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from conftest import ended, forked
+from processes import ended, forked
 from test_sweeps import SWEEP, output, science, statuses
 
 FORTY = (*SWEEP, "method=bp,dfa,las,ltas", "optimizer.lr=1e-3,1e-2", "seed=0,1,2,3,4")

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 import torch
-from conftest import BATCH, CLASSES, METHODS, MODELS, SHAPE, Tiny, dfl_train
+from conftest import BATCH, CLASSES, METHODS, MODELS, SHAPE, Tiny
+from processes import dfl_train
 
 from dfl_experiments import capture
 from dfl_experiments.capture import WARM_UP, CapturedStep

@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import METHODS, dfl_train
+from conftest import METHODS
+from processes import dfl_train
 
 
 def losses(path):

@@ -4,7 +4,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import dfl_train
+from processes import dfl_train
 from refused_values import GROUPS, VALUES
 from refused_words import HYDRA, SYNTAX, TARGETS
 

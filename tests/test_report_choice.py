@@ -3,7 +3,7 @@
 import statistics
 
 import pytest
-from conftest import dfl_train
+from processes import dfl_train
 from report_helpers import GRID, altered, dfl_report, entries, finished, only_entry, results
 
 from dfl_experiments.report.cells import sections

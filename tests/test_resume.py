@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ended, forked
+from conftest import METHODS
+from processes import ended, forked
 
 from dfl_experiments import checkpoint
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import METHODS, MODELS, Tiny, dfl_train
+from conftest import METHODS, MODELS, Tiny
 from measuring import peak_mb
+from processes import dfl_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CROSS = pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])

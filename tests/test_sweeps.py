@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import dfl_train, ended, forked
+from processes import dfl_train, ended, forked
 
 from dfl_experiments import checkpoint
 from dfl_experiments.train import main
