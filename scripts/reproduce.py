@@ -151,7 +151,7 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
         return
     written = {"markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "html": "report.html"}
     for kind, name in written.items():
-        figures = ["--figures", str(place / "figures")] if kind == "html" else []
+        figures = ["--figures", str(place / "figures")] if kind == "markdown" else []
         subprocess.run([*command, "--format", kind, "--out", str(place / name), *figures], check=True)
 
 

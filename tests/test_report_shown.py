@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 import time
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -51,14 +52,15 @@ def test_every_figure_is_written_the_same_each_time(reported, tmp_path):
     assert float(shown[-1]["y"]) == pytest.approx(float(row["ours"]), abs=0.005)
 
 
-def test_labels_keep_their_order_and_a_gap():
-    places = [0.5, 0.51, 0.1, 0.52, 0.9]
-    moved = spread(places, 0.05)
-    order = sorted(range(5), key=places.__getitem__)
+@pytest.mark.parametrize("places", [[0.5, 0.51, 0.1, 0.52, 0.9], [0.0, 0.01, 0.02], [0.9, 0.97, 0.98, 1.0]])
+def test_labels_keep_their_order_and_a_gap_within_the_axis(places):
+    moved = spread(places, 0.05, 0.0, 1.0)
+    order = sorted(range(len(places)), key=places.__getitem__)
     gaps = [moved[b] - moved[a] for a, b in itertools.pairwise(order)]
     assert min(gaps) >= 0.05 - 1e-12
-    assert moved[2] == 0.1
-    assert moved[4] == 0.9
+    assert 0.0 <= min(moved) <= max(moved) <= 1.0 + 1e-12
+    alone = [i for i in order if all(abs(places[i] - places[j]) > 0.1 for j in order if j != i)]
+    assert [moved[i] for i in alone] == [places[i] for i in alone]
 
 
 def test_no_other_layer_passes_for_layer_1(reported, finished_point, tmp_path):
@@ -141,3 +143,11 @@ def test_rows_of_the_paper_without_a_run_are_named(reported):
     text = dfl_report(reported, "outputs").stdout
     assert "Not begun: cifar10 flip fc; cifar100 flip fc." in text
     assert "Not begun: cifar10 flip conv3; cifar10 flip conv3_bn;" in text
+
+
+def test_a_markdown_page_shows_its_figures(reported, tmp_path):
+    page, folder = tmp_path / "pages" / "README.md", tmp_path / "all figures"
+    done = dfl_report(reported, "outputs", "--format", "markdown", "--out", page, "--figures", folder)
+    assert done.returncode == 0, done.stderr
+    shown = [page.parent / unquote(link) for link in re.findall(r"!\[[^]]+\]\((\S+)\)", page.read_text())]
+    assert {path.resolve() for path in shown} == set(folder.glob("*.png"))

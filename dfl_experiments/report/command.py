@@ -1,8 +1,11 @@
 """The console script `dfl-report`: what the runs in some folders amount to, beside the paper."""
 
 import argparse
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 from dfl_experiments.config import UserError, one_line
 
@@ -41,27 +44,38 @@ def report(asked: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f'{error.name} is missing: pip install "dfl-experiments[report]"') from None
     found = sections(read_runs(asked.folders))
+    drawn = [curves.figures(section) for section in found] if asked.figures or asked.format == "html" else []
+    files: list[list[Path]] = []  # of each section's figures
+    if asked.figures:
+        for section, figures in zip(found, drawn, strict=True):
+            prefix = f"{section.setting.slug}-"
+            files.append(write_figures(figures, section.setting.title, asked.figures, prefix))
     if asked.format == "html":
-        text = page(found, [curves.figures(section) for section in found], asked.title)
+        text = page(found, drawn, asked.title)
         asked.out = asked.out or Path("report.html")
     elif asked.format == "csv":
         text = tables.as_csv(found)
     elif asked.format == "latex":
         text = tables.as_latex(found)
+    elif asked.format == "markdown":
+        text = tables.as_text(found, "github", [pictures(paths, asked.out) for paths in files])
     else:
-        text = tables.as_text(found, "github" if asked.format == "markdown" else "simple")
+        text = tables.as_text(found, "simple")
     if asked.out:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(text, encoding="utf-8")
         print(asked.out)
     else:
         print(text, end="")
-    written = []
-    for section in found if asked.figures else []:
-        prefix = f"{section.setting.slug}-"
-        written += write_figures(curves.figures(section), section.setting.title, asked.figures, prefix)
     if asked.figures:
-        print(f"{len(written)} files in {asked.figures}")
+        print(f"{sum(map(len, files))} files in {asked.figures}")
+
+
+def pictures(paths: Iterable[Path], page: Path | None) -> str:
+    """The PNG files among the paths, as a Markdown page at that place shows them."""
+    start = page.parent if page else Path()
+    images = [Path(os.path.relpath(path, start)) for path in paths if path.suffix == ".png"]
+    return "\n\n".join(f"![{image.stem}]({quote(image.as_posix())})" for image in images)
 
 
 def main() -> None:

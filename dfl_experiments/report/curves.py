@@ -12,6 +12,7 @@ from dfl_experiments.report.tables import percent
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a grey that shows on white and on black
 COLOURS = {"bp": "#808080", "shallow": "#CC79A7", "dfa": "#D55E00", "las": "#0072B2", "ltas": "#009E73"}
 MORE_COLOURS = ("#E69F00", "#56B4E9", "#B0A000")
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 Values = list[float | None]
 
 
@@ -116,6 +117,15 @@ def curve(entry: Entry, column: str, scale: float = 1.0) -> Series | None:
     return Series(label_of(entry.cell.method), colour_of(entry.cell.method), x, mean, low * several, high * several)
 
 
+def seeds_of(entries: Iterable[Entry]) -> str:
+    """How many seeds a curve stands for, as a sentence."""
+    counts = sorted({len(entry.best.finished) for entry in entries if entry.best})
+    if counts == [1]:
+        return "One seed."
+    some = " to ".join(map(str, [counts[0], counts[-1]][: len(counts)]))
+    return f"Mean over {some} seeds, their range shaded."
+
+
 def by_row(section: Section) -> dict[tuple[str, str, str], list[Entry]]:
     """The entries with a number, by data, augmentation and model, methods in their order."""
     rows: dict[tuple[str, str, str], list[Entry]] = {}
@@ -129,9 +139,11 @@ def alignment(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
     """The paper's alignment figure, of layer 1; and one of all layers."""
     runs = [run for entry in entries if entry.best for run in entry.best.finished]
     columns = {name for run in runs for name in run.epochs if name.startswith("cosine/")}
+    shown = [entry for entry in entries if entry.cell.method != "bp"]
+    if not shown:
+        return
     panels: dict[int, Curves] = {}
     for layer in sorted(int(name.partition("/")[2]) for name in columns):
-        shown = [entry for entry in entries if entry.cell.method != "bp"]
         series = [one for entry in shown if (one := curve(entry, f"cosine/{layer}"))]
         if not series:
             continue
@@ -145,10 +157,13 @@ def alignment(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
         by_construction = f": 1 by construction for {', '.join(exact)}" if exact else ""
         least = min(value for one in series for value in (*one.y, *one.low) if value is not None)
         y_range = (min(0.5, math.floor(10 * least - 0.5) / 10), 1.05)
-        label = f"mean cosine of δ_{layer} with BP's"
+        label = f"mean cosine of δ{str(layer).translate(SUBSCRIPTS)} with BP's"
         panels[layer] = Curves(f"layer {layer}{by_construction}", "epoch", label, [bp, *series], y_range)
     name, words = "-".join(key), ", ".join(key)
-    note = "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations."
+    note = (
+        "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations. "
+        f"{seeds_of(shown)}"
+    )
     if 1 in panels:
         yield Figure(f"alignment-{name}", f"Alignment with BP, layer 1: {words}", note, [panels[1]])
     if set(panels) - {1}:
@@ -169,7 +184,8 @@ def learning(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
             panels.append(Curves(title, "epoch", label, series))
     if panels:
         title = f"Learning curves: {', '.join(key)}"
-        yield Figure(f"learning-{'-'.join(key)}", title, "Of each method's chosen grid point.", panels)
+        note = f"Of each method's chosen grid point. {seeds_of(entries)}"
+        yield Figure(f"learning-{'-'.join(key)}", title, note, panels)
 
 
 def grids(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
@@ -230,7 +246,10 @@ def throughput(section: Section) -> Iterable[Figure]:
             Bars(", ".join(key), "training samples per second", [name for _, name in speeds], colours, values)
         )
     if panels:
-        note = f"Median over each chosen grid point's runs, measuring included, on {'; '.join(devices)}."
+        note = (
+            f"Median over each chosen grid point's runs, measuring included, on {'; '.join(devices)}. "
+            "A run beside others is slower: scripts/benchmark.py compares the methods by themselves."
+        )
         yield Figure("throughput", "Throughput", note, panels)
 
 

@@ -19,34 +19,34 @@ from dfl_experiments.report.curves import Bars, Curves, Figure, HeatMap, Panel
 
 PANELS_A_ROW = 3
 LABEL_GAP = 0.05  # of an axis' height, between two labels at the ends of curves
-CHARACTERS_AN_INCH = 11  # of a title
+CHARACTERS_AN_INCH, OF_A_NOTE = 11, 15
 STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
     "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 13, "pdf.fonttype": 42,
 }  # fmt: skip
 
 
-def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """The positions, moved apart as little as it takes for neighbours to be a gap from one another."""
-    order = sorted(range(len(positions)), key=lambda index: positions[index])
+def spread(positions: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
+    """The positions, moved apart as little as it takes for neighbours to be a gap from one another.
+
+    All lie between bottom and top, unless there are more than fit: then they reach above it.
+    """
+
+    def lowest(group: list[int]) -> float:
+        height = gap * (len(group) - 1)
+        middle = sum(positions[index] for index in group) / len(group)
+        return max(min(middle - height / 2, top - height), bottom)
+
     groups: list[list[int]] = []  # of labels that touch: each is laid out evenly around its mean
-    for index in order:
+    for index in sorted(range(len(positions)), key=lambda index: positions[index]):
         groups.append([index])
-        while len(groups) > 1 and _low(positions, groups[-1], gap) < _high(positions, groups[-2], gap) + gap:
+        while len(groups) > 1 and lowest(groups[-1]) < lowest(groups[-2]) + gap * len(groups[-2]):
             groups[-2:] = [groups[-2] + groups[-1]]
     moved = list(positions)
     for group in groups:
         for offset, index in enumerate(group):
-            moved[index] = _low(positions, group, gap) + offset * gap
+            moved[index] = lowest(group) + offset * gap
     return moved
-
-
-def _low(positions: Sequence[float], group: list[int], gap: float) -> float:
-    return sum(positions[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def _high(positions: Sequence[float], group: list[int], gap: float) -> float:
-    return _low(positions, group, gap) + gap * (len(group) - 1)
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
@@ -68,14 +68,15 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     bottom, top = axes.get_ylim()
-    places = spread([y for _, _, y in ends], LABEL_GAP * (top - bottom))
+    gap = LABEL_GAP * (top - bottom)
+    places = spread([y for _, _, y in ends], gap, bottom + gap / 2, top - gap / 2)
     for (one, x, _), place in zip(ends, places, strict=True):
         look: Any = {"color": one.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
         axes.annotate(one.name, (x, place), (6, 0), textcoords="offset points", **look)
     if max((len(one.x) for one in panel.series), default=0) == 1:
         axes.set_xlim(0.5, 1.5)
     axes.set(xlabel=panel.x, ylabel=panel.y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def draw_heat_map(axes: Axes, panel: HeatMap) -> None:
@@ -130,9 +131,9 @@ def canvas_of(figure: Figure, heading: str) -> Canvas:
     for place, panel in enumerate(figure.panels, start=1):
         axes = canvas.add_subplot(rows, columns, place)
         if count > 1 or isinstance(panel, Bars | HeatMap):
-            axes.set_title(panel.title)
+            axes.set_title(textwrap.fill(panel.title, int(CHARACTERS_AN_INCH * 0.9 * width / columns)))
         draw(axes, panel)
-    canvas.supxlabel(figure.note, fontsize=8, color="#606060")
+    canvas.supxlabel(textwrap.fill(figure.note, int(OF_A_NOTE * width)), fontsize=8, color="#606060")
     return canvas
 
 

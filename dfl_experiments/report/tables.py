@@ -106,12 +106,15 @@ def ours_and_paper(entry: Entry) -> str:
     return f"{number(entry)}{paper}"
 
 
-def as_text(sections: Sequence[Section], style: str) -> str:
-    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown."""
+def as_text(sections: Sequence[Section], style: str, pictures: Sequence[str] = ()) -> str:
+    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown.
+
+    pictures: what stands at the end of each section.
+    """
     heading = "# {}\n" if style == "github" else "{}\n" + "=" * 72 + "\n"
     subheading = "## {}\n" if style == "github" else "{}\n"
     parts = []
-    for section in sections:
+    for number, section in enumerate(sections):
         parts += [heading.format(section.setting.title), rule(section) + "\n"]
         for name, title in TITLES.items():
             entries = section.table(name)
@@ -123,6 +126,7 @@ def as_text(sections: Sequence[Section], style: str) -> str:
                 parts.append(body + "\n")
             if missing:
                 parts.append(missing + "\n")
+        parts += [f"{text}\n" for text in pictures[number : number + 1]]
     return "\n".join(parts)
 
 
