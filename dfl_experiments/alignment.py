@@ -61,7 +61,7 @@ def compare(delta: Tensor | None, reference: Tensor) -> Tensor:
     d_norm, r_norm = dd.sum().sqrt(), rr.sum().sqrt()
     return torch.stack([
         cosine.sum() / present.sum(), dot.sum() / (d_norm * r_norm), d_norm, r_norm, (~present).sum().to(dot),
-    ]).to(reference.dtype)  # fmt: skip
+    ]).to(torch.promote_types(reference.dtype, torch.float32))  # fmt: skip
 
 
 @torch.no_grad()

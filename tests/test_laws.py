@@ -84,6 +84,15 @@ def test_las_on_a_linear_net_converges_to_the_jacobian_products():
         torch.testing.assert_close(delta, reference)
 
 
+@EVERY_MODEL
+def test_direct_feedback_with_the_head_s_weights_is_backprop_at_the_top(model):
+    t = Tiny("dfa", model, "method.top=direct")
+    top = t.method.feedback[-1].weight
+    top.data.copy_(t.net.readers(t.net.depth - 1)[0].weight.reshape(top.shape))
+    trace, deltas, error = t.backward()
+    close(deltas[-1], backprop_deltas(trace, error)[-1])
+
+
 @DIRECT_CROSS
 @pytest.mark.parametrize("top", ["backprop", "direct"])
 def test_feedback_is_the_transpose_of_the_sum_pooled_module(method, model, top):
@@ -106,7 +115,7 @@ def test_local_module_is_a_pooled_convolution_and_its_transpose(kernel, stride, 
     error = torch.randn(2, CLASSES, dtype=torch.float64)
     for pooling, pool in (("average", lambda planes: planes.mean((2, 3))), ("max", lambda planes: planes.amax((2, 3)))):
         module = LocalModule(reader, h.shape[1:], CLASSES, pooling)
-        module.initialise("product", [[reader]])
+        module.initialise("default")
         planes = F.conv2d(h, module.weight, None, stride, padding, dilation)
         close(module(h), pool(planes))
         image = h.clone().requires_grad_()

@@ -9,6 +9,8 @@ from measuring import peak_mb
 from processes import dfl_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dfl_experiments.alignment import compare
+
 CROSS = pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "unique", "_unique2", "masked_select"}
 # F.one_hot looks at its labels' range on a CPU, and on no GPU
@@ -70,6 +72,27 @@ def test_bfloat16_steps_stay_close_and_keep_their_weights_in_float32(method, mod
     assert {p.dtype for p in [*rounded.net.parameters(), *rounded.method.parameters()]} == {torch.float32}
     changed = [not torch.equal(a, b) for a, b in zip(rows[0], rows[1], strict=True)]
     assert any(changed)
+
+
+@pytest.mark.parametrize("method", ["las", "ltas"])
+def test_confident_samples_keep_their_local_error_in_bfloat16(method):
+    t = Tiny(method, "fc", classes=10)
+    y, logits = torch.randn(2, len(t.target), 10, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y[range(len(t.target)), t.target] += 10
+    rounded = t.method._local_error(y, logits, t.target)
+    exact = t.method._local_error(y.double(), logits.double(), t.target)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double(), exact, rtol=0.005, atol=1e-9)
+
+
+def test_alignment_of_bfloat16_signals_is_told_in_float32():
+    delta, noise = torch.randn(2, 300, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    reference = delta + 0.02 * noise
+    delta[:257] = 0
+    told = compare(delta, reference)
+    assert told.dtype == torch.float32
+    assert told[4] == 257
+    torch.testing.assert_close(told.double(), compare(delta.double(), reference.double()))
 
 
 def test_signals_are_formed_one_by_one_from_the_top_and_each_output_is_let_go_of():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dfl_experiments.blocknet import BlockNet, Trace
 from dfl_experiments.losses import OutputLoss
 from dfl_experiments.methods.base import Method
-from dfl_experiments.methods.local_module import LocalModule, Pooling
+from dfl_experiments.methods.local_module import Init, LocalModule, Pooling
 
 
 class DirectFeedback(Method):
@@ -17,8 +17,8 @@ class DirectFeedback(Method):
     LAS descends ℒ_i = ‖y_i - a_L‖², summed over classes and meaned over the batch (`local_reduction` "sum") or meaned
     over both ("mean"). LTAS descends the network's own loss at y_i: cross-entropy of softmax(y_i), or ½‖y_i - y*‖².
     `local_pooling` is the global pooling of an image-shaped local module, `init` where every B starts (see
-    `LocalModule.initialise`). `top` says what h_{L-1} receives: "backprop", W_Lᵀ e, or "direct", B_L e with B_L fixed:
-    local modules sit on h_1 … h_{L-2} only.
+    `LocalModule.initialise`; "product" means "default" in a net that is not linear layers alone). `top` says what
+    h_{L-1} receives: "backprop", W_Lᵀ e, or "direct", B_L e with B_L fixed: local modules sit on h_1 … h_{L-2} only.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class DirectFeedback(Method):
         local_target: Literal["logits", "labels"] | None = None,
         local_reduction: Literal["sum", "mean"] = "sum",
         local_pooling: Pooling = "average",
-        init: Literal["product", "kaiming"] = "product",
+        init: Init = "product",
         top: Literal["backprop", "direct"] = "backprop",
     ) -> None:
         super().__init__(net, num_classes, loss)
@@ -37,12 +37,14 @@ class DirectFeedback(Method):
         self.local_target = local_target
         self.scale = 2.0 if local_reduction == "sum" else 2.0 / num_classes
         self.cuts = frozenset(range(1, self.depth if top == "direct" else self.depth - 1))
-        chain = [net.readers(i) for i in range(self.depth)]
+        readers = [net.readers(i) for i in range(self.depth)]
+        if init == "product" and not all(len(some) == 1 and isinstance(some[0], nn.Linear) for some in readers):
+            init = "default"  # also in the dense layers of a convolutional net, as in the published code
         shapes = net.output_shapes()
         modules: list[LocalModule] = []
         for i in sorted(self.cuts):
-            module = LocalModule(chain[i][0], shapes[i - 1], num_classes, local_pooling)
-            module.initialise(init, chain[i:])
+            module = LocalModule(readers[i][0], shapes[i - 1], num_classes, local_pooling)
+            module.initialise(init, [some[0].weight for some in readers[i:]])
             module.requires_grad_(local_target is not None and i < self.depth - 1)
             modules.append(module)
         self.feedback = nn.ModuleList(modules)
@@ -63,10 +65,13 @@ class DirectFeedback(Method):
             torch.autograd.backward(outputs, gradients, inputs=weights)
 
     def _local_error(self, y: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """∂ℒ_i/∂y_i, (N, K)."""
+        """∂ℒ_i/∂y_i, (N, K), formed in no less than float32: of a confident sample bfloat16 would leave nothing."""
+        precise = torch.promote_types(y.dtype, torch.float32)
         if self.local_target == "labels":
-            return self.loss.value_and_error(y, target)[1]
-        return (y - logits) * (self.scale / len(y))
+            error = self.loss.value_and_error(y.to(precise), target)[1]
+        else:
+            error = (y.to(precise) - logits.to(precise)) * (self.scale / len(y))
+        return error.to(y.dtype)
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
         """B_{i+1} e, with B as it is now."""

@@ -6,7 +6,9 @@ row r with kernel row u (r = p·stride + u·dilation - padding, 0 ≤ p < H'), a
     Σ_p conv(h; B̄)[k, p] = Σ_{c,u,v} B̄[k,c,u,v] (S_v h_c S_hᵀ)[u, v]        no convolution, only window sums
     conv_transpose(e ⊗ 1; B̄)[c] = Σ_k e_k G[k, c],  G[k, c] = S_vᵀ B̄[k, c] S_h   G once per step for the whole batch
 
-so the feedback is exactly the transpose of the sum-pooled module.
+so the feedback is exactly the transpose of the sum-pooled module. Where h_i is read by a linear layer behind a global
+average pooling of the network's own, that pooling is no part of the module: S_v and S_h hold 1/H and 1/W, and the
+feedback is the transpose of the pooled map itself, as BP's signal is.
 """
 
 import math
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from dfl_experiments.blocknet import Reader
 
 Pooling = Literal["average", "max"]
+Init = Literal["product", "kaiming", "default"]
 
 
 def output_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -38,7 +41,8 @@ class LocalModule(nn.Module):
     """Copies the layer that reads h_i, with K outputs and no bias; on a flattened h_i it is y = B̄ h, B̄: (K, d).
 
     On an image-shaped h_i (C, H, W), B̄ is (K, C, k, k) with the reader's kernel, stride and padding, followed by global
-    pooling. A linear reader of an image (behind a global pooling of its own) counts as a 1×1 convolution.
+    pooling. On an image that a linear layer reads behind a global average pooling, B̄ is (K, C, 1, 1), and the same
+    average is all the pooling there is.
     """
 
     weight: nn.Parameter
@@ -49,6 +53,7 @@ class LocalModule(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self.pooling = pooling
+        self.linear = isinstance(reader, nn.Linear)
         like = reader.weight
         if len(self.shape) == 1:
             weight = torch.empty(num_classes, self.shape[0])
@@ -60,24 +65,25 @@ class LocalModule(nn.Module):
             self.register_buffer("rows", window_positions(height, *rows).to(like), persistent=False)
             self.register_buffer("columns", window_positions(width, *columns).to(like), persistent=False)
             self.positions = output_positions(height, *rows) * output_positions(width, *columns)
+            if self.linear:  # the 1/(H W) of the network's own pooling, in both directions
+                self.rows, self.columns, self.positions = self.rows / height, self.columns / width, 1
             weight = torch.empty(num_classes, channels, *geometry[0])
         self.weight = nn.Parameter(weight.to(like))
 
     @torch.no_grad()
-    def initialise(self, init: Literal["product", "kaiming"], chain: Sequence[Sequence[Reader]]) -> None:
-        """Set B to W_{i+1}ᵀ … W_Lᵀ ("product"), or Kaiming-uniformly ("kaiming": fan-in K if linear, C·k² if not).
+    def initialise(self, init: Init, weights: Sequence[Tensor] = ()) -> None:
+        """Set B to W_{i+1}ᵀ … W_Lᵀ ("product" of the weights given), or draw it uniformly.
 
-        chain: the weight layers of each block from the reader of h_i to the head. Where a product does not exist,
-        because not all of them are single linear layers, B starts as a convolution does by default.
+        "kaiming": with gain √2 and fan-in K if the reader is linear, C·k² if not, as the published code draws DFA's;
+        "default": as a linear layer or a convolution of B̄'s shape starts.
         """
-        linear = isinstance(chain[0][0], nn.Linear)
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(self.weight, mode="fan_out" if linear else "fan_in", nonlinearity="relu")
-        elif all(len(layers) == 1 and isinstance(layers[0], nn.Linear) for layers in chain):
-            product = chain[-1][0].weight
-            for layers in reversed(chain[:-1]):
-                product = product @ layers[0].weight
-            self.weight.copy_(product.reshape(self.weight.shape))
+        if init == "product":
+            product = weights[-1]
+            for weight in reversed(weights[:-1]):
+                product = product @ weight
+            self.weight.copy_(product)
+        elif init == "kaiming":
+            nn.init.kaiming_uniform_(self.weight, mode="fan_out" if self.linear else "fan_in", nonlinearity="relu")
         else:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
