@@ -2,13 +2,16 @@
 
     python scripts/keep_results.py outputs/fc_table outputs/reference/fc_table
 
-Of every run directory `result.json` and `epochs.csv` are taken. `dfl-report` reads the copy as it reads the original.
-The data's place, which is of this machine only, becomes the default one.
+Of every run directory `result.json`, `epochs.csv` and `config.yaml` are taken. `dfl-report` reads the copy as it reads
+the original, and `dfl-train repeat=<copy>` runs it anew. The data's place, which is of this machine only, becomes the
+default one.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from dfl_experiments.report.runs import run_folders
 from dfl_experiments.results import DONE, read_result, write_result
@@ -24,7 +27,9 @@ def keep(source: Path, destination: Path) -> int:
             continue
         place = destination / folder.relative_to(source)
         place.mkdir(parents=True, exist_ok=True)
-        write_result(place, {**result, "config": {**result["config"], "data_dir": "data"}})
+        config = {**result["config"], "data_dir": "data"}
+        write_result(place, {**result, "config": config})
+        OmegaConf.save(OmegaConf.create(config), place / "config.yaml")
         if (folder / "epochs.csv").exists():
             shutil.copyfile(folder / "epochs.csv", place / "epochs.csv")
         count += 1

@@ -14,9 +14,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from measuring import medians, paper_learner, random_batch
+from omegaconf.errors import OmegaConfBaseException
 
-from dfl_experiments.config import compose
+from dfl_experiments.config import UserError, compose, one_line
 from dfl_experiments.experiment import resolve_device
 from dfl_experiments.grids import PLACES, TABLES, Grid, grid_of
 
@@ -72,7 +75,7 @@ def launcher_options(launcher: str, jobs: int | None) -> list[str]:
     if launcher == "slurm":  # the time limit is this project's default, a day; what meets it is queued again
         batch = f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}"
         return ["hydra/launcher=submitit_slurm", f"hydra.launcher.array_parallelism={jobs or 100}", batch]
-    if launcher == "ray":  # without a number, as many as there are cores; on a cluster add …ray.init.address=auto
+    if launcher == "ray":  # without a number, as many as there are cores
         return ["hydra/launcher=ray", *([f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else [])]
     return []
 
@@ -107,32 +110,44 @@ def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
     return found
 
 
-def seconds_of(point: dict[str, str], experiment: str, epochs: int | None) -> float:
+def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> float:
     """How long a run would take on this machine's device, from two steps of its size with random images."""
     count, shape, classes = IMAGES[point["dataset"]]
-    cfg = compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES)])
-    learner = paper_learner(cfg, shape, classes, resolve_device("auto"))
+    cfg = compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES), *overrides])
+    learner = paper_learner(cfg, shape, classes, resolve_device(cfg.device))
     batch = random_batch(shape, classes, cfg.batch_size, learner.device)
     steps = {"plain": lambda: learner.row(*batch), "measured": lambda: learner.row(*batch, align=True)}
     times = medians(steps, 2, learner.device)
-    step = times["plain"] + (times["measured"] - times["plain"]) / cfg.alignment.every
-    return step * math.ceil(count / cfg.batch_size) * (epochs or cfg.epochs)
+    every = cfg.alignment.every or math.inf
+    step = times["plain"] + (times["measured"] - times["plain"]) / every
+    return step * math.ceil(count / cfg.batch_size) * cfg.epochs
+
+
+def single_valued(overrides: list[str]) -> tuple[list[str], int]:
+    """Of the user's overrides those with one value, and how many runs the others make of one. Hydra's own are none."""
+    parsed = [one for one in OverridesParser.create().parse_overrides(overrides) if not one.is_hydra_override()]
+    sweeps = [one for one in parsed if one.is_sweep_override()]
+    times = math.prod(len(list(one.sweep_iterator())) for one in sweeps)
+    return [str(one.input_line) for one in parsed if not one.is_sweep_override()], times
 
 
 def dry_run(asked: argparse.Namespace) -> None:
     """Print what would be run, and about how long it would take here."""
     known: dict[tuple[str, ...], float] = {}
     count, total = 0, 0.0
+    fixed, times = single_valued(asked.overrides)
+    fixed = [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed
     for grid, arguments in calls(asked):
         print("dfl-train", *arguments)
-        seeds = next(argument for argument in arguments if argument.startswith("seed=")).count(",") + 1
+        seeds = next(argument for argument in arguments if argument.startswith("seed="))
+        repeats = (seeds.count(",") + 1) * times
         for point in grid.points():
             print("   ", " ".join(f"{key}={value}" for key, value in point.items()))
-            count += seeds
-            cell = tuple(point[place] for place in PLACES)
-            if cell not in known and not asked.smoke:
-                known[cell] = seconds_of(point, grid.experiment, asked.epochs)
-            total += seeds * known.get(cell, 0.0)
+            count += repeats
+            kind = (grid.experiment, *(point[place] for place in PLACES))
+            if kind not in known and not asked.smoke:
+                known[kind] = seconds_of(point, grid.experiment, fixed)
+            total += repeats * known.get(kind, 0.0)
     print(f"\n{count} runs")
     if not asked.smoke:
         hours = BESIDE_STEPS * total / 3600
@@ -143,6 +158,7 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
     """The tables on the terminal, then everything else into a folder of its own."""
     folders = [str(Path("outputs", sweep)) for sweep in dict.fromkeys(sweeps) if Path("outputs", sweep).is_dir()]
     if not folders:
+        print("no report: no run has left a folder in outputs/")
         return
     place = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
     shutil.rmtree(place, ignore_errors=True)  # of an earlier report nothing stays beside this one
@@ -205,7 +221,7 @@ def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) 
     asked.overrides = given
     for override in given:
         key = override.lstrip("+~").partition("=")[0]
-        if key in own:
+        if key in own or key.startswith("hydra.sweep."):
             parser.error(f"{override}: the script sets {key} itself; --help shows what it can be told")
 
 
@@ -223,14 +239,24 @@ def main() -> None:
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1")
     parser.add_argument("--jobs", type=positive, metavar="N", help="runs at once: joblib 2, slurm 100, ray a core each")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of the time")
-    parser.add_argument("overrides", nargs="*", help="further overrides for dfl-train, key=value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="further overrides for dfl-train, such as\n"
+        "hydra.launcher.gpus_per_node=1 hydra.launcher.partition=gpu, which SLURM is told",
+    )
     asked = parser.parse_intermixed_args()
     asked.launcher = asked.launcher or ("joblib" if (asked.jobs or 1) > 1 else "basic")
     if asked.launcher == "basic" and (asked.jobs or 1) > 1:
         parser.error("--jobs: the basic launcher runs one at a time; choose --launcher joblib")
+    if asked.launcher == "ray" and asked.jobs and any("ray.init.address=" in one for one in asked.overrides):
+        parser.error("--jobs: Ray counts the cores of a cluster it joins itself; leave it out")
     check_overrides(asked, parser)
     if asked.dry_run:
-        dry_run(asked)
+        try:
+            dry_run(asked)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            parser.error(one_line(error))
     else:
         raise SystemExit(run(asked))
 

@@ -44,6 +44,43 @@ def test_a_second_seed_under_way_does_not_decide_for_its_point(finished_point, t
     assert only_entry(tmp_path).best.lr == 1e-3
 
 
+def test_a_poor_point_with_one_seed_changes_no_choice(finished_point, tmp_path):
+    for seed, (good, other) in enumerate([(0.970, 0.972), (0.99, 0.95), (0.99, 0.95)]):
+        altered(finished_point, tmp_path / f"a{seed}", **finished(good, 1e-3, seed))
+        altered(finished_point, tmp_path / f"b{seed}", **finished(other, 3e-4, seed))
+    assert only_entry(tmp_path).best.lr == 1e-3
+    altered(finished_point, tmp_path / "c", **finished(0.5, 2e-3, 0))
+    assert only_entry(tmp_path).best.lr == 1e-3
+
+
+def test_another_option_of_the_protocol_takes_no_run_out_of_its_table(finished_point, tmp_path):
+    kept = altered(finished_point, tmp_path / "a", **finished(0.9, 1e-3, 0))
+    altered(finished_point, tmp_path / "b", **finished(0.9, 1e-3, 0, **{"protocol.dfa_init": "kaiming"}))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "linked").symlink_to(kept)
+    shown = {section.setting.differences[-1]: section.chosen for section in sections(read_runs([tmp_path]))}
+    assert {words: [entry.best.accuracies for entry in shown[words]] for words in shown} == {
+        "model.widths=[16, 16]": [[0.9]],
+        'protocol.dfa_init="kaiming"': [[0.9]],
+    }
+    assert sections(read_runs([tmp_path / "more"]))
+
+
+def test_a_run_that_measured_alignment_stands_before_one_that_did_not(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "a", **finished(0.9, 1e-3, 0))
+    altered(finished_point, tmp_path / "b", **finished(0.9, 1e-3, 0, **{"alignment.every": 0}))
+    assert only_entry(tmp_path).best.finished[0].config.alignment.every == 10
+
+
+def test_settings_with_long_names_have_files_of_their_own(finished_point, tmp_path):
+    for end in ("one", "two"):
+        widths = {"model.widths": [16] * 40 + [len(end), 1 if end == "one" else 2]}
+        altered(finished_point, tmp_path / end, **finished(0.9, 1e-3, 0, **widths))
+    slugs = {section.setting.slug for section in sections(read_runs([tmp_path]))}
+    assert len(slugs) == 2
+    assert max(map(len, slugs)) < 110
+
+
 def test_a_point_of_which_a_seed_diverged_comes_last(finished_point, tmp_path):
     altered(finished_point, tmp_path / "a", **finished(0.97, 1e-2, 0))
     altered(finished_point, tmp_path / "b", **finished(0.97, 1e-2, 1), status="diverged")

@@ -21,6 +21,7 @@ FOREIGN = {
     "no epochs": ({"epochs": None}, {}),
     "an unknown headline": ({"protocol.accuracy": "best"}, {}),
     "no throughput": ({}, {"samples_per_second": None}),
+    "no accuracy": ({}, {"accuracy": None}),
     "a word for a seed": ({"seed": "one"}, {}),
 }
 

@@ -51,6 +51,17 @@ def test_a_part_can_be_asked_for_and_its_time_is_estimated(tmp_path):
     assert re.search(r"about [\d.]+ hours on this machine", done.stdout)
 
 
+def test_the_estimate_is_of_the_runs_that_are_asked_for(tmp_path):
+    asked = ("fc_table", "--only", "mnist,las", "--dry-run")
+    hours = []
+    for overrides in ((), ("epochs=1", "limit=1000,2000", "batch_size=256", "alignment.every=0")):
+        done = reproduce(tmp_path, *asked, *overrides)
+        assert done.returncode == 0, done.stderr
+        hours.append(float(re.search(r"about ([\d.,]+) hours", done.stdout)[1].replace(",", "")))
+    assert "8 runs" in done.stdout
+    assert hours[1] < hours[0] / 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -62,6 +73,9 @@ def test_a_part_can_be_asked_for_and_its_time_is_estimated(tmp_path):
         (["--job", "2"], "unrecognized arguments: --job"),
         (["sweep=mine"], "sweep=mine: the script sets sweep itself"),
         (["+optimizer.lr=1e-5"], "+optimizer.lr=1e-5: the script sets optimizer.lr itself"),
+        (["hydra.sweep.dir=elsewhere"], "hydra.sweep.dir=elsewhere: the script sets hydra.sweep.dir itself"),
+        (["--launcher", "ray", "--jobs", "4", "hydra.launcher.ray.init.address=auto"], "--jobs: Ray counts the cores"),
+        (["batchsize=3"], "Could not override 'batchsize'"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, arguments, words):
@@ -92,7 +106,11 @@ def test_a_smoke_run_from_start_to_report_and_again(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "5 runs kept" in kept.stdout
-    assert {path.name for path in (tmp_path / "kept").rglob("*.*") if path.is_file()} == {"result.json", "epochs.csv"}
+    assert {path.name for path in (tmp_path / "kept").rglob("*.*") if path.is_file()} == {
+        "result.json",
+        "epochs.csv",
+        "config.yaml",
+    }
     command = [sys.executable, "-m", "dfl_experiments.report.command", "kept", "--format", "csv"]
     same = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert same.stdout == (report / "tables.csv").read_text()

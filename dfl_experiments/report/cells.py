@@ -28,6 +28,11 @@ class Point:
         return [run for run in self.runs if run.status == "finished"]
 
     @property
+    def seeds(self) -> set[int]:
+        """Those of the finished runs."""
+        return {run.seed for run in self.finished}
+
+    @property
     def accuracies(self) -> list[float]:
         """What the protocol reports of every finished run: a fraction, on the test set."""
         return [run.accuracy for run in self.finished]
@@ -58,17 +63,22 @@ class Entry:
 
     @cached_property
     def best(self) -> Point | None:
-        """The grid point whose numbers are shown: the best mean score over the seeds that all candidates have finished.
+        """The grid point whose numbers are shown: the one that is better than the most others.
 
-        Candidates are the points with a finished run, without those of which a run failed, if that leaves any.
+        Two points are compared by their mean scores over the seeds that both have finished, so that a point with few
+        of them decides nothing about the others. Candidates are the points with a finished run, without those of which
+        a run failed, if that leaves any.
         """
         finished = [point for point in self.points if point.finished]
         candidates = [point for point in finished if not point.unfit] or finished
         if not candidates:
             return None
-        seeds = [{run.seed for run in point.finished} for point in candidates]
-        common = set.intersection(*seeds)
-        return max(candidates, key=lambda point: point.score(common or {run.seed for run in point.finished}))
+
+        def wins(point: Point) -> int:
+            pairs = [(point.seeds & other.seeds, other) for other in candidates if other is not point]
+            return sum(point.score(both) > other.score(both) for both, other in pairs if both)
+
+        return max(candidates, key=lambda point: (wins(point), point.score(point.seeds)))
 
     @property
     def on_validation(self) -> bool:
@@ -79,6 +89,13 @@ class Entry:
     def mean(self) -> float | None:
         """Of the chosen point's accuracies over seeds."""
         return statistics.fmean(self.best.accuracies) if self.best else None
+
+    @property
+    def at_best_validation(self) -> float | None:
+        """Mean test accuracy of the chosen point's runs, each at its epoch with the best validation accuracy."""
+        values = [run.at_best_validation for run in self.best.finished] if self.best else []
+        present = [value for value in values if value is not None]
+        return statistics.fmean(present) if present and len(present) == len(values) else None
 
     @property
     def deviation(self) -> float | None:

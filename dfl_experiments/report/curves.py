@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dfl_experiments.report.cells import Entry, Section, place
+from dfl_experiments.report.cells import UNFIT, Entry, Point, Section, place
 from dfl_experiments.report.runs import Run
 from dfl_experiments.report.tables import percent
 
@@ -194,7 +194,7 @@ def grids(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
     if not shown:
         return
     scores = {
-        (entry.cell.method, point.lr, point.weight_decay): 100 * point.score({run.seed for run in point.finished})
+        (entry.cell.method, point.lr, point.weight_decay): 100 * point.score(point.seeds)
         for entry in shown
         for point in entry.points
         if point.finished
@@ -204,10 +204,9 @@ def grids(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
         assert entry.best
         rates = sorted({point.lr for point in entry.points}, reverse=True)
         decays = sorted({point.weight_decay for point in entry.points})
-        ends = {(point.lr, point.weight_decay): point.runs[0].status for point in entry.points if not point.finished}
+        labelled = {(point.lr, point.weight_decay): heat_label(point) for point in entry.points}
         values = [[scores.get((entry.cell.method, rate, decay)) for decay in decays] for rate in rates]
-        labels = [[ends.get((rate, decay), heat_label(values[i][j])) for j, decay in enumerate(decays)]
-                  for i, rate in enumerate(rates)]  # fmt: skip
+        labels = [[labelled.get((rate, decay), "") for decay in decays] for rate in rates]
         panels.append(
             HeatMap(
                 label_of(entry.cell.method),
@@ -223,7 +222,10 @@ def grids(key: tuple[str, ...], entries: list[Entry]) -> Iterable[Figure]:
         )
     what = "Validation" if all(entry.on_validation for entry in shown) else "Test"
     title = f"{what} accuracy over the grid, %: {', '.join(key)}"
-    note = "Mean over each point's finished seeds. The chosen point is framed; an empty field has no run."
+    note = (
+        "Mean over each point's finished seeds. The chosen point is framed: two are compared over the seeds of both, "
+        "and one with a run that failed comes last. An empty field has no run."
+    )
     yield Figure(f"grid-{'-'.join(key)}", title, note, panels)
 
 
@@ -262,6 +264,8 @@ def figures(section: Section) -> list[Figure]:
     return [*found, *throughput(section)]
 
 
-def heat_label(value: float | None) -> str:
-    """A field's text."""
-    return "" if value is None else percent(value / 100, 1)
+def heat_label(point: Point) -> str:
+    """A field's text: the number, and how runs ended that ended otherwise."""
+    score = [percent(point.score(point.seeds), 1)] if point.finished else []
+    others = {run.status: None for run in point.runs if run.status in UNFIT or not point.finished}
+    return ", ".join([*score, *others])

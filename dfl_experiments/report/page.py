@@ -99,7 +99,7 @@ def _run(run: Run) -> dict[str, Any]:
 
 def _entry(number: int, entry: Entry) -> dict[str, Any]:
     numbers = {"ours": entry.mean, "±": entry.deviation, "paper": entry.paper, "difference": difference(entry)}
-    numbers["hours"] = hours_of(entry)
+    numbers |= {"hours": hours_of(entry), "at best val.": entry.at_best_validation}
     numbers |= {"lr": entry.best.lr, "weight decay": entry.best.weight_decay} if entry.best else {}
     cells = dict(zip(COLUMNS, row(entry), strict=True))
     return {

@@ -86,20 +86,20 @@ class Run:
         return self.result.get("validation_accuracy")
 
     @property
+    def at_best_validation(self) -> float | None:
+        """Test accuracy of the epoch with the best validation accuracy; None without such a split."""
+        return (self.result.get("test_accuracy") or {}).get("at_best_validation")
+
+    @property
     def score(self) -> float:
         """What a grid point is chosen by: validation accuracy, or the reported one where nothing is held out."""
         return self.accuracy if self.validation is None else self.validation
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """Of two runs of the same, the greater counts: the one that is done, or the newer."""
+    def rank(self) -> tuple[bool, bool, float]:
+        """Of two runs of the same, the greater counts: the one that is done, that measured alignment, or the newer."""
         path = next((self.folder / name for name in (CONFIG, RESULT) if (self.folder / name).exists()), self.folder)
-        return self.status in DONE, path.stat().st_mtime
-
-    @cached_property
-    def science(self) -> str:
-        """A digest of everything that decides what it computes."""
-        return science(self.config)
+        return self.status in DONE, bool(self.config.alignment.every), path.stat().st_mtime
 
     @cached_property
     def epochs(self) -> dict[str, list[float | None]]:
@@ -118,8 +118,8 @@ class Run:
         if self.config.protocol.accuracy not in HEADLINES:
             raise ValueError(f"protocol.accuracy={self.config.protocol.accuracy}")
         if self.status == "finished":
-            float(self.result["samples_per_second"]), float(self.result["seconds"]), self.score
-        int(self.config.epochs), self.cell, self.axes, self.seed, self.science
+            float(self.result["samples_per_second"]), float(self.result["seconds"]), self.accuracy, self.score
+        int(self.config.epochs), int(self.config.alignment.every), self.cell, self.axes, self.seed, science(self.config)
 
 
 def finite(text: str) -> float | None:
@@ -132,8 +132,13 @@ def finite(text: str) -> float | None:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """The run directories in and below a folder."""
-    for place, below, files in os.walk(folder):
+    """The run directories in and below a folder, behind symbolic links too, each place once."""
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
         below[:] = sorted(name for name in below if name not in ("wandb", ".hydra"))
         if CONFIG in files or RESULT in files:
             below.clear()
@@ -155,25 +160,21 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Every run in and below the folders, once: of two with the same configuration the finished one, or the newer.
+    """Every run in and below the folders.
 
     What cannot be read is named on stderr and left out. Raises `UserError` for a folder that is not there, or where no
     run is found in any.
     """
     folders = list(folders)
-    found: dict[str, Run] = {}
+    found: dict[Path, Run] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
         for place in run_folders(folder):
             try:
-                run = read_run(place)
+                found[place.resolve()] = read_run(place)
             except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError) as error:
                 print(f"dfl-report: left out: {place} ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
-                continue
-            other = found.get(run.science)
-            if other is None or run.rank > other.rank:
-                found[run.science] = run
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: no run directory there (they hold a {CONFIG})")
     return list(found.values())

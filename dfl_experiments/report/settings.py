@@ -1,5 +1,6 @@
 """Which runs belong together in a report: those of one setting."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +18,7 @@ NOT_A_DIFFERENCE = (
     "optimizer.lr", "optimizer.weight_decay", "seed", "smoke", "alignment.every", "dataset.name", "augmentation.name",
     "model.name", "method.name",
 )  # fmt: skip
+LONGEST_SLUG = 90
 
 
 class Setting(NamedTuple):
@@ -37,7 +39,10 @@ class Setting(NamedTuple):
         """For a file's name."""
         words = [*(["smoke"] if self.smoke else []), self.protocol, *self.differences]
         kept = ("".join(c if c.isalnum() or c in ".-_" else "-" for c in word) for word in words)
-        return "-".join(word.strip("-") for word in kept)[:100]
+        name = "-".join(word.strip("-") for word in kept)
+        if len(name) <= LONGEST_SLUG:
+            return name
+        return f"{name[:LONGEST_SLUG]}-{hashlib.sha256(self.title.encode()).hexdigest()[:8]}"
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

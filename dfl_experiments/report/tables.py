@@ -13,8 +13,8 @@ from dfl_experiments.report.paper import TITLES
 from dfl_experiments.report.runs import HEADLINES
 
 COLUMNS = (
-    "dataset", "augmentation", "model", "method", "ours", "±", "n", "paper", "difference", "lr", "weight decay",
-    "hours", "grid", "runs",
+    "dataset", "augmentation", "model", "method", "ours", "±", "n", "paper", "difference", "at best val.", "lr",
+    "weight decay", "hours", "grid", "runs",
 )  # fmt: skip
 SETTING_COLUMNS = ("table", "smoke", "protocol", "differences")
 MISSING = "–"
@@ -55,6 +55,7 @@ def row(entry: Entry) -> list[str]:
         str(len(best.finished)) if best else "0",
         percent(entry.paper),
         percent(difference(entry), sign="+"),
+        percent(entry.at_best_validation),
         f"{best.lr:g}" if best else MISSING,
         f"{best.weight_decay:g}" if best else MISSING,
         MISSING if (hours := hours_of(entry)) is None else f"{hours:.2g}",
@@ -76,10 +77,10 @@ def rule(section: Section) -> str:
     )
     return (
         f"Test accuracy in percent {' or '.join(HEADLINES[key] for key in sorted(headline))}: mean over n seeds, "
-        f"± sample standard deviation. Of a cell's grid points the best one is shown, chosen {chosen}, by the mean "
-        "over those seeds that all its candidates have finished; a point of which a run diverged, failed or was "
-        "stopped comes last. Grid: how many of the points in conf/experiment/ have finished. Hours: of training, mean "
-        "of the point's runs."
+        f"± sample standard deviation. Of a cell's grid points the best one is shown, chosen {chosen}: any two are "
+        "compared by their means over the seeds that both have finished; a point of which a run diverged, failed or "
+        "was stopped comes last. At best val.: test accuracy at each run's epoch with the best validation accuracy. "
+        "Grid: how many of the points in conf/experiment/ have finished. Hours: of training, mean of the point's runs."
     )
 
 
@@ -148,9 +149,9 @@ def as_latex(sections: Sequence[Section]) -> str:
     """Tables in the paper's layout, the paper's numbers in brackets beside ours; needs the package booktabs."""
 
     def escape(text: Any) -> str:
-        replaced = str(text).replace("\\", r"\textbackslash{}")
-        for character in "_%&#$":
-            replaced = replaced.replace(character, "\\" + character)
+        words = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+        words |= {character: "\\" + character for character in "_%&#${}"}
+        replaced = "".join(words.get(character, character) for character in str(text))
         return replaced.replace(MISSING, "--").replace("±", r"$\pm$")
 
     def both(entry: Entry) -> str:
