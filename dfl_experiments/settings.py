@@ -100,8 +100,8 @@ class Protocol:
     conv3_downsampling: Literal["max_pool", "stride"]
     local_pooling: Literal["average", "max"]
     local_reduction: Literal["sum", "mean"]
-    dfa_init: Literal["product", "kaiming"]
-    las_init: Literal["product", "kaiming"]
+    dfa_init: Literal["product", "kaiming", "default"]
+    las_init: Literal["product", "kaiming", "default"]
     dfa_top: Literal["backprop", "direct"]
     resnet18_skip: Literal["cut", "leak"]
     batch_norm_updates: Passes
