@@ -251,6 +251,8 @@ def recorded(cfg: DictConfig, hydra: Any) -> DictConfig:
         raise UserError(f"{key}={cfg[key]}: {path} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(found, DictConfig):
         raise UserError(f"{key}={cfg[key]}: {path} is no configuration of a run")
+    if isinstance(found.get("checkpoint"), DictConfig):  # an older run lacks what has been added since
+        found.checkpoint = OmegaConf.merge(cfg.checkpoint, found.checkpoint)
     found.update({name: cfg[name] for name in given if name in OPERATIONAL})
     for name in given:
         if "." in name:
