@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfl_experiments.alignment import QUANTITIES, measure
 from dfl_experiments.blocknet import BlockNet
-from dfl_experiments.losses import OutputLoss
+from dfl_experiments.losses import OutputLoss, precise
 from dfl_experiments.methods import Method
 from dfl_experiments.optimizers import Optimizer
 
@@ -68,7 +68,7 @@ class Learner:
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """ℒ and e, never in less than float32."""
-        return self.loss.value_and_error(logits.float() if logits.dtype == torch.bfloat16 else logits, target)
+        return self.loss.value_and_error(precise(logits), target)
 
     def step(self, x: Tensor, target: Tensor, align: bool = False) -> Step:
         """Forward with the current weights → update every B → form every δ_i with the updated B → update all W, b.

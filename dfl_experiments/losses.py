@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def precise(values: Tensor) -> Tensor:
+    """The values in no less than float32: of a confident sample's error bfloat16 would leave nothing."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class OutputLoss(ABC):
     """A loss of the logits a_L (N, K) and class labels (N,), meaned over the batch."""
 

@@ -49,6 +49,7 @@ OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tra
 # of a folder, of a part of one, and of a tag in W&B
 Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=64)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Init = Literal["product", "kaiming", "default"]
 Options = TypeVar("Options")
 
 
@@ -100,8 +101,8 @@ class Protocol:
     conv3_downsampling: Literal["max_pool", "stride"]
     local_pooling: Literal["average", "max"]
     local_reduction: Literal["sum", "mean"]
-    dfa_init: Literal["product", "kaiming", "default"]
-    las_init: Literal["product", "kaiming", "default"]
+    dfa_init: Init
+    las_init: Init
     dfa_top: Literal["backprop", "direct"]
     resnet18_skip: Literal["cut", "leak"]
     batch_norm_updates: Passes

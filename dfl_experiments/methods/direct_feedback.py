@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dfl_experiments.blocknet import BlockNet, Trace
-from dfl_experiments.losses import OutputLoss
+from dfl_experiments.losses import OutputLoss, precise
 from dfl_experiments.methods.base import Method
 from dfl_experiments.methods.local_module import Init, LocalModule, Pooling
 
@@ -65,12 +65,11 @@ class DirectFeedback(Method):
             torch.autograd.backward(outputs, gradients, inputs=weights)
 
     def _local_error(self, y: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """∂ℒ_i/∂y_i, (N, K), formed in no less than float32: of a confident sample bfloat16 would leave nothing."""
-        precise = torch.promote_types(y.dtype, torch.float32)
+        """∂ℒ_i/∂y_i, (N, K), formed in no less than float32."""
         if self.local_target == "labels":
-            error = self.loss.value_and_error(y.to(precise), target)[1]
+            error = self.loss.value_and_error(precise(y), target)[1]
         else:
-            error = (y.to(precise) - logits.to(precise)) * (self.scale / len(y))
+            error = (precise(y) - precise(logits)) * (self.scale / len(y))
         return error.to(y.dtype)
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
