@@ -24,7 +24,9 @@ TIMES = ("seconds", "samples_per_second")
 def command(folder, *options):
     """What a person would type: go on from what is there, or else start."""
     begun = any((folder / "here" / name).exists() for name in ("last.pt", "previous.pt", "result.json"))
-    return ("resume=here",) if begun else (*options, *OPTIONS, "hydra.run.dir=here")
+    # the same place for all data: the default one is the folder's own, and recorded
+    data = f"data_dir={folder.parent}"
+    return ("resume=here",) if begun else (*options, *OPTIONS, data, "hydra.run.dir=here")
 
 
 def outcome(run_dir):
