@@ -2,26 +2,25 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dfl_experiments.config import Fraction, NonNegative, Positive, UserError
-
-PAPER_MILESTONES = (0.5, 0.75, 0.89, 0.94)
+from dfl_experiments.errors import UserError
+from dfl_experiments.ranges import Fraction, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class Optimizer(ABC):
+class OptimizerFactory(ABC):
     """lr_t = lr · decay^(number of milestones, as fractions of all epochs, that epoch t has reached)."""
 
     lr: Positive
-    weight_decay: NonNegative = 0.0
-    milestones: list[Fraction] = field(default_factory=lambda: list(PAPER_MILESTONES))
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.25
+    weight_decay: NonNegative
+    milestones: list[Fraction]
+    decay: Annotated[float, Field(gt=0, le=1)]
 
     def lr_at(self, epoch: int, epochs: int) -> float:
         """The learning rate of epoch 1 … epochs."""
@@ -41,11 +40,11 @@ class Optimizer(ABC):
 
 
 @dataclass(frozen=True)
-class Adam(Optimizer):
+class Adam(OptimizerFactory):
     """Adam (Kingma and Ba, 2014); weight_decay is the L2 term added to the gradient."""
 
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
-    eps: Positive = 1e-8
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    eps: Positive
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         first, second = self.betas
@@ -60,11 +59,11 @@ class Adam(Optimizer):
 
 
 @dataclass(frozen=True)
-class SGD(Optimizer):
+class SGD(OptimizerFactory):
     """W ← W - lr · (∂ℒ/∂W + weight_decay · W), with momentum if it is not zero."""
 
-    momentum: Fraction = 0.0
-    nesterov: bool = False
+    momentum: Fraction
+    nesterov: bool
 
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:

@@ -1,12 +1,16 @@
 """Backpropagation, and its restriction to the two layers at the top."""
 
-from dfl_experiments.blocknet import BlockNet
-from dfl_experiments.losses import OutputLoss
-from dfl_experiments.methods.base import Method
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.engine.method import Method
 
 
 class Backprop(Method):
     """δ_i = (W_{i+1}ᵀ δ_{i+1}) ⊙ f'(a_i) for every i (Eqs. 6-7)."""
+
+    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
+        super().__init__(net, num_classes, loss)
+        self.exact_from = 1
 
 
 class Shallow(Method):
@@ -15,4 +19,4 @@ class Shallow(Method):
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
         super().__init__(net, num_classes, loss)
         self.frozen = self.depth - 2
-        self.cuts = frozenset({self.frozen} - {0})
+        self.exact_from = self.depth - 1

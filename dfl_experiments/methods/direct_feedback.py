@@ -5,10 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dfl_experiments.blocknet import BlockNet, Trace
-from dfl_experiments.losses import OutputLoss, precise
-from dfl_experiments.methods.base import Method
-from dfl_experiments.methods.local_module import Init, LocalModule, Pooling
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss, precise
+from dfl_experiments.engine.method import Method
+from dfl_experiments.engine.trace import Trace
+from dfl_experiments.methods.local_module import LocalModule
+from dfl_experiments.ranges import FeedbackInit, LocalPooling, LocalReduction, Top
 
 
 class DirectFeedback(Method):
@@ -26,31 +28,32 @@ class DirectFeedback(Method):
         net: BlockNet,
         num_classes: int,
         loss: OutputLoss,
-        local_target: Literal["logits", "labels"] | None = None,
-        local_reduction: Literal["sum", "mean"] = "sum",
-        local_pooling: Pooling = "average",
-        init: Init = "product",
-        top: Literal["backprop", "direct"] = "backprop",
+        local_target: Literal["logits", "labels"] | None,
+        init: FeedbackInit,
+        local_reduction: LocalReduction = "sum",
+        local_pooling: LocalPooling = "average",
+        top: Top = "backprop",
     ) -> None:
         super().__init__(net, num_classes, loss)
         self.loss = loss
         self.local_target = local_target
         self.scale = 2.0 if local_reduction == "sum" else 2.0 / num_classes
-        self.cuts = frozenset(range(1, self.depth if top == "direct" else self.depth - 1))
-        readers = [net.readers(i) for i in range(self.depth)]
-        if init == "product" and not all(len(some) == 1 and isinstance(some[0], nn.Linear) for some in readers):
+        self.exact_from = self.depth if top == "direct" else self.depth - 1
+        self.cuts = frozenset(range(1, self.exact_from))
+        layers = [net.weight_layers(i) for i in range(self.depth)]
+        if init == "product" and not all(len(some) == 1 and isinstance(some[0], nn.Linear) for some in layers):
             init = "default"  # also in the dense layers of a convolutional net, as in the published code
         shapes = net.output_shapes()
         modules: list[LocalModule] = []
         for i in sorted(self.cuts):
-            module = LocalModule(readers[i][0], shapes[i - 1], num_classes, local_pooling)
-            module.initialise(init, [some[0].weight for some in readers[i:]])
+            module = LocalModule(layers[i][0], shapes[i - 1], num_classes, local_pooling)
+            module.initialise(init, [some[0].weight for some in layers[i:]])
             module.requires_grad_(local_target is not None and i < self.depth - 1)
             modules.append(module)
         self.feedback = nn.ModuleList(modules)
         self.local_modules = modules
 
-    def adapt(self, trace: Trace, target: Tensor) -> None:
+    def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
         """∂ℒ_i/∂B of every local module: h_i (y_i - a_L)ᵀ or h_i (softmax(y_i) - y*)ᵀ, times the reduction's factor."""
         if self.local_target is None:
             return

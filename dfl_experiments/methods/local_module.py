@@ -13,16 +13,13 @@ feedback is the transpose of the pooled map itself, as BP's signal is.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfl_experiments.blocknet import Reader
-
-Pooling = Literal["average", "max"]
-Init = Literal["product", "kaiming", "default"]
+from dfl_experiments.engine.blocknet import WeightLayer
+from dfl_experiments.ranges import FeedbackInit, LocalPooling
 
 
 def output_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -49,7 +46,7 @@ class LocalModule(nn.Module):
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, reader: Reader, shape: Sequence[int], num_classes: int, pooling: Pooling) -> None:
+    def __init__(self, reader: WeightLayer, shape: Sequence[int], num_classes: int, pooling: LocalPooling) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.pooling = pooling
@@ -71,7 +68,7 @@ class LocalModule(nn.Module):
         self.weight = nn.Parameter(weight.to(like))
 
     @torch.no_grad()
-    def initialise(self, init: Init, weights: Sequence[Tensor] = ()) -> None:
+    def initialise(self, init: FeedbackInit, weights: Sequence[Tensor] = ()) -> None:
         """Set B to W_{i+1}ᵀ … W_Lᵀ ("product" of the weights given), or draw it uniformly.
 
         "kaiming": with gain √2 and fan-in K if the reader is linear, C·k² if not, as the published code draws DFA's;
@@ -107,7 +104,7 @@ class LocalModule(nn.Module):
         return (error @ planes.flatten(1)).view(len(error), *self.shape)
 
 
-def _geometry(reader: Reader) -> list[tuple[int, int]]:
+def _geometry(reader: WeightLayer) -> list[tuple[int, int]]:
     """Kernel, stride, padding and dilation of the reader, each as (rows, columns)."""
     if isinstance(reader, nn.Linear):
         return [(1, 1), (1, 1), (0, 0), (1, 1)]

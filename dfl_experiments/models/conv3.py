@@ -1,13 +1,13 @@
 """Conv3 and Conv3+BN: three convolution blocks, then three linear layers (Crafton et al., 2019)."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import nn
 
-from dfl_experiments.blocknet import Block, BlockNet
-from dfl_experiments.config import Passes, Width, Widths
+from dfl_experiments.engine.blocknet import Block, BlockNet
 from dfl_experiments.models.fc import dense_blocks
+from dfl_experiments.ranges import Downsampling, Passes, Width, Widths
 
 
 def normalisation(channels: int, updates: int) -> nn.BatchNorm2d:
@@ -23,7 +23,7 @@ def conv3(
     num_classes: int,
     channels: Widths,
     widths: Annotated[list[Width], Field(max_length=1000)],
-    downsampling: Literal["max_pool", "stride"] = "max_pool",
+    downsampling: Downsampling = "max_pool",
     batch_norm: bool = False,
     batch_norm_updates: Passes = 1,
 ) -> BlockNet:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from dfl_experiments.blocknet import Block, BlockNet
-from dfl_experiments.config import Widths
+from dfl_experiments.engine.blocknet import Block, BlockNet
+from dfl_experiments.ranges import Widths
 
 Activation = Literal["relu", "tanh", "identity"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "identity": nn.Identity}
@@ -18,7 +18,7 @@ def dense_blocks(widths: list[int], activation: type[nn.Module] = nn.ReLU) -> li
     return [Block(nn.Linear(d, width), activation()) for d, width in pairwise(widths)]
 
 
-def fc(input_shape: tuple[int, ...], num_classes: int, widths: Widths, activation: Activation = "relu") -> BlockNet:
+def fc(input_shape: tuple[int, ...], num_classes: int, widths: Widths, activation: Activation) -> BlockNet:
     """d_0-widths-K (paper: 784-1024-1024-10 and 3072-4096-4096-4096-K, ReLU). "identity" makes it linear."""
     first, *rest = dense_blocks([math.prod(input_shape), *widths], ACTIVATIONS[activation])
     first.pre = nn.Sequential(nn.Flatten(), first.pre)

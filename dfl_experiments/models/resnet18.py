@@ -1,13 +1,11 @@
 """ResNet18 (He et al., 2016) with feedback boundaries at the stem's and at every stage's output."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfl_experiments.blocknet import Block, BlockNet
-from dfl_experiments.config import Depth, Passes, Widths
+from dfl_experiments.engine.blocknet import Block, BlockNet
 from dfl_experiments.models.conv3 import normalisation
+from dfl_experiments.ranges import Depth, Passes, Skip, Widths
 
 
 class Residual(nn.Module):
@@ -50,9 +48,9 @@ def resnet18(
     input_shape: tuple[int, int, int],
     num_classes: int,
     channels: Widths,
-    residuals: Depth = 2,
-    skip: Literal["cut", "leak"] = "cut",
-    batch_norm_updates: Passes = 1,
+    residuals: Depth,
+    skip: Skip,
+    batch_norm_updates: Passes,
 ) -> BlockNet:
     """Stem 7×7 stride 2 + BN + ReLU, no max-pool; a stage of `residuals` blocks per entry of `channels`; average pool.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfl_experiments.learning import Learner
+from dfl_experiments.engine.learner import Learner
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Recording:
 
 
 class CapturedStep:
-    """Calls like `Learner.row`, and gives the same to rounding: eagerly at first, then as a replayed CUDA graph.
+    """Calls like `Learner.step`, and gives the same to rounding: eagerly at first, then as a replayed CUDA graph.
 
     A batch of any other size than `batch_size` stays eager, and so does every step after a capture that fails, which
     one warning tells. Steps that measure alignment and steps that do not are recorded apart.
@@ -45,7 +45,7 @@ class CapturedStep:
     def __call__(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
         """x: (N, *h_0), target: (N,), on the device. The row is overwritten by the next call."""
         if self.failed or len(target) != self.batch_size:
-            return self.learner.row(x, target, align)
+            return self.learner.step(x, target, align)
         if align not in self.recordings:
             if self.eager_steps[align] < WARM_UP:
                 return self._warm_up(x, target, align)
@@ -64,7 +64,7 @@ class CapturedStep:
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            row = self.learner.row(x, target, align)
+            row = self.learner.step(x, target, align)
         main.wait_stream(self.stream)
         self.eager_steps[align] += 1
         return row
@@ -73,7 +73,7 @@ class CapturedStep:
         graph, x, target = torch.cuda.CUDAGraph(), x.clone(), target.clone()
         # other threads, W&B's say, may go on using the device meanwhile
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            row = self.learner.row(x, target, align)
+            row = self.learner.step(x, target, align)
         return Recording(graph, x, target, row)
 
     def _give_up(self, error: RuntimeError, x: Tensor, target: Tensor, align: bool) -> Tensor:
@@ -84,4 +84,4 @@ class CapturedStep:
             optimizer.zero_grad()  # gradients that were recorded, never computed
         reason = str(error).strip().partition("\n")[0]
         log.warning("the step cannot be captured as a CUDA graph and stays eager: %s", reason)
-        return self.learner.row(x, target, align)
+        return self.learner.step(x, target, align)

@@ -1,33 +1,22 @@
 """One minibatch: the six stops every method and every model shares."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dfl_experiments.alignment import QUANTITIES, measure
-from dfl_experiments.blocknet import BlockNet
-from dfl_experiments.losses import OutputLoss, precise
-from dfl_experiments.methods import Method
-from dfl_experiments.optimizers import Optimizer
-
-Precision = Literal["float32", "tf32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one minibatch gave, still on the device: loss (), correct predictions (), alignment (L-1, 5) if measured."""
-
-    loss: Tensor
-    correct: Tensor
-    alignment: Tensor | None
+from dfl_experiments.engine.alignment import measure, quantity_names
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss, precise
+from dfl_experiments.engine.method import Method
+from dfl_experiments.optimizers import OptimizerFactory
+from dfl_experiments.ranges import Precision
 
 
 class Learner:
     """A network, a method and their two optimizers, of the same kind and hyper-parameters.
 
+    numbers: the names of what a step returns, in its order: the one place where that is known.
     precision: "bfloat16" computes the forward and backward pass under autocast, weights and loss staying as they are.
     """
 
@@ -36,11 +25,12 @@ class Learner:
         net: BlockNet,
         method: Method,
         loss: OutputLoss,
-        optimizer: Optimizer,
+        optimizer: OptimizerFactory,
         precision: Precision = "float32",
     ) -> None:
         self.net, self.method, self.loss, self.precision = net, method, loss, precision
         self.device = next(net.parameters()).device
+        self.numbers = ["loss", "correct", *quantity_names(net.depth)]
         self.parameters = net.parameters_above(method.frozen)
         self.optimizer = optimizer.make(self.parameters)
         feedback = [p for p in method.parameters() if p.requires_grad]
@@ -70,35 +60,26 @@ class Learner:
         """ℒ and e, never in less than float32."""
         return self.loss.value_and_error(precise(logits), target)
 
-    def step(self, x: Tensor, target: Tensor, align: bool = False) -> Step:
+    def step(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
         """Forward with the current weights → update every B → form every δ_i with the updated B → update all W, b.
 
         x: (N, *h_0), target: labels (N,). With `align`, the applied signals are compared with BP's on the same trace,
-        which changes no weight. The order is that of the paper's Algorithms 1 and 2.
+        which changes no weight. The order is that of the paper's Algorithms 1 and 2. Returns the step's `numbers`,
+        still on the device, in one tensor; those of alignment are NaN where it is not measured.
         """
         with self.autocast():
             trace = self.net.trace(x, self.method.cuts, self.method.frozen, keep=align)
-            self.method.adapt(trace, target)
+        loss, error = self.value_and_error(trace.logits, target)
+        with self.autocast():
+            self.method.adapt(trace, error, target)
         if self.feedback_optimizer is not None:
             self.feedback_optimizer.step()
             self.feedback_optimizer.zero_grad()
-        loss, error = self.value_and_error(trace.logits, target)
-        deltas = trace.backward(
-            lambda i: self.method.signal(i, trace, error, target), error, self.parameters, keep=align
-        )
-        alignment = measure(trace, deltas, error) if align else None
+        deltas = trace.backward(self.method.signal, error, target)
+        measured = loss.new_full((len(self.numbers) - 2,), torch.nan)
+        if align:
+            measured = measure(trace, deltas, error, self.method.exact_from).to(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         correct = (trace.logits.detach().argmax(1) == target).sum()
-        return Step(loss, correct, alignment)
-
-    def row(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
-        """A step's numbers in one tensor, (2 + 5·(L-1),): loss, correct predictions, and `QUANTITIES` layer by layer.
-
-        The quantities are NaN where they are not measured.
-        """
-        step = self.step(x, target, align)
-        quantities = step.alignment
-        if quantities is None:
-            quantities = step.loss.new_full(((self.net.depth - 1) * len(QUANTITIES),), torch.nan)
-        return torch.cat([torch.stack([step.loss, step.correct.to(step.loss)]), quantities.flatten().to(step.loss)])
+        return torch.cat([torch.stack([loss, correct.to(loss)]), measured])

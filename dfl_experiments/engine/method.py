@@ -2,23 +2,28 @@
 
 from torch import Tensor, nn
 
-from dfl_experiments.blocknet import BlockNet, Trace
-from dfl_experiments.config import UserError
-from dfl_experiments.losses import OutputLoss
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.engine.trace import Trace
+from dfl_experiments.errors import UserError
 
 
 class Method(nn.Module):
-    """The contract of a learning rule. As it stands it is backpropagation: no cut, and only e starts autograd.
+    """The contract of a learning rule: where the graph is cut, and which error signals start autograd there.
 
-    A subclass sets `cuts` and `frozen` in its constructor, and overrides `signal`, and `adapt` if it learns feedback
-    weights. Parameters of the method itself (its B) get an optimizer of the network's kind and hyper-parameters.
+    A subclass sets the three below in its constructor, and overrides `signal` if it cuts, and `adapt` if it learns
+    feedback weights. Parameters of the method itself (its B) get an optimizer of the network's kind and
+    hyper-parameters.
 
     cuts: boundaries i (1 … L-1) behind which no gradient flows down; there h_i gets its signal from `signal`.
     frozen: how many of the lowest blocks get no signal at all, and stay as they were initialised.
+    exact_from: the lowest layer from which on δ_i is BP's own by construction: 1 is BP itself, L says of no hidden
+    layer that it is. It is what the measure of alignment goes by.
     """
 
     cuts: frozenset[int] = frozenset()
     frozen: int = 0
+    exact_from: int
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
         """Raises `UserError` for a network that no method can train: on images of this shape, or for these classes."""
@@ -28,10 +33,10 @@ class Method(nn.Module):
         shape = tuple(net.probe().logits.shape)
         if shape != (1, num_classes):
             raise UserError(f"model: gives {shape} for one image, not (1, {num_classes}), a value per class")
-        self.depth = net.depth
+        self.depth = self.exact_from = net.depth
 
-    def adapt(self, trace: Trace, target: Tensor) -> None:
-        """Learn from the forward pass, before any error signal is formed. target: labels (N,).
+    def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
+        """Learn from the forward pass, before any error signal is formed. error: e, (N, K); target: labels (N,).
 
         Fill `.grad` of the method's own parameters, whose optimizer then steps, or change its buffers in place. The
         trace is a constant here: nothing of the network may change.
@@ -40,6 +45,6 @@ class Method(nn.Module):
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
         """The gradient at block output h_i, shaped like it. error: e, (N, K); target: labels, (N,).
 
-        Asked for at every cut above the frozen blocks, from the highest down, each when autograd gets there.
+        Asked for at every cut above the frozen blocks, from the highest down, each when what is above it is done.
         """
         raise LookupError(f"{type(self).__name__} cuts behind block {i} and has no signal for it")

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl_experiments.blocknet import Trace
+from dfl_experiments.engine.trace import Trace
 
 CACHED_NUMBERS = 2**16  # of each signal, as float64 half a megabyte
 QUANTITIES = ("cosine_sample", "cosine_batch", "norm", "norm_bp", "zeros")
+
+
+def quantity_names(depth: int) -> list[str]:
+    """Every hidden layer's `QUANTITIES` of a net of L layers, layer by layer: `cosine_sample/1` and so on."""
+    return [f"{name}/{i}" for i in range(1, depth) for name in QUANTITIES]
 
 
 def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
@@ -65,10 +70,11 @@ def compare(delta: Tensor | None, reference: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(trace: Trace, applied: Sequence[Tensor | None], error: Tensor) -> Tensor:
-    """`QUANTITIES` of every layer, (L-1, 5). applied: δ_1 … δ_{L-1} as `trace.backward(..., keep=True)` returned them.
+def measure(trace: Trace, applied: Sequence[Tensor | None], error: Tensor, exact_from: int) -> Tensor:
+    """`QUANTITIES` of every layer, in the order of `quantity_names`, (5·(L-1),).
 
-    Where nothing was cut, what autograd applied is BP's own signal, and there is nothing to compute a second time.
+    applied: δ_1 … δ_{L-1} as the kept trace's `backward` returned them. exact_from: the method's own word for where
+    its signals are BP's; from 1 on, there is nothing to compute again.
     """
-    references = backprop_deltas(trace, error) if trace.cuts else [d for d in applied if d is not None]
-    return torch.stack([compare(d, r) for d, r in zip(applied, references, strict=True)])
+    references = backprop_deltas(trace, error) if exact_from > 1 else [d for d in applied if d is not None]
+    return torch.cat([compare(d, r) for d, r in zip(applied, references, strict=True)])

@@ -1,0 +1,123 @@
+"""Networks as a chain of blocks, and their forward pass, cut where a method says.
+
+Notation, throughout the package: h_0 = x; a_i = pre_i(h_{i-1}), h_i = post_i(a_i) for i = 1 … L-1; logits
+a_L = head(h_{L-1}).
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from dfl_experiments.engine.trace import Segment, Trace
+from dfl_experiments.errors import UserError, clipped
+
+WeightLayer = nn.Linear | nn.Conv2d
+
+
+class Block(nn.Module):
+    """h = post(pre(x)): what lies between two feedback boundaries.
+
+    `pre` ends at the block's last pre-activation a, where its error signal δ = ∂ℒ/∂a lives; `post` is the rest
+    (activation, pooling, flattening). With `leak`, `pre` is called as `pre(x, shortcut)` and at a cut the second
+    argument still carries the gradient of the block above into the block below (spec: ResNet18's skip, as published).
+    """
+
+    def __init__(self, pre: nn.Module, post: nn.Module, leak: bool = False) -> None:
+        super().__init__()
+        self.pre = pre
+        self.post = post
+        self.leak = leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, *h_{i-1}) -> (N, *h_i)."""
+        return self.post(self.pre(x))
+
+
+class BlockNet(nn.Module):
+    """a_L = head(h_{L-1}), h_i = block_i(h_{i-1}): a model is a function that returns one of these."""
+
+    def __init__(self, *blocks: Block, head: nn.Module, input_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self.input_shape = tuple(input_shape)
+        # of every block and of the head: asked for at every step
+        self.weights = [list(module.parameters()) for module in (*blocks, head)]
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers or blocks, head included."""
+        return len(self.blocks) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits a_L. x: (N, *h_0) -> (N, K)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def weight_layers(self, i: int) -> list[WeightLayer]:
+        """Those of block i+1 (of the head for i = L-1), the first of which reads h_i."""
+        module = self.head if i == self.depth - 1 else self.blocks[i]
+        return [layer for layer in module.modules() if isinstance(layer, WeightLayer)]
+
+    @torch.no_grad()
+    def probe(self) -> Trace:
+        """A kept trace of one blank image, from a forward pass that leaves the net as it was.
+
+        Raises `UserError` where no image gets through: a kernel or a pooling is larger than what is left of it, or two
+        layers do not fit together.
+        """
+        training, parameter = self.training, next(self.parameters())
+        x = torch.zeros(1, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
+        try:
+            return self.eval().trace(x, keep=True)
+        except (RuntimeError, ValueError) as error:
+            shape = "x".join(str(length) for length in self.input_shape)
+            raise UserError(f"model: images of {shape} do not get through it ({clipped(str(error), 200)})") from error
+        finally:
+            self.train(training)
+
+    def output_shapes(self) -> list[torch.Size]:
+        """The shape of one sample's h_1 … h_{L-1}."""
+        return [h.shape[1:] for h in self.probe().outputs if h is not None]
+
+    def parameters_above(self, i: int) -> list[nn.Parameter]:
+        """The weights of every block above h_i and of the head."""
+        return [p for weights in self.weights[i:] for p in weights]
+
+    def trace(self, x: Tensor, cuts: Collection[int] = (), frozen: int = 0, keep: bool = False) -> Trace:
+        """One forward pass that keeps what the error signals need.
+
+        cuts: boundaries i behind which block i+1 reads a detached h_i. frozen: how many of the lowest blocks learn
+        nothing, and so need no graph; there is a cut above them. With `keep`, every block's graph reaches its input.
+        """
+        trace = Trace(frozenset({*cuts, frozen} - {0}), keep)
+        first, leak, h = frozen + 1, None, x
+        for i, module in enumerate((*self.blocks, self.head), start=1):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or i > frozen)):
+                read: tuple[Tensor, ...] = (h,)
+                if i - 1 in trace.cuts:
+                    first, leak = max(i, frozen + 1), None
+                    read = (h.detach().requires_grad_(keep),)
+                    # a block that learns nothing receives nothing, through a leak neither
+                    if getattr(module, "leak", False) and i - 1 > frozen:
+                        leak = h.detach().requires_grad_()
+                        read = (*read, leak)
+                if keep:
+                    trace.inputs.append(read)
+                if module is self.head:
+                    h = trace.logits = module(*read)
+                else:
+                    a = module.pre(*read)
+                    h = module.post(a)
+                    if h is a:  # two places all the same: h_i is where the signal enters, a_i where δ_i is
+                        h = a.view_as(a)
+                    trace.outputs.append(h if keep or i in trace.cuts else None)
+                    if keep:
+                        trace.preactivations.append(a)
+                if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:
+                    parameters = [p for weights in self.weights[first - 1 : i] for p in weights]
+                    trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, leak))
+        return trace
