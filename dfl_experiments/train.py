@@ -9,47 +9,45 @@ import os
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from dfl_experiments.command_line import accepted, refuse
-from dfl_experiments.config import CONF_DIR, UserError
-from dfl_experiments.hydra_input import MISTAKES
-from dfl_experiments.launchers import register_launchers
-from dfl_experiments.messages import reason
-from dfl_experiments.results import DONE, status_left
-from dfl_experiments.settings import register_resolvers
-from dfl_experiments.stopping import Interrupted, on_terminate, pass_on
-from dfl_experiments.sweep import STARTED, Sweep, run_point, run_single, summary
+from dfl_experiments.configuration.composition import CONF_DIR, register_resolvers
+from dfl_experiments.configuration.launchers import register_launchers
+from dfl_experiments.configuration.refusals import choices_for
+from dfl_experiments.running.callbacks import Checks, refusing
+from dfl_experiments.running.run_directory import DONE, status_of
+from dfl_experiments.running.signals import Interrupted, on_terminate, pass_on
+from dfl_experiments.running.sweep import STARTED, run_point, summary
 
 # at import: the processes of a launcher import this module and never see `main`
 register_resolvers()
 register_launchers()
-FULL_ERROR = "HYDRA_FULL_ERROR"
 MAIN_PROCESS: int | None = None
-# what every job's error passes through, wherever the job ran
-JOB_ERRORS = vars(JobReturn)["return_value"].fget.__code__
-KILLED = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's words for it
+KILLED = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's words for a worker that was killed
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def job(cfg: DictConfig) -> float | None:
-    """One job: check the configuration, train, and return the accuracy that the protocol reports."""
-    hydra_config = HydraConfig.get()
-    run_dir = Path(hydra_config.runtime.output_dir)
+    """One job, which its check has let through: train, and return the accuracy that the protocol reports."""
+    node = HydraConfig.get()
+    run_dir = Path(node.runtime.output_dir)
+    overrides: Any = OmegaConf.to_container(node.overrides.task, resolve=False)
     try:
-        if hydra_config.mode == RunMode.MULTIRUN:
-            return run_point(cfg, run_dir, hydra_config.job.num, hydra_config.launcher.get("n_jobs") or 1)
-        return run_single(cfg, hydra_config, run_dir)
-    except UserError as error:
-        # Hydra would print a line of its own before the error
-        refuse(error)
+        if node.mode == RunMode.MULTIRUN:
+            return run_point(cfg, run_dir, overrides, node.job.num, node.launcher.get("n_jobs") or 1)
+        with refusing():
+            from dfl_experiments.running.run import run_alone
+
+            assert Checks.checked is not None, "Hydra calls the callback first"
+            return run_alone(Checks.checked, run_dir, overrides)["accuracy"]
     except KeyboardInterrupt as stop:
         pass_on(stop)
         if os.getpid() == MAIN_PROCESS:
@@ -57,74 +55,56 @@ def job(cfg: DictConfig) -> float | None:
         return None  # of a launcher's process: this point's result says it, the others go on
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether an error comes from a job or from the check before it, not from Hydra as it sets up what it was given."""
-    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return not codes.isdisjoint({JOB_ERRORS, accepted.__code__})
-
-
 def main() -> None:
-    """Run `job`; a user's mistake ends in one line and exit code 2, and HYDRA_FULL_ERROR=1 shows where it came from."""
+    """Run `job`, one job or a sweep, and end the process with the exit code that says how it went."""
     global MAIN_PROCESS
     MAIN_PROCESS = os.getpid()
-    before = os.environ.get(FULL_ERROR)
-    # Hydra then passes errors on to us instead of printing its own shortened traceback
-    os.environ[FULL_ERROR] = "1"
-    on_term = signal.signal(signal.SIGTERM, on_terminate)
     os.environ[STARTED] = str(time.time())
-    code = 0
-    try:
-        asked = accepted(sys.argv[1:])
-        if isinstance(asked, Sweep):
-            code = run_sweep(asked)
-        else:
-            job()
-    except KeyboardInterrupt as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 130
-    except MISTAKES as error:
-        refuse(error)
-    except OSError as error:
-        refuse(error, code=1)
-    except Exception as error:
-        if _raised_by_us(error):
-            raise
-        refuse(error)
-    finally:
-        signal.signal(signal.SIGTERM, on_term)
-        os.environ.pop(FULL_ERROR)
-        if before is not None:
-            os.environ[FULL_ERROR] = before
-    if code:
-        raise SystemExit(code)
-
-
-def run_sweep(sweep: Sweep) -> int:
-    """Run a sweep and return its exit code; start it again if a worker was killed, as long as points get done.
-
-    A worker that is killed takes joblib's other workers with it, and what they had done since their last checkpoints.
-    """
-    if not any(argument.startswith("sweep=") for argument in sys.argv):
-        sys.argv.append(f"sweep={sweep.name}")  # its default is the time, and Hydra would look at the clock again
-    done, stopped = -1, 0
+    on_term = signal.signal(signal.SIGTERM, on_terminate)
+    Checks.checked = Checks.sweep = None
+    done = -1
     try:
         while True:
             try:
                 job()
-                break
-            except Exception as error:
-                points = [sweep.folder / name for name in sweep.points]
-                done, before = sum(status_left(point) in DONE for point in points), done
-                if isinstance(error, MISTAKES) or not any(point.exists() for point in points):
+                return
+            except SystemExit as end:
+                error = end.__context__
+                if end.code == 1 and isinstance(error, HydraException | OmegaConfBaseException):
+                    hint(error)
+                    raise SystemExit(2) from None
+                if Checks.sweep is None:  # no sweep, or one that has been summed up
                     raise
-                traceback.clear_frames(error.__traceback__)
-                print(f"dfl-train: the launcher stopped: {type(error).__name__}: {reason(error)}")
+                done, before = points_done(), done
                 if type(error).__name__ not in KILLED or done <= before:
-                    stopped = 1
-                    break
-    except KeyboardInterrupt:
-        summary(sweep)
-        raise
-    return summary(sweep) or stopped
+                    raise
+                # a killed worker takes joblib's others with it: as long as points get done, they go on
+                print("dfl-train: a worker was killed; the sweep goes on")
+                go_by_name(Checks.sweep.name)
+    except KeyboardInterrupt as stop:
+        raise SystemExit(stop.exit_code if isinstance(stop, Interrupted) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, on_term)
+        if Checks.sweep is not None:  # its launcher failed, or a signal ended it
+            summary(Checks.sweep)
+
+
+def hint(error: BaseException) -> None:
+    """After Hydra's own refusal: what there is to choose from, where it does not say so."""
+    if choices := choices_for(error):
+        print(f"dfl-train: {choices}", file=sys.stderr)
+
+
+def points_done() -> int:
+    """How many points of this process's sweep have come to their end."""
+    sweep = Checks.sweep
+    return sum(status_of(sweep.folder / name)[0] in DONE for name in sweep.points) if sweep else 0
+
+
+def go_by_name(sweep: str) -> None:
+    """Let Hydra, which would look at the clock again, find the same sweep when it reads the command line anew."""
+    if not any(argument.startswith("sweep=") for argument in sys.argv):
+        sys.argv.append(f"sweep={sweep}")
 
 
 if __name__ == "__main__":

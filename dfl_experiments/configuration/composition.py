@@ -1,0 +1,81 @@
+"""The configuration as Hydra composes it, its plain values, and the names that follow from what a run computes."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+# `conf/` is inside an installed wheel, and beside the package in a checkout.
+_HERE = Path(__file__).resolve().parent.parent
+CONF_DIR = next((path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()), _HERE.parent / "conf")
+PLACES = ("dataset", "augmentation", "model", "method")  # what names a cell of a table
+# what changes where or how a run is watched, not what it computes
+NOT_SCIENTIFIC = (
+    "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
+    "repeat", "force",
+)  # fmt: skip
+
+
+def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
+    """The configuration that `dfl-train` would compose from these overrides, with Hydra's own node or without."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return hydra_compose("config", overrides, return_hydra_config=hydra)
+
+
+def group_options(group: str) -> list[str]:
+    """The choices that conf/ has for a group."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as resolved dictionaries, lists and scalars, without Hydra's own node."""
+    kept: Any = [str(key) for key in cfg if key != "hydra"]
+    if isinstance(cfg, DictConfig):  # before a job Hydra's node cannot be resolved
+        resolved: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
+        return resolved
+    return {key: cfg[key] for key in kept}
+
+
+def names_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """What the data set, augmentation, model, method and protocol of a configuration are called."""
+    return {group: str(values[group]["name"]) for group in (*PLACES, "protocol")}
+
+
+def scientific(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The values that decide what a run computes and what it is called by."""
+    values = plain(cfg)
+    kept = {key: value for key, value in values.items() if key not in NOT_SCIENTIFIC}
+    kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in ("epochs", "fc_widths")}
+    # the rest of a protocol acts through the other groups
+    kept["protocol"] = {key: values["protocol"][key] for key in ("name", "accuracy")}
+    return kept
+
+
+def science(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """A digest of everything that decides what a run computes."""
+    return hashlib.sha256(json.dumps(scientific(cfg), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def point_name(cfg: DictConfig) -> str:
+    """A sweep point's folder: names people look for, then a digest of everything scientific."""
+    names = [str(cfg[group].name) for group in ("method", "model", "dataset", "augmentation")]
+    return "-".join([*names, f"seed{cfg.seed}", science(cfg)])
+
+
+def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
+    if _root_.get("resume") is not None:
+        return str(Path(str(_root_.resume)).expanduser())
+    if _root_.get("repeat") is not None:
+        return f"{stamp}-repeat"
+    return "-".join([stamp, *(str(_root_[group].name) for group in ("method", "model", "dataset"))])
+
+
+def register_resolvers() -> None:
+    """`${point:}`, the name of the point that the surrounding configuration describes, and a single run's directory."""
+    OmegaConf.register_new_resolver("point", lambda *, _root_: point_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)

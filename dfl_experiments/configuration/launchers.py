@@ -1,0 +1,29 @@
+"""This project's defaults for Hydra's launchers, in place of ones that would overload a machine or end a long run."""
+
+from contextlib import suppress
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+
+JOBS_AT_ONCE = 2
+DAY = 24 * 60
+TIMEOUTS = 30
+
+
+def register_launchers() -> None:
+    """Let `hydra/launcher=joblib` run two jobs at once, not one per core; give submitit's a day each, not an hour."""
+    Plugins.instance()  # the plugins that are installed register theirs when they are found, and ours come after
+    store = ConfigStore.instance()
+    with suppress(ImportError):
+        from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
+
+        joblib = JobLibLauncherConf(n_jobs=JOBS_AT_ONCE, batch_size="1")
+        store.store("joblib", joblib, group="hydra/launcher", provider="dfl_experiments")
+    with suppress(ImportError):
+        from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
+
+        local = LocalQueueConf(timeout_min=DAY)
+        # a job that meets its time limit goes on from its checkpoint in the next
+        slurm = SlurmQueueConf(timeout_min=DAY, max_num_timeout=TIMEOUTS)
+        for name, node in (("submitit_local", local), ("submitit_slurm", slurm)):
+            store.store(name, node, group="hydra/launcher", provider="dfl_experiments")

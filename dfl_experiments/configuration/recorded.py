@@ -1,0 +1,65 @@
+"""A configuration that a run has recorded: what `resume` and `repeat` run in place of the composed one."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dfl_experiments.configuration.composition import plain
+from dfl_experiments.errors import UserError, reason
+
+# may be given beside resume and repeat, whose configuration is otherwise the recorded one
+OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
+
+
+def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """The values to run: the composed ones, or those recorded by the run that `resume` or `repeat` names.
+
+    overrides: the command line's, of which only `OPERATIONAL` ones may stand beside resume and repeat. Which plugins
+    are loaded is for the command line alone to say. Raises `UserError` for other overrides, and where nothing is
+    recorded.
+    """
+    values = plain(cfg)
+    key = next((key for key in ("resume", "repeat") if values.get(key) is not None), None)
+    if key is None:
+        return values
+    path = Path(str(values[key])).expanduser() / "config.yaml"
+    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    beside = [name for name in given if name.partition(".")[0] not in (*OPERATIONAL, key)]
+    if beside:
+        raise UserError(
+            f"{beside[0]}: {key}={values[key]} takes its configuration from {path}; beside it there may be "
+            f"{', '.join(OPERATIONAL)}"
+        )
+    merged = completed(read_recorded(path, f"{key}={values[key]}"), values)
+    for place, _, option in (name.partition(".") for name in given):
+        if place in OPERATIONAL:
+            merged[place] = merged[place] | {option: values[place][option]} if option else values[place]
+    return merged | {name: values[name] for name in ("plugins", "resume", "repeat")}
+
+
+def completed(recorded: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with today's values for what has been added since it was recorded."""
+    merged = {name: values[name] for name in OPERATIONAL} | recorded
+    return merged | {"checkpoint": values["checkpoint"] | merged["checkpoint"]}
+
+
+def read_recorded(path: Path, said: str) -> dict[str, Any]:
+    """A recorded configuration. Raises `UserError` where there is none, or one that holds anything but values.
+
+    said: what names it. Nothing of it is resolved: an interpolation would copy what is this machine's into a run.
+    """
+    try:
+        found = OmegaConf.load(path)
+    except OSError:
+        raise UserError(f"{said}: is no run directory, there is no {path}") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{said}: {path} cannot be read ({reason(error)})") from None
+    values: Any = OmegaConf.to_container(found, resolve=False)
+    if not isinstance(values, dict) or not isinstance(values.get("checkpoint", {}), dict):
+        raise UserError(f"{said}: {path} is no configuration of a run")
+    if "${" in str(values):
+        raise UserError(f"{said}: {path} holds an interpolation, a recorded configuration holds values")
+    return values

@@ -1,0 +1,81 @@
+"""What is said of a mistake in a configuration: which key, which value, and what there is to choose from."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from pydantic import ValidationError
+
+from dfl_experiments.errors import UserError, clipped, shown
+
+MISTAKES = (HydraException, OmegaConfBaseException, UserError)
+INTERNAL = ("hydra", "name", "_target_")  # keys that nobody is offered
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, which Hydra and OmegaConf spread over several."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += f": {' '.join(str(error.__cause__).split())}"
+    # OmegaConf names the key last, among its types
+    return clipped(re.sub(r"^(.*?) full_key: (\S+)( .*)?$", r"\2: \1", text))
+
+
+def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The full name of every key of nested mappings, `a` and `a.b`, without Hydra's own and the program's own."""
+    keys = []
+    for key, value in node.items():
+        if key not in INTERNAL:
+            keys.append(f"{prefix}{key}")
+            if isinstance(value, Mapping):
+                keys += flat_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def did_you_mean(key: str, names: Iterable[str]) -> str:
+    """What to add to a message about a wrong key: the names it looks like, or nothing.
+
+    Last parts are compared: the same one in another place (`lr` for `optimizer.lr`), or else a similar word.
+    """
+    place, _, last = key.lower().rpartition(".")
+    lasts = {name: name.rpartition(".")[2] for name in names if name != key}
+    initials = {name: "".join(word[:1] for word in word_list.split("_")) for name, word_list in lasts.items()}
+    similar = difflib.get_close_matches(last, lasts.values(), n=1, cutoff=0.7)
+    acronym = "".join(word[:1] for word in last.split("_")) if "_" in last else last  # wd, learning_rate
+    found = (
+        [name for name, part in lasts.items() if part == last]
+        or [name for name, part in lasts.items() if acronym in (part, initials[name]) and len(acronym) > 1]
+        or [name for name, part in lasts.items() if part in similar]
+    )
+    found = [name for name in found if name.rpartition(".")[0] == place] or found
+    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def choices_for(error: BaseException | None) -> str | None:
+    """What Hydra's refusal of a key that does not exist leaves out: the keys there are. None for other errors."""
+    cause = error.__cause__ if isinstance(error, HydraException) else error
+    if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not OmegaConf.is_dict(cause.parent_node):
+        return None
+    keys = ", ".join(str(key) for key in cause.parent_node if key not in INTERNAL)
+    everything: Any = OmegaConf.to_container(cause.parent_node._get_root(), resolve=False)
+    return f"there are {keys}{did_you_mean(str(cause.full_key), flat_keys(everything))}"
+
+
+def refusal(error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()) -> UserError:
+    """The first thing that pydantic found, told of a key by its full name.
+
+    where: what its keys lie in; options: those of the innermost model that holds an unknown one; names: all there are.
+    """
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{key}: no such option; there are {', '.join(options) or 'none'}{did_you_mean(key, names)}")
+    if first["type"] == "missing":
+        return UserError(f"{key}: missing; set {key}=…")
+    if first["type"] == "value_error":  # a check of ours, which has said it all
+        return UserError(str(first["ctx"]["error"]))
+    return UserError(f"{key}={shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}")

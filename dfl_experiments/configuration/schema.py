@@ -1,0 +1,191 @@
+"""The options of a run, typed and in range, and the one object that a checked configuration is from then on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from omegaconf import DictConfig
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from dfl_experiments.configuration.components import STRICT, Component, Name, component
+from dfl_experiments.configuration.composition import group_options, names_of, plain, science
+from dfl_experiments.configuration.refusals import flat_keys, refusal
+from dfl_experiments.errors import UserError, shown
+from dfl_experiments.ranges import (
+    Count,
+    Downsampling,
+    FeedbackInit,
+    Finite,
+    Fraction,
+    LocalPooling,
+    LocalReduction,
+    LossName,
+    NonNegative,
+    Passes,
+    Positive,
+    Precision,
+    Size,
+    Skip,
+    Top,
+    Widths,
+)
+
+GROUPS = ("method", "model", "augmentation", "optimizer")  # those whose options are their target's own
+
+
+class Options(BaseModel):
+    """A part of the configuration: nothing unknown, nothing converted."""
+
+    model_config = STRICT
+
+
+class Alignment(Options):
+    """every: iterations between two measurements, 0 for none."""
+
+    every: Size
+
+
+class Checkpoint(Options):
+    """every_seconds: between two checkpoints within an epoch; epochs end with one where that costs little time.
+
+    keep: the last one, when the run has come to its end.
+    """
+
+    every_seconds: NonNegative
+    keep: bool
+
+
+class Tracking(Options):
+    """Where W&B keeps a run (see conf/tracking)."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    entity: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")] | None
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
+
+
+class Dataset(Options):
+    """A data set's source, its normalisation, and what the paper does with it (see conf/dataset)."""
+
+    name: Name
+    source: dict[str, Any]
+    mean: Annotated[list[Finite], Field(min_length=1)]
+    std: Annotated[list[Positive], Field(min_length=1)]
+    epochs: Count
+    fc_widths: Widths
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise UserError(
+                f"dataset.std={shown(self.std)}: must be as long as dataset.mean, which has {len(self.mean)}"
+            )
+        return self
+
+
+class Protocol(Options):
+    """Every choice in which the paper's text, its published code and this project differ (see conf/protocol)."""
+
+    name: Name
+    conv3_downsampling: Downsampling
+    local_pooling: LocalPooling
+    local_reduction: LocalReduction
+    dfa_init: FeedbackInit
+    las_init: FeedbackInit
+    dfa_top: Top
+    resnet18_skip: Skip
+    batch_norm_updates: Passes
+    validation_fraction: Fraction
+    accuracy: Literal["last", "best_test", "best_validation"]
+    stop_untrainable: bool
+    local_pooling_of: dict[str, LocalPooling] | None = None
+    batch_norm_updates_of: dict[str, Passes] | None = None
+
+
+class Settings(Options):
+    """The run-level options of conf/config.yaml."""
+
+    dataset: Dataset
+    protocol: Protocol
+    tracking: Tracking
+    plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]]
+    data_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+    epochs: Count
+    batch_size: Count
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    loss: LossName
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    threads: Count | None
+    precision: Precision
+    cuda_graph: bool
+    deterministic: bool
+    limit: Count | None
+    smoke: Count | None
+    validation_fraction: Fraction
+    stop_untrainable: bool
+    alignment: Alignment
+    checkpoint: Checkpoint
+    sweep: Name
+    resume: str | None
+    repeat: str | None
+    force: bool
+
+    @model_validator(mode="after")
+    def _there_is_a_split_to_choose_by(self) -> Self:
+        if self.protocol.accuracy == "best_validation" and not self.validation_fraction:
+            raise UserError(
+                "protocol.accuracy='best_validation': there is no validation split; set validation_fraction"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A run, composed and checked: nobody composes or checks it again.
+
+    values: all of it, resolved and plain, as config.yaml records it; settings: the run-level options; components: what
+    is built, by its place: method, model, augmentation, optimizer and dataset.source.
+    """
+
+    values: dict[str, Any]
+    settings: Settings
+    components: dict[str, Component]
+
+    @property
+    def science(self) -> str:
+        """A digest of everything that decides what the run computes."""
+        return science(self.values)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Of the data set, augmentation, model, method and protocol."""
+        return names_of(self.values)
+
+
+def _options_beside(key: tuple[Any, ...]) -> list[str]:
+    """The options that there are where this key is."""
+    model: Any = Settings
+    for part in key[:-1]:
+        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", ()) else None
+    return [*(GROUPS if len(key) == 1 else ()), *getattr(model, "model_fields", ())]
+
+
+def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
+    """The checked configuration.
+
+    Raises `UserError`, one line naming the key, the value and the choices; nothing is read or written.
+    """
+    values = plain(cfg)
+    every_key = flat_keys(values)
+    for group in (*GROUPS, "dataset"):
+        node = values.get(group)
+        if not isinstance(node, Mapping) or "name" not in node:
+            what = "missing" if node is None else f"is no choice of the group but {shown(node)}"
+            raise UserError(f"{group}: {what}; choose with {group}=…, there are {', '.join(group_options(group))}")
+    try:
+        settings = Settings.model_validate({key: value for key, value in values.items() if key not in GROUPS})
+    except ValidationError as error:
+        raise refusal(error, "", _options_beside(error.errors()[0]["loc"]), every_key) from None
+    nodes = {**{group: values[group] for group in GROUPS}, "dataset.source": settings.dataset.source}
+    components = {place: component(node, place, settings.plugins, every_key) for place, node in nodes.items()}
+    return Configuration(values, settings, components)

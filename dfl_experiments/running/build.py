@@ -1,0 +1,86 @@
+"""What a configuration names, built and on its device: the data, the network, the method, and the step that trains."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dfl_experiments.configuration.schema import Configuration, Settings
+from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, resident, split
+from dfl_experiments.data.packs import load
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.cuda_graph import CapturedStep
+from dfl_experiments.engine.learner import Learner
+from dfl_experiments.engine.losses import LOSSES
+from dfl_experiments.errors import UserError
+from dfl_experiments.optimizers import OptimizerFactory
+from dfl_experiments.running.device import ALL_THREADS, choose_device, set_up
+
+
+@dataclass
+class Parts:
+    """Everything that the epochs need. train_size: images to train on; step: calls like `Learner.step`."""
+
+    settings: Settings
+    device: torch.device
+    batches: Batches
+    validation: EvaluationBatches
+    test: EvaluationBatches
+    train_size: int
+    num_classes: int
+    schedule: OptimizerFactory
+    learner: Learner
+    step: Callable[[Tensor, Tensor, bool], Tensor]
+
+
+def build(configuration: Configuration, device_name: str | None = None, threads: int = ALL_THREADS) -> Parts:
+    """The parts of a run. device_name, threads: what to use where the settings leave it open.
+
+    Raises `UserError` for data that cannot be had, and for parts that do not fit together.
+    """
+    settings, components = configuration.settings, configuration.components
+    device = choose_device(device_name or settings.device)
+    set_up(device, settings.precision, settings.seed, settings.deterministic, settings.threads or threads)
+    dataset = settings.dataset
+    arrays = load(dataset.name, components["dataset.source"].build(), Path(settings.data_dir))
+    indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
+    train, held_out = (index.numpy() for index in indices)
+    few = settings.smoke
+    train, held_out = train[:few][: settings.limit], held_out[:few]
+    normalise = Normalise(dataset.mean, dataset.std)
+    images, labels = arrays.train_images, arrays.train_labels
+    validation = EvaluationBatches(*resident(images[held_out], labels[held_out], device), normalise, device)
+    test = EvaluationBatches(*resident(arrays.test_images[:few], arrays.test_labels[:few], device), normalise, device)
+    augmentation = components["augmentation"].build()
+    batches = Batches(
+        *resident(images[train], labels[train], device),
+        normalise, augmentation, settings.batch_size, settings.seed, device,
+    )  # fmt: skip
+    loss = LOSSES[settings.loss]
+    # built on the CPU: a seed means the same weights on every device, and the same W for every method
+    net = components["model"].build(input_shape=arrays.shape, num_classes=arrays.num_classes)
+    method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
+    check_batches(net, len(train), settings.batch_size)
+    schedule = components["optimizer"].build()
+    learner = Learner(net.to(device), method.to(device), loss, schedule, settings.precision)
+    step: Callable[[Tensor, Tensor, bool], Tensor] = learner.step
+    if device.type == "cuda" and settings.cuda_graph:
+        step = CapturedStep(learner, settings.batch_size, device)
+    return Parts(settings, device, batches, validation, test, len(train), arrays.num_classes, schedule, learner, step)
+
+
+@torch.no_grad()
+def check_batches(net: BlockNet, train_size: int, batch_size: int) -> None:
+    """Raise `UserError` where batch normalisation would have a single number per channel to normalise."""
+    if (train_size % batch_size or batch_size) > 1:
+        return
+    try:
+        copy.deepcopy(net).train()(torch.zeros(1, *net.input_shape))
+    except ValueError as error:  # PyTorch's word for it
+        raise UserError(
+            f"batch_size={batch_size}: of {train_size} training images the last batch holds one, which batch "
+            "normalisation cannot work with on planes of one pixel; choose another batch_size or limit"
+        ) from error

@@ -1,0 +1,87 @@
+"""What Hydra calls before a run or a sweep begins and after a sweep: the check of all of it, and the summary.
+
+Hydra lets a callback's errors pass with a warning, but not its SystemExit.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from dfl_experiments.configuration.recorded import with_recorded
+from dfl_experiments.configuration.refusals import MISTAKES, one_line
+from dfl_experiments.configuration.schema import Configuration, check
+from dfl_experiments.errors import Fault, UserError
+from dfl_experiments.running.sweep import Sweep, check_sweep, summary
+
+
+def refuse(error: BaseException) -> NoReturn:
+    """Print the error's one line and leave the process with its code, 2 unless the machine is to blame."""
+    print(f"dfl-train: error: {one_line(error)}", file=sys.stderr)
+    raise SystemExit(getattr(error, "exit_code", 2)) from None
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A mistake inside ends the process in one line, any other error with its traceback."""
+    try:
+        yield
+    except MISTAKES as error:
+        refuse(error)
+    except OSError as error:
+        refuse(Fault(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def check_run(cfg: DictConfig) -> Configuration:
+    """The checked configuration of a single run, for which there is a device and a directory. Raises `UserError`."""
+    from dfl_experiments.running.device import choose_device
+
+    overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
+    choose_device(configuration.settings.device)
+    made(run_dir, "hydra.run.dir")
+    return configuration
+
+
+def made(folder: Path, key: str) -> None:
+    """Make the folder. Raises `UserError`, naming the key that it comes from, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={folder}: cannot be made ({getattr(error, 'strerror', error)})") from error
+
+
+class Checks(Callback):
+    """checked, sweep: what was found, for the job and for the end of the process."""
+
+    checked: ClassVar[Configuration | None] = None
+    sweep: ClassVar[Sweep | None] = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a wrong run before its directory is made."""
+        with refusing():
+            HydraConfig.instance().set_config(config)
+            Checks.checked = check_run(config)
+
+    def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **kwargs: Any) -> None:
+        """Refuse a sweep with a wrong job before anything of it begins."""
+        with refusing():
+            HydraConfig.instance().set_config(config)
+            Checks.sweep = check_sweep(config, config_name)
+            made(Checks.sweep.folder, "hydra.sweep.dir")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Sum up, and let the exit code say whether every point has its result."""
+        with refusing():
+            sweep, Checks.sweep = Checks.sweep, None
+            if sweep is not None and (code := summary(sweep)):
+                raise SystemExit(code)

@@ -1,0 +1,80 @@
+"""What a run may use of the machine: its device, the CPU threads, the memory, and the random numbers it begins with."""
+
+import contextlib
+import ctypes
+import os
+import random
+
+import numpy as np
+import torch
+
+from dfl_experiments.errors import UserError
+from dfl_experiments.ranges import Precision
+
+ALL_THREADS = torch.get_num_threads()  # as PyTorch chooses, or OMP_NUM_THREADS
+# what determinism asks of cuBLAS, which looks at it once, when it begins
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def choose_device(name: str) -> torch.device:
+    """auto is the first GPU, or else the CPU. Raises `UserError` for a device that this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here += ["mps"] * torch.backends.mps.is_available()
+    name = "cuda:0" if name == "cuda" else name
+    if name not in here:
+        raise UserError(f"device={name}: not on this machine; there are {', '.join(here)}")
+    return torch.device(name)
+
+
+def device_of_job(device: str, number: int) -> str:
+    """The device of a sweep's job: where there are several GPUs, `auto` takes them in turn."""
+    count = torch.cuda.device_count()
+    return f"cuda:{number % count}" if device == "auto" and count > 1 else device
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of_job(at_once: int) -> int:
+    """The CPU threads of each of so many jobs at once: its part of the cores (joblib counts down from -1: one each)."""
+    jobs = at_once if at_once > 0 else max(1, cores() + 1 + at_once)
+    return max(1, min(ALL_THREADS, cores() // jobs))
+
+
+def set_up(device: torch.device, precision: Precision, seed: int, deterministic: bool, threads: int) -> None:
+    """Leave nothing behind of an earlier job in this process: the same seed gives what it gives alone.
+
+    TF32 products and convolutions are allowed or forbidden: PyTorch's own default is to convolve with them. Raises
+    `UserError` for tf32 where there is none.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision=tf32: {device.type} has none; only a GPU does. There are float32, bfloat16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        reuse_memory()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def reuse_memory() -> None:
+    """Let glibc keep the large blocks that one step frees for the next, in place of returning them to the system.
+
+    On a CPU a step's gradients and activations are otherwise mapped, zeroed and unmapped page by page every time, a
+    quarter of a step of the 3×4096 net. Elsewhere than with glibc nothing is done.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # <malloc.h>
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        # some systems allow no more than the second
+        if libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25):
+            libc.mallopt(trim_threshold, 2**31 - 1)

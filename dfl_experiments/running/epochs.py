@@ -1,0 +1,199 @@
+"""The epochs of a run, from wherever its last checkpoint left it."""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfl_experiments.running import checkpoint
+from dfl_experiments.running.build import Parts
+from dfl_experiments.running.progress import Progress
+from dfl_experiments.running.records import HEADLINES, iteration_rows, per_layer, test_accuracies
+from dfl_experiments.running.run_directory import Row, Table, epoch_columns, iteration_columns
+from dfl_experiments.running.signals import Interrupted, Stop
+from dfl_experiments.running.tracking import Tracker
+
+UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 6, 1.15  # the published code's epoch 5, which it counts from 0
+SHARE_OF_WRITING = 0.05  # of the time, at most, for the checkpoints at the ends of epochs
+
+
+@dataclass
+class State:
+    """Where a run is, beside its weights.
+
+    epoch: epochs done; rows: of the batches done of the next one; initial: test accuracy before the first; end: status
+    and reason of a run that ends early; lengths: of the CSV files, in bytes, at the last checkpoint; accuracies:
+    (validation, test) of every epoch; result: what result.json says so far.
+    """
+
+    epoch: int = 0
+    rows: Tensor | None = None
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    initial: float | None = None
+    end: dict[str, str] | None = None
+    lengths: dict[str, int | None] = field(default_factory=lambda: {"iterations": None, "epochs": None})
+    accuracies: list[tuple[float | None, float]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class Files:
+    """The CSV files and the checkpoints of a run under way."""
+
+    def __init__(self, parts: Parts, state: State, run_dir: Path, science: str) -> None:
+        self.parts, self.state, self.run_dir, self.science = parts, state, run_dir, science
+        learner = parts.learner
+        self.columns = {"iterations": iteration_columns(learner.numbers), "epochs": epoch_columns(learner.net.depth)}
+        self.written, self.cost = time.perf_counter(), 0.0
+
+    def __enter__(self) -> "Files":
+        with ExitStack() as stack:
+            self.tables = {
+                name: stack.enter_context(Table(self.run_dir / f"{name}.csv", columns, self.state.lengths[name]))
+                for name, columns in self.columns.items()
+            }
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def save(self) -> None:
+        """Write a checkpoint, after the rows that it presupposes."""
+        start = time.perf_counter()
+        self.state.lengths = {name: table.sync() for name, table in self.tables.items()}
+        checkpoint.save(self.run_dir, checkpoint.taken(self.parts.learner, self.science, self.state))
+        self.written = time.perf_counter()
+        self.cost = self.written - start
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last checkpoint."""
+        return time.perf_counter() - self.written
+
+
+def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Tracker) -> None:
+    """All epochs that are left; the state is brought up to date as they pass.
+
+    The rows of an epoch are written when it ends, and a checkpoint there and every so many seconds. No value is looked
+    at on the device within an epoch. Raises `Interrupted`, after a checkpoint, when a signal has asked for the end.
+    """
+    settings, learner, batches = parts.settings, parts.learner, parts.batches
+    every, numbers = settings.alignment.every, learner.numbers
+    sizes = torch.full((len(batches),), float(settings.batch_size))
+    sizes[-1] = parts.train_size - settings.batch_size * (len(batches) - 1)
+    progress = Progress(settings.epochs, len(batches), numbers, peek=parts.device.type == "cpu")
+    with Files(parts, state, run_dir, science) as files, Stop() as stop:
+        try:
+            if state.initial is None:
+                state.initial = evaluate(parts, parts.test, stop.check)[1] if settings.stop_untrainable else 0.0
+            while state.epoch < settings.epochs and state.end is None:
+                epoch, done, before = state.epoch + 1, state.rows, state.epoch_seconds
+                lr = parts.schedule.lr_at(epoch, settings.epochs)
+                learner.set_lr(lr)
+                learner.net.train()
+                rows = torch.empty(len(batches), len(numbers), device=parts.device)
+                start_batch = 0 if done is None else len(done)
+                if done is not None:
+                    rows[:start_batch] = done
+                progress.begin(epoch, start_batch)
+                iteration, start = (epoch - 1) * len(batches) + start_batch, time.perf_counter()
+                for index, (x, target) in enumerate(batches.epoch(epoch, start_batch), start_batch):
+                    rows[index] = parts.step(x, target, every > 0 and iteration % every == 0)
+                    iteration += 1
+                    progress.step(len(target), rows[index])
+                    state.rows, state.epoch_seconds = rows[: index + 1], before + time.perf_counter() - start
+                    if files.age >= settings.checkpoint.every_seconds:
+                        files.save()
+                    stop.check()
+                state.rows = values = rows.cpu()
+                state.epoch_seconds = before + time.perf_counter() - start
+
+                held_out = len(parts.validation) > 0
+                validation = evaluate(parts, parts.validation, stop.check)[1] if held_out else None
+                test_loss, test = evaluate(parts, parts.test, stop.check)
+                columns = dict(zip(numbers, values.T, strict=True))
+                row: Row = {
+                    "epoch": epoch,
+                    "lr": lr,
+                    "train_loss": (columns["loss"] @ sizes).item() / parts.train_size,
+                    "train_accuracy": columns["correct"].sum().item() / parts.train_size,
+                    "validation_accuracy": validation,
+                    "test_loss": test_loss,
+                    "test_accuracy": test,
+                    "seconds": state.epoch_seconds,
+                }
+                cosine = per_layer(columns, "cosine_sample", torch.mean)
+                row |= {f"cosine/{i}": value for i, value in cosine.items()}
+                zeros = per_layer(columns, "zeros", torch.sum)
+                for name, those in (("iterations", iteration_rows(values, numbers, epoch)), ("epochs", [row])):
+                    files.tables[name].extend(those)
+                    tracker.log(those)
+                progress.end(row, parts.train_size)
+
+                state.accuracies.append((validation, test))
+                state.seconds += state.epoch_seconds
+                accuracies = test_accuracies(state.accuracies)
+                state.result = {
+                    "epochs": epoch,
+                    "accuracy": accuracies[HEADLINES[settings.protocol.accuracy]],
+                    "test_accuracy": accuracies,
+                    "validation_accuracy": validation,
+                    "cosine": cosine or state.result.get("cosine", {}),
+                    "zeros": zeros or state.result.get("zeros", {}),
+                    "seconds": state.seconds,
+                    "samples_per_second": epoch * parts.train_size / state.seconds,
+                }
+                trained = nn.ModuleList([learner.net, learner.method])
+                state.end = early_end(columns["loss"], epoch, trained, accuracies["best"], state.initial)
+                state.epoch, state.rows, state.epoch_seconds = epoch, None, 0.0
+                is_last = epoch == settings.epochs or state.end is not None
+                if settings.checkpoint.keep if is_last else files.age * SHARE_OF_WRITING >= files.cost:
+                    files.save()
+                stop.check()
+        except Interrupted:
+            files.save()
+            raise
+
+
+@torch.no_grad()
+def evaluate(
+    parts: Parts, batches: Iterable[tuple[Tensor, Tensor]], check: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """Mean loss and accuracy over a set of images. check: called before every batch."""
+    learner = parts.learner
+    net = learner.net.eval()
+    sums = []
+    count = 0
+    for x, target in batches:
+        check()
+        with learner.autocast():
+            logits = net(x)
+        value, _ = learner.value_and_error(logits, target)
+        sums.append(torch.stack([value * len(target), (logits.argmax(1) == target).sum()]))
+        count += len(target)
+    # summed on the CPU: not every device has float64
+    summed, correct = torch.stack(sums).cpu().double().sum(0).tolist()
+    return summed / count, correct / count
+
+
+def early_end(losses: Tensor, epoch: int, trained: nn.Module, best: float, initial: float) -> dict[str, str] | None:
+    """Why a run ends after this epoch, before its last: NaN or Inf, or untrainable by the published code's rule.
+
+    losses: of the epoch's iterations; best, initial: test accuracies.
+    """
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        iteration = (epoch - 1) * len(losses) + bad[0].item() + 1
+        return {"status": "diverged", "reason": f"the loss is NaN or Inf from iteration {iteration} on"}
+    if not all(p.isfinite().all() for p in trained.parameters()):
+        return {"status": "diverged", "reason": f"a weight is NaN or Inf after iteration {epoch * len(losses)}"}
+    if epoch >= UNTRAINABLE_EPOCH and best < UNTRAINABLE_FACTOR * initial:
+        told = f"best test accuracy {best:.4f} < {UNTRAINABLE_FACTOR} × the initial {initial:.4f}"
+        return {"status": "stopped", "reason": f"after epoch {epoch}: {told}"}
+    return None

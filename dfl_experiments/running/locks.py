@@ -1,0 +1,56 @@
+"""The lock on a run directory: one process at a time, and who that is."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+HOLDER = ".running"  # beside the lock, for those who only look
+
+
+class Busy(Exception):
+    """Another process is at work in the run directory."""
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory, which is made if need be. Raises `Busy` while another process does.
+
+    The lock is the system's own and ends with its process, however that ends.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run_dir / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise Busy(f"{run_dir}: another process is at work there") from None
+    with lock:
+        holder = run_dir / HOLDER
+        holder.write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+
+
+def holder_of(run_dir: Path) -> str | None:
+    """Who is at work in a run directory, as far as can be told without taking its lock; None if nobody is.
+
+    Of a process on this machine it is known whether it still lives; of another machine's what it left is believed.
+    """
+    try:
+        held = json.loads((run_dir / HOLDER).read_text())
+        host, pid = str(held["host"]), int(held["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if host == platform.node():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:  # it lives, and is somebody else's
+            pass
+    return f"process {pid} on {host} is at work on it"

@@ -1,0 +1,202 @@
+"""One run, in a directory that is locked: prepared, trained, and concluded by the `result.json` that says how."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfl_experiments.configuration.schema import Configuration, Settings
+from dfl_experiments.errors import Fault, UserError, reason
+from dfl_experiments.running import checkpoint
+from dfl_experiments.running.build import Parts, build
+from dfl_experiments.running.device import ALL_THREADS
+from dfl_experiments.running.epochs import State, train
+from dfl_experiments.running.locks import Busy, locked
+from dfl_experiments.running.provenance import device_name, git_commit, versions
+from dfl_experiments.running.run_directory import (
+    CONFIG,
+    DONE,
+    LAST,
+    PREVIOUS,
+    RESULT,
+    epoch_columns,
+    iteration_columns,
+    read_result,
+    record_overrides,
+    status_left,
+    write_config,
+    write_result,
+)
+from dfl_experiments.running.tracking import track
+
+log = logging.getLogger(__name__)
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """Status and one-line reason of a run that an exception ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"status": "interrupted", "reason": " ".join(["Interrupted", str(error)]).strip()}
+    if isinstance(error, UserError):
+        return {"status": "failed", "reason": reason(error)}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
+
+
+def explained(error: BaseException, settings: Settings) -> BaseException:
+    """What the machine or PyTorch would not do, as a `Fault` that says what to change; other errors as they are."""
+    text = reason(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return Fault(f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})")
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
+        operator = text.split(" does not have")[0]
+        return Fault(f"deterministic=true: {operator} has no deterministic form on device={settings.device}")
+    if isinstance(error, OSError):
+        return Fault(f"{error.filename}: {error.strerror}" if error.strerror and error.filename else text)
+    return error
+
+
+def opening(configuration: Configuration) -> dict[str, Any]:
+    """What result.json says of a run before it has done anything."""
+    # resume, repeat and force are of the command, not of the run
+    values = configuration.values | {"resume": None, "repeat": None, "force": False}
+    values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())  # to be found from elsewhere
+    return {
+        "status": "failed", "reason": None, **configuration.names, "seed": configuration.settings.seed, "epochs": 0,
+        "versions": versions(), "git_commit": git_commit(), "config": values,
+    }  # fmt: skip
+
+
+def prepare(
+    configuration: Configuration, run_dir: Path, result: dict[str, Any], go_on: bool, device: str | None, threads: int
+) -> tuple[Parts, State]:
+    """Everything built, and where to begin: at the checkpoint, if the run goes on.
+
+    Nothing that a directory holds is given up for a run that cannot start. Raises `UserError` where it cannot.
+    """
+    saved = checkpoint.load(run_dir, configuration.science) if go_on else None
+    parts = build(configuration, device, threads if saved is None else saved["threads"])
+    net, method = parts.learner.net, parts.learner.method
+    result |= {
+        "input_shape": list(net.input_shape),
+        "num_classes": parts.num_classes,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
+        "device": device_name(parts.device),
+    }
+    state = State()
+    if saved is not None:
+        checkpoint.restore(parts.learner, saved)
+        state = State(saved["epoch"], **saved["training"])
+        log.info("going on after epoch %d, batch %d", saved["epoch"], saved["batch"])
+    else:
+        checkpoint.discard(run_dir)
+    (run_dir / RESULT).unlink(missing_ok=True)  # of the part or the run before
+    # sums by another number of threads are rounded otherwise: a repetition needs the one that was used
+    result["config"] = result["config"] | {"threads": torch.get_num_threads()}
+    write_config(run_dir, result["config"])
+    return parts, state
+
+
+def run(
+    configuration: Configuration,
+    run_dir: Path,
+    group: str | None = None,
+    *,
+    go_on: bool = False,
+    device: str | None = None,
+    threads: int = ALL_THREADS,
+) -> dict[str, Any]:
+    """Train as configured in a directory that is locked, and return the content of its result.json.
+
+    group: the sweep that the run belongs to. go_on: from the checkpoint there, which must be of the same configuration;
+    otherwise anew, over what is there. device, threads: of the CPU, where neither the configuration nor the checkpoint
+    says which. A run that raises leaves a `result.json` with status "failed" (or "interrupted"), the reason, and what
+    was known.
+    """
+    settings, result = configuration.settings, opening(configuration)
+    state: State | None = None
+    try:
+        parts, state = prepare(configuration, run_dir, result, go_on, device, threads)
+        numbers, depth = parts.learner.numbers, parts.learner.net.depth
+        columns = {"iteration": iteration_columns(numbers), "epoch": epoch_columns(depth)}
+        with track(settings.tracking, run_dir, result["config"], columns, group, go_on) as tracker:
+            try:
+                train(parts, state, run_dir, configuration.science, tracker)
+                result |= state.result | (state.end or {"status": "finished"})
+            except BaseException as error:
+                result |= state.result | failure(error)
+                raise
+            finally:
+                tracker.summarise(result)
+    except BaseException as error:
+        told = explained(error, settings)
+        conclude(run_dir, result | failure(told), started=state is not None)
+        if told is error:
+            raise
+        raise told from error
+    conclude(run_dir, result, started=True)
+    checkpoint.discard(run_dir, *([PREVIOUS] if settings.checkpoint.keep else [LAST, PREVIOUS]))
+    return result
+
+
+def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run one job outside of a sweep, and return what result.json says. overrides: what the command line said.
+
+    Raises `UserError` for a directory that holds a run already, or that has nothing to resume, or that is in use.
+    """
+    settings = configuration.settings
+    try:
+        with locked(run_dir):
+            status, go_on = status_left(run_dir), settings.resume is not None
+            if not go_on and status is not None and not settings.force:
+                raise UserError(
+                    f"{run_dir}: holds a run already ({status}); resume={run_dir} goes on, force=true starts anew"
+                )
+            if go_on and status is None:
+                raise UserError(f"resume={run_dir}: left no checkpoint; repeat={run_dir} starts it anew")
+            if go_on and status in DONE:
+                log.info("%s: %s already", run_dir, status)
+                return read_result(run_dir) or {}
+            if not go_on:
+                record_overrides(run_dir, overrides)
+            result = run(configuration, run_dir, go_on=go_on)
+    except Busy as busy:
+        raise UserError(str(busy)) from None
+    summarise(result, run_dir)
+    return result
+
+
+def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:
+    """Leave the result; of a run that could not start, only where that takes nothing from the one before."""
+    before = read_result(run_dir)
+    if started or before is None:
+        write_result(run_dir, result)
+    elif before["status"] not in DONE:  # the part before keeps its numbers, and this is why it did not go on
+        write_result(run_dir, before | {key: result[key] for key in ("status", "reason")})
+    if not (run_dir / CONFIG).exists():
+        write_config(run_dir, result["config"])
+
+
+def summarise(result: dict[str, Any], run_dir: Path) -> None:
+    """The end of a run in a few lines."""
+    accuracy = result["test_accuracy"]
+    log.info("")
+    log.info("%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"])
+    if result["config"]["smoke"]:
+        log.info("  a smoke run: %d images, no result", result["config"]["smoke"])
+    if result["reason"]:
+        log.info("  %s", result["reason"])
+    log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])
+    if accuracy["at_best_validation"] is not None:
+        log.info("                  %.4f after the epoch of best validation accuracy", accuracy["at_best_validation"])
+    log.info("                  %.4f at best, after epoch %d", accuracy["best"], accuracy["best_epoch"])
+    if result["cosine"]:
+        log.info("  alignment with BP, mean cosine of the last epoch")
+    for layer, cosine in result["cosine"].items():
+        exact = layer in result["cosine_by_construction"]
+        value = "no signal" if cosine is None or math.isnan(cosine) else f"{cosine:.3f}"
+        log.info("    layer %s   %s%s", layer, value, " (BP's own signal, by construction)" if exact else "")
+    log.info("  %.0f samples/s, %.1f s of training", result["samples_per_second"], result["seconds"])
+    log.info("  run directory   %s", run_dir)
