@@ -1,16 +1,12 @@
 """The paper's augmentations, drawn for each image and applied to whole batches."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from dfl_experiments.config import Count, Probability, Size
-from dfl_experiments.data.randaugment import BINS, RandAugment
-
-Magnitude = Annotated[int, Field(ge=0, lt=BINS)]
+from dfl_experiments.ranges import Count, Magnitude, Probability, Size
 
 
 class Augmentation:
@@ -30,8 +26,12 @@ class Augmentation:
         cutout: Size = 0,
     ) -> None:
         self.flip = flip
-        self.randaugment = RandAugment(num_ops, magnitude) if randaugment else None
+        self.randaugment: Any = None  # or a `RandAugment`
         self.cutout = cutout
+        if randaugment:  # it brings torchvision along, which is as slow to import as torch
+            from dfl_experiments.data.randaugment import RandAugment
+
+            self.randaugment = RandAugment(num_ops, magnitude)
 
     @property
     def is_identity(self) -> bool:

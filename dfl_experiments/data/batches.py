@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfl_experiments.config import UserError
 from dfl_experiments.data.augmentation import Augmentation
+from dfl_experiments.errors import UserError
 
 CHUNK = 2048  # images that are augmented at once
 PLAIN_CHUNK = 512  # and that are only normalised
@@ -54,9 +54,7 @@ class Normalise:
     """(x / 255 - mean) / std as one multiplication and one addition; one value serves all channels."""
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
-        """Raises `UserError` for lists of different lengths, empty ones, or a std that is not positive."""
-        if len(mean) != len(std) or not mean or min(std) <= 0:
-            raise UserError(f"dataset.mean={mean}, dataset.std={std}: as many means as positive deviations are needed")
+        """mean, std: a value for all channels, or one for each."""
         shape = () if len(mean) == 1 else (-1, 1, 1)
         means, deviations = (torch.tensor(values, dtype=torch.float64).reshape(shape) for values in (mean, std))
         self.scale = (1 / (255 * deviations)).float()

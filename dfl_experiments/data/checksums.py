@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dfl_experiments.config import UserError
-from dfl_experiments.messages import reason
+from dfl_experiments.errors import UserError, reason
 
 RECORD = "checksums.json"
 FORMAT = 1  # of the packed files: another number makes every older pack be packed anew

@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from dfl_experiments.config import UserError
-from dfl_experiments.messages import reason
+from dfl_experiments.errors import UserError, reason
 
 THREADS = min(8, os.cpu_count() or 1)
 

@@ -12,7 +12,8 @@ import torch
 import torchvision.transforms.functional as F
 from torch import Tensor
 
-BINS = 31  # of a magnitude
+from dfl_experiments.ranges import MAGNITUDE_BINS as BINS
+
 SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
 OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 STRAIGHT = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}

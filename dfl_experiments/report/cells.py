@@ -1,15 +1,15 @@
-"""From runs to the numbers of a table: which grid point of a cell is chosen, mean and deviation over its seeds."""
+"""From runs to the cells of a table: which grid point is chosen, and which cells and rows a table has."""
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from dfl_experiments.grids import points_per_cell
-from dfl_experiments.report.paper import METHODS, PAPER, table_of
+from dfl_experiments.configuration.grids import points_per_cell
+from dfl_experiments.report.paper import METHODS, PAPER, TITLES, table_of
 from dfl_experiments.report.runs import Cell, Run
-from dfl_experiments.report.settings import Setting, setting_of
+from dfl_experiments.report.setting import Setting
 
 UNFIT = ("diverged", "stopped", "failed")  # how a run can end that speaks against its grid point
 
@@ -32,19 +32,9 @@ class Point:
         """Those of the finished runs."""
         return {run.seed for run in self.finished}
 
-    @property
-    def accuracies(self) -> list[float]:
-        """What the protocol reports of every finished run: a fraction, on the test set."""
-        return [run.accuracy for run in self.finished]
-
-    @property
-    def unfit(self) -> bool:
-        """Whether one of its runs did not get to its end by itself."""
-        return any(run.status in UNFIT for run in self.runs)
-
-    def score(self, seeds: set[int]) -> float:
-        """The mean of what a point is chosen by, over these seeds."""
-        return statistics.fmean(run.score for run in self.finished if run.seed in seeds)
+    def score(self, seeds: set[int] | None = None) -> float:
+        """The mean of what a point is chosen by, over these of its finished seeds, or over all of them."""
+        return statistics.fmean(run.score for run in self.finished if seeds is None or run.seed in seeds)
 
 
 @dataclass(frozen=True)
@@ -70,37 +60,24 @@ class Entry:
         a run failed, if that leaves any.
         """
         finished = [point for point in self.points if point.finished]
-        candidates = [point for point in finished if not point.unfit] or finished
-        if not candidates:
-            return None
+        unfit = [point for point in finished if any(run.status in UNFIT for run in point.runs)]
+        candidates = [point for point in finished if point not in unfit] or finished
 
         def wins(point: Point) -> int:
             pairs = [(point.seeds & other.seeds, other) for other in candidates if other is not point]
             return sum(point.score(both) > other.score(both) for both, other in pairs if both)
 
-        return max(candidates, key=lambda point: (wins(point), point.score(point.seeds)))
+        return max(candidates, key=lambda point: (wins(point), point.score()), default=None)
+
+    @property
+    def shown(self) -> list[Run]:
+        """The chosen point's finished runs, which the numbers are of; none if there is no such point."""
+        return self.best.finished if self.best else []
 
     @property
     def on_validation(self) -> bool:
         """Whether every finished run holds a validation split out to choose by."""
         return all(run.validation is not None for point in self.points for run in point.finished)
-
-    @property
-    def mean(self) -> float | None:
-        """Of the chosen point's accuracies over seeds."""
-        return statistics.fmean(self.best.accuracies) if self.best else None
-
-    @property
-    def at_best_validation(self) -> float | None:
-        """Mean test accuracy of the chosen point's runs, each at its epoch with the best validation accuracy."""
-        values = [run.at_best_validation for run in self.best.finished] if self.best else []
-        present = [value for value in values if value is not None]
-        return statistics.fmean(present) if present and len(present) == len(values) else None
-
-    @property
-    def deviation(self) -> float | None:
-        """The sample standard deviation over seeds; None for fewer than two."""
-        return statistics.stdev(self.best.accuracies) if self.best and len(self.best.accuracies) > 1 else None
 
     @property
     def state(self) -> str:
@@ -118,45 +95,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Section:
-    """All runs of one setting."""
+    """All runs of one setting. tables: the entries of every table, by its name in `TITLES`."""
 
     setting: Setting
-    points: dict[Cell, list[Point]]
-
-    def _mine(self, name: str) -> list[Cell]:
-        # with another optimizer than the tables' a run is in no place of theirs
-        elsewhere = any(difference.startswith("optimizer=") for difference in self.setting.differences)
-        return [cell for cell in self.points if ("other" if elsewhere else table_of(cell)) == name]
-
-    def table(self, name: str) -> list[Entry]:
-        """The entries of a table, missing cells among them.
-
-        The paper's whole table where the runs are as the paper's are, otherwise the rows that have been begun.
-        """
-        mine = self._mine(name)
-        if not mine:
-            return []
-        whole = not self.setting.differences
-        begun = {cell[:3] for cell in mine}
-        published = {cell: value for cell, value in PAPER.get(name, {}).items() if whole or cell[:3] in begun}
-        rows = list(dict.fromkeys(cell[:3] for cell in [*published, *sorted(mine)]))
-        cells = sorted({*published, *mine}, key=lambda cell: (rows.index(cell[:3]), place(cell.method)))
-        in_paper = name in PAPER and not self.setting.smoke
-        return [Entry(cell, self.points.get(cell, []), published.get(cell), in_paper) for cell in cells]
-
-    def not_begun(self, name: str) -> list[tuple[str, ...]]:
-        """The rows of a table of the paper that have no run yet in this setting, where one of its tables has."""
-        if not (self._mine("fc") or self._mine("cnn")):
-            return []
-        begun = {cell[:3] for cell in self._mine(name)}
-        shown = {entry.cell[:3] for entry in self.table(name)}
-        return list(dict.fromkeys(cell[:3] for cell in PAPER.get(name, {}) if cell[:3] not in begun | shown))
+    tables: dict[str, list[Entry]]
 
     @property
     def chosen(self) -> list[Entry]:
         """The entries that have a number, in the order of tables."""
-        entries = [entry for name in ("fc", "cnn", "other") for entry in self.table(name)]
-        return [entry for entry in entries if entry.best]
+        return [entry for entries in self.tables.values() for entry in entries if entry.best]
 
 
 def place(method: str) -> tuple[int, str]:
@@ -164,21 +111,47 @@ def place(method: str) -> tuple[int, str]:
     return (METHODS.index(method) if method in METHODS else len(METHODS), method)
 
 
+def methods_of(entries: Iterable[Entry]) -> list[str]:
+    """The methods that a table has columns for."""
+    return sorted({entry.cell.method for entry in entries}, key=place)
+
+
+def by_row(entries: Iterable[Entry]) -> dict[tuple[str, ...], dict[str, Entry]]:
+    """The entries by data set, augmentation and model, then by method."""
+    rows: dict[tuple[str, ...], dict[str, Entry]] = {}
+    for entry in entries:
+        rows.setdefault(entry.cell[:3], {})[entry.cell.method] = entry
+    return rows
+
+
+def table_entries(name: str, setting: Setting, points: Mapping[Cell, list[Point]]) -> list[Entry]:
+    """The entries of a table, missing cells among them.
+
+    The paper's whole table where the runs are as the paper's are, otherwise the rows that have been begun.
+    """
+    # with another optimizer than the tables' a run is in no place of theirs
+    elsewhere = any(difference.startswith("optimizer=") for difference in setting.differences)
+    mine = sorted(cell for cell in points if ("other" if elsewhere else table_of(cell)) == name)
+    begun = {cell[:3] for cell in mine}
+    whole = mine and not setting.differences
+    published = {cell: value for cell, value in PAPER.get(name, {}).items() if whole or cell[:3] in begun}
+    rows = list(dict.fromkeys(cell[:3] for cell in [*published, *mine]))
+    cells = sorted({*published, *mine}, key=lambda cell: (rows.index(cell[:3]), place(cell.method)))
+    in_paper = name in PAPER and not setting.smoke
+    return [Entry(cell, points.get(cell, []), published.get(cell), in_paper) for cell in cells]
+
+
 def sections(runs: Iterable[Run]) -> list[Section]:
     """The runs, put in order. Runs of different settings never share a section, so smoke runs stay by themselves."""
-    grouped: dict[Setting, dict[Cell, dict[tuple[float, float], dict[int, Run]]]] = {}
-    for run in runs:
-        seeds = grouped.setdefault(setting_of(run), {}).setdefault(run.cell, {}).setdefault(run.axes, {})
-        # a seed counts once, however often alignment was measured
-        if run.seed not in seeds or run.rank > seeds[run.seed].rank:
-            seeds[run.seed] = run
+    grids: dict[tuple[Setting, Cell, float, float], dict[int, Run]] = {}
+    for run in sorted(runs, key=lambda run: run.rank, reverse=True):
+        seeds = grids.setdefault((run.setting, run.cell, run.lr, run.weight_decay), {})
+        seeds.setdefault(run.seed, run)  # a seed counts once, however often alignment was measured
+    points: dict[Setting, dict[Cell, list[Point]]] = {}
+    for (setting, cell, lr, decay), seeds in sorted(grids.items()):
+        point = Point(lr, decay, [seeds[seed] for seed in sorted(seeds)])
+        points.setdefault(setting, {}).setdefault(cell, []).append(point)
     return [
-        Section(
-            setting,
-            {
-                cell: [Point(*axes, [seeds[seed] for seed in sorted(seeds)]) for axes, seeds in sorted(points.items())]
-                for cell, points in cells.items()
-            },
-        )
-        for setting, cells in sorted(grouped.items(), key=lambda item: (item[0][0], len(item[0][2]), item[0]))
+        Section(setting, {name: table_entries(name, setting, points[setting]) for name in TITLES})
+        for setting in sorted(points, key=lambda setting: (setting.smoke, len(setting.differences), setting))
     ]

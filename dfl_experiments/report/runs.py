@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from dfl_experiments.config import UserError, one_line
-from dfl_experiments.results import DONE, RESULT, read_result
-from dfl_experiments.settings import science
-from dfl_experiments.sweep import status_of
+from dfl_experiments.configuration.refusals import one_line
+from dfl_experiments.errors import UserError
+from dfl_experiments.report.setting import Setting, setting_of
+from dfl_experiments.running.run_directory import CONFIG, DONE, RESULT, read_result, status_of
 
-CONFIG = "config.yaml"
-GROUPS = ("dataset", "augmentation", "model", "method", "optimizer", "protocol")
-HEADLINES = {
+REPORTED = {
     "last": "after the last epoch",
     "best_test": "of the epoch that is best on the test set",
     "best_validation": "of the epoch with the best validation accuracy",
@@ -42,7 +38,9 @@ class Run:
     """A run directory.
 
     status: of `result.json`, or "interrupted" where its process ended without one, or "running"; config: resolved;
-    result: empty where there is none yet.
+    result: empty where there is none yet; reported: which epoch its protocol reports, in words; planned: epochs that it
+    is to have; rank: of two runs of the same the greater counts, the one that is done, that measured alignment, or the
+    newer.
     """
 
     folder: Path
@@ -50,76 +48,43 @@ class Run:
     reason: str
     config: DictConfig
     result: Mapping[str, Any]
-
-    @property
-    def cell(self) -> Cell:
-        """The place of its accuracy in a table."""
-        return Cell(*(str(self.config[group].name) for group in Cell._fields))
-
-    @property
-    def axes(self) -> tuple[float, float]:
-        """Learning rate and weight decay."""
-        return float(self.config.optimizer.lr), float(self.config.optimizer.get("weight_decay") or 0.0)
-
-    @property
-    def seed(self) -> int:
-        """What its random numbers began with."""
-        return int(self.config.seed)
-
-    @property
-    def smoke(self) -> int | None:
-        """How many images of each kind a trial of the pipeline saw; None for a run that means its numbers."""
-        return self.config.get("smoke")
+    setting: Setting
+    cell: Cell
+    lr: float
+    weight_decay: float
+    seed: int
+    reported: str
+    planned: int
+    rank: tuple[bool, bool, float]
 
     @property
     def accuracy(self) -> float:
-        """What the protocol reports, of a finished run."""
+        """What the protocol reports, of a finished run: a fraction, on the test set."""
         return float(self.result["accuracy"])
 
     @cached_property
     def validation(self) -> float | None:
         """The validation accuracy of the epoch that the protocol reports; None without such a split."""
         if self.config.protocol.accuracy == "best_validation":
-            return max(
-                (value for value in self.epochs.get("validation_accuracy", []) if value is not None), default=None
-            )
+            values = self.epochs.get("validation_accuracy", [])
+            return max((value for value in values if value is not None), default=None)
         return self.result.get("validation_accuracy")
-
-    @property
-    def at_best_validation(self) -> float | None:
-        """Test accuracy of the epoch with the best validation accuracy; None without such a split."""
-        return (self.result.get("test_accuracy") or {}).get("at_best_validation")
 
     @property
     def score(self) -> float:
         """What a grid point is chosen by: validation accuracy, or the reported one where nothing is held out."""
         return self.accuracy if self.validation is None else self.validation
 
-    @property
-    def rank(self) -> tuple[bool, bool, float]:
-        """Of two runs of the same, the greater counts: the one that is done, that measured alignment, or the newer."""
-        path = next((self.folder / name for name in (CONFIG, RESULT) if (self.folder / name).exists()), self.folder)
-        return self.status in DONE, bool(self.config.alignment.every), path.stat().st_mtime
-
     @cached_property
     def epochs(self) -> dict[str, list[float | None]]:
         """The columns of `epochs.csv`, None for what is no finite number; a last row that is not whole is left out."""
         try:
             with (self.folder / "epochs.csv").open(newline="", encoding="utf-8", errors="replace") as file:
-                rows = [
-                    row for row in csv.DictReader(line.replace("\0", "") for line in file) if None not in row.values()
-                ]
+                lines = csv.DictReader(line.replace("\0", "") for line in file)
+                rows = [row for row in lines if None not in row.values()]
         except (OSError, csv.Error):
             return {}
         return {name: [finite(row[name]) for row in rows] for name in (rows[0] if rows else ())}
-
-    def check(self) -> None:
-        """Look at everything that a report reads; raises what it would raise."""
-        if self.config.protocol.accuracy not in HEADLINES:
-            raise ValueError(f"protocol.accuracy={self.config.protocol.accuracy}")
-        if self.status == "finished":
-            float(self.result["samples_per_second"]), float(self.result["seconds"]), self.accuracy, self.score
-        int(self.config.epochs), int(self.config.alignment.every), self.cell, self.axes, self.seed, science(self.config)
 
 
 def finite(text: str) -> float | None:
@@ -146,17 +111,32 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a directory. Raises one of several errors where what lies there is something else."""
+    """The run in a directory. Raises an error of any kind where what lies there is something else."""
     result = read_result(folder) or {}
-    config = OmegaConf.create(result["config"]) if result else OmegaConf.load(folder / CONFIG)
-    if not isinstance(config, DictConfig) or not all("name" in (config.get(group) or {}) for group in GROUPS):
-        raise ValueError("no configuration of a run")
-    status, reason = result.get("status"), result.get("reason") or ""
+    config: Any = OmegaConf.create(result["config"]) if result else OmegaConf.load(folder / CONFIG)
+    if "${" in str(OmegaConf.to_container(config, resolve=False)):
+        raise ValueError("holds an interpolation, a recorded configuration holds values")
+    status, reason = result.get("status", ""), result.get("reason") or ""
     if status not in DONE:
         status, _, reason = status_of(folder)
-    run = Run(folder, status, reason, config, result)
-    run.check()
-    return run
+    elif status == "finished":  # with all the numbers that a report shows
+        float(result["accuracy"]), float(result["seconds"]), float(result["samples_per_second"])
+    written = next(path for name in (CONFIG, RESULT) if (path := folder / name).exists()).stat().st_mtime
+    return Run(
+        folder,
+        status,
+        reason,
+        config,
+        result,
+        setting_of(config),
+        Cell(*(str(config[group].name) for group in Cell._fields)),
+        lr=float(config.optimizer.lr),
+        weight_decay=float(config.optimizer.get("weight_decay") or 0.0),
+        seed=int(config.seed),
+        reported=REPORTED[config.protocol.accuracy],
+        planned=int(config.epochs),
+        rank=(status in DONE, bool(config.alignment.every), written),
+    )
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -173,7 +153,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         for place in run_folders(folder):
             try:
                 found[place.resolve()] = read_run(place)
-            except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError) as error:
+            except Exception as error:  # a stranger's files can be wrong in any way
                 print(f"dfl-report: left out: {place} ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: no run directory there (they hold a {CONFIG})")

@@ -3,65 +3,68 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from tabulate import tabulate
+from tabulate import LATEX_ESCAPE_RULES, tabulate
 
-from dfl_experiments.report.cells import Entry, Section, place
-from dfl_experiments.report.paper import TITLES
-from dfl_experiments.report.runs import HEADLINES
+from dfl_experiments.report.cells import Entry, Section, by_row, methods_of
+from dfl_experiments.report.paper import PAPER, TITLES
+from dfl_experiments.report.runs import Cell
 
-COLUMNS = (
-    "dataset", "augmentation", "model", "method", "ours", "±", "n", "paper", "difference", "at best val.", "lr",
-    "weight decay", "hours", "grid", "runs",
-)  # fmt: skip
-SETTING_COLUMNS = ("table", "smoke", "protocol", "differences")
+FORMATS = {
+    "ours": ".2%", "±": ".2%", "n": "d", "paper": ".2%", "difference": "+.2%", "at best val.": ".2%", "lr": "g",
+    "weight decay": "g", "hours": ".2g",
+}  # fmt: skip
+COLUMNS = (*Cell._fields, *FORMATS, "grid", "runs")
 MISSING = "–"
 
 
-def percent(fraction: float | None, digits: int = 2, sign: str = "") -> str:
-    """A fraction as a percentage; a dash where there is none."""
-    return MISSING if fraction is None else f"{100 * fraction:{sign}.{digits}f}"
+def mean(values: Sequence[float | None]) -> float | None:
+    """None of nothing, and where one of them is."""
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present and len(present) == len(values) else None
 
 
-def difference(entry: Entry) -> float | None:
-    """Ours minus the paper's; None unless there are both."""
-    return None if entry.mean is None or entry.paper is None else entry.mean - entry.paper
+def numbers(entry: Entry) -> dict[str, float | None]:
+    """What stands under the columns in `FORMATS`, accuracies as fractions; None where there is nothing to say."""
+    runs, best = entry.shown, entry.best
+    accuracies = [run.accuracy for run in runs]
+    ours = mean(accuracies)
+    return {
+        "ours": ours,
+        "±": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "n": len(runs),
+        "paper": entry.paper,
+        "difference": None if ours is None or entry.paper is None else ours - entry.paper,
+        "at best val.": mean([(run.result.get("test_accuracy") or {}).get("at_best_validation") for run in runs]),
+        "lr": best.lr if best else None,
+        "weight decay": best.weight_decay if best else None,
+        "hours": mean([float(run.result["seconds"]) / 3600 for run in runs]),
+    }
 
 
-def hours_of(entry: Entry) -> float | None:
-    """The mean time that the chosen point's runs trained for, in hours; None if none has finished."""
-    seconds = [float(run.result["seconds"]) for run in entry.best.finished] if entry.best else []
-    return statistics.fmean(seconds) / 3600 if seconds else None
-
-
-def number(entry: Entry) -> str:
-    """The mean accuracy in percent, or else in a word why there is none."""
-    if entry.best:
-        return percent(entry.mean)
-    statuses = [run.status for run in entry.runs]
-    order = ("running", "interrupted", "failed", "diverged", "stopped")
-    return next((status for status in order if status in statuses), "missing")
-
-
-def row(entry: Entry) -> list[str]:
-    """An entry under `COLUMNS`, accuracies in percent."""
-    best = entry.best
-    return [
-        *entry.cell,
-        percent(entry.mean),
-        percent(entry.deviation),
-        str(len(best.finished)) if best else "0",
-        percent(entry.paper),
-        percent(difference(entry), sign="+"),
-        percent(entry.at_best_validation),
-        f"{best.lr:g}" if best else MISSING,
-        f"{best.weight_decay:g}" if best else MISSING,
-        MISSING if (hours := hours_of(entry)) is None else f"{hours:.2g}",
-        entry.grid,
-        entry.state,
+def row(entry: Entry, missing: str = MISSING) -> dict[str, str]:
+    """What stands under `COLUMNS`, accuracies in percent."""
+    shown = [
+        missing if value is None else f"{value:{FORMATS[name]}}".rstrip("%") for name, value in numbers(entry).items()
     ]
+    return dict(zip(COLUMNS, [*entry.cell, *shown, entry.grid, entry.state], strict=True))
+
+
+def ours_and_paper(entry: Entry) -> str:
+    """Our mean and deviation in percent, or else in a word why there are none; the paper's number in brackets."""
+    text = row(entry, missing="")
+    statuses = {run.status for run in entry.runs}
+    why = next((s for s in ("running", "interrupted", "failed", "diverged", "stopped") if s in statuses), "missing")
+    spread = f" ± {text['±']}" if text["±"] else ""
+    paper = f" ({text['paper']})" if text["paper"] else ""
+    return f"{text['ours'] or why}{spread}{paper}"
+
+
+def seeds_behind(entries: Sequence[Entry]) -> str:
+    """How many seeds the numbers are of: "2", or "1 to 3"."""
+    counts = [len(entry.shown) for entry in entries if entry.best] or [0]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def rule(section: Section) -> str:
@@ -69,65 +72,39 @@ def rule(section: Section) -> str:
     entries = section.chosen
     if not entries:
         return "No run has finished yet."
-    headline = {str(run.config.protocol.accuracy) for entry in entries for run in entry.runs}
-    chosen = (
-        "on the validation split"
-        if all(entry.on_validation for entry in entries)
-        else "on the test set itself, as these runs hold no validation split out, which flatters it"
-    )
+    reported = " or ".join(sorted({run.reported for entry in entries for run in entry.runs}))
+    chosen = "on the test set itself, as these runs hold no validation split out, which flatters it"
+    if all(entry.on_validation for entry in entries):
+        chosen = "on the validation split"
     return (
-        f"Test accuracy in percent {' or '.join(HEADLINES[key] for key in sorted(headline))}: mean over n seeds, "
-        f"± sample standard deviation. Of a cell's grid points the best one is shown, chosen {chosen}: any two are "
-        "compared by their means over the seeds that both have finished; a point of which a run diverged, failed or "
-        "was stopped comes last. At best val.: test accuracy at each run's epoch with the best validation accuracy. "
-        "Grid: how many of the points in conf/experiment/ have finished. Hours: of training, mean of the point's runs."
+        f"Test accuracy in percent {reported}: mean over n seeds, ± sample standard deviation. Of a cell's grid points "
+        f"the best one is shown, chosen {chosen}: any two are compared by their means over the seeds that both have "
+        "finished; a point of which a run diverged, failed or was stopped comes last. At best val.: test accuracy at "
+        "each run's epoch with the best validation accuracy. Grid: how many of the points in conf/experiment/ have "
+        "finished. Hours: of training, mean of the point's runs."
     )
 
 
-def still_missing(section: Section, name: str) -> str:
-    """The rows of the paper's table that have not been begun, in a line; empty if there are none."""
-    rows = section.not_begun(name)
-    return f"Not begun: {'; '.join(' '.join(row) for row in rows)}." if rows else ""
+def not_begun(section: Section, name: str) -> str:
+    """The rows of a table of the paper that have no run, in a line; empty if there are none, or no table is begun."""
+    if not (section.tables["fc"] or section.tables["cnn"]):
+        return ""
+    begun = by_row(section.tables[name])
+    rows = dict.fromkeys(" ".join(cell[:3]) for cell in PAPER.get(name, {}) if cell[:3] not in begun)
+    return f"Not begun: {'; '.join(rows)}." if rows else ""
 
 
-def wide(section: Section, name: str, show: Callable[[Entry], str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table as the paper has it: a row for data and model, a column for every method."""
-    entries = section.table(name)
-    methods = sorted({entry.cell.method for entry in entries}, key=place)
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for entry in entries:
-        rows.setdefault(entry.cell[:3], {})[entry.cell.method] = show(entry)
-    header = ["dataset", "augmentation", "model", *methods]
-    return header, [[*key, *(cells.get(method, "") for method in methods)] for key, cells in rows.items()]
-
-
-def ours_and_paper(entry: Entry) -> str:
-    """Both numbers of a cell, the paper's in brackets."""
-    paper = "" if entry.paper is None else f" ({percent(entry.paper)})"
-    return f"{number(entry)}{paper}"
-
-
-def as_text(sections: Sequence[Section], style: str, pictures: Sequence[str] = ()) -> str:
-    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown.
-
-    pictures: what stands at the end of each section.
-    """
-    heading = "# {}\n" if style == "github" else "{}\n" + "=" * 72 + "\n"
-    subheading = "## {}\n" if style == "github" else "{}\n"
+def as_text(sections: Sequence[Section], style: str = "simple") -> str:
+    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown."""
+    heading, subheading = ("# {}\n", "## {}\n") if style == "github" else ("{}\n" + "=" * 72 + "\n", "{}\n")
     parts = []
-    for number, section in enumerate(sections):
-        parts += [heading.format(section.setting.title), rule(section) + "\n"]
+    for section in sections:
+        parts += [heading.format(section.setting.title), f"{rule(section)}\n"]
         for name, title in TITLES.items():
-            entries = section.table(name)
-            missing = still_missing(section, name)
-            if entries or missing:
-                parts.append(subheading.format(title))
-            if entries:
-                body = tabulate([row(entry) for entry in entries], COLUMNS, tablefmt=style, disable_numparse=True)
-                parts.append(body + "\n")
-            if missing:
-                parts.append(missing + "\n")
-        parts += [f"{text}\n" for text in pictures[number : number + 1]]
+            rows = [row(entry) for entry in section.tables[name]]
+            table = tabulate(rows, "keys", tablefmt=style, disable_numparse=True) if rows else ""
+            if blocks := [block for block in (table, not_begun(section, name)) if block]:
+                parts += [subheading.format(title), *(f"{block}\n" for block in blocks)]
     return "\n".join(parts)
 
 
@@ -135,42 +112,34 @@ def as_csv(sections: Sequence[Section]) -> str:
     """Every entry of every table as one row; accuracies in percent, empty where there is none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*SETTING_COLUMNS, *COLUMNS])
+    writer.writerow(["table", "smoke", "protocol", "differences", *COLUMNS])
     for section in sections:
         smoke, protocol, differences = section.setting
-        for name in TITLES:
-            for entry in section.table(name):
-                values = ["" if value == MISSING else value for value in row(entry)]
-                writer.writerow([name, "smoke" if smoke else "", protocol, "; ".join(differences), *values])
+        for name, entries in section.tables.items():
+            setting = (name, "smoke" if smoke else "", protocol, "; ".join(differences))
+            writer.writerows([*setting, *row(entry, missing="").values()] for entry in entries)
     return text.getvalue()
 
 
 def as_latex(sections: Sequence[Section]) -> str:
     """Tables in the paper's layout, the paper's numbers in brackets beside ours; needs the package booktabs."""
-
-    def escape(text: Any) -> str:
-        words = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
-        words |= {character: "\\" + character for character in "_%&#${}"}
-        replaced = "".join(words.get(character, character) for character in str(text))
-        return replaced.replace(MISSING, "--").replace("±", r"$\pm$")
-
-    def both(entry: Entry) -> str:
-        spread = "" if entry.deviation is None else f" ± {percent(entry.deviation)}"
-        paper = "" if entry.paper is None else f" ({percent(entry.paper)})"
-        return f"{number(entry)}{spread}{paper}"
-
+    escapes = str.maketrans(LATEX_ESCAPE_RULES | {"±": r"$\pm$"})
     parts = []
     for section in sections:
         for name, title in TITLES.items():
-            header, rows = wide(section, name, both)
-            if not rows:
+            entries = section.tables[name]
+            if not entries:
                 continue
-            cells = [[escape(value) for value in line] for line in rows]
-            body = tabulate(cells, [escape(word) for word in header], tablefmt="latex_raw", disable_numparse=True)
-            body = body.replace(r"\hline", r"\toprule", 1).replace(r"\hline", r"\midrule", 1)
-            body = body.replace(r"\hline", r"\bottomrule", 1)
-            seeds = [len(entry.best.finished) for entry in section.table(name) if entry.best]
-            n = f"n = {min(seeds)}" + (f" to {max(seeds)}" if max(seeds) > min(seeds) else "") if seeds else "n = 0"
-            caption = f"{title}; {section.setting.title}. {rule(section)} Here {n}. In brackets: the paper."
-            parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{escape(caption)}}}\n{body}\n\\end{{table}}\n")
+            methods = methods_of(entries)
+            lines = [["dataset", "augmentation", "model", *methods]]
+            for key, cells in by_row(entries).items():
+                lines.append([*key, *(ours_and_paper(cells[method]) if method in cells else "" for method in methods)])
+            escaped = [[text.translate(escapes) for text in line] for line in lines]
+            body = tabulate(escaped, "firstrow", tablefmt="latex_raw", disable_numparse=True)
+            for line in ("toprule", "midrule", "bottomrule"):
+                body = body.replace(r"\hline", rf"\{line}", 1)
+            n = seeds_behind(entries)
+            caption = f"{title}; {section.setting.title}. {rule(section)} Here n = {n}. In brackets: the paper."
+            caption = caption.translate(escapes)
+            parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n")
     return "\n".join(parts)

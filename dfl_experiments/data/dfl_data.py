@@ -6,13 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from dfl_experiments.config import CONF_DIR, UserError, build, checked, compose, one_line
-from dfl_experiments.data.datasets import is_packed, load, open_packed
-from dfl_experiments.data.sources import expanded
+from dfl_experiments.configuration.composition import compose, group_options
+from dfl_experiments.configuration.refusals import MISTAKES, one_line
+from dfl_experiments.configuration.schema import check
+from dfl_experiments.data.packs import is_packed, load, open_packed
+from dfl_experiments.data.sources import Source, expanded
+from dfl_experiments.errors import UserError
 
 EPILOG = """examples:
   dfl-data list                                        what is there, in data_dir
@@ -22,41 +23,35 @@ EPILOG = """examples:
 """
 
 
-def names() -> list[str]:
-    """The data sets that the configuration has."""
-    return sorted(path.stem for path in (CONF_DIR / "dataset").glob("*.yaml"))
-
-
-def place(cfg: DictConfig) -> Path:
-    """data_dir. Raises `UserError` if that is no path."""
-    return expanded(checked(str, cfg.data_dir, "data_dir"), "data_dir")
+def asked(overrides: list[str]) -> tuple[str, Source, Path]:
+    """Name and source of the data set that the overrides describe, and data_dir. Raises `UserError`."""
+    configuration = check(compose(overrides))
+    settings = configuration.settings
+    source: Source = configuration.components["dataset.source"].build()
+    return settings.dataset.name, source, expanded(settings.data_dir, "data_dir")
 
 
 def prepare(overrides: list[str]) -> None:
     """Fetch and pack the data set that `dataset=` names. Raises `UserError`."""
     if not any(override.startswith("dataset=") for override in overrides):
-        raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(names())}")
-    cfg = compose(overrides)
-    data_dir = place(cfg)
-    source = build(cfg.dataset.source, "dataset.source")
-    arrays = load(cfg.dataset.name, source, data_dir)
-    cache = source.cache_name(cfg.dataset.name)
+        raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(group_options('dataset'))}")
+    name, source, data_dir = asked(overrides)
+    arrays = load(name, source, data_dir)
+    cache = source.cache_name(name)
     where = data_dir / cache if cache else "scikit-learn itself"
     shape = "x".join(str(length) for length in arrays.shape)
     print(
-        f"{cfg.dataset.name}: {len(arrays.train_labels)} training and {len(arrays.test_labels)} test images of {shape} "
+        f"{name}: {len(arrays.train_labels)} training and {len(arrays.test_labels)} test images of {shape} "
         f"in {arrays.num_classes} classes, in {where}"
     )
 
 
 def row(overrides: list[str]) -> tuple[str, ...]:
     """One data set's line of the list: name, state, train, test, shape, classes, place."""
-    cfg = compose(overrides)
-    name, data_dir = cfg.dataset.name, place(cfg)
-    unset = sorted(OmegaConf.missing_keys(cfg.dataset))
-    if unset:
-        return name, "unset", "", "", "", "", f"needs {', '.join(unset)}"
-    source = build(cfg.dataset.source, "dataset.source")
+    dataset = compose(overrides).dataset
+    if unset := sorted(OmegaConf.missing_keys(dataset)):
+        return dataset.name, "unset", "", "", "", "", f"needs {', '.join(unset)}"
+    name, source, data_dir = asked(overrides)
     cache = source.cache_name(name)
     try:
         if cache is not None and not is_packed(data_dir / cache):
@@ -82,7 +77,7 @@ def row(overrides: list[str]) -> tuple[str, ...]:
 def show(overrides: list[str]) -> None:
     """Print a table of the data sets, or of the one that `dataset=` names. Raises `UserError`."""
     named = any(override.startswith("dataset=") for override in overrides)
-    choices = [overrides] if named else [[f"dataset={name}", *overrides] for name in names()]
+    choices = [overrides] if named else [[f"dataset={name}", *overrides] for name in group_options("dataset")]
     rows = [("name", "state", "train", "test", "shape", "classes", "where"), *(row(choice) for choice in choices)]
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     for line in rows:
@@ -102,7 +97,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         (prepare if arguments.command == "prepare" else show)(arguments.overrides)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except MISTAKES as error:
         print(f"dfl-data: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -12,10 +12,9 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock
 from numpy.lib.format import open_memmap
 
-from dfl_experiments.config import UserError
 from dfl_experiments.data.checksums import FORMAT, RECORD, damaged, read_record, summed, verify, write_record
 from dfl_experiments.data.sources import Arrays, Source, expanded
-from dfl_experiments.messages import reason
+from dfl_experiments.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
