@@ -3,41 +3,52 @@
 import logging
 import os
 import urllib.request
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 from data_helpers import write_folder, write_mnist, write_tiny
-from omegaconf import DictConfig, ListConfig
 from report_helpers import finished_point, reported, reported_page  # noqa: F401
 
-from dfl_experiments.blocknet import BlockNet, Trace
-from dfl_experiments.config import CONF_DIR, build, compose
+from dfl_experiments.configuration.composition import compose, group_options, plain
+from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.data.sources import Mnist
-from dfl_experiments.learning import Learner
-from dfl_experiments.losses import LOSSES
-from dfl_experiments.methods import Method
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.learner import Learner
+from dfl_experiments.engine.losses import LOSSES
+from dfl_experiments.engine.method import Method
+from dfl_experiments.engine.trace import Trace
 
 # the networks are tiny: threads would only wait for one another
 torch.set_num_threads(1)
 CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
 
 
+# methods and models of one's own, which the same laws are for: their YAML, and the package that they name
+OWN_CONF, OWN_PLUGINS = os.environ.get("DFL_CONFIG_DIR"), os.environ.get("DFL_PLUGINS", "")
+OWN = [f"hydra.searchpath=[file://{Path(OWN_CONF).absolute()}]", f"plugins=[{OWN_PLUGINS}]"] if OWN_CONF else []
+
+
 def options(group: str) -> list[str]:
     """The names of a group's files: a new one is tested from the day it is added."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    own = Path(OWN_CONF, group).glob("*.yaml") if OWN_CONF else ()
+    return sorted([*group_options(group), *(path.stem for path in own)])
 
 
-METHODS, MODELS, PROTOCOLS = options("method"), options("model"), options("protocol")
+METHODS, MODELS, PROTOCOLS = (options(group) for group in ("method", "model", "protocol"))
 
 
-def shrink(model: DictConfig) -> DictConfig:
-    """Every list of sizes made small, with no two neighbours alike."""
-    for key, value in model.items():
-        if isinstance(value, ListConfig) and all(isinstance(item, int) for item in value):
-            model[key] = [5 + (index + 2) % 3 for index in range(len(value))]
-    return model
+@cache
+def tiny_configuration(*overrides: str) -> Configuration:
+    """Every list of the model's sizes made small, with no two neighbours alike."""
+    values = plain(compose([*OWN, *overrides]))
+    for key, value in values["model"].items():
+        if isinstance(value, list) and all(isinstance(item, int) for item in value):
+            values["model"][key] = [5 + (index + 2) % 3 for index in range(len(value))]
+    return check(values)
 
 
 @pytest.fixture
@@ -53,12 +64,12 @@ class Tiny:
     """A tiny float64 network with its method and its learner, and a batch to learn from."""
 
     def __init__(self, method: str, model: str, *overrides: str, classes: int = CLASSES, device: str = "cpu") -> None:
-        cfg = compose([f"method={method}", f"model={model}", "dataset.fc_widths=[1,1,1]", *overrides])
+        cfg = tiny_configuration(f"method={method}", f"model={model}", "dataset.fc_widths=[1,1,1]", *overrides)
         torch.manual_seed(3)
-        self.loss = LOSSES[cfg.loss]
-        self.net: BlockNet = build(shrink(cfg.model), "model", input_shape=SHAPE, num_classes=classes).double()
-        self.method: Method = build(cfg.method, "method", net=self.net, num_classes=classes, loss=self.loss)
-        self.schedule = build(cfg.optimizer, "optimizer")
+        self.loss = LOSSES[cfg.settings.loss]
+        self.net: BlockNet = cfg.components["model"].build(input_shape=SHAPE, num_classes=classes).double()
+        self.method: Method = cfg.components["method"].build(net=self.net, num_classes=classes, loss=self.loss)
+        self.schedule = cfg.components["optimizer"].build()
         self.learner = Learner(self.net.to(device), self.method.to(device), self.loss, self.schedule)
         random = torch.Generator().manual_seed(4)
         self.x = torch.randn(BATCH, *SHAPE, dtype=torch.float64, generator=random).to(device)
@@ -68,13 +79,11 @@ class Tiny:
         """A kept trace after its backward pass, the δ_i that were applied, and the error it started from."""
         trace = self.net.trace(self.x, self.method.cuts, self.method.frozen, keep=True)
         _, error = self.loss.value_and_error(trace.logits, self.target)
-        return trace, self.start(trace, error, keep=True), error
+        return trace, self.start(trace, error), error
 
-    def start(self, trace: Trace, error: torch.Tensor, keep: bool = False) -> list[torch.Tensor | None]:
+    def start(self, trace: Trace, error: torch.Tensor) -> list[torch.Tensor | None]:
         """Start autograd from the method's signals for this error."""
-        return trace.backward(
-            lambda i: self.method.signal(i, trace, error, self.target), error, self.learner.parameters, keep
-        )
+        return trace.backward(self.method.signal, error, self.target)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every weight, buffer and B, copied to the CPU."""
@@ -91,9 +100,13 @@ def data_dir(tmp_path_factory) -> Path:
     folder = os.environ.get("DFL_DATA_DIR")
     if not folder:
         pytest.skip("DFL_DATA_DIR names no folder of real data sets")
-    links = tmp_path_factory.mktemp("data")
+    place = tmp_path_factory.getbasetemp()
+    # the same for all processes that run tests side by side
+    links = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "real-data"
+    links.mkdir(exist_ok=True)
     for item in Path(folder).iterdir():
-        (links / item.name).symlink_to(item.resolve())
+        with suppress(FileExistsError):
+            (links / item.name).symlink_to(item.resolve())
     return links
 
 

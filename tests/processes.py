@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import dfl_experiments.running.run  # noqa: F401  # what a fork has, it need not import
 from dfl_experiments.data.sources import Digits
 from dfl_experiments.train import main
 

@@ -1,0 +1,38 @@
+"""Every mistake on the command line is refused by name, with the choices, before anything runs or is written."""
+
+import shlex
+import sys
+
+import pytest
+from processes import dfl_train
+from refused import REFUSED
+
+from dfl_experiments.train import main
+
+pytestmark = pytest.mark.usefixtures("clean_logging")
+
+
+def refusal(arguments, monkeypatch, capsys):
+    """What `dfl-train` says on stderr, given these arguments."""
+    monkeypatch.setattr(sys, "argv", ["dfl-train", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_bad_input_is_refused_by_name_and_nothing_is_written(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(shlex.split(arguments), monkeypatch, capsys)
+    assert [part for part in REFUSED[arguments] if part not in said] == []
+    assert len(said) < 3000
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_from_the_shell_is_one_line_and_an_exit_code(tmp_path):
+    done = dfl_train(tmp_path, "optimizer.lr=abc", environment={})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "dfl-train: error: optimizer.lr='abc': input should be a valid number\n"

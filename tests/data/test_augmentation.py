@@ -1,0 +1,187 @@
+"""Augmentation of whole batches: what each operation makes of an image, how often it is drawn, and in which order."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.autoaugment import RandAugment as Reference
+from torchvision.transforms.autoaugment import _apply_op
+
+from dfl_experiments.configuration.components import component
+from dfl_experiments.configuration.composition import compose, group_options
+from dfl_experiments.configuration.schema import check
+from dfl_experiments.data.augmentation import Augmentation, cut_out
+from dfl_experiments.data.randaugment import BINS, OPERATIONS, SIGNED, RandAugment, apply, magnitude
+from dfl_experiments.errors import UserError
+
+SHAPES = [(3, 32, 32), (1, 28, 28), (3, 64, 64), (1, 8, 8), (3, 21, 34)]
+
+
+def pictures(shape: tuple[int, int, int], count: int = 24) -> torch.Tensor:
+    """Noise, smooth images, flat ones, dark ones, and one of two levels.  (count, C, H, W) uint8."""
+    random = torch.Generator().manual_seed(5)
+    images = torch.randint(256, (count, *shape), generator=random, dtype=torch.uint8)
+    coarse = torch.rand(count // 2, shape[0], 4, 4, generator=random) * 300 - 20
+    smooth = torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic").clamp(0, 255)
+    images[: count // 2] = smooth.to(torch.uint8)
+    images[0], images[1], images[2] = 7, images[1] // 16, (images[2] > 100) * 200
+    return images
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def floats(images: torch.Tensor) -> torch.Tensor:
+    """A normalisation that can be read off: x / 255 + 1, so that zero is the cutout's alone."""
+    return images.float() / 255 + 1
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operation_equals_torchvision(operation, shape):
+    images = pictures(shape)
+    for bin_ in (0, 9, 30):
+        value = magnitude(operation, bin_, *shape[1:])
+        for level in (value, -value) if operation in SIGNED else (value,):
+            expected = _apply_op(images, operation, level, InterpolationMode.NEAREST, None)
+            assert torch.equal(apply(operation, images, level), expected), (bin_, level)
+
+
+def test_operations_and_magnitudes_are_those_of_torchvision():
+    space = Reference()._augmentation_space(BINS, (28, 30))
+    assert tuple(space) == OPERATIONS
+    for operation, (magnitudes, signed) in space.items():
+        assert signed == (operation in SIGNED)
+        for bin_ in range(BINS):
+            assert magnitude(operation, bin_, 28, 30) == (magnitudes[bin_].item() if magnitudes.ndim else 0.0)
+
+
+def test_draws_are_uniform_and_independent():
+    count, codes = 56_000, 2 * len(OPERATIONS)
+    first, second = RandAugment(2, 9).draw(count, generator(1))
+    for draws in (first, second):
+        observed = draws.bincount(minlength=codes).double()
+        expected = count / codes
+        assert ((observed - expected) ** 2 / expected).sum() < 55.5  # the 99.9 % point for 27 degrees of freedom
+    pairs = (first // 2 * len(OPERATIONS) + second // 2).bincount(minlength=len(OPERATIONS) ** 2).double()
+    expected = count / len(OPERATIONS) ** 2
+    assert ((pairs - expected) ** 2 / expected).sum() < 263  # 195 degrees of freedom
+    neighbours = (first[:-1] // 2 * len(OPERATIONS) + first[1:] // 2).bincount(minlength=len(OPERATIONS) ** 2).double()
+    assert ((neighbours - expected) ** 2 / expected).sum() < 263
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)], ids=str)
+def test_each_image_gets_its_own_operations(shape):
+    images = pictures(shape, count=200)
+    randaugment = RandAugment(2, 9)
+    draws = randaugment.draw(len(images), generator(2))
+    result = randaugment.apply(images, draws)
+    for index in range(len(images)):
+        expected = images[index]
+        for code in draws[:, index].tolist():
+            operation = OPERATIONS[code // 2]
+            value = magnitude(operation, 9, *shape[1:]) * (-1 if code % 2 and operation in SIGNED else 1)
+            expected = _apply_op(expected, operation, value, InterpolationMode.NEAREST, None)
+        assert torch.equal(result[index], expected)
+
+
+def test_one_image_alone():
+    images = pictures((3, 32, 32))[3:4]
+    augmentation = Augmentation(flip=0.5, randaugment=True, cutout=14)
+    for seed in range(20):
+        assert augmentation(images, floats, generator(seed)).shape == images.shape
+
+
+def test_the_images_given_are_left_as_they_are():
+    images = pictures((3, 32, 32))
+    before = images.clone()
+    Augmentation(flip=0.5, randaugment=True, cutout=14)(images, floats, generator())
+    assert torch.equal(images, before)
+
+
+def test_same_generator_same_result():
+    images, augmentation = pictures((3, 32, 32)), Augmentation(flip=0.5, randaugment=True, cutout=14)
+    first, again, other = (augmentation(images, floats, generator(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "rows", "columns"),
+    [
+        (16, 16, (9, 23), (9, 23)),
+        (0, 0, (0, 7), (0, 7)),
+        (31, 0, (24, 32), (0, 7)),
+        (3, 31, (0, 10), (24, 32)),
+    ],
+)
+def test_cutout_is_clipped_at_the_border(row, column, rows, columns):
+    x = cut_out(torch.ones(2, 3, 32, 32), torch.tensor([row, 16]), torch.tensor([column, 16]), 14)
+    expected = torch.ones(3, 32, 32)
+    expected[:, slice(*rows), slice(*columns)] = 0
+    assert torch.equal(x[0], expected)
+    assert (x[1] == 0).sum() == 3 * 14 * 14
+
+
+def test_cutout_centres_are_uniform():
+    images = torch.zeros(20_000, 1, 8, 8, dtype=torch.uint8)
+    x = Augmentation(cutout=1)(images, floats, generator(6))
+    assert torch.equal((x == 0).sum((1, 2, 3)), torch.ones(20_000, dtype=torch.int64))
+    observed = (x == 0).sum(0).double()
+    expected = 20_000 / 64
+    assert ((observed - expected) ** 2 / expected).sum() < 103.4  # the 99.9 % point for 63 degrees of freedom
+
+
+def test_flip_mirrors_about_the_given_share():
+    images = pictures((3, 32, 32), count=2000)[1000:]
+    x = Augmentation(flip=0.3)(images, floats, generator(7))
+    mirrored = (x == floats(images).flip(-1)).flatten(1).all(1)
+    kept = (x == floats(images)).flatten(1).all(1)
+    assert (mirrored ^ kept).all()
+    assert 250 < mirrored.sum() < 350
+    assert torch.equal(Augmentation(flip=1.0)(images, floats, generator()), floats(images).flip(-1))
+
+
+def test_order_of_the_steps():
+    images = pictures((3, 32, 32))
+    seen = []
+
+    def normalise(given):
+        seen.append(given)
+        return floats(given)
+
+    random = generator(8)
+    x = Augmentation(flip=1.0, randaugment=True, cutout=14)(images, normalise, random)
+    random = generator(8)
+    randaugment = RandAugment(2, 9)
+    changed = randaugment.apply(images, randaugment.draw(len(images), random))
+    rows, columns = (torch.randint(32, (len(images),), generator=random) for _ in range(2))
+    assert len(seen) == 1
+    assert seen[0].dtype == torch.uint8
+    assert torch.equal(seen[0], changed)
+    assert torch.equal(x, cut_out(floats(changed), rows, columns, 14).flip(-1))
+
+
+@pytest.mark.parametrize("name", group_options("augmentation"))
+def test_configured_augmentations(name):
+    augmentation = check(compose([f"augmentation={name}"])).components["augmentation"].build()
+    assert augmentation.is_identity == (name == "none")
+    assert augmentation(pictures((1, 28, 28)), floats, generator()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("magnitude", 31), ("magnitude", -1), ("flip", 1.5), ("num_ops", 0), ("cutout", "14")]
+)
+def test_options_out_of_range_are_refused(option, value):
+    node = {"_target_": "dfl_experiments.data.augmentation.Augmentation", option: value}
+    with pytest.raises(UserError, match=f"^augmentation.{option}="):
+        component(node, "augmentation")
+
+
+def test_real_images(data_dir):
+    images = torch.from_numpy(np.load(data_dir / "cifar10" / "train_images.npy", mmap_mode="r")[:48].copy())
+    for operation in OPERATIONS:
+        value = magnitude(operation, 9, 32, 32)
+        expected = _apply_op(images, operation, value, InterpolationMode.NEAREST, None)
+        assert torch.equal(apply(operation, images, value), expected), operation

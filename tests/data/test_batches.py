@@ -1,0 +1,133 @@
+"""Batches are a function of the seed, the epoch and the place in it."""
+
+import numpy as np
+import pytest
+import torch
+
+from dfl_experiments.data.augmentation import Augmentation
+from dfl_experiments.data.batches import CHUNK, Batches, EvaluationBatches, Normalise, resident, split
+from dfl_experiments.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def made_batches(count: int, batch_size: int, augmentation: Augmentation, seed: int = 0, **options) -> Batches:
+    """Images that all differ, with labels that number them."""
+    random = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, 3, 8, 8), generator=random, dtype=torch.uint8)
+    return Batches(
+        images, torch.arange(count), Normalise([0.5], [0.25]), augmentation, batch_size, seed, CPU, **options
+    )
+
+
+STRONG = Augmentation(flip=0.5, randaugment=True, cutout=3)
+
+
+@pytest.mark.parametrize(("count", "size"), [(100, 16), (96, 16), (7, 16), (2500, 64), (20, 1), (5000, 3000)])
+@pytest.mark.parametrize("augmentation", [Augmentation(), STRONG], ids=["plain", "strong"])
+def test_an_epoch_covers_everything_once(count, size, augmentation):
+    batches = made_batches(count, size, augmentation)
+    drawn = list(batches.epoch(1))
+    assert len(drawn) == len(batches)
+    assert [len(labels) for _, labels in drawn[:-1]] == [size] * (len(batches) - 1)
+    order = torch.cat([labels for _, labels in drawn])
+    assert torch.equal(order.sort().values, torch.arange(count))
+    assert count < 20 or not torch.equal(order, torch.arange(count))
+    assert all(x.shape == (len(labels), 3, 8, 8) for x, labels in drawn)
+    if augmentation.is_identity:
+        expected = batches.normalise(batches.images[order])
+        assert torch.equal(torch.cat([x for x, _ in drawn]), expected)
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), STRONG], ids=["plain", "strong"])
+@pytest.mark.parametrize("start", [1, 32, 33, 40])
+def test_any_batch_can_be_drawn_alone(augmentation, start):
+    batches = made_batches(2500, 64, augmentation)
+    list(batches.epoch(1))
+    torch.rand(3)
+    whole = list(batches.epoch(2))
+    alone = list(made_batches(2500, 64, augmentation).epoch(2, start_batch=start))
+    assert len(alone) == len(whole) - min(start, len(whole))
+    for (x, labels), (y, others) in zip(whole[start:], alone, strict=True):
+        assert torch.equal(labels, others)
+        assert torch.equal(x, y)
+
+
+def test_epochs_seeds_and_chunks_differ():
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = made_batches(200, 50, Augmentation(), seed)
+        return torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist()
+
+    orders = [order(seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 0), (1, 1))]
+    assert all(first != second for index, first in enumerate(orders) for second in orders[:index])
+    same = Batches(
+        torch.full((2 * CHUNK, 1, 8, 8), 9, dtype=torch.uint8),
+        torch.zeros(2 * CHUNK, dtype=torch.int64),
+        Normalise([0.5], [0.25]),
+        Augmentation(cutout=3),
+        CHUNK,
+        0,
+        CPU,
+    )
+    first, second, other_epoch = (x for epoch in (0, 1) for x, _ in list(same.epoch(epoch))[: 2 - epoch])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other_epoch)
+
+
+def test_batches_leave_the_global_random_numbers_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(made_batches(50, 8, STRONG).epoch(0))
+    split(50, 0.1, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dtype():
+    batches = made_batches(10, 4, STRONG, dtype=torch.float64)
+    assert {x.dtype for x, _ in batches.epoch(0)} == {torch.float64}
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.15], [0.3]), ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])])
+def test_normalise(mean, std):
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    x = Normalise(mean, std)(images)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, expected, rtol=0, atol=2e-6)
+
+
+def test_normalise_refuses_what_does_not_fit():
+    with pytest.raises(UserError, match="3 values, the images 1 channels"):
+        Normalise([0.5] * 3, [0.25] * 3)(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+
+
+def test_evaluation_batches_can_be_repeated():
+    images, labels = resident(np.arange(30, dtype=np.uint8).reshape(10, 3, 1, 1), np.arange(10, dtype=np.int32), CPU)
+    batches = EvaluationBatches(images, labels, Normalise([0.5], [0.25]), torch.device("cpu"), batch_size=4)
+    for _ in range(2):
+        drawn = list(batches)
+        assert [len(target) for _, target in drawn] == [4, 4, 2] == [4] * (len(batches) - 1) + [2]
+        assert torch.equal(torch.cat([target for _, target in drawn]), torch.arange(10))
+        assert torch.equal(torch.cat([x for x, _ in drawn]), Normalise([0.5], [0.25])(images))
+    assert list(EvaluationBatches(images[:0], labels[:0], Normalise([0.5], [0.25]), torch.device("cpu"))) == []
+
+
+def test_resident_copies():
+    images, labels = np.zeros((4, 1, 2, 2), np.uint8), np.zeros(4, np.int32)
+    images.flags.writeable = False  # as a mapped file is
+    copied, targets = resident(images, labels, CPU)
+    assert (copied.dtype, targets.dtype) == (torch.uint8, torch.int64)
+    copied += 1
+    assert images.sum() == 0
+
+
+def test_split():
+    train, validation = split(1000, 0.1, 3)
+    assert (len(train), len(validation)) == (900, 100)
+    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(1000))
+    torch.manual_seed(5)
+    assert torch.equal(split(1000, 0.1, 3)[1], validation)
+    assert not torch.equal(split(1000, 0.1, 4)[1], validation)
+    assert [len(part) for part in split(1000, 0.0, 3)] == [1000, 0]
+    with pytest.raises(UserError, match=r"validation_fraction=0\.001"):
+        split(100, 0.001, 3)

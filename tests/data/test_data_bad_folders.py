@@ -1,0 +1,205 @@
+"""What is wrong in a folder of images is one line naming it and what is expected; nothing is written, nor trained."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import contents, refused, write_image
+from PIL import Image
+from processes import dfl_train
+
+from dfl_experiments import train
+from dfl_experiments.data.packs import load
+from dfl_experiments.data.sources_folders import Folder, TinyImageNet
+
+
+def all_of(*changes):
+    return lambda root: [change(root) for change in changes]
+
+
+def remove(name: str):
+    return lambda root: shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
+
+
+def rename(name: str, target: str):
+    return lambda root: (root / name).rename(root / target)
+
+
+def write(name: str, content: bytes = b""):
+    return lambda root: (root / name).write_bytes(content)
+
+
+def append(name: str, text: str):
+    return lambda root: (root / name).write_text((root / name).read_text() + text)
+
+
+def shorten(name: str, count: int):
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:-count])
+
+
+def make(*names: str):
+    return lambda root: [(root / name).mkdir(parents=True) for name in names]
+
+
+def link(name: str, target: str):
+    return lambda root: (root / name).symlink_to(target)
+
+
+def forbid(name: str):
+    return lambda root: (root / name).chmod(0)
+
+
+def image(name: str, *size: int, **options):
+    return lambda root: write_image(root / name, 1, size, **options)
+
+
+def half(name: str, **options):
+    """An image file without its second half."""
+
+    def change(root: Path) -> None:
+        write_image(root / name, 1, (64, 64), **options)
+        (root / name).write_bytes((root / name).read_bytes()[: (root / name).stat().st_size // 2])
+
+    return change
+
+
+def frames(name: str, count: int, dtype: type = np.uint8):
+    """An image file with so many frames that all differ."""
+
+    def change(root: Path) -> None:
+        images = [Image.fromarray(np.full((8, 8), 200 - index, dtype)) for index in range(count)]
+        options = {"save_all": True, "append_images": images[1:]} if count > 1 else {}
+        images[0].save(root / name, **options)
+
+    return change
+
+
+FOLDERS = {
+    "no folder": (shutil.rmtree, r"dataset\.source\.path=\S*mine: no such folder"),
+    "a file": (all_of(shutil.rmtree, lambda root: root.write_text("x")), "mine: is no folder"),
+    "a link to itself": (all_of(shutil.rmtree, lambda root: root.symlink_to(root)), "mine: no such folder"),
+    "no train": (remove("train"), r"mine: needs train/ and test/ \(or val/\)"),
+    "no test": (remove("test"), "needs train/ and test/"),
+    "test is a file": (all_of(remove("test"), write("test")), "needs train/ and test/"),
+    "nothing": (all_of(remove("train"), remove("test"), make("train", "test")), "train: .*, has no class folders"),
+    "images without classes": (write("train/x.png"), r"train/x\.png: an image outside the class folders"),
+    "class in train only": (remove("test/dogs"), "class dogs is not in both train/ and test/"),
+    "class in test only": (make("test/birds"), "class birds is not in both train/ and test/, which need the same"),
+    "class of another case": (rename("test/dogs", "test/Dogs"), "class Dogs is not in both"),
+    "class is a file": (all_of(remove("train/dogs"), write("train/dogs")), "class dogs is not in both"),
+    "one class": (all_of(remove("train/dogs"), remove("test/dogs")), "two classes at least, has only cats"),
+    "empty class": (make("train/birds", "test/birds"), r"train/birds/: no images \(\.bmp .* \.webp\)"),
+    "class without test images": (remove("test/dogs/a.png"), r"test/dogs/: no images"),
+    "class of other files": (rename("test/dogs/a.png", "test/dogs/a.heic"), r"test/dogs/: no images"),
+    "zero bytes": (write("train/dogs/1.png"), r"dogs/1\.png: cannot be read as an image \(it has no known format"),
+    "text": (write("train/dogs/1.png", b"<html>404</html>"), r"dogs/1\.png: cannot be read as an image"),
+    "no pixels": (write("train/dogs/1.png", b"\x89PNG\r\n\x1a\n no more"), r"dogs/1\.png: cannot be read as an image"),
+    "a huge image": (write("test/dogs/x.ppm", b"P6 65535 65535 255\n"), r"x\.ppm: cannot be read as .*exceeds limit"),
+    "a wrong header": (write("test/dogs/x.ppm", b"P6 -1 8 255\n"), r"test/dogs/x\.ppm: cannot be read as an image"),
+    "truncated png": (half("train/dogs/1.png"), r"train/dogs/1\.png: cannot be read as an image"),
+    "truncated jpeg": (half("train/dogs/x.jpg"), r"x\.jpg: cannot be read as an image \(.*truncated"),
+    "truncated bmp": (half("train/dogs/x.bmp"), r"x\.bmp: cannot be read as an image \(.*truncated"),
+    "truncated gif": (half("train/dogs/x.gif", mode="L"), r"x\.gif: cannot be read as an image"),
+    "16 bits": (frames("train/dogs/1.png", 1, np.uint16), r"dogs/1\.png: more than 8 bits per channel; convert it"),
+    "floats": (frames("train/dogs/x.tif", 1, np.float32), r"dogs/x\.tif: more than 8 bits per channel"),
+    "animated gif": (frames("train/dogs/x.gif", 3), r"dogs/x\.gif: more than one frame; keep one"),
+    "animated png": (frames("train/dogs/1.png", 2), r"dogs/1\.png: more than one frame"),
+    "several pages": (frames("test/dogs/x.tiff", 2), r"dogs/x\.tiff: more than one frame"),
+    "mixed sizes": (image("test/dogs/x.png", 8, 4), r"train/cats/0\.png is 8x8, test/dogs/x\.png is 8x4; all need one"),
+    "a link to nowhere": (link("train/dogs/x.png", "nowhere"), r"train/dogs/x\.png: neither a file nor a folder"),
+    "a link to itself inside": (link("train/dogs/x.png", "x.png"), r"train/dogs/x\.png: .*symbolic links"),
+    "a loop of links": (link("train/dogs/deeper/again", ".."), r"dogs/deeper/again: a link back to a folder"),
+    "two links that loop": (
+        all_of(link("train/dogs/there", "../cats"), link("train/cats/back", "../dogs")),
+        r"train/cats/back/there: a link back to a folder that it lies in; delete it",
+    ),
+    "a pipe": (lambda root: os.mkfifo(root / "train/dogs/x.png"), r"train/dogs/x\.png: neither a file nor a folder"),
+    "a file not to be read": (forbid("train/dogs/1.png"), r"dogs/1\.png: cannot be read .*Permission denied"),
+    "a folder not to be read": (forbid("train/dogs/deeper"), r"dogs/deeper: cannot be read \(Permission denied"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_bad_folders(folder, tmp_path, case):
+    change, message = FOLDERS[case]
+    change(folder)
+    if "not to be read" in case and all(os.access(path, os.R_OK) for path in folder.rglob("*")):
+        pytest.skip("the superuser may read everything")
+    before = contents(folder)
+    line = refused("folder", Folder(str(folder)), tmp_path / "data", message)
+    assert str(folder) in line
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("case", ["class in test only", "one class", "a link to nowhere", "images without classes"])
+def test_a_folder_that_has_become_bad_is_refused_although_it_is_packed(folder, tmp_path, case):
+    load("folder", Folder(str(folder)), tmp_path / "data")
+    FOLDERS[case][0](folder)
+    refused("folder", Folder(str(folder)), tmp_path / "data", FOLDERS[case][1])
+
+
+LABELS, IMAGE = "val/val_annotations.txt", "train/n01/images/n01_2.JPEG"
+TINY = {
+    "no labels": (remove(LABELS), f"{LABELS} is not there"),
+    "labels without an end": (shorten(LABELS, 35), f"{LABELS}: damaged, it has no line for val/images/val_0.JPEG"),
+    "labels cut in a class": (shorten(LABELS, 12), "do not agree on class 'n0'"),
+    "labels cut before a class": (shorten(LABELS, 14), "do not agree on class ''"),
+    "an image twice": (append(LABELS, "val_0.JPEG\tn01\t0\t0\t1\t1\n"), f"{LABELS}: damaged, it has two lines for one"),
+    "no text": (write(LABELS, b"\xff\xfe\x00"), f"{LABELS}: cannot be read as text"),
+    "no validation image": (remove("val/images/val_3.JPEG"), "incomplete, val/images/val_3.JPEG is not there"),
+    "an image too many": (image("val/images/x.JPEG", 64, 64), f"{LABELS}: damaged, it has no line for val/images/x.J"),
+    "no training images": (remove("train"), "incomplete, train images is not there"),
+    "a training image fewer": (remove(IMAGE), f"incomplete, {IMAGE} is not there"),
+    "a class without training images": (remove("train/n01"), "the images and wnids.txt do not agree on class 'n01'"),
+    "a class too few": (write("wnids.txt", b"n02\n"), "wnids.txt do not agree on class 'n01'"),
+    "a class twice": (append("wnids.txt", "n01\n"), "wnids.txt do not agree on class 'n01'"),
+    "a class unknown": (append("wnids.txt", "n09\n"), "wnids.txt do not agree on class 'n09'"),
+    "a truncated image": (half(IMAGE, format="JPEG"), f"{IMAGE}: cannot be read as an image"),
+    "another size": (image(IMAGE, 32, 64), f"{IMAGE} is 32x64; all need one size"),
+    "one class": (
+        all_of(
+            remove("train/n01"),
+            write("wnids.txt", b"n02"),
+            write(LABELS, b"val_0.JPEG\tn02\nval_1.JPEG\tn02\n"),
+            remove("val/images/val_2.JPEG"),
+            remove("val/images/val_3.JPEG"),
+        ),
+        "needs images of two classes at least, has only n02",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_bad_tinyimagenet(tiny, case):
+    change, message = TINY[case]
+    change(tiny / TinyImageNet.NAME)
+    assert TinyImageNet.NAME in refused("tinyimagenet", TinyImageNet(), tiny, message, download=False)
+
+
+@pytest.mark.usefixtures("clean_logging")
+@pytest.mark.parametrize("case", ["class in test only", "text", "a link to nowhere", "mixed sizes"])
+def test_a_bad_folder_ends_the_run_before_it_trains(folder, tmp_path, monkeypatch, capsys, case):
+    FOLDERS[case][0](folder)
+    before = contents(folder)
+    monkeypatch.chdir(tmp_path)
+    options = ("dataset=folder", f"dataset.source.path={folder}", f"data_dir={tmp_path / 'data'}", "tracking=disabled")
+    monkeypatch.setattr(sys, "argv", ["dfl-train", *options])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert line.startswith(f"dfl-train: error: {folder}")
+    assert contents(folder) == before
+    assert not list(tmp_path.rglob("last.pt"))
+
+
+def test_a_bad_folder_from_the_shell(folder, tmp_path):
+    (folder / "train" / "cats" / "0.png").write_bytes(b"")
+    done = dfl_train(tmp_path, "dataset=folder", f"dataset.source.path={folder}", "data_dir=data", "tracking=disabled")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"dfl-train: error: {folder}/train/cats/0.png: cannot be read as an image")
+    assert "Traceback" not in done.stdout

@@ -1,0 +1,77 @@
+"""`dfl-data`: what it shows, what it prepares, and how it refuses."""
+
+import os
+import re
+import sys
+
+import pytest
+from data_helpers import Made, flip
+
+from dfl_experiments.configuration.composition import compose
+from dfl_experiments.data import dfl_data
+from dfl_experiments.data.packs import is_packed, pack
+
+pytestmark = pytest.mark.usefixtures("clean_logging")
+
+
+def run(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["dfl-data", *arguments])
+    dfl_data.main()
+
+
+def test_list_and_prepare(monkeypatch, capsys, mnist):
+    here = f"data_dir={mnist}"
+
+    def states() -> dict[str, str]:
+        run(monkeypatch, "list", here)
+        return dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
+
+    expected = {
+        "cifar10": "absent",
+        "cifar100": "absent",
+        "digits": "bundled",
+        "folder": "unset",
+        "mnist": "raw",
+        "tinyimagenet": "absent",
+    }
+    assert states() == expected
+    run(monkeypatch, "prepare", "dataset=mnist", here)
+    assert "12 training and 5 test images of 1x28x28 in 10 classes" in capsys.readouterr().out
+    pack(Made().arrays, mnist / "cifar10")
+    assert is_packed(mnist / "mnist")
+    flip(mnist / "mnist" / "test_images.npy")
+    assert states() == expected | {"mnist": "damaged", "cifar10": "packed"}
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "prepare", "dataset=mnist", here)
+    assert caught.value.code == 2
+    assert f"{mnist / 'mnist' / 'test_images.npy'}: damaged (crc32: " in capsys.readouterr().err
+
+
+def test_the_examples_of_the_help_can_be_typed():
+    examples = re.findall(r"dfl-data (\w+)((?: \S+=\S+)*)", dfl_data.EPILOG)
+    assert len(examples) == 4
+    for _, overrides in examples:
+        assert compose(os.path.expandvars(overrides).split()).data_dir
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare"], "name a data set"),
+        (["prepare", "dataset=mnits"], "mnits"),
+        (["prepare", "dataset=digits", "data_dri=x"], "data_dri"),
+        (["prepare", "dataset=folder"], "dataset.source.path"),
+        (["prepare", "dataset=folder", "dataset.source.path='~nobody-at-all/x'"], "there is no such home"),
+        (["list", "data_dir='~nobody-at-all/x'"], "data_dir=~nobody-at-all/x: there is no such home"),
+        (["list", "dataset=folder", "dataset.source.path=/dev/null"], "dataset.source.path=/dev/null: is no folder"),
+        (["prepare", "dataset=cifar10", "dataset.source.classes=11"], "dataset.source.classes=11"),
+    ],
+)
+def test_mistakes_end_the_command_with_one_line(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1

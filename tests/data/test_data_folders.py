@@ -1,0 +1,76 @@
+"""A user's own folder: every image in it, once, with its class."""
+
+import contextlib
+import os
+
+import numpy as np
+import pytest
+from data_helpers import equal, write_image
+from PIL import Image
+
+from dfl_experiments.data.packs import load
+from dfl_experiments.data.sources_folders import Folder
+from dfl_experiments.errors import UserError
+
+
+def test_folder(folder, tmp_path, caplog):
+    arrays = load("folder", Folder(str(folder)), tmp_path / "data")
+    assert arrays.classes == ["cats", "dogs"]
+    assert arrays.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert arrays.test_labels.tolist() == [0, 1]
+    with Image.open(folder / "train" / "dogs" / "deeper" / "2.png") as image:
+        assert np.array_equal(arrays.train_images[5], np.asarray(image).transpose(2, 0, 1))
+    assert load("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
+    assert f"{folder}: 1 files are passed over, such as train/cats/notes.txt" in caplog.text
+
+
+def test_folder_scales_to_one_size(folder, tmp_path):
+    write_image(folder / "train" / "cats" / "wide.png", 1, (30, 12))
+    assert Folder(str(folder), size=6).read(tmp_path, False).train_images.shape == (7, 3, 6, 6)
+    with pytest.raises(UserError, match=r"0\.png is 8x8, .*wide\.png is 30x12; .*dataset\.source\.size=64"):
+        Folder(str(folder)).read(tmp_path, False)
+
+
+def test_val_serves_where_there_is_no_test(folder, tmp_path):
+    (folder / "test").rename(folder / "val")
+    assert Folder(str(folder)).read(tmp_path, False).test_labels.tolist() == [0, 1]
+
+
+def test_altered_folder_is_packed_anew(folder):
+    source, data_dir = Folder(str(folder)), folder
+    first = source.cache_name("folder")
+    load("folder", source, data_dir)
+    assert source.cache_name("folder") == first  # although the pack lies inside the folder
+    write_image(folder / "train" / "cats" / "new.png", 1)
+    assert source.cache_name("folder") != first
+    assert len(load("folder", source, data_dir).train_labels) == 7
+    assert Folder(str(folder), channels=1).cache_name("folder") != source.cache_name("folder")
+
+
+def test_what_is_not_data_makes_no_difference(folder, tmp_path):
+    before = Folder(str(folder)).read(tmp_path, False)
+    for name in (".DS_Store", "train/.DS_Store", "train/cats/._0.png", "test/.hidden/x.png", "train/cats/Thumbs.db"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"rubbish")
+    (folder / "val" / "birds").mkdir(parents=True)  # of a split that is not used
+    assert equal(Folder(str(folder)).read(tmp_path, False), before)
+
+
+def test_every_mode_becomes_the_same_channels(folder, tmp_path):
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
+        suffix = "tif" if mode == "CMYK" else "png"
+        write_image(folder / "train" / "cats" / f"mode-{mode}.{suffix}", 1, mode=mode)
+    (folder / "train" / "cats" / "Ünïcode ☃\n.PNG").write_bytes((folder / "test/cats/a.png").read_bytes())
+    with contextlib.suppress(OSError):  # no valid UTF-8, which not every file system takes
+        os.rename(folder / "test/cats/a.png", os.fsencode(folder) + b"/test/cats/\xff.png")
+    os.symlink(folder / "train" / "dogs" / "deeper", folder / "train" / "cats" / "linked")
+    arrays = load("folder", Folder(str(folder)), tmp_path / "data")
+    assert arrays.train_labels.tolist() == [0] * 11 + [1] * 3
+    assert load("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
+
+
+def test_one_pixel_is_an_image(tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            write_image(tmp_path / split / label / "x.png", 1, (1, 1))
+    assert load("folder", Folder(str(tmp_path)), tmp_path / "data").shape == (3, 1, 1)

@@ -1,0 +1,177 @@
+"""Packing: once and whole, whatever interrupts it, and by one process at a time."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from data_helpers import Made, equal, forked, killed, refused
+from filelock import FileLock, Timeout
+
+from dfl_experiments.data import checksums, packs
+from dfl_experiments.data.packs import CLASSES, FILES, PARTS, is_packed, load, pack
+from dfl_experiments.data.sources import Cifar, Mnist
+from dfl_experiments.data.sources_folders import Folder, TinyImageNet
+from dfl_experiments.errors import UserError
+
+
+def test_missing_data_is_one_line(offline, tmp_path, capsys):
+    for name, source in (("mnist", Mnist()), ("cifar100", Cifar(100)), ("tinyimagenet", TinyImageNet())):
+        for download in (True, False):
+            with pytest.raises(UserError) as caught:
+                load(name, source, tmp_path, download)
+            message = str(caught.value)
+            assert "\n" not in message
+            assert name in message
+            assert str(source.locations(tmp_path)[0]) in message
+            assert f"dfl-data prepare dataset={name}" in message
+            assert "DFL_DATA_DIR" in message
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("left", [(), (CLASSES,), ("train_images.npy",), FILES[:-1]])
+def test_unfinished_pack_is_not_used(mnist, left):
+    folder = mnist / "mnist"
+    if left:
+        pack(Mnist().read(mnist, False), folder)
+    for name in FILES if left else ():
+        (folder / name).write_text("rubbish") if name in left else (folder / name).unlink()
+    (mnist / ".mnist.partial").mkdir()
+    (mnist / ".mnist.partial" / "train_images.npy").write_text("half")
+    assert not is_packed(folder)
+    arrays = load("mnist", Mnist(), mnist)
+    assert equal(arrays, Mnist().read(mnist, False))
+    assert not (mnist / ".mnist.partial").exists()
+
+
+def test_interrupted_pack_leaves_nothing_to_be_used(mnist, monkeypatch):
+    def interrupt(file, array):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packs.np, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load("mnist", Mnist(), mnist)
+    assert not is_packed(mnist / "mnist")
+    assert len(load("mnist", Mnist(), mnist).train_labels) == 12
+
+
+def test_interrupted_renames_leave_nothing_to_be_used(mnist, monkeypatch):
+    folder = mnist / "mnist"
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "FORMAT", 0)
+        pack(Made().arrays, folder)
+    rename = Path.replace
+
+    def interrupt(path, target):
+        if path.name not in (checksums.RECORD, "train_images.npy"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load("mnist", Mnist(), mnist)
+    assert (folder / "train_images.npy").exists()
+    assert not is_packed(folder)
+
+
+@pytest.mark.parametrize("before", ["nothing", "an older pack"])
+def test_packing_killed_at_any_moment_is_done_anew(folder, tmp_path, monkeypatch, before):
+    source, expected = Folder(str(folder)), Folder(str(folder)).read(tmp_path, False)
+    moment, ended, unfinished = 0, False, 0
+    while not ended:
+        moment += 1
+        data_dir = tmp_path / f"{moment}"
+        packed = data_dir / source.cache_name("folder")
+        if before != "nothing":
+            data_dir.mkdir()
+            with monkeypatch.context() as patch:
+                patch.setattr(checksums, "FORMAT", 0)
+                pack(Made().arrays, packed)
+        ended = not killed(lambda data_dir=data_dir: load("folder", source, data_dir), moment)
+        unfinished += not is_packed(packed)
+        assert equal(load("folder", source, data_dir), expected)
+        assert sorted(path.name for path in packed.iterdir()) == sorted([*FILES, checksums.RECORD])
+        assert not list(data_dir.glob("*.partial/*"))
+    assert unfinished > 20
+
+
+def test_two_processes_at_once(folder, tmp_path):
+    code = (
+        "import sys, logging, zlib; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
+        "from dfl_experiments.data.packs import PARTS, load\n"
+        "from dfl_experiments.data.sources_folders import Folder\n"
+        "source = Folder(sys.argv[1]); print('ready', flush=True)\n"
+        "arrays = load('folder', source, Path(sys.argv[2]))\n"
+        "print(*(zlib.crc32(getattr(arrays, part).tobytes()) for part in PARTS), arrays.classes)"
+    )
+    data_dir = tmp_path / "data"
+    arguments = [sys.executable, "-c", code, str(folder), str(data_dir)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with packs.locked(data_dir, Folder(str(folder)).cache_name("folder")):
+        processes = [subprocess.Popen(arguments, **pipes) for _ in range(2)]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # both have found nothing packed, and wait
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    arrays = load("folder", Folder(str(folder)), data_dir)
+    expected = [zlib.crc32(getattr(arrays, part).tobytes()) for part in PARTS]
+    assert [out for out, _ in results] == [f"{' '.join(map(str, expected))} {arrays.classes}\n"] * 2
+    assert sum(err.count("preparing folder") for _, err in results) == 1
+    assert not list(data_dir.glob("*.partial"))
+
+
+def test_a_killed_process_s_lock_is_free(folder, tmp_path):
+    source, data_dir = Folder(str(folder)), tmp_path / "data"
+    cache = source.cache_name("folder")
+    for moment in range(1, 100):
+        # stopped, not killed: what it holds, it goes on holding
+        child = forked(lambda: load("folder", source, data_dir), moment, signal.SIGSTOP)
+        os.waitpid(child, os.WUNTRACED)
+        half = (data_dir / f".{cache}.partial" / "train_labels.npy").exists()
+        try:
+            if half:
+                with pytest.raises(Timeout):
+                    FileLock(data_dir / f".{cache}.lock").acquire(timeout=0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if half:
+            break
+    assert half
+    assert not is_packed(data_dir / cache)
+    assert equal(load("folder", source, data_dir), source.read(data_dir, False))
+
+
+def test_lock_ends_with_its_context(tmp_path):
+    held = packs.locked(tmp_path, "made")
+    with held, pytest.raises(Timeout):
+        FileLock(tmp_path / ".made.lock").acquire(timeout=0)
+    FileLock(tmp_path / ".made.lock").acquire(timeout=0).lock.release()
+
+
+def test_data_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^data_dir=.*file.*: mnist cannot be packed there"):
+        load("mnist", Mnist(), tmp_path / "file" / "inside")
+    with pytest.raises(UserError, match=r"^data_dir=~nobody-at-all/x: there is no such home"):
+        load("mnist", Mnist(), Path("~nobody-at-all/x"))
+
+
+def test_a_disk_without_room(folder, tmp_path):
+    data_dir = tmp_path / "data"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        refused("folder", Folder(str(folder)), data_dir, r"data/folder-\w+: cannot be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(load("folder", Folder(str(folder)), data_dir).train_labels) == 6

@@ -1,0 +1,188 @@
+"""Data sets in their raw form: what is read is what was there, whole, and what is damaged is named."""
+
+import random
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import equal, flip, refused, write_cifar, write_mnist
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST
+
+from dfl_experiments.configuration.composition import compose, group_options
+from dfl_experiments.configuration.schema import check
+from dfl_experiments.data.batches import Normalise
+from dfl_experiments.data.packs import load
+from dfl_experiments.data.sources import Cifar, Digits, Mnist, Source
+from dfl_experiments.data.sources_folders import TinyImageNet
+from dfl_experiments.errors import UserError
+
+
+def test_digits_need_nothing_and_write_nothing(tmp_path):
+    arrays = load("digits", Digits(), tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    assert arrays.shape == (1, 8, 8)
+    assert arrays.num_classes == 10
+    assert (len(arrays.train_labels), len(arrays.test_labels)) == (1437, 360)
+    assert arrays.train_images.dtype == np.uint8
+    assert arrays.train_images.max() == 255
+    assert np.bincount(arrays.test_labels).min() >= 34
+    assert equal(arrays, load("digits", Digits(), tmp_path))
+
+
+def test_packed_mnist_equals_torchvision(data_dir, tmp_path):
+    (tmp_path / "MNIST").symlink_to(data_dir / "MNIST")
+    arrays = load("mnist", Mnist(), tmp_path, download=False)
+    assert isinstance(arrays.train_images, np.memmap)
+    for train, images, labels in (
+        (True, arrays.train_images, arrays.train_labels),
+        (False, arrays.test_images, arrays.test_labels),
+    ):
+        reference = MNIST(data_dir, train=train)
+        assert np.array_equal(images[:, 0], reference.data)
+        assert np.array_equal(labels, reference.targets)
+
+
+def test_packed_cifar_is_used_as_it_is(data_dir):
+    arrays = load("cifar10", Cifar(10), data_dir, download=False)
+    assert arrays.shape == (3, 32, 32)
+    assert np.bincount(arrays.train_labels).tolist() == [5000] * 10
+
+
+def test_present_mnist_needs_no_network(offline, mnist):
+    arrays = load("mnist", Mnist(), mnist)
+    assert len(arrays.train_labels) == 12
+    assert arrays.classes == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("name", Mnist.FILES)
+@pytest.mark.parametrize("fault", ["truncated", "altered", "empty"])
+def test_damaged_mnist(mnist, name, fault):
+    file = mnist / "MNIST" / "raw" / name
+    flip(file, -3) if fault == "altered" else file.write_bytes(file.read_bytes()[: -1 if fault == "truncated" else 0])
+    refused("mnist", Mnist(), mnist, rf"{name}: damaged or altered, .*; delete it to have it fetched again")
+
+
+def test_another_data_set_in_mnist_s_place(tmp_path):
+    write_mnist(tmp_path)
+    refused("mnist", Mnist(), tmp_path, "train-images-idx3-ubyte: damaged or altered")
+
+
+@pytest.mark.parametrize(("classes", "published"), [(10, CIFAR10), (100, CIFAR100)])
+def test_cifar_equals_torchvision(offline, tmp_path, monkeypatch, classes, published):
+    write_cifar(tmp_path, published, monkeypatch)
+    arrays = load("cifar", Cifar(classes), tmp_path)
+    for train, images, labels in (
+        (True, arrays.train_images, arrays.train_labels),
+        (False, arrays.test_images, arrays.test_labels),
+    ):
+        reference = published(tmp_path, train=train)
+        assert np.array_equal(images.transpose(0, 2, 3, 1), reference.data)
+        assert labels.tolist() == reference.targets
+        assert arrays.classes == reference.classes
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+@pytest.mark.parametrize("fault", ["truncated", "altered", "empty", "absent"])
+def test_damaged_cifar(offline, tmp_path, monkeypatch, name, fault):
+    file = write_cifar(tmp_path, CIFAR100, monkeypatch) / name
+    if fault == "absent":
+        file.unlink()
+    elif fault == "altered":
+        flip(file)
+    else:
+        file.write_bytes(file.read_bytes()[: 50 if fault == "truncated" else 0])
+    for download in (True, False):
+        if fault != "absent":
+            refused("cifar100", Cifar(100), tmp_path, f"{name}: damaged or altered, .* delete it", download=download)
+        else:
+            refused("cifar100", Cifar(100), tmp_path, "no network|No such file.*" + name, download=download)
+
+
+def test_tinyimagenet(tiny):
+    arrays = TinyImageNet().read(tiny, download=False)
+    assert arrays.classes == ["n02 dog", "n01 cat"]
+    assert arrays.train_images.shape == (8, 3, 64, 64)
+    assert arrays.train_labels.tolist() == [1] * 4 + [0] * 4  # files in alphabetical order
+    assert arrays.test_labels.tolist() == [0, 0, 1, 1]
+    grey = arrays.train_images[1]
+    assert np.array_equal(grey[0], grey[1])
+    assert np.array_equal(grey[0], grey[2])
+    with Image.open(tiny / TinyImageNet.NAME / "train" / "n01" / "images" / "n01_2.JPEG") as image:
+        assert np.array_equal(arrays.train_images[2], np.asarray(image).transpose(2, 0, 1))
+
+
+@pytest.fixture
+def archive(tiny):
+    """The same as an archive alone."""
+    path = tiny / f"{TinyImageNet.NAME}.zip"
+    shutil.make_archive(str(path.with_suffix("")), "zip", tiny, TinyImageNet.NAME)
+    shutil.rmtree(tiny / TinyImageNet.NAME)
+    return path
+
+
+def test_tinyimagenet_archive_equals_folder(archive, tmp_path):
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(tmp_path)
+    unpacked = TinyImageNet().read(tmp_path, download=False)
+    assert equal(load("tinyimagenet", TinyImageNet(), archive.parent, download=False), unpacked)
+
+
+def test_archive_members_outside_are_never_extracted(archive):
+    whole = TinyImageNet().read(archive.parent, download=False)
+    with zipfile.ZipFile(archive, "a") as opened:
+        for name in ("../outside.txt", "../../outside.JPEG", "train/n01/images/../../../../outside.JPEG"):
+            opened.writestr(f"{TinyImageNet.NAME}/{name}", "x")
+        opened.writestr("../outside.txt", "x")
+        opened.writestr("/outside.txt", "x")
+    before = set(archive.parent.parent.rglob("*"))
+    assert equal(TinyImageNet().read(archive.parent, download=False), whole)
+    assert set(archive.parent.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PK nothing"])
+def test_damaged_archive(archive, content):
+    archive.write_bytes(content)
+    refused("tinyimagenet", TinyImageNet(), archive.parent, r"tiny-imagenet-200\.zip: damaged .*; delete it")
+
+
+def test_an_archive_s_damage_is_found_wherever_it_is(archive):
+    whole, content = TinyImageNet().read(archive.parent, download=False), archive.read_bytes()
+    places = random.Random(0)
+    found = 0
+    for trial in range(150):
+        archive.write_bytes(content[: places.randrange(len(content))] if trial % 3 == 0 else content)
+        if trial % 3:
+            # the directory of an archive is at its end
+            flip(archive, places.randrange(len(content)) if trial % 3 == 1 else -places.randrange(1, 1500))
+        try:
+            # what no length and no checksum covers, such as a date, may differ
+            assert equal(TinyImageNet().read(archive.parent, download=False), whole)
+        except UserError:
+            found += 1
+    assert found > 75
+
+
+def test_tinyimagenet_without_lists_of_classes(tiny):
+    for file in ("wnids.txt", "words.txt"):
+        (tiny / TinyImageNet.NAME / file).unlink()
+    assert TinyImageNet().read(tiny, download=False).classes == ["n01", "n02"]
+
+
+def test_real_tinyimagenet(data_dir, tmp_path):
+    (tmp_path / TinyImageNet.NAME).symlink_to(data_dir / TinyImageNet.NAME)
+    arrays = load("tinyimagenet", TinyImageNet(), tmp_path, download=False)
+    assert arrays.num_classes == 200
+    assert arrays.shape == (3, 64, 64)
+    assert len(np.unique(np.bincount(arrays.train_labels))) == 1
+
+
+@pytest.mark.parametrize("name", group_options("dataset"))
+def test_configured_data_sets(name, tmp_path):
+    cfg = compose([f"dataset={name}", *([f"dataset.source.path={tmp_path}"] if name == "folder" else [])])
+    assert isinstance(check(cfg).components["dataset.source"].build(), Source)
+    assert cfg.dataset.name == name
+    x = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
+    assert x[0, 0].item() == pytest.approx(-cfg.dataset.mean[0] / cfg.dataset.std[0])

@@ -1,0 +1,138 @@
+"""What a step asks of the device: the same every time, no value, no more memory than needed; and its precisions."""
+
+import json
+
+import pytest
+import torch
+from conftest import METHODS, MODELS, Tiny
+from measuring import peak_mb
+from processes import dfl_train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfl_experiments.engine.alignment import compare
+
+CROSS = pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])
+WAITING = {"_local_scalar_dense", "nonzero", "equal", "unique", "_unique2", "masked_select"}
+# F.one_hot looks at its labels' range on a CPU, and on no GPU
+RANGE_CHECK = "aminmax _local_scalar_dense _local_scalar_dense"
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@CROSS
+@pytest.mark.parametrize("align", [False, True])
+def test_a_step_asks_for_the_same_operators_every_time_and_for_no_value(method, model, align):
+    """What a CUDA graph needs: nothing that depends on the numbers, and nothing that waits for them."""
+    t = Tiny(method, model)
+    t.learner.step(t.x, t.target, align)
+    steps = []
+    for scale in (1.0, -0.5):
+        with Operators() as operators:
+            t.learner.step(t.x * scale, t.target, align)
+        steps.append(" ".join(operators.names).replace(RANGE_CHECK, "").split())
+    changed = [pair for pair in zip(*steps, strict=True) if pair[0] != pair[1]]
+    assert not changed
+    waits = WAITING & set(steps[0])
+    assert not waits
+
+
+@CROSS
+def test_a_step_s_numbers_are_there_under_their_names(method, model):
+    t = Tiny(method, model)
+    trace = t.net.trace(t.x)
+    loss, _ = t.loss.value_and_error(trace.logits, t.target)
+    found = dict(zip(t.learner.numbers, t.learner.step(t.x, t.target, align=True), strict=True))
+    assert torch.equal(found["loss"], loss)
+    assert found["correct"] == (trace.logits.argmax(1) == t.target).sum()
+    assert found[f"cosine_sample/{t.net.depth - 1}"] <= 1 + 1e-12
+    unmeasured = dict(zip(t.learner.numbers, t.learner.step(t.x, t.target), strict=True))
+    assert {name for name, value in unmeasured.items() if not value.isnan()} == {"loss", "correct"}
+
+
+@CROSS
+def test_bfloat16_steps_stay_close_and_keep_their_weights_in_float32(method, model):
+    exact, rounded = Tiny(method, model), Tiny(method, model)
+    for t in (exact, rounded):
+        t.net.float()
+        t.method.float()
+        t.x = t.x.float()
+    rounded.learner.precision = "bfloat16"
+    rows = [t.learner.step(t.x, t.target, align=True) for t in (exact, rounded)]
+    assert abs(rows[0][0] - rows[1][0]) < 0.1
+    assert rows[1].dtype == torch.float32
+    assert {p.dtype for p in [*rounded.net.parameters(), *rounded.method.parameters()]} == {torch.float32}
+    changed = [not torch.equal(a, b) for a, b in zip(rows[0], rows[1], strict=True)]
+    assert any(changed)
+
+
+@pytest.mark.parametrize("method", ["las", "ltas"])
+def test_confident_samples_keep_their_local_error_in_bfloat16(method):
+    t = Tiny(method, "fc", classes=10)
+    y, logits = torch.randn(2, len(t.target), 10, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y[range(len(t.target)), t.target] += 10
+    rounded = t.method._local_error(y, logits, t.target)
+    exact = t.method._local_error(y.double(), logits.double(), t.target)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double(), exact, rtol=0.005, atol=1e-9)
+
+
+def test_alignment_of_bfloat16_signals_is_told_in_float32():
+    delta, noise = torch.randn(2, 300, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    reference = delta + 0.02 * noise
+    delta[:257] = 0
+    told = compare(delta, reference)
+    assert told.dtype == torch.float32
+    assert told[4] == 257
+    torch.testing.assert_close(told.double(), compare(delta.double(), reference.double()))
+
+
+def test_signals_are_formed_one_by_one_from_the_top_and_each_output_is_let_go_of():
+    t = Tiny("dfa", "conv3")
+    trace = t.net.trace(t.x, t.method.cuts)
+    _, error = t.loss.value_and_error(trace.logits, t.target)
+    seen = []
+
+    def signal(i, *rest):
+        seen.append((i, [h is not None for h in trace.outputs]))
+        return t.method.signal(i, *rest)
+
+    trace.backward(signal, error, t.target)
+    cuts = sorted(t.method.cuts, reverse=True)
+    assert [i for i, _ in seen] == cuts
+    for i, there in seen:
+        assert [place for place, present in enumerate(there, start=1) if present] == [c for c in cuts[::-1] if c <= i]
+    assert trace.outputs == [None] * (t.net.depth - 1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_of_direct_feedback_alignment_needs_no_more_memory_than_one_of_bp(model):
+    peaks = []
+    for method in ("bp", "dfa"):
+        t = Tiny(method, model)
+        x, target = t.x.repeat(10, 1, 1, 1), t.target.repeat(10)
+        t.learner.step(x, target)
+        peaks.append(peak_mb(lambda t=t, x=x, target=target: t.learner.step(x, target), torch.device("cpu")))
+    assert peaks[1] <= peaks[0] + 0.001  # the kilobyte is for a few scalars
+
+
+def test_precision_is_recorded_and_tf32_is_refused_where_there_is_none(tmp_path):
+    done = dfl_train(tmp_path, "precision=bfloat16", "epochs=3", "tracking=disabled", "threads=1")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "outputs").glob("*/*/result.json")
+    result = json.loads(path.read_text())
+    assert result["config"]["precision"] == "bfloat16"
+    assert result["test_accuracy"]["last"] > 0.6
+    assert "1 threads" in result["device"]
+    refused = dfl_train(tmp_path, "precision=tf32", "device=cpu", "tracking=disabled")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("dfl-train: error: precision=tf32: cpu has none")

@@ -1,0 +1,163 @@
+"""Small runs that a report can be made of, and a browser to look at one with."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import dfl_train, ended, forked
+from sklearn.datasets import load_digits
+
+from dfl_experiments.report.cells import sections
+from dfl_experiments.report.dfl_report import main
+from dfl_experiments.report.runs import read_runs
+
+SMALL = ("model.widths=[16,16]", "tracking=disabled", "threads=1", "sweep=grid")
+GRID = ("--multirun", "experiment=fc_mnist", "epochs=3", *SMALL)
+
+
+def write_packs(data_dir: Path, **channels: int) -> Path:
+    """Handwritten digits, packed under the names of other data sets, so that they stand in for those."""
+    found = load_digits()
+    images = (found.images * 15.9).astype(np.uint8)[:, None]
+    for name, planes in channels.items():
+        (data_dir / name).mkdir(parents=True)
+        for split, part in (("train", slice(0, 400)), ("test", slice(400, 600))):
+            np.save(data_dir / name / f"{split}_images.npy", images[part].repeat(planes, axis=1))
+            np.save(data_dir / name / f"{split}_labels.npy", found.target[part])
+        (data_dir / name / "classes.json").write_text(json.dumps([str(digit) for digit in range(10)]))
+    return data_dir
+
+
+def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **result: Any) -> Path:  # noqa: B006
+    """A copy of a run directory that says something else: config's dotted keys, and keys of result.json."""
+    shutil.copytree(source, destination)
+    content = json.loads((destination / "result.json").read_text())
+    for key, value in config.items():
+        node = content["config"]
+        *path, last = key.split(".")
+        for name in path:
+            node = node[name]
+        node[last] = value
+    content |= result
+    (destination / "result.json").write_text(json.dumps(content))
+    return destination
+
+
+@contextlib.contextmanager
+def browser(width: int = 1280, dark: bool = False) -> Iterator[Any]:
+    """Chromium without a window; skips, saying so, where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium and chromedriver on this machine")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", "disable-dev-shm-usage"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        yield window
+    finally:
+        window.quit()
+
+
+def dfl_report(folder, *arguments):
+    """Run `dfl-report` in a folder as a person would, in this process, which has its libraries already."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["dfl-report", *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def entries(folder):
+    done = dfl_report(folder, "outputs", "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    return list(csv.DictReader(io.StringIO(done.stdout)))
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """A grid with seeds, a point that diverged, one that was killed, and a smoke run of one of its cells."""
+    place = tmp_path_factory.mktemp("report")
+    data = f"data_dir={write_packs(place / 'data', mnist=1)}"
+    grid = dfl_train(place, *GRID, data, "method=bp,dfa,las", "optimizer.lr=1e-2,1e-3", "seed=0,1")
+    assert grid.returncode == 0, grid.stderr
+    assert dfl_train(place, *GRID, data, "method=las", "optimizer.lr=1e30").returncode == 0
+    smoke = dfl_train(place, *GRID, data, "method=dfa", "optimizer.lr=1e-2", "smoke=32")
+    assert smoke.returncode == 0, smoke.stderr
+    before = set((place / "outputs" / "grid").glob("*/epochs.csv"))
+    endless = (*GRID, data, "method=ltas", "optimizer.lr=1e-2", "epochs=3", "checkpoint.every_seconds=0")
+    stuck = forked(place, *endless, before=slow_steps)
+    while not set((place / "outputs" / "grid").glob("*/epochs.csv")) - before:
+        time.sleep(0.02)
+    os.kill(stuck, signal.SIGKILL)
+    assert ended(stuck) == -signal.SIGKILL
+    return place
+
+
+def slow_steps():
+    """In the process to be killed: every training step takes a while."""
+    from dfl_experiments.engine.learner import Learner
+
+    row = Learner.step
+    Learner.step = lambda *arguments: (time.sleep(1), row(*arguments))[1]
+
+
+@pytest.fixture(scope="session")
+def finished_point(reported):
+    """A finished run of BP."""
+    return next(path.parent for path in sorted((reported / "outputs" / "grid").glob("bp-*seed0*/result.json")))
+
+
+@pytest.fixture(scope="session")
+def reported_page(reported):
+    done = dfl_report(reported, "outputs", "--format", "html", "--out", "report.html")
+    assert done.returncode == 0, done.stderr
+    return reported / "report.html"
+
+
+def results(folder, method, lr, smoke=None):
+    found = [json.loads(path.read_text()) for path in (folder / "outputs" / "grid").glob("*/result.json")]
+    return [
+        result
+        for result in found
+        if (result["method"], result["config"]["optimizer"]["lr"], result["config"]["smoke"]) == (method, lr, smoke)
+    ]
+
+
+def finished(accuracy, lr, seed, **config):
+    """What `altered` is to say of a run."""
+    made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
+    return made | {"validation_accuracy": accuracy}
+
+
+def only_entry(folder):
+    (section,) = sections(read_runs([folder]))
+    return next(entry for entry in section.tables["fc"] if entry.runs)

@@ -1,0 +1,229 @@
+"""What goes wrong around a run: the disk, its files, W&B, memory. What was computed stays, and one line says why."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import dfl_train, ended, forked
+
+from dfl_experiments.running import checkpoint
+
+QUICK = ("epochs=3", "limit=300", "tracking=disabled", "threads=1")
+HERE = "hydra.run.dir=here"
+
+
+def result(folder):
+    return json.loads((folder / "here" / "result.json").read_text())
+
+
+def rows(folder, name="epochs.csv"):
+    return (folder / "here" / name).read_text().count("\n") - 1
+
+
+def last_line(folder):
+    return (folder / "output.txt").read_text().strip().splitlines()[-1]
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder with a run that was killed in its third epoch, with its last checkpoint and the one before."""
+
+    def killed_before_the_fourteenth_checkpoint():
+        count = 0
+
+        def hook(event, arguments):
+            nonlocal count
+            if event == "open" and str(arguments[0]).endswith(".last.pt.new"):
+                count += 1
+                if count == 14:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    options = (HERE, "epochs=4", "limit=300", "tracking=disabled", "threads=1", "checkpoint.every_seconds=0")
+    assert ended(forked(tmp_path, *options, before=killed_before_the_fourteenth_checkpoint)) == -signal.SIGKILL
+    return tmp_path
+
+
+def test_a_disk_that_fills_ends_the_run_with_one_line_and_keeps_what_was_there(tmp_path):
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    # alignment rows alone fill the file after a while
+    options = (HERE, "epochs=400", "limit=1200", "tracking=disabled", "threads=1", "model.widths=[16,16]")
+    assert ended(forked(tmp_path, *options, before=small_disk)) == 1
+    assert "here/iterations.csv" in last_line(tmp_path)
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
+    assert result(tmp_path)["status"] == "failed"
+    state = checkpoint.load(tmp_path / "here")
+    assert 1 <= state["epoch"] <= rows(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    assert ended(forked(tmp_path, HERE, *QUICK, before=small_disk)) == 1
+    assert "last.pt: cannot be written" in last_line(tmp_path)
+    assert result(tmp_path)["status"] == "failed"
+    assert not list((tmp_path / "here").glob("*.pt"))
+    assert not list((tmp_path / "here").glob(".last*"))
+    assert ended(forked(tmp_path, HERE, *QUICK)) == 0
+    assert result(tmp_path)["status"] == "finished"
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = dfl_train(tmp_path, "hydra.run.dir=file/here", *QUICK)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "hydra.run.dir=file/here: cannot be made (Not a directory)" in line
+    sweep = dfl_train(tmp_path, "--multirun", "hydra.sweep.dir=file/here", *QUICK)
+    assert sweep.returncode == 2
+    assert "Traceback" not in sweep.stderr
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def garbage(path):
+    path.write_bytes(os.urandom(5000))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def exploit(path):
+    path.write_bytes(pickle.dumps(Exploit()))
+
+
+def exploit_of_torch(path):
+    torch.save({"format": Exploit()}, path)
+
+
+def foreign(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def another_run(path):
+    torch.save(checkpoint.read(path) | {"science": "00000000"}, path)
+
+
+def another_format(path):
+    torch.save(checkpoint.read(path) | {"format": 99}, path)
+
+
+def missing(path):
+    path.unlink()
+
+
+DAMAGE = [truncated, garbage, empty, exploit, exploit_of_torch, foreign, another_run, another_format, missing]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, interrupted):
+    damage(interrupted / "here" / "last.pt")
+    assert ended(forked(interrupted, "resume=here")) == 0
+    assert "going on from previous.pt" in (interrupted / "output.txt").read_text()
+    assert result(interrupted)["status"] == "finished"
+    assert rows(interrupted) == 4
+    assert rows(interrupted, "iterations.csv") == 4 * 5
+    assert not (interrupted / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGE[:-1], ids=lambda d: d.__name__)
+def test_two_damaged_checkpoints_are_a_clear_error(damage, interrupted):
+    for name in ("last.pt", "previous.pt"):
+        damage(interrupted / "here" / name)
+    before = {path: path.read_bytes() for path in (interrupted / "here").iterdir() if path.suffix in (".pt", ".csv")}
+    assert ended(forked(interrupted, "resume=here")) == 2
+    line = last_line(interrupted)
+    assert line.startswith("dfl-train: error: ")
+    assert "last.pt" in line
+    assert "remove both" in line
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (interrupted / "executed").exists()
+
+
+def test_a_table_shorter_than_the_checkpoint_says_is_a_clear_error(interrupted):
+    (interrupted / "here" / "iterations.csv").write_text("iteration\n")
+    assert ended(forked(interrupted, "resume=here")) == 2
+    assert "iterations.csv: missing, or shorter" in last_line(interrupted)
+
+
+def test_out_of_memory_names_the_batch_size(tmp_path):
+    def little_memory():
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 700_000_000, size + 700_000_000))
+
+    options = (HERE, *QUICK, "model.widths=[8192,8192]")  # 270 MB of weights; moments and gradients do not fit
+    assert ended(forked(tmp_path, *options, before=little_memory)) == 1
+    assert "dfl-train: error: batch_size=64: out of memory on device=" in last_line(tmp_path)
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
+    assert result(tmp_path)["status"] == "failed"
+
+
+def complete(folder, warnings=1):
+    output = (folder / "output.txt").read_text()
+    assert output.count("W&B ") == warnings, output
+    assert "Traceback" not in output
+    assert result(folder)["status"] == "finished"
+    assert rows(folder) == result(folder)["epochs"]
+
+
+@pytest.mark.parametrize("network", ["no key", "no network"])
+def test_w_and_b_that_cannot_be_reached_is_one_warning(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("dfl_experiments.running.tracking.SECONDS_TO_START", 3)
+    if network == "no network":
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert ended(forked(tmp_path, HERE, "tracking=online", *QUICK[:2], "threads=1")) == 0
+    complete(tmp_path)
+    assert list((tmp_path / "here" / "wandb").glob("offline-run-*"))
+
+
+def test_w_and_b_in_a_folder_that_cannot_be_written_is_one_warning(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "wandb").write_text("in the way")
+    assert ended(forked(tmp_path, HERE, *QUICK[:2], "threads=1")) == 0
+    complete(tmp_path)
+
+
+def test_w_and_b_s_service_killed_mid_run_is_one_warning_and_the_next_point_has_another(tmp_path):
+    options = ("seed=0,1", "epochs=150", "limit=600", "threads=1", "sweep=grid", "hydra.sweep.subdir=seed${seed}")
+    command = [sys.executable, "-m", "dfl_experiments.train", "--multirun", *options]
+    with (tmp_path / "output.txt").open("w") as output:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+    first = tmp_path / "outputs" / "grid" / "seed0" / "epochs.csv"
+    while not first.exists() or first.read_text().count("\n") < 4:
+        assert process.poll() is None, (tmp_path / "output.txt").read_text()
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    (service,) = (line.split()[0] for line in children.stdout.splitlines() if "wandb-core" in line)
+    os.kill(int(service), signal.SIGKILL)
+    assert process.wait(timeout=120) == 0
+    output = (tmp_path / "output.txt").read_text()
+    assert output.count("W&B has failed") == 1
+    assert "Traceback" not in output
+    for seed in "01":
+        point = tmp_path / "outputs" / "grid" / f"seed{seed}"
+        assert json.loads((point / "result.json").read_text())["status"] == "finished"
+        assert (point / "epochs.csv").read_text().count("\n") == 151

@@ -1,0 +1,70 @@
+"""End to end on real images, through the real command line: every method of the paper where the paper has it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import METHODS
+from processes import dfl_train
+
+
+def losses(path):
+    with (path.parent / "iterations.csv").open() as file:
+        return np.array([float(row["loss"]) for row in csv.DictReader(file)])
+
+
+def sweep(folder, data_dir, *arguments):
+    """The results of a sweep over every method, by method, and each one's losses by iteration."""
+    settings = ("epochs=1", "tracking=disabled", f"data_dir={data_dir}", "sweep=all")
+    done = dfl_train(folder, "--multirun", f"method={','.join(METHODS)}", *settings, *arguments)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for path in (folder / "outputs" / "all").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        found[result["method"]] = (result, losses(path))
+    assert sorted(found) == METHODS
+    for result, loss in found.values():
+        assert result["status"] == "finished"
+        assert np.isfinite(loss).all()
+        assert result["config"]["data_dir"] == str(data_dir)
+    return found
+
+
+@pytest.mark.parametrize("protocol", ["fair", "authors"])
+def test_mnist_is_learnt_by_every_method(protocol, tmp_path, data_dir):
+    options = (
+        "dataset=mnist",
+        "limit=12000",
+        "validation_fraction=0.01",
+        f"protocol={protocol}",
+        "model.widths=[256,256]",
+        "optimizer.lr=1e-3",
+    )
+    found = sweep(tmp_path, data_dir, *options)
+    for result, loss in found.values():
+        # after one epoch on a fifth of the images; chance is 0.1
+        assert result["test_accuracy"]["last"] > 0.8
+        assert loss[-20:].mean() < 0.5 * loss[:5].mean()
+    accuracy = {method: result["test_accuracy"]["last"] for method, (result, _) in found.items()}
+    assert accuracy["bp"] > 0.9
+    assert min(accuracy["las"], accuracy["ltas"]) > accuracy["shallow"]
+
+
+def test_cifar10_trains_conv3_with_every_method(tmp_path, data_dir):
+    # a sixth of the published widths, so that one core does it in seconds
+    sizes = ("model.channels=[16,24,32]", "model.widths=[128,128]", "smoke=1600", "batch_size=16")
+    small = ("model=conv3_bn", "validation_fraction=0.01", *sizes)
+    options = ("dataset=cifar10", "augmentation=randaugment_cutout_flip", "optimizer.lr=1e-3", *small)
+    for result, loss in sweep(tmp_path, data_dir, *options).values():
+        assert result["test_accuracy"]["last"] > 0.13  # chance: 0.100 ± 0.0075
+        assert loss[-20:].mean() < loss[:5].mean()
+
+
+def test_tinyimagenet_trains_resnet18_with_every_method(tmp_path, data_dir):
+    small = ("model.channels=[8,12,16,20]", "smoke=640", "batch_size=64", "validation_fraction=0.01")
+    options = ("dataset=tinyimagenet", "model=resnet18", "augmentation=flip", "optimizer.lr=1e-3", *small)
+    for result, loss in sweep(tmp_path, data_dir, *options).values():
+        assert len(loss) == 10
+        assert loss[-3:].mean() < loss[:3].mean() + 0.2
+        assert sorted(result["cosine"]) == ["1", "2", "3", "4", "5"]

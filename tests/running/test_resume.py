@@ -1,0 +1,93 @@
+"""A run that was interrupted ends with the bits it would have had, however and however often it was."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import METHODS
+from processes import ended, forked
+
+from dfl_experiments.running import checkpoint
+
+KILLS = 30
+OPTIONS = ("epochs=5", "limit=500", "threads=1", "tracking=disabled", "checkpoint.every_seconds=0.003")
+TIMES = ("seconds", "samples_per_second")
+
+
+def command(folder, *options):
+    """What a person would type: go on from what is there, or else start."""
+    begun = any((folder / "here" / name).exists() for name in ("last.pt", "previous.pt", "result.json"))
+    # the same place for all data: the default one is the folder's own, and recorded
+    data = f"data_dir={folder.parent}"
+    return ("resume=here",) if begun else (*options, *OPTIONS, data, "hydra.run.dir=here")
+
+
+def outcome(run_dir):
+    """Everything a run leaves but its times."""
+    state = checkpoint.load(run_dir)
+    result = json.loads((run_dir / "result.json").read_text())
+    with (run_dir / "epochs.csv").open() as file:
+        epochs = [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+    del result["config"]["sweep"]  # the time of the start
+    kept = {key: state[key] for key in ("epoch", "batch", "net", "method", "optimizers", "random", "threads")}
+    return kept, (run_dir / "iterations.csv").read_bytes(), epochs, {k: v for k, v in result.items() if k not in TIMES}
+
+
+def assert_same(a, b):
+    (state, iterations, epochs, result), (other_state, *others) = a, b
+    assert [iterations, epochs, result] == others
+    torch.testing.assert_close(state["net"], other_state["net"], rtol=0, atol=0)
+    torch.testing.assert_close(state["method"], other_state["method"], rtol=0, atol=0)
+    moments, other_moments = ([o["state"] for o in s["optimizers"]] for s in (state, other_state))
+    torch.testing.assert_close(moments, other_moments, rtol=0, atol=0)
+    assert str(state["random"]) == str(other_state["random"])
+    assert (state["epoch"], state["batch"]) == (other_state["epoch"], other_state["batch"])
+
+
+def killed_before_file_operation(number):
+    """Have this process killed just before it opens, renames or removes a file of the run for the n-th time."""
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove") and "here" in str(arguments[0]):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_thirty_moments_and_resumed_it_ends_with_the_same_bits(method, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    start = time.perf_counter()
+    assert ended(forked(whole, *command(whole, f"method={method}"))) == 0
+    duration = time.perf_counter() - start
+    moments, kills = random.Random(f"{method} 1"), 0
+    while kills < KILLS:
+        arguments = command(broken, f"method={method}")
+        if kills % 2:
+            number = moments.randint(1, 25)
+            pid = forked(broken, *arguments, before=lambda n=number: killed_before_file_operation(n))
+        else:
+            pid = forked(broken, *arguments)
+            time.sleep(moments.uniform(0.3, 0.8) * duration)
+            os.kill(pid, signal.SIGKILL)
+        killed = ended(pid) == -signal.SIGKILL
+        kills += killed
+        last = kills == KILLS
+        if not killed or last:
+            if killed:
+                assert ended(forked(broken, *command(broken, f"method={method}"))) == 0
+            assert_same(outcome(whole / "here"), outcome(broken / "here"))
+            shutil.rmtree(broken / "here")

@@ -1,0 +1,255 @@
+"""Sweeps that survive: what is done is skipped, what was interrupted goes on, and one bad point stops no other."""
+
+import csv
+import gc
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import dfl_train, ended, forked
+
+from dfl_experiments.running import checkpoint
+from dfl_experiments.running.locks import locked
+from dfl_experiments.running.run_directory import status_of
+from dfl_experiments.train import main
+
+SWEEP = ("--multirun", "sweep=grid", "epochs=3", "limit=300", "tracking=disabled", "threads=1")
+
+
+def points(folder, name="result.json"):
+    """The content of a file of every point, by the point's folder."""
+    return {path.parent.name: path.read_text() for path in sorted((folder / "outputs" / "grid").glob(f"*/{name}"))}
+
+
+def statuses(folder):
+    return {name: json.loads(text)["status"] for name, text in points(folder).items()}
+
+
+def summary(folder):
+    with (folder / "outputs" / "grid" / "summary.csv").open() as file:
+        return {row["point"]: row for row in csv.DictReader(file)}
+
+
+def output(folder):
+    return (folder / "output.txt").read_text()
+
+
+def science(folder):
+    """What every point computed: its rows, weights and accuracy."""
+    grid = folder / "outputs" / "grid"
+    results = {name: json.loads(text) for name, text in points(folder).items()}
+    return {
+        name: (
+            (grid / name / "iterations.csv").read_bytes(),
+            {key: value.numpy().tobytes() for key, value in checkpoint.load(grid / name)["net"].items()},
+            results[name]["test_accuracy"],
+        )
+        for name in results
+    }
+
+
+def test_a_sweep_started_again_runs_only_what_is_left(tmp_path):
+    assert ended(forked(tmp_path, *SWEEP, "seed=0,1")) == 0
+    first = points(tmp_path)
+    assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
+    assert output(tmp_path).count(": finished already") == 2
+    assert points(tmp_path).items() >= first.items()
+    assert list(statuses(tmp_path).values()) == ["finished"] * 3
+    assert {row["status"] for row in summary(tmp_path).values()} == {"finished"}
+    assert ended(forked(tmp_path, *SWEEP, "seed=0", "force=true")) == 0
+    assert output(tmp_path).count(": finished already") == 2
+
+
+def test_a_failed_point_is_retried_and_an_interrupted_one_goes_on(tmp_path):
+    assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
+    whole = science(tmp_path)
+    grid = tmp_path / "outputs" / "grid"
+    names = list(whole)
+    for name in names:
+        for path in grid.joinpath(name).iterdir():
+            if path.is_file():
+                path.unlink()
+    (grid / names[0] / "iterations.csv").mkdir()  # a file in the way: the point cannot run
+    pid = forked(tmp_path, *SWEEP, "seed=0,1,2", "checkpoint.every_seconds=0")
+    while not (grid / names[1] / "last.pt").exists():
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 143
+    found = {name: row["status"] for name, row in summary(tmp_path).items()}
+    assert found == {names[0]: "failed", names[1]: "interrupted", names[2]: "interrupted"}
+    assert "iterations.csv" in summary(tmp_path)[names[0]]["reason"]
+    (grid / names[0] / "iterations.csv").rmdir()
+    assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
+    assert "going on after epoch" in output(tmp_path)
+    assert science(tmp_path) == whole
+
+
+def test_two_processes_on_one_sweep_never_run_a_point_twice(tmp_path):
+    options = (*SWEEP, "seed=0,1,2,3,4,5")
+    pids = [forked(tmp_path, *options) for _ in range(2)]
+    assert [ended(pid) for pid in pids] == [0, 0]
+    assert len(statuses(tmp_path)) == 6
+    logs = points(tmp_path, "run.log")
+    assert sum(text.count("finished: las") for text in logs.values()) == 6
+
+
+def test_a_point_in_hand_elsewhere_is_left_to_the_other_and_a_dead_process_holds_none(tmp_path):
+    long = (*SWEEP[:2], "epochs=100000", *SWEEP[3:], "seed=0")
+    other = forked(tmp_path, *long)
+    while not points(tmp_path, "epochs.csv"):
+        time.sleep(0.01)
+    assert ended(forked(tmp_path, *long)) == 0
+    assert "another process is at work there" in output(tmp_path)
+    assert [row["status"] for row in summary(tmp_path).values()] == ["running"]
+    os.kill(other, signal.SIGKILL)
+    ended(other)
+    third = forked(tmp_path, *long)
+    while "going on after epoch" not in output(tmp_path):
+        time.sleep(0.01)
+    os.kill(third, signal.SIGTERM)
+    assert ended(third) == 143
+
+
+def test_a_status_is_read_without_the_lock_and_leaves_no_trace(tmp_path):
+    point = tmp_path / "point"
+    with locked(point):
+        (point / ".lock").unlink()  # whoever took the lock now would make it again
+        assert status_of(point)[0] == "running"
+        assert not (point / ".lock").exists()
+    assert status_of(point) == ("interrupted", None, "its process ended without a word")
+    # what a killed process leaves, on this machine and on another
+    (point / ".running").write_text(json.dumps({"host": platform.node(), "pid": 2**22 + 1}))
+    assert status_of(point)[0] == "interrupted"
+    (point / ".running").write_text(json.dumps({"host": "another", "pid": 1}))
+    assert status_of(point)[0] == "running"
+    (point / ".running").write_text("half a li")
+    assert status_of(point)[0] == "interrupted"
+
+
+@pytest.fixture(scope="module")
+def basic(tmp_path_factory):
+    """The outcome of a small sweep by the basic launcher."""
+    folder = tmp_path_factory.mktemp("basic")
+    assert ended(forked(folder, *SWEEP, "method=bp,las", "seed=0,1")) == 0
+    return science(folder)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("hydra/launcher=joblib",),
+        ("hydra/launcher=submitit_local",),
+        ("tracking=offline",),
+        ("checkpoint.every_seconds=0",),
+    ],
+    ids=str,
+)
+def test_the_same_bits_whatever_the_launcher_the_tracking_and_the_checkpoints(variant, basic, tmp_path):
+    done = dfl_train(tmp_path, *SWEEP, "method=bp,las", "seed=0,1", *variant)
+    assert done.returncode == 0, done.stderr
+    assert science(tmp_path) == basic
+
+
+def test_the_same_bits_in_another_order(basic, tmp_path):
+    assert ended(forked(tmp_path, *SWEEP, "seed=1,0", "method=las,bp")) == 0
+    assert science(tmp_path) == basic
+
+
+def test_a_repeated_run_has_the_same_bits(tmp_path):
+    assert ended(forked(tmp_path, *SWEEP[2:], "hydra.run.dir=first", "method=ltas", "seed=7")) == 0
+    first, second = tmp_path / "first", tmp_path / "second"
+    recorded = (first / "config.yaml").read_text()
+    assert recorded.count("  keep: ") == 1
+    # as a run of before there was such an option has it
+    (first / "config.yaml").write_text(re.sub(r"  keep: \w+\n", "", recorded))
+    assert ended(forked(tmp_path, "repeat=first", "hydra.run.dir=second")) == 0
+    assert (first / "iterations.csv").read_bytes() == (second / "iterations.csv").read_bytes()
+    a, b = (checkpoint.load(folder) for folder in (first, second))
+    torch.testing.assert_close((a["net"], a["method"]), (b["net"], b["method"]), rtol=0, atol=0)
+    assert a["science"] == b["science"]
+
+
+def children(pid):
+    """The processes below one, at any depth."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    found, parents = [], {str(pid)}
+    while parents:
+        below = [row for row in rows if row[1] in parents]
+        found += below
+        parents = {row[0] for row in below}
+    return found
+
+
+def started(folder, file, *options):
+    """A `dfl-train` in the background, in a process of its own."""
+    command = [sys.executable, "-m", "dfl_experiments.train", *options]
+    return subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def holder(process, folder):
+    """The process below this one that is at work on the first point that has begun."""
+    busy = next(iter(points(folder, "epochs.csv")))
+    lock = (folder / "outputs" / "grid" / busy / ".lock").stat().st_ino
+    # who holds what, as the system lists it: number, kind, …, process, device:inode
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    holders = {fields[4] for fields in locks if fields[5].endswith(f":{lock}")}
+    return int(next(row[0] for row in children(process.pid) if row[0] in holders))
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_killed_worker_costs_no_other_point(launcher, tmp_path):
+    options = (*SWEEP[:2], "epochs=40", *SWEEP[3:], "seed=0,1,2", f"hydra/launcher={launcher}")
+    with (tmp_path / "output.txt").open("w") as file:
+        process = started(tmp_path, file, *options)
+    while not points(tmp_path, "epochs.csv"):
+        assert process.poll() is None, output(tmp_path)
+        time.sleep(0.02)
+    os.kill(holder(process, tmp_path), signal.SIGKILL)
+    code = process.wait(timeout=150)
+    if launcher == "joblib":
+        assert code == 0, output(tmp_path)
+        assert "the sweep goes on" in output(tmp_path)
+    elif code:
+        assert ended(forked(tmp_path, *options[:-1])) == 0, output(tmp_path)
+    assert list(statuses(tmp_path).values()) == ["finished"] * 3
+    rows = points(tmp_path, "epochs.csv")
+    assert [text.count("\n") for text in rows.values()] == [41] * 3
+
+
+def test_a_job_that_its_scheduler_preempts_is_queued_again_and_goes_on(tmp_path):
+    options = (*SWEEP[:2], "epochs=60", *SWEEP[3:], "seed=0", "hydra/launcher=submitit_local")
+    with (tmp_path / "output.txt").open("w") as file:
+        process = started(tmp_path, file, *options)
+    while not points(tmp_path, "epochs.csv"):
+        assert process.poll() is None, output(tmp_path)
+        time.sleep(0.02)
+    os.kill(holder(process, tmp_path), signal.SIGUSR2)
+    assert process.wait(timeout=150) == 0, output(tmp_path)
+    assert list(statuses(tmp_path).values()) == ["finished"]
+    assert [text.count("\n") for text in points(tmp_path, "epochs.csv").values()] == [61]
+    assert "going on after epoch" in "".join(points(tmp_path, "run.log").values())
+
+
+@pytest.mark.usefixtures("clean_logging")
+def test_neither_finished_nor_failed_points_leave_tensors_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counts = []
+    for seeds in ("0,1", "2,3,4,5,6,7,8,9"):
+        sizes = ("model.widths=[16,16]", "dataset=digits,mnist", "data_dir=nowhere")
+        monkeypatch.setattr(sys, "argv", ["dfl-train", *SWEEP, *sizes, f"seed={seeds}"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 1
+        gc.collect()
+        counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert counts[1] <= counts[0]
+    assert sorted(statuses(tmp_path).values()) == ["failed"] * 10 + ["finished"] * 10

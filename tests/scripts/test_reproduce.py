@@ -1,0 +1,167 @@
+"""The scripts that reproduce the paper: every cell and no other, thin calls, and a report at the end."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import reproduce as reproduce_script
+from report_helpers import SMALL, write_packs
+
+from dfl_experiments.report.paper import PAPER
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def reproduce(folder, *arguments, timeout=250):
+    """Run the script as a person would."""
+    command = [sys.executable, str(SCRIPTS / "reproduce.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """What a dry run says, in this process, which has its libraries already."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reproduce", *arguments, "--dry-run"])
+        code = 0
+        try:
+            reproduce_script.main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err if not isinstance(code, str) else code)
+
+    return run
+
+
+def points(printed):
+    """The cells that a dry run lists, as the paper's tables have them."""
+    pairs = [re.findall(r"(\w+)=(\S+)", line) for line in printed.splitlines() if line.startswith("    ")]
+    return [tuple(dict(pair)[key] for key in ("dataset", "augmentation", "model", "method")) for pair in pairs]
+
+
+@pytest.mark.parametrize("table", ["fc", "cnn"])
+def test_the_experiments_have_every_cell_of_the_paper_s_table_and_no_other(planned, tmp_path, table):
+    done = planned(f"{table}_table", "--smoke", "--protocol", "authors")
+    assert done.returncode == 0, done.stderr
+    found = points(done.stdout)
+    assert len(found) == len(set(found))
+    assert set(found) == {tuple(cell) for cell in PAPER[table]}
+    assert f"{len(found)} runs" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_can_be_asked_for_and_its_time_is_estimated(planned):
+    done = planned("all", "--only", "mnist,las", "--seeds", "2", "--epochs", "3")
+    assert done.returncode == 0, done.stderr
+    calls = [line for line in done.stdout.splitlines() if line.startswith("dfl-train")]
+    assert [re.search(r"experiment=(\S+)", line)[1] for line in calls] == ["alignment_figure", "fc_mnist"] * 2
+    assert [re.search(r"seed=(\S+)", line)[1] for line in calls] == ["0", "0", "1", "1"]
+    assert all("epochs=3" in line and "method=las" in line for line in calls)
+    assert "10 runs" in done.stdout
+    assert re.search(r"about [\d.]+ hours on this machine", done.stdout)
+
+
+def test_the_estimate_is_of_the_runs_that_are_asked_for(planned):
+    asked = ("fc_table", "--only", "mnist,las")
+    hours = []
+    for overrides in ((), ("epochs=1", "limit=1000,2000", "batch_size=256", "alignment.every=0")):
+        done = planned(*asked, *overrides)
+        assert done.returncode == 0, done.stderr
+        hours.append(float(re.search(r"about ([\d.,]+) hours", done.stdout)[1].replace(",", "")))
+    assert "8 runs" in done.stdout
+    assert hours[1] < hours[0] / 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "svhn"], "--only svhn: there are bp, cifar10"),
+        (["--only", "mnist,flip"], "no cell is all of these"),
+        (["--seeds", "0"], "'0': must be a whole number above zero"),
+        (["--launcher", "cloud"], "invalid choice: 'cloud'"),
+        (["--launcher", "basic", "--jobs", "3"], "choose --launcher joblib"),
+        (["--job", "2"], "unrecognized arguments: --job"),
+        (["sweep=mine"], "sweep=mine: the script sets sweep itself"),
+        (["+optimizer.lr=1e-5"], "+optimizer.lr=1e-5: the script sets optimizer.lr itself"),
+        (["hydra.sweep.dir=elsewhere"], "hydra.sweep.dir=elsewhere: the script sets hydra.sweep.dir itself"),
+        (["--launcher", "ray", "--jobs", "4", "hydra.launcher.ray.init.address=auto"], "--jobs: Ray counts the cores"),
+        (["batchsize=3"], "Could not override 'batchsize'"),
+    ],
+)
+def test_a_mistake_is_one_line(planned, arguments, words):
+    done = planned("fc_table", *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_a_smoke_run_from_start_to_report_and_again(tmp_path):
+    data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
+    asked = ("fc_table", "--smoke", "--only", "mnist", data, *SMALL[:-1])
+    done = reproduce(tmp_path, *asked)
+    assert done.returncode == 0, done.stderr
+    assert "5 points, 5 finished" in done.stdout
+    report = tmp_path / "outputs" / "fc_table-smoke-report"
+    rows = list(csv.DictReader((report / "tables.csv").open()))
+    assert [row["method"] for row in rows] == ["bp", "shallow", "dfa", "las", "ltas"]
+    assert all(row["smoke"] == "smoke" and float(row["ours"]) for row in rows)
+    for name in ("tables.md", "tables.tex", "report.html"):
+        assert "SMOKE" in (report / name).read_text()
+    assert list((report / "figures").glob("*.pdf"))
+    assert not list(tmp_path.glob("outputs/*/*/last.pt"))
+    again = reproduce(tmp_path, *asked)
+    assert again.returncode == 0
+    assert again.stdout.count("finished already") == 5
+    kept = subprocess.run(
+        [sys.executable, str(SCRIPTS / "keep_results.py"), "outputs/fc_table-smoke", "kept"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "5 runs kept" in kept.stdout
+    assert {path.name for path in (tmp_path / "kept").rglob("*.*") if path.is_file()} == {
+        "result.json",
+        "epochs.csv",
+        "config.yaml",
+    }
+    command = [sys.executable, "-m", "dfl_experiments.report.dfl_report", "kept", "--format", "csv"]
+    same = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert same.stdout == (report / "tables.csv").read_text()
+
+
+@pytest.mark.parametrize(("signum", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_ends_it_with_a_checkpoint_and_a_report(signum, to_all, tmp_path):
+    data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
+    command = [sys.executable, str(SCRIPTS / "reproduce.py"), "fc_table", "--only", "mnist,las", "--epochs", "20000"]
+    with (tmp_path / "output.txt").open("w") as output:
+        script = subprocess.Popen([*command, data, *SMALL[:-1]], cwd=tmp_path, stdout=output, start_new_session=True)
+    place = tmp_path / "outputs" / "fc_table"
+    while not list(place.glob("*/epochs.csv")):
+        time.sleep(0.05)
+    time.sleep(1)
+    # a terminal tells the whole group
+    (os.killpg if to_all else os.kill)(script.pid, signum)
+    assert script.wait(timeout=60) == 128 + signum
+    (run,) = place.glob("*/result.json")
+    assert json.loads(run.read_text())["status"] == "interrupted"
+    assert (run.parent / "last.pt").exists()
+    text = (tmp_path / "output.txt").read_text()
+    assert re.search(r"las .* 0 of 4 +1 interrupted", text)
+
+
+def test_the_dashboard_is_written_to_a_file_without_a_login(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "wandb_dashboard.py"), "--layers", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "not saved to W&B (no --entity)" in done.stdout
+    text = (tmp_path / "dashboard.json").read_text()
+    for words in ("Accuracy by method", "cosine_sample/1", "cosine/2", "method", "samples_per_second"):
+        assert words in text
+    assert "cosine/3" not in text
