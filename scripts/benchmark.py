@@ -20,22 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import grid, medians, paper_learner, peak_mb, random_batch, start_up
+from measuring import grid, learner_of, medians, peak_mb, random_batch, start_up
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfl_experiments.capture import CapturedStep
-from dfl_experiments.config import compose
-from dfl_experiments.config import plain as plain_config
+from dfl_experiments.configuration.composition import compose
+from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Normalise, random_stream
-from dfl_experiments.experiment import Experiment, reuse_memory
-from dfl_experiments.learning import Learner
-from dfl_experiments.results import device_name, epoch_columns, git_commit, iteration_columns, versions
-from dfl_experiments.settings import check, science
-from dfl_experiments.tracking import track
-from dfl_experiments.training import Training
+from dfl_experiments.engine.cuda_graph import CapturedStep
+from dfl_experiments.engine.learner import Learner
+from dfl_experiments.running.build import build
+from dfl_experiments.running.device import reuse_memory
+from dfl_experiments.running.epochs import State, train
+from dfl_experiments.running.provenance import device_name, git_commit, versions
+from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
+from dfl_experiments.running.tracking import track
 
 BATCH = 64
 MODELS = {
@@ -53,8 +54,8 @@ Step = Callable[[Tensor, Tensor], object]
 def learner(method: str, model: str, device: torch.device) -> Learner:
     """A method on a model of the paper's size."""
     name, dataset, shape = MODELS[model]
-    cfg = compose([f"method={method}", f"model={name}", f"dataset={dataset}"])
-    return paper_learner(cfg, shape, 10, device)
+    cfg = check(compose([f"method={method}", f"model={name}", f"dataset={dataset}"]))
+    return learner_of(cfg, shape, 10, device)
 
 
 def plain(model: str, device: torch.device) -> Step:
@@ -79,9 +80,9 @@ def contenders_of(model: str, device: torch.device) -> tuple[dict[str, Step], di
         one = learner(method, model, device)
         trained = [*one.parameters, *(p for p in one.method.parameters() if p.requires_grad)]
         weights[method] = sum(p.numel() for p in trained)
-        steps[method] = one.row
+        steps[method] = one.step
         if method != "bp":
-            steps[f"{method} + alignment"] = partial(one.row, align=True)
+            steps[f"{method} + alignment"] = partial(one.step, align=True)
         if device.type == "cuda":
             captured = CapturedStep(learner(method, model, device), BATCH, device)
             steps[f"{method} captured"] = captured
@@ -166,14 +167,13 @@ def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
         (data / "classes.json").write_text(json.dumps([str(digit) for digit in range(10)]))
         for mode in ("disabled", "offline") * 3:
             overrides = ["dataset=mnist", f"data_dir={folder}", "epochs=1", f"tracking={mode}", f"device={device}"]
-            cfg = compose([*overrides, "protocol=paper", "sweep=benchmark", f"threads={threads}"])
-            settings = check(cfg)
+            cfg = check(compose([*overrides, "protocol=paper", "sweep=benchmark", f"threads={threads}"]))
             run_dir = Path(tempfile.mkdtemp(dir=folder))
-            experiment = Experiment(cfg, settings)
-            columns = {"iteration": iteration_columns(2), "epoch": epoch_columns(2)}
-            with track(settings.tracking, run_dir, plain_config(cfg), columns, None) as tracker:
+            parts, state = build(cfg), State()
+            columns = {"iteration": iteration_columns(parts.learner.numbers), "epoch": epoch_columns(3)}
+            with track(cfg.settings.tracking, run_dir, cfg.values, columns, None) as tracker:
                 start = time.perf_counter()  # W&B has threads and a process of its own
-                Training(experiment, run_dir, tracker, {}, science(cfg)).run()
+                train(parts, state, run_dir, cfg.science, tracker)
                 times[mode].append(time.perf_counter() - start)
     return {mode: min(values) for mode, values in times.items()}
 

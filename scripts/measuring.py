@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfl_experiments.config import build
-from dfl_experiments.learning import Learner
-from dfl_experiments.losses import LOSSES
+from dfl_experiments.configuration.schema import Configuration
+from dfl_experiments.engine.learner import Learner
+from dfl_experiments.engine.losses import LOSSES
 
 CPU = torch.device("cpu")
 
@@ -48,13 +47,13 @@ def medians(contenders: Mapping[str, Callable[[], object]], rounds: int, device:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def paper_learner(cfg: DictConfig, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:
+def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:
     """The method, model and optimizer that a configuration names, for images of this shape."""
     torch.manual_seed(0)
-    loss = LOSSES["cross_entropy"]
-    net = build(cfg.model, "model", input_shape=shape, num_classes=classes)
-    method = build(cfg.method, "method", net=net, num_classes=classes, loss=loss)
-    return Learner(net.to(device), method.to(device), loss, build(cfg.optimizer, "optimizer"))
+    loss, components = LOSSES[cfg.settings.loss], cfg.components
+    net = components["model"].build(input_shape=shape, num_classes=classes)
+    method = components["method"].build(net=net, num_classes=classes, loss=loss)
+    return Learner(net.to(device), method.to(device), loss, components["optimizer"].build())
 
 
 def random_batch(shape: tuple[int, ...], classes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

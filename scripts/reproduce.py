@@ -5,6 +5,7 @@ interrupted ones go on. The report is made in any case, with what is still missi
 """
 
 import argparse
+import contextlib
 import math
 import shutil
 import signal
@@ -15,13 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from measuring import medians, paper_learner, random_batch
-from omegaconf.errors import OmegaConfBaseException
+from measuring import learner_of, medians, random_batch
 
-from dfl_experiments.config import UserError, compose, one_line
-from dfl_experiments.experiment import resolve_device
-from dfl_experiments.grids import PLACES, TABLES, Grid, grid_of
+from dfl_experiments.configuration.composition import PLACES, compose
+from dfl_experiments.configuration.grids import TABLES, Grid, grid_of
+from dfl_experiments.configuration.refusals import MISTAKES, one_line
+from dfl_experiments.configuration.schema import check
+from dfl_experiments.data.sources import Published
+from dfl_experiments.running.device import choose_device
 
 EXPERIMENTS = {"alignment_figure": ("alignment_figure",), **TABLES}
 TARGETS = {**{name: (name,) for name in EXPERIMENTS}, "all": tuple(EXPERIMENTS)}
@@ -29,13 +31,6 @@ SMOKE = {"smoke": "128", "epochs": "1"}  # images of each kind, and epochs
 BESIDE_STEPS = 1.15  # evaluation and augmentation
 MOST_JOBS_AT_ONCE = 500  # SLURM takes arrays of up to 1,000
 LAUNCHERS = ("basic", "joblib", "slurm", "ray")
-# training images, to reckon the time with before the data is there; shape and classes
-IMAGES = {
-    "mnist": (60_000, (1, 28, 28), 10),
-    "cifar10": (50_000, (3, 32, 32), 10),
-    "cifar100": (50_000, (3, 32, 32), 100),
-    "tinyimagenet": (100_000, (3, 64, 64), 200),
-}
 
 
 def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid | None:
@@ -112,15 +107,15 @@ def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
 
 def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> float:
     """How long a run would take on this machine's device, from two steps of its size with random images."""
-    count, shape, classes = IMAGES[point["dataset"]]
-    cfg = compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES), *overrides])
-    learner = paper_learner(cfg, shape, classes, resolve_device(cfg.device))
-    batch = random_batch(shape, classes, cfg.batch_size, learner.device)
-    steps = {"plain": lambda: learner.row(*batch), "measured": lambda: learner.row(*batch, align=True)}
+    cfg = check(compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES), *overrides]))
+    size: Published = cfg.components["dataset.source"].build().published
+    learner = learner_of(cfg, size.shape, size.classes, choose_device(cfg.settings.device))
+    batch = random_batch(size.shape, size.classes, cfg.settings.batch_size, learner.device)
+    steps = {"plain": lambda: learner.step(*batch), "measured": lambda: learner.step(*batch, align=True)}
     times = medians(steps, 2, learner.device)
-    every = cfg.alignment.every or math.inf
+    every = cfg.settings.alignment.every or math.inf
     step = times["plain"] + (times["measured"] - times["plain"]) / every
-    return step * math.ceil(count / cfg.batch_size) * cfg.epochs
+    return step * math.ceil(size.train / cfg.settings.batch_size) * cfg.settings.epochs
 
 
 def single_valued(overrides: list[str]) -> tuple[list[str], int]:
@@ -162,13 +157,14 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
         return
     place = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
     shutil.rmtree(place, ignore_errors=True)  # of an earlier report nothing stays beside this one
-    command = [sys.executable, "-m", "dfl_experiments.report.command", *folders]
-    if subprocess.run(command).returncode:
-        return
+    from dfl_experiments.report.dfl_report import main as dfl_report
+
     written = {"markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "html": "report.html"}
-    for kind, name in written.items():
-        figures = ["--figures", str(place / "figures")] if kind == "markdown" else []
-        subprocess.run([*command, "--format", kind, "--out", str(place / name), *figures], check=True)
+    with contextlib.suppress(SystemExit):  # of a report that cannot be made: it has said why
+        dfl_report(folders)
+        for kind, name in written.items():
+            figures = ["--figures", str(place / "figures")] if kind == "markdown" else []
+            dfl_report([*folders, "--format", kind, "--out", str(place / name), *figures])
 
 
 def finish(child: subprocess.Popen[bytes]) -> int:
@@ -255,7 +251,7 @@ def main() -> None:
     if asked.dry_run:
         try:
             dry_run(asked)
-        except (UserError, HydraException, OmegaConfBaseException) as error:
+        except MISTAKES as error:
             parser.error(one_line(error))
     else:
         raise SystemExit(run(asked))
