@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfl_experiments.ranges import LossName
-
 
 def precise(values: Tensor) -> Tensor:
     """The values in no less than float32: of a confident sample's error bfloat16 would leave nothing."""
@@ -41,4 +39,4 @@ class SquaredError(OutputLoss):
         return difference.square().sum() / (2 * len(target)), difference / len(target)
 
 
-LOSSES: dict[LossName, OutputLoss] = {"cross_entropy": CrossEntropy(), "squared_error": SquaredError()}
+LOSSES: dict[str, OutputLoss] = {"cross_entropy": CrossEntropy(), "squared_error": SquaredError()}
