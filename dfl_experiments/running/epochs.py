@@ -77,7 +77,7 @@ class Files:
         return time.perf_counter() - self.written
 
 
-def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Tracker) -> None:
+def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Tracker, stop: Stop) -> None:
     """All epochs that are left; the state is brought up to date as they pass.
 
     The rows of an epoch are written when it ends, and a checkpoint there and every so many seconds. No value is looked
@@ -88,7 +88,7 @@ def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Trac
     sizes = torch.full((len(batches),), float(settings.batch_size))
     sizes[-1] = parts.train_size - settings.batch_size * (len(batches) - 1)
     progress = Progress(settings.epochs, len(batches), numbers, peek=parts.device.type == "cpu")
-    with Files(parts, state, run_dir, science) as files, Stop() as stop:
+    with Files(parts, state, run_dir, science) as files:
         try:
             if state.initial is None:
                 state.initial = evaluate(parts, parts.test, stop.check)[1] if settings.stop_untrainable else 0.0

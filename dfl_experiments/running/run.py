@@ -30,6 +30,7 @@ from dfl_experiments.running.run_directory import (
     write_config,
     write_result,
 )
+from dfl_experiments.running.signals import Stop
 from dfl_experiments.running.tracking import track
 
 log = logging.getLogger(__name__)
@@ -68,15 +69,8 @@ def opening(configuration: Configuration) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(
-    configuration: Configuration, run_dir: Path, result: dict[str, Any], go_on: bool, device: str | None, threads: int
-) -> tuple[Parts, State]:
-    """Everything built, and where to begin: at the checkpoint, if the run goes on.
-
-    Nothing that a directory holds is given up for a run that cannot start. Raises `UserError` where it cannot.
-    """
-    saved = checkpoint.load(run_dir, configuration.science) if go_on else None
-    parts = build(configuration, device, threads if saved is None else saved["threads"])
+def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None) -> State:
+    """Where to begin: at the checkpoint, if the run goes on; otherwise what the directory holds is given up now."""
     net, method = parts.learner.net, parts.learner.method
     result |= {
         "input_shape": list(net.input_shape),
@@ -96,7 +90,7 @@ def prepare(
     # sums by another number of threads are rounded otherwise: a repetition needs the one that was used
     result["config"] = result["config"] | {"threads": torch.get_num_threads()}
     write_config(run_dir, result["config"])
-    return parts, state
+    return state
 
 
 def run(
@@ -118,18 +112,22 @@ def run(
     settings, result = configuration.settings, opening(configuration)
     state: State | None = None
     try:
-        parts, state = prepare(configuration, run_dir, result, go_on, device, threads)
+        # nothing is given up for a run that cannot start
+        saved = checkpoint.load(run_dir, configuration.science) if go_on else None
+        parts = build(configuration, device, threads if saved is None else saved["threads"])
         numbers, depth = parts.learner.numbers, parts.learner.net.depth
         columns = {"iteration": iteration_columns(numbers), "epoch": epoch_columns(depth)}
-        with track(settings.tracking, run_dir, result["config"], columns, group, go_on) as tracker:
-            try:
-                train(parts, state, run_dir, configuration.science, tracker)
-                result |= state.result | (state.end or {"status": "finished"})
-            except BaseException as error:
-                result |= state.result | failure(error)
-                raise
-            finally:
-                tracker.summarise(result)
+        with Stop() as stop:  # from here on a signal waits for a place where it breaks nothing
+            state = prepare(parts, run_dir, result, saved)
+            with track(settings.tracking, run_dir, result["config"], columns, group, go_on) as tracker:
+                try:
+                    train(parts, state, run_dir, configuration.science, tracker, stop)
+                    result |= state.result | (state.end or {"status": "finished"})
+                except BaseException as error:
+                    result |= state.result | failure(error)
+                    raise
+                finally:
+                    tracker.summarise(result)
     except BaseException as error:
         told = explained(error, settings)
         conclude(run_dir, result | failure(told), started=state is not None)
