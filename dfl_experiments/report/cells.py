@@ -60,8 +60,8 @@ class Entry:
         a run failed, if that leaves any.
         """
         finished = [point for point in self.points if point.finished]
-        unfit = [point for point in finished if any(run.status in UNFIT for run in point.runs)]
-        candidates = [point for point in finished if point not in unfit] or finished
+        fit = [point for point in finished if not any(run.status in UNFIT for run in point.runs)]
+        candidates = fit or finished
 
         def wins(point: Point) -> int:
             pairs = [(point.seeds & other.seeds, other) for other in candidates if other is not point]

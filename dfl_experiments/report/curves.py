@@ -15,14 +15,10 @@ MORE_COLOURS = ("#E69F00", "#56B4E9", "#B0A000")
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
-def label_of(method: str) -> str:
-    """What a method is called in a figure."""
-    return {"shallow": "Shallow"}.get(method, method.upper())
-
-
-def colour_of(method: str) -> str:
-    """A method's colour, the same in every figure."""
-    return COLOURS.get(method) or MORE_COLOURS[sum(method.encode()) % len(MORE_COLOURS)]
+def look_of(method: str) -> tuple[str, str]:
+    """A method's name and colour, the same in every figure."""
+    colour = COLOURS.get(method) or MORE_COLOURS[sum(method.encode()) % len(MORE_COLOURS)]
+    return {"shallow": "Shallow"}.get(method, method.upper()), colour
 
 
 def curves(entries: Iterable[Entry], column: str, scale: float = 1.0) -> list[Series]:
@@ -37,8 +33,7 @@ def curves(entries: Iterable[Entry], column: str, scale: float = 1.0) -> list[Se
         if any(present):
             y, low, high = ([of(row) if row else None for row in present] for of in (statistics.fmean, min, max))
             span = (low, high) if len(entry.shown) > 1 else ((), ())
-            method = entry.cell.method
-            found.append(Series(label_of(method), colour_of(method), range(1, len(present) + 1), y, *span))
+            found.append(Series(*look_of(entry.cell.method), range(1, len(present) + 1), y, *span))
     return found
 
 
@@ -48,19 +43,16 @@ def seeds_note(entries: Sequence[Entry]) -> str:
     return "One seed." if seeds == "1" else f"Mean over {seeds} seeds, their range shaded."
 
 
-def alignment_panel(layer: int, entries: Iterable[Entry]) -> Curves | None:
+def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
     """The cosines of a layer, and BP's own line; None where nothing was measured."""
     series = curves(entries, f"cosine/{layer}")
     if not series:
         return None
-    exact = [
-        label_of(entry.cell.method)
-        for entry in entries
-        if str(layer) in entry.shown[0].result.get("cosine_by_construction", [])
-    ]
+    exact = [one for one in entries if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
+    names = ", ".join(look_of(entry.cell.method)[0] for entry in exact)
     x = max((one.x for one in series), key=len)
-    bp = Series(label_of("bp"), colour_of("bp"), x, [1.0] * len(x), dashed=True)
-    title = f"layer {layer}" + (f": 1 by construction for {', '.join(exact)}" if exact else "")
+    bp = Series(*look_of("bp"), x, [1.0] * len(x), dashed=True)
+    title = f"layer {layer}" + (f": 1 by construction for {names}" if names else "")
     least = min(value for one in series for value in (*one.y, *one.low) if value is not None)
     y_range = (min(0.5, math.floor(10 * least - 0.5) / 10), 1.05)
     return Curves(title, f"mean cosine of δ{str(layer).translate(SUBSCRIPTS)} with BP's", [bp, *series], y_range)
@@ -114,7 +106,7 @@ def grids(entries: list[Entry]) -> Iterable[Figure]:
         fields = [[points.get((rate, decay)) for decay in decays] for rate in rates]
         panels.append(
             HeatMap(
-                label_of(entry.cell.method),
+                look_of(entry.cell.method)[0],
                 [f"{rate:g}" for rate in rates],
                 [f"{decay:g}" for decay in decays],
                 [[100 * point.score() if point and point.finished else None for point in line] for line in fields],
@@ -139,8 +131,9 @@ def throughput(section: Section) -> Iterable[Figure]:
         speeds: dict[tuple[str, str], list[float]] = {}
         for method, entry in cells.items():
             for run in entry.shown:
-                name = label_of(method) + (f", {run.result.get('device')}" if len(devices) > 1 else "")
-                speeds.setdefault((name, colour_of(method)), []).append(float(run.result["samples_per_second"]))
+                name, colour = look_of(method)
+                name += f", {run.result.get('device')}" if len(devices) > 1 else ""
+                speeds.setdefault((name, colour), []).append(float(run.result["samples_per_second"]))
         names, colours = zip(*speeds, strict=True)
         panels.append(Bars(", ".join(row), [*names], [*colours], [*map(statistics.median, speeds.values())]))
     if panels:

@@ -48,10 +48,8 @@ def report(asked: argparse.Namespace) -> None:
         text = page(found)
         asked.out = asked.out or Path("report.html")
     elif asked.format == "markdown":
-        shown = [pictures(those, asked.out) for those in images]
-        text = "\n".join(
-            tables.as_text([section], "github") + those for section, those in zip(found, shown, strict=True)
-        )
+        shown = zip([tables.as_text([section], "github") for section in found], images, strict=True)
+        text = "\n".join(words + pictures(those, asked.out) for words, those in shown)
     else:
         text = {"csv": tables.as_csv, "latex": tables.as_latex, "terminal": tables.as_text}[asked.format](found)
     if asked.out:

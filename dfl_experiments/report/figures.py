@@ -61,8 +61,6 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
     for one, (x, _), place in zip(panel.series, ends, places, strict=True):
         look: Any = {"color": one.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
         axes.annotate(one.name, (x, place), (6, 0), textcoords="offset points", **look)
-    if panel.epochs == 1:
-        axes.set_xlim(0.5, 1.5)
     axes.set(xlabel=panel.x, ylabel=panel.y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 

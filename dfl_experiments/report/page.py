@@ -38,7 +38,7 @@ def plot(panel: Panel) -> dict[str, Any]:
     layout = {"title": {"text": panel.title}, "xaxis": x, "yaxis": y}
     if isinstance(panel, Curves):
         layout["yaxis"] = {"title": {"text": panel.y}} | ({"range": panel.y_range} if panel.y_range else {})
-        if panel.epochs <= FEW_EPOCHS:
+        if max(len(one.x) for one in panel.series) <= FEW_EPOCHS:
             x["dtick"] = 1  # no halves of epochs
         return {"data": [trace for one in panel.series for trace in traces(one)], "layout": layout}
     if isinstance(panel, HeatMap):

@@ -31,11 +31,6 @@ class Curves:
     y_range: tuple[float, float] | None = None
     x: ClassVar = "epoch"
 
-    @property
-    def epochs(self) -> int:
-        """How many the longest curve has."""
-        return max((len(one.x) for one in self.series), default=0)
-
     def rows(self) -> Iterator[tuple[str | float | None, ...]]:
         """Name, x, y, and the range over seeds."""
         for one in self.series:

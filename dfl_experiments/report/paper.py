@@ -24,7 +24,4 @@ PAPER = published()
 
 def table_of(cell: Cell) -> str:
     """The table that a cell's row belongs to: "fc", "cnn", or "other"."""
-    for name, cells in PAPER.items():
-        if any(cell[:3] == other[:3] for other in cells):
-            return name
-    return "other"
+    return next((name for name, cells in PAPER.items() if any(cell[:3] == other[:3] for other in cells)), "other")

@@ -4,7 +4,7 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,13 +139,12 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_runs(folders: Iterable[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Every run in and below the folders.
 
     What cannot be read is named on stderr and left out. Raises `UserError` for a folder that is not there, or where no
     run is found in any.
     """
-    folders = list(folders)
     found: dict[Path, Run] = {}
     for folder in folders:
         if not folder.is_dir():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,16 @@ def dfl_report(folder, *arguments):
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def entries(folder):
-    done = dfl_report(folder, "outputs", "--format", "csv")
+@cache
+def told(folder, kind="terminal"):
+    """What `dfl-report` prints of the runs in a folder, which stay as they are."""
+    done = dfl_report(folder, "outputs", "--format", kind)
     assert done.returncode == 0, done.stderr
-    return list(csv.DictReader(io.StringIO(done.stdout)))
+    return done.stdout
+
+
+def entries(folder):
+    return list(csv.DictReader(io.StringIO(told(folder, "csv"))))
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +133,8 @@ def slow_steps():
     """In the process to be killed: every training step takes a while."""
     from dfl_experiments.engine.learner import Learner
 
-    row = Learner.step
-    Learner.step = lambda *arguments: (time.sleep(1), row(*arguments))[1]
+    step = Learner.step
+    Learner.step = lambda *arguments: (time.sleep(1), step(*arguments))[1]
 
 
 @pytest.fixture(scope="session")

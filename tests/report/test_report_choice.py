@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from processes import dfl_train
-from report_helpers import GRID, altered, dfl_report, entries, finished, only_entry, results
+from report_helpers import GRID, altered, dfl_report, entries, finished, only_entry, results, told
 
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.paper import PAPER
@@ -112,8 +112,7 @@ def test_smoke_runs_have_a_section_of_their_own(reported):
     (row,) = (row for row in entries(reported) if row["smoke"] and row["n"] != "0")
     assert row["method"] == "dfa"
     assert float(row["ours"]) == pytest.approx(100 * results(reported, "dfa", 1e-2, 32)[0]["accuracy"], abs=0.005)
-    text = dfl_report(reported, "outputs").stdout
-    real, smoke = text.split("SMOKE (a trial of the pipeline, no results)")
+    real, smoke = told(reported).split("SMOKE (a trial of the pipeline, no results)")
     assert "protocol fair, epochs=3, model.widths=[16, 16]" in real.splitlines()[0]
     assert "4 finished" not in smoke
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 from PIL import Image
-from report_helpers import altered, browser, dfl_report, entries, finished
+from report_helpers import altered, browser, dfl_report, entries, finished, told
 
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.curves import Curves, Figure, Series, figures
@@ -21,31 +21,41 @@ def test_every_format_holds_the_same_numbers(reported, reported_page):
     numbers = [row["ours"] for row in rows]
     assert len(numbers) == 4
     for kind in ("terminal", "markdown", "latex"):
-        text = dfl_report(reported, "outputs", "--format", kind).stdout
+        text = told(reported, kind)
         assert all(number in text for number in numbers), kind
     text = reported_page.read_text()
     assert all(f">{number}</a>" in text for number in numbers)
     assert not re.search(r'(src|href)="(?!#|data:)', text.split("<script>")[0])
 
 
-def test_every_figure_is_written_the_same_each_time(reported, tmp_path):
-    names = set()
-    for place in ("first", "second"):
-        done = dfl_report(reported, "outputs", "--figures", tmp_path / place)
-        assert done.returncode == 0, done.stderr
-        names = {path.name for path in (tmp_path / place).iterdir()}
+@pytest.fixture(scope="module")
+def markdown_page(reported, tmp_path_factory):
+    """A page in Markdown with its figures, and their folder."""
+    place = tmp_path_factory.mktemp("markdown")
+    page, folder = place / "pages" / "README.md", place / "all figures"
+    done = dfl_report(reported, "outputs", "--format", "markdown", "--out", page, "--figures", folder)
+    assert done.returncode == 0, done.stderr
+    return page, folder
+
+
+def test_every_figure_is_written_the_same_each_time(reported, markdown_page, tmp_path):
+    _, first = markdown_page
+    done = dfl_report(reported, "outputs", "--figures", tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in first.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == names
     kinds = ("alignment-mnist", "alignment-all-layers-mnist", "learning-mnist", "grid-mnist", "throughput")
     for kind in kinds:
         mine = [path for path in names if path.startswith("fair-") and f"-{kind}" in path]
         assert {path.rpartition(".")[2] for path in mine} == {"png", "pdf", "csv"}
     assert [path for path in names if path.startswith("smoke-fair-")]
     for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+        assert (first / name).read_bytes() == (tmp_path / name).read_bytes()
         if name.endswith("png"):
-            with Image.open(tmp_path / "first" / name) as image:
+            with Image.open(first / name) as image:
                 assert len(image.convert("RGB").getcolors(2**24)) > 20
                 assert min(image.size) > 400
-    with (tmp_path / "first" / "fair-epochs-3-model.widths--16--16-learning-mnist-none-fc.csv").open() as file:
+    with (first / "fair-epochs-3-model.widths--16--16-learning-mnist-none-fc.csv").open() as file:
         shown = [row for row in csv.DictReader(file) if row["series"] == "BP" and row["panel"] == "test accuracy"]
     (row,) = (row for row in entries(reported) if row["method"] == "bp" and not row["smoke"])
     assert [row["x"] for row in shown] == ["1", "2", "3"]
@@ -140,14 +150,13 @@ def test_how_a_cell_failed_is_said_in_the_tables_of_the_paper_s_layout(reported,
 
 
 def test_rows_of_the_paper_without_a_run_are_named(reported):
-    text = dfl_report(reported, "outputs").stdout
+    text = told(reported)
     assert "Not begun: cifar10 flip fc; cifar100 flip fc." in text
     assert "Not begun: cifar10 flip conv3; cifar10 flip conv3_bn;" in text
 
 
-def test_a_markdown_page_shows_its_figures(reported, tmp_path):
-    page, folder = tmp_path / "pages" / "README.md", tmp_path / "all figures"
-    done = dfl_report(reported, "outputs", "--format", "markdown", "--out", page, "--figures", folder)
-    assert done.returncode == 0, done.stderr
+def test_a_markdown_page_shows_its_figures(markdown_page):
+    page, folder = markdown_page
     shown = [page.parent / unquote(link) for link in re.findall(r"!\[[^]]+\]\((\S+)\)", page.read_text())]
+    assert shown
     assert {path.resolve() for path in shown} == set(folder.glob("*.png"))
