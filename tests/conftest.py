@@ -1,7 +1,11 @@
 """Every method × every model that conf/ names, tiny and in float64; and the real data, where there is some."""
 
-import logging
 import os
+
+# the networks are tiny: threads would only wait for one another; and a fork of a process that has had several may hang
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import logging
 import urllib.request
 from contextlib import suppress
 from functools import cache
@@ -22,7 +26,6 @@ from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.engine.method import Method
 from dfl_experiments.engine.trace import Trace
 
-# the networks are tiny: threads would only wait for one another
 torch.set_num_threads(1)
 CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
 
