@@ -3,14 +3,13 @@
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
+from PIL import Image, ImageOps
+from tqdm.contrib.concurrent import thread_map
 
 from dfl_experiments.errors import UserError, reason
 
@@ -34,31 +33,25 @@ class Tree:
 
 
 def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
-    """The files of a folder, or of some folders inside it; what begins with a dot is left out.
+    """The files of a folder, or of some folders inside it, links followed; what begins with a dot is left out.
 
     Raises `UserError` for what cannot be looked into, a link to nowhere, and one that leads back to where it lies.
     """
-    names = [path.relative_to(root).as_posix() for start in inside for path in files_below(root / start)]
-    return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
-
-def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """`folder_tree`'s files, links followed; `above`: the real paths of the folders that were gone through."""
-    real = os.path.realpath(folder)
-    if real in above:
-        raise UserError(f"{folder}: a link back to a folder that it lies in; delete it")
-    try:
-        with os.scandir(folder) as scan:
-            entries = [(Path(entry.path), entry.is_dir(), entry.is_file()) for entry in scan if entry.name[0] != "."]
-    except OSError as error:
+    def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    for path, is_dir, is_file in entries:
-        if is_dir:
-            yield from files_below(path, (*above, real))
-        elif is_file:
-            yield path
-        else:
-            raise UserError(f"{path}: neither a file nor a folder (a link to nowhere?); delete it")
+
+    names = []
+    for start in inside:
+        for place, folders, files in os.walk(root / start, onerror=refuse, followlinks=True):
+            if any(os.path.samefile(place, parent) for parent in Path(place).parents):
+                raise UserError(f"{place}: a link back to a folder that it lies in; delete it")
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(place, name) for name in files if not name.startswith(".")):
+                if not os.path.isfile(path):
+                    raise UserError(f"{path}: neither a file nor a folder (a link to nowhere?); delete it")
+                names.append(path.relative_to(root).as_posix())
+    return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
 
 def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
@@ -75,17 +68,16 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
     """
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{tree.label}/{name}: more than 8 bits per channel; convert it first")
+            mode = image.mode
             # cameras put a preview behind the picture (MPO), which is no frame of it
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise UserError(f"{tree.label}/{name}: more than one frame; keep one of them")
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
             decoded = image.convert("RGB" if channels == 3 else "L")
-    except UserError:
-        raise
     except Exception as error:  # of a damaged file Pillow and zipfile raise nearly anything
-        why = "it has no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise UserError(f"{tree.label}/{name}: cannot be read as an image ({why}); repair or delete it") from error
+        raise UserError(f"{tree.label}/{name}: cannot be read as an image ({reason(error)})") from error
+    if mode.startswith(("I", "F")):
+        raise UserError(f"{tree.label}/{name}: more than 8 bits per channel; convert it first")
+    if animated:
+        raise UserError(f"{tree.label}/{name}: more than one frame; keep one of them")
     if size is not None:
         decoded = ImageOps.fit(decoded, (size, size))
     return np.asarray(decoded).reshape(decoded.height, decoded.width, channels).transpose(2, 0, 1)
@@ -105,7 +97,5 @@ def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = N
             )
         images[index] = image
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for _ in tqdm(pool.map(fill, range(len(names))), "decoding", len(names), unit=" images", disable=None):
-            pass
+    thread_map(fill, range(len(names)), max_workers=THREADS, desc="decoding", unit=" images", disable=None)
     return images

@@ -6,38 +6,40 @@ import os
 import shutil
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock
 from numpy.lib.format import open_memmap
 
-from dfl_experiments.data.checksums import FORMAT, RECORD, damaged, read_record, summed, verify, write_record
+from dfl_experiments.data.checksums import RECORD, Record, Summed, damaged, read_record, verify
 from dfl_experiments.data.sources import Arrays, Source, expanded
 from dfl_experiments.errors import UserError, reason
 
 log = logging.getLogger(__name__)
-PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 CLASSES = "classes.json"
-FILES = (*(f"{part}.npy" for part in PARTS), CLASSES)
+# what `Arrays` has, in its order
+FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", CLASSES)
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether the folder holds a whole set of arrays: packed by this version, or brought, which have no record.
+    """Whether the folder holds a whole set of arrays, packed or brought.
 
-    Raises `UserError` where the record is damaged.
+    Raises `UserError` where it has a part of somebody's own arrays, and where the record is damaged.
     """
-    record = read_record(folder)
     # isfile, unlike Path.is_file, also says no where looking is not permitted
-    return all(os.path.isfile(folder / name) for name in FILES) and (record is None or record["format"] == FORMAT)
+    missing = [name for name in FILES if not os.path.isfile(folder / name)]
+    # what has a record is our own: a part of it is what an interrupted run left
+    if read_record(folder) is None and missing and any(os.path.lexists(folder / name) for name in FILES):
+        raise UserError(f"{folder}: incomplete, without {', '.join(missing)}; add what is missing, or delete {folder}")
+    return not missing
 
 
 def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Arrays:
     """The data set, mapped from `data_dir`/<cache name>; packed there first where it is not, by one process at a time.
 
-    Raises `UserError` where the raw form is neither there nor can be fetched, where arrays or files are damaged, where
-    packing would write over arrays that somebody brought, and where `data_dir` cannot be written to although something
-    is to be packed.
+    Raises `UserError` where the raw form is neither there nor can be fetched, where files are damaged, do not fit
+    together or are a part of what somebody brought, and where what is to be packed cannot be written.
     """
     data_dir = expanded(data_dir, "data_dir")
     cache = source.cache_name(name)
@@ -48,34 +50,9 @@ def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Ar
         with locked(data_dir, cache):
             # another process may have packed it while this one waited
             if not is_packed(folder):
-                older = replaceable(folder, source.locations(data_dir))
                 log.info("preparing %s in %s", name, folder)
-                pack(read_raw(name, source, data_dir, download and not older), folder)
+                pack(read_raw(name, source, folder, download), folder)
     return open_packed(folder)
-
-
-def replaceable(folder: Path, raw: list[Path]) -> bool:
-    """Whether the folder holds a whole pack of another version, to be made anew from the raw form that is there.
-
-    Raises `UserError` where that is not there, and where the folder holds a part of somebody's own arrays.
-    """
-    there = [name for name in FILES if os.path.lexists(folder / name)]
-    missing = [name for name in FILES if name not in there]
-    record = read_record(folder)
-    if record is None:
-        if there:
-            raise UserError(
-                f"{folder}: {there[0]} is there without {', '.join(missing)}; add what is missing, or delete {folder}"
-            )
-        return False
-    if missing or record["format"] == FORMAT:  # what an interrupted run left
-        return False
-    if not any(os.path.exists(path) for path in raw):
-        raise UserError(
-            f"{folder}: packed in format {record['format']}, this version has format {FORMAT}, and no raw form to pack "
-            f"anew is in {' or '.join(str(path) for path in raw)}; put it there, or delete {folder} to fetch it"
-        )
-    return True
 
 
 def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:
@@ -87,18 +64,17 @@ def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:
         raise UserError(f"data_dir={data_dir}: {cache} cannot be packed there ({reason(error)})") from error
 
 
-def read_raw(name: str, source: Source, data_dir: Path, download: bool) -> Arrays:
+def read_raw(name: str, source: Source, folder: Path, download: bool) -> Arrays:
     """The raw form, or a `UserError` that says what is missing, where it was looked for and how to get it."""
     try:
-        return source.read(data_dir, download)
+        return source.read(folder.parent, download)
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError, HTTPException) as error:
-        places = " or ".join(str(path) for path in source.locations(data_dir))
+    except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:
+        places = " or ".join(str(path) for path in source.locations(folder.parent))
         raise UserError(
-            f"dataset {name}: neither packed in {data_dir / (source.cache_name(name) or name)} nor readable from "
-            f"{places} ({reason(error)}); run `dfl-data prepare dataset={name}` on a machine with a network, or set "
-            "data_dir or DFL_DATA_DIR to the folder that has it"
+            f"dataset {name}: neither packed in {folder} nor readable from {places} ({reason(error)}); run "
+            f"`dfl-data prepare dataset={name}` where there is a network, or set data_dir or DFL_DATA_DIR to its place"
         ) from error
 
 
@@ -106,28 +82,30 @@ def pack(arrays: Arrays, folder: Path) -> None:
     """Write the arrays beside the folder and rename them into it. Raises `UserError`, as `check` or for the disk."""
     check(arrays, folder)
     temporary = folder.with_name(f".{folder.name}.partial")
+    record = Record(files={})
     try:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
-            temporary.mkdir()
-            files: dict[str, dict[str, int]] = {}
-            for part in PARTS:
-                # not given a path: np.save then does not notice a disk that is full at the very end
-                with summed(temporary / f"{part}.npy", files) as file:
-                    np.save(file, getattr(arrays, part))
-            with summed(temporary / CLASSES, files) as file:
-                file.write(json.dumps(arrays.classes).encode())
-            write_record(temporary, files)
-            # File by file: the folder may hold an unfinished pack, or be the raw one where case makes no difference.
-            # While the list of classes is absent nothing is packed, and the record says that the arrays are ours.
-            folder.mkdir(exist_ok=True)
-            (folder / CLASSES).unlink(missing_ok=True)
-            for name in (RECORD, *FILES):
-                (temporary / name).replace(folder / name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
+        temporary.mkdir()
+        for name, part in zip(FILES, vars(arrays).values(), strict=True):
+            with (temporary / name).open("wb") as file:
+                # np.save, given a path or a file, does not notice a disk that is full at the very end
+                summed = Summed(file)
+                if name == CLASSES:
+                    summed.write(json.dumps(part).encode())
+                else:
+                    np.save(summed, part)
+            record.files[name] = {"bytes": (temporary / name).stat().st_size, "crc32": summed.crc32}
+        (temporary / RECORD).write_text(record.model_dump_json(indent=1))
+        # File by file: the folder may hold an unfinished pack, or be the raw one where case makes no difference.
+        # While the list of classes is absent nothing is packed, and the record says that the arrays are ours.
+        folder.mkdir(exist_ok=True)
+        (folder / CLASSES).unlink(missing_ok=True)
+        for name in (RECORD, *FILES):
+            (temporary / name).replace(folder / name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason(error)})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_packed(folder: Path) -> Arrays:
@@ -138,52 +116,39 @@ def open_packed(folder: Path) -> Arrays:
     record = read_record(folder)
     if record is not None:
         verify(folder, record, FILES)
-    parts = {}
-    file = folder
-    try:
-        for part in PARTS:
-            file = folder / f"{part}.npy"
-            parts[part] = open_memmap(file, mode="r")
-        file = folder / CLASSES
-        classes = json.loads(file.read_text())
-    except (OSError, ValueError, EOFError) as error:
-        raise damaged(file, error) from error
-    arrays = Arrays(**parts, classes=classes)
+    parts: list[Any] = []
+    for path in (folder / name for name in FILES):
+        try:
+            parts.append(json.loads(path.read_bytes()) if path.name == CLASSES else open_memmap(path, mode="r"))
+        except (OSError, ValueError, EOFError) as error:
+            raise damaged(path, reason(error)) from error
+    arrays = Arrays(*parts)
     check(arrays, folder)
     return arrays
 
 
 def check(arrays: Arrays, folder: Path) -> None:
     """Raise `UserError`, naming the file, unless types, lengths, shapes and labels fit together."""
-    classes = arrays.classes
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f'{folder / CLASSES}: must be a list of class names, as ["cats", "dogs"]')
-    if len(classes) < 2:
-        raise UserError(f"{folder / CLASSES}: must name two classes at least, there are {len(classes)}")
-    if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
-        raise UserError(f"{folder / CLASSES}: names must differ, {twice!r} is there twice")
+
+    def demand(fits: bool, file: str, what: str) -> None:
+        if not fits:
+            raise UserError(f"{folder / file}: {what}")
+
+    classes, shape = arrays.classes, arrays.train_images.shape[1:]
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    demand(named, CLASSES, 'must be a list of class names, as ["cats", "dogs"]')
+    demand(len(set(classes)) == len(classes) > 1, CLASSES, "must name two classes at least, and none of them twice")
     for split in ("train", "test"):
-        images, labels = getattr(arrays, f"{split}_images"), getattr(arrays, f"{split}_labels")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
-            raise UserError(
-                f"{folder / split}_images.npy: must be uint8 (N, C, H, W), is {images.dtype} {images.shape}"
-            )
+        images, file = getattr(arrays, f"{split}_images"), f"{split}_images.npy"
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.size > 0
+        demand(fits, file, f"must be uint8 (N, C, H, W), is {images.dtype} {images.shape}")
         channels, height, width = images.shape[1:]
-        if width in (1, 3) and channels == height > 3:
-            raise UserError(f"{folder / split}_images.npy: {images.shape} is (N, H, W, C); make it (N, C, H, W)")
-        if images.shape[1:] != arrays.train_images.shape[1:]:
-            raise UserError(
-                f"{folder / split}_images.npy: of another shape than train_images.npy, "
-                f"{images.shape[1:]} and not {arrays.train_images.shape[1:]}"
-            )
-        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-            raise UserError(
-                f"{folder / split}_labels.npy: must be {len(images)} integers, is {labels.dtype} {labels.shape}"
-            )
-        wrong = labels[(labels < 0) | (labels >= len(classes))]
-        if len(wrong):
-            raise UserError(
-                f"{folder / split}_labels.npy: labels must be 0 to {len(classes) - 1}, as {CLASSES} has "
-                f"{len(classes)} names; {wrong[0]} is there"
-            )
+        turned = width in (1, 3) and channels == height > 3
+        demand(not turned, file, f"{images.shape} is (N, H, W, C); make it (N, C, H, W)")
+        demand(images.shape[1:] == shape, file, f"images of {images.shape[1:]}, those of train_images.npy are {shape}")
+        labels, file = getattr(arrays, f"{split}_labels"), f"{split}_labels.npy"
+        fits = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+        demand(fits, file, f"must be {len(images)} integers, is {labels.dtype} {labels.shape}")
+        fits = 0 <= labels.min() <= labels.max() < len(classes)
+        names = f"0 to {len(classes) - 1}, one for each name of {CLASSES}"
+        demand(fits, file, f"labels must be {names}; they go from {labels.min()} to {labels.max()}")

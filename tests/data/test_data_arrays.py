@@ -1,14 +1,15 @@
 """Packed arrays, and arrays that somebody brought: what is damaged or does not fit is one line naming the file."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_helpers import Made, equal, flip, refused
 
-from dfl_experiments.data import checksums, packs
-from dfl_experiments.data.packs import CLASSES, FILES, PARTS, is_packed, load, pack
+from dfl_experiments.data import checksums
+from dfl_experiments.data.packs import CLASSES, FILES, is_packed, load
 
 
 @pytest.fixture
@@ -27,11 +28,9 @@ def brought(packed) -> Path:
 
 def test_a_pack_has_a_record_and_is_not_packed_again(packed):
     record = json.loads((packed / "made" / checksums.RECORD).read_text())
-    assert record["format"] == checksums.FORMAT
-    assert list(record["files"]) == list(FILES)
-    for name, line in record["files"].items():
-        path = packed / "made" / name
-        assert line == {"bytes": path.stat().st_size, "crc32": checksums.crc32(path)}
+    contents = {name: (packed / "made" / name).read_bytes() for name in FILES}
+    expected = {name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in contents.items()}
+    assert record == {"format": 1, "files": expected}
     assert equal(load("made", Made(classes=["other", "names"]), packed), Made().arrays)
 
 
@@ -44,7 +43,7 @@ def test_brought_arrays_need_no_record_and_are_left_alone(brought):
 @pytest.mark.parametrize("place", [0, -1])
 def test_an_altered_byte_is_found(packed, name, place):
     flip(packed / "made" / name, place)
-    message = refused("made", Made(), packed, rf"made/{name}: damaged \(crc32: ")
+    message = refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(it does not have the CRC-32 ")
     assert f"delete {packed / 'made'} to have it packed anew" in message
     for file in FILES:
         (packed / "made" / file).unlink()
@@ -56,34 +55,37 @@ def test_an_altered_byte_is_found(packed, name, place):
 def test_a_truncated_file_is_found(packed, name, length):
     file = packed / "made" / name
     file.write_bytes(file.read_bytes()[:length])
-    refused("made", Made(), packed, rf"made/{name}: damaged \(bytes: \d+, was \d+ when packed\); delete ")
+    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(it does not have the CRC-32 .*\); delete ")
     (packed / "made" / checksums.RECORD).unlink()
-    refused("made", Made(), packed, rf"made/{name}: damaged \(.*\); delete .* or put a whole copy there")
+    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(.*\); delete .* or put a whole copy there")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_part_of_somebody_s_arrays_is_not_written_over(brought, name):
     (brought / "made" / name).unlink()
-    refused("made", Made(), brought, rf"made: \w+\.\w+ is there without {name}; add what is missing")
+    refused("made", Made(), brought, rf"made: incomplete, without {name}; add what is missing")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "7", '{"format": "x"}', '{"format": 1}', '{"format": 1, "files": {}}'])
 def test_a_damaged_record(packed, text):
     (packed / "made" / checksums.RECORD).write_text(text)
-    refused("made", Made(), packed, rf"made/{checksums.RECORD}: damaged \(.+\); delete ")
+    refused("made", Made(), packed, r"made/(checksums.json|train_images.npy): unreadable or damaged \(.+\); delete ")
 
 
 @pytest.mark.parametrize("version", [0, 2])
-def test_a_pack_of_another_version(tmp_path, monkeypatch, version):
-    with monkeypatch.context() as patch:
-        patch.setattr(checksums, "FORMAT", version)
-        pack(Made(classes=["of", "another"]).arrays, tmp_path / "made")
-    assert not is_packed(tmp_path / "made")
-    line = refused("made", Made(), tmp_path, rf"made: packed in format {version}, this version has format 1, .*")
-    assert str(tmp_path / "raw") in line
-    (tmp_path / "raw").touch()
-    assert equal(load("made", Made(), tmp_path), Made().arrays)
-    assert is_packed(tmp_path / "made")
+def test_a_pack_of_another_version(packed, version):
+    record = packed / "made" / checksums.RECORD
+    record.write_text(record.read_text().replace('"format": 1', f'"format": {version}'))
+    refused(
+        "made", Made(), packed, rf"made/{checksums.RECORD}: .*format Input should be 1.*; delete .*/made to have it"
+    )
+
+
+def test_links_to_nowhere_are_not_written_over(tmp_path):
+    (tmp_path / "made").mkdir()
+    for name in (*FILES, checksums.RECORD):
+        (tmp_path / "made" / name).symlink_to(tmp_path / "a disk that is away" / name)
+    refused("made", Made(), tmp_path, "made: incomplete, without train_images.npy")
 
 
 IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
@@ -99,19 +101,27 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
         ("test_images", IMAGES[..., :0], r"must be uint8 .*, is uint8 \(4, 1, 2, 0\)"),
         ("train_images", np.uint8(3), r"must be uint8 \(N, C, H, W\), is uint8 \(\)"),
         ("train_images", np.zeros((4, 8, 8, 3), np.uint8), r"\(4, 8, 8, 3\) is \(N, H, W, C\); make it \(N, C, H, W\)"),
-        ("test_images", np.zeros((2, 1, 3, 2), np.uint8), r"of another shape than train_images.npy, \(1, 3, 2\) and"),
-        ("test_images", np.zeros((2, 3, 2, 2), np.uint8), "of another shape"),
+        (
+            "test_images",
+            np.zeros((2, 1, 3, 2), np.uint8),
+            r"images of \(1, 3, 2\), those of train_images.npy are \(1, 2, 2\)",
+        ),
+        ("test_images", np.zeros((2, 3, 2, 2), np.uint8), r"images of \(3, 2, 2\), those of"),
         ("test_images", IMAGES[:1], "test_labels.npy: must be 1 integers"),
         ("train_labels", LABELS[:3], r"must be 4 integers, is int64 \(3,\)"),
         ("train_labels", LABELS[:, None], "must be 4 integers"),
         ("train_labels", LABELS.astype(float), "must be 4 integers, is float64"),
         ("train_labels", LABELS.astype(bool), "must be 4 integers, is bool"),
         ("train_labels", np.array(["cat"] * 4), "must be 4 integers"),
-        ("test_labels", np.array([0, 2]), "labels must be 0 to 1, as classes.json has 2 names; 2 is there"),
-        ("train_labels", np.array([0, 1, -1, 0]), "labels must be 0 to 1, .*; -1 is there"),
-        ("classes", [], "must name two classes at least, there are 0"),
-        ("classes", ["a"], "must name two classes at least, there are 1"),
-        ("classes", ["a", "b", "a"], "names must differ, 'a' is there twice"),
+        (
+            "test_labels",
+            np.array([0, 2]),
+            "labels must be 0 to 1, one for each name of classes.json; they go from 0 to 2",
+        ),
+        ("train_labels", np.array([0, 1, -1, 0]), "labels must be 0 to 1, .*; they go from -1 to 1"),
+        ("classes", [], "must name two classes at least"),
+        ("classes", ["a"], "must name two classes at least"),
+        ("classes", ["a", "b", "a"], "must name two classes at least, and none of them twice"),
         ("classes", {"a": 0, "b": 1}, r'must be a list of class names, as \["cats", "dogs"\]'),
         ("classes", [0, 1], "must be a list of class names"),
         ("classes", "ab", "must be a list of class names"),
@@ -127,13 +137,13 @@ def test_arrays_that_do_not_fit_are_refused(brought, tmp_path, part, value, mess
     path.write_text(json.dumps(value)) if part == "classes" else np.save(path, value)
     refused("made", Made(), brought, message)
     path.write_bytes(path.read_bytes()[:-1])
-    refused("made", Made(), brought, rf"{file}: (damaged|must)")
+    refused("made", Made(), brought, rf"{file}: (unreadable|must)")
 
 
 def test_files_that_are_no_arrays(brought):
     folder = brought / "made"
-    for number, part in enumerate(PARTS):
-        file = folder / f"{part}.npy"
+    for number, name in enumerate(FILES[:-1]):
+        file = folder / name
         whole = file.read_bytes()
         if number == 0:
             np.save(file, np.array([{"pickled": 1}]), allow_pickle=True)
@@ -142,14 +152,14 @@ def test_files_that_are_no_arrays(brought):
                 np.savez(opened, np.zeros(3))
         else:
             file.write_text("words")
-        refused("made", Made(), brought, rf"{part}\.npy: damaged \(.+\); delete")
+        refused("made", Made(), brought, rf"{name}: unreadable or damaged \(.+\); delete")
         file.write_bytes(whole)
     for text in (b"[", b"\xff\xfe", b""):
         (folder / CLASSES).write_bytes(text)
-        refused("made", Made(), brought, r"classes\.json: damaged \(.+\); delete")
+        refused("made", Made(), brought, r"classes\.json: unreadable or damaged \(.+\); delete")
     (folder / CLASSES).unlink()
     (folder / CLASSES).mkdir()
-    refused("made", Made(), brought, "is there without|damaged")
+    refused("made", Made(), brought, "incomplete, without classes.json")
 
 
 def test_a_file_where_the_folder_would_be(tmp_path):
@@ -161,4 +171,4 @@ def test_a_file_where_the_folder_would_be(tmp_path):
 def test_one_pixel_and_two_classes_are_enough(tmp_path):
     arrays = load("made", Made(train_images=IMAGES[..., :1, :1], test_images=IMAGES[:2, :, :1, :1]), tmp_path)
     assert (arrays.shape, arrays.num_classes) == ((1, 1, 1), 2)
-    assert packs.is_packed(tmp_path / "made")
+    assert is_packed(tmp_path / "made")

@@ -22,8 +22,8 @@ def run(monkeypatch, *arguments: str) -> None:
 def test_list_and_prepare(monkeypatch, capsys, mnist):
     here = f"data_dir={mnist}"
 
-    def states() -> dict[str, str]:
-        run(monkeypatch, "list", here)
+    def states(*choice: str) -> dict[str, str]:
+        run(monkeypatch, "list", here, *choice)
         return dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
 
     expected = {
@@ -36,15 +36,18 @@ def test_list_and_prepare(monkeypatch, capsys, mnist):
     }
     assert states() == expected
     run(monkeypatch, "prepare", "dataset=mnist", here)
-    assert "12 training and 5 test images of 1x28x28 in 10 classes" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1].split() == f"mnist packed 12 5 1x28x28 10 {mnist}/mnist".split()
     pack(Made().arrays, mnist / "cifar10")
     assert is_packed(mnist / "mnist")
     flip(mnist / "mnist" / "test_images.npy")
-    assert states() == expected | {"mnist": "damaged", "cifar10": "packed"}
+    assert states("dataset=mnist") | states("dataset=cifar10") == {"mnist": "damaged", "cifar10": "packed"}
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "prepare", "dataset=mnist", here)
     assert caught.value.code == 2
-    assert f"{mnist / 'mnist' / 'test_images.npy'}: damaged (crc32: " in capsys.readouterr().err
+    assert (
+        f"{mnist / 'mnist' / 'test_images.npy'}: unreadable or damaged (it does not have the CRC-32"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_examples_of_the_help_can_be_typed():
@@ -63,7 +66,7 @@ def test_the_examples_of_the_help_can_be_typed():
         (["prepare", "dataset=folder"], "dataset.source.path"),
         (["prepare", "dataset=folder", "dataset.source.path='~nobody-at-all/x'"], "there is no such home"),
         (["list", "data_dir='~nobody-at-all/x'"], "data_dir=~nobody-at-all/x: there is no such home"),
-        (["list", "dataset=folder", "dataset.source.path=/dev/null"], "dataset.source.path=/dev/null: is no folder"),
+        (["list", "dataset=folder", "dataset.source.path=/dev/null"], "dataset.source.path=/dev/null: no such folder"),
         (["prepare", "dataset=cifar10", "dataset.source.classes=11"], "dataset.source.classes=11"),
     ],
 )
