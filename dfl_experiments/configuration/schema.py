@@ -1,4 +1,7 @@
-"""The options of a run, typed and in range, and the one object that a checked configuration is from then on."""
+"""The options of a run, typed and in range, and the one object that a checked configuration is from then on.
+
+Options of a method, model, optimizer, augmentation or source are their constructors' own: `components` checks those.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,28 +10,11 @@ from typing import Annotated, Any, Literal, Self
 from omegaconf import DictConfig
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
 from dfl_experiments.configuration.composition import group_options, names_of, plain, science
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
-from dfl_experiments.ranges import (
-    Count,
-    Downsampling,
-    FeedbackInit,
-    Finite,
-    Fraction,
-    LocalPooling,
-    LocalReduction,
-    LossName,
-    NonNegative,
-    Passes,
-    Positive,
-    Precision,
-    Size,
-    Skip,
-    Top,
-    Widths,
-)
 
 GROUPS = ("method", "model", "augmentation", "optimizer")  # those whose options are their target's own
 
@@ -42,7 +28,7 @@ class Options(BaseModel):
 class Alignment(Options):
     """every: iterations between two measurements, 0 for none."""
 
-    every: Size
+    every: ranges.Size
 
 
 class Checkpoint(Options):
@@ -51,7 +37,7 @@ class Checkpoint(Options):
     keep: the last one, when the run has come to its end.
     """
 
-    every_seconds: NonNegative
+    every_seconds: ranges.NonNegative
     keep: bool
 
 
@@ -69,10 +55,10 @@ class Dataset(Options):
 
     name: Name
     source: dict[str, Any]
-    mean: Annotated[list[Finite], Field(min_length=1)]
-    std: Annotated[list[Positive], Field(min_length=1)]
-    epochs: Count
-    fc_widths: Widths
+    mean: Annotated[list[ranges.Finite], Field(min_length=1)]
+    std: Annotated[list[ranges.Positive], Field(min_length=1)]
+    epochs: ranges.Count
+    fc_widths: ranges.Widths
 
     @model_validator(mode="after")
     def _as_many(self) -> Self:
@@ -87,19 +73,19 @@ class Protocol(Options):
     """Every choice in which the paper's text, its published code and this project differ (see conf/protocol)."""
 
     name: Name
-    conv3_downsampling: Downsampling
-    local_pooling: LocalPooling
-    local_reduction: LocalReduction
-    dfa_init: FeedbackInit
-    las_init: FeedbackInit
-    dfa_top: Top
-    resnet18_skip: Skip
-    batch_norm_updates: Passes
-    validation_fraction: Fraction
+    conv3_downsampling: ranges.Downsampling
+    local_pooling: ranges.LocalPooling
+    local_reduction: ranges.LocalReduction
+    dfa_init: ranges.FeedbackInit
+    las_init: ranges.FeedbackInit
+    dfa_top: ranges.Top
+    resnet18_skip: ranges.Skip
+    batch_norm_updates: ranges.Passes
+    validation_fraction: ranges.Fraction
     accuracy: Literal["last", "best_test", "best_validation"]
     stop_untrainable: bool
-    local_pooling_of: dict[str, LocalPooling] | None = None
-    batch_norm_updates_of: dict[str, Passes] | None = None
+    local_pooling_of: dict[str, ranges.LocalPooling] | None = None
+    batch_norm_updates_of: dict[str, ranges.Passes] | None = None
 
 
 class Settings(Options):
@@ -110,18 +96,18 @@ class Settings(Options):
     tracking: Tracking
     plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]]
     data_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-    epochs: Count
-    batch_size: Count
+    epochs: ranges.Count
+    batch_size: ranges.Count
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    loss: LossName
+    loss: ranges.LossName
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-    threads: Count | None
-    precision: Precision
+    threads: ranges.Count | None
+    precision: ranges.Precision
     cuda_graph: bool
     deterministic: bool
-    limit: Count | None
-    smoke: Count | None
-    validation_fraction: Fraction
+    limit: ranges.Count | None
+    smoke: ranges.Count | None
+    validation_fraction: ranges.Fraction
     stop_untrainable: bool
     alignment: Alignment
     checkpoint: Checkpoint

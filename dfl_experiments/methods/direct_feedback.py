@@ -54,7 +54,8 @@ class DirectFeedback(Method):
         self.local_modules = modules
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """∂ℒ_i/∂B of every local module: h_i (y_i - a_L)ᵀ or h_i (softmax(y_i) - y*)ᵀ, times the reduction's factor."""
+        """∂ℒ_i/∂B of every local module: h_i (y_i - a_L)ᵀ or h_i (softmax(y_i) - y*)ᵀ, times the reduction's factor,
+        left in `.grad`: `Learner.step` then updates B with it."""
         if self.local_target is None:
             return
         outputs, gradients, weights = [], [], []
