@@ -39,7 +39,7 @@ def read_rows(run_dir: str | Path, table: Literal["epochs", "iterations"] = "epo
     with path.open() as file:
         names = file.readline().strip().split(",")
         rows = np.genfromtxt(file, delimiter=",", ndmin=2)
-    return dict(zip(names, rows.T, strict=True))
+    return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))  # of no row as well
 
 
 def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:

@@ -35,7 +35,6 @@ from dfl_experiments.running.build import build
 from dfl_experiments.running.device import reuse_memory
 from dfl_experiments.running.epochs import State, train
 from dfl_experiments.running.provenance import device_name, git_commit, versions
-from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
 from dfl_experiments.running.signals import Stop
 from dfl_experiments.running.tracking import track
 
@@ -171,8 +170,7 @@ def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
             cfg = check(compose([*overrides, "protocol=paper", "sweep=benchmark", f"threads={threads}"]))
             run_dir = Path(tempfile.mkdtemp(dir=folder))
             parts, state = build(cfg), State()
-            columns = {"iteration": iteration_columns(parts.learner.numbers), "epoch": epoch_columns(3)}
-            with track(cfg.settings.tracking, run_dir, cfg.values, columns, None) as tracker:
+            with track(cfg.settings.tracking, run_dir, cfg.values, parts.columns.values(), None) as tracker:
                 start = time.perf_counter()  # W&B has threads and a process of its own
                 train(parts, state, run_dir, cfg.science, tracker, Stop())
                 times[mode].append(time.perf_counter() - start)

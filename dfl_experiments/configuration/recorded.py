@@ -60,6 +60,11 @@ def read_recorded(path: Path, said: str) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(found, resolve=False)
     if not isinstance(values, dict) or not isinstance(values.get("checkpoint", {}), dict):
         raise UserError(f"{said}: {path} is no configuration of a run")
-    if "${" in str(values):
-        raise UserError(f"{said}: {path} holds an interpolation, a recorded configuration holds values")
+    refuse_interpolations(values, f"{said}: {path}")
     return values
+
+
+def refuse_interpolations(values: Any, said: str) -> None:
+    """Raise `UserError` for a recorded configuration, unresolved, that has something to resolve."""
+    if "${" in str(values):
+        raise UserError(f"{said} holds an interpolation, a recorded configuration holds values")

@@ -41,15 +41,18 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
 
     Last parts are compared: the same one in another place (`lr` for `optimizer.lr`), or else a similar word.
     """
+
+    def initials(word: str) -> str:
+        return "".join(part[:1] for part in word.split("_"))
+
     place, _, last = key.lower().rpartition(".")
     lasts = {name: name.rpartition(".")[2] for name in names if name != key}
-    initials = {name: "".join(word[:1] for word in word_list.split("_")) for name, word_list in lasts.items()}
+    short = initials(last) if "_" in last else last  # learning_rate is lr, and wd is weight_decay
     similar = difflib.get_close_matches(last, lasts.values(), n=1, cutoff=0.7)
-    acronym = "".join(word[:1] for word in last.split("_")) if "_" in last else last  # wd, learning_rate
     found = (
-        [name for name, part in lasts.items() if part == last]
-        or [name for name, part in lasts.items() if acronym in (part, initials[name]) and len(acronym) > 1]
-        or [name for name, part in lasts.items() if part in similar]
+        [name for name, word in lasts.items() if word == last]
+        or [name for name, word in lasts.items() if len(short) > 1 and short in (word, initials(word))]
+        or [name for name, word in lasts.items() if word in similar]
     )
     found = [name for name in found if name.rpartition(".")[0] == place] or found
     return f"; did you mean {' or '.join(found[:3])}?" if found else ""

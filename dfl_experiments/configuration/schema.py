@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
-from dfl_experiments.configuration.composition import group_options, names_of, plain, science
+from dfl_experiments.configuration.composition import group_options, plain, science
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
 
@@ -141,11 +141,6 @@ class Configuration:
     def science(self) -> str:
         """A digest of everything that decides what the run computes."""
         return science(self.values)
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Of the data set, augmentation, model, method and protocol."""
-        return names_of(self.values)
 
 
 def _options_beside(key: tuple[Any, ...]) -> list[str]:

@@ -94,12 +94,12 @@ class BlockNet(nn.Module):
         nothing, and so need no graph; there is a cut above them. With `keep`, every block's graph reaches its input.
         """
         trace = Trace(frozenset({*cuts, frozen} - {0}), keep)
-        first, leak, h = frozen + 1, None, x
+        first, leak, h = 1, None, x
         for i, module in enumerate((*self.blocks, self.head), start=1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or i > frozen)):
                 read: tuple[Tensor, ...] = (h,)
                 if i - 1 in trace.cuts:
-                    first, leak = max(i, frozen + 1), None
+                    first, leak = i, None
                     read = (h.detach().requires_grad_(keep),)
                     # a block that learns nothing receives nothing, through a leak neither
                     if getattr(module, "leak", False) and i - 1 > frozen:

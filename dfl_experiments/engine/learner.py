@@ -76,9 +76,10 @@ class Learner:
             self.feedback_optimizer.step()
             self.feedback_optimizer.zero_grad()
         deltas = trace.backward(self.method.signal, error, target)
-        measured = loss.new_full((len(self.numbers) - 2,), torch.nan)
         if align:
             measured = measure(trace, deltas, error, self.method.exact_from).to(loss)
+        else:
+            measured = loss.new_full((len(self.numbers) - 2,), torch.nan)
         self.optimizer.step()
         self.optimizer.zero_grad()
         correct = (trace.logits.detach().argmax(1) == target).sum()

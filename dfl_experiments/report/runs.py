@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from dfl_experiments.configuration.recorded import refuse_interpolations
 from dfl_experiments.configuration.refusals import one_line
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.setting import Setting, setting_of
@@ -114,8 +115,7 @@ def read_run(folder: Path) -> Run:
     """The run in a directory. Raises an error of any kind where what lies there is something else."""
     result = read_result(folder) or {}
     config: Any = OmegaConf.create(result["config"]) if result else OmegaConf.load(folder / CONFIG)
-    if "${" in str(OmegaConf.to_container(config, resolve=False)):
-        raise ValueError("holds an interpolation, a recorded configuration holds values")
+    refuse_interpolations(OmegaConf.to_container(config, resolve=False), "its configuration")
     status, reason = result.get("status", ""), result.get("reason") or ""
     if status not in DONE:
         status, _, reason = status_of(folder)

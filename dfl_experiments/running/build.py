@@ -18,6 +18,7 @@ from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
 from dfl_experiments.optimizers import OptimizerFactory
 from dfl_experiments.running.device import ALL_THREADS, choose_device, set_up
+from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
 
 
 @dataclass
@@ -34,6 +35,12 @@ class Parts:
     schedule: OptimizerFactory
     learner: Learner
     step: Callable[[Tensor, Tensor, bool], Tensor]
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Those of the tables that the run leaves, by the table's name; the first one counts the rows."""
+        numbers, depth = self.learner.numbers, self.learner.net.depth
+        return {"iterations": iteration_columns(numbers), "epochs": epoch_columns(depth)}
 
 
 def build(configuration: Configuration, device_name: str | None = None, threads: int = ALL_THREADS) -> Parts:

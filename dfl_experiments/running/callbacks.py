@@ -76,8 +76,9 @@ class Checks(Callback):
         """Refuse a sweep with a wrong job before anything of it begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
-            Checks.sweep = check_sweep(config, config_name)
-            made(Checks.sweep.folder, "hydra.sweep.dir")
+            sweep = check_sweep(config, config_name)
+            made(sweep.folder, "hydra.sweep.dir")
+            Checks.sweep = sweep  # only now is there something to sum up
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Sum up, and let the exit code say whether every point has its result."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.build import Parts
 from dfl_experiments.running.progress import Progress
-from dfl_experiments.running.records import HEADLINES, iteration_rows, per_layer, test_accuracies
-from dfl_experiments.running.run_directory import Row, Table, epoch_columns, iteration_columns
+from dfl_experiments.running.records import HEADLINES, iteration_rows, per_layer, reported_accuracies
+from dfl_experiments.running.run_directory import Row, Table
 from dfl_experiments.running.signals import Interrupted, Stop
 from dfl_experiments.running.tracking import Tracker
 
@@ -47,15 +47,13 @@ class Files:
 
     def __init__(self, parts: Parts, state: State, run_dir: Path, science: str) -> None:
         self.parts, self.state, self.run_dir, self.science = parts, state, run_dir, science
-        learner = parts.learner
-        self.columns = {"iterations": iteration_columns(learner.numbers), "epochs": epoch_columns(learner.net.depth)}
         self.written, self.cost = time.perf_counter(), 0.0
 
     def __enter__(self) -> "Files":
         with ExitStack() as stack:
             self.tables = {
                 name: stack.enter_context(Table(self.run_dir / f"{name}.csv", columns, self.state.lengths[name]))
-                for name, columns in self.columns.items()
+                for name, columns in self.parts.columns.items()
             }
             self._open = stack.pop_all()
         return self
@@ -138,7 +136,7 @@ def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Trac
 
                 state.accuracies.append((validation, test))
                 state.seconds += state.epoch_seconds
-                accuracies = test_accuracies(state.accuracies)
+                accuracies = reported_accuracies(state.accuracies)
                 state.result = {
                     "epochs": epoch,
                     "accuracy": accuracies[HEADLINES[settings.protocol.accuracy]],

@@ -33,7 +33,7 @@ def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tenso
     return found
 
 
-def test_accuracies(epochs: list[tuple[float | None, float]]) -> dict[str, Any]:
+def reported_accuracies(epochs: list[tuple[float | None, float]]) -> dict[str, Any]:
     """`test_accuracy` of result.json, from the validation and test accuracy of every epoch.
 
     The first of equally good epochs counts.

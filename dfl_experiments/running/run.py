@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dfl_experiments.configuration.composition import names_of
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.errors import Fault, UserError, reason
 from dfl_experiments.running import checkpoint
@@ -22,8 +23,6 @@ from dfl_experiments.running.run_directory import (
     LAST,
     PREVIOUS,
     RESULT,
-    epoch_columns,
-    iteration_columns,
     read_result,
     record_overrides,
     status_left,
@@ -64,7 +63,7 @@ def opening(configuration: Configuration) -> dict[str, Any]:
     values = configuration.values | {"resume": None, "repeat": None, "force": False}
     values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())  # to be found from elsewhere
     return {
-        "status": "failed", "reason": None, **configuration.names, "seed": configuration.settings.seed, "epochs": 0,
+        "status": "failed", "reason": None, **names_of(values), "seed": configuration.settings.seed, "epochs": 0,
         "versions": versions(), "git_commit": git_commit(), "config": values,
     }  # fmt: skip
 
@@ -115,11 +114,9 @@ def run(
         # nothing is given up for a run that cannot start
         saved = checkpoint.load(run_dir, configuration.science) if go_on else None
         parts = build(configuration, device, threads if saved is None else saved["threads"])
-        numbers, depth = parts.learner.numbers, parts.learner.net.depth
-        columns = {"iteration": iteration_columns(numbers), "epoch": epoch_columns(depth)}
         with Stop() as stop:  # from here on a signal waits for a place where it breaks nothing
             state = prepare(parts, run_dir, result, saved)
-            with track(settings.tracking, run_dir, result["config"], columns, group, go_on) as tracker:
+            with track(settings.tracking, run_dir, result["config"], parts.columns.values(), group, go_on) as tracker:
                 try:
                     train(parts, state, run_dir, configuration.science, tracker, stop)
                     result |= state.result | (state.end or {"status": "finished"})

@@ -32,16 +32,17 @@ class WandbTracker(Tracker):
     Where W&B fails, one warning says so, and from then on nothing is sent: training and the local files go on.
     """
 
-    def __init__(self, run: Any, columns: Mapping[str, Iterable[str]]) -> None:
-        """columns: of the rows to come, by the column that counts them."""
+    def __init__(self, run: Any, tables: Iterable[list[str]]) -> None:
+        """tables: the columns of each whose rows are to come, the first of them the one that counts its rows."""
         self._run = run
-        self._guarded(self._define, columns)
+        self._guarded(self._define, tables)
 
-    def _define(self, columns_of: Mapping[str, Iterable[str]]) -> None:
-        for step, columns in columns_of.items():
+    def _define(self, tables: Iterable[list[str]]) -> None:
+        counting = {columns[0]: columns for columns in tables}
+        for step, columns in counting.items():
             self._run.define_metric(step, summary="none")
             for column in columns:
-                if column not in ("iteration", "epoch"):
+                if column not in counting:
                     self._run.define_metric(column, step_metric=step, summary="none")
 
     def log(self, rows: Iterable[Row]) -> None:
@@ -128,20 +129,20 @@ def track(
     tracking: Tracking,
     run_dir: Path,
     config: Mapping[str, Any],
-    columns: Mapping[str, Iterable[str]],
+    tables: Iterable[list[str]],
     group: str | None,
     go_on: bool = False,
 ) -> Iterator[Tracker]:
     """A tracker for one job, its run ended when the block is left: as failed if an exception leaves it.
 
-    config: the resolved configuration, nested; columns: see `WandbTracker`; group: the sweep the job belongs to;
+    config: the resolved configuration, nested; tables: see `WandbTracker`; group: the sweep the job belongs to;
     go_on: with the run that is there.
     """
     run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, go_on)
     if run is None:
         yield Tracker()
         return
-    tracker = WandbTracker(run, columns)
+    tracker = WandbTracker(run, tables)
     # not `with run`: that prints the traceback of every exception, an interruption too
     try:
         yield tracker

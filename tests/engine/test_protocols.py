@@ -7,7 +7,7 @@ from torch import nn
 
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.running.epochs import early_end
-from dfl_experiments.running.records import test_accuracies as reported_accuracies
+from dfl_experiments.running.records import reported_accuracies
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

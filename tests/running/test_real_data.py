@@ -53,11 +53,11 @@ def test_mnist_is_learnt_by_every_method(protocol, tmp_path, data_dir):
 
 def test_cifar10_trains_conv3_with_every_method(tmp_path, data_dir):
     # a sixth of the published widths, so that one core does it in seconds
-    sizes = ("model.channels=[16,24,32]", "model.widths=[128,128]", "smoke=1600", "batch_size=16")
+    sizes = ("model.channels=[16,24,32]", "model.widths=[128,128]", "smoke=2400", "batch_size=16")
     small = ("model=conv3_bn", "validation_fraction=0.01", *sizes)
     options = ("dataset=cifar10", "augmentation=randaugment_cutout_flip", "optimizer.lr=1e-3", *small)
     for result, loss in sweep(tmp_path, data_dir, *options).values():
-        assert result["test_accuracy"]["last"] > 0.13  # chance: 0.100 ± 0.0075
+        assert result["test_accuracy"]["last"] > 0.15
         assert loss[-20:].mean() < loss[:5].mean()
 
 

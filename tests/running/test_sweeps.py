@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -177,43 +176,24 @@ def test_a_repeated_run_has_the_same_bits(tmp_path):
     assert a["science"] == b["science"]
 
 
-def children(pid):
-    """The processes below one, at any depth."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    found, parents = [], {str(pid)}
-    while parents:
-        below = [row for row in rows if row[1] in parents]
-        found += below
-        parents = {row[0] for row in below}
-    return found
-
-
-def started(folder, file, *options):
-    """A `dfl-train` in the background, in a process of its own."""
+def begun(folder, *options):
+    """A `dfl-train` in a process of its own, and the number of the one that is at work on its first point."""
     command = [sys.executable, "-m", "dfl_experiments.train", *options]
-    return subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def holder(process, folder):
-    """The process below this one that is at work on the first point that has begun."""
-    busy = next(iter(points(folder, "epochs.csv")))
-    lock = (folder / "outputs" / "grid" / busy / ".lock").stat().st_ino
-    # who holds what, as the system lists it: number, kind, …, process, device:inode
-    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    holders = {fields[4] for fields in locks if fields[5].endswith(f":{lock}")}
-    return int(next(row[0] for row in children(process.pid) if row[0] in holders))
+    with (folder / "output.txt").open("w") as file:
+        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=variables)
+    while not points(folder, "epochs.csv"):
+        assert process.poll() is None, output(folder)
+        time.sleep(0.02)
+    point = folder / "outputs" / "grid" / next(iter(points(folder, "epochs.csv")))
+    return process, json.loads((point / ".running").read_text())["pid"]
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_killed_worker_costs_no_other_point(launcher, tmp_path):
     options = (*SWEEP[:2], "epochs=40", *SWEEP[3:], "seed=0,1,2", f"hydra/launcher={launcher}")
-    with (tmp_path / "output.txt").open("w") as file:
-        process = started(tmp_path, file, *options)
-    while not points(tmp_path, "epochs.csv"):
-        assert process.poll() is None, output(tmp_path)
-        time.sleep(0.02)
-    os.kill(holder(process, tmp_path), signal.SIGKILL)
+    process, worker = begun(tmp_path, *options)
+    os.kill(worker, signal.SIGKILL)
     code = process.wait(timeout=150)
     if launcher == "joblib":
         assert code == 0, output(tmp_path)
@@ -227,12 +207,8 @@ def test_a_killed_worker_costs_no_other_point(launcher, tmp_path):
 
 def test_a_job_that_its_scheduler_preempts_is_queued_again_and_goes_on(tmp_path):
     options = (*SWEEP[:2], "epochs=60", *SWEEP[3:], "seed=0", "hydra/launcher=submitit_local")
-    with (tmp_path / "output.txt").open("w") as file:
-        process = started(tmp_path, file, *options)
-    while not points(tmp_path, "epochs.csv"):
-        assert process.poll() is None, output(tmp_path)
-        time.sleep(0.02)
-    os.kill(holder(process, tmp_path), signal.SIGUSR2)
+    process, worker = begun(tmp_path, *options)
+    os.kill(worker, signal.SIGUSR2)
     assert process.wait(timeout=150) == 0, output(tmp_path)
     assert list(statuses(tmp_path).values()) == ["finished"]
     assert [text.count("\n") for text in points(tmp_path, "epochs.csv").values()] == [61]
