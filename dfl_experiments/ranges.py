@@ -25,7 +25,7 @@ Magnitude = Annotated[int, Field(ge=0, lt=MAGNITUDE_BINS)]
 Downsampling = Literal["max_pool", "stride"]
 FeedbackInit = Literal["product", "kaiming", "default"]
 LocalPooling = Literal["average", "max"]
-LocalReduction = Literal["sum", "mean"]
+LocalReduction = Literal["sum", "half_sum", "mean"]
 Skip = Literal["cut", "leak"]
 Top = Literal["backprop", "direct"]
 

@@ -86,6 +86,7 @@ class Protocol(Options):
     stop_untrainable: bool
     local_pooling_of: dict[str, ranges.LocalPooling] | None = None
     batch_norm_updates_of: dict[str, ranges.Passes] | None = None
+    batch_norm_updates_top_of: dict[str, ranges.Passes] | None = None
 
 
 class Settings(Options):

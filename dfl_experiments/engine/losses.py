@@ -21,13 +21,17 @@ class OutputLoss(ABC):
 
 
 class CrossEntropy(OutputLoss):
-    """ℒ = -(1/N) Σ log softmax(a_L)[y*],  e = (softmax(a_L) - y*) / N."""
+    """ℒ = -(1/N) Σ log softmax(a_L)[y*],  e = (softmax(a_L) - y*) / N.
+
+    e's components sum to zero, and its target's is formed as minus the sum of the others: once a probability rounds to
+    1 in float32, p - 1 would be exactly 0, and the sample's signal would point elsewhere.
+    """
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         log_y = F.log_softmax(logits.detach(), dim=1)
         error = log_y.exp()
-        minus_one = torch.full_like(target, -1, dtype=error.dtype)
-        error.scatter_add_(1, target[:, None], minus_one[:, None])
+        error.scatter_(1, target[:, None], 0.0)
+        error.scatter_(1, target[:, None], -error.sum(1, keepdim=True))
         return F.nll_loss(log_y, target), error.div_(len(target))
 
 

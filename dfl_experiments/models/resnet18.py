@@ -51,9 +51,11 @@ def resnet18(
     residuals: Depth,
     skip: Skip,
     batch_norm_updates: Passes,
+    batch_norm_updates_top: Passes | None = None,
 ) -> BlockNet:
     """Stem 7×7 stride 2 + BN + ReLU, no max-pool; a stage of `residuals` blocks per entry of `channels`; average pool.
 
+    batch_norm_updates: see `normalisation`; batch_norm_updates_top: of the last stage, where it is not the same.
     skip: whether the shortcut across a boundary is "cut" like the branch, or "leak"s BP's signal past the direct one.
     """
     planes = channels[0]
@@ -62,8 +64,10 @@ def resnet18(
     )
     blocks = [Block(stem, nn.ReLU())]
     for index, out in enumerate(channels):
-        first = Residual(planes, out, 1 if index == 0 else 2, batch_norm_updates)
-        rest = (Residual(out, out, 1, batch_norm_updates) for _ in range(residuals - 1))
+        is_top = index == len(channels) - 1
+        updates = batch_norm_updates_top or batch_norm_updates if is_top else batch_norm_updates
+        first = Residual(planes, out, 1 if index == 0 else 2, updates)
+        rest = (Residual(out, out, 1, updates) for _ in range(residuals - 1))
         blocks.append(Block(Stage(first, *rest), nn.ReLU(), leak=skip == "leak"))
         planes = out
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(planes, num_classes))

@@ -46,14 +46,15 @@ def test_local_pooling_is_maximal_in_the_authors_conv3_only():
     assert set.union(*pooling.values()) == {"max", "average"}
 
 
-def test_local_loss_reduction_differs_by_the_number_of_classes():
+def test_local_loss_reduction_differs_by_two_in_the_text_and_by_the_number_of_classes_in_the_code():
     gradients = []
-    for name in ("fair", "authors"):
+    for name in ("fair", "paper", "authors"):
         t = Tiny("las", "fc", f"protocol={name}")
         trace = t.net.trace(t.x, t.method.cuts)
         t.method.adapt(trace, t.loss.value_and_error(trace.logits, t.target)[1], t.target)
         gradients.append(t.method.feedback[0].weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1] * CLASSES)
+    torch.testing.assert_close(gradients[0], gradients[1] * 2)
+    torch.testing.assert_close(gradients[0], gradients[2] * CLASSES)
 
 
 def test_dfa_starts_from_the_product_only_in_the_fair_protocol_and_the_figure():
@@ -127,8 +128,16 @@ def test_two_updates_of_the_statistics_are_two_forward_passes_over_the_batch():
     for a, b in zip(kinds(once.net, nn.BatchNorm2d), kinds(twice.net, nn.BatchNorm2d), strict=True):
         torch.testing.assert_close(a.running_mean, b.running_mean)
         torch.testing.assert_close(a.running_var, b.running_var)
-    for name, expected in (("las", 2), ("ltas", 2), ("dfa", 1)):
-        assert compose(["protocol=authors", "model=resnet18", f"method={name}"]).model.batch_norm_updates == expected
+
+
+@pytest.mark.parametrize(("method", "below", "top"), [("las", 2, 2), ("ltas", 2, 1), ("dfa", 1, 1), ("bp", 1, 1)])
+def test_the_authors_second_pass_moves_all_statistics_in_las_and_in_ltas_those_below_stage_4(method, below, top):
+    net = Tiny(method, "resnet18", "protocol=authors").net
+    momenta = [{round(norm.momentum, 6) for norm in kinds(block, nn.BatchNorm2d)} for block in net.blocks]
+    expected = {1: {0.1}, 2: {0.19}}
+    assert momenta == [expected[below]] * 4 + [expected[top]]
+    norms = kinds(Tiny(method, "conv3_bn", "protocol=authors").net, nn.BatchNorm2d)
+    assert {round(norm.momentum, 6) for norm in norms} == expected[below]
 
 
 def test_accuracies_are_reported_for_the_last_the_chosen_and_the_best_epoch():

@@ -75,6 +75,23 @@ def test_bfloat16_steps_stay_close_and_keep_their_weights_in_float32(method, mod
     assert any(changed)
 
 
+@CROSS
+def test_cosines_of_confident_samples_are_in_float32_what_they_are_in_float64(method, model):
+    told = []
+    for dtype in (torch.float64, torch.float32):
+        t = Tiny(method, model)
+        logits = t.net.eval()(t.x).detach()
+        target, margin = logits.argmax(1), logits.topk(2).values.diff(dim=1).abs().median()
+        with torch.no_grad():
+            for parameter in t.net.head.parameters():
+                parameter *= 25 / margin  # then half of the probabilities are 1 in float32
+        t.net.to(dtype)
+        t.method.to(dtype)
+        rates = t.learner.step(t.x.to(dtype), target, align=True)
+        told.append([rates[t.learner.numbers.index(f"cosine_sample/{i}")].item() for i in range(1, t.net.depth)])
+    assert told[1] == pytest.approx(told[0], abs=1e-3, nan_ok=True)
+
+
 @pytest.mark.parametrize("method", ["las", "ltas"])
 def test_confident_samples_keep_their_local_error_in_bfloat16(method):
     t = Tiny(method, "fc", classes=10)

@@ -12,7 +12,7 @@ from dfl_experiments.configuration.composition import compose, point_name
 from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.configuration.schema import check
 
-# a run on the digits, made by the version before the configuration was checked by pydantic models
+# a run on the digits: its configuration as an older version wrote it, its epochs since e is formed as it is
 (RECORDED,) = Path(__file__).with_name("recorded").iterdir()
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
 MADE_ON = "AVX512"  # the processor's instructions, which decide how sums are rounded
