@@ -12,8 +12,8 @@ from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.running import checkpoint
+from dfl_experiments.running.result import read_result
 from dfl_experiments.running.run import run_alone
-from dfl_experiments.running.run_directory import read_result
 
 
 def compose(overrides: Sequence[str] = ()) -> Configuration:

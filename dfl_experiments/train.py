@@ -1,16 +1,17 @@
 """The entrypoint: `dfl-train key=value …`, one job or a multirun.
 
-Exit codes: 0; 1 if the run, or a point of a sweep, failed; 2 for input that is refused; 130 and 143 after SIGINT and
-SIGTERM, which end a run with a checkpoint; a second SIGINT ends it at once. A signal to the parent of a launcher's
-processes alone ends those at once, and costs what they did since their last checkpoints.
+Exit codes: 0; 1 if the run, or a point of a sweep, failed; 2 for input that is refused; 130, 143 and 129 after SIGINT,
+SIGTERM and SIGHUP, which end a run, or all that a launcher has at work on this machine, with checkpoints; a second
+SIGINT ends it at once.
 """
 
 import os
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
+from uuid import uuid4
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,13 +20,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dfl_experiments.configuration.composition import CONF_DIR, register_resolvers
+from dfl_experiments.configuration.composition import CONF_DIR, quoted, register_resolvers
 from dfl_experiments.configuration.launchers import register_launchers
 from dfl_experiments.configuration.refusals import choices_for
+from dfl_experiments.running import workers
 from dfl_experiments.running.callbacks import Checks, refusing
-from dfl_experiments.running.run_directory import DONE, status_of
-from dfl_experiments.running.signals import Interrupted, on_terminate, pass_on
-from dfl_experiments.running.sweep import STARTED, run_point, summary
+from dfl_experiments.running.signals import Interrupted, Kept, handle, pass_on
+from dfl_experiments.running.summary import COMMAND, done, summary
+from dfl_experiments.running.sweep import run_point
 
 # at import: the processes of a launcher import this module and never see `main`
 register_resolvers()
@@ -40,9 +42,13 @@ def job(cfg: DictConfig) -> float | None:
     node = HydraConfig.get()
     run_dir = Path(node.runtime.output_dir)
     overrides: Any = OmegaConf.to_container(node.overrides.task, resolve=False)
+    is_main = os.getpid() == MAIN_PROCESS
     try:
         if node.mode == RunMode.MULTIRUN:
-            return run_point(cfg, run_dir, overrides, node.job.num, node.launcher.get("n_jobs") or 1)
+            command, at_once = os.environ[COMMAND], node.launcher.get("n_jobs") or 1
+            if not is_main and not workers.enter(command, node.runtime.choices["hydra/launcher"]):
+                return None
+            return run_point(cfg, run_dir, overrides, command, node.job.num, at_once)
         with refusing():
             from dfl_experiments.running.run import run_alone
 
@@ -50,19 +56,21 @@ def job(cfg: DictConfig) -> float | None:
             return run_alone(Checks.checked, run_dir, overrides)["accuracy"]
     except KeyboardInterrupt as stop:
         pass_on(stop)
-        if os.getpid() == MAIN_PROCESS:
+        if is_main:
             raise
-        return None  # of a launcher's process: this point's result says it, the others go on
+        Kept.keep(signal.SIGTERM)  # of a launcher's process: this point's result says it, no other is begun
+        workers.call_no_success()
+        return None
 
 
 def main() -> None:
     """Run `job`, one job or a sweep, and end the process with the exit code that says how it went."""
     global MAIN_PROCESS
     MAIN_PROCESS = os.getpid()
-    os.environ[STARTED] = str(time.time())
-    on_term = signal.signal(signal.SIGTERM, on_terminate)
-    Checks.checked = Checks.sweep = None
-    done = -1
+    Checks.command, Checks.checked, Checks.sweep = workers.command_id(uuid4().hex), None, None
+    Checks.ending = False
+    handlers = handle(on_signal)
+    ended = -1
     try:
         while True:
             try:
@@ -75,8 +83,8 @@ def main() -> None:
                     raise SystemExit(2) from None
                 if Checks.sweep is None:  # no sweep, or one that has been summed up
                     raise
-                done, before = points_done(), done
-                if type(error).__name__ not in KILLED or done <= before:
+                ended, before = done(Checks.sweep), ended
+                if type(error).__name__ not in KILLED or ended <= before:
                     raise
                 # a killed worker takes joblib's others with it: as long as points get done, they go on
                 print("dfl-train: a worker was killed; the sweep goes on")
@@ -84,9 +92,18 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         raise SystemExit(stop.exit_code if isinstance(stop, Interrupted) else 130) from None
     finally:
-        signal.signal(signal.SIGTERM, on_term)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         if Checks.sweep is not None:  # its launcher failed, or a signal ended it
             summary(Checks.sweep)
+
+
+def on_signal(signum: int, frame: FrameType | None) -> NoReturn:
+    """Outside of training: nothing of this process needs to be saved, what its launcher has at work may."""
+    if Checks.sweep is not None and not (signum == signal.SIGINT and Checks.ending):
+        Checks.ending = True
+        workers.wind_down(Checks.sweep)
+    raise Interrupted(signum)
 
 
 def hint(error: BaseException) -> None:
@@ -95,16 +112,10 @@ def hint(error: BaseException) -> None:
         print(f"dfl-train: {choices}", file=sys.stderr)
 
 
-def points_done() -> int:
-    """How many points of this process's sweep have come to their end."""
-    sweep = Checks.sweep
-    return sum(status_of(sweep.folder / name)[0] in DONE for name in sweep.points) if sweep else 0
-
-
 def go_by_name(sweep: str) -> None:
     """Let Hydra, which would look at the clock again, find the same sweep when it reads the command line anew."""
     if not any(argument.startswith("sweep=") for argument in sys.argv):
-        sys.argv.append(f"sweep={sweep}")
+        sys.argv.append(f"sweep={quoted(sweep)}")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
             cfg = check(compose([*overrides, "protocol=paper", "sweep=benchmark", f"threads={threads}"]))
             run_dir = Path(tempfile.mkdtemp(dir=folder))
             parts, state = build(cfg), State()
-            with track(cfg.settings.tracking, run_dir, cfg.values, parts.columns.values(), None) as tracker:
+            with track(cfg.settings.tracking, run_dir, cfg.values, parts.columns, None) as tracker:
                 start = time.perf_counter()  # W&B has threads and a process of its own
                 train(parts, state, run_dir, cfg.science, tracker, Stop())
                 times[mode].append(time.perf_counter() - start)

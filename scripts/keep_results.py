@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dfl_experiments.report.runs import run_folders
-from dfl_experiments.running.run_directory import DONE, read_result, write_result
+from dfl_experiments.running.result import DONE, read_result, write_result
 
 
 def keep(source: Path, destination: Path) -> int:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ _HERE = Path(__file__).resolve().parent.parent
 CONF_DIR = next((path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()), _HERE.parent / "conf")
 PLACES = ("dataset", "augmentation", "model", "method")  # what names a cell of a table
 # what changes where or how a run is watched, not what it computes
+AUTO = "auto"  # of resume: go on if there is something to go on from
 NOT_SCIENTIFIC = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
     "repeat", "force",
@@ -57,8 +59,35 @@ def scientific(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def science(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """A digest of everything that decides what a run computes."""
-    return hashlib.sha256(json.dumps(scientific(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    """A digest of everything in a configuration that decides what a run computes; 0 and 0.0 are one number."""
+    values = changed(scientific(cfg), lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested mappings and lists with every scalar in them changed."""
+    if isinstance(value, Mapping):
+        return {key: changed(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [changed(item, change) for item in value]
+    return change(value)
+
+
+def literal(text: str) -> str:
+    """A text as OmegaConf has it, where one that looks like an interpolation stands for itself."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an override of Hydra's, whatever it holds."""
+    text = re.sub(r"(\\*)'", r"\1\1\'", literal(text))
+    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+
+
+def as_values(values: Mapping[str, Any]) -> DictConfig:
+    """A configuration of values only: none of its texts is an interpolation."""
+    found: Any = OmegaConf.create(changed(values, lambda x: literal(x) if isinstance(x, str) else x))
+    return found
 
 
 def point_name(cfg: DictConfig) -> str:
@@ -68,7 +97,7 @@ def point_name(cfg: DictConfig) -> str:
 
 
 def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
-    if _root_.get("resume") is not None:
+    if _root_.get("resume") not in (None, AUTO):
         return str(Path(str(_root_.resume)).expanduser())
     if _root_.get("repeat") is not None:
         return f"{stamp}-repeat"

@@ -1,6 +1,7 @@
 """This project's defaults for Hydra's launchers, in place of ones that would overload a machine or end a long run."""
 
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -22,8 +23,13 @@ def register_launchers() -> None:
     with suppress(ImportError):
         from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 
-        local = LocalQueueConf(timeout_min=DAY)
+        @dataclass
+        class Local(LocalQueueConf):
+            # of a terminal's SIGINT the command itself hears, and has them save; their controller would kill them
+            setup: list[str] = field(default_factory=lambda: ["trap '' INT HUP"])
+
+        local = Local(timeout_min=DAY, name="${sweep}")
         # a job that meets its time limit goes on from its checkpoint in the next
-        slurm = SlurmQueueConf(timeout_min=DAY, max_num_timeout=TIMEOUTS)
+        slurm = SlurmQueueConf(timeout_min=DAY, max_num_timeout=TIMEOUTS, name="${sweep}")
         for name, node in (("submitit_local", local), ("submitit_slurm", slurm)):
             store.store(name, node, group="hydra/launcher", provider="dfl_experiments")

@@ -1,15 +1,19 @@
 """A configuration that a run has recorded: what `resume` and `repeat` run in place of the composed one."""
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from dfl_experiments.configuration.composition import plain
+from dfl_experiments.configuration.composition import AUTO, changed, plain
 from dfl_experiments.errors import UserError, reason
 
+LARGEST, DEEPEST = 2**20, 20  # characters of a recorded configuration, and its nested parts
+INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 # may be given beside resume and repeat, whose configuration is otherwise the recorded one
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
 
@@ -22,7 +26,7 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     recorded.
     """
     values = plain(cfg)
-    key = next((key for key in ("resume", "repeat") if values.get(key) is not None), None)
+    key = next((key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)), None)
     if key is None:
         return values
     path = Path(str(values[key])).expanduser() / "config.yaml"
@@ -52,19 +56,30 @@ def read_recorded(path: Path, said: str) -> dict[str, Any]:
     said: what names it. Nothing of it is resolved: an interpolation would copy what is this machine's into a run.
     """
     try:
-        found = OmegaConf.load(path)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+        # the parser goes through nested and repeated parts one by one, what is made of them would grow without end
+        depths = itertools.accumulate(_step(event) for event in yaml.parse(text, yaml.SafeLoader))
+        if len(text) > LARGEST or max(depths, default=0) > DEEPEST:
+            raise UserError(f"{said}: {path} is no configuration of a run, it is larger than any")
+        found = OmegaConf.create(text)
     except OSError:
         raise UserError(f"{said}: is no run directory, there is no {path}") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{said}: {path} cannot be read ({reason(error)})") from None
     values: Any = OmegaConf.to_container(found, resolve=False)
+    texts: list[str] = []
+    changed(values, lambda x: texts.append(str(x)))
+    if any(map(INTERPOLATION.search, texts)):
+        raise UserError(f"{said}: {path} holds an interpolation, a recorded configuration holds values")
+    values = OmegaConf.to_container(found, resolve=True)  # an escaped one is a text
     if not isinstance(values, dict) or not isinstance(values.get("checkpoint", {}), dict):
         raise UserError(f"{said}: {path} is no configuration of a run")
-    refuse_interpolations(values, f"{said}: {path}")
     return values
 
 
-def refuse_interpolations(values: Any, said: str) -> None:
-    """Raise `UserError` for a recorded configuration, unresolved, that has something to resolve."""
-    if "${" in str(values):
-        raise UserError(f"{said} holds an interpolation, a recorded configuration holds values")
+def _step(event: yaml.Event) -> int:
+    """How many levels of nesting a YAML event goes down. An alias, which no run writes, goes too far."""
+    if isinstance(event, yaml.AliasEvent):
+        return DEEPEST + 1
+    return isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -52,15 +52,20 @@ def read_record(folder: Path) -> Record | None:
         raise damaged(path, reason(error)) from error
 
 
+def crc32_of(path: Path) -> int:
+    """The CRC-32 of a file. Raises `UserError` where it cannot be read."""
+    value = 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                value = zlib.crc32(piece, value)
+    except OSError as error:
+        raise damaged(path, reason(error)) from error
+    return value
+
+
 def verify(folder: Path, record: Record, names: Iterable[str]) -> None:
     """Compare the files with their checksums. Raises `UserError` naming the first that is not as recorded."""
     for name in names:
-        path, value = folder / name, 0
-        try:
-            with path.open("rb") as file:
-                while piece := file.read(PIECE):
-                    value = zlib.crc32(piece, value)
-        except OSError as error:
-            raise damaged(path, reason(error)) from error
-        if record.files.get(name, {}).get("crc32") != value:
-            raise damaged(path, f"it does not have the CRC-32 in {RECORD}")
+        if record.files.get(name, {}).get("crc32") != crc32_of(folder / name):
+            raise damaged(folder / name, f"it does not have the CRC-32 in {RECORD}")

@@ -1,9 +1,11 @@
 """Data sets as arrays on disk, packed once from their raw form and mapped into memory after that."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock
 from numpy.lib.format import open_memmap
 
-from dfl_experiments.data.checksums import RECORD, Record, Summed, damaged, read_record, verify
+from dfl_experiments.data.checksums import RECORD, Record, Summed, crc32_of, damaged, read_record, verify
 from dfl_experiments.data.sources import Arrays, Source, expanded
 from dfl_experiments.errors import UserError, reason
 
@@ -53,6 +55,26 @@ def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Ar
                 log.info("preparing %s in %s", name, folder)
                 pack(read_raw(name, source, folder, download), folder)
     return open_packed(folder)
+
+
+def digest(name: str, source: Source, data_dir: Path) -> str | None:
+    """What the data set's images, labels and classes are known by, packed first if need be; None where it is not here.
+
+    The files of a pack of our own are not read for it. Raises `UserError` as `load` does for what cannot be used.
+    """
+    data_dir = expanded(data_dir, "data_dir")
+    cache = source.cache_name(name)
+    if cache is None:
+        parts = vars(source.read(data_dir, False)).values()
+        sums = [zlib.crc32(json.dumps(part).encode() if isinstance(part, list) else part.tobytes()) for part in parts]
+    else:
+        if not is_packed(folder := data_dir / cache):
+            if not any(os.path.exists(path) for path in source.locations(data_dir)):
+                return None
+            load(name, source, data_dir, download=False)
+        record = read_record(folder)
+        sums = [record.files.get(file, {}).get("crc32", 0) if record else crc32_of(folder / file) for file in FILES]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 
 def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:

@@ -17,10 +17,11 @@ class DirectFeedback(Method):
     """DFA (`local_target` null, Eqs. 15-18), LAS ("logits", Eqs. 19-24) and LTAS ("labels", Eqs. 25-27).
 
     LAS descends ℒ_i = ‖y_i - a_L‖², summed over classes and meaned over the batch (`local_reduction` "sum", Eq. 20), or
-    half of it ("half_sum", the step of Eq. 21 and Algorithm 1), or meaned over both ("mean"). LTAS descends the network's own loss at y_i: cross-entropy of softmax(y_i), or ½‖y_i - y*‖².
-    `local_pooling` is the global pooling of an image-shaped local module, `init` where every B starts (see
-    `LocalModule.initialise`; "product" means "default" in a net that is not linear layers alone). `top` says what
-    h_{L-1} receives: "backprop", W_Lᵀ e, or "direct", B_L e with B_L fixed: local modules sit on h_1 … h_{L-2} only.
+    half of it ("half_sum", the step of Eq. 21 and Algorithm 1), or meaned over both ("mean"). LTAS descends the
+    network's own loss at y_i: cross-entropy of softmax(y_i), or ½‖y_i - y*‖². `local_pooling` is the global pooling of
+    an image-shaped local module, `init` where every B starts (see `LocalModule.initialise`; "product" means "default"
+    in a net that is not linear layers alone). `top` says what h_{L-1} receives: "backprop", W_Lᵀ e, or "direct", B_L e
+    with B_L fixed: local modules sit on h_1 … h_{L-2} only.
     """
 
     def __init__(

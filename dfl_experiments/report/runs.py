@@ -10,13 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dfl_experiments.configuration.recorded import refuse_interpolations
+from dfl_experiments.configuration.components import NAME
+from dfl_experiments.configuration.composition import as_values
+from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.configuration.refusals import one_line
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.setting import Setting, setting_of
-from dfl_experiments.running.run_directory import CONFIG, DONE, RESULT, read_result, status_of
+from dfl_experiments.report.setting import NAMED, Setting, setting_of
+from dfl_experiments.running.result import DONE, parsed, status_of
+from dfl_experiments.running.run_directory import CONFIG, RESULT
 
 REPORTED = {
     "last": "after the last epoch",
@@ -113,14 +116,13 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
 def read_run(folder: Path) -> Run:
     """The run in a directory. Raises an error of any kind where what lies there is something else."""
-    result = read_result(folder) or {}
-    config: Any = OmegaConf.create(result["config"]) if result else OmegaConf.load(folder / CONFIG)
-    refuse_interpolations(OmegaConf.to_container(config, resolve=False), "its configuration")
+    result = parsed(folder / RESULT) or {}
+    config = as_values(result["config"] if result else read_recorded(folder / CONFIG, str(folder)))
+    for group in NAMED:
+        NAME.validate_python(config[group].name, strict=True)
     status, reason = result.get("status", ""), result.get("reason") or ""
     if status not in DONE:
         status, _, reason = status_of(folder)
-    elif status == "finished":  # with all the numbers that a report shows
-        float(result["accuracy"]), float(result["seconds"]), float(result["samples_per_second"])
     written = next(path for name in (CONFIG, RESULT) if (path := folder / name).exists()).stat().st_mtime
     return Run(
         folder,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, resident, split
-from dfl_experiments.data.packs import load
+from dfl_experiments.data.packs import digest, load
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.engine.learner import Learner
@@ -23,10 +23,14 @@ from dfl_experiments.running.run_directory import epoch_columns, iteration_colum
 
 @dataclass
 class Parts:
-    """Everything that the epochs need. train_size: images to train on; step: calls like `Learner.step`."""
+    """Everything that the epochs need.
+
+    data: the digest of the data set; train_size: images to train on; step: calls like `Learner.step`.
+    """
 
     settings: Settings
     device: torch.device
+    data: str | None
     batches: Batches
     validation: EvaluationBatches
     test: EvaluationBatches
@@ -52,7 +56,9 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     device = choose_device(device_name or settings.device)
     set_up(device, settings.precision, settings.seed, settings.deterministic, settings.threads or threads)
     dataset = settings.dataset
-    arrays = load(dataset.name, components["dataset.source"].build(), Path(settings.data_dir))
+    source, data_dir = components["dataset.source"].build(), Path(settings.data_dir)
+    arrays = load(dataset.name, source, data_dir)
+    data = digest(dataset.name, source, data_dir)
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
     train, held_out = (index.numpy() for index in indices)
     few = settings.smoke
@@ -76,7 +82,9 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     step: Callable[[Tensor, Tensor, bool], Tensor] = learner.step
     if device.type == "cuda" and settings.cuda_graph:
         step = CapturedStep(learner, settings.batch_size, device)
-    return Parts(settings, device, batches, validation, test, len(train), arrays.num_classes, schedule, learner, step)
+    return Parts(
+        settings, device, data, batches, validation, test, len(train), arrays.num_classes, schedule, learner, step
+    )
 
 
 @torch.no_grad()

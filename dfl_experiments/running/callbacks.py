@@ -12,13 +12,16 @@ from typing import Any, ClassVar, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
+from dfl_experiments.configuration.composition import AUTO, literal, quoted
 from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import Fault, UserError
-from dfl_experiments.running.sweep import Sweep, check_sweep, summary
+from dfl_experiments.running.locks import refuse_links
+from dfl_experiments.running.summary import COMMAND, Sweep, summary
+from dfl_experiments.running.sweep import check_sweep
 
 
 def refuse(error: BaseException) -> NoReturn:
@@ -47,8 +50,12 @@ def check_run(cfg: DictConfig) -> Configuration:
 
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
+    flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
+    if configuration.settings.resume == AUTO and not any(flag.startswith("hydra.run.dir=") for flag in flags):
+        raise UserError("resume=auto: name the run directory that is to be gone on in, hydra.run.dir=…")
     choose_device(configuration.settings.device)
     made(run_dir, "hydra.run.dir")
+    refuse_links(run_dir)
     return configuration
 
 
@@ -60,9 +67,21 @@ def made(folder: Path, key: str) -> None:
         raise UserError(f"{key}={folder}: cannot be made ({getattr(error, 'strerror', error)})") from error
 
 
-class Checks(Callback):
-    """checked, sweep: what was found, for the job and for the end of the process."""
+def pin(config: DictConfig, sweep: Sweep) -> None:
+    """Have every job, wherever and whenever a launcher composes it, find the sweep's folder and the command's id."""
+    with read_write(config.hydra):
+        config.hydra.sweep.dir = literal(str(sweep.folder))
+        given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+        pinned = [f"hydra.sweep.dir={quoted(str(sweep.folder))}", f"++hydra.job.env_set.{COMMAND}={sweep.command}"]
+        config.hydra.overrides.hydra = given + pinned
 
+
+class Checks(Callback):
+    """command: what this process is known by; checked, sweep: what was found, for the job and for its end; ending:
+    whether a signal has asked for that."""
+
+    command: ClassVar[str] = ""
+    ending: ClassVar[bool] = False
     checked: ClassVar[Configuration | None] = None
     sweep: ClassVar[Sweep | None] = None
 
@@ -76,8 +95,9 @@ class Checks(Callback):
         """Refuse a sweep with a wrong job before anything of it begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
-            sweep = check_sweep(config, config_name)
+            sweep = check_sweep(config, config_name, Checks.command)
             made(sweep.folder, "hydra.sweep.dir")
+            pin(config, sweep)
             Checks.sweep = sweep  # only now is there something to sum up
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 KEYS = {"format", "science", "epoch", "batch", "net", "method", "optimizers", "random", "training", "threads"}
 
 

@@ -28,7 +28,8 @@ class State:
 
     epoch: epochs done; rows: of the batches done of the next one; initial: test accuracy before the first; end: status
     and reason of a run that ends early; lengths: of the CSV files, in bytes, at the last checkpoint; accuracies:
-    (validation, test) of every epoch; result: what result.json says so far.
+    (validation, test) of every epoch; result: what result.json says so far; data: the data set's digest; made_by: the
+    versions and the commit, and before them those that an earlier part was made with, with its number of epochs.
     """
 
     epoch: int = 0
@@ -40,6 +41,8 @@ class State:
     lengths: dict[str, int | None] = field(default_factory=lambda: {"iterations": None, "epochs": None})
     accuracies: list[tuple[float | None, float]] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    made_by: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Files:

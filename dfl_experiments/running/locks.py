@@ -4,10 +4,12 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from dfl_experiments.errors import Fault, UserError, reason
 
 HOLDER = ".running"  # beside the lock, for those who only look
 
@@ -16,20 +18,36 @@ class Busy(Exception):
     """Another process is at work in the run directory."""
 
 
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory, which is made if need be. Raises `Busy` while another process does.
+def refuse_links(run_dir: Path) -> None:
+    """Raise `UserError` for a run directory with a symbolic link in it: a run would write to what that points to."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for item in os.scandir(run_dir):
+            if item.is_symlink():
+                raise UserError(
+                    f"{item.path}: a symbolic link, which a run would write through; put the file itself there"
+                )
 
-    The lock is the system's own and ends with its process, however that ends.
+
+@contextmanager
+def locked(run_dir: Path, command: str | None = None) -> Iterator[None]:
+    """Hold the run directory, which is made if need be. Raises `Busy` while another process does, and `Fault` where the
+    file system has no locks.
+
+    command: what the sweep that it is held for is known by. The lock is the system's own and ends with its process,
+    however that ends.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run_dir / ".lock").acquire(blocking=False)
     except Timeout:
         raise Busy(f"{run_dir}: another process is at work there") from None
+    except (OSError, NotImplementedError) as error:
+        raise Fault(
+            f"{run_dir / '.lock'}: cannot be locked ({reason(error)}); choose a place on another file system"
+        ) from error
     with lock:
         holder = run_dir / HOLDER
-        holder.write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
+        holder.write_text(json.dumps({"host": platform.node(), "pid": os.getpid(), "command": command}))
         try:
             yield
         finally:
@@ -46,11 +64,17 @@ def holder_of(run_dir: Path) -> str | None:
         host, pid = str(held["host"]), int(held["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if host == platform.node():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:  # it lives, and is somebody else's
-            pass
+    if host == platform.node() and not alive(pid):
+        return None
     return f"process {pid} on {host} is at work on it"
+
+
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is somebody else's
+        pass
+    return True

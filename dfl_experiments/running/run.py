@@ -1,5 +1,7 @@
 """One run, in a directory that is locked: prepared, trained, and concluded by the `result.json` that says how."""
 
+import copy
+import errno
 import logging
 import math
 from collections.abc import Sequence
@@ -8,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dfl_experiments.configuration.composition import names_of
+from dfl_experiments.configuration.composition import AUTO, names_of, science
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.errors import Fault, UserError, reason
 from dfl_experiments.running import checkpoint
@@ -17,20 +19,11 @@ from dfl_experiments.running.device import ALL_THREADS
 from dfl_experiments.running.epochs import State, train
 from dfl_experiments.running.locks import Busy, locked
 from dfl_experiments.running.provenance import device_name, git_commit, versions
-from dfl_experiments.running.run_directory import (
-    CONFIG,
-    DONE,
-    LAST,
-    PREVIOUS,
-    RESULT,
-    read_result,
-    record_overrides,
-    status_left,
-    write_config,
-    write_result,
-)
+from dfl_experiments.running.result import DONE, read_result, status_left, write_config, write_result
+from dfl_experiments.running.run_directory import CONFIG, LAST, PREVIOUS, RESULT, record_overrides
 from dfl_experiments.running.signals import Stop
-from dfl_experiments.running.tracking import track
+from dfl_experiments.running.summary import write_outcome
+from dfl_experiments.running.tracking import make_whole, track
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +37,7 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
 
 
-def explained(error: BaseException, settings: Settings) -> BaseException:
+def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseException:
     """What the machine or PyTorch would not do, as a `Fault` that says what to change; other errors as they are."""
     text = reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
@@ -53,7 +46,10 @@ def explained(error: BaseException, settings: Settings) -> BaseException:
         operator = text.split(" does not have")[0]
         return Fault(f"deterministic=true: {operator} has no deterministic form on device={settings.device}")
     if isinstance(error, OSError):
-        return Fault(f"{error.filename}: {error.strerror}" if error.strerror and error.filename else text)
+        told = f"{error.filename}: {error.strerror}" if error.strerror and error.filename else text
+        if error.errno == errno.ENOSPC:
+            told += f"; make room, and the run goes on from its last checkpoint (resume={run_dir}, or the sweep again)"
+        return Fault(told)
     return error
 
 
@@ -64,26 +60,44 @@ def opening(configuration: Configuration) -> dict[str, Any]:
     values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())  # to be found from elsewhere
     return {
         "status": "failed", "reason": None, **names_of(values), "seed": configuration.settings.seed, "epochs": 0,
-        "versions": versions(), "git_commit": git_commit(), "config": values,
+        "versions": versions(), "git_commit": git_commit(), "earlier": [], "config": values,
     }  # fmt: skip
 
 
+def rehearse(parts: Parts) -> None:
+    """The first step, on a copy: a run that cannot take it costs nothing that was there before."""
+    x, target = next(iter(parts.batches.epoch(1)))
+    with torch.random.fork_rng(device_type=parts.device.type if parts.device.type != "cpu" else "cuda"):
+        copy.deepcopy(parts.learner).step(x, target, parts.settings.alignment.every > 0)
+
+
 def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None) -> State:
-    """Where to begin: at the checkpoint, if the run goes on; otherwise what the directory holds is given up now."""
+    """Where to begin: at the checkpoint, if the run goes on; otherwise what the directory holds is given up now.
+
+    Raises `UserError` where the checkpoint is of other data.
+    """
     net, method = parts.learner.net, parts.learner.method
+    made_by = {key: result[key] for key in ("versions", "git_commit")}
     result |= {
+        "data": parts.data,
         "input_shape": list(net.input_shape),
         "num_classes": parts.num_classes,
         "parameters": sum(p.numel() for p in net.parameters()),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
         "device": device_name(parts.device),
     }
-    state = State()
+    state = State(data=parts.data, made_by=[made_by])
     if saved is not None:
-        checkpoint.restore(parts.learner, saved)
         state = State(saved["epoch"], **saved["training"])
+        if state.data != parts.data:
+            raise UserError(f"{run_dir}: its data have changed since the checkpoint ({state.data}, now {parts.data})")
+        checkpoint.restore(parts.learner, saved)
         log.info("going on after epoch %d, batch %d", saved["epoch"], saved["batch"])
+        go_on_under(state, made_by)
+        result["earlier"] = state.made_by[:-1]
     else:
+        if status_left(run_dir) is not None:
+            rehearse(parts)
         checkpoint.discard(run_dir)
     (run_dir / RESULT).unlink(missing_ok=True)  # of the part or the run before
     # sums by another number of threads are rounded otherwise: a repetition needs the one that was used
@@ -92,21 +106,31 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
     return state
 
 
+def go_on_under(state: State, made_by: dict[str, Any]) -> None:
+    """Note that the rest of a run is made by this, with a warning where what is done was made by something else."""
+    before = state.made_by[-1]
+    old, new = ({**one["versions"], "commit": one["git_commit"]} for one in (before, made_by))
+    if differing := [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]:
+        log.warning("the part before was made with %s: bits may differ, both are recorded", "; ".join(differing))
+        state.made_by[-1:] = [before | {"epochs": state.epoch}, made_by]
+
+
 def run(
     configuration: Configuration,
     run_dir: Path,
     group: str | None = None,
     *,
     go_on: bool = False,
+    command: str | None = None,
     device: str | None = None,
     threads: int = ALL_THREADS,
 ) -> dict[str, Any]:
     """Train as configured in a directory that is locked, and return the content of its result.json.
 
     group: the sweep that the run belongs to. go_on: from the checkpoint there, which must be of the same configuration;
-    otherwise anew, over what is there. device, threads: of the CPU, where neither the configuration nor the checkpoint
-    says which. A run that raises leaves a `result.json` with status "failed" (or "interrupted"), the reason, and what
-    was known.
+    otherwise anew, over what is there. command: of a sweep, for its summary to know that it was this one that ran the
+    point. device, threads: of the CPU, where neither the configuration nor the checkpoint says which. A run that raises
+    leaves a `result.json` with status "failed" (or "interrupted"), the reason, and what was known.
     """
     settings, result = configuration.settings, opening(configuration)
     state: State | None = None
@@ -116,35 +140,43 @@ def run(
         parts = build(configuration, device, threads if saved is None else saved["threads"])
         with Stop() as stop:  # from here on a signal waits for a place where it breaks nothing
             state = prepare(parts, run_dir, result, saved)
-            with track(settings.tracking, run_dir, result["config"], parts.columns.values(), group, go_on) as tracker:
+            if command is not None:
+                write_outcome(run_dir, command, "running")
+            written = state.lengths if go_on else None
+            with track(settings.tracking, run_dir, result["config"], parts.columns, group, written) as tracker:
                 try:
                     train(parts, state, run_dir, configuration.science, tracker, stop)
                     result |= state.result | (state.end or {"status": "finished"})
+                    conclude(run_dir, result, started=True)  # before W&B has its time, which a signal may cut short
+                    checkpoint.discard(run_dir, *([PREVIOUS] if settings.checkpoint.keep else [LAST, PREVIOUS]))
                 except BaseException as error:
                     result |= state.result | failure(error)
                     raise
                 finally:
                     tracker.summarise(result)
     except BaseException as error:
-        told = explained(error, settings)
-        conclude(run_dir, result | failure(told), started=state is not None)
+        told = explained(error, settings, run_dir)
+        if result["status"] not in DONE:
+            conclude(run_dir, result | failure(told), started=state is not None)
         if told is error:
             raise
         raise told from error
-    conclude(run_dir, result, started=True)
-    checkpoint.discard(run_dir, *([PREVIOUS] if settings.checkpoint.keep else [LAST, PREVIOUS]))
     return result
 
 
 def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run one job outside of a sweep, and return what result.json says. overrides: what the command line said.
 
-    Raises `UserError` for a directory that holds a run already, or that has nothing to resume, or that is in use.
+    Raises `UserError` for a directory that holds a run already, or that has nothing to resume, or that is in use. With
+    resume=auto a run there goes on, if it is of the same configuration, and otherwise one begins.
     """
     settings = configuration.settings
     try:
         with locked(run_dir):
-            status, go_on = status_left(run_dir), settings.resume is not None
+            status = status_left(run_dir)
+            go_on = status is not None if settings.resume == AUTO else settings.resume is not None
+            if go_on and settings.resume == AUTO:
+                same_configuration(configuration, run_dir)
             if not go_on and status is not None and not settings.force:
                 raise UserError(
                     f"{run_dir}: holds a run already ({status}); resume={run_dir} goes on, force=true starts anew"
@@ -153,7 +185,9 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
                 raise UserError(f"resume={run_dir}: left no checkpoint; repeat={run_dir} starts it anew")
             if go_on and status in DONE:
                 log.info("%s: %s already", run_dir, status)
-                return read_result(run_dir) or {}
+                result = read_result(run_dir) or {}
+                make_whole(settings.tracking, run_dir, result, None)
+                return result
             if not go_on:
                 record_overrides(run_dir, overrides)
             result = run(configuration, run_dir, go_on=go_on)
@@ -161,6 +195,13 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
         raise UserError(str(busy)) from None
     summarise(result, run_dir)
     return result
+
+
+def same_configuration(configuration: Configuration, run_dir: Path) -> None:
+    """Raise `UserError` where the directory holds the result of a run with another configuration."""
+    before = read_result(run_dir)
+    if before is not None and science(before["config"]) != configuration.science:
+        raise UserError(f"{run_dir}: holds a run with another configuration; force=true replaces it")
 
 
 def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:

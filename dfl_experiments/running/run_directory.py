@@ -2,24 +2,21 @@
 
 import contextlib
 import csv
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.locks import holder_of
 
 EPOCH_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "validation_accuracy", "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
 Row = dict[str, float | int | None]
-DONE = ("finished", "diverged", "stopped")  # statuses that running it again would end in again
 
 
 def iteration_columns(numbers: Iterable[str]) -> list[str]:
@@ -117,57 +114,6 @@ def write_atomically(path: Path, text: str) -> None:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """The content of `result.json`; None where there is none that can be read."""
-    try:
-        result = json.loads((run_dir / RESULT).read_text())
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and {"status", "config"} <= result.keys() else None
-
-
-def status_left(run_dir: Path) -> str | None:
-    """The status that a run left here, "interrupted" if it was killed; None where there is nothing to go on from."""
-    result = read_result(run_dir)
-    if result is not None and result["status"] in DONE:
-        return result["status"]
-    if any(os.path.lexists(run_dir / name) for name in (LAST, PREVIOUS)):
-        return "interrupted" if result is None else result["status"]
-    return None
-
-
-def status_of(run_dir: Path) -> tuple[str, float | None, str]:
-    """Status, accuracy and reason of a run as its directory tells them, which is only looked at."""
-    if not run_dir.is_dir():
-        return "not started", None, ""
-    result = read_result(run_dir)
-    if result is None or result["status"] not in DONE:
-        if holder := holder_of(run_dir):
-            return "running", None, holder
-        result = read_result(run_dir)  # it may have ended between the two looks
-    if result is None:
-        return "interrupted", None, "its process ended without a word"
-    return result["status"], result.get("accuracy"), result.get("reason") or ""
-
-
-def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, atomically. NaN and Inf become null, as JSON has no word for them."""
-    write_atomically(run_dir / RESULT, json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved configuration to `config.yaml`."""
-    write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
 
 def record_overrides(run_dir: Path, overrides: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any
 
 REQUEUE = getattr(signal, "SIGUSR2", None)
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,34 +22,51 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.signum
 
 
+class Kept:
+    """The signal that has come to a launcher's process, which it obeys when it next trains, and from then on."""
+
+    signum: int | None = None
+
+    @classmethod
+    def keep(cls, signum: int, frame: FrameType | None = None) -> None:
+        """A signal handler: nothing is interrupted, wherever it falls."""
+        cls.signum = signum
+
+
+def handle(handler: Any) -> dict[int, Any]:
+    """Have a handler for every signal that asks for the end, and return those before.
+
+    One that is ignored stays so: a script's background job has no SIGINT, and nohup's has no SIGHUP.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heard = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
+    return {signum: signal.signal(signum, handler) for signum in heard}
+
+
 class Stop:
-    """Inside the block SIGINT, SIGTERM and a scheduler's own signal are noted, for the run to look at after each step.
+    """Inside the block SIGINT, SIGTERM, SIGHUP and a scheduler's own signal are noted, to be looked at after each step.
 
     A second SIGINT ends the process at once, as SIGINT does elsewhere. A library that queues jobs again (submitit) has
-    handlers of its own: that of SIGUSR2 gets its signal once the run is safe (see `pass_on`), and where it keeps
-    SIGTERM for itself, which it does to wait for SIGUSR2, it is left to it.
+    a handler of its own for SIGUSR2, which gets its signal once the run is safe (see `pass_on`), also where SIGTERM
+    comes with it.
     """
 
     def __init__(self) -> None:
-        self.requested: int | None = None
+        self.requested: int | None = Kept.signum
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            # a script's background job ignores SIGINT, and goes on doing so
-            signals = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
-            if not _is_foreign(signal.SIGTERM):
-                signals.append(signal.SIGTERM)
-            if REQUEUE is not None and _is_foreign(REQUEUE):
-                signals.append(REQUEUE)
-            for signum in signals:
-                self._before[signum] = signal.signal(signum, self._note)
+        self._before = handle(self._note)
+        if self._before and REQUEUE is not None and callable(signal.getsignal(REQUEUE)):
+            self._before[REQUEUE] = signal.signal(REQUEUE, self._note)
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.requested is not None:
             raise KeyboardInterrupt
-        self.requested = signum
+        if self.requested != REQUEUE or REQUEUE is None:
+            self.requested = signum
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come."""
@@ -63,17 +81,7 @@ class Stop:
             self.check()
 
 
-def _is_foreign(signum: int) -> bool:
-    handler = signal.getsignal(signum)
-    return callable(handler) and handler is not on_terminate
-
-
 def pass_on(stop: KeyboardInterrupt) -> None:
     """Give the signal that a run has obeyed to the handler of a library that was there before, if there is one."""
-    if isinstance(stop, Interrupted) and stop.signum == REQUEUE and _is_foreign(stop.signum):
+    if isinstance(stop, Interrupted) and stop.signum == REQUEUE and callable(signal.getsignal(stop.signum)):
         signal.raise_signal(stop.signum)
-
-
-def on_terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM outside of training: nothing needs to be saved."""
-    raise Interrupted(signum)

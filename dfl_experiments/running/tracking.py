@@ -1,7 +1,17 @@
-"""W&B, as a mirror of the local files. It is imported only when tracking is on."""
+"""W&B, as a mirror of the local files. It is imported only when tracking is on.
 
+A run that goes on is mirrored anew from its files, under the id that it had: whatever W&B had got of it, or not, before
+its process was killed is replaced. One that has ended and whose mirror is not whole gets it when it is next started.
+"""
+
+import csv
+import heapq
+import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +24,10 @@ from dfl_experiments.running.run_directory import Row, cell
 log = logging.getLogger(__name__)
 
 SECONDS_TO_START = 30
+MIRRORED = ".mirrored"  # in the run directory: its W&B run is whole
+COUNTERS = ("iteration", "epoch")
+ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # variables that would make all points of a sweep one W&B run
+unreachable: set[str] = set()  # modes that W&B could not be started in, in this process
 
 
 class Tracker:
@@ -32,18 +46,17 @@ class WandbTracker(Tracker):
     Where W&B fails, one warning says so, and from then on nothing is sent: training and the local files go on.
     """
 
-    def __init__(self, run: Any, tables: Iterable[list[str]]) -> None:
+    def __init__(self, run: Any, tables: Iterable[Sequence[str]]) -> None:
         """tables: the columns of each whose rows are to come, the first of them the one that counts its rows."""
         self._run = run
         self._guarded(self._define, tables)
 
-    def _define(self, tables: Iterable[list[str]]) -> None:
-        counting = {columns[0]: columns for columns in tables}
-        for step, columns in counting.items():
-            self._run.define_metric(step, summary="none")
+    def _define(self, tables: Iterable[Sequence[str]]) -> None:
+        for step, *columns in tables:
+            self._run.define_metric(step)
             for column in columns:
-                if column not in counting:
-                    self._run.define_metric(column, step_metric=step, summary="none")
+                if column not in COUNTERS:
+                    self._run.define_metric(column, step_metric=step)
 
     def log(self, rows: Iterable[Row]) -> None:
         self._guarded(self._log, rows)
@@ -57,9 +70,10 @@ class WandbTracker(Tracker):
             lambda: self._run.summary.update({key: value for key, value in result.items() if key != "config"})
         )
 
-    def finish(self, exit_code: int) -> None:
-        """End the run, as failed unless the code is 0."""
+    def finish(self, exit_code: int) -> bool:
+        """End the run, as failed unless the code is 0, and return whether W&B has got all of it."""
         self._guarded(lambda: self._run.finish(exit_code=exit_code))
+        return self._run is not None
 
     def _guarded(self, action: Callable[..., Any], *arguments: Any) -> None:
         if self._run is None:
@@ -86,23 +100,44 @@ def give_up(error: Exception) -> None:
 
 
 def previous_id(run_dir: Path) -> str | None:
-    """The id of the latest W&B run in a run directory, which a run that goes on continues."""
+    """The id of the latest W&B run in a run directory."""
     folders = sorted(run_dir.glob("wandb/*run-*"), key=lambda folder: folder.name.partition("run-")[2])
     return folders[-1].name.rpartition("-")[2] if folders else None
 
 
+def rows_written(run_dir: Path, lengths: Mapping[str, int | None]) -> Iterator[Row]:
+    """The rows of a run's tables in the order that they were written in: an epoch's iterations, then the epoch.
+
+    lengths: of each table by name, in bytes, None for all of it.
+    """
+    tables = []
+    for name, length in lengths.items():
+        with (run_dir / f"{name}.csv").open("rb") as file:
+            tables.append(csv.DictReader(io.StringIO(file.read(-1 if length is None else length).decode())))
+    for row in heapq.merge(*tables, key=lambda row: int(row["epoch"])):
+        yield {key: int(text) if key in COUNTERS else float(text) for key, text in row.items() if text}
+
+
 def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: str | None, go_on: bool) -> Any:
-    """A W&B run; kept offline, with a warning, where it cannot be online, and None where not even that works."""
+    """A W&B run; kept offline, with a warning, where it cannot be online, and None where not even that works.
+
+    go_on: in place of the one that is there, of which an online one is overwritten under its id.
+    """
     import wandb
 
     names = names_of(config)
     smoke = ["smoke"] if config.get("smoke") else []
+    run_id = (previous_id(run_dir) if go_on else None) or secrets.token_hex(4)
+    for variable in ONE_RUN_S:
+        os.environ.pop(variable, None)
     last: Exception | None = None
     for mode in dict.fromkeys([tracking.mode, "offline"]):
+        if mode in unreachable:
+            continue
         if last is not None:
             log.warning("W&B cannot be reached (%s); kept offline, for `wandb sync`", reason(last))
         try:
-            return wandb.init(
+            run = wandb.init(
                 mode=mode,
                 dir=run_dir,
                 project=tracking.project,
@@ -112,14 +147,20 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
                 job_type=names["method"],
                 tags=[*dict.fromkeys([*names.values(), *smoke, *tracking.tags])],
                 config=dict(config),
-                id=previous_id(run_dir) if go_on else None,
-                resume="allow" if go_on and mode == "online" else None,
+                id=run_id,
                 # without it, a second run in one process would be the first one again if that was not finished
                 reinit="finish_previous",
                 settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_START),
             )
         except Exception as error:  # wandb's own, and what its service and the file system raise
             last = error
+            if mode == "online":
+                unreachable.add(mode)
+            continue
+        for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
+            if not folder.samefile(Path(run.dir).parent):
+                shutil.rmtree(folder, ignore_errors=True)
+        return run
     give_up(last or RuntimeError())
     return None
 
@@ -129,24 +170,39 @@ def track(
     tracking: Tracking,
     run_dir: Path,
     config: Mapping[str, Any],
-    tables: Iterable[list[str]],
+    tables: Mapping[str, Sequence[str]],
     group: str | None,
-    go_on: bool = False,
+    written: Mapping[str, int | None] | None = None,
 ) -> Iterator[Tracker]:
     """A tracker for one job, its run ended when the block is left: as failed if an exception leaves it.
 
-    config: the resolved configuration, nested; tables: see `WandbTracker`; group: the sweep the job belongs to;
-    go_on: with the run that is there.
+    config: the resolved configuration, nested; tables: the columns of each, see `WandbTracker`; group: the sweep the
+    job belongs to; written: of a run that goes on, the tables' lengths, see `rows_written`.
     """
-    run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, go_on)
+    (run_dir / MIRRORED).unlink(missing_ok=True)
+    run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, written is not None)
     if run is None:
         yield Tracker()
         return
-    tracker = WandbTracker(run, tables)
+    tracker = WandbTracker(run, tables.values())
+    if written is not None and None not in written.values():
+        tracker.log(rows_written(run_dir, written))
     # not `with run`: that prints the traceback of every exception, an interruption too
     try:
         yield tracker
     except BaseException:
         tracker.finish(1)
         raise
-    tracker.finish(0)
+    if tracker.finish(0):
+        (run_dir / MIRRORED).touch()
+
+
+def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], group: str | None) -> None:
+    """Mirror a run that has ended, from its files, unless its W&B run is whole or none is asked for."""
+    if tracking.mode == "disabled" or (run_dir / MIRRORED).exists():
+        return
+    lengths = {name: (run_dir / f"{name}.csv").stat().st_size for name in ("iterations", "epochs")}
+    tables = {name: (run_dir / f"{name}.csv").open().readline().strip().split(",") for name in lengths}
+    log.info("%s: W&B is made whole", run_dir.name)
+    with track(tracking, run_dir, result["config"], tables, group, lengths) as tracker:
+        tracker.summarise(result)

@@ -1,10 +1,12 @@
 """A refusal leaves files as they were, a configuration from elsewhere calls nothing, a misfit is found in time."""
 
+import itertools
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from report_helpers import dfl_report
 from test_refusals import refusal
 from torch import nn
@@ -12,11 +14,12 @@ from torch import nn
 from dfl_experiments import models
 from dfl_experiments.configuration.components import component
 from dfl_experiments.configuration.composition import compose, plain
+from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.engine.blocknet import Block, BlockNet
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
 from dfl_experiments.methods import Backprop
-from dfl_experiments.running.run_directory import write_config, write_result
+from dfl_experiments.running.result import write_result
 from dfl_experiments.train import main
 
 pytestmark = pytest.mark.usefixtures("clean_logging")
@@ -99,14 +102,65 @@ def test_a_stranger_s_yaml_makes_no_object(key, stranger, monkeypatch, capsys):
     assert not Path("touched").exists()
 
 
-def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(stranger, capsys):
-    stranger(STRANGERS["a method"][0] | STRANGERS["an interpolation"][0])
+def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(stranger, monkeypatch):
+    monkeypatch.setenv("TOKEN", "sesame4711")
+    stranger(STRANGERS["a method"][0] | {"loss": "${oc.env:TOKEN}"})
+    for kind in ("terminal", "html"):
+        done = dfl_report(Path(), "theirs", "--format", kind, "--out", "page")
+        assert done.returncode == 0, done.stderr
+        assert "las" in Path("page").read_text()
+        assert "sesame4711" not in Path("page").read_text()
+    Path("theirs/result.json").unlink()
     done = dfl_report(Path(), "theirs")
     assert done.returncode == 2
     assert "holds an interpolation" in done.stderr
-    stranger(STRANGERS["a method"][0])
-    assert "las" in dfl_report(Path(), "theirs").stdout
     assert not Path("touched").exists()
+
+
+BOMBS = {
+    "aliases": "a: &a [x, x]\n"
+    + "".join(f"{k}: &{k} [*{j}, *{j}]\n" for j, k in itertools.pairwise("abcdefghijklmnopqrstuvwx")),
+    "brackets": "[" * 50_000,
+    "length": "a: " + "x" * 2**21,
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_file_that_would_grow_without_end_is_refused_at_once(bomb, stranger, monkeypatch, capsys):
+    stranger({})
+    Path("theirs/config.yaml").write_text(BOMBS[bomb])
+    for key in ("repeat", "resume"):
+        assert "theirs/config.yaml" in refusal([f"{key}=theirs"], monkeypatch, capsys)
+    Path("theirs/result.json").write_text('{"status": "failed", "config": ' + '{"a": ' * 900 + "1" + "}" * 901)
+    assert "more than 20 levels" in dfl_report(Path(), "theirs").stderr
+    Path("theirs/result.json").write_text("[" * 50_000)
+    assert "left out: theirs" in dfl_report(Path(), "theirs").stderr
+
+
+def test_a_run_directory_with_a_link_in_it_is_not_written_to(stranger, monkeypatch, capsys):
+    stranger({})
+    Path("precious").write_text("mine")
+    for name in ("run.log", "iterations.csv", "last.pt", ".lock", ".running"):
+        link = Path("theirs", name)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("precious").absolute())
+        said = f"theirs/{name}: a symbolic link"
+        assert said in refusal(["resume=theirs"], monkeypatch, capsys)
+        sweep = ["hydra.sweep.dir=.", "hydra.sweep.subdir=theirs", "seed=0"]
+        assert said in refusal(["--multirun", *QUICK, *sweep], monkeypatch, capsys)
+        link.unlink()
+    assert Path("precious").read_text() == "mine"
+
+
+def test_what_looks_like_an_interpolation_in_a_path_is_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DFL_DATA_DIR", str(tmp_path / "a${b}\\${oc.env:HOME}"))
+    for arguments in (["hydra.run.dir=here"], ["repeat=here", "hydra.run.dir=again"]):
+        monkeypatch.setattr(sys, "argv", ["dfl-train", *(QUICK if len(arguments) == 1 else []), *arguments])
+        main()
+    found = [read_recorded(Path(folder, "config.yaml"), "")["data_dir"] for folder in ("here", "again")]
+    assert found == [str(tmp_path / "a${b}\\${oc.env:HOME}")] * 2
+    assert "las" in dfl_report(Path(), "here").stdout
 
 
 @pytest.fixture
@@ -120,7 +174,7 @@ def stranger(tmp_path, monkeypatch):
         values = plain(compose([*QUICK, "sweep=theirs"])) | change
         Path("theirs").mkdir(exist_ok=True)
         Path("theirs/last.pt").write_bytes(b"")
-        write_config(Path("theirs"), values)
+        Path("theirs/config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
         write_result(Path("theirs"), {"status": "interrupted", "reason": "", "config": values})
 
     return make

@@ -5,7 +5,6 @@ import torch
 from conftest import CLASSES, METHODS, MODELS, PROTOCOLS, Tiny
 from torch import nn
 
-from dfl_experiments.configuration.composition import compose
 from dfl_experiments.running.epochs import early_end
 from dfl_experiments.running.records import reported_accuracies
 

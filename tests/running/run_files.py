@@ -20,3 +20,17 @@ def records(run_dir):
     for record in map(json.loads, lines):
         found.setdefault(record["type"], []).append(record[record["type"]])
     return found
+
+
+def mirrored(run_dir):
+    """The rows of both tables as the one offline W&B run there has them, each as {column: number}."""
+    logged = [item["item"] for item in records(run_dir)["history"]]
+    return {name: [item for item in logged if key in item] for name, key in (("iterations", "loss"), ("epochs", "lr"))}
+
+
+def assert_mirrored(run_dir):
+    """Every row of both tables is in the W&B run, once, in its order."""
+    found = mirrored(run_dir)
+    for name, items in found.items():
+        rows = [{key: float(value) for key, value in row.items() if value} for row in table(run_dir / f"{name}.csv")]
+        assert [{key: item[key] for key in row} for item, row in zip(items, rows, strict=True)] == rows

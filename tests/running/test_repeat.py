@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from processes import ended, forked
 
-from dfl_experiments.configuration.composition import compose, point_name
+from dfl_experiments.configuration.composition import as_values, compose, point_name
 from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.configuration.schema import check
 
@@ -41,4 +40,4 @@ def test_the_configurations_of_the_reference_runs_are_still_accepted_and_have_th
     repeat = f"repeat={run_dir}"
     values = with_recorded(compose([repeat]), [repeat])
     check(values)
-    assert point_name(OmegaConf.create(values)) == run_dir.name
+    assert point_name(as_values(values)) == run_dir.name

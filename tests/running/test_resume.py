@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import METHODS
-from processes import ended, forked
+from processes import dfl_train, ended, forked
 
 from dfl_experiments.running import checkpoint
 
@@ -91,3 +91,24 @@ def test_killed_at_thirty_moments_and_resumed_it_ends_with_the_same_bits(method,
                 assert ended(forked(broken, *command(broken, f"method={method}"))) == 0
             assert_same(outcome(whole / "here"), outcome(broken / "here"))
             shutil.rmtree(broken / "here")
+
+
+def test_resume_auto_begins_goes_on_and_leaves_a_finished_run_alone(tmp_path):
+    auto = ("resume=auto", "hydra.run.dir=here", "epochs=40", "limit=300", "tracking=disabled", "threads=1")
+    pid = forked(tmp_path, *auto)
+    while not (tmp_path / "here" / "epochs.csv").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 143
+    second = dfl_train(tmp_path, *auto)
+    assert second.returncode == 0, second.stderr
+    assert "going on after epoch" in second.stdout
+    assert len((tmp_path / "here" / "epochs.csv").read_text().splitlines()) == 41
+    third = dfl_train(tmp_path, *auto)
+    assert third.returncode == 0
+    assert "here: finished already" in third.stdout
+    other = dfl_train(tmp_path, *auto, "seed=1")
+    assert other.returncode == 2
+    assert "another configuration" in other.stderr
+    assert "hydra.run.dir=…" in dfl_train(tmp_path, "resume=auto").stderr

@@ -94,7 +94,7 @@ def test_wandb_mirrors_the_local_files(default_run):
 
 def test_a_crashed_job_s_run_ends_as_failed_and_the_next_one_is_another(tmp_path):
     config = {key: {"name": key} for key in ("method", "model", "dataset", "augmentation", "protocol")}
-    tables, ends = [["iteration", "loss"]], []
+    tables, ends = {"iterations": ["iteration", "loss"]}, []
     for name in ("crashed", "fine"):
         folder = tmp_path / name
         folder.mkdir()

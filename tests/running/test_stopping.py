@@ -1,6 +1,7 @@
 """Signals, and what several jobs at once may use of a machine."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,11 +97,11 @@ def test_what_a_device_cannot_do_is_one_line_that_says_what_to_change():
     for error, words in (
         (nondeterministic, "deterministic=true: some_cuda has no deterministic form"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB"), "batch_size=32: out of memory"),
-        (OSError(28, "No space left on device", "epochs.csv"), "epochs.csv: No space left on device"),
+        (OSError(28, "No space left on device", "epochs.csv"), "epochs.csv: No space left on device; make room"),
     ):
-        told = explained(error, settings)
+        told = explained(error, settings, Path("here"))
         assert isinstance(told, Fault)
         assert words in str(told)
         assert "\n" not in str(told)
     bug = KeyError("x")
-    assert explained(bug, settings) is bug
+    assert explained(bug, settings, Path("here")) is bug

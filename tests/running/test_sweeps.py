@@ -17,7 +17,7 @@ from processes import dfl_train, ended, forked
 
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.locks import locked
-from dfl_experiments.running.run_directory import status_of
+from dfl_experiments.running.result import status_of
 from dfl_experiments.train import main
 
 SWEEP = ("--multirun", "sweep=grid", "epochs=3", "limit=300", "tracking=disabled", "threads=1")

@@ -1,0 +1,134 @@
+"""How the points of a sweep ended: what this command's jobs did, or found done, and never what merely lies there."""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from dfl_experiments.configuration.composition import science
+from dfl_experiments.running.result import DONE, read_result, status_of
+from dfl_experiments.running.run_directory import CONFIG, write_atomically
+
+OUTCOME = ".outcome"  # of the last command that was at work in the directory
+COMMAND = "DFL_COMMAND"  # the variable that a job finds its command's id in
+ROWS_SHOWN = 50
+
+
+class Point(NamedTuple):
+    """A job of the sweep. overrides: what it was asked for, in one line; science: the digest of what it computes."""
+
+    overrides: str
+    science: str
+
+
+@dataclass
+class Sweep:
+    """The sweep of this process: its folder and name, its points by their folders' names, none where they are chosen as
+    it goes. command: what its jobs know it by; force: whether what was there before counts for nothing."""
+
+    folder: Path
+    name: str
+    command: str
+    force: bool
+    points: dict[str, Point] = field(default_factory=dict)
+
+
+class Ending(NamedTuple):
+    """How a point ended, a row of summary.csv."""
+
+    point: str
+    status: str
+    accuracy: float | None
+    reason: str
+    overrides: str
+
+
+def write_outcome(run_dir: Path, command: str, status: str, reason: str | None = None) -> None:
+    """Note what a command's job did here."""
+    write_atomically(run_dir / OUTCOME, json.dumps({"command": command, "status": status, "reason": reason or ""}))
+
+
+def read_outcome(run_dir: Path) -> dict[str, str]:
+    """What `write_outcome` noted last; nothing where there is none."""
+    try:
+        found = json.loads((run_dir / OUTCOME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and {"command", "status", "reason"} <= found.keys() else {}
+
+
+def ending(sweep: Sweep, name: str) -> Ending:
+    """How a point of the sweep ended."""
+    run_dir, point = sweep.folder / name, sweep.points[name]
+    outcome = read_outcome(run_dir)
+    status, accuracy, reason = status_of(run_dir)
+    if outcome.get("command") == sweep.command:
+        if outcome["status"] != "running" and (outcome["status"], outcome["reason"]) != (status, reason):
+            status, accuracy, reason = outcome["status"], None, outcome["reason"]
+    elif status not in ("running", "not started"):
+        result = read_result(run_dir)
+        if result is not None and science(result["config"]) != point.science:
+            status, accuracy, reason = "not started", None, "the run there has another configuration"
+        elif sweep.force:
+            status, accuracy, reason = "not started", None, "the run there is an earlier one"
+    return Ending(name, status, accuracy, reason, point.overrides)
+
+
+def others(sweep: Sweep) -> Iterator[Ending]:
+    """The points of the sweep's folder that this command did not name."""
+    for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
+        if run_dir.name not in sweep.points:
+            try:
+                said: Any = OmegaConf.to_container(OmegaConf.load(run_dir / ".hydra" / "overrides.yaml"), resolve=False)
+                overrides = " ".join(map(str, said))
+            except Exception:  # whatever a damaged file makes YAML say; the command line is for a reader only
+                overrides = ""
+            yield Ending(run_dir.name, *status_of(run_dir), overrides)
+
+
+def done(sweep: Sweep) -> int:
+    """How many points have come to their end."""
+    return sum(ending(sweep, name).status in DONE for name in sweep.points)
+
+
+def four_digits(accuracy: float | None) -> str:
+    """An accuracy with four digits, a dash where there is none."""
+    return "-" if accuracy is None else f"{accuracy:.4f}"
+
+
+def summary(sweep: Sweep) -> int:
+    """Write how every point of the folder ended to `summary.csv`, print this command's, and return the exit code.
+
+    It is 1 unless all of them have come to an end.
+    """
+    named, rest = [ending(sweep, name) for name in sweep.points], list(others(sweep))
+    text, place, problem = io.StringIO(), sweep.folder / "summary.csv", None
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Ending._fields)
+    writer.writerows([*named, *rest])
+    try:
+        if sweep.folder.is_dir():
+            write_atomically(place, text.getvalue())
+    except OSError as error:
+        problem = error.strerror
+    shown = named or rest
+    counts = Counter(row.status for row in shown)
+    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    print(f"\nsweep {sweep.folder.name}: {len(shown)} points, {told}")
+    # of a long table the part that asks for attention comes first
+    shown.sort(key=lambda row: row.status == "finished")
+    width = max((len(row.point) for row in shown), default=0)
+    for row in shown[:ROWS_SHOWN]:
+        words = row.reason or row.overrides
+        print(f"  {row.point:{width}}  {row.status:11} {four_digits(row.accuracy):>6}  {words}")
+    if len(shown) > ROWS_SHOWN:
+        print(f"  … and {len(shown) - ROWS_SHOWN} more")
+    beside = f", with {len(rest)} points of other commands" if named and rest else ""
+    print(f"  {place}{beside}" if problem is None else f"dfl-train: {place}: {problem}")
+    return 1 if counts.keys() & {"failed", "interrupted", "not started"} else 0

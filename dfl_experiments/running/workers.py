@@ -1,0 +1,76 @@
+"""The processes that a launcher starts here: none is cut off while it saves, and none outlives its command."""
+
+import json
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+
+from dfl_experiments.running.locks import HOLDER, alive
+from dfl_experiments.running.signals import Kept, handle
+from dfl_experiments.running.summary import Sweep
+
+LOCAL = ("joblib", "submitit_local")  # launchers whose processes end with the command; a cluster's go on
+BUSY = threading.Lock()  # held by a process while it is at work on a point
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def at_work(sweep: Sweep) -> set[int]:
+    """The other processes on this machine that are at work on the sweep's points for this command."""
+    names = list(sweep.points) or [path.parent.name for path in sweep.folder.glob(f"*/{HOLDER}")]
+    found = set()
+    for name in names:
+        try:
+            held = json.loads((sweep.folder / name / HOLDER).read_text())
+            if (held["host"], held["command"]) == (platform.node(), sweep.command) and alive(held["pid"]):
+                found.add(int(held["pid"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not held, or by something else
+    return found - {os.getpid()}
+
+
+def wind_down(sweep: Sweep) -> None:
+    """Ask every process at work on a point to save it and end, and wait until they have."""
+    asked: set[int] = set()
+    while pids := at_work(sweep):
+        if not asked:
+            print(f"\ndfl-train: {len(pids)} points under way save their checkpoints", flush=True)
+        for pid in pids - asked:
+            os.kill(pid, signal.SIGTERM)
+            asked.add(pid)
+        time.sleep(0.05)
+
+
+def enter(command: str, launcher: str) -> bool:
+    """Prepare a launcher's process for a point: signals wait for a safe place, and the command's end is one.
+
+    Returns whether the point is to be begun: not when a signal has come already.
+    """
+    if handle(Kept.keep).get(signal.SIGTERM) != Kept.keep and launcher in LOCAL:
+        threading.Thread(target=_end_with, args=(parent_of(command),), daemon=True).start()
+    return Kept.signum is None
+
+
+def call_no_success() -> None:
+    """Of a point that failed or was interrupted: have submitit, whose job returns nevertheless, not log a success."""
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+
+
+def command_id(name: str) -> str:
+    """What the processes of a command know it by: its process, which they end with, and a name of its own."""
+    return f"c{os.getpid()}-{name}"
+
+
+def parent_of(command: str) -> int:
+    """The process of a command."""
+    return int(command[1:].partition("-")[0])
+
+
+def _end_with(parent: int) -> None:
+    while alive(parent):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with BUSY:  # until the point in hand is saved
+        os._exit(128 + signal.SIGTERM)
