@@ -95,6 +95,8 @@ def main() -> None:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         if Checks.sweep is not None:  # its launcher failed, or a signal ended it
+            if not Checks.ending:
+                workers.wind_down(Checks.sweep)
             summary(Checks.sweep)
 
 

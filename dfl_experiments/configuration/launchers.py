@@ -33,3 +33,9 @@ def register_launchers() -> None:
         slurm = SlurmQueueConf(timeout_min=DAY, max_num_timeout=TIMEOUTS, name="${sweep}")
         for name, node in (("submitit_local", local), ("submitit_slurm", slurm)):
             store.store(name, node, group="hydra/launcher", provider="dfl_experiments")
+    with suppress(ImportError):
+        from hydra_plugins.hydra_ray_launcher._config import RayConf, RayLauncherConf
+
+        # the plugin's own size is refused where the cluster is there already
+        ray = RayLauncherConf(ray=RayConf(init={"address": None, "object_store_memory": None}))
+        store.store("ray", ray, group="hydra/launcher", provider="dfl_experiments")

@@ -3,6 +3,7 @@
 Hydra lets a callback's errors pass with a warning, but not its SystemExit.
 """
 
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from dfl_experiments.errors import Fault, UserError
 from dfl_experiments.running.locks import refuse_links
 from dfl_experiments.running.summary import COMMAND, Sweep, summary
 from dfl_experiments.running.sweep import check_sweep
+from dfl_experiments.running.workers import QUEUE
 
 
 def refuse(error: BaseException) -> NoReturn:
@@ -98,6 +100,10 @@ class Checks(Callback):
             sweep = check_sweep(config, config_name, Checks.command)
             made(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)
+            if sweep.launcher == QUEUE and shutil.which("sbatch"):
+                from dfl_experiments.running.slurm import watch
+
+                watch()
             Checks.sweep = sweep  # only now is there something to sum up
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

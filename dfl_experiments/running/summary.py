@@ -30,11 +30,13 @@ class Point(NamedTuple):
 @dataclass
 class Sweep:
     """The sweep of this process: its folder and name, its points by their folders' names, none where they are chosen as
-    it goes. command: what its jobs know it by; force: whether what was there before counts for nothing."""
+    it goes. command: what its jobs know it by; launcher: Hydra's name for what starts them; force: whether what was
+    there before counts for nothing."""
 
     folder: Path
     name: str
     command: str
+    launcher: str
     force: bool
     points: dict[str, Point] = field(default_factory=dict)
 

@@ -42,13 +42,14 @@ def check_sweep(cfg: DictConfig, config_name: str | None, command: str) -> Sweep
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
     params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
     grid = sweep_points([*(f"{key}={value}" for key, value in params), *cfg.hydra.overrides.task])
-    is_grid = cfg.hydra.runtime.choices["hydra/sweeper"] == "basic"
+    sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher"))
+    is_grid = sweeper == "basic"
     jobs = list(itertools.islice(grid, None if is_grid else 1))
     if len(jobs) > MANY_JOBS:
         print(f"checking {len(jobs)} jobs", flush=True)
     names: dict[str, str] = {}
     folders: dict[str, str] = {}
-    sweep = Sweep(Path(str(cfg.hydra.sweep.dir)).absolute(), str(cfg.sweep), command, bool(cfg.force))
+    sweep = Sweep(Path(str(cfg.hydra.sweep.dir)).absolute(), str(cfg.sweep), command, launcher, bool(cfg.force))
     for number, overrides in enumerate(jobs):
         job = " ".join(overrides)
         try:

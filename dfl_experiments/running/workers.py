@@ -12,7 +12,8 @@ from dfl_experiments.running.locks import HOLDER, alive
 from dfl_experiments.running.signals import Kept, handle
 from dfl_experiments.running.summary import Sweep
 
-LOCAL = ("joblib", "submitit_local")  # launchers whose processes end with the command; a cluster's go on
+LOCAL = ("joblib", "submitit_local")  # launchers whose processes end with the command, on its machine
+QUEUE = "submitit_slurm"  # whose jobs go on without it
 BUSY = threading.Lock()  # held by a process while it is at work on a point
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -32,7 +33,10 @@ def at_work(sweep: Sweep) -> set[int]:
 
 
 def wind_down(sweep: Sweep) -> None:
-    """Ask every process at work on a point to save it and end, and wait until they have."""
+    """Ask every process at work on a point to save it and end, and wait until they have; a queue's jobs stay in it."""
+    if sweep.launcher == QUEUE:
+        print("\ndfl-train: the jobs stay in the queue (squeue shows them, scancel takes them out)", flush=True)
+        return
     asked: set[int] = set()
     while pids := at_work(sweep):
         if not asked:

@@ -16,7 +16,7 @@ from dfl_experiments.running.signals import Interrupted, Stop, pass_on
 
 
 @pytest.mark.parametrize("looks", [True, False])
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_latest(signum, code, looks):
     before, reached = signal.getsignal(signum), []
 
@@ -47,7 +47,7 @@ def test_a_second_sigint_ends_at_once():
     assert not isinstance(end.value, Interrupted)
 
 
-def test_a_scheduler_s_handlers_keep_sigterm_and_get_their_own_signal_once_the_run_is_safe():
+def test_a_scheduler_s_handler_gets_its_signal_once_the_run_is_safe_whatever_comes_with_it():
     calls = []
     before = {
         signum: signal.signal(signum, lambda *_: calls.append(_[0])) for signum in (signal.SIGTERM, signal.SIGUSR2)
@@ -55,21 +55,29 @@ def test_a_scheduler_s_handlers_keep_sigterm_and_get_their_own_signal_once_the_r
 
     def steps():
         with Stop() as stop:
-            signal.raise_signal(signal.SIGTERM)
-            assert calls == [signal.SIGTERM]
-            stop.check()
             signal.raise_signal(signal.SIGUSR2)
-            assert calls == [signal.SIGTERM]
+            signal.raise_signal(signal.SIGTERM)
+            assert not calls
             stop.check()
 
     try:
         with pytest.raises(Interrupted) as end:
             steps()
         pass_on(end.value)
-        assert calls == [signal.SIGTERM, signal.SIGUSR2]
+        assert calls == [signal.SIGUSR2]
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_jobs_share_the_cores_and_take_the_gpus_in_turn(monkeypatch):

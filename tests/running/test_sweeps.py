@@ -16,7 +16,7 @@ import torch
 from processes import dfl_train, ended, forked
 
 from dfl_experiments.running import checkpoint
-from dfl_experiments.running.locks import locked
+from dfl_experiments.running.locks import alive, locked
 from dfl_experiments.running.result import status_of
 from dfl_experiments.train import main
 
@@ -176,17 +176,58 @@ def test_a_repeated_run_has_the_same_bits(tmp_path):
     assert a["science"] == b["science"]
 
 
-def begun(folder, *options):
-    """A `dfl-train` in a process of its own, and the number of the one that is at work on its first point."""
+def begun(folder, *options, count=1):
+    """A `dfl-train` in a process group of its own, and the number of the process at work on one of its first points."""
     command = [sys.executable, "-m", "dfl_experiments.train", *options]
     with (folder / "output.txt").open("w") as file:
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=variables)
-    while not points(folder, "epochs.csv"):
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=variables, start_new_session=True)
+    while len(points(folder, "epochs.csv")) < count:
         assert process.poll() is None, output(folder)
         time.sleep(0.02)
     point = folder / "outputs" / "grid" / next(iter(points(folder, "epochs.csv")))
     return process, json.loads((point / ".running").read_text())["pid"]
+
+
+ENDLESS = (*SWEEP[:2], "epochs=1000000", *SWEEP[3:], "seed=0,1", "checkpoint.every_seconds=1000000")
+
+
+def saved(folder):
+    """Of every point: whether its last checkpoint has all the rows that it has written."""
+    runs = [path.parent for path in (folder / "outputs" / "grid").glob("*/iterations.csv")]
+    lengths = [checkpoint.load(run)["training"]["lengths"]["iterations"] for run in runs]
+    return [length == (run / "iterations.csv").stat().st_size for length, run in zip(lengths, runs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "signum", "to_all"),
+    [
+        ("joblib", signal.SIGTERM, False),
+        ("joblib", signal.SIGINT, True),
+        ("submitit_local", signal.SIGTERM, False),
+        ("submitit_local", signal.SIGHUP, True),
+    ],
+)
+def test_a_signal_to_the_command_or_to_all_its_processes_costs_no_work(launcher, signum, to_all, tmp_path):
+    process, _ = begun(tmp_path, *ENDLESS, f"hydra/launcher={launcher}", count=2)
+    (os.killpg if to_all else os.kill)(process.pid, signum)
+    assert process.wait(timeout=60) == 128 + signum
+    assert saved(tmp_path) == [True, True]
+    assert set(statuses(tmp_path).values()) == {"interrupted"}
+    assert {row["status"] for row in summary(tmp_path).values()} == {"interrupted"}
+    assert "Traceback" not in output(tmp_path)
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_the_processes_of_a_killed_command_save_and_end(launcher, tmp_path):
+    process, worker = begun(tmp_path, *ENDLESS, f"hydra/launcher={launcher}", count=2)
+    process.kill()
+    process.wait(timeout=10)
+    end = time.monotonic() + 30
+    while alive(worker) or list((tmp_path / "outputs" / "grid").glob("*/.running")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert saved(tmp_path) == [True, True]
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
