@@ -1,6 +1,8 @@
 """A mistake of the user's or of the machine's, and the one line that it is told in."""
 
+import io
 import reprlib
+import sys
 from typing import Any
 
 
@@ -32,3 +34,10 @@ def clipped(text: str, length: int = 1500) -> str:
 def reason(error: BaseException) -> str:
     """What an error says, as one short line."""
     return clipped(str(error).strip() or type(error).__name__, 200)
+
+
+def any_text() -> None:
+    """Let any text be printed, also where the terminal's encoding lacks a letter of it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -20,9 +20,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dfl_experiments import __version__
 from dfl_experiments.configuration.composition import CONF_DIR, quoted, register_resolvers
 from dfl_experiments.configuration.launchers import register_launchers
 from dfl_experiments.configuration.refusals import choices_for
+from dfl_experiments.errors import any_text
 from dfl_experiments.running import workers
 from dfl_experiments.running.callbacks import Checks, refusing
 from dfl_experiments.running.signals import Interrupted, Kept, handle, pass_on
@@ -46,7 +48,7 @@ def job(cfg: DictConfig) -> float | None:
     try:
         if node.mode == RunMode.MULTIRUN:
             command, at_once = os.environ[COMMAND], node.launcher.get("n_jobs") or 1
-            if not is_main and not workers.enter(command, node.runtime.choices["hydra/launcher"]):
+            if not is_main and not workers.enter(command, node.runtime.choices["hydra/launcher"], node.job.num):
                 return None
             return run_point(cfg, run_dir, overrides, command, node.job.num, at_once)
         with refusing():
@@ -67,6 +69,10 @@ def main() -> None:
     """Run `job`, one job or a sweep, and end the process with the exit code that says how it went."""
     global MAIN_PROCESS
     MAIN_PROCESS = os.getpid()
+    any_text()
+    if "--version" in sys.argv[1:]:
+        print(f"dfl-experiments {__version__}")
+        return
     Checks.command, Checks.checked, Checks.sweep = workers.command_id(uuid4().hex), None, None
     Checks.ending = False
     handlers = handle(on_signal)

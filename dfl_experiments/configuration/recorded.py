@@ -58,9 +58,9 @@ def read_recorded(path: Path, said: str) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(LARGEST + 1)
-        # the parser goes through nested and repeated parts one by one, what is made of them would grow without end
+        # the parser goes through nested parts one by one, what is made of them would grow without end
         depths = itertools.accumulate(_step(event) for event in yaml.parse(text, yaml.SafeLoader))
-        if len(text) > LARGEST or max(depths, default=0) > DEEPEST:
+        if len(text) > LARGEST or any(depth > DEEPEST for depth in depths):
             raise UserError(f"{said}: {path} is no configuration of a run, it is larger than any")
         found = OmegaConf.create(text)
     except OSError:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError
@@ -59,7 +59,12 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
 
 
 def choices_for(error: BaseException | None) -> str | None:
-    """What Hydra's refusal of a key that does not exist leaves out: the keys there are. None for other errors."""
+    """What Hydra's refusal leaves out: of a key that does not exist, those there are; of a value that it cannot read,
+    how it is quoted. None for other errors.
+    """
+    if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        return f"""quote a value that has more than letters, digits and -_./ in it: "{key}='{value}'\""""
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not OmegaConf.is_dict(cause.parent_node):
         return None

@@ -5,14 +5,15 @@ Options of a method, model, optimizer, augmentation or source are their construc
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
-from dfl_experiments.configuration.composition import group_options, plain, science
+from dfl_experiments.configuration.composition import CONF_DIR, group_options, plain, science
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
 
@@ -152,6 +153,25 @@ def _options_beside(key: tuple[Any, ...]) -> list[str]:
     return [*(GROUPS if len(key) == 1 else ()), *getattr(model, "model_fields", ())]
 
 
+def _kind(source: Mapping[str, Any]) -> tuple[Any, Any]:
+    return source.get("_target_"), source.get("classes")
+
+
+@cache
+def sources() -> dict[tuple[Any, Any], str]:
+    """The data sets of conf/, by what their sources are."""
+    nodes: Any = {name: OmegaConf.load(CONF_DIR / "dataset" / f"{name}.yaml") for name in group_options("dataset")}
+    return {_kind(node.source): name for name, node in nodes.items()}
+
+
+def named_as_it_is(dataset: Dataset) -> None:
+    """Raise `UserError` for a data set under the name of another one, which tables would show it as."""
+    known = sources()
+    own = known.get(_kind(dataset.source))
+    if dataset.name != own and (own not in (None, "folder") or dataset.name in known.values()):
+        raise UserError(f"dataset.name={shown(dataset.name)}: is not what this source is; choose one with dataset=…")
+
+
 def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     """The checked configuration.
 
@@ -170,4 +190,5 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
         raise refusal(error, "", _options_beside(error.errors()[0]["loc"]), every_key) from None
     nodes = {**{group: values[group] for group in GROUPS}, "dataset.source": settings.dataset.source}
     components = {place: component(node, place, settings.plugins, every_key) for place, node in nodes.items()}
+    named_as_it_is(settings.dataset)
     return Configuration(values, settings, components)

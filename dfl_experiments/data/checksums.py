@@ -23,10 +23,10 @@ class Record(BaseModel):
     files: dict[str, dict[str, int]]
 
 
-def damaged(path: Path, why: str) -> UserError:
-    """The error for one of a folder's files, in a line that says what to do."""
-    what = f"unreadable or damaged ({why})"
-    return UserError(f"{path}: {what}; delete {path.parent} to have it packed anew, or put a whole copy there")
+def damaged(path: Path, why: str, own: bool = True) -> UserError:
+    """The error for one of a folder's files, in a line that says what to do. own: whether it is a pack of our own."""
+    again = f"delete {path.parent} to have it packed anew, or " if own else ""
+    return UserError(f"{path}: unreadable or damaged ({why}); {again}put a whole copy there")
 
 
 class Summed:

@@ -14,6 +14,7 @@ from tqdm.contrib.concurrent import thread_map
 from dfl_experiments.errors import UserError, reason
 
 THREADS = min(8, os.cpu_count() or 1)
+NOT_IMAGES_OF_ONE_S_OWN = ("@eaDir", "__MACOSX")  # folders of thumbnails and the like, which systems make
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Tree:
             raise UserError(f"{self.label}/{name}: cannot be read as text ({reason(error)})") from error
 
 
+def is_ones_own(name: str) -> bool:
+    """Whether a folder's name is none that a system makes for itself."""
+    return not name.startswith(".") and name not in NOT_IMAGES_OF_ONE_S_OWN
+
+
 def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     """The files of a folder, or of some folders inside it, links followed; what begins with a dot is left out.
 
@@ -46,7 +52,7 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
         for place, folders, files in os.walk(root / start, onerror=refuse, followlinks=True):
             if any(os.path.samefile(place, parent) for parent in Path(place).parents):
                 raise UserError(f"{place}: a link back to a folder that it lies in; delete it")
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [name for name in folders if is_ones_own(name)]
             for path in (Path(place, name) for name in files if not name.startswith(".")):
                 if not os.path.isfile(path):
                     raise UserError(f"{path}: neither a file nor a folder (a link to nowhere?); delete it")
@@ -64,6 +70,7 @@ def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
 def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray:
     """One image as (C, H, W) uint8; with a size, scaled to cover a square of it and cropped around the centre.
 
+    It is turned as its camera says, and what is transparent shows white.
     Raises `UserError` for a file that is no image, and for one with several frames or more than 8 bits per channel.
     """
     try:
@@ -71,7 +78,11 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
             mode = image.mode
             # cameras put a preview behind the picture (MPO), which is no frame of it
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
-            decoded = image.convert("RGB" if channels == 3 else "L")
+            decoded = ImageOps.exif_transpose(image)
+            if decoded.has_transparency_data:
+                decoded = decoded.convert("RGBA")
+                decoded = Image.alpha_composite(Image.new("RGBA", decoded.size, "white"), decoded)
+            decoded = decoded.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # of a damaged file Pillow and zipfile raise nearly anything
         raise UserError(f"{tree.label}/{name}: cannot be read as an image ({reason(error)})") from error
     if mode.startswith(("I", "F")):

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import check
-from dfl_experiments.data.packs import is_packed, load
-from dfl_experiments.data.sources import Source, expanded
-from dfl_experiments.errors import UserError
+from dfl_experiments.data.packs import CLASSES, is_packed, load, open_packed
+from dfl_experiments.data.sources import Arrays, Source, expanded
+from dfl_experiments.errors import UserError, any_text
 
 EPILOG = """examples:
   dfl-data list                                        what is there, in data_dir
@@ -43,17 +45,31 @@ def row(overrides: list[str]) -> tuple[str, ...]:
         if cache is not None and not is_packed(data_dir / cache):
             found = next((path for path in source.locations(data_dir) if os.path.exists(path)), None)
             return name, "raw" if found else "absent", *NO_SIZES, str(found or data_dir)
-        arrays = load(name, source, data_dir, download=False)
+        sizes = sizes_of(load(name, source, data_dir, download=False))
     except UserError as error:
         return name, "damaged", *NO_SIZES, str(error)
-    shape = "x".join(str(length) for length in arrays.shape)
-    sizes = (str(size) for size in (len(arrays.train_labels), len(arrays.test_labels), shape, arrays.num_classes))
     return name, "packed" if cache else "bundled", *sizes, str(data_dir / cache if cache else "scikit-learn")
 
 
-def show(choices: list[list[str]]) -> None:
-    """Print a table of data sets, each chosen by its overrides. Raises `UserError`."""
+def sizes_of(arrays: Arrays) -> tuple[str, ...]:
+    """Images to train on and to test, their shape, and the number of classes."""
+    shape = "x".join(str(length) for length in arrays.shape)
+    return str(len(arrays.train_labels)), str(len(arrays.test_labels)), shape, str(arrays.num_classes)
+
+
+def packs_beside(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The lines of whole packs in a folder that are none of the data sets shown: those of one's own images."""
+    for folder in sorted(path.parent for path in data_dir.glob(f"*/{CLASSES}")):
+        with suppress(UserError):
+            if folder.name not in shown and is_packed(folder):
+                yield folder.name, "packed", *sizes_of(open_packed(folder)), str(folder)
+
+
+def show(choices: list[list[str]], beside: Path | None = None) -> None:
+    """Print a table of data sets, each chosen by its overrides, and of packs in a folder. Raises `UserError`."""
     rows = [("name", "state", "train", "test", "shape", "classes", "where"), *(row(choice) for choice in choices)]
+    if beside is not None:
+        rows += packs_beside(beside, [name for name, *_ in rows])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for line in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -68,16 +84,25 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides, names = arguments.overrides, group_options("dataset")
     named = any(override.startswith("dataset=") for override in overrides)
+    any_text()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if arguments.command == "prepare":
             if not named:
                 raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(names)}")
             load(*asked(compose(overrides)))
-        show([overrides] if named else [[f"dataset={name}", *overrides] for name in names])
+        if named:
+            show([overrides])
+        else:
+            show([[f"dataset={name}", *overrides] for name in names], asked(compose(overrides))[2])
     except MISTAKES as error:
-        print(f"dfl-data: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        message, code = one_line(error), 2
+    except MemoryError as error:
+        message, code = f"the data do not fit into memory ({one_line(error)})", 1
+    else:
+        return
+    print(f"dfl-data: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -141,9 +141,10 @@ def open_packed(folder: Path) -> Arrays:
     parts: list[Any] = []
     for path in (folder / name for name in FILES):
         try:
-            parts.append(json.loads(path.read_bytes()) if path.name == CLASSES else open_memmap(path, mode="r"))
+            text = path.name == CLASSES
+            parts.append(json.loads(path.read_text("utf-8-sig")) if text else open_memmap(path, mode="r"))
         except (OSError, ValueError, EOFError) as error:
-            raise damaged(path, reason(error)) from error
+            raise damaged(path, reason(error), own=record is not None) from error
     arrays = Arrays(*parts)
     check(arrays, folder)
     return arrays
@@ -165,8 +166,8 @@ def check(arrays: Arrays, folder: Path) -> None:
         fits = images.dtype == np.uint8 and images.ndim == 4 and images.size > 0
         demand(fits, file, f"must be uint8 (N, C, H, W), is {images.dtype} {images.shape}")
         channels, height, width = images.shape[1:]
-        turned = width in (1, 3) and channels == height > 3
-        demand(not turned, file, f"{images.shape} is (N, H, W, C); make it (N, C, H, W)")
+        turned = width in (1, 3, 4) and channels > 4 and height > 4
+        demand(not turned, file, f"{images.shape} is (N, H, W, C); save images.transpose(0, 3, 1, 2), (N, C, H, W)")
         demand(images.shape[1:] == shape, file, f"images of {images.shape[1:]}, those of train_images.npy are {shape}")
         labels, file = getattr(arrays, f"{split}_labels"), f"{split}_labels.npy"
         fits = labels.shape == (len(images),) and labels.dtype.kind in "iu"

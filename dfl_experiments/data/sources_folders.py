@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import unicodedata
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Literal
 
 import numpy as np
 
-from dfl_experiments.data.decoding import Tree, decode, folder_tree, zip_tree
+from dfl_experiments.data.decoding import Tree, decode, folder_tree, is_ones_own, zip_tree
 from dfl_experiments.data.sources import Arrays, Published, Source, expanded, quiet_download
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
 log = logging.getLogger(__name__)
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+DECODING = "turned, on white"  # how images are decoded: packs from before it was so are packed anew
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 # (file, class) of the training and of the test images, and the classes in the order of their labels
 Listing = tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]
@@ -31,6 +33,11 @@ def arrays_of(tree: Tree, listing: Listing, channels: int, size: int | None = No
     labels = np.array([number[name] for _, name in train + test], np.int64)
     n = len(train)
     return Arrays(images[:n], labels[:n], images[n:], labels[n:], classes)
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form."""
+    return unicodedata.normalize("NFC", name)
 
 
 class TinyImageNet(Source):
@@ -126,7 +133,7 @@ class Folder(Source):
         _, (train, test, _) = self.listing()
         files = ((file, os.stat(self.path / file)) for file, _ in train + test)
         lines = (f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in files)
-        text = "\n".join([str(self.path), str(self.size), str(self.channels), *lines])
+        text = "\n".join([DECODING, str(self.path), str(self.size), str(self.channels), *lines])
         return f"{name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:12]}"
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
@@ -149,8 +156,9 @@ class Folder(Source):
         if len(splits) < 2 or splits[0] != "train":
             raise UserError(f"{self.path}: needs train/ and test/ (or val/) with a folder for each class in them")
         tree = folder_tree(self.path, splits)
-        folders = (path for split in splits for path in (self.path / split).glob("[!.]*") if path.is_dir())
-        classes = sorted({folder.name for folder in folders})
+        folders = (path for split in splits for path in (self.path / split).iterdir() if path.is_dir())
+        # one name in two normal forms, as systems write them, is one class
+        classes = sorted({composed(folder.name) for folder in folders if is_ones_own(folder.name)})
         if len(classes) < 2:
             raise UserError(f"{self.path / 'train'}: needs a folder for each of two classes at least, has {classes}")
         groups: dict[tuple[str, str], list[tuple[str, str]]] = {(split, x): [] for split in splits for x in classes}
@@ -159,7 +167,7 @@ class Folder(Source):
                 split, name, *inner = file.split("/")
                 if not inner:
                     raise UserError(f"{self.path / file}: an image outside the class folders; put it into one")
-                groups[split, name].append((file, name))
+                groups[split, composed(name)].append((file, composed(name)))
         for (split, name), images in groups.items():
             if not images:
                 raise UserError(f"{self.path}/{split}/{name}/: no images of this class ({' '.join(SUFFIXES)})")

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from dfl_experiments.configuration.refusals import one_line
-from dfl_experiments.errors import UserError
+from dfl_experiments.errors import UserError, any_text
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "html")
 EPILOG = """examples:
@@ -54,7 +54,7 @@ def report(asked: argparse.Namespace) -> None:
         text = {"csv": tables.as_csv, "latex": tables.as_latex, "terminal": tables.as_text}[asked.format](found)
     if asked.out:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text, encoding="utf-8")
+        asked.out.write_text(text, encoding="utf-8", errors="replace")
         print(asked.out)
     else:
         print(text, end="")
@@ -71,6 +71,7 @@ def pictures(images: Iterable[Path], page: Path | None) -> str:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake ends in one line and exit code 2."""
+    any_text()
     try:
         report(arguments(given))
         return

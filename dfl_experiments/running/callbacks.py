@@ -50,6 +50,7 @@ def check_run(cfg: DictConfig) -> Configuration:
     """The checked configuration of a single run, for which there is a device and a directory. Raises `UserError`."""
     from dfl_experiments.running.device import choose_device
 
+    refuse_chdir(cfg)
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
@@ -59,6 +60,12 @@ def check_run(cfg: DictConfig) -> Configuration:
     made(run_dir, "hydra.run.dir")
     refuse_links(run_dir)
     return configuration
+
+
+def refuse_chdir(cfg: DictConfig) -> None:
+    """Raise `UserError` where jobs would run in another folder, in which a relative data_dir is another one."""
+    if cfg.hydra.job.chdir:
+        raise UserError("hydra.job.chdir=true: a run stays in the folder that it is started in")
 
 
 def made(folder: Path, key: str) -> None:
@@ -97,6 +104,7 @@ class Checks(Callback):
         """Refuse a sweep with a wrong job before anything of it begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
+            refuse_chdir(config)
             sweep = check_sweep(config, config_name, Checks.command)
             made(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)

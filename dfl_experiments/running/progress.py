@@ -30,21 +30,27 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.shown: dict[str, str] = {}
         self._last_line = self._last_look = time.perf_counter()
-        self._epoch = self._samples = 0
+        self._epoch = self._batch = self._samples = 0
         self._bar: tqdm | None = None
 
     def begin(self, epoch: int, done: int = 0) -> None:
         """Start epoch 1 … epochs, of which so many batches are done."""
-        self._epoch, self._samples, self._start = epoch, 0, time.perf_counter()
+        self._epoch, self._batch, self._samples, self._start = epoch, done, 0, time.perf_counter()
         if self.terminal:
             self._bar = tqdm(
-                total=self.batches, initial=done, desc=f"epoch {epoch}/{self.epochs}", unit="it", leave=False
+                total=self.batches,
+                initial=done,
+                desc=f"epoch {epoch}/{self.epochs}",
+                leave=False,
+                dynamic_ncols=True,
+                bar_format="{desc}{postfix} {bar} {n_fmt}/{total_fmt} {remaining}",
             )
             self._bar.set_postfix(self.shown)
 
     def step(self, samples: int, row: Tensor) -> None:
         """One batch is done; row is that of `Learner.step`."""
         self._samples += samples
+        self._batch += 1
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.update()
@@ -53,14 +59,15 @@ class Progress:
         self._last_look = now
         if self.peek:
             self._show(row[self.places["loss"]].item(), row[self.places["cosine_sample/1"]].item())
-        self.shown["samples/s"] = f"{self._samples / (now - self._start):.0f}"
+        self.shown.pop("test acc", None)  # of the epoch before
+        self.shown["images/s"] = f"{self._samples / (now - self._start):.0f}"
         if self._bar is not None:
             self._bar.set_postfix(self.shown)
         elif now - self._last_line > SECONDS_BETWEEN_LINES:
-            self._line()
+            self._line(f" batch {self._batch}/{self.batches}")
 
     def _show(self, loss: float, cosine: float) -> None:
-        self.shown["train loss"] = f"{loss:.4f}"
+        self.shown["loss"] = f"{loss:.4f}"
         if not math.isnan(cosine):
             self.shown["cosine/1"] = f"{cosine:.3f}"
 
@@ -71,13 +78,13 @@ class Progress:
             self._bar = None
         self.shown = {}
         self._show(row["train_loss"], row.get("cosine/1", math.nan))
-        self.shown["test accuracy"] = f"{row['test_accuracy']:.4f}"
-        self.shown["samples/s"] = f"{samples / row['seconds']:.0f}"
+        self.shown["test acc"] = f"{row['test_accuracy']:.4f}"
+        self.shown["images/s"] = f"{samples / row['seconds']:.0f}"
         is_due = time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES
         if self.terminal or is_due or self._epoch in (1, self.epochs):
             self._line()
 
-    def _line(self) -> None:
+    def _line(self, batch: str = "") -> None:
         self._last_line = time.perf_counter()
         values = "  ".join(f"{name} {value}" for name, value in self.shown.items())
-        log.info("epoch %d/%d  %s", self._epoch, self.epochs, values)
+        log.info("epoch %d/%d%s  %s", self._epoch, self.epochs, batch, values)

@@ -37,10 +37,12 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
 
 
-def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseException:
+def explained(error: BaseException, settings: Settings, run_dir: Path, started: bool = True) -> BaseException:
     """What the machine or PyTorch would not do, as a `Fault` that says what to change; other errors as they are."""
     text = reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        if not started:
+            return Fault(f"out of memory before the first batch: the data or the network are too large ({text})")
         return Fault(f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})")
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
         operator = text.split(" does not have")[0]
@@ -155,7 +157,7 @@ def run(
                 finally:
                     tracker.summarise(result)
     except BaseException as error:
-        told = explained(error, settings, run_dir)
+        told = explained(error, settings, run_dir, started=state is not None)
         if result["status"] not in DONE:
             conclude(run_dir, result | failure(told), started=state is not None)
         if told is error:

@@ -47,13 +47,17 @@ def wind_down(sweep: Sweep) -> None:
         time.sleep(0.05)
 
 
-def enter(command: str, launcher: str) -> bool:
-    """Prepare a launcher's process for a point: signals wait for a safe place, and the command's end is one.
+def enter(command: str, launcher: str, number: int) -> bool:
+    """Prepare a launcher's process for a point: signals wait for a safe place, the command's end is one, and every line
+    on the screen says which job it is of.
 
     Returns whether the point is to be begun: not when a signal has come already.
     """
     if handle(Kept.keep).get(signal.SIGTERM) != Kept.keep and launcher in LOCAL:
         threading.Thread(target=_end_with, args=(parent_of(command),), daemon=True).start()
+    for handler in logging.root.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setFormatter(logging.Formatter(f"#{number} %(message)s"))
     return Kept.signum is None
 
 

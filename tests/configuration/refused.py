@@ -42,6 +42,17 @@ VALUES = {
     "tracking.project=a/b": ("tracking.project='a/b'", "pattern"),
     "tracking.tags=[5]": ("tracking.tags.0=5", "valid string"),
 }
+NAMES = {
+    "dataset=mnist dataset.name=mien": ("dataset.name='mien'", "is not what this source is"),
+    "dataset=folder dataset.name=mnist dataset.source.path=x": ("dataset.name='mnist'",),
+    "dataset=cifar10 dataset.source.classes=100": ("dataset.name='cifar10'",),
+    "hydra.job.chdir=true": ("hydra.job.chdir=true",),
+    "--multirun hydra.job.chdir=true seed=0,1": ("hydra.job.chdir=true",),
+    "resume=auto": ("resume=auto", "hydra.run.dir"),
+    "--multirun resume=auto seed=0,1": ("resume and repeat are for a single run",),
+    "data_dir=~/data": ("quote a value", "\"data_dir='~/data'\""),
+    "data_dir=x(1)": ("quote a value", "\"data_dir='x(1)'\""),
+}
 KEYS = {
     # there is no such option, or one is missing
     "lr=1e-3": ("lr", "did you mean optimizer.lr?"),
@@ -96,4 +107,4 @@ SWEEPS = {
     "--multirun seed=0,1 hydra.sweep.dir=/proc/here": ("hydra.sweep.dir=/proc/here",),
     "hydra.run.dir=/dev/null/here": ("hydra.run.dir=/dev/null/here",),
 }
-REFUSED = VALUES | KEYS | TARGETS | SWEEPS
+REFUSED = VALUES | NAMES | KEYS | TARGETS | SWEEPS

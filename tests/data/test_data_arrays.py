@@ -10,6 +10,7 @@ from data_helpers import Made, equal, flip, refused
 
 from dfl_experiments.data import checksums
 from dfl_experiments.data.packs import CLASSES, FILES, is_packed, load
+from dfl_experiments.errors import UserError
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_a_truncated_file_is_found(packed, name, length):
     file.write_bytes(file.read_bytes()[:length])
     refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(it does not have the CRC-32 .*\); delete ")
     (packed / "made" / checksums.RECORD).unlink()
-    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(.*\); delete .* or put a whole copy there")
+    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(.*\); .*put a whole copy there")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -100,7 +101,9 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
         ("test_images", IMAGES[:0], "must be uint8"),
         ("test_images", IMAGES[..., :0], r"must be uint8 .*, is uint8 \(4, 1, 2, 0\)"),
         ("train_images", np.uint8(3), r"must be uint8 \(N, C, H, W\), is uint8 \(\)"),
-        ("train_images", np.zeros((4, 8, 8, 3), np.uint8), r"\(4, 8, 8, 3\) is \(N, H, W, C\); make it \(N, C, H, W\)"),
+        ("train_images", np.zeros((4, 8, 8, 3), np.uint8), r"\(4, 8, 8, 3\) is \(N, H, W, C\); save images.transpose"),
+        ("train_images", np.zeros((4, 48, 64, 3), np.uint8), r"\(4, 48, 64, 3\) is \(N, H, W, C\)"),
+        ("train_images", np.zeros((4, 48, 64, 1), np.uint8), r"\(4, 48, 64, 1\) is \(N, H, W, C\)"),
         (
             "test_images",
             np.zeros((2, 1, 3, 2), np.uint8),
@@ -152,11 +155,11 @@ def test_files_that_are_no_arrays(brought):
                 np.savez(opened, np.zeros(3))
         else:
             file.write_text("words")
-        refused("made", Made(), brought, rf"{name}: unreadable or damaged \(.+\); delete")
+        refused("made", Made(), brought, rf"{name}: unreadable or damaged \(.+\); ")
         file.write_bytes(whole)
     for text in (b"[", b"\xff\xfe", b""):
         (folder / CLASSES).write_bytes(text)
-        refused("made", Made(), brought, r"classes\.json: unreadable or damaged \(.+\); delete")
+        refused("made", Made(), brought, r"classes\.json: unreadable or damaged \(.+\); ")
     (folder / CLASSES).unlink()
     (folder / CLASSES).mkdir()
     refused("made", Made(), brought, "incomplete, without classes.json")
@@ -172,3 +175,13 @@ def test_one_pixel_and_two_classes_are_enough(tmp_path):
     arrays = load("made", Made(train_images=IMAGES[..., :1, :1], test_images=IMAGES[:2, :, :1, :1]), tmp_path)
     assert (arrays.shape, arrays.num_classes) == ((1, 1, 1), 2)
     assert is_packed(tmp_path / "made")
+
+
+def test_somebody_s_list_of_classes_may_begin_with_a_mark_and_is_never_to_be_deleted(brought):
+    classes = brought / "made" / CLASSES
+    classes.write_bytes(b"\xef\xbb\xbf" + classes.read_bytes())
+    assert load("made", Made(), brought).num_classes == 2
+    classes.write_text("[")
+    with pytest.raises(UserError, match=r"classes\.json: unreadable or damaged") as told:
+        load("made", Made(), brought)
+    assert "delete" not in str(told.value)

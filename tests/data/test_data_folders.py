@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -49,7 +50,16 @@ def test_altered_folder_is_packed_anew(folder):
 
 def test_what_is_not_data_makes_no_difference(folder, tmp_path):
     before = Folder(str(folder)).read(tmp_path, False)
-    for name in (".DS_Store", "train/.DS_Store", "train/cats/._0.png", "test/.hidden/x.png", "train/cats/Thumbs.db"):
+    for name in (
+        ".DS_Store",
+        "train/.DS_Store",
+        "train/cats/._0.png",
+        "test/.hidden/x.png",
+        "train/cats/Thumbs.db",
+        "train/cats/@eaDir/x.png",
+        "train/@eaDir/x.png",
+        "__MACOSX/x.png",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"rubbish")
     (folder / "val" / "birds").mkdir(parents=True)  # of a split that is not used
@@ -74,3 +84,26 @@ def test_one_pixel_is_an_image(tmp_path):
         for label in ("a", "b"):
             write_image(tmp_path / split / label / "x.png", 1, (1, 1))
     assert load("folder", Folder(str(tmp_path)), tmp_path / "data").shape == (3, 1, 1)
+
+
+def test_a_photograph_is_turned_as_its_camera_says_and_what_is_transparent_is_white(folder, tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[0] = 255  # a white line at the top
+    turned = Image.Exif()
+    turned[0x0112] = 6  # which is shown at the right
+    Image.fromarray(pixels).save(folder / "train" / "cats" / "0.png", exif=turned)
+    hidden = np.full((8, 8, 4), 90, np.uint8)
+    hidden[..., 3] = 0
+    Image.fromarray(hidden).save(folder / "train" / "cats" / "1.png")
+    images = Folder(str(folder)).read(tmp_path, False).train_images
+    assert np.array_equal(images[0, 0], np.eye(8, dtype=np.uint8)[[7] * 8] * 255)
+    assert (images[1] == 255).all()
+
+
+def test_a_class_is_one_however_a_system_writes_its_name_and_jfif_is_an_image(folder, tmp_path):
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        place = folder / split / unicodedata.normalize(form, "größe")
+        place.mkdir()
+        (place / "x.jfif").write_bytes((folder / "test/cats/a.png").read_bytes())
+    arrays = Folder(str(folder)).read(tmp_path, False)
+    assert arrays.classes == ["cats", "dogs", "größe"]

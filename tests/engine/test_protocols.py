@@ -5,6 +5,7 @@ import torch
 from conftest import CLASSES, METHODS, MODELS, PROTOCOLS, Tiny
 from torch import nn
 
+from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.running.epochs import early_end
 from dfl_experiments.running.records import reported_accuracies
 
@@ -17,7 +18,8 @@ def test_every_cell_trains_under_every_protocol(protocol, method, model):
     t.learner.set_lr(1e-3)
     for _ in range(60):
         step = t.learner.step(t.x, t.target, align=True)
-    assert t.loss.value_and_error(t.net(t.x), t.target)[0] < before
+    if method in group_options("method"):  # one of somebody's own may be poor
+        assert t.loss.value_and_error(t.net(t.x), t.target)[0] < before
     assert torch.isfinite(step[2 + 5 * t.method.frozen :]).all()
 
 

@@ -1,11 +1,13 @@
 """The real command line on the bundled digits: sweeps, interruptions, help and completion, the wheel."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from run_files import records, table
 from dfl_experiments.configuration.composition import CONF_DIR, compose, group_options, point_name
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.running import checkpoint
+from dfl_experiments.running.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("epochs=2", "tracking=disabled")
@@ -162,3 +165,36 @@ def test_a_run_that_starts_anew_claims_nothing_of_the_one_before(tmp_path):
     assert all(path.read_bytes() == before[path] for path in before if path.suffix in (".csv", ".json", ".pt"))
     assert dfl_train(tmp_path, "hydra.run.dir=here", "method=las", "force=true", *QUICK).returncode == 0
     assert json.loads((tmp_path / "here" / "result.json").read_text())["method"] == "las"
+
+
+def test_the_package_is_the_command_too_and_tells_its_version(tmp_path):
+    for module in ("dfl_experiments", "dfl_experiments.train"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        assert done.stdout == f"dfl-experiments {version('dfl-experiments')}\n"
+
+
+def test_any_text_can_be_printed_on_any_terminal(tmp_path):
+    options = ("hydra.run.dir='d/日本'", "epochs=1", "limit=64", "tracking=disabled")
+    done = dfl_train(tmp_path, *options, environment={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0
+    assert "Error" not in done.stderr
+    command = [sys.executable, "-m", "dfl_experiments.report.dfl_report", "d"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+
+
+def test_lines_fit_the_screen_and_one_within_an_epoch_says_so(caplog):
+    caplog.set_level(logging.INFO)
+    progress = Progress(100, 1875, ["loss", "correct", "cosine_sample/1"], peek=True)
+    progress.begin(100)
+    progress._last_look = progress._last_line = -1e9
+    progress.step(64, torch.tensor([2.30259, 7.0, 0.12345]))
+    progress.end({"train_loss": 2.3, "test_accuracy": 0.98765, "cosine/1": -0.12345, "seconds": 0.5}, 60000)
+    within, end = (record.message for record in caplog.records)
+    assert "epoch 100/100 batch 1/1875" in within
+    assert "accuracy" not in within
+    assert "test acc 0.9877" in end
+    assert max(len(within), len(end)) <= 80
