@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,4 +158,20 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 print(f"dfl-report: left out: {place} ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: no run directory there (they hold a {CONFIG})")
-    return list(found.values())
+    return by_data(list(found.values()))
+
+
+def by_data(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those on data sets of one name but other images in settings of their own."""
+    digests: dict[str, set[str]] = {}
+    for run in runs:
+        if digest := run.result.get("data"):  # an older one did not note it
+            digests.setdefault(run.cell.dataset, set()).add(digest)
+
+    def told(run: Run) -> Setting:
+        digest = run.result.get("data")
+        if digest is None or len(digests[run.cell.dataset]) == 1:
+            return run.setting
+        return run.setting._replace(differences=(*run.setting.differences, f"data={digest}"))
+
+    return [replace(run, setting=told(run)) for run in runs]

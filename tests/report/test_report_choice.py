@@ -142,3 +142,14 @@ def test_an_option_of_the_protocol_is_one_difference_for_every_method(reported, 
     assert section.tables["fc"] == []  # the paper's table is of Adam
     assert [(entry.cell.method, entry.paper) for entry in section.tables["other"]] == [("dfa", None), ("las", None)]
     assert "on the test set itself" in dfl_report(tmp_path, "outputs").stdout
+
+
+def test_runs_on_other_images_of_one_name_share_no_table(finished_point, tmp_path):
+    for number, data in enumerate(("aa", "aa", "bb", None)):
+        altered(finished_point, tmp_path / str(number), **finished(0.9, 1e-3, number), data=data)
+    found = {section.setting.differences: section for section in sections(read_runs([tmp_path]))}
+    sizes = {
+        words[-1] if words and words[-1].startswith("data=") else "": sum(len(e.runs) for e in section.tables["fc"])
+        for words, section in found.items()
+    }
+    assert sizes == {"data=aa": 2, "data=bb": 1, "": 1}

@@ -11,9 +11,9 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS
 from processes import dfl_train, ended, forked
 
+from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.running import checkpoint
 
 KILLS = 30
@@ -65,7 +65,7 @@ def killed_before_file_operation(number):
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", group_options("method"))
 def test_killed_at_thirty_moments_and_resumed_it_ends_with_the_same_bits(method, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
