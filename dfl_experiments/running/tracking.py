@@ -91,10 +91,15 @@ def _as_written(value: float | int | None) -> float | int:
 
 
 def give_up(error: Exception) -> None:
-    """One warning; and W&B's service ended, so that a later run of this process starts another."""
+    """One warning, and W&B's service ended."""
+    log.warning("W&B has failed (%s); the local files stay complete", reason(error))
+    end_service()
+
+
+def end_service() -> None:
+    """End W&B's own process; the next run starts another."""
     import wandb
 
-    log.warning("W&B has failed (%s); the local files stay complete", reason(error))
     with suppress(Exception):
         wandb.teardown(exit_code=1)
 
@@ -156,6 +161,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
             last = error
             if mode == "online":
                 unreachable.add(mode)
+            end_service()  # to which the id is in use now
             continue
         for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
             if not folder.samefile(Path(run.dir).parent):

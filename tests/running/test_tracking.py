@@ -67,3 +67,19 @@ def test_numbers_show_while_a_run_is_under_way(tmp_path):
     metrics = records(tmp_path / "here")["metric"]
     assert {"loss", "test_accuracy", "cosine/1"} <= {metric["name"] for metric in metrics}
     assert not [metric for metric in metrics if metric.get("summary", {}).get("none")]
+
+
+def signal_at_the_end():
+    """In the process that runs: SIGTERM comes while W&B is given the end of the run."""
+    from dfl_experiments.running.tracking import WandbTracker
+
+    finish = WandbTracker.finish
+    WandbTracker.finish = lambda *arguments: (signal.raise_signal(signal.SIGTERM), finish(*arguments))[1]
+
+
+def test_a_signal_while_w_and_b_gets_the_rest_leaves_a_finished_run_finished(tmp_path):
+    assert ended(forked(tmp_path, "hydra.run.dir=here", "epochs=2", *RUN, before=signal_at_the_end)) == 143
+    assert json.loads((tmp_path / "here" / "result.json").read_text())["status"] == "finished"
+    again = dfl_train(tmp_path, "resume=here")
+    assert (again.returncode, "finished already" in again.stdout) == (0, True)
+    assert_mirrored(tmp_path / "here")
