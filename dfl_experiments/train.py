@@ -8,6 +8,7 @@ SIGINT ends it at once.
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -98,12 +99,13 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         raise SystemExit(stop.exit_code if isinstance(stop, Interrupted) else 130) from None
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
         if Checks.sweep is not None:  # its launcher failed, or a signal ended it
             if not Checks.ending:
-                workers.wind_down(Checks.sweep)
+                with suppress(KeyboardInterrupt):
+                    workers.wind_down(Checks.sweep)
             summary(Checks.sweep)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def on_signal(signum: int, frame: FrameType | None) -> NoReturn:

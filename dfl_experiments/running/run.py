@@ -69,7 +69,7 @@ def opening(configuration: Configuration) -> dict[str, Any]:
 def rehearse(parts: Parts) -> None:
     """The first step, on a copy: a run that cannot take it costs nothing that was there before."""
     x, target = next(iter(parts.batches.epoch(1)))
-    with torch.random.fork_rng(device_type=parts.device.type if parts.device.type != "cpu" else "cuda"):
+    with torch.random.fork_rng(devices=[parts.device] if parts.device.type == "cuda" else []):
         copy.deepcopy(parts.learner).step(x, target, parts.settings.alignment.every > 0)
 
 

@@ -52,17 +52,25 @@ class Ending(NamedTuple):
 
 
 def write_outcome(run_dir: Path, command: str, status: str, reason: str | None = None) -> None:
-    """Note what a command's job did here."""
-    write_atomically(run_dir / OUTCOME, json.dumps({"command": command, "status": status, "reason": reason or ""}))
+    """Note what a command's job did here: "running" once it has given up what was there before."""
+    begun = status == "running" or has_begun(run_dir, command)
+    outcome = {"command": command, "begun": begun, "status": status, "reason": reason or ""}
+    write_atomically(run_dir / OUTCOME, json.dumps(outcome))
 
 
-def read_outcome(run_dir: Path) -> dict[str, str]:
+def read_outcome(run_dir: Path) -> dict[str, Any]:
     """What `write_outcome` noted last; nothing where there is none."""
     try:
         found = json.loads((run_dir / OUTCOME).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and {"command", "status", "reason"} <= found.keys() else {}
+    return found if isinstance(found, dict) and {"command", "begun", "status", "reason"} <= found.keys() else {}
+
+
+def has_begun(run_dir: Path, command: str) -> bool:
+    """Whether the run that is here is one of this command's, whose force=true has been obeyed."""
+    outcome = read_outcome(run_dir)
+    return outcome.get("command") == command and outcome["begun"]
 
 
 def ending(sweep: Sweep, name: str) -> Ending:

@@ -19,7 +19,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.running.locks import Busy, locked, refuse_links
 from dfl_experiments.running.result import DONE, read_result, status_left
 from dfl_experiments.running.run_directory import record_overrides
-from dfl_experiments.running.summary import Point, Sweep, four_digits, read_outcome, write_outcome
+from dfl_experiments.running.summary import Point, Sweep, four_digits, has_begun, write_outcome
 from dfl_experiments.running.tracking import make_whole
 from dfl_experiments.running.workers import BUSY, call_no_success
 
@@ -129,8 +129,7 @@ def _run_unless_done(
 
     settings = configuration.settings
     before, status = read_result(run_dir), status_left(run_dir)
-    # a job that is queued again goes on, its force=true has been obeyed
-    anew = settings.force and read_outcome(run_dir).get("command") != command
+    anew = settings.force and not has_begun(run_dir, command)  # a job that is queued again goes on
     if before is not None and not anew:
         same_configuration(configuration, run_dir)
         source = configuration.components["dataset.source"].build()

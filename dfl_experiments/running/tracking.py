@@ -205,10 +205,11 @@ def track(
 
 def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], group: str | None) -> None:
     """Mirror a run that has ended, from its files, unless its W&B run is whole or none is asked for."""
-    if tracking.mode == "disabled" or (run_dir / MIRRORED).exists():
+    paths = {name: run_dir / f"{name}.csv" for name in ("iterations", "epochs")}
+    if tracking.mode == "disabled" or (run_dir / MIRRORED).exists() or not all(map(Path.is_file, paths.values())):
         return
-    lengths = {name: (run_dir / f"{name}.csv").stat().st_size for name in ("iterations", "epochs")}
-    tables = {name: (run_dir / f"{name}.csv").open().readline().strip().split(",") for name in lengths}
+    lengths = {name: path.stat().st_size for name, path in paths.items()}
+    tables = {name: path.read_text().partition("\n")[0].split(",") for name, path in paths.items()}
     log.info("%s: W&B is made whole", run_dir.name)
     with track(tracking, run_dir, result["config"], tables, group, lengths) as tracker:
         tracker.summarise(result)

@@ -14,6 +14,7 @@ from dfl_experiments.configuration.composition import compose, group_options, po
 from dfl_experiments.configuration.grids import grid_of
 from dfl_experiments.errors import UserError
 from dfl_experiments.running import checkpoint, run, sweep
+from dfl_experiments.running.summary import read_outcome
 
 SMALL = ("model.widths=[16]", "epochs=1", "limit=64", "tracking=disabled", "alignment.every=0")
 SWEEP = ("--multirun", "hydra.sweep.dir=grid", *SMALL)
@@ -50,6 +51,12 @@ def test_a_forced_sweep_whose_jobs_all_fail_shows_no_old_number(tmp_path, monkey
     assert done.returncode == 1
     assert {path: path.read_bytes() for path in results} == results
     assert [(row["status"], row["accuracy"]) for row in rows(tmp_path).values()] == [("failed", "")] * 2
+    # nor when the same command comes to its jobs again
+    for place in {path.parent for path in results}:
+        cfg = compose([*SMALL, f"seed={json.loads((place / 'result.json').read_text())['seed']}", "force=true"])
+        command = read_outcome(place)["command"]
+        assert sweep.run_point(cfg, place, [], command) is None
+        assert read_outcome(place)["status"] == "failed"
     # a command that ends before its jobs is no better
     monkeypatch.setattr(sweep, "locked", refuse)
     assert dfl_train(tmp_path, *SWEEP, "seed=0,1", "force=true").returncode == 1
