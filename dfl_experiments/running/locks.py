@@ -42,9 +42,8 @@ def locked(run_dir: Path, command: str | None = None) -> Iterator[None]:
     except Timeout:
         raise Busy(f"{run_dir}: another process is at work there") from None
     except (OSError, NotImplementedError) as error:
-        raise Fault(
-            f"{run_dir / '.lock'}: cannot be locked ({reason(error)}); choose a place on another file system"
-        ) from error
+        advice = "" if isinstance(error, PermissionError) else "; choose a place on another file system"
+        raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)}){advice}") from error
     with lock:
         holder = run_dir / HOLDER
         holder.write_text(json.dumps({"host": platform.node(), "pid": os.getpid(), "command": command}))
