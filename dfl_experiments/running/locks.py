@@ -76,4 +76,6 @@ def alive(pid: int) -> bool:
         return False
     except PermissionError:  # it lives, and is somebody else's
         pass
+    with suppress(OSError):  # where the system tells: one that has ended and that nobody has asked for
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -141,6 +141,7 @@ def run(
         saved = checkpoint.load(run_dir, configuration.science) if go_on else None
         parts = build(configuration, device, threads if saved is None else saved["threads"])
         with Stop() as stop:  # from here on a signal waits for a place where it breaks nothing
+            stop.check()  # one that is asked to end gives nothing up
             state = prepare(parts, run_dir, result, saved)
             if command is not None:
                 write_outcome(run_dir, command, "running")

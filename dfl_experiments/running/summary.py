@@ -79,7 +79,13 @@ def ending(sweep: Sweep, name: str) -> Ending:
     outcome = read_outcome(run_dir)
     status, accuracy, reason = status_of(run_dir)
     if outcome.get("command") == sweep.command:
-        if outcome["status"] != "running" and (outcome["status"], outcome["reason"]) != (status, reason):
+        # a signal may come when all is done
+        is_done = status in DONE and outcome["status"] == "interrupted" and (outcome["begun"] or not sweep.force)
+        if (
+            not is_done
+            and outcome["status"] != "running"
+            and (outcome["status"], outcome["reason"]) != (status, reason)
+        ):
             status, accuracy, reason = outcome["status"], None, outcome["reason"]
     elif status not in ("running", "not started"):
         result = read_result(run_dir)

@@ -4,6 +4,7 @@ import itertools
 import logging
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def run_point(
             try:
                 result = _run_unless_done(check(cfg), run_dir, overrides, command, number, at_once)
             except BaseException as error:
-                write_outcome(run_dir, command, **failure(error))
+                with suppress(OSError):  # of a full disk: the error itself is to be told
+                    write_outcome(run_dir, command, **failure(error))
                 raise
             if result is None:
                 return (read_result(run_dir) or {}).get("accuracy")

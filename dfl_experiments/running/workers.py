@@ -7,6 +7,7 @@ import platform
 import signal
 import threading
 import time
+from contextlib import suppress
 
 from dfl_experiments.running.locks import HOLDER, alive
 from dfl_experiments.running.signals import Kept, handle
@@ -42,7 +43,8 @@ def wind_down(sweep: Sweep) -> None:
         if not asked:
             print(f"\ndfl-train: {len(pids)} points under way save their checkpoints", flush=True)
         for pid in pids - asked:
-            os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError, PermissionError):  # it has ended meanwhile
+                os.kill(pid, signal.SIGTERM)
             asked.add(pid)
         time.sleep(0.05)
 

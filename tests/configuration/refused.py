@@ -49,6 +49,7 @@ NAMES = {
     "hydra.job.chdir=true": ("hydra.job.chdir=true",),
     "--multirun hydra.job.chdir=true seed=0,1": ("hydra.job.chdir=true",),
     "resume=auto": ("resume=auto", "hydra.run.dir"),
+    "resume=auto hydra.run.dir=here force=true": ("force=true", "resume goes on"),
     "--multirun resume=auto seed=0,1": ("resume and repeat are for a single run",),
     "data_dir=~/data": ("quote a value", "\"data_dir='~/data'\""),
     "data_dir=x(1)": ("quote a value", "\"data_dir='x(1)'\""),
