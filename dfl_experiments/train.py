@@ -63,6 +63,7 @@ def job(cfg: DictConfig) -> float | None:
             raise
         Kept.keep(signal.SIGTERM)  # of a launcher's process: this point's result says it, no other is begun
         workers.call_no_success()
+        workers.leave_to_the_queue(stop, node.runtime.choices["hydra/launcher"])
         return None
 
 

@@ -11,10 +11,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from dfl_experiments.report.runs import run_folders
-from dfl_experiments.running.result import DONE, read_result, write_result
+from dfl_experiments.running.result import DONE, read_result, write_config, write_result
 
 
 def keep(source: Path, destination: Path) -> int:
@@ -29,7 +27,7 @@ def keep(source: Path, destination: Path) -> int:
         place.mkdir(parents=True, exist_ok=True)
         config = {**result["config"], "data_dir": "data"}
         write_result(place, {**result, "config": config})
-        OmegaConf.save(OmegaConf.create(config), place / "config.yaml")
+        write_config(place, config)
         if (folder / "epochs.csv").exists():
             shutil.copyfile(folder / "epochs.csv", place / "epochs.csv")
         count += 1

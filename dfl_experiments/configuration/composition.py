@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 _HERE = Path(__file__).resolve().parent.parent
 CONF_DIR = next((path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()), _HERE.parent / "conf")
 PLACES = ("dataset", "augmentation", "model", "method")  # what names a cell of a table
-# what changes where or how a run is watched, not what it computes
 AUTO = "auto"  # of resume: go on if there is something to go on from
+# what changes where or how a run is watched, not what it computes
 NOT_SCIENTIFIC = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
     "repeat", "force",

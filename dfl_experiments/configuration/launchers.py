@@ -34,8 +34,9 @@ def register_launchers() -> None:
         for name, node in (("submitit_local", local), ("submitit_slurm", slurm)):
             store.store(name, node, group="hydra/launcher", provider="dfl_experiments")
     with suppress(ImportError):
-        from hydra_plugins.hydra_ray_launcher._config import RayConf, RayLauncherConf
+        from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher
 
-        # the plugin's own size is refused where the cluster is there already
-        ray = RayLauncherConf(ray=RayConf(init={"address": None, "object_store_memory": None}))
-        store.store("ray", ray, group="hydra/launcher", provider="dfl_experiments")
+        # the plugin's own object_store_memory is refused where the cluster is there already
+        node = {"init": {"address": None, "object_store_memory": None}, "remote": {}}
+        target = f"{RayLauncher.__module__}.{RayLauncher.__name__}"
+        store.store("ray", {"_target_": target, "ray": node}, group="hydra/launcher", provider="dfl_experiments")

@@ -43,10 +43,19 @@ def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Ar
     Raises `UserError` where the raw form is neither there nor can be fetched, where files are damaged, do not fit
     together or are a part of what somebody brought, and where what is to be packed cannot be written.
     """
+    return load_known(name, source, data_dir, download)[0]
+
+
+def load_known(name: str, source: Source, data_dir: Path, download: bool = True) -> tuple[Arrays, str]:
+    """As `load`, with the digest that the data set's images, labels and classes are known by."""
     data_dir = expanded(data_dir, "data_dir")
     cache = source.cache_name(name)
     if cache is None:
-        return source.read(data_dir, download)
+        arrays = source.read(data_dir, download)
+        *parts, classes = vars(arrays).values()
+        return arrays, _short(
+            [zlib.crc32(part.tobytes()) for part in parts] + [zlib.crc32(json.dumps(classes).encode())]
+        )
     folder = data_dir / cache
     if not is_packed(folder):
         with locked(data_dir, cache):
@@ -54,26 +63,31 @@ def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Ar
             if not is_packed(folder):
                 log.info("preparing %s in %s", name, folder)
                 pack(read_raw(name, source, folder, download), folder)
-    return open_packed(folder)
+    return open_packed(folder), digest_of(folder)
 
 
 def digest(name: str, source: Source, data_dir: Path) -> str | None:
-    """What the data set's images, labels and classes are known by, packed first if need be; None where it is not here.
+    """The digest of a data set, packed first if need be; None where it is not here.
 
     The files of a pack of our own are not read for it. Raises `UserError` as `load` does for what cannot be used.
     """
     data_dir = expanded(data_dir, "data_dir")
     cache = source.cache_name(name)
-    if cache is None:
-        parts = vars(source.read(data_dir, False)).values()
-        sums = [zlib.crc32(json.dumps(part).encode() if isinstance(part, list) else part.tobytes()) for part in parts]
-    else:
-        if not is_packed(folder := data_dir / cache):
-            if not any(os.path.exists(path) for path in source.locations(data_dir)):
-                return None
-            load(name, source, data_dir, download=False)
-        record = read_record(folder)
-        sums = [record.files.get(file, {}).get("crc32", 0) if record else crc32_of(folder / file) for file in FILES]
+    if cache is not None and is_packed(data_dir / cache):
+        return digest_of(data_dir / cache)
+    if cache is not None and not any(os.path.exists(path) for path in source.locations(data_dir)):
+        return None
+    return load_known(name, source, data_dir, download=False)[1]
+
+
+def digest_of(folder: Path) -> str:
+    """The digest of packed arrays, from the sums in their record, or of somebody's own from the files."""
+    record = read_record(folder)
+    sums = [record.files.get(file, {}).get("crc32", 0) if record else crc32_of(folder / file) for file in FILES]
+    return _short(sums)
+
+
+def _short(sums: list[int]) -> str:
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, resident, split
-from dfl_experiments.data.packs import digest, load
+from dfl_experiments.data.packs import load_known
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.engine.learner import Learner
@@ -30,7 +30,7 @@ class Parts:
 
     settings: Settings
     device: torch.device
-    data: str | None
+    data: str
     batches: Batches
     validation: EvaluationBatches
     test: EvaluationBatches
@@ -57,8 +57,7 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     set_up(device, settings.precision, settings.seed, settings.deterministic, settings.threads or threads)
     dataset = settings.dataset
     source, data_dir = components["dataset.source"].build(), Path(settings.data_dir)
-    arrays = load(dataset.name, source, data_dir)
-    data = digest(dataset.name, source, data_dir)
+    arrays, data = load_known(dataset.name, source, data_dir)
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
     train, held_out = (index.numpy() for index in indices)
     few = settings.smoke

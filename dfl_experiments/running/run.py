@@ -5,6 +5,7 @@ import errno
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ def rehearse(parts: Parts) -> None:
         copy.deepcopy(parts.learner).step(x, target, parts.settings.alignment.every > 0)
 
 
-def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None) -> State:
+def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop) -> State:
     """Where to begin: at the checkpoint, if the run goes on; otherwise what the directory holds is given up now.
 
-    Raises `UserError` where the checkpoint is of other data.
+    Raises `UserError` where the checkpoint is of other data, and `Interrupted` where a signal has come before that.
     """
     net, method = parts.learner.net, parts.learner.method
     made_by = {key: result[key] for key in ("versions", "git_commit")}
@@ -100,6 +101,7 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
     else:
         if status_left(run_dir) is not None:
             rehearse(parts)
+        stop.check()
         checkpoint.discard(run_dir)
     (run_dir / RESULT).unlink(missing_ok=True)  # of the part or the run before
     # sums by another number of threads are rounded otherwise: a repetition needs the one that was used
@@ -141,8 +143,7 @@ def run(
         saved = checkpoint.load(run_dir, configuration.science) if go_on else None
         parts = build(configuration, device, threads if saved is None else saved["threads"])
         with Stop() as stop:  # from here on a signal waits for a place where it breaks nothing
-            stop.check()  # one that is asked to end gives nothing up
-            state = prepare(parts, run_dir, result, saved)
+            state = prepare(parts, run_dir, result, saved, stop)
             if command is not None:
                 write_outcome(run_dir, command, "running")
             written = state.lengths if go_on else None
@@ -160,7 +161,8 @@ def run(
     except BaseException as error:
         told = explained(error, settings, run_dir, started=state is not None)
         if result["status"] not in DONE:
-            conclude(run_dir, result | failure(told), started=state is not None)
+            with suppress(OSError):  # of a full disk: the error itself is to be told
+                conclude(run_dir, result | failure(told), started=state is not None)
         if told is error:
             raise
         raise told from error
@@ -179,7 +181,7 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
             status = status_left(run_dir)
             go_on = status is not None if settings.resume == AUTO else settings.resume is not None
             if go_on and settings.resume == AUTO:
-                same_configuration(configuration, run_dir)
+                same_configuration(configuration, run_dir, read_result(run_dir))
             if not go_on and status is not None and not settings.force:
                 raise UserError(
                     f"{run_dir}: holds a run already ({status}); resume={run_dir} goes on, force=true starts anew"
@@ -200,9 +202,8 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
     return result
 
 
-def same_configuration(configuration: Configuration, run_dir: Path) -> None:
-    """Raise `UserError` where the directory holds the result of a run with another configuration."""
-    before = read_result(run_dir)
+def same_configuration(configuration: Configuration, run_dir: Path, before: dict[str, Any] | None) -> None:
+    """Raise `UserError` where the result that the directory holds is of a run with another configuration."""
     if before is not None and science(before["config"]) != configuration.science:
         raise UserError(f"{run_dir}: holds a run with another configuration; force=true replaces it")
 

@@ -79,14 +79,11 @@ def ending(sweep: Sweep, name: str) -> Ending:
     outcome = read_outcome(run_dir)
     status, accuracy, reason = status_of(run_dir)
     if outcome.get("command") == sweep.command:
-        # a signal may come when all is done
-        is_done = status in DONE and outcome["status"] == "interrupted" and (outcome["begun"] or not sweep.force)
-        if (
-            not is_done
-            and outcome["status"] != "running"
-            and (outcome["status"], outcome["reason"]) != (status, reason)
-        ):
-            status, accuracy, reason = outcome["status"], None, outcome["reason"]
+        told = outcome["status"], outcome["reason"]
+        if told[0] == "interrupted" and status in DONE and (outcome["begun"] or not sweep.force):
+            told = status, reason  # the signal came when all was done
+        if told[0] != "running" and told != (status, reason):
+            (status, reason), accuracy = told, None
     elif status not in ("running", "not started"):
         result = read_result(run_dir)
         if result is not None and science(result["config"]) != point.science:
@@ -121,7 +118,7 @@ def four_digits(accuracy: float | None) -> str:
 def summary(sweep: Sweep) -> int:
     """Write how every point of the folder ended to `summary.csv`, print this command's, and return the exit code.
 
-    It is 1 unless all of them have come to an end.
+    It is 1 unless all of them have come to an end, or are in another process's hands.
     """
     named, rest = [ending(sweep, name) for name in sweep.points], list(others(sweep))
     text, place, problem = io.StringIO(), sweep.folder / "summary.csv", None

@@ -11,7 +11,6 @@ from typing import Any
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from dfl_experiments.configuration.composition import point_name
 from dfl_experiments.configuration.grids import sweep_points
 from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import Configuration, check
@@ -48,7 +47,8 @@ def check_sweep(cfg: DictConfig, config_name: str | None, command: str) -> Sweep
     jobs = list(itertools.islice(grid, None if is_grid else 1))
     if len(jobs) > MANY_JOBS:
         print(f"checking {len(jobs)} jobs", flush=True)
-    names: dict[str, str] = {}
+    chosen = {key: unresolved(cfg, key) for key in OF_THE_COMMAND}
+    runs: dict[str, str] = {}
     folders: dict[str, str] = {}
     sweep = Sweep(Path(str(cfg.hydra.sweep.dir)).absolute(), str(cfg.sweep), command, launcher, bool(cfg.force))
     for number, overrides in enumerate(jobs):
@@ -57,33 +57,33 @@ def check_sweep(cfg: DictConfig, config_name: str | None, command: str) -> Sweep
             one = compose(config_name, [*flags, *overrides], return_hydra_config=True)
             with read_write(one.hydra.job):
                 one.hydra.job.num, one.hydra.job.id = number, str(number)
-            for key in OF_THE_COMMAND:
-                if unresolved(one, key) != unresolved(cfg, key):
+            for key, value in chosen.items():
+                if unresolved(one, key) != value:
                     raise UserError(f"{key}: differs from job to job; such a choice is for a command of its own")
             configuration = check(one)
             settings = configuration.settings
             if settings.resume is not None or settings.repeat is not None:
                 raise UserError("resume and repeat are for a single run; a sweep started again goes on by itself")
-            name, folder = point_name(one), str(one.hydra.sweep.subdir)
+            digest_of_run, folder = configuration.science, str(one.hydra.sweep.subdir)
             refuse_links(sweep.folder / folder)
         except MISTAKES as error:
             raise UserError(f"{one_line(error)} (in the job {job})") from error
-        for key, seen in ((name, names), (folder, folders)):
+        for key, seen in ((digest_of_run, runs), (folder, folders)):
             if key in seen:
-                what = "are the same run" if seen is names else f"would write to {folder} (hydra.sweep.subdir)"
+                what = "are the same run" if seen is runs else f"would write to {folder} (hydra.sweep.subdir)"
                 raise UserError(f"two jobs {what}: {seen[key]} and {job}")
             seen[key] = job
         if is_grid:
-            sweep.points[folder] = Point(job, configuration.science)
+            sweep.points[folder] = Point(job, digest_of_run)
     return sweep
 
 
 def unresolved(cfg: DictConfig, key: str) -> Any:
     """A part of a configuration with its interpolations as they stand."""
     place, _, last = key.rpartition(".")
-    node = OmegaConf.to_container(OmegaConf.select(cfg, place) if place else cfg, resolve=False)
-    assert isinstance(node, dict)
-    return node[last]
+    node = OmegaConf.masked_copy(OmegaConf.select(cfg, place) if place else cfg, last)
+    values: Any = OmegaConf.to_container(node, resolve=False)
+    return values[last]
 
 
 def run_point(
@@ -133,7 +133,7 @@ def _run_unless_done(
     before, status = read_result(run_dir), status_left(run_dir)
     anew = settings.force and not has_begun(run_dir, command)  # a job that is queued again goes on
     if before is not None and not anew:
-        same_configuration(configuration, run_dir)
+        same_configuration(configuration, run_dir, before)
         source = configuration.components["dataset.source"].build()
         data = digest(settings.dataset.name, source, Path(settings.data_dir))
         if None not in (data, before.get("data")) and data != before["data"]:

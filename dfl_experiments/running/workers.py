@@ -10,13 +10,14 @@ import time
 from contextlib import suppress
 
 from dfl_experiments.running.locks import HOLDER, alive
-from dfl_experiments.running.signals import Kept, handle
+from dfl_experiments.running.signals import Interrupted, Kept, handle
 from dfl_experiments.running.summary import Sweep
 
 LOCAL = ("joblib", "submitit_local")  # launchers whose processes end with the command, on its machine
 QUEUE = "submitit_slurm"  # whose jobs go on without it
 BUSY = threading.Lock()  # held by a process while it is at work on a point
 SECONDS_BETWEEN_LOOKS = 1.0
+LONGEST_GRACE = 3600.0
 
 
 def at_work(sweep: Sweep) -> set[int]:
@@ -36,7 +37,7 @@ def at_work(sweep: Sweep) -> set[int]:
 def wind_down(sweep: Sweep) -> None:
     """Ask every process at work on a point to save it and end, and wait until they have; a queue's jobs stay in it."""
     if sweep.launcher == QUEUE:
-        print("\ndfl-train: the jobs stay in the queue (squeue shows them, scancel takes them out)", flush=True)
+        print("\ndfl-train: jobs that have not ended stay in the queue (squeue shows them, scancel takes them out)", flush=True)
         return
     asked: set[int] = set()
     while pids := at_work(sweep):
@@ -61,6 +62,16 @@ def enter(command: str, launcher: str, number: int) -> bool:
         if not isinstance(handler, logging.FileHandler):
             handler.setFormatter(logging.Formatter(f"#{number} %(message)s"))
     return Kept.signum is None
+
+
+def leave_to_the_queue(stop: KeyboardInterrupt, launcher: str) -> None:
+    """Of a queue's job that SIGTERM has ended: wait for the end that SLURM has in mind, which may queue it again.
+
+    To return would be to have come to an end. What SLURM preempts, queues again or cancels it kills after its time of
+    grace; SIGUSR2 meanwhile has submitit's handler.
+    """
+    if launcher == QUEUE and isinstance(stop, Interrupted) and stop.signum == signal.SIGTERM:
+        time.sleep(LONGEST_GRACE)
 
 
 def call_no_success() -> None:

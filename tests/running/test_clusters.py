@@ -70,7 +70,7 @@ def test_slurm_runs_a_sweep_under_its_name_and_calls_no_failed_point_a_success(s
     assert sorted("completed successfully" in text for text in logs.values()) == [False, True]
 
 
-def test_slurm_s_sigterm_saves_and_its_signal_for_a_time_limit_queues_again(slurm, tmp_path):
+def test_what_slurm_ends_or_queues_again_is_saved_first(slurm, tmp_path):
     process = start(tmp_path, slurm, *SLURM, "seed=0,1", "epochs=100000", "checkpoint.every_seconds=100000")
     folder = tmp_path / "outputs" / "grid"
     until(lambda: len(list(folder.glob("*/epochs.csv"))) == 2, process, tmp_path)
@@ -78,9 +78,10 @@ def test_slurm_s_sigterm_saves_and_its_signal_for_a_time_limit_queues_again(slur
     ask(slurm, "scancel", "--signal=USR2", job)
     logs = folder / ".submitit" / job / f"{job}_0_log.out"
     until(lambda: "Requeued job" in logs.read_text(), process, tmp_path)
-    ask(slurm, "scancel", other)
+    ask(slurm, "scontrol", "requeue", other)
     until(lambda: len(list(folder.glob("*/last.pt"))) == 2, process, tmp_path)
-    ask(slurm, "scancel", job)  # which waits in the queue
+    until(lambda: ask(slurm, "squeue", "-h", "-r", "-o", "%T").split() == ["PENDING"] * 2, process, tmp_path)
+    ask(slurm, "scancel", "--name=grid")
     assert process.wait(timeout=120) == 1
     assert {row["status"] for row in points(tmp_path).values()} == {"interrupted"}
     assert {row["reason"] for row in points(tmp_path).values()} == {"Interrupted SIGTERM", "Interrupted SIGUSR2"}
@@ -90,7 +91,7 @@ def test_slurm_s_sigterm_saves_and_its_signal_for_a_time_limit_queues_again(slur
     until(lambda: all(path.read_text() > text for path, text in before.items()), again, tmp_path)
     again.send_signal(signal.SIGINT)
     assert again.wait(timeout=60) == 130
-    assert "the jobs stay in the queue" in output(tmp_path)
+    assert "stay in the queue" in output(tmp_path)
     assert ask(slurm, "squeue", "-h", "-o", "%j").split() == ["grid", "grid"]
     ask(slurm, "scancel", "--name=grid")
     assert all(path.read_text().startswith(text) for path, text in before.items())
