@@ -23,12 +23,16 @@ Magnitude = Annotated[int, Field(ge=0, lt=MAGNITUDE_BINS)]
 
 # what a protocol says and a method or a model does
 Downsampling = Literal["max_pool", "stride"]
-FeedbackInit = Literal["product", "kaiming", "default"]
+FeedbackInit = Literal["product", "kaiming", "default", "zeros"]
+FeedbackShape = Literal["conv", "dense"]
+SequentialInit = Literal["default", "kaiming", "xavier", "copy"]
+Activation = Literal["relu", "tanh", "sigmoid", "identity"]
 LocalPooling = Literal["average", "max"]
 LocalReduction = Literal["sum", "half_sum", "mean"]
 Skip = Literal["cut", "leak"]
 Top = Literal["backprop", "direct"]
 
 # what a run says and the engine does
+Quantity = Literal["weight_cosine", "sign_agreement", "weight_ratio", "gradient_cosine", "output_cosine"]
 LossName = Literal["cross_entropy", "squared_error"]
 Precision = Literal["float32", "tf32", "bfloat16"]

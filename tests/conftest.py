@@ -14,10 +14,12 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import yaml
 from data_helpers import write_folder, write_mnist, write_tiny
+from omegaconf import DictConfig, OmegaConf
 from report_helpers import finished_point, reported, reported_page  # noqa: F401
 
-from dfl_experiments.configuration.composition import compose, group_options, plain
+from dfl_experiments.configuration.composition import CONF_DIR, compose, group_options, plain
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.data.sources import Mnist
 from dfl_experiments.engine.blocknet import BlockNet
@@ -42,15 +44,43 @@ def options(group: str) -> list[str]:
 
 
 METHODS, MODELS, PROTOCOLS = (options(group) for group in ("method", "model", "protocol"))
+# whose B follows a product of matrices
+REFUSED = [("adfa", model) for model in MODELS if not model.startswith("fc")]
+PAIRS = [(method, model) for method in METHODS for model in MODELS if (method, model) not in REFUSED]
+CROSS = pytest.mark.parametrize(("method", "model"), PAIRS)
 
 
 @cache
-def tiny_configuration(*overrides: str) -> Configuration:
-    """Every list of the model's sizes made small, with no two neighbours alike."""
-    values = plain(compose([*OWN, *overrides]))
-    for key, value in values["model"].items():
+def composed(*overrides: str) -> DictConfig:
+    """The composition of everything but the method and the model."""
+    return compose([*OWN, *overrides])
+
+
+@cache
+def node(group: str, name: str) -> DictConfig:
+    """A group's choice as its file has it."""
+    own = Path(OWN_CONF or "", group, f"{name}.yaml")
+    return OmegaConf.load(own if OWN_CONF and own.exists() else CONF_DIR / group / own.name)
+
+
+@cache
+def tiny_configuration(method: str, model: str, *overrides: str) -> Configuration:
+    """Every size of the model made small, with no two neighbours alike."""
+    special = [override for override in overrides if override.lstrip("+").startswith(("method.", "model."))]
+    if any("experiment=" in override for override in overrides):
+        values = plain(compose([*OWN, f"method={method}", f"model={model}", *overrides]))
+    else:
+        cfg = composed(*(override for override in overrides if override not in special)).copy()
+        cfg.method, cfg.model = node("method", method), node("model", model)
+        for override in special:
+            key, _, value = override.lstrip("+").partition("=")
+            OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=True)
+        values = plain(cfg)
+    for index, (key, value) in enumerate(values["model"].items()):
         if isinstance(value, list) and all(isinstance(item, int) for item in value):
-            values["model"][key] = [5 + (index + 2) % 3 for index in range(len(value))]
+            values["model"][key] = [5 + (place + 2) % 3 for place in range(len(value))]
+        elif type(value) is int and value > 16:
+            values["model"][key] = 5 + index % 3
     return check(values)
 
 
@@ -67,7 +97,7 @@ class Tiny:
     """A tiny float64 network with its method and its learner, and a batch to learn from."""
 
     def __init__(self, method: str, model: str, *overrides: str, classes: int = CLASSES, device: str = "cpu") -> None:
-        cfg = tiny_configuration(f"method={method}", f"model={model}", "dataset.fc_widths=[1,1,1]", *overrides)
+        cfg = tiny_configuration(method, model, "dataset.fc_widths=[1,1,1]", *overrides)
         torch.manual_seed(3)
         self.loss = LOSSES[cfg.settings.loss]
         self.net: BlockNet = cfg.components["model"].build(input_shape=SHAPE, num_classes=classes).double()
@@ -80,9 +110,13 @@ class Tiny:
 
     def backward(self) -> tuple[Trace, list[torch.Tensor | None], torch.Tensor]:
         """A kept trace after its backward pass, the δ_i that were applied, and the error it started from."""
-        trace = self.net.trace(self.x, self.method.cuts, self.method.frozen, keep=True)
+        trace = self.trace(keep=True)
         _, error = self.loss.value_and_error(trace.logits, self.target)
         return trace, self.start(trace, error), error
+
+    def trace(self, keep: bool = False) -> Trace:
+        """One forward pass, as the method wants it."""
+        return self.net.trace(self.x, self.method.cuts, self.method.frozen, keep, self.method.transpose)
 
     def start(self, trace: Trace, error: torch.Tensor) -> list[torch.Tensor | None]:
         """Start autograd from the method's signals for this error."""

@@ -85,20 +85,36 @@ def locate(target: Any, place: str, plugins: Sequence[str] = ()) -> Callable[...
     return found
 
 
+def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """The annotation and the default of every parameter; `**options` of a class stands for those of its base."""
+    found: dict[str, tuple[Any, Any]] = {}
+    functions: list[Callable[..., Any]] = [target]
+    if inspect.isclass(target):
+        functions = [vars(c)["__init__"] for c in inspect.getmro(target)[:-1] if "__init__" in vars(c)]
+    for function in functions:
+        hints = get_type_hints(function, include_extras=True)
+        parameters = inspect.signature(function).parameters.values()
+        for p in parameters:
+            if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                found.setdefault(p.name, (hints.get(p.name, p.empty), p.default))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
 @cache
 def options_of(target: Callable[..., Any], place: str) -> type[BaseModel]:
     """The target's parameters as a pydantic model, without those that the program gives. Raises `UserError`."""
-    parameters, given = inspect.signature(target).parameters, GIVEN.get(place, ())
+    parameters, given = parameters_of(target), GIVEN.get(place, ())
     if missing := [name for name in given if name not in parameters]:
         raise UserError(f"{place}._target_={target.__name__}: does not accept {missing[0]}, which it is given")
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     fields: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    for name, (hint, default) in parameters.items():
+        if name in given:
             continue
-        if name not in hints:
+        if hint is inspect.Parameter.empty:
             raise UserError(f"{place}.{name}: {target.__name__} gives it no type annotation to check it against")
-        fields[name] = (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        fields[name] = (hint, ... if default is inspect.Parameter.empty else default)
     return create_model("Options", __config__=STRICT, **fields)
 
 

@@ -27,9 +27,10 @@ class Options(BaseModel):
 
 
 class Alignment(Options):
-    """every: iterations between two measurements, 0 for none."""
+    """every: iterations between two measurements, 0 for none; quantities: what is measured beside the δ-cosine."""
 
     every: ranges.Size
+    quantities: list[ranges.Quantity]
 
 
 class Checkpoint(Options):
@@ -79,6 +80,7 @@ class Protocol(Options):
     local_reduction: ranges.LocalReduction
     dfa_init: ranges.FeedbackInit
     las_init: ranges.FeedbackInit
+    fa_init: ranges.SequentialInit
     dfa_top: ranges.Top
     resnet18_skip: ranges.Skip
     batch_norm_updates: ranges.Passes
@@ -88,6 +90,7 @@ class Protocol(Options):
     local_pooling_of: dict[str, ranges.LocalPooling] | None = None
     batch_norm_updates_of: dict[str, ranges.Passes] | None = None
     batch_norm_updates_top_of: dict[str, ranges.Passes] | None = None
+    activation_of: dict[str, ranges.Activation] | None = None
 
 
 class Settings(Options):

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.method import Method
+from dfl_experiments.engine.quantities import Measurement, measure_more
 from dfl_experiments.engine.trace import Trace
 
 CACHED_NUMBERS = 2**16  # of each signal, as float64 half a megabyte
 QUANTITIES = ("cosine_sample", "cosine_batch", "norm", "norm_bp", "zeros")
 
 
-def quantity_names(depth: int) -> list[str]:
-    """Every hidden layer's `QUANTITIES` of a net of L layers, layer by layer: `cosine_sample/1` and so on."""
-    return [f"{name}/{i}" for i in range(1, depth) for name in QUANTITIES]
+def quantity_names(depth: int, more: Sequence[str] = ()) -> list[str]:
+    """Every hidden layer's `QUANTITIES`, and more, of a net of L layers, by layers: `cosine_sample/1` and so on."""
+    return [f"{name}/{i}" for i in range(1, depth) for name in (*QUANTITIES, *more)]
 
 
 def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
@@ -25,10 +28,11 @@ def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
     roots = [*trace.preactivations, trace.logits]
     outputs = [h for h in trace.outputs if h is not None]
     deltas = [error]
-    for i in range(len(outputs), 0, -1):
-        read = torch.autograd.grad(roots[i], trace.inputs[i], deltas[-1], retain_graph=True)
-        signal = read[0] if len(read) == 1 else read[0] + read[1]
-        deltas += torch.autograd.grad(outputs[i - 1], trace.preactivations[i - 1], signal, retain_graph=True)
+    with trace.as_backprop():
+        for i in range(len(outputs), 0, -1):
+            read = torch.autograd.grad(roots[i], trace.inputs[i], deltas[-1], retain_graph=True)
+            signal = read[0] if len(read) == 1 else read[0] + read[1]
+            deltas += torch.autograd.grad(outputs[i - 1], trace.preactivations[i - 1], signal, retain_graph=True)
     return deltas[:0:-1]
 
 
@@ -70,11 +74,23 @@ def compare(delta: Tensor | None, reference: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(trace: Trace, applied: Sequence[Tensor | None], error: Tensor, exact_from: int) -> Tensor:
-    """`QUANTITIES` of every layer, in the order of `quantity_names`, (5·(L-1),).
+def measure(
+    net: BlockNet,
+    method: Method,
+    trace: Trace,
+    applied: Sequence[Tensor | None],
+    error: Tensor,
+    more: Sequence[str] = (),
+) -> Tensor:
+    """`QUANTITIES` of every layer, and more of those in `quantities.MORE`, in the order of `quantity_names`.
 
-    applied: δ_1 … δ_{L-1} as the kept trace's `backward` returned them. exact_from: the method's own word for where
-    its signals are BP's; from 1 on, there is nothing to compute again.
+    applied: δ_1 … δ_{L-1} as the kept trace's `backward` returned them. Where the method's own word is that its signals
+    are BP's from layer 1 on, there is nothing to compute again.
     """
-    references = backprop_deltas(trace, error) if exact_from > 1 else [d for d in applied if d is not None]
-    return torch.cat([compare(d, r) for d, r in zip(applied, references, strict=True)])
+    exact = method.exact_from == 1
+    references = [d for d in applied if d is not None] if exact else backprop_deltas(trace, error)
+    measured = torch.stack([compare(d, r) for d, r in zip(applied, references, strict=True)])
+    if more:
+        found = measure_more(more, Measurement(net, method, trace, references))
+        measured = torch.cat([measured, found.to(measured)], dim=1)
+    return measured.flatten()

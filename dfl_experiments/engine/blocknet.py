@@ -5,20 +5,23 @@ a_L = head(h_{L-1}).
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from dfl_experiments.engine.trace import Segment, Trace
+from dfl_experiments.engine.transpose import Transpose, WeightLayer
 from dfl_experiments.errors import UserError, clipped
 
-WeightLayer = nn.Linear | nn.Conv2d
+LONGEST_SHAPE = 3
 
 
 class Block(nn.Module):
     """h = post(pre(x)): what lies between two feedback boundaries.
 
+    One sample's h is a vector (d,), tokens (T, C) or an image (C, H, W).
     `pre` ends at the block's last pre-activation a, where its error signal δ = ∂ℒ/∂a lives; `post` is the rest
     (activation, pooling, flattening). With `leak`, `pre` is called as `pre(x, shortcut)` and at a cut the second
     argument still carries the gradient of the block above into the block below (spec: ResNet18's skip, as published).
@@ -80,20 +83,38 @@ class BlockNet(nn.Module):
             self.train(training)
 
     def output_shapes(self) -> list[torch.Size]:
-        """The shape of one sample's h_1 … h_{L-1}."""
-        return [h.shape[1:] for h in self.probe().outputs if h is not None]
+        """The shape of one sample's h_1 … h_{L-1}. Raises `UserError` for one that is not as `Block` says."""
+        shapes = [h.shape[1:] for h in self.probe().outputs if h is not None]
+        for i, shape in enumerate(shapes, start=1):
+            if not 1 <= len(shape) <= LONGEST_SHAPE:
+                raise UserError(f"model: block {i} gives {tuple(shape)} per sample; must be (d,), (T, C) or (C, H, W)")
+        return shapes
 
     def parameters_above(self, i: int) -> list[nn.Parameter]:
         """The weights of every block above h_i and of the head."""
         return [p for weights in self.weights[i:] for p in weights]
 
-    def trace(self, x: Tensor, cuts: Collection[int] = (), frozen: int = 0, keep: bool = False) -> Trace:
+    def trace(
+        self,
+        x: Tensor,
+        cuts: Collection[int] = (),
+        frozen: int = 0,
+        keep: bool = False,
+        transpose: Transpose | None = None,
+    ) -> Trace:
         """One forward pass that keeps what the error signals need.
 
         cuts: boundaries i behind which block i+1 reads a detached h_i. frozen: how many of the lowest blocks learn
         nothing, and so need no graph; there is a cut above them. With `keep`, every block's graph reaches its input.
+        transpose: what signals pass the weight layers through, in W's place.
         """
-        trace = Trace(frozenset({*cuts, frozen} - {0}), keep)
+        trace = Trace(frozenset({*cuts, frozen} - {0}), keep, transpose)
+        with nullcontext() if transpose is None else transpose.installed():
+            self._run(trace, x, frozen)
+        return trace
+
+    def _run(self, trace: Trace, x: Tensor, frozen: int) -> None:
+        keep = trace.kept
         first, leak, h = 1, None, x
         for i, module in enumerate((*self.blocks, self.head), start=1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or i > frozen)):
@@ -120,4 +141,3 @@ class BlockNet(nn.Module):
                 if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:
                     parameters = [p for weights in self.weights[first - 1 : i] for p in weights]
                     trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, leak))
-        return trace

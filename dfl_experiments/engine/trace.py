@@ -1,12 +1,15 @@
 """The trace of one forward pass, in segments between the cuts, and the way of the error signals down through them."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+
+from dfl_experiments.engine.transpose import Transpose
 
 
 @dataclass
@@ -29,23 +32,24 @@ class Trace:
     """One forward pass. Index i-1 holds what belongs to block i.
 
     outputs[i-1]: h_i where the graph is cut behind it, until its signal is formed; None elsewhere, so that its memory
-    is free once it is read. segments: those that learn, from the lowest up. Only if the trace was kept, all of the
+    is free once it is read. segments: those that learn, from the lowest up. transpose: what its signals pass the weight
+    layers through, if not W. Only if the trace was kept, all of the
     outputs, and: preactivations[i-1]: a_i; inputs[i-1]: the tensors through which block i depends on h_{i-1}, that is
     h_{i-1} itself, or behind a cut a detached leaf (two where the block leaks); inputs[L-1] is what the head read.
     """
 
     cuts: frozenset[int]
     kept: bool
+    transpose: Transpose | None = None
     logits: Tensor = field(init=False)
     outputs: list[Tensor | None] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     preactivations: list[Tensor] = field(default_factory=list)
     inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
 
-    @property
-    def cut_outputs(self) -> list[Tensor]:
-        """h_i of every cut, from the lowest up."""
-        return [h for i, h in enumerate(self.outputs, start=1) if i in self.cuts and h is not None]
+    def as_backprop(self) -> AbstractContextManager[object]:
+        """The context in which every signal through this graph is transposed with W."""
+        return nullcontext() if self.transpose is None else self.transpose.backprop()
 
     def backward(
         self, signal: Callable[[int, "Trace", Tensor, Tensor], Tensor], error: Tensor, target: Tensor

@@ -35,25 +35,38 @@ def window_positions(size: int, kernel: int, stride: int, padding: int, dilation
 
 
 class LocalModule(nn.Module):
-    """Copies the layer that reads h_i, with K outputs and no bias; on a flattened h_i it is y = B̄ h, B̄: (K, d).
+    """Copies the layer that reads h_i, with K outputs and no bias: y = B̄ h, B̄: (K, d), on h_i of shape (d,).
 
-    On an image-shaped h_i (C, H, W), B̄ is (K, C, k, k) with the reader's kernel, stride and padding, followed by global
-    pooling. On an image that a linear layer reads behind a global average pooling, B̄ is (K, C, 1, 1), and the same
-    average is all the pooling there is.
+    On an image (C, H, W), B̄ is (K, C, k, k) with the reader's kernel, stride and padding, followed by global pooling.
+    On an image that a linear layer reads behind a global average pooling, B̄ is (K, C, 1, 1), and the same average is
+    all the pooling there is. On tokens (T, C), B̄ is (K, C) and y = B̄ · mean_t h, whatever reads them: the 1×1
+    convolution that a layer along the channels is, behind the network's own average. A `dense` one is a matrix on
+    whatever h_i there is, flattened.
     """
 
     weight: nn.Parameter
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, reader: WeightLayer, shape: Sequence[int], num_classes: int, pooling: LocalPooling) -> None:
+    def __init__(
+        self,
+        reader: WeightLayer,
+        shape: Sequence[int],
+        num_classes: int,
+        pooling: LocalPooling = "average",
+        dense: bool = False,
+    ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.pooling = pooling
-        self.linear = isinstance(reader, nn.Linear)
+        self.linear = dense or isinstance(reader, nn.Linear) or len(self.shape) < 3
+        self.flat = dense or len(self.shape) == 1
+        self.positions = 1
         like = reader.weight
-        if len(self.shape) == 1:
-            weight = torch.empty(num_classes, self.shape[0])
+        if self.flat:
+            weight = torch.empty(num_classes, math.prod(self.shape))
+        elif len(self.shape) == 2:
+            weight = torch.empty(num_classes, self.shape[1])
         else:
             channels, height, width = self.shape
             geometry = _geometry(reader)
@@ -61,44 +74,60 @@ class LocalModule(nn.Module):
             rows, columns = ([axis[i] for axis in geometry] for i in (0, 1))
             self.register_buffer("rows", window_positions(height, *rows).to(like), persistent=False)
             self.register_buffer("columns", window_positions(width, *columns).to(like), persistent=False)
-            self.positions = output_positions(height, *rows) * output_positions(width, *columns)
             if self.linear:  # the 1/(H W) of the network's own pooling, in both directions
-                self.rows, self.columns, self.positions = self.rows / height, self.columns / width, 1
+                self.rows, self.columns = self.rows / height, self.columns / width
+            else:
+                self.positions = output_positions(height, *rows) * output_positions(width, *columns)
             weight = torch.empty(num_classes, channels, *geometry[0])
         self.weight = nn.Parameter(weight.to(like))
 
     @torch.no_grad()
-    def initialise(self, init: FeedbackInit, weights: Sequence[Tensor] = ()) -> None:
-        """Set B to W_{i+1}ᵀ … W_Lᵀ ("product" of the weights given), or draw it uniformly.
+    def initialise(self, init: FeedbackInit, product: Tensor | None = None) -> None:
+        """Set B̄ to W_L … W_{i+1} ("product", which is given, (K, d)) or to "zeros", or draw it uniformly.
 
         "kaiming": with gain √2 and fan-in K if the reader is linear, C·k² if not, as the published code draws DFA's;
-        "default": as a linear layer or a convolution of B̄'s shape starts.
+        "default": as a linear layer or a convolution of B̄'s shape starts, and in place of a product that is not there.
         """
-        if init == "product":
-            product = weights[-1]
-            for weight in reversed(weights[:-1]):
-                product = product @ weight
+        if init == "product" and product is not None:
             self.weight.copy_(product)
         elif init == "kaiming":
             nn.init.kaiming_uniform_(self.weight, mode="fan_out" if self.linear else "fan_in", nonlinearity="relu")
+        elif init == "zeros":
+            nn.init.zeros_(self.weight)
         else:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
+    def features(self, h: Tensor) -> Tensor:
+        """What the sum-pooled module is a matrix on: h itself, its mean over tokens, or its window sums, flattened."""
+        if self.flat:
+            return h.flatten(1)
+        return h.mean(1) if len(self.shape) == 2 else (self.rows @ (h @ self.columns.T)).flatten(1)
+
+    @property
+    def spread(self) -> Tensor | float:
+        """How often a unit of h_i meets every element of B̄[k], squared shares summed, shaped to divide B̄."""
+        if self.flat:
+            return 1.0
+        if len(self.shape) == 2:
+            return 1 / self.shape[0]
+        spread = self.rows.square().sum(1)[:, None] * self.columns.square().sum(1)
+        return torch.where(spread == 0, 1.0, spread)  # of a small image some elements read nothing but padding
+
     def forward(self, h: Tensor) -> Tensor:
         """y = Bᵀ h (Eq. 19), or pool(conv(h; B̄)).  h: (N, *shape) -> (N, K)."""
-        if len(self.shape) == 1:
-            return F.linear(h, self.weight)
-        if self.pooling == "max":
+        if self.pooling == "max" and not self.linear:
             planes = F.conv2d(h, self.weight, None, self.stride, self.padding, self.dilation)
             return planes.amax((2, 3))
-        sums = self.rows @ (h @ self.columns.T)
-        return F.linear(sums.flatten(1), self.weight.flatten(1)) / self.positions
+        y = F.linear(self.features(h), self.weight.flatten(1))
+        return y if self.positions == 1 else y / self.positions
 
     @torch.no_grad()
     def feedback(self, error: Tensor) -> Tensor:
         """B e, the direct error signal (Eq. 24).  error: (N, K) -> (N, *shape)."""
-        if len(self.shape) == 1:
-            return error @ self.weight
+        if self.flat:
+            return (error @ self.weight).view(len(error), *self.shape)
+        if len(self.shape) == 2:
+            return (error @ self.weight / self.shape[0])[:, None].expand(len(error), *self.shape)
         # no 1/(H'W'): the paper repeats e over the plane, it does not average it
         planes = self.rows.T @ self.weight @ self.columns
         return (error @ planes.flatten(1)).view(len(error), *self.shape)

@@ -2,6 +2,7 @@
 
 from dfl_experiments.models.conv3 import conv3
 from dfl_experiments.models.fc import fc
+from dfl_experiments.models.mixer import mixer
 from dfl_experiments.models.resnet18 import resnet18
 
-__all__ = ["conv3", "fc", "resnet18"]
+__all__ = ["conv3", "fc", "mixer", "resnet18"]

@@ -6,8 +6,8 @@ from pydantic import Field
 from torch import nn
 
 from dfl_experiments.engine.blocknet import Block, BlockNet
-from dfl_experiments.models.fc import dense_blocks
-from dfl_experiments.ranges import Downsampling, Passes, Width, Widths
+from dfl_experiments.models.fc import ACTIVATIONS, dense_blocks
+from dfl_experiments.ranges import Activation, Downsampling, Passes, Width, Widths
 
 
 def normalisation(channels: int, updates: int) -> nn.BatchNorm2d:
@@ -26,11 +26,13 @@ def conv3(
     downsampling: Downsampling = "max_pool",
     batch_norm: bool = False,
     batch_norm_updates: Passes = 1,
+    layer_norm: bool = False,
+    activation: Activation = "relu",
 ) -> BlockNet:
     """Blocks [conv 5×5, pad 2 (+ BN); ReLU; max-pool 3×3, stride 2, pad 1], then flattened to widths-K.
 
     downsampling: "max_pool" as in the published code, "stride" as in the text (convolution of stride 2, no pooling).
-    batch_norm_updates: see `normalisation`.
+    batch_norm_updates: see `normalisation`. layer_norm: over a sample's whole plane and all its channels, (C, H, W).
     """
     planes, height, width = input_shape
     pooled = downsampling == "max_pool"
@@ -39,7 +41,9 @@ def conv3(
         layers: list[nn.Module] = [nn.Conv2d(planes, out, 5, stride=1 if pooled else 2, padding=2)]
         if batch_norm:
             layers.append(normalisation(out, batch_norm_updates))
-        after: list[nn.Module] = [nn.ReLU()]
+        if layer_norm:
+            layers.append(nn.GroupNorm(1, out))
+        after: list[nn.Module] = [ACTIVATIONS[activation]()]
         if pooled:
             after.append(nn.MaxPool2d(3, stride=2, padding=1))
         if len(blocks) == len(channels) - 1:
@@ -47,4 +51,5 @@ def conv3(
         blocks.append(Block(nn.Sequential(*layers), nn.Sequential(*after)))
         planes, height, width = out, -(-height // 2), -(-width // 2)
     dense = [planes * height * width, *widths]
-    return BlockNet(*blocks, *dense_blocks(dense), head=nn.Linear(dense[-1], num_classes), input_shape=input_shape)
+    blocks += dense_blocks(dense, activation)
+    return BlockNet(*blocks, head=nn.Linear(dense[-1], num_classes), input_shape=input_shape)

@@ -2,24 +2,34 @@
 
 import math
 from itertools import pairwise
-from typing import Literal
 
 from torch import nn
 
 from dfl_experiments.engine.blocknet import Block, BlockNet
-from dfl_experiments.ranges import Widths
+from dfl_experiments.ranges import Activation, Widths
 
-Activation = Literal["relu", "tanh", "identity"]
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "identity": nn.Identity}
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "identity": nn.Identity,
+}
 
 
-def dense_blocks(widths: list[int], activation: type[nn.Module] = nn.ReLU) -> list[Block]:
-    """Blocks [a_i = W_i h_{i-1} + b_i, h_i = f(a_i)] for widths [d_0, d_1, …]."""
-    return [Block(nn.Linear(d, width), activation()) for d, width in pairwise(widths)]
+def dense_blocks(widths: list[int], activation: Activation = "relu", layer_norm: bool = False) -> list[Block]:
+    """Blocks [a_i = W_i h_{i-1} + b_i, h_i = f(a_i)] for widths [d_0, d_1, …]; with LN, a_i = LN(W_i h_{i-1} + b_i)."""
+    blocks = []
+    for d, width in pairwise(widths):
+        layer: nn.Module = nn.Linear(d, width)
+        pre = nn.Sequential(layer, nn.LayerNorm(width)) if layer_norm else layer
+        blocks.append(Block(pre, ACTIVATIONS[activation]()))
+    return blocks
 
 
-def fc(input_shape: tuple[int, ...], num_classes: int, widths: Widths, activation: Activation) -> BlockNet:
+def fc(
+    input_shape: tuple[int, ...], num_classes: int, widths: Widths, activation: Activation, layer_norm: bool = False
+) -> BlockNet:
     """d_0-widths-K (paper: 784-1024-1024-10 and 3072-4096-4096-4096-K, ReLU). "identity" makes it linear."""
-    first, *rest = dense_blocks([math.prod(input_shape), *widths], ACTIVATIONS[activation])
+    first, *rest = dense_blocks([math.prod(input_shape), *widths], activation, layer_norm)
     first.pre = nn.Sequential(nn.Flatten(), first.pre)
     return BlockNet(first, *rest, head=nn.Linear(widths[-1], num_classes), input_shape=input_shape)

@@ -44,7 +44,7 @@ class Parts:
     def columns(self) -> dict[str, list[str]]:
         """Those of the tables that the run leaves, by the table's name; the first one counts the rows."""
         numbers, depth = self.learner.numbers, self.learner.net.depth
-        return {"iterations": iteration_columns(numbers), "epochs": epoch_columns(depth)}
+        return {"iterations": iteration_columns(numbers), "epochs": epoch_columns(depth, self.learner.more)}
 
 
 def build(configuration: Configuration, device_name: str | None = None, threads: int = ALL_THREADS) -> Parts:
@@ -77,7 +77,8 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
     check_batches(net, len(train), settings.batch_size)
     schedule = components["optimizer"].build()
-    learner = Learner(net.to(device), method.to(device), loss, schedule, settings.precision)
+    more = settings.alignment.quantities if settings.alignment.every else []
+    learner = Learner(net.to(device), method.to(device), loss, schedule, settings.precision, more)
     step: Callable[[Tensor, Tensor, bool], Tensor] = learner.step
     if device.type == "cuda" and settings.cuda_graph:
         step = CapturedStep(learner, settings.batch_size, device)

@@ -14,7 +14,7 @@ from dfl_experiments.running import checkpoint
 from dfl_experiments.running.build import Parts
 from dfl_experiments.running.progress import Progress
 from dfl_experiments.running.records import HEADLINES, iteration_rows, per_layer, reported_accuracies
-from dfl_experiments.running.run_directory import Row, Table
+from dfl_experiments.running.run_directory import Row, Table, mean_of
 from dfl_experiments.running.signals import Interrupted, Stop
 from dfl_experiments.running.tracking import Tracker
 
@@ -131,6 +131,8 @@ def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Trac
                 }
                 cosine = per_layer(columns, "cosine_sample", torch.mean)
                 row |= {f"cosine/{i}": value for i, value in cosine.items()}
+                for name in learner.more:
+                    row |= {f"{mean_of(name)}/{i}": value for i, value in per_layer(columns, name, torch.mean).items()}
                 zeros = per_layer(columns, "zeros", torch.sum)
                 for name, those in (("iterations", iteration_rows(values, numbers, epoch)), ("epochs", [row])):
                     files.tables[name].extend(those)

@@ -24,9 +24,15 @@ def iteration_columns(numbers: Iterable[str]) -> list[str]:
     return ["iteration", "epoch", *(name for name in numbers if name != "correct" and not name.startswith("zeros/"))]
 
 
-def epoch_columns(depth: int) -> list[str]:
-    """`EPOCH_COLUMNS`, then for every hidden layer i the mean of its `cosine_sample/i` over the epoch, `cosine/i`."""
-    return [*EPOCH_COLUMNS, *(f"cosine/{i}" for i in range(1, depth))]
+def epoch_columns(depth: int, more: Sequence[str] = ()) -> list[str]:
+    """`EPOCH_COLUMNS`, then for every hidden layer i the mean of its `cosine_sample/i` over the epoch, `cosine/i`, and
+    of more quantities, `weight_cosine_mean/i` for one: W&B keeps no two series of one name apart."""
+    return [*EPOCH_COLUMNS, *(f"{name}/{i}" for name in ("cosine", *map(mean_of, more)) for i in range(1, depth))]
+
+
+def mean_of(quantity: str) -> str:
+    """What the mean over an epoch is called."""
+    return f"{quantity}_mean"
 
 
 def cell(value: float | int | None) -> str:

@@ -37,7 +37,7 @@ def at_work(sweep: Sweep) -> set[int]:
 def wind_down(sweep: Sweep) -> None:
     """Ask every process at work on a point to save it and end, and wait until they have; a queue's jobs stay in it."""
     if sweep.launcher == QUEUE:
-        print("\ndfl-train: jobs that have not ended stay in the queue (squeue shows them, scancel takes them out)", flush=True)
+        print("\ndfl-train: what has not ended stays in the queue (squeue shows it, scancel takes it out)", flush=True)
         return
     asked: set[int] = set()
     while pids := at_work(sweep):

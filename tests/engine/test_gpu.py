@@ -5,14 +5,13 @@ import logging
 
 import pytest
 import torch
-from conftest import BATCH, CLASSES, METHODS, MODELS, SHAPE, Tiny
+from conftest import BATCH, CLASSES, CROSS, SHAPE, Tiny
 from processes import dfl_train
 
 from dfl_experiments.engine import cuda_graph
 from dfl_experiments.engine.cuda_graph import WARM_UP, CapturedStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-CROSS = pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])
 STEPS = 50
 
 

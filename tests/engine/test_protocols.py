@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLASSES, METHODS, MODELS, PROTOCOLS, Tiny
+from conftest import CLASSES, CROSS, PROTOCOLS, Tiny, tiny_configuration
 from torch import nn
 
 from dfl_experiments.configuration.composition import group_options
@@ -10,17 +10,20 @@ from dfl_experiments.running.epochs import early_end
 from dfl_experiments.running.records import reported_accuracies
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])
-def test_every_cell_trains_under_every_protocol(protocol, method, model):
-    t = Tiny(method, model, f"protocol={protocol}")
-    before = t.loss.value_and_error(t.net(t.x), t.target)[0]
-    t.learner.set_lr(1e-3)
-    for _ in range(60):
-        step = t.learner.step(t.x, t.target, align=True)
-    if method in group_options("method"):  # one of somebody's own may be poor
-        assert t.loss.value_and_error(t.net(t.x), t.target)[0] < before
-    assert torch.isfinite(step[2 + 5 * t.method.frozen :]).all()
+@CROSS
+def test_every_cell_trains_under_every_protocol(method, model):
+    done = []
+    for protocol in PROTOCOLS:
+        values = tiny_configuration(method, model, "dataset.fc_widths=[1,1,1]", f"protocol={protocol}").values
+        if (values["method"], values["model"]) in done:  # protocols differ in nothing that is about this cell
+            continue
+        done.append((values["method"], values["model"]))
+        t = Tiny(method, model, f"protocol={protocol}")
+        t.learner.set_lr(5e-3)
+        losses = [t.learner.step(t.x, t.target)[0] for _ in range(25)]
+        if method in group_options("method"):  # one of somebody's own may be poor
+            assert min(losses) < losses[0]
+        assert all(value.isfinite().all() for value in t.state().values())
 
 
 def kinds(net, kind):

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import METHODS, MODELS, Tiny
+from conftest import CROSS, MODELS, Tiny
 from measuring import peak_mb
 from processes import dfl_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfl_experiments.engine.alignment import compare
+from dfl_experiments.methods import BinaryDirectFeedback, SignSymmetry, SparseDirectFeedback, WeightMirror
 
-CROSS = pytest.mark.parametrize(("method", "model"), [(a, b) for a in METHODS for b in MODELS])
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "unique", "_unique2", "masked_select"}
 # F.one_hot looks at its labels' range on a CPU, and on no GPU
 RANGE_CHECK = "aminmax _local_scalar_dense _local_scalar_dense"
@@ -87,6 +87,12 @@ def test_cosines_of_confident_samples_are_in_float32_what_they_are_in_float64(me
                 parameter *= 25 / margin  # then half of the probabilities are 1 in float32
         t.net.to(dtype)
         t.method.to(dtype)
+        if isinstance(t.method, SignSymmetry | WeightMirror):
+            t.method.adapt = lambda *args: None  # what it draws would be another's in float32
+        if isinstance(t.method, SparseDirectFeedback | BinaryDirectFeedback):
+            torch.manual_seed(0)  # through so coarse a B of so few units a sample's signal may be nothing but rounding
+            for module in t.method.feedback:
+                module.weight.data.copy_(torch.randn(module.weight.shape))
         rates = t.learner.step(t.x.to(dtype), target, align=True)
         told.append([rates[t.learner.numbers.index(f"cosine_sample/{i}")].item() for i in range(1, t.net.depth)])
     assert told[1] == pytest.approx(told[0], abs=1e-3, nan_ok=True)

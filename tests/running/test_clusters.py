@@ -91,7 +91,7 @@ def test_what_slurm_ends_or_queues_again_is_saved_first(slurm, tmp_path):
     until(lambda: all(path.read_text() > text for path, text in before.items()), again, tmp_path)
     again.send_signal(signal.SIGINT)
     assert again.wait(timeout=60) == 130
-    assert "stay in the queue" in output(tmp_path)
+    assert "stays in the queue" in output(tmp_path)
     assert ask(slurm, "squeue", "-h", "-o", "%j").split() == ["grid", "grid"]
     ask(slurm, "scancel", "--name=grid")
     assert all(path.read_text().startswith(text) for path, text in before.items())

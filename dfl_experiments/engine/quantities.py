@@ -1,0 +1,95 @@
+"""What may be measured beside the δ-cosine: how near B, its gradients and its predictions are to backpropagation's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.method import Method
+from dfl_experiments.engine.trace import Trace
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A kept trace after its backward pass, whose gradients are in `.grad`; references: δ_1^BP … δ_{L-1}^BP."""
+
+    net: BlockNet
+    method: Method
+    trace: Trace
+    references: Sequence[Tensor]
+
+
+def exact(values: Tensor) -> Tensor:
+    """The values in float64, where the device has it."""
+    return values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def gram(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """⟨x, y⟩, ‖x‖², ‖y‖² of two vectors that are given in pieces, (3,); None where there is none."""
+    found = None
+    for x, y in ((exact(x).flatten(), exact(y).flatten()) for x, y in pairs):
+        products = torch.stack([x @ y, x @ x, y @ y])
+        found = products if found is None else found + products
+    return found
+
+
+def cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """cos of two vectors that are given in pieces; NaN where one is zero, None where there are no pieces."""
+    products = gram(pairs)
+    return None if products is None else products[0] / products[1].sqrt() / products[2].sqrt()
+
+
+def weight_cosine(of: Measurement, i: int) -> Tensor | None:
+    """cos(vec B, vec W) of what h_i gets its signal through: in a sequential method of the layers of block i+1, in a
+    direct one of B_{i+1} and W_{i+1}ᵀ … W_Lᵀ, where the net's products are matrices."""
+    return cosine(of.method.weight_pairs(i))
+
+
+def sign_agreement(of: Measurement, i: int) -> Tensor | None:
+    """The share of those entries whose signs are the same."""
+    same = [(b.detach().sign() == w.detach().sign()).flatten() for b, w in of.method.weight_pairs(i)]
+    return torch.cat(same).float().mean() if same else None
+
+
+def weight_ratio(of: Measurement, i: int) -> Tensor | None:
+    """‖B‖ / ‖W‖ of them."""
+    products = gram(of.method.weight_pairs(i))
+    return None if products is None else (products[1] / products[2]).sqrt()
+
+
+def gradient_cosine(of: Measurement, i: int) -> Tensor | None:
+    """cos of (∂W_i, ∂b_i), all parameters of block i up to a_i, with those of backpropagation."""
+    parameters = [p for p in of.net.blocks[i - 1].get_submodule("pre").parameters() if p.grad is not None]
+    if not parameters:
+        return None
+    with of.trace.as_backprop():
+        backprop = torch.autograd.grad(
+            of.trace.preactivations[i - 1], parameters, of.references[i - 1], retain_graph=True, allow_unused=True
+        )
+    pairs = zip((p.grad for p in parameters), backprop, strict=True)
+    return cosine([(own, exact) for own, exact in pairs if own is not None and exact is not None])
+
+
+def output_cosine(of: Measurement, i: int) -> Tensor | None:
+    """mean over samples n of cos(a_L, y_i): how well the local module on h_i predicts the logits."""
+    y = of.method.prediction(i, of.trace)
+    return None if y is None else F.cosine_similarity(exact(y), exact(of.trace.logits)).mean()
+
+
+MORE: dict[str, Callable[[Measurement, int], Tensor | None]] = {
+    function.__name__: function
+    for function in (weight_cosine, sign_agreement, weight_ratio, gradient_cosine, output_cosine)
+}
+
+
+def measure_more(names: Sequence[str], of: Measurement) -> Tensor:
+    """These quantities of every hidden layer, (L-1, len(names)); NaN where a method has no such thing."""
+    nothing = of.trace.logits.new_full((), torch.nan, dtype=torch.promote_types(of.trace.logits.dtype, torch.float32))
+    rows = []
+    for i in range(1, of.net.depth):
+        found = [MORE[name](of, i) for name in names]
+        rows.append(torch.stack([nothing if value is None else value.to(nothing) for value in found]))
+    return torch.stack(rows)

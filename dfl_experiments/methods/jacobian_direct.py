@@ -1,0 +1,35 @@
+"""ADFA: direct feedback whose B follows the product of the weights above (Yang's reading of Baldi et al., 2018)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.engine.trace import Trace
+from dfl_experiments.errors import UserError
+from dfl_experiments.methods.direct import Direct
+from dfl_experiments.ranges import Probability
+
+
+class ProductDirectFeedback(Direct):
+    """B_{i+1} ← B_{i+1} + ρ (W_{i+1}ᵀ … W_Lᵀ - B_{i+1}) at every step, before δ_i = (B_{i+1} e) ⊙ f'(a_i) is sent.
+
+    `rate`: ρ; 0 is DFA, and 1 is backpropagation where the net is linear. It transports weights: a control, not a
+    rule for hardware. Raises `UserError` for any net but one of linear layers.
+    """
+
+    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, rate: Probability, **options: Any) -> None:
+        super().__init__(net, num_classes, loss, **options)
+        self.rate = rate
+        if not self.products.dense:
+            raise UserError("method: B follows the product of the weights above, which only a fully connected net has")
+
+    def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
+        """Move every B towards the product of today's weights."""
+        with torch.autocast(error.device.type, enabled=False):
+            for i, module in self.local_modules.items():
+                product = self.products.above(i)
+                assert product is not None, "the net is dense"
+                module.weight.data.lerp_(product, self.rate)

@@ -1,0 +1,44 @@
+"""PFA: signals pass through a product P R, whose R learns from the gradients of W (Li and Benna, 2024)."""
+
+import torch
+from torch import Tensor, nn
+
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.methods.sequential import Sequential
+from dfl_experiments.ranges import Count
+
+
+class ProductFeedback(Sequential):
+    """δ_i = (δ_{i+1} P R) ⊙ f'(a_i): P (d_out, m) is fixed, R (m, d_in) has an optimizer of its own and R.grad = Pᵀ g.
+
+    g is W's gradient, (d_out, d_in), and d_in = C·k² of a convolution. `expansion`: m = expansion · d_out; above 1, P
+    and R are Xavier-uniform, P with gain √((1 + 1/expansion)/2), so that P Pᵀ ≈ 1; at 1, P is orthogonal, and W - P R
+    shrinks by 1 - ηλ a step under SGD with weight decay λ.
+    """
+
+    sends_first = True
+
+    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, expansion: Count) -> None:
+        super().__init__(net, num_classes, loss)
+        self.feedback = nn.ParameterList()
+        for k, layer in enumerate(self.layers):
+            rows, columns = layer.weight.flatten(1).shape
+            fixed = torch.empty(rows, expansion * rows).to(layer.weight)
+            if expansion == 1:
+                nn.init.orthogonal_(fixed)
+            else:
+                nn.init.xavier_uniform_(fixed, ((1 + 1 / expansion) / 2) ** 0.5)
+            self.register_buffer(f"fixed_{k}", fixed)
+            self.feedback.append(nn.init.xavier_uniform_(torch.empty(expansion * rows, columns).to(layer.weight)))
+
+    def feedback_weight(self, k: int) -> Tensor:
+        """P R, in the shape of the weight of layers[k]."""
+        return (self.get_buffer(f"fixed_{k}") @ self.feedback[k]).view_as(self.layers[k].weight)
+
+    @torch.no_grad()
+    def follow(self, lr: float | Tensor) -> None:
+        """Pᵀ g of every R. lr: η, of no use here."""
+        for k, (layer, feedback) in enumerate(zip(self.layers, self.feedback, strict=True)):
+            assert layer.weight.grad is not None, "every layer has learnt something"
+            feedback.grad = self.get_buffer(f"fixed_{k}").T @ layer.weight.grad.flatten(1)

@@ -1,0 +1,68 @@
+"""Feedback alignment, and what its descendants share: signals pass every weight layer, through a B in W's place."""
+
+import torch
+from torch import Tensor, nn
+
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.engine.method import Method, WeightPair
+from dfl_experiments.engine.transpose import Transpose, transposed
+from dfl_experiments.ranges import SequentialInit
+
+
+class Sequential(Method):
+    """δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i) at every weight layer, head and shortcuts included, from δ_L = e on.
+
+    A subclass gives `feedback_weight(k)`, in the shape of the weight of layers[k]: all weight layers but the first,
+    which sends nothing on. Normalisation, pooling and activations keep their own Jacobians.
+    """
+
+    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
+        super().__init__(net, num_classes, loss)
+        by_block = [net.weight_layers(i) for i in range(self.depth)]
+        self.blocks = [i for i, some in enumerate(by_block) for _ in some][1:]  # of every layer, counted from 0
+        self.layers = [layer for some in by_block for layer in some][1:]
+        self.transpose = Transpose(self.layers, self.carry)
+
+    def feedback_weight(self, k: int) -> Tensor:
+        """The B that layers[k] transposes with, in the shape of its weight."""
+        raise NotImplementedError
+
+    def carry(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
+        """The signal at the input x of layers[k], given the one at its output."""
+        return transposed(self.layers[k], self.feedback_weight(k), signal, x.shape)
+
+    def weight_pairs(self, i: int) -> list[WeightPair]:
+        """B and W of every layer of block i+1, through which h_i gets its signal."""
+        return [
+            (self.feedback_weight(k), layer.weight)
+            for k, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True))
+            if block == i
+        ]
+
+
+class FeedbackAlignment(Sequential):
+    """FA (Lillicrap et al., 2016): B is drawn once and stays.
+
+    `init`: "default", from the distribution that W starts from, fresh; "kaiming" or "xavier", uniform, as Frenkel et
+    al. and BioTorch draw it; "copy": B starts as W, as in Nøkland's published code.
+    """
+
+    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, init: SequentialInit) -> None:
+        super().__init__(net, num_classes, loss)
+        self.feedback = nn.ParameterList(drawn(layer.weight, init) for layer in self.layers)
+        self.feedback.requires_grad_(False)
+
+    def feedback_weight(self, k: int) -> Tensor:
+        """The B of layers[k]."""
+        return self.feedback[k]
+
+
+def drawn(weight: Tensor, init: SequentialInit) -> Tensor:
+    """A B of W's shape, drawn as `init` says."""
+    start = torch.empty_like(weight, requires_grad=False)
+    if init == "copy":
+        return start.copy_(weight.detach())
+    if init == "xavier":
+        return nn.init.xavier_uniform_(start)
+    return nn.init.kaiming_uniform_(start, a=5**0.5 if init == "default" else 0.0)

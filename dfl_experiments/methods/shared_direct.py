@@ -1,0 +1,39 @@
+"""Direct feedback through the top of one matrix that all layers share (Launay et al., 2019)."""
+
+from typing import Any, Literal
+
+import torch
+
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.methods.direct import Direct
+
+
+class SharedDirectFeedback(Direct):
+    """δ_i = (B_{i+1} e) ⊙ f'(a_i), with B_{i+1} the first d_i rows of one S, (d_max, K), scaled.
+
+    `scale`: "layerwise", as first published: S ~ N(0, 1/(d_max K)), then times √(d_max/d_i), so that B_{i+1} √d_i is
+    the same in all layers where they overlap; or "global", as in the authors' code of 2020: S ~ U[-1, 1)/√d_max.
+    A B in the shape of a convolution counts C·k² rows.
+    """
+
+    def __init__(
+        self,
+        net: BlockNet,
+        num_classes: int,
+        loss: OutputLoss,
+        scale: Literal["layerwise", "global"],
+        **options: Any,
+    ) -> None:
+        super().__init__(net, num_classes, loss, **options)
+        weights = [module.weight.data for module in self.local_modules.values()]
+        rows = max((weight[0].numel() for weight in weights), default=0)
+        shared = torch.empty(rows, num_classes).to(next(net.parameters()))
+        if scale == "layerwise":
+            shared.normal_(0, (max(rows, 1) * num_classes) ** -0.5)
+        else:
+            shared.uniform_(-1, 1).mul_(max(rows, 1) ** -0.5)
+        for weight in weights:
+            own = weight[0].numel()
+            factor = (rows / own) ** 0.5 if scale == "layerwise" else 1.0
+            weight.copy_((shared[:own] * factor).T.reshape(weight.shape))

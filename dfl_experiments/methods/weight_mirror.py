@@ -1,0 +1,51 @@
+"""WM: B learns W from noise that is sent through the layers (Akrout et al., 2019)."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.engine.trace import Trace
+from dfl_experiments.methods.sequential import FeedbackAlignment
+from dfl_experiments.ranges import Probability
+
+
+class WeightMirror(FeedbackAlignment):
+    """B ← (1 - ρ) B + ρ (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) at every step, with y = ξ Wᵀ and ξ ~ N(0, 1), (M, d_in), per layer.
+
+    B here in W's shape; Eq. 7 of the paper, with the normaliser that makes E[B] = W. Neither bias nor activation nor
+    padding takes part: a convolution's mirror is on patches, d_in = C·k². `samples`: M. `rate`: ρ; null for
+    0.08 (M - 1)/(d_in + 1), with which the cosine of B and a W at rest comes to 0.98.
+    """
+
+    def __init__(
+        self,
+        net: BlockNet,
+        num_classes: int,
+        loss: OutputLoss,
+        samples: Annotated[int, Field(ge=2, le=2**16)],
+        rate: Probability | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(net, num_classes, loss, **options)
+        self.samples, self.rate = samples, rate
+
+    @torch.no_grad()
+    def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
+        """Mirror every layer once, in no less than float32."""
+        with torch.autocast(error.device.type, enabled=False):
+            for layer, feedback in zip(self.layers, self.feedback, strict=True):
+                weight = layer.weight.flatten(1)
+                noise = torch.randn(self.samples, weight.shape[1], dtype=weight.dtype, device=weight.device)
+                rate = min(1.0, 0.08 * (self.samples - 1) / (weight.shape[1] + 1)) if self.rate is None else self.rate
+                feedback.lerp_(mirrored(weight, noise).view_as(feedback), rate)
+
+
+def mirrored(weight: Tensor, noise: Tensor) -> Tensor:
+    """(y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) with y = ξ Wᵀ, shaped like W, (d_out, d_in). noise: ξ, (M, d_in)."""
+    centred = noise - noise.mean(0)
+    y = noise @ weight.T
+    return (y - y.mean(0)).T @ centred / (len(noise) - 1)
