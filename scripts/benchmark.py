@@ -1,7 +1,7 @@
 """The one place where time is judged: every method beside plain PyTorch, interleaved, in one process.
 
     python scripts/benchmark.py [--quick] [--device cpu|cuda] [--threads 1] [--models fc-mnist,conv3,…]
-                                [--grid DATA_DIR] [--out FILE]
+                                [--methods bp,fa,…|all] [--grid DATA_DIR] [--out FILE]
 
 Prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random: their content
 changes no time. Contenders of one table take turns step by step, so that what else the machine does hits all alike.
@@ -13,7 +13,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfl_experiments.configuration.composition import compose
+from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Normalise, random_stream
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.engine.learner import Learner
+from dfl_experiments.errors import UserError
 from dfl_experiments.running.build import build
 from dfl_experiments.running.device import reuse_memory
 from dfl_experiments.running.epochs import State, train
@@ -46,7 +47,7 @@ MODELS = {
     "conv3_bn": ("conv3_bn", "cifar10", (3, 32, 32)),
     "resnet18": ("resnet18", "cifar10", (3, 32, 32)),
 }
-METHODS = ("bp", "shallow", "dfa", "las", "ltas")
+PAPER = ("bp", "shallow", "dfa", "las", "ltas")
 ADAM_BYTES = 32  # per weight: gradient written and read; weight and both moments read and written; float32
 Step = Callable[[Tensor, Tensor], object]
 
@@ -72,12 +73,16 @@ def plain(model: str, device: torch.device) -> Step:
     return step
 
 
-def contenders_of(model: str, device: torch.device) -> tuple[dict[str, Step], dict[str, int]]:
+def contenders_of(model: str, methods: Sequence[str], device: torch.device) -> tuple[dict[str, Step], dict[str, int]]:
     """A step of every contender on a model, and how many weights it trains."""
     steps: dict[str, Step] = {"plain": plain(model, device)}
     weights = {"plain": 0}
-    for method in METHODS:
-        one = learner(method, model, device)
+    for method in methods:
+        try:
+            one = learner(method, model, device)
+        except UserError as error:
+            print(f"{method} on {model}: {error}")
+            continue
         trained = [*one.parameters, *(p for p in one.method.parameters() if p.requires_grad)]
         weights[method] = sum(p.numel() for p in trained)
         steps[method] = one.step
@@ -91,7 +96,9 @@ def contenders_of(model: str, device: torch.device) -> tuple[dict[str, Step], di
     return steps, weights
 
 
-def step_times(model: str, rounds: int, instances: int, device: torch.device) -> dict[str, dict[str, float]]:
+def step_times(
+    model: str, methods: Sequence[str], rounds: int, instances: int, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Milliseconds per step of every contender, and its operations and bytes of weights.
 
     instances: how many times all are made anew, for where the allocator puts a small network's weights moves its time
@@ -105,7 +112,7 @@ def step_times(model: str, rounds: int, instances: int, device: torch.device) ->
 
     found: list[dict[str, float]] = []
     for _ in range(instances):
-        steps, weights = contenders_of(model, device)
+        steps, weights = contenders_of(model, methods, device)
         found.append(medians({name: call(step) for name, step in steps.items()}, rounds // instances, device))
     result = {name: {"ms": statistics.median(times[name] for times in found) * 1e3} for name in steps}
     for name, step in steps.items():
@@ -206,6 +213,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", default="", help=f"of {', '.join(MODELS)} (default: all, with --quick the first)")
+    parser.add_argument("--methods", default=",".join(PAPER), help="beside BP, or all (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"))
     parser.add_argument("--grid", metavar="DATA_DIR", help="also run a 16-point grid on the MNIST there (minutes)")
     options = parser.parse_args()
@@ -214,6 +222,8 @@ def main() -> None:
         reuse_memory()  # as a run does; it serves plain PyTorch as well
     device = torch.device(options.device)
     models = options.models.split(",") if options.models else list(MODELS)[: 1 if options.quick else None]
+    asked = group_options("method") if options.methods == "all" else options.methods.split(",")
+    methods = ["bp", *(method for method in asked if method != "bp")]
     rate = rates(device)
     gflops = {name: round(rate[name] / 1e9) for name in ("product", "convolution")}
     print(f"{device_name(device)}: Gflop/s {gflops}, copy {rate['bytes_per_s'] / 1e9:.1f} GB/s")
@@ -225,7 +235,7 @@ def main() -> None:
         rounds, instances = (350, 7) if model == "fc-mnist" else (12, 1)
         if options.quick:
             rounds, instances = rounds // 2, min(instances, 3)
-        steps = step_times(model, rounds, instances, device)
+        steps = step_times(model, methods, rounds, instances, device)
         show_steps(model, steps, rate)
         report["steps"] |= {model: steps}
     report["augmentation_us_per_image"] = found = augmentation_times(256 if options.quick else 2048, 3)

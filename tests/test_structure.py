@@ -79,7 +79,7 @@ def own(tmp_path, monkeypatch):
     """The files that the README shows, in a folder of their own, on the path; and how it calls them."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", text, re.S)
-    assert sorted(Path(name).name for name, _ in blocks) == ["conv2.yaml", "drtp.yaml", "my_rules.py"]
+    assert sorted(Path(name).name for name, _ in blocks) == ["clipped.yaml", "conv2.yaml", "my_rules.py"]
     assert sum(content.count("\n") + 1 for _, content in blocks) < 60
     for name, content in blocks:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,12 +89,22 @@ def own(tmp_path, monkeypatch):
 
 
 def test_the_readme_s_new_method_obeys_the_laws(own):
-    laws = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-k", "drtp-", "tests/engine/test_laws.py"]
+    laws = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-vv",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "clipped-",
+        "tests/engine/test_laws.py",
+    ]
     environment = {**os.environ, "DFL_CONFIG_DIR": str(own / "my_conf"), "DFL_PLUGINS": "my_rules"}
     done = subprocess.run(laws, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
-    assert "drtp-conv2" in done.stdout
+    assert "clipped-conv2" in done.stdout
 
 
 def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_package_is_named(own):
@@ -106,10 +116,10 @@ def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_p
     asked = re.search(r"dfl-train (--config-dir my_conf .*)", text)[1].replace('"', "").split()
     done = dfl_train(*asked, "epochs=2", "tracking=disabled", "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
-    assert "finished: drtp, conv2 on digits" in done.stdout
+    assert "finished: clipped, conv2 on digits" in done.stdout
     refused = dfl_train("repeat=here")
     assert refused.returncode == 2
-    assert "method._target_=my_rules.TargetProjection: must be a subclass of Method" in refused.stderr
+    assert "method._target_=my_rules.ClippedFeedback: must be a subclass of Method" in refused.stderr
     assert dfl_train("repeat=here", "plugins=[my_rules]", "hydra.run.dir=there").returncode == 0
     assert (own / "there" / "iterations.csv").read_bytes() == (own / "here" / "iterations.csv").read_bytes()
 

@@ -47,7 +47,8 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
 def completed(recorded: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """A recorded configuration with today's values for what has been added since it was recorded."""
     merged = {name: values[name] for name in OPERATIONAL} | recorded
-    return merged | {"checkpoint": values["checkpoint"] | merged["checkpoint"]}
+    grown = {name: merged.get(name) for name in ("checkpoint", "alignment", "protocol")}
+    return merged | {name: values[name] | part for name, part in grown.items() if isinstance(part, dict)}
 
 
 def read_recorded(path: Path, said: str) -> dict[str, Any]:

@@ -5,20 +5,36 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from dfl_experiments.ranges import Quantity
 from dfl_experiments.report.cells import UNFIT, Entry, Point, Section, by_row
 from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Series
 from dfl_experiments.report.tables import seeds_behind
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a grey that shows on white and on black
 COLOURS = {"bp": "#808080", "shallow": "#CC79A7", "dfa": "#D55E00", "las": "#0072B2", "ltas": "#009E73"}
+# and Tol's muted one, for the rest of the family
+COLOURS |= {
+    "fa": "#882255", "kp": "#AA4499", "wm": "#CC6677", "pfa": "#A05028",
+    "usf": "#56B4E9", "brsf": "#88CCEE", "frsf": "#7A6FD0",
+    "sdfa": "#E69F00", "bdfa": "#B0A000", "shared": "#999933", "drtp": "#44AA99", "adfa": "#117733", "dkp": "#DDAA33",
+    "fdfa": "#6699CC",
+}  # fmt: skip
 MORE_COLOURS = ("#E69F00", "#56B4E9", "#B0A000")
+NAMES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
+MEASURED: dict[Quantity, str] = {
+    "weight_cosine": "cosine of B with what backpropagation has in its place",
+    "sign_agreement": "share of B's signs that are those of what backpropagation has in its place",
+    "weight_ratio": "norm of B over that of what backpropagation has in its place",
+    "gradient_cosine": "cosine of the weights' gradient with backpropagation's",
+    "output_cosine": "cosine of the local module's prediction with the logits",
+}
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def look_of(method: str) -> tuple[str, str]:
     """A method's name and colour, the same in every figure."""
     colour = COLOURS.get(method) or MORE_COLOURS[sum(method.encode()) % len(MORE_COLOURS)]
-    return {"shallow": "Shallow"}.get(method, method.upper()), colour
+    return NAMES.get(method, method.upper()), colour
 
 
 def curves(entries: Iterable[Entry], column: str, scale: float = 1.0) -> list[Series]:
@@ -43,6 +59,12 @@ def seeds_note(entries: Sequence[Entry]) -> str:
     return "One seed." if seeds == "1" else f"Mean over {seeds} seeds, their range shaded."
 
 
+def layers_of(entries: Iterable[Entry], quantity: str) -> list[int]:
+    """The layers for which epochs.csv has this quantity, in any of the runs."""
+    columns = {name for entry in entries for run in entry.shown for name in run.epochs}
+    return sorted(int(name.partition("/")[2]) for name in columns if name.startswith(f"{quantity}/"))
+
+
 def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
     """The cosines of a layer, and BP's own line; None where nothing was measured."""
     series = curves(entries, f"cosine/{layer}")
@@ -61,9 +83,7 @@ def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
 def alignment(entries: list[Entry]) -> Iterable[Figure]:
     """The paper's alignment figure, of layer 1; and one of all layers."""
     entries = [entry for entry in entries if entry.cell.method != "bp"]
-    columns = {name for entry in entries for run in entry.shown for name in run.epochs if name.startswith("cosine/")}
-    layers = sorted(int(name.removeprefix("cosine/")) for name in columns)
-    panels = {layer: panel for layer in layers if (panel := alignment_panel(layer, entries))}
+    panels = {layer: panel for layer in layers_of(entries, "cosine") if (panel := alignment_panel(layer, entries))}
     note = (
         "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations. "
         f"{seeds_note(entries)}"
@@ -72,6 +92,16 @@ def alignment(entries: list[Entry]) -> Iterable[Figure]:
         yield Figure("alignment", "Alignment with BP, layer 1", note, [panels[1]])
     if set(panels) - {1}:
         yield Figure("alignment-all-layers", "Alignment with BP, every layer", note, [*panels.values()])
+
+
+def quantities(entries: list[Entry]) -> Iterable[Figure]:
+    """A figure, with a panel for each layer, of everything else that was measured."""
+    for name, what in MEASURED.items():
+        found = {layer: curves(entries, f"{name}_mean/{layer}") for layer in layers_of(entries, f"{name}_mean")}
+        panels = [Curves(f"layer {layer}", name.replace("_", " "), series) for layer, series in found.items() if series]
+        if panels:
+            note = f"The {what}: mean over iterations. {seeds_note(entries)}"
+            yield Figure(name.replace("_", "-"), name.replace("_", " ").capitalize(), note, panels)
 
 
 def learning(entries: list[Entry]) -> Iterable[Figure]:
@@ -149,7 +179,7 @@ def figures(section: Section) -> list[Figure]:
     found = [
         replace(figure, name=f"{figure.name}-{'-'.join(row)}", title=f"{figure.title}: {', '.join(row)}")
         for row, cells in by_row(section.chosen).items()
-        for kind in (alignment, learning, grids)
+        for kind in (alignment, quantities, learning, grids)
         for figure in kind(list(cells.values()))
     ]
     return [*found, *throughput(section)]

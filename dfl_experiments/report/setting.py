@@ -13,7 +13,14 @@ from dfl_experiments.configuration.composition import PLACES, compose, group_opt
 
 NAMED = (*PLACES, "optimizer", "protocol")  # what a run's configuration has a name for
 # what a cell's runs may differ in: the axes of its grid, what its place in the table says, and what changes no number
-NOT_A_DIFFERENCE = {"optimizer.lr", "optimizer.weight_decay", "seed", "smoke", "alignment.every"}
+NOT_A_DIFFERENCE = {
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "seed",
+    "smoke",
+    "alignment.every",
+    "alignment.quantities",
+}
 NOT_A_DIFFERENCE |= {f"{place}.name" for place in PLACES}
 LONGEST_SLUG = 90
 

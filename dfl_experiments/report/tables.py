@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -12,8 +13,8 @@ from dfl_experiments.report.paper import PAPER, TITLES
 from dfl_experiments.report.runs import Cell
 
 FORMATS = {
-    "ours": ".2%", "±": ".2%", "n": "d", "paper": ".2%", "difference": "+.2%", "at best val.": ".2%", "lr": "g",
-    "weight decay": "g", "hours": ".2g",
+    "ours": ".2%", "±": ".2%", "n": "d", "paper": ".2%", "difference": "+.2%", "at best val.": ".2%",
+    "angle": ".0f", "lr": "g", "weight decay": "g", "hours": ".2g",
 }  # fmt: skip
 COLUMNS = (*Cell._fields, *FORMATS, "grid", "runs")
 MISSING = "–"
@@ -23,6 +24,11 @@ def mean(values: Sequence[float | None]) -> float | None:
     """None of nothing, and where one of them is."""
     present = [value for value in values if value is not None]
     return statistics.fmean(present) if present and len(present) == len(values) else None
+
+
+def degrees(cosine: float | None) -> float | None:
+    """The angle that has this cosine."""
+    return None if cosine is None else math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
 
 
 def numbers(entry: Entry) -> dict[str, float | None]:
@@ -37,6 +43,7 @@ def numbers(entry: Entry) -> dict[str, float | None]:
         "paper": entry.paper,
         "difference": None if ours is None or entry.paper is None else ours - entry.paper,
         "at best val.": mean([(run.result.get("test_accuracy") or {}).get("at_best_validation") for run in runs]),
+        "angle": degrees(mean([(run.result.get("cosine") or {}).get("1") for run in runs])),
         "lr": best.lr if best else None,
         "weight decay": best.weight_decay if best else None,
         "hours": mean([float(run.result["seconds"]) / 3600 for run in runs]),
@@ -81,7 +88,8 @@ def rule(section: Section) -> str:
         f"the best one is shown, chosen {chosen}: any two are compared by their means over the seeds that both have "
         "finished; a point of which a run diverged, failed or was stopped comes last. At best val.: test accuracy at "
         "each run's epoch with the best validation accuracy. Grid: how many of the points in conf/experiment/ have "
-        "finished. Hours: of training, mean of the point's runs."
+        "finished. Angle: of layer 1's error signal with BP's, in degrees, from the mean cosine of the last epoch. "
+        "Hours: of training, mean of the point's runs."
     )
 
 
