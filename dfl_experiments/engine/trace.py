@@ -47,6 +47,12 @@ class Trace:
     preactivations: list[Tensor] = field(default_factory=list)
     inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
 
+    def output(self, i: int) -> Tensor:
+        """h_i, detached: of a cut whose signal has not been formed, or of a kept trace."""
+        h = self.outputs[i - 1]
+        assert h is not None, "it is kept until its signal is formed"
+        return h.detach()
+
     def as_backprop(self) -> AbstractContextManager[object]:
         """The context in which every signal through this graph is transposed with W."""
         return nullcontext() if self.transpose is None else self.transpose.backprop()

@@ -57,9 +57,8 @@ class Direct(Method):
         """Leave in `.grad` of every B that learns the gradient h_i εᵀ of its y_i. local_error: y_i -> ε, (N, K)."""
         outputs, gradients, weights = [], [], []
         for i, module in self.local_modules.items():
-            h = trace.outputs[i - 1]
-            if module.weight.requires_grad and h is not None:
-                y = module(h.detach())
+            if module.weight.requires_grad:
+                y = module(trace.output(i))
                 outputs.append(y)
                 gradients.append(local_error(y.detach()))
                 weights.append(module.weight)
@@ -77,8 +76,7 @@ class Direct(Method):
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
         """y_i of the local module that sits on h_i."""
-        h = trace.outputs[i - 1]
-        return self.local_modules[i](h.detach()) if i in self.local_modules and h is not None else None
+        return self.local_modules[i](trace.output(i)) if i in self.local_modules else None
 
 
 class Products:

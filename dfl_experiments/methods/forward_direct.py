@@ -42,14 +42,12 @@ class ForwardDirectFeedback(Direct):
         """The p_i that were drawn, shaped like h_i, and d, (N, K)."""
         noise: dict[int, Tensor] = {}
         h: Tensor | None = None
-        off = torch.autocast(trace.logits.device.type, enabled=False)  # normalisation mixes the types of tangents
-        # PyTorch warns of its own use of torch.jit
+        # PyTorch warns of its own use of torch.jit; and under autocast normalisation mixes the types of tangents
+        off = torch.autocast(trace.logits.device.type, enabled=False)
         with warnings.catch_warnings(action="ignore", category=FutureWarning), off, forward_ad.dual_level():
             for i, module in enumerate(self.modules_above):
                 if i in self.local_modules:
-                    output = trace.outputs[i - 1]
-                    assert output is not None, "a cut's output is there until its signal is formed"
-                    output = precise(output.detach())
+                    output = precise(trace.output(i))
                     noise[i] = torch.randn_like(output)
                     below = None if h is None else forward_ad.unpack_dual(h).tangent
                     h = forward_ad.make_dual(output, noise[i] if below is None else noise[i] + below)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
-from dfl_experiments.methods.sequential import FeedbackAlignment
+from dfl_experiments.methods.feedback_alignment import FeedbackAlignment
 from dfl_experiments.ranges import NonNegative
 
 

@@ -36,9 +36,18 @@ class ProductFeedback(Sequential):
         """P R, in the shape of the weight of layers[k]."""
         return (self.get_buffer(f"fixed_{k}") @ self.feedback[k]).view_as(self.layers[k].weight)
 
+    def carry(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
+        """The signal at the input x of layers[k]; of a linear one by way of δ P, which gives R.grad = (δ P)ᵀ x too."""
+        if isinstance(self.layers[k], nn.Conv2d):
+            return super().carry(k, signal, x)
+        inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)  # far fewer operations than P R
+        learnt = self.feedback[k]
+        learnt.grad = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(learnt.dtype)
+        return inner @ learnt.to(inner.dtype)
+
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
-        """Pᵀ g of every R. lr: η, of no use here."""
+        """Pᵀ g of the R of convolutions. lr: η, of no use here."""
         for k, (layer, feedback) in enumerate(zip(self.layers, self.feedback, strict=True)):
-            assert layer.weight.grad is not None, "every layer has learnt something"
-            feedback.grad = self.get_buffer(f"fixed_{k}").T @ layer.weight.grad.flatten(1)
+            if isinstance(layer, nn.Conv2d) and layer.weight.grad is not None:
+                feedback.grad = self.get_buffer(f"fixed_{k}").T @ layer.weight.grad.flatten(1)

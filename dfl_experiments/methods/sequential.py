@@ -1,13 +1,11 @@
-"""Feedback alignment, and what its descendants share: signals pass every weight layer, through a B in W's place."""
+"""What feedback alignment and its descendants share: signals pass every weight layer, through a B in W's place."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.method import Method, WeightPair
 from dfl_experiments.engine.transpose import Transpose, transposed
-from dfl_experiments.ranges import SequentialInit
 
 
 class Sequential(Method):
@@ -39,30 +37,3 @@ class Sequential(Method):
             for k, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True))
             if block == i
         ]
-
-
-class FeedbackAlignment(Sequential):
-    """FA (Lillicrap et al., 2016): B is drawn once and stays.
-
-    `init`: "default", from the distribution that W starts from, fresh; "kaiming" or "xavier", uniform, as Frenkel et
-    al. and BioTorch draw it; "copy": B starts as W, as in Nøkland's published code.
-    """
-
-    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, init: SequentialInit) -> None:
-        super().__init__(net, num_classes, loss)
-        self.feedback = nn.ParameterList(drawn(layer.weight, init) for layer in self.layers)
-        self.feedback.requires_grad_(False)
-
-    def feedback_weight(self, k: int) -> Tensor:
-        """The B of layers[k]."""
-        return self.feedback[k]
-
-
-def drawn(weight: Tensor, init: SequentialInit) -> Tensor:
-    """A B of W's shape, drawn as `init` says."""
-    start = torch.empty_like(weight, requires_grad=False)
-    if init == "copy":
-        return start.copy_(weight.detach())
-    if init == "xavier":
-        return nn.init.xavier_uniform_(start)
-    return nn.init.kaiming_uniform_(start, a=5**0.5 if init == "default" else 0.0)

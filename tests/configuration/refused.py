@@ -63,7 +63,7 @@ KEYS = {
     "alignment.evry=2": ("alignment.evry", "there are every", "did you mean alignment.every?"),
     "+lr=1e-3": ("lr: no such option", "did you mean optimizer.lr?"),
     "++optimiser.lr=1": ("optimiser: no such option", "did you mean optimizer?"),
-    "+method.foo=1": ("method.foo: no such option", "local_target, init"),
+    "+method.foo=1": ("method.foo: no such option", "local_target, local_reduction, init"),
     "method=bp +method.init=kaiming": ("method.init: no such option", "there are none"),
     "+model.input_shape=[1,8,8]": ("model.input_shape: no such option", "widths, activation"),
     "+dataset.foo=1": ("dataset.foo: no such option", "source, mean, std"),
@@ -71,7 +71,7 @@ KEYS = {
     "~dataset.mean": ("dataset.mean: missing",),
     "~model.widths": ("model.widths: missing",),
     "dataset=folder": ("dataset.source.path: missing",),
-    "~method": ("method: missing", "bp, dfa, las"),
+    "~method": ("method: missing", "bp, brsf, dfa"),
     "method=lass": ("method/lass", "las\n"),
     "--multirun hydra/launcher=slurm": ("hydra/launcher/slurm", "basic"),
     # interpolations

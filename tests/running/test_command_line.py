@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import METHODS
 from hydra.errors import HydraException
 from processes import dfl_train
 from run_files import records, table
@@ -85,7 +86,12 @@ def test_unknown_protocol_is_refused_with_the_choices():
 
 def test_help_lists_the_groups_and_an_example_of_each_use(tmp_path):
     printed = dfl_train(tmp_path, "--help", environment={}).stdout
-    for words in ("method: bp, dfa, las, ltas, shallow", "protocol: authors, fair, paper", "--multirun", "--cfg job"):
+    for words in (
+        f"method: {', '.join(METHODS)}",
+        "protocol: authors, fair, paper",
+        "--multirun",
+        "--cfg job",
+    ):
         assert words in printed
 
 
