@@ -72,7 +72,7 @@ class Direct(Method):
     def weight_pairs(self, i: int) -> list[WeightPair]:
         """B_{i+1}ᵀ and W_L … W_{i+1}, both (K, d_i), where the net's products are matrices."""
         product = self.products.above(i) if i in self.local_modules else None
-        return [] if product is None else [(self.local_modules[i].weight, product)]
+        return [] if product is None else [(self.local_modules[i].weight, self.local_modules[i].in_place(product))]
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
         """y_i of the local module that sits on h_i."""

@@ -89,13 +89,18 @@ class LocalModule(nn.Module):
         "default": as a linear layer or a convolution of B̄'s shape starts, and in place of a product that is not there.
         """
         if init == "product" and product is not None:
-            self.weight.copy_(product)
+            self.weight.copy_(self.in_place(product))
         elif init == "kaiming":
             nn.init.kaiming_uniform_(self.weight, mode="fan_out" if self.linear else "fan_in", nonlinearity="relu")
         elif init == "zeros":
             nn.init.zeros_(self.weight)
         else:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def in_place(self, product: Tensor) -> Tensor:
+        """A product (K, d) as B̄ holds it; one of channels, (K, C), on flattened tokens: a share of it on each."""
+        tokens = self.weight.numel() // product.numel()
+        return product.view_as(self.weight) if tokens == 1 else (product / tokens).repeat(1, tokens)
 
     def features(self, h: Tensor) -> Tensor:
         """What the sum-pooled module is a matrix on: h itself, its mean over tokens, or its window sums, flattened."""
