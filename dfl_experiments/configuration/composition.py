@@ -54,7 +54,10 @@ def scientific(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in NOT_SCIENTIFIC}
     kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in ("epochs", "fc_widths")}
     # options that there have not always been, at what every run had without them: a sweep of before keeps its names
-    for group, option, value in (("alignment", "quantities", []), ("method", "feedback", "conv")):
+    added = [("alignment", "quantities", []), ("method", "feedback", "conv")]
+    if kept["model"]["name"] in ("conv3", "conv3_bn"):
+        added.append(("model", "activation", "relu"))
+    for group, option, value in added:
         if kept[group].get(option) == value:
             kept[group] = {key: other for key, other in kept[group].items() if key != option}
     # the rest of a protocol acts through the other groups
