@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.method import Method
@@ -74,9 +73,12 @@ def gradient_cosine(of: Measurement, i: int) -> Tensor | None:
 
 
 def output_cosine(of: Measurement, i: int) -> Tensor | None:
-    """mean over samples n of cos(a_L, y_i): how well the local module on h_i predicts the logits."""
+    """mean over samples n of cos(a_L, y_i): how well the module on h_i predicts the logits; NaN for a zero y_i."""
     y = of.method.prediction(i, of.trace)
-    return None if y is None else F.cosine_similarity(exact(y), exact(of.trace.logits)).mean()
+    if y is None:
+        return None
+    y, logits = exact(y), exact(of.trace.logits)
+    return ((y * logits).sum(1) / y.norm(dim=1) / logits.norm(dim=1)).mean()
 
 
 MORE: dict[str, Callable[[Measurement, int], Tensor | None]] = {

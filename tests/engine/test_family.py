@@ -290,6 +290,17 @@ def test_methods_that_start_alike_start_from_one_b(model):
             assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+def test_a_prediction_s_cosine_does_not_depend_on_its_size_and_nothing_has_none():
+    found = []
+    for size in (1.0, 1e-12, 0.0):
+        t = Tiny("dfa", "fc")
+        t.method.feedback[0].weight.data.mul_(size)
+        learner = Learner(t.net, t.method, t.loss, t.schedule, more=["output_cosine"])
+        found.append(dict(zip(learner.numbers, learner.step(t.x, t.target, True), strict=True))["output_cosine/1"])
+    close(found[0], found[1])
+    assert found[2].isnan()
+
+
 @pytest.mark.parametrize("method", ["bp", "fa", "las"])
 def test_what_is_measured_beside_the_cosine_is_what_its_name_says(method):
     t = Tiny(method, "fc", "++method.init=kaiming") if method != "bp" else Tiny(method, "fc")
