@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.method import Method
-from dfl_experiments.engine.quantities import Measurement, measure_more
+from dfl_experiments.engine.quantities import Measurement, exact_type, measure_more
 from dfl_experiments.engine.trace import Trace
 
 CACHED_NUMBERS = 2**16  # of each signal, as float64 half a megabyte
@@ -42,10 +42,9 @@ def inner_products(delta: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Te
     In float64: a confidently classified sample's signal may be 1e-25, whose square float32 cannot hold (MPS has no
     float64 and does with what it has). On a CPU a few samples at a time, whose copies then stay in the cache.
     """
-    dtype = torch.float32 if delta.device.type == "mps" else torch.float64
     count, numbers = delta.shape
     rows = max(1, CACHED_NUMBERS // numbers) if delta.device.type == "cpu" else count
-    pair = torch.empty(min(rows, count), 2, numbers, dtype=dtype, device=delta.device)
+    pair = torch.empty(min(rows, count), 2, numbers, dtype=exact_type(delta), device=delta.device)
     products = []
     for some_d, some_r in zip(delta.split(rows), reference.split(rows), strict=True):
         some = pair[: len(some_d)]
@@ -91,6 +90,6 @@ def measure(
     references = [d for d in applied if d is not None] if exact else backprop_deltas(trace, error)
     measured = torch.stack([compare(d, r) for d, r in zip(applied, references, strict=True)])
     if more:
-        found = measure_more(more, Measurement(net, method, trace, references))
-        measured = torch.cat([measured, found.to(measured)], dim=1)
+        found = [measure_more(more, Measurement(net, method, trace, i, r)) for i, r in enumerate(references, start=1)]
+        measured = torch.cat([measured, torch.stack(found).to(measured)], dim=1)
     return measured.flatten()

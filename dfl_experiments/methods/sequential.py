@@ -1,5 +1,7 @@
 """What feedback alignment and its descendants share: signals pass every weight layer, through a B in W's place."""
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor
 
 from dfl_experiments.engine.blocknet import BlockNet
@@ -8,7 +10,7 @@ from dfl_experiments.engine.method import Method, WeightPair
 from dfl_experiments.engine.transpose import Transpose, transposed
 
 
-class Sequential(Method):
+class Sequential(Method, ABC):
     """δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i) at every weight layer, head and shortcuts included, from δ_L = e on.
 
     A subclass gives `feedback_weight(k)`, in the shape of the weight of layers[k]: all weight layers but the first,
@@ -22,9 +24,9 @@ class Sequential(Method):
         self.layers = [layer for some in by_block for layer in some][1:]
         self.transpose = Transpose(self.layers, self.carry)
 
+    @abstractmethod
     def feedback_weight(self, k: int) -> Tensor:
         """The B that layers[k] transposes with, in the shape of its weight."""
-        raise NotImplementedError
 
     def carry(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
         """The signal at the input x of layers[k], given the one at its output."""

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from dfl_experiments.engine.blocknet import BlockNet
@@ -30,7 +29,8 @@ class SignSymmetry(Sequential):
         self.magnitudes, self.normal = magnitudes, normal
         self.scales = [root_mean_square(layer.weight.detach(), scale) for layer in self.layers]
         for k, layer in enumerate(self.layers):
-            self.register_buffer(f"magnitude_{k}", torch.full_like(layer.weight.detach(), self.scales[k]))
+            shape = () if magnitudes == "uniform" else layer.weight.shape
+            self.register_buffer(f"magnitude_{k}", layer.weight.detach().new_full(shape, self.scales[k]))
         if magnitudes != "uniform":
             self.draw()
 

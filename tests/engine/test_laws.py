@@ -8,8 +8,10 @@ from conftest import CLASSES, CROSS, METHODS, MODELS, PAIRS, REFUSED, Tiny
 from torch.nn import functional as F
 
 from dfl_experiments.engine.alignment import backprop_deltas, measure
+from dfl_experiments.engine.blocknet import Block, BlockNet
+from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
-from dfl_experiments.methods import Direct, ProductDirectFeedback, WeightMirror
+from dfl_experiments.methods import Direct, ProductDirectFeedback, ProductFeedback, WeightMirror
 from dfl_experiments.methods.local_module import LocalModule
 
 DIRECT = [name for name in METHODS if isinstance(Tiny(name, "fc").method, Direct)]
@@ -152,7 +154,7 @@ def test_local_and_network_losses_do_not_touch_each_other(method, model):
     _, error = t.loss.value_and_error(trace.logits, t.target)
     t.start(trace, error)
     for p, b in zip(t.method.parameters(), before, strict=True):
-        if isinstance(t.method, Direct):
+        if not isinstance(t.method, ProductFeedback):  # whose R learns on the way down
             assert p.grad is b if b is None else torch.equal(p.grad, b)
     assert all(p.grad is not None for p in t.learner.parameters)
 
@@ -287,3 +289,11 @@ def test_a_method_that_cuts_and_has_no_signal_is_refused():
     t.method.cuts = frozenset({1})
     with pytest.raises(LookupError, match="Backprop cuts behind block 1 and has no signal for it"):
         t.learner.step(t.x, t.target)
+
+
+def test_a_block_s_output_is_a_vector_tokens_or_an_image():
+    block = Block(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, (3, 1, 1, 1))), torch.nn.Identity())
+    head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, CLASSES))
+    net = BlockNet(block, head=head, input_shape=(3, 1, 1))
+    with pytest.raises(UserError, match=r"block 1 gives \(3, 1, 1, 1\) per sample; must be \(d,\), \(T, C\) or"):
+        Direct(net, CLASSES, LOSSES["cross_entropy"], top="direct")

@@ -67,7 +67,7 @@ def killed_before_file_operation(number):
 
 
 @pytest.mark.parametrize("method", KINDS)
-def test_killed_at_thirty_moments_and_resumed_it_ends_with_the_same_bits(method, tmp_path):
+def test_killed_again_and_again_and_resumed_it_ends_with_the_same_bits(method, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
