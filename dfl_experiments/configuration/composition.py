@@ -36,11 +36,12 @@ def group_options(group: str) -> list[str]:
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as resolved dictionaries, lists and scalars, without Hydra's own node."""
-    kept: Any = [str(key) for key in cfg if key != "hydra"]
-    if isinstance(cfg, DictConfig):  # before a job Hydra's node cannot be resolved
-        resolved: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
-        return resolved
-    return {key: cfg[key] for key in kept}
+    names = [str(key) for key in cfg if key != "hydra"]  # before a job Hydra's node cannot be resolved
+    values = {name: cfg[name] for name in names}
+    return {
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in values.items()
+    }
 
 
 def names_of(values: Mapping[str, Any]) -> dict[str, str]:
@@ -97,10 +98,10 @@ def as_values(values: Mapping[str, Any]) -> DictConfig:
     return found
 
 
-def point_name(cfg: DictConfig) -> str:
+def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
     """A sweep point's folder: names people look for, then a digest of everything scientific."""
-    names = [str(cfg[group].name) for group in ("method", "model", "dataset", "augmentation")]
-    return "-".join([*names, f"seed{cfg.seed}", science(cfg)])
+    names = [str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation")]
+    return "-".join([*names, f"seed{cfg['seed']}", science(cfg)])
 
 
 def _run_dir(stamp: str, *, _root_: DictConfig) -> str:

@@ -48,7 +48,7 @@ def row(overrides: list[str]) -> tuple[str, ...]:
         sizes = sizes_of(load(name, source, data_dir, download=False))
     except UserError as error:
         return name, "damaged", *NO_SIZES, str(error)
-    return name, "packed" if cache else "bundled", *sizes, str(data_dir / cache if cache else "scikit-learn")
+    return name, "packed" if cache else "bundled", *sizes, str(data_dir / cache if cache else "dfl-experiments")
 
 
 def sizes_of(arrays: Arrays) -> tuple[str, ...]:

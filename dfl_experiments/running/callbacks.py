@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -102,12 +103,12 @@ class Checks(Callback):
             HydraConfig.instance().set_config(config)
             Checks.checked = check_run(config)
 
-    def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a sweep with a wrong job before anything of it begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
             refuse_chdir(config)
-            sweep = check_sweep(config, config_name, Checks.command)
+            sweep = check_sweep(config, Checks.command)
             made(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)
             if sweep.launcher == QUEUE and shutil.which("sbatch"):
@@ -115,6 +116,10 @@ class Checks(Callback):
 
                 watch()
             Checks.sweep = sweep  # only now is there something to sum up
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Keep no configuration of a job that is done: Hydra keeps what each returns to the end of a sweep."""
+        job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Sum up, and let the exit code say whether every point has its result."""

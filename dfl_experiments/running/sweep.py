@@ -8,12 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
 
+from dfl_experiments.configuration.composition import point_name
 from dfl_experiments.configuration.grids import sweep_points
 from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import Configuration, check
+from dfl_experiments.configuration.sweep_loader import use_quick_compositions, validate_no_more
 from dfl_experiments.data.packs import digest
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.locks import Busy, locked, refuse_links
@@ -31,7 +33,7 @@ TRACEBACK = "traceback.txt"
 OF_THE_COMMAND = ("hydra.sweeper", "hydra.launcher", "hydra.sweep.dir", "sweep")
 
 
-def check_sweep(cfg: DictConfig, config_name: str | None, command: str) -> Sweep:
+def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     """The points of a sweep, every one of them composed and checked.
 
     A sweeper that chooses values as it goes has its first combination checked, and no points yet. cfg: Hydra's
@@ -39,24 +41,24 @@ def check_sweep(cfg: DictConfig, config_name: str | None, command: str) -> Sweep
     jobs, a wrong job, one that chooses what is the command's to choose, and two that are the same run or would write to
     one folder.
     """
-    flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
     params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
     grid = sweep_points([*(f"{key}={value}" for key, value in params), *cfg.hydra.overrides.task])
     sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher"))
     is_grid = sweeper == "basic"
     jobs = list(itertools.islice(grid, None if is_grid else 1))
-    if len(jobs) > MANY_JOBS:
+    if many := len(jobs) > MANY_JOBS:
         print(f"checking {len(jobs)} jobs", flush=True)
+    compose = use_quick_compositions()
     chosen = {key: unresolved(cfg, key) for key in OF_THE_COMMAND}
     runs: dict[str, str] = {}
     folders: dict[str, str] = {}
     sweep = Sweep(Path(str(cfg.hydra.sweep.dir)).absolute(), str(cfg.sweep), command, launcher, bool(cfg.force))
-    for number, overrides in enumerate(jobs):
+    for number, overrides in enumerate(tqdm(jobs, "checking", unit="job", leave=False, disable=None if many else True)):
         job = " ".join(overrides)
         try:
-            one = compose(config_name, [*flags, *overrides], return_hydra_config=True)
-            with read_write(one.hydra.job):
-                one.hydra.job.num, one.hydra.job.id = number, str(number)
+            one = compose(cfg, overrides)
+            with open_dict(one.hydra.job):
+                one.hydra.job.num = one.hydra.job.id = number
             for key, value in chosen.items():
                 if unresolved(one, key) != value:
                     raise UserError(f"{key}: differs from job to job; such a choice is for a command of its own")
@@ -64,7 +66,7 @@ def check_sweep(cfg: DictConfig, config_name: str | None, command: str) -> Sweep
             settings = configuration.settings
             if settings.resume is not None or settings.repeat is not None:
                 raise UserError("resume and repeat are for a single run; a sweep started again goes on by itself")
-            digest_of_run, folder = configuration.science, str(one.hydra.sweep.subdir)
+            digest_of_run, folder = configuration.science, subdir(one, configuration)
             refuse_links(sweep.folder / folder)
         except MISTAKES as error:
             raise UserError(f"{one_line(error)} (in the job {job})") from error
@@ -75,7 +77,15 @@ def check_sweep(cfg: DictConfig, config_name: str | None, command: str) -> Sweep
             seen[key] = job
         if is_grid:
             sweep.points[folder] = Point(job, digest_of_run)
+    if is_grid:
+        validate_no_more()
     return sweep
+
+
+def subdir(cfg: DictConfig, configuration: Configuration) -> str:
+    """A job's folder in that of its sweep."""
+    given = unresolved(cfg, "hydra.sweep.subdir")
+    return point_name(configuration.values) if given == "${point:}" else str(cfg.hydra.sweep.subdir)
 
 
 def unresolved(cfg: DictConfig, key: str) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_helpers import equal, flip, refused, write_cifar, write_mnist
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
 from dfl_experiments.configuration.composition import compose, group_options
@@ -30,6 +31,15 @@ def test_digits_need_nothing_and_write_nothing(tmp_path):
     assert arrays.train_images.max() == 255
     assert np.bincount(arrays.test_labels).min() >= 34
     assert equal(arrays, load("digits", Digits(), tmp_path))
+
+
+def test_digits_are_those_of_scikit_learn(tmp_path):
+    arrays, theirs = load("digits", Digits(), tmp_path), load_digits()
+    images = np.concatenate([arrays.train_images, arrays.test_images])
+    labels = np.concatenate([arrays.train_labels, arrays.test_labels])
+    ours = sorted(zip(images.reshape(-1, 64).tolist(), labels.tolist(), strict=True))
+    grey = np.rint(theirs.data * (255 / 16)).astype(int)
+    assert ours == sorted(zip(grey.tolist(), theirs.target.tolist(), strict=True))
 
 
 def test_packed_mnist_equals_torchvision(data_dir, tmp_path):
