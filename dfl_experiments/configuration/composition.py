@@ -53,6 +53,9 @@ def scientific(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The values that decide what a run computes and what it is called by."""
     values = plain(cfg)
     kept = {key: value for key, value in values.items() if key not in NOT_SCIENTIFIC}
+    # runs of before there was the option are contiguous, and without convolutions there is no other
+    if kept.get("memory_format") == "contiguous" or kept["model"]["name"] in ("fc", "fc_ln"):
+        kept.pop("memory_format", None)
     kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in ("epochs", "fc_widths")}
     # options that there have not always been, at what every run had without them: a sweep of before keeps its names
     added = [("alignment", "quantities", []), ("method", "feedback", "conv")]

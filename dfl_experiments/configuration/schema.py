@@ -108,6 +108,7 @@ class Settings(Options):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     threads: ranges.Count | None
     precision: ranges.Precision
+    memory_format: ranges.MemoryFormat
     cuda_graph: bool
     deterministic: bool
     limit: ranges.Count | None

@@ -61,8 +61,11 @@ def compare(delta: Tensor | None, reference: Tensor) -> Tensor:
     cosine_sample = mean over samples n of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖), where samples with a signal of exactly zero on
     either side are left out and counted; NaN if none is left. cosine_batch = ⟨δ, r⟩ / (‖δ‖ ‖r‖) over all N·d numbers.
     """
-    r = reference.detach().flatten(1)
-    d = torch.zeros_like(r) if delta is None else delta.detach().flatten(1)
+    r = reference.detach()
+    d = torch.zeros_like(r) if delta is None else delta.detach()
+    if r.dim() == 4 and r.is_contiguous(memory_format=torch.channels_last):  # which neither is copied from
+        r, d = r.movedim(1, 3), d.movedim(1, 3)
+    r, d = r.flatten(1), d.flatten(1)
     dot, dd, rr = inner_products(d, r)
     present = (dd != 0) & (rr != 0)
     cosine = torch.where(present, dot / (dd.sqrt() * rr.sqrt()), 0.0)

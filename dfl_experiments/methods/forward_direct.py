@@ -48,7 +48,7 @@ class ForwardDirectFeedback(Direct):
             for i, module in enumerate(self.modules_above):
                 if i in self.local_modules:
                     output = precise(trace.output(i))
-                    noise[i] = torch.randn_like(output)
+                    noise[i] = torch.randn_like(output, memory_format=torch.contiguous_format)
                     below = None if h is None else forward_ad.unpack_dual(h).tangent
                     h = forward_ad.make_dual(output, noise[i] if below is None else noise[i] + below)
                 if h is not None:

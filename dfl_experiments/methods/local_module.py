@@ -106,7 +106,13 @@ class LocalModule(nn.Module):
         """What the sum-pooled module is a matrix on: h itself, its mean over tokens, or its window sums, flattened."""
         if self.flat:
             return h.flatten(1)
-        return h.mean(1) if len(self.shape) == 2 else (self.rows @ (h @ self.columns.T)).flatten(1)
+        if len(self.shape) == 2:
+            return h.mean(1)
+        if not is_channels_last(h):
+            return (self.rows @ (h @ self.columns.T)).flatten(1)
+        lines = self.rows @ h.permute(0, 2, 3, 1).flatten(2)  # (N, k, W C)
+        sums = self.columns @ lines.unflatten(2, (-1, h.shape[1]))  # (N, k, k, C)
+        return sums.permute(0, 3, 1, 2).flatten(1)
 
     @property
     def spread(self) -> Tensor | float:
@@ -135,7 +141,15 @@ class LocalModule(nn.Module):
             return (error @ self.weight / self.shape[0])[:, None].expand(len(error), *self.shape)
         # no 1/(H'W'): the paper repeats e over the plane, it does not average it
         planes = self.rows.T @ self.weight @ self.columns
-        return (error @ planes.flatten(1)).view(len(error), *self.shape)
+        if not is_channels_last(self.weight):
+            return (error @ planes.flatten(1)).view(len(error), *self.shape)
+        signal = error @ planes.permute(0, 2, 3, 1).flatten(1)  # as h_i lies in such a net: nothing is copied
+        return signal.unflatten(1, (*self.shape[1:], self.shape[0])).permute(0, 3, 1, 2)
+
+
+def is_channels_last(images: Tensor) -> bool:
+    """Whether (N, C, H, W) lies in memory as (N, H, W, C)."""
+    return images.stride(1) == 1 and images.stride(3) == images.shape[1] > 1
 
 
 def _geometry(reader: WeightLayer) -> list[tuple[int, int]]:

@@ -1,25 +1,21 @@
 """uSF, brSF and frSF: signals pass through the signs of the weights (Liao et al., 2016; Xiao et al., 2019)."""
 
-from typing import Literal
-
 from torch import Tensor
 
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.trace import Trace
 from dfl_experiments.methods.sequential import Sequential
-
-Magnitudes = Literal["uniform", "batch", "fixed"]
-Scale = Literal["weights", "xavier", "fan_out"]
+from dfl_experiments.ranges import Magnitudes, Scale
 
 
 class SignSymmetry(Sequential):
     """δ_i = (δ_{i+1} V_{i+1}) ⊙ f'(a_i), with V = M ⊙ sign(W) of today's W.
 
     `magnitudes`: M is one number s ("uniform", uSF), is drawn anew for every batch ("batch", brSF) or once ("fixed",
-    frSF): from 0 up uniformly, as Liao et al. [from memory], or |N| where `normal`. `scale`: s, or the root mean square
-    of M: that of W at the start ("weights"); √(2/(fan_in + fan_out)) ("xavier", BioTorch); or √(2/(k² C_out)) of a
-    convolution and 1/√d_in of a linear layer ("fan_out", Xiao et al.).
+    frSF): uniformly from 0, as Liao et al. [from memory], or |N| where `normal`. `scale`: s, or M's root mean square:
+    W's at the start ("weights"); √(2/(fan_in + fan_out)) ("xavier", BioTorch); or √(2/(k² C_out)) of a convolution and
+    1/√d_in of a linear layer ("fan_out", Xiao et al.).
     """
 
     def __init__(
@@ -29,8 +25,9 @@ class SignSymmetry(Sequential):
         self.magnitudes, self.normal = magnitudes, normal
         self.scales = [root_mean_square(layer.weight.detach(), scale) for layer in self.layers]
         for k, layer in enumerate(self.layers):
-            shape = () if magnitudes == "uniform" else layer.weight.shape
-            self.register_buffer(f"magnitude_{k}", layer.weight.detach().new_full(shape, self.scales[k]))
+            rows = layer.weight.detach().flatten(1)  # two dimensions: drawn alike in every memory format
+            shape = (1, 1) if magnitudes == "uniform" else rows.shape
+            self.register_buffer(f"magnitude_{k}", rows.new_full(shape, self.scales[k]))
         if magnitudes != "uniform":
             self.draw()
 
@@ -47,7 +44,8 @@ class SignSymmetry(Sequential):
 
     def feedback_weight(self, k: int) -> Tensor:
         """V = M ⊙ sign(W)."""
-        return self.layers[k].weight.detach().sign().mul_(self.get_buffer(f"magnitude_{k}"))
+        rows = self.layers[k].weight.detach().flatten(1)
+        return rows.sign().mul_(self.get_buffer(f"magnitude_{k}")).view_as(self.layers[k].weight)
 
 
 def root_mean_square(weight: Tensor, scale: Scale) -> float:

@@ -20,6 +20,7 @@ NOT_A_DIFFERENCE = {
     "smoke",
     "alignment.every",
     "alignment.quantities",
+    "memory_format",
 }
 NOT_A_DIFFERENCE |= {f"{place}.name" for place in PLACES}
 LONGEST_SLUG = 90

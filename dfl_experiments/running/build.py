@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
 from dfl_experiments.optimizers import OptimizerFactory
-from dfl_experiments.running.device import ALL_THREADS, choose_device, set_up
+from dfl_experiments.running.device import ALL_THREADS, choose_device, memory_format_for, set_up
 from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
 
 
@@ -25,7 +26,8 @@ from dfl_experiments.running.run_directory import epoch_columns, iteration_colum
 class Parts:
     """Everything that the epochs need.
 
-    data: the digest of the data set; train_size: images to train on; step: calls like `Learner.step`.
+    data: the digest of the data set; train_size: images to train on; memory_format: as used; step: calls like
+    `Learner.step`.
     """
 
     settings: Settings
@@ -36,6 +38,7 @@ class Parts:
     test: EvaluationBatches
     train_size: int
     num_classes: int
+    memory_format: str
     schedule: OptimizerFactory
     learner: Learner
     step: Callable[[Tensor, Tensor, bool], Tensor]
@@ -60,31 +63,36 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     arrays, data = load_known(dataset.name, source, data_dir)
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
     train, held_out = (index.numpy() for index in indices)
-    few = settings.smoke
-    train, held_out = train[:few][: settings.limit], held_out[:few]
-    normalise = Normalise(dataset.mean, dataset.std)
-    images, labels = arrays.train_images, arrays.train_labels
-    validation = EvaluationBatches(*resident(images[held_out], labels[held_out], device), normalise, device)
-    test = EvaluationBatches(*resident(arrays.test_images[:few], arrays.test_labels[:few], device), normalise, device)
-    augmentation = components["augmentation"].build()
-    batches = Batches(
-        *resident(images[train], labels[train], device),
-        normalise, augmentation, settings.batch_size, settings.seed, device,
-    )  # fmt: skip
     loss = LOSSES[settings.loss]
     # built on the CPU: a seed means the same weights on every device, and the same W for every method
     net = components["model"].build(input_shape=arrays.shape, num_classes=arrays.num_classes)
     method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
+    layout = memory_format_for(settings.memory_format, net, device, settings.precision)
+    memory_format = getattr(torch, layout if layout == "channels_last" else "contiguous_format")
+    few = settings.smoke
+    train, held_out = train[:few][: settings.limit], held_out[:few]
+    normalise = Normalise(dataset.mean, dataset.std)
+    images, labels = arrays.train_images, arrays.train_labels
+    evaluation = partial(EvaluationBatches, normalise=normalise, device=device, memory_format=memory_format)
+    validation = evaluation(*resident(images[held_out], labels[held_out], device))
+    test = evaluation(*resident(arrays.test_images[:few], arrays.test_labels[:few], device))
+    augmentation = components["augmentation"].build()
+    batches = Batches(
+        *resident(images[train], labels[train], device),
+        normalise, augmentation, settings.batch_size, settings.seed, device, memory_format=memory_format,
+    )  # fmt: skip
     check_batches(net, len(train), settings.batch_size)
     schedule = components["optimizer"].build()
     more = settings.alignment.quantities if settings.alignment.every else []
-    learner = Learner(net.to(device), method.to(device), loss, schedule, settings.precision, more)
+    net, method = (module.to(device=device, memory_format=memory_format) for module in (net, method))
+    learner = Learner(net, method, loss, schedule, settings.precision, more)
     step: Callable[[Tensor, Tensor, bool], Tensor] = learner.step
     if device.type == "cuda" and settings.cuda_graph:
         step = CapturedStep(learner, settings.batch_size, device)
     return Parts(
-        settings, device, data, batches, validation, test, len(train), arrays.num_classes, schedule, learner, step
-    )
+        settings, device, data, batches, validation, test, len(train), arrays.num_classes, layout, schedule, learner,
+        step,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         "parameters": sum(p.numel() for p in net.parameters()),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
         "device": device_name(parts.device),
+        "memory_format": parts.memory_format,
     }
     state = State(data=parts.data, made_by=[made_by])
     if saved is not None:

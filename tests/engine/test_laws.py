@@ -297,3 +297,22 @@ def test_a_block_s_output_is_a_vector_tokens_or_an_image():
     net = BlockNet(block, head=head, input_shape=(3, 1, 1))
     with pytest.raises(UserError, match=r"block 1 gives \(3, 1, 1, 1\) per sample; must be \(d,\), \(T, C\) or"):
         Direct(net, CLASSES, LOSSES["cross_entropy"], top="direct")
+
+
+@pytest.mark.parametrize(
+    ("method", "model"), [(method, model) for method, model in PAIRS if model.startswith(("conv", "resnet"))]
+)
+def test_images_in_another_memory_format_give_the_same(method, model):
+    plain, last = Tiny(method, model), Tiny(method, model)
+    last.net.to(memory_format=torch.channels_last)
+    last.method.to(memory_format=torch.channels_last)
+    last.x = last.x.contiguous(memory_format=torch.channels_last)
+    steps = 20 if method in ("bp", "dfa", "las", "ltas") else 4
+    for step in range(steps):
+        rows = []
+        for t in (plain, last):
+            torch.manual_seed(step)  # of rules that draw
+            rows.append(t.learner.step(t.x, t.target, align=step == steps - 1))
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-8, atol=1e-10, equal_nan=True)
+    for key, value in plain.state().items():
+        torch.testing.assert_close(last.state()[key], value, rtol=1e-8, atol=1e-10)
