@@ -1,7 +1,8 @@
 """The one place where time is judged: every method beside plain PyTorch, interleaved, in one process.
 
     python scripts/benchmark.py [--quick] [--device cpu|cuda] [--threads 1] [--models fc-mnist,conv3,…]
-                                [--methods bp,fa,…|all] [--grid DATA_DIR] [--out FILE]
+                                [--methods bp,fa,…|all] [--precisions float32,bfloat16] [--grid DATA_DIR] [--out FILE]
+    python scripts/benchmark.py --sweep 1000
 
 Prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random: their content
 changes no time. Contenders of one table take turns step by step, so that what else the machine does hits all alike.
@@ -20,125 +21,108 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import grid, learner_of, medians, peak_mb, random_batch, start_up
-from torch import Tensor, nn
+from measuring import grid, medians, peak_mb, random_batch, start_up, sweep_times
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from yardsticks import CLASSES, MODELS, PublishedLas, learner, plain_steps
 
 from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.augmentation import Augmentation
-from dfl_experiments.data.batches import Normalise, random_stream
+from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, random_stream
 from dfl_experiments.engine.cuda_graph import CapturedStep
-from dfl_experiments.engine.learner import Learner
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.build import build
-from dfl_experiments.running.device import reuse_memory
+from dfl_experiments.running.device import layout_of, reuse_memory
 from dfl_experiments.running.epochs import State, train
 from dfl_experiments.running.provenance import device_name, git_commit, versions
 from dfl_experiments.running.signals import Stop
 from dfl_experiments.running.tracking import track
 
 BATCH = 64
-MODELS = {
-    "fc-mnist": ("fc", "mnist", (1, 28, 28)),
-    "fc-cifar10": ("fc", "cifar10", (3, 32, 32)),
-    "conv3": ("conv3", "cifar10", (3, 32, 32)),
-    "conv3_bn": ("conv3_bn", "cifar10", (3, 32, 32)),
-    "resnet18": ("resnet18", "cifar10", (3, 32, 32)),
-}
 PAPER = ("bp", "shallow", "dfa", "las", "ltas")
 ADAM_BYTES = 32  # per weight: gradient written and read; weight and both moments read and written; float32
-Step = Callable[[Tensor, Tensor], object]
 
 
-def learner(method: str, model: str, device: torch.device) -> Learner:
-    """A method on a model of the paper's size."""
-    name, dataset, shape = MODELS[model]
-    cfg = check(compose([f"method={method}", f"model={name}", f"dataset={dataset}"]))
-    return learner_of(cfg, shape, 10, device)
-
-
-def plain(model: str, device: torch.device) -> Step:
-    """The same net as people write it: nn.Sequential, loss.backward(), a fused optimizer."""
-    blocks = learner("bp", model, device).net
-    net = nn.Sequential(*(nn.Sequential(*block.children()) for block in blocks.blocks), blocks.head)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
-
-    def step(x: Tensor, target: Tensor) -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), target).backward()
-        optimizer.step()
-
-    return step
-
-
-def contenders_of(model: str, methods: Sequence[str], device: torch.device) -> tuple[dict[str, Step], dict[str, int]]:
-    """A step of every contender on a model, and how many weights it trains."""
-    steps: dict[str, Step] = {"plain": plain(model, device)}
+def contenders_of(
+    model: str, methods: Sequence[str], device: torch.device, precision: str
+) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """A step of every contender on a model, and how many weights those whose floor is known train."""
+    x, target = random_batch(MODELS[model][2], CLASSES, BATCH, device)
+    plain = plain_steps(model, device, precision)
+    steps: dict[str, Callable[[], object]] = {name: partial(step, x, target) for name, step in plain.items()}
     weights = {"plain": 0}
     for method in methods:
         try:
-            one = learner(method, model, device)
+            one = learner(method, model, device, precision)
         except UserError as error:
             print(f"{method} on {model}: {error}")
             continue
         trained = [*one.parameters, *(p for p in one.method.parameters() if p.requires_grad)]
         weights[method] = sum(p.numel() for p in trained)
-        steps[method] = one.step
+        x = x.contiguous(memory_format=layout_of("auto", one.net, device, one.precision))  # as the data come
+        steps[method] = partial(one.step, x, target)
         if method != "bp":
-            steps[f"{method} + alignment"] = partial(one.step, align=True)
+            steps[f"{method} + alignment"] = partial(one.step, x, target, align=True)
         if device.type == "cuda":
-            captured = CapturedStep(learner(method, model, device), BATCH, device)
-            steps[f"{method} captured"] = captured
-            steps[f"{method} captured + alignment"] = partial(captured, align=True)
+            captured = CapturedStep(learner(method, model, device, precision), BATCH, device)
+            steps[f"{method} captured"] = partial(captured, x, target)
+            steps[f"{method} captured + alignment"] = partial(captured, x, target, align=True)
     weights["plain"] = weights["bp"]
     return steps, weights
 
 
 def step_times(
-    model: str, methods: Sequence[str], rounds: int, instances: int, device: torch.device
+    model: str, methods: Sequence[str], rounds: int, instances: int, device: torch.device, precision: str
 ) -> dict[str, dict[str, float]]:
     """Milliseconds per step of every contender, and its operations and bytes of weights.
 
     instances: how many times all are made anew, for where the allocator puts a small network's weights moves its time
     by some per cent; the median over all is taken.
     """
-    shape = MODELS[model][2]
-    x, target = random_batch(shape, 10, BATCH, device)
-
-    def call(step: Step) -> Callable[[], object]:
-        return lambda: step(x, target)
-
     found: list[dict[str, float]] = []
     for _ in range(instances):
-        steps, weights = contenders_of(model, methods, device)
-        found.append(medians({name: call(step) for name, step in steps.items()}, rounds // instances, device))
+        steps, weights = contenders_of(model, methods, device, precision)
+        found.append(medians(steps, rounds // instances, device))
     result = {name: {"ms": statistics.median(times[name] for times in found) * 1e3} for name in steps}
     for name, step in steps.items():
-        result[name]["peak_mb"] = peak_mb(call(step), device)
+        if not name.endswith("compiled"):  # whose tensors cannot be watched
+            result[name]["peak_mb"] = peak_mb(step, device)
     for name, count in weights.items():
         with FlopCounterMode(display=False) as counter:
-            steps[name](x, target)
+            steps[name]()
         result[name] |= {"gflop": counter.get_total_flops() / 1e9, "optimizer_mb": count * ADAM_BYTES / 1e6}
     return result
 
 
-def rates(device: torch.device) -> dict[str, float]:
-    """What this machine's matrix product, convolution and copy reach: operations and bytes per second."""
-    a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
-    source = torch.randn(64 * 2**20 // 4, device=device)
-    target = torch.empty_like(source)
-    images, kernels = torch.randn(BATCH, 96, 16, 16, device=device), torch.randn(128, 96, 5, 5, device=device)
-    contenders = {
-        "product": lambda: a @ b,
-        "convolution": lambda: F.conv2d(images, kernels, padding=2),
-        "copy": lambda: target.copy_(source),
-    }
-    found = medians(contenders, 5, device)
-    products = 2 * 2048**3 / found["product"]
-    convolutions = 2 * images.numel() * 128 * 25 / found["convolution"]
-    return {"product": products, "convolution": convolutions, "bytes_per_s": 2 * source.nbytes / found["copy"]}
+def rates(device: torch.device, precision: str) -> dict[str, float]:
+    """The most that this machine's matrix product, convolution and copy reach: operations and bytes per second.
+
+    In sizes and memory formats that the models have, and in larger ones: a floor is to be what nothing beats.
+    """
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    contenders: dict[str, Callable[[], object]] = {}
+    amounts: dict[str, float] = {}
+    for rows, width in ((2048, 2048), (BATCH, 1024), (BATCH, 4096), (1024, BATCH)):
+        a, b = (torch.randn(size, device=device).to(dtype) for size in ((rows, width), (width, width)))
+        contenders[f"product {rows} {width}"] = partial(torch.mm, a, b)
+        amounts[f"product {rows} {width}"] = 2.0 * rows * width**2
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for planes, side, kernel in ((96, 16, 5), (64, 32, 3)):
+            images = torch.randn(BATCH, planes, side, side, device=device).to(dtype, memory_format=layout)
+            kernels = torch.randn(128, planes, kernel, kernel, device=device).to(dtype, memory_format=layout)
+            name = f"convolution {layout} {kernel}"
+            contenders[name] = partial(F.conv2d, images, kernels, padding=kernel // 2)
+            amounts[name] = 2.0 * images.numel() * 128 * kernel**2
+    for megabytes in (4, 64):
+        source = torch.randn(megabytes * 2**18, device=device)
+        contenders[f"bytes_per_s {megabytes}"] = partial(torch.empty_like(source).copy_, source)
+        amounts[f"bytes_per_s {megabytes}"] = 2.0 * source.nbytes
+    best: dict[str, float] = {}
+    for name, seconds in medians(contenders, 5, device).items():
+        kind = name.partition(" ")[0]
+        best[kind] = max(best.get(kind, 0.0), amounts[name] / seconds)
+    return best
 
 
 def augmentation_times(count: int, rounds: int) -> dict[str, float]:
@@ -184,9 +168,44 @@ def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
     return {mode: min(values) for mode, values in times.items()}
 
 
-def show_steps(model: str, steps: dict[str, dict[str, float]], rate: dict[str, float]) -> None:
-    """One model's table."""
-    print(f"\n{model}, batch {BATCH}")
+def epoch_times(model: str, images: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds per image of an epoch of LAS, data included, in the published way and here; and of an evaluation."""
+    shape = MODELS[model][2]
+    random = np.random.default_rng(0)
+    arrays = random.integers(0, 256, (images, *shape), np.uint8), random.integers(0, CLASSES, images)
+    pictures = [(to_picture(image), int(label)) for image, label in zip(*arrays, strict=True)]
+    published = PublishedLas(learner("bp", model, device).net, pictures, BATCH)
+    one = learner("las", model, device)
+    layout = layout_of("auto", one.net, device, one.precision)
+    x, labels = map(torch.from_numpy, arrays)
+    normalise = Normalise([0.5], [0.25])
+    batches = Batches(x, labels, normalise, Augmentation(), BATCH, 0, device, memory_format=layout)
+    evaluation = EvaluationBatches(x, labels, normalise, device, memory_format=layout)
+
+    def epoch() -> None:
+        for x, target in batches.epoch(1):
+            one.step(x, target)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        for x, _ in evaluation:
+            one.net(x)
+
+    contenders = {"published way": published.epoch, "here": epoch, "evaluation": evaluate}
+    return {name: seconds / images * 1e3 for name, seconds in medians(contenders, 3, device).items()}
+
+
+def to_picture(image: np.ndarray) -> Any:
+    """A PIL image of (C, H, W)."""
+    from PIL import Image
+
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+
+
+def show_steps(model: str, precision: str, steps: dict[str, dict[str, float]], rate: dict[str, float]) -> None:
+    """One model's table. / plain: the best of plain PyTorch's ways."""
+    best_plain = min(values["ms"] for name, values in steps.items() if name.startswith("plain"))
+    print(f"\n{model}, {precision}, batch {BATCH}")
     print(
         f"{'':28} {'ms':>9} {'/ plain':>8} {'/ bp':>7} {'alignment':>10} {'floor ms':>9} {'reached':>8} {'peak MB':>8}"
     )
@@ -200,9 +219,9 @@ def show_steps(model: str, steps: dict[str, dict[str, float]], rate: dict[str, f
             values["floor_ms"] = seconds * 1e3
             floor, reached = f"{seconds * 1e3:.2f}", f"{seconds * 1e3 / values['ms']:.0%}"
         print(
-            f"{name:28} {values['ms']:9.2f} {values['ms'] / steps['plain']['ms']:8.3f} "
+            f"{name:28} {values['ms']:9.2f} {values['ms'] / best_plain:8.3f} "
             f"{values['ms'] / steps['bp']['ms']:7.3f} {ratio:>10} {floor:>9} {reached:>8} "
-            f"{values['peak_mb']:8.1f}"
+            f"{values.get('peak_mb', float('nan')):8.1f}"
         )
 
 
@@ -214,9 +233,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", default="", help=f"of {', '.join(MODELS)} (default: all, with --quick the first)")
     parser.add_argument("--methods", default=",".join(PAPER), help="beside BP, or all (default: %(default)s)")
+    parser.add_argument("--precisions", default="float32", help="float32, bfloat16 or both (default: %(default)s)")
+    parser.add_argument("--sweep", type=int, metavar="N", help="time a sweep of so many points of the digits, no more")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"))
     parser.add_argument("--grid", metavar="DATA_DIR", help="also run a 16-point grid on the MNIST there (minutes)")
     options = parser.parse_args()
+    if options.sweep:
+        print({name: round(value, 3) for name, value in sweep_times(options.sweep).items()})
+        return
     torch.set_num_threads(options.threads)
     if options.device == "cpu":
         reuse_memory()  # as a run does; it serves plain PyTorch as well
@@ -224,20 +248,29 @@ def main() -> None:
     models = options.models.split(",") if options.models else list(MODELS)[: 1 if options.quick else None]
     asked = group_options("method") if options.methods == "all" else options.methods.split(",")
     methods = ["bp", *(method for method in asked if method != "bp")]
-    rate = rates(device)
-    gflops = {name: round(rate[name] / 1e9) for name in ("product", "convolution")}
-    print(f"{device_name(device)}: Gflop/s {gflops}, copy {rate['bytes_per_s'] / 1e9:.1f} GB/s")
+    precisions = options.precisions.split(",")
+    rate = {precision: rates(device, precision) for precision in precisions}
+    for precision, found in rate.items():
+        gflops = {name: round(found[name] / 1e9) for name in ("product", "convolution")}
+        print(f"{device_name(device)}, {precision}: Gflop/s {gflops}, copy {found['bytes_per_s'] / 1e9:.1f} GB/s")
     report: dict[str, Any] = {
         "device": device_name(device), "machine": platform.platform(), "versions": versions(),
-        "git_commit": git_commit(), "rates": rate, "steps": {},
+        "git_commit": git_commit(), "rates": rate, "steps": {}, "epochs": {},
     }  # fmt: skip
     for model in models:
         rounds, instances = (350, 7) if model == "fc-mnist" else (12, 1)
         if options.quick:
             rounds, instances = rounds // 2, min(instances, 3)
-        steps = step_times(model, methods, rounds, instances, device)
-        show_steps(model, steps, rate)
-        report["steps"] |= {model: steps}
+        for precision in precisions:
+            steps = step_times(model, methods, rounds, instances, device, precision)
+            show_steps(model, precision, steps, rate[precision])
+            report["steps"] |= {f"{model} {precision}": steps}
+        if device.type == "cpu":
+            images = (12800 if model == "fc-mnist" else 640) // (4 if options.quick else 1)
+            report["epochs"][model] = times = epoch_times(model, images, device)
+            print("whole epochs of las, ms an image: ", {name: round(value, 3) for name, value in times.items()})
+            print(f"  published way / here {times['published way'] / times['here']:.2f}", end="")
+            print(f", evaluation {times['evaluation'] / times['here']:.0%} of as many images' training")
     report["augmentation_us_per_image"] = found = augmentation_times(256 if options.quick else 2048, 3)
     print("\nrandaugment_cutout_flip, µs per image: ", {name: round(value, 1) for name, value in found.items()})
     print(f"  {found['image by image'] / found['whole batches']:.1f} × faster")

@@ -1,5 +1,6 @@
 """What the benchmark measures with: clocks, contenders that take turns, memory, whole processes."""
 
+import itertools
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from dfl_experiments.configuration.schema import Configuration
 from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
+from dfl_experiments.running.device import layout_of
 
 CPU = torch.device("cpu")
 
@@ -48,12 +50,14 @@ def medians(contenders: Mapping[str, Callable[[], object]], rounds: int, device:
 
 
 def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:
-    """The method, model and optimizer that a configuration names, for images of this shape."""
+    """The method, model and optimizer that a configuration names, for images of this shape, as a run has them."""
     torch.manual_seed(0)
-    loss, components = LOSSES[cfg.settings.loss], cfg.components
+    loss, components, precision = LOSSES[cfg.settings.loss], cfg.components, cfg.settings.precision
     net = components["model"].build(input_shape=shape, num_classes=classes)
     method = components["method"].build(net=net, num_classes=classes, loss=loss)
-    return Learner(net.to(device), method.to(device), loss, components["optimizer"].build())
+    layout = layout_of(cfg.settings.memory_format, net, device, precision)
+    net, method = (module.to(device=device, memory_format=layout) for module in (net, method))
+    return Learner(net, method, loss, components["optimizer"].build(), precision)
 
 
 def random_batch(shape: tuple[int, ...], classes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -123,6 +127,34 @@ def start_up() -> dict[str, float]:
     seeds = f"seed={','.join(map(str, range(jobs + 1)))}"
     sweep, _ = seconds_of("--multirun", seeds, "sweep=jobs", *one_step, "tracking=disabled")
     return {**alone, "further job": (sweep - alone["disabled"]) / jobs}
+
+
+def sweep_times(points: int) -> dict[str, float]:
+    """Of a sweep of the digits by the basic launcher: seconds to its first result, seconds a point, growth.
+
+    A tenth of the points, and all: the process's largest size grows by what a point leaves behind.
+    """
+    seeds = [f"seed=range({count})" for count in (max(1, points // 10), points)]
+    one_step = ("limit=64", "smoke=64", "epochs=1", "threads=1", "tracking=disabled", "checkpoint.keep=false")
+    sizes, ends = [], []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "dfl_experiments.train", "--multirun", "sweep=s", seed, *one_step]
+            begun = time.time()
+            process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit("the sweep did not finish")
+            sizes.append(usage.ru_maxrss / 1024)
+            ends = sorted(path.stat().st_mtime - begun for path in Path(folder).rglob("result.json"))
+    gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    part = max(1, len(gaps) // 10)
+    return {
+        "s to the first result": ends[0],
+        "s a point, first tenth": statistics.median(gaps[:part]),
+        "s a point, last tenth": statistics.median(gaps[-part:]),
+        "MB a point": (sizes[1] - sizes[0]) / (points - max(1, points // 10)),
+    }
 
 
 def grid(data_dir: str) -> dict[str, float]:

@@ -47,7 +47,7 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
 def completed(recorded: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """A recorded configuration with today's values for what has been added since it was recorded."""
     merged = {name: values[name] for name in OPERATIONAL} | {"memory_format": "contiguous"} | recorded
-    grown = {name: merged.get(name) for name in ("checkpoint", "alignment", "protocol")}
+    grown = {name: merged.get(name) for name in ("checkpoint", "alignment", "protocol", "tracking")}
     return merged | {name: values[name] | part for name, part in grown.items() if isinstance(part, dict)}
 
 

@@ -44,12 +44,13 @@ class Checkpoint(Options):
 
 
 class Tracking(Options):
-    """Where W&B keeps a run (see conf/tracking)."""
+    """Where W&B keeps a run, and of how many iterations it gets one (see conf/tracking)."""
 
     mode: Literal["offline", "online", "disabled"]
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     entity: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")] | None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
+    every: ranges.Count | None
 
 
 class Dataset(Options):

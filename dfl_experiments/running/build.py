@@ -18,7 +18,7 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
 from dfl_experiments.optimizers import OptimizerFactory
-from dfl_experiments.running.device import ALL_THREADS, choose_device, memory_format_for, set_up
+from dfl_experiments.running.device import ALL_THREADS, choose_device, layout_of, set_up
 from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
 
 
@@ -38,7 +38,7 @@ class Parts:
     test: EvaluationBatches
     train_size: int
     num_classes: int
-    memory_format: str
+    memory_format: torch.memory_format
     schedule: OptimizerFactory
     learner: Learner
     step: Callable[[Tensor, Tensor, bool], Tensor]
@@ -67,24 +67,23 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     # built on the CPU: a seed means the same weights on every device, and the same W for every method
     net = components["model"].build(input_shape=arrays.shape, num_classes=arrays.num_classes)
     method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
-    layout = memory_format_for(settings.memory_format, net, device, settings.precision)
-    memory_format = getattr(torch, layout if layout == "channels_last" else "contiguous_format")
+    layout = layout_of(settings.memory_format, net, device, settings.precision)
     few = settings.smoke
     train, held_out = train[:few][: settings.limit], held_out[:few]
     normalise = Normalise(dataset.mean, dataset.std)
     images, labels = arrays.train_images, arrays.train_labels
-    evaluation = partial(EvaluationBatches, normalise=normalise, device=device, memory_format=memory_format)
+    evaluation = partial(EvaluationBatches, normalise=normalise, device=device, memory_format=layout)
     validation = evaluation(*resident(images[held_out], labels[held_out], device))
     test = evaluation(*resident(arrays.test_images[:few], arrays.test_labels[:few], device))
     augmentation = components["augmentation"].build()
     batches = Batches(
         *resident(images[train], labels[train], device),
-        normalise, augmentation, settings.batch_size, settings.seed, device, memory_format=memory_format,
+        normalise, augmentation, settings.batch_size, settings.seed, device, memory_format=layout,
     )  # fmt: skip
     check_batches(net, len(train), settings.batch_size)
     schedule = components["optimizer"].build()
     more = settings.alignment.quantities if settings.alignment.every else []
-    net, method = (module.to(device=device, memory_format=memory_format) for module in (net, method))
+    net, method = (module.to(device=device, memory_format=layout) for module in (net, method))
     learner = Learner(net, method, loss, schedule, settings.precision, more)
     step: Callable[[Tensor, Tensor, bool], Tensor] = learner.step
     if device.type == "cuda" and settings.cuda_graph:

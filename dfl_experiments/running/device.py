@@ -2,8 +2,11 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import random
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import MemoryFormat, Precision
 
+log = logging.getLogger(__name__)
 ALL_THREADS = torch.get_num_threads()  # as PyTorch chooses, or OMP_NUM_THREADS
 # what determinism asks of cuBLAS, which looks at it once, when it begins
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -46,8 +50,8 @@ def threads_of_job(at_once: int) -> int:
     return max(1, min(ALL_THREADS, cores() // jobs))
 
 
-def memory_format_for(name: MemoryFormat, net: nn.Module, device: torch.device, precision: Precision) -> str:
-    """auto is what was measured to be faster for such a net; "contiguous" where there is no convolution.
+def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precision: Precision) -> torch.memory_format:
+    """auto is what was measured to be faster for such a net; contiguous where there is no convolution.
 
     On CPUs channels-last takes 0.80 to 0.87 of the time with Conv3's 5×5 kernels, and with any in bfloat16; ResNet18's
     3×3 ones in float32 take 0.92 to 1.17 of it, by the processor. On a GPU, where nothing has been measured, PyTorch's
@@ -55,11 +59,10 @@ def memory_format_for(name: MemoryFormat, net: nn.Module, device: torch.device, 
     """
     kernels = [module.kernel_size[0] for module in net.modules() if isinstance(module, nn.Conv2d)]
     if not kernels:
-        return "contiguous"
-    if name != "auto":
-        return name
+        return torch.contiguous_format
     wins = precision != "float32" or (device.type == "cpu" and min(kernels) > 3)
-    return "channels_last" if wins and device.type != "mps" else "contiguous"
+    is_last = wins and device.type != "mps" if name == "auto" else name == "channels_last"
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def set_up(device: torch.device, precision: Precision, seed: int, deterministic: bool, threads: int) -> None:
@@ -76,12 +79,23 @@ def set_up(device: torch.device, precision: Precision, seed: int, deterministic:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         reuse_memory()
+        if precision == "bfloat16":
+            warn_of_emulation()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if torch.are_deterministic_algorithms_enabled() != deterministic:  # to set it imports the compiler: a second
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+@cache
+def warn_of_emulation() -> None:
+    """One warning where the processor is known to have no instructions for bfloat16."""
+    with contextlib.suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+        if flags and not flags & {"amx_bf16", "avx512_bf16"}:
+            log.warning("precision=bfloat16: this processor has no instructions for it, and is faster with float32")
 
 
 def reuse_memory() -> None:

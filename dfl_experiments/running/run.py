@@ -24,7 +24,7 @@ from dfl_experiments.running.result import DONE, read_result, status_left, write
 from dfl_experiments.running.run_directory import CONFIG, LAST, PREVIOUS, RESULT, record_overrides
 from dfl_experiments.running.signals import Stop
 from dfl_experiments.running.summary import write_outcome
-from dfl_experiments.running.tracking import make_whole, track
+from dfl_experiments.running.tracking import make_whole, rows_apart, track
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         "parameters": sum(p.numel() for p in net.parameters()),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
         "device": device_name(parts.device),
-        "memory_format": parts.memory_format,
+        "memory_format": "channels_last" if parts.memory_format == torch.channels_last else "contiguous",
     }
     state = State(data=parts.data, made_by=[made_by])
     if saved is not None:
@@ -106,7 +106,9 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         checkpoint.discard(run_dir)
     (run_dir / RESULT).unlink(missing_ok=True)  # of the part or the run before
     # sums by another number of threads are rounded otherwise: a repetition needs the one that was used
-    result["config"] = result["config"] | {"threads": torch.get_num_threads()}
+    every = rows_apart(parts.settings.tracking, len(parts.batches), parts.settings.alignment.every)
+    tracking = result["config"]["tracking"] | {"every": every}
+    result["config"] = result["config"] | {"threads": torch.get_num_threads(), "tracking": tracking}
     write_config(run_dir, result["config"])
     return state
 

@@ -8,6 +8,7 @@ import csv
 import heapq
 import io
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -24,6 +25,7 @@ from dfl_experiments.running.run_directory import Row, cell
 log = logging.getLogger(__name__)
 
 SECONDS_TO_START = 30
+ROWS_AN_EPOCH = 200  # W&B takes about 0.4 ms a row
 MIRRORED = ".mirrored"  # in the run directory: its W&B run is whole
 COUNTERS = ("iteration", "epoch")
 ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # variables that would make all points of a sweep one W&B run
@@ -46,9 +48,12 @@ class WandbTracker(Tracker):
     Where W&B fails, one warning says so, and from then on nothing is sent: training and the local files go on.
     """
 
-    def __init__(self, run: Any, tables: Iterable[Sequence[str]]) -> None:
-        """tables: the columns of each whose rows are to come, the first of them the one that counts its rows."""
-        self._run = run
+    def __init__(self, run: Any, tables: Iterable[Sequence[str]], every: int) -> None:
+        """tables: the columns of each whose rows are to come, the first of them the one that counts its rows.
+
+        every: of so many iterations only the first is sent.
+        """
+        self._run, self._every = run, every
         self._guarded(self._define, tables)
 
     def _define(self, tables: Iterable[Sequence[str]]) -> None:
@@ -63,6 +68,8 @@ class WandbTracker(Tracker):
 
     def _log(self, rows: Iterable[Row]) -> None:
         for row in rows:
+            if (int(row.get("iteration") or 1) - 1) % self._every:
+                continue
             self._run.log({key: _as_written(value) for key, value in row.items() if cell(value)})
 
     def summarise(self, result: Mapping[str, Any]) -> None:
@@ -171,6 +178,17 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
     return None
 
 
+def rows_apart(tracking: Tracking, batches: int, measured: int) -> int:
+    """How many iterations one row is sent of, each a measured one.
+
+    Where nothing is said every one, in epochs of at least `ROWS_AN_EPOCH` batches: a net that is done with an epoch
+    sooner is done with a step in less than W&B is with a row. batches: of an epoch; measured: `alignment.every`.
+    """
+    if tracking.every is not None or batches >= ROWS_AN_EPOCH:
+        return tracking.every or 1
+    return max(1, measured) * math.ceil(ROWS_AN_EPOCH / batches)
+
+
 @contextmanager
 def track(
     tracking: Tracking,
@@ -182,15 +200,15 @@ def track(
 ) -> Iterator[Tracker]:
     """A tracker for one job, its run ended when the block is left: as failed if an exception leaves it.
 
-    config: the resolved configuration, nested; tables: the columns of each, see `WandbTracker`; group: the sweep the
-    job belongs to; written: of a run that goes on, the tables' lengths, see `rows_written`.
+    config: the resolved configuration, nested, `rows_apart` in it; tables: the columns of each, see `WandbTracker`;
+    group: the sweep the job belongs to; written: of a run that goes on, the tables' lengths, see `rows_written`.
     """
     (run_dir / MIRRORED).unlink(missing_ok=True)
     run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, written is not None)
     if run is None:
         yield Tracker()
         return
-    tracker = WandbTracker(run, tables.values())
+    tracker = WandbTracker(run, tables.values(), config["tracking"].get("every") or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
     # not `with run`: that prints the traceback of every exception, an interruption too

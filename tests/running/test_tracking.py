@@ -34,7 +34,7 @@ def killed(folder, signum, group, *options):
     ("signum", "group"), [(signal.SIGKILL, False), (signal.SIGTERM, True)], ids=["SIGKILL", "SIGTERM to the group"]
 )
 def test_a_run_that_goes_on_has_every_row_once(signum, group, tmp_path):
-    more = ("method=kp", "alignment.quantities=[weight_cosine,gradient_cosine]")
+    more = ("method=kp", "alignment.quantities=[weight_cosine,gradient_cosine]", "tracking.every=1")
     assert killed(tmp_path, signum, group, "epochs=100", *more) in (-signal.SIGKILL, 143)
     assert ended(forked(tmp_path, "resume=here")) == 0
     assert len(table(tmp_path / "here" / "epochs.csv")) == 100
