@@ -55,15 +55,9 @@ class Direct(Method):
 
     def learn(self, trace: Trace, local_error: Callable[[Tensor], Tensor]) -> None:
         """Leave in `.grad` of every B that learns the gradient h_i εᵀ of its y_i. local_error: y_i -> ε, (N, K)."""
-        outputs, gradients, weights = [], [], []
         for i, module in self.local_modules.items():
             if module.weight.requires_grad:
-                y = module(trace.output(i))
-                outputs.append(y)
-                gradients.append(local_error(y.detach()))
-                weights.append(module.weight)
-        if weights:
-            torch.autograd.backward(outputs, gradients, inputs=weights)
+                module.learn(trace.output(i), local_error)
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
         """B_{i+1} s, with B as it is now."""

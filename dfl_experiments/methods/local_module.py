@@ -12,7 +12,7 @@ feedback is the transpose of the pooled map itself, as BP's signal is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -129,8 +129,23 @@ class LocalModule(nn.Module):
         if self.pooling == "max" and not self.linear:
             planes = F.conv2d(h, self.weight, None, self.stride, self.padding, self.dilation)
             return planes.amax((2, 3))
-        y = F.linear(self.features(h), self.weight.flatten(1))
+        return self._product(self.features(h))
+
+    def _product(self, features: Tensor) -> Tensor:
+        y = F.linear(features, self.weight.flatten(1))
         return y if self.positions == 1 else y / self.positions
+
+    def learn(self, h: Tensor, local_error: Callable[[Tensor], Tensor]) -> None:
+        """Leave Σ_n ε_n ∂y_n/∂B̄ in `.grad`: but for the largest position of all, what it is linear in. ε: (N, K)."""
+        if self.pooling == "max" and not self.linear:
+            y = self(h)
+            y.backward(local_error(y.detach()), inputs=[self.weight])
+            return
+        with torch.no_grad():
+            features = self.features(h)
+            error = local_error(self._product(features)) / self.positions
+            # as B̄ itself lies in memory: optimizers go through both alike
+            self.weight.grad = torch.empty_like(self.weight).copy_((error.T @ features).view(self.weight.shape))
 
     @torch.no_grad()
     def feedback(self, error: Tensor) -> Tensor:

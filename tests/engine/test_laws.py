@@ -209,6 +209,9 @@ def test_alignment_is_measured_for_every_layer(method, model):
     assert torch.equal(norms == 0, silent)
     assert (norms_bp > 0).all()
     assert (zeros[silent] == len(t.x)).all()
+    trace, deltas, error = t.backward()
+    for delta, reference in list(zip(deltas, backprop_deltas(trace, error), strict=True))[t.method.exact_from - 1 :]:
+        close(delta, reference)  # by its own word
     exact = torch.arange(1, t.net.depth) >= t.method.exact_from
     close(cosines[exact], torch.ones(int(exact.sum()), dtype=torch.float64))
     assert cosines[~silent].abs().le(1 + 1e-12).all()

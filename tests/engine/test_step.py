@@ -113,10 +113,10 @@ def test_alignment_of_bfloat16_signals_is_told_in_float32():
     delta, noise = torch.randn(2, 300, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     reference = delta + 0.02 * noise
     delta[:257] = 0
-    told = compare(delta, reference)
+    told = compare([delta], [reference])
     assert told.dtype == torch.float32
-    assert told[4] == 257
-    torch.testing.assert_close(told.double(), compare(delta.double(), reference.double()))
+    assert told[0, 4] == 257
+    torch.testing.assert_close(told.double(), compare([delta.double()], [reference.double()]))
 
 
 def test_signals_are_formed_one_by_one_from_the_top_and_each_output_is_let_go_of():
