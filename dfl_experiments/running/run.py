@@ -150,7 +150,8 @@ def run(
             if command is not None:
                 write_outcome(run_dir, command, "running")
             written = state.lengths if go_on else None
-            with track(settings.tracking, run_dir, result["config"], parts.columns, group, written) as tracker:
+            tracking = settings.tracking.model_copy(update={"every": result["config"]["tracking"]["every"]})
+            with track(tracking, run_dir, result["config"], parts.columns, group, written) as tracker:
                 try:
                     train(parts, state, run_dir, configuration.science, tracker, stop)
                     result |= state.result | (state.end or {"status": "finished"})

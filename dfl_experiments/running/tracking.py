@@ -200,15 +200,16 @@ def track(
 ) -> Iterator[Tracker]:
     """A tracker for one job, its run ended when the block is left: as failed if an exception leaves it.
 
-    config: the resolved configuration, nested, `rows_apart` in it; tables: the columns of each, see `WandbTracker`;
-    group: the sweep the job belongs to; written: of a run that goes on, the tables' lengths, see `rows_written`.
+    tracking: with `rows_apart` settled; config: the resolved configuration, nested; tables: the columns of each, see
+    `WandbTracker`; group: the sweep the job belongs to; written: of a run that goes on, the tables' lengths, see
+    `rows_written`.
     """
     (run_dir / MIRRORED).unlink(missing_ok=True)
     run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, written is not None)
     if run is None:
         yield Tracker()
         return
-    tracker = WandbTracker(run, tables.values(), config["tracking"].get("every") or 1)
+    tracker = WandbTracker(run, tables.values(), tracking.every or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
     # not `with run`: that prints the traceback of every exception, an interruption too
@@ -229,5 +230,6 @@ def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], gro
     lengths = {name: path.stat().st_size for name, path in paths.items()}
     tables = {name: path.read_text().partition("\n")[0].split(",") for name, path in paths.items()}
     log.info("%s: W&B is made whole", run_dir.name)
-    with track(tracking, run_dir, result["config"], tables, group, lengths) as tracker:
+    settled = tracking.model_copy(update={"every": result["config"]["tracking"].get("every")})
+    with track(settled, run_dir, result["config"], tables, group, lengths) as tracker:
         tracker.summarise(result)
