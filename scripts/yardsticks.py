@@ -58,6 +58,7 @@ def plain_steps(model: str, device: torch.device, precision: str) -> dict[str, S
     """Plain PyTorch in every way that may be the fastest: both memory formats, eager and, with a compiler, compiled."""
     layouts = {"plain": False} if model.startswith("fc") else {"plain": False, "plain channels-last": True}
     compiler = device.type == "cuda" or shutil.which("g++") is not None
+    torch.compiler.reset()  # what was compiled before counts towards a limit, beyond which nothing more is
     return {
         name + " compiled" * compiled: plain(model, device, precision, channels_last, compiled)
         for name, channels_last in layouts.items()

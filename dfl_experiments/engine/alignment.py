@@ -1,6 +1,6 @@
 """How well a method's error signals point where BP's would: a reader of the trace, never a mode of a method."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,23 +19,41 @@ def quantity_names(depth: int, more: Sequence[str] = ()) -> list[str]:
     return [f"{name}/{i}" for i in range(1, depth) for name in (*QUANTITIES, *more)]
 
 
-def backprop_deltas(trace: Trace, error: Tensor, known: Sequence[Tensor] = ()) -> list[Tensor]:
-    """δ_1^BP … δ_{L-1}^BP at the weights and the batch of the trace, each shaped like a_i.
+def backprop_signals(
+    trace: Trace, error: Tensor, known: Sequence[Tensor] = (), last: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(i, δ_i^BP), i = L-1 … 1, at the weights and the batch of the trace, each δ_i shaped like a_i.
 
-    error: e, (N, K). known: those of the highest layers that are there already, from the lowest up.
+    error: e, (N, K). known: those of the highest layers that are there already, from the lowest up. last: nobody reads
+    the trace afterwards, so what is done with is let go of on the way.
 
     A chain of block-local vector-Jacobian products on the graph that exists already (Eq. 7 read from the top):
     no second forward pass, no second update of batch statistics, no `.grad` touched. The trace must have been kept.
     """
-    roots = [*trace.preactivations, trace.logits]
-    outputs = [h for h in trace.outputs if h is not None]
-    deltas = [error, *reversed(known)]
-    with trace.as_backprop():
-        for i in range(len(outputs) - len(known), 0, -1):
-            read = torch.autograd.grad(roots[i], trace.inputs[i], deltas[-1], retain_graph=True)
-            signal = read[0] if len(read) == 1 else read[0] + read[1]
-            deltas += torch.autograd.grad(outputs[i - 1], trace.preactivations[i - 1], signal, retain_graph=True)
-    return deltas[:0:-1]
+    count, delta = len(trace.preactivations), error
+    lowest_known = count - len(known) + 1
+    for i in range(count, 0, -1):
+        if i >= lowest_known:
+            delta = known[i - lowest_known]
+        else:
+            root = trace.logits if i == count else trace.preactivations[i]
+            h = trace.outputs[i - 1]
+            assert h is not None, "the trace was kept"
+            with trace.as_backprop():
+                read = torch.autograd.grad(root, trace.inputs[i], delta, retain_graph=not last)
+                signal = read[0] if len(read) == 1 else read[0] + read[1]
+                (delta,) = torch.autograd.grad(h, trace.preactivations[i - 1], signal, retain_graph=not last)
+            del root, h, read, signal
+        if last:
+            del trace.inputs[i:], trace.preactivations[i:]
+        yield i, delta
+        if last:
+            del trace.outputs[i - 1 :]
+
+
+def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
+    """δ_1^BP … δ_{L-1}^BP of `backprop_signals`."""
+    return [delta for _, delta in backprop_signals(trace, error)][::-1]
 
 
 def gram(delta: Tensor | None, reference: Tensor) -> Tensor:
@@ -60,20 +78,19 @@ def gram(delta: Tensor | None, reference: Tensor) -> Tensor:
     return torch.cat(products)
 
 
-def compare(deltas: Sequence[Tensor | None], references: Sequence[Tensor]) -> Tensor:
+def compare(grams: Tensor) -> Tensor:
     """The `QUANTITIES` of every layer, (L-1, 5): cosines, Frobenius norms of both signals, and samples left out.
 
-    deltas: the signals a method applied, None where it sent none; references: BP's. All (N, …).
+    grams: of the signals a method applied and of BP's, see `gram`; (L-1, N, 2, 2).
     cosine_sample = mean over samples n of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖), where samples with a signal of exactly zero on
     either side are left out and counted; NaN if none is left. cosine_batch = ⟨δ, r⟩ / (‖δ‖ ‖r‖) over all N·d numbers.
     """
-    grams = torch.stack([gram(delta, reference) for delta, reference in zip(deltas, references, strict=True)])
     dd, dot, rr = grams[..., 0, 0], grams[..., 0, 1], grams[..., 1, 1]
     present = (dd != 0) & (rr != 0)
     cosine = torch.where(present, dot / (dd.sqrt() * rr.sqrt()), 0.0)
     d_norm, r_norm, count = dd.sum(1).sqrt(), rr.sum(1).sqrt(), present.sum(1)
     found = [cosine.sum(1) / count, dot.sum(1) / (d_norm * r_norm), d_norm, r_norm, present.shape[1] - count.to(dot)]
-    return torch.stack(found, dim=1).to(torch.promote_types(references[0].dtype, torch.float32))
+    return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
@@ -81,18 +98,25 @@ def measure(
     net: BlockNet,
     method: Method,
     trace: Trace,
-    applied: Sequence[Tensor | None],
+    applied: list[Tensor | None],
     error: Tensor,
     more: Sequence[str] = (),
+    last: bool = False,
 ) -> Tensor:
     """`QUANTITIES` of every layer, and more of those in `quantities.MORE`, in the order of `quantity_names`.
 
     applied: δ_1 … δ_{L-1} as the kept trace's `backward` returned them. Those that are BP's by the method's own word
-    are not computed again.
+    are not computed again. last: nobody reads the trace or what was applied afterwards.
     """
-    references = backprop_deltas(trace, error, [d for d in applied[method.exact_from - 1 :] if d is not None])
-    measured = compare(applied, references)
+    known = [d for d in applied[method.exact_from - 1 :] if d is not None]
+    grams, others = [], []
+    for i, reference in backprop_signals(trace, error, known, last):
+        grams.append(gram(applied[i - 1], reference))
+        others.append(measure_more(more, Measurement(net, method, trace, i, reference)) if more else None)
+        if last:
+            applied[i - 1] = None
+            del known[i - method.exact_from :]
+    measured = compare(torch.stack(grams[::-1]))
     if more:
-        found = [measure_more(more, Measurement(net, method, trace, i, r)) for i, r in enumerate(references, start=1)]
-        measured = torch.cat([measured, torch.stack(found).to(measured)], dim=1)
-    return measured.flatten()
+        measured = torch.cat([measured, torch.stack([other for other in others[::-1] if other is not None])], dim=1)
+    return measured.flatten().to(torch.promote_types(error.dtype, torch.float32))

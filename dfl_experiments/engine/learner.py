@@ -86,7 +86,7 @@ class Learner:
             self._update_feedback()
         deltas = trace.backward(self.method.signal, error, target)
         if align:
-            measured = measure(self.net, self.method, trace, deltas, error, self.more).to(loss)
+            measured = measure(self.net, self.method, trace, deltas, error, self.more, last=True).to(loss)
         else:
             measured = loss.new_full((len(self.numbers) - 2,), torch.nan)
         self.method.follow(self.optimizer.param_groups[0]["lr"])
