@@ -118,8 +118,10 @@ def rates(device: torch.device, precision: str) -> dict[str, float]:
         source = torch.randn(megabytes * 2**18, device=device)
         contenders[f"bytes_per_s {megabytes}"] = partial(torch.empty_like(source).copy_, source)
         amounts[f"bytes_per_s {megabytes}"] = 2.0 * source.nbytes
+        contenders[f"bytes_per_s of a sum {megabytes}"] = partial(torch.empty_like(source).add_, source)
+        amounts[f"bytes_per_s of a sum {megabytes}"] = 3.0 * source.nbytes
     best: dict[str, float] = {}
-    for name, seconds in medians(contenders, 5, device).items():
+    for name, seconds in medians(contenders, 15, device, min).items():
         kind = name.partition(" ")[0]
         best[kind] = max(best.get(kind, 0.0), amounts[name] / seconds)
     return best

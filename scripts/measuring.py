@@ -36,8 +36,13 @@ def clock(device: torch.device) -> float:
     return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def medians(contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds per call of each contender, the contenders taking turns."""
+def medians(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    of: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Seconds per call of each contender, the contenders taking turns. of: what is made of a contender's times."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     warm_up = 5 if device.type == "cuda" else 2
     for index in range(rounds + warm_up):
@@ -46,7 +51,7 @@ def medians(contenders: Mapping[str, Callable[[], object]], rounds: int, device:
             call()
             if index >= warm_up:
                 times[name].append(clock(device) - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: of(values) for name, values in times.items()}
 
 
 def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:
