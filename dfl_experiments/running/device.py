@@ -53,9 +53,9 @@ def threads_of_job(at_once: int) -> int:
 def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precision: Precision) -> torch.memory_format:
     """auto is what was measured to be faster for such a net; contiguous where there is no convolution.
 
-    On CPUs channels-last takes 0.80 to 0.87 of the time with Conv3's 5×5 kernels, and with any in bfloat16; ResNet18's
-    3×3 ones in float32 take 0.92 to 1.17 of it, by the processor. On a GPU, where nothing has been measured, PyTorch's
-    own advice: channels-last for what is not float32.
+    On CPUs channels-last takes 0.8 to 0.9 of the time with Conv3's 5×5 kernels; with ResNet18's 3×3 ones 0.9 to 1.0 in
+    bfloat16, and in float32 0.9 to 1.2, by the processor. On a GPU, where nothing has been measured, PyTorch's own
+    advice: channels-last for what is not float32.
     """
     kernels = [module.kernel_size[0] for module in net.modules() if isinstance(module, nn.Conv2d)]
     if not kernels:
