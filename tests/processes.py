@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dfl_experiments.running.run  # noqa: F401  # what a fork has, it need not import
-from dfl_experiments.data.sources import Digits
 from dfl_experiments.train import main
 
 
@@ -40,7 +39,6 @@ def forked(
 
     before: called in the fork. files: for what it writes to stdout and stderr; else both go to output.txt there.
     """
-    Digits().read(folder, False)  # the fork then has what it imports
     pid = os.fork()
     if pid:
         return pid

@@ -105,9 +105,9 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         stop.check()
         checkpoint.discard(run_dir)
     (run_dir / RESULT).unlink(missing_ok=True)  # of the part or the run before
-    # sums by another number of threads are rounded otherwise: a repetition needs the one that was used
     every = rows_apart(parts.settings.tracking, len(parts.batches), parts.settings.alignment.every)
     tracking = result["config"]["tracking"] | {"every": every}
+    # sums by another number of threads are rounded otherwise: a repetition needs the one that was used
     result["config"] = result["config"] | {"threads": torch.get_num_threads(), "tracking": tracking}
     write_config(run_dir, result["config"])
     return state

@@ -114,6 +114,7 @@ def test_alignment_of_bfloat16_signals_is_that_of_their_values():
     reference = delta + 0.02 * noise
     delta[:257] = 0
     told = compare(gram(delta, reference)[None])
+    assert told.dtype == torch.float64
     assert told[0, 4] == 257
     torch.testing.assert_close(told, compare(gram(delta.double(), reference.double())[None]))
 
