@@ -116,7 +116,9 @@ def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Trac
                 state.epoch_seconds = before + time.perf_counter() - start
 
                 held_out = len(parts.validation) > 0
-                validation = evaluate(parts, parts.validation, stop.check)[1] if held_out else None
+                validation_loss, validation = (
+                    evaluate(parts, parts.validation, stop.check) if held_out else (None, None)
+                )
                 test_loss, test = evaluate(parts, parts.test, stop.check)
                 columns = dict(zip(numbers, values.T, strict=True))
                 row: Row = {
@@ -124,6 +126,7 @@ def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Trac
                     "lr": lr,
                     "train_loss": (columns["loss"] @ sizes).item() / parts.train_size,
                     "train_accuracy": columns["correct"].sum().item() / parts.train_size,
+                    "validation_loss": validation_loss,
                     "validation_accuracy": validation,
                     "test_loss": test_loss,
                     "test_accuracy": test,
@@ -147,6 +150,7 @@ def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Trac
                     "accuracy": accuracies[HEADLINES[settings.protocol.accuracy]],
                     "test_accuracy": accuracies,
                     "validation_accuracy": validation,
+                    "validation_loss": validation_loss,
                     "cosine": cosine or state.result.get("cosine", {}),
                     "zeros": zeros or state.result.get("zeros", {}),
                     "seconds": state.seconds,

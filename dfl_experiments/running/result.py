@@ -45,6 +45,7 @@ class Result(BaseModel):
     accuracy: Share | None = None
     test_accuracy: Accuracies | None = None
     validation_accuracy: Share | None = None
+    validation_loss: NonNegative | None = None
     cosine: ByLayer = {}
     zeros: ByLayer = {}
     cosine_by_construction: list[str] = []

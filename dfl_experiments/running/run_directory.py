@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from dfl_experiments.errors import UserError
 
 EPOCH_COLUMNS = (
-    "epoch", "lr", "train_loss", "train_accuracy", "validation_accuracy", "test_loss", "test_accuracy", "seconds",
+    "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
+    "seconds",
 )  # fmt: skip
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
 Row = dict[str, float | int | None]
@@ -48,7 +49,7 @@ class Table:
     def __init__(self, path: Path, columns: Iterable[str], length: int | None = None) -> None:
         """length: bytes of an existing file to go on after, what is behind them being cut off; None starts anew.
 
-        Raises `UserError` for a file that is missing or shorter.
+        Raises `UserError` for a file that is missing or shorter, or whose columns are others, as an earlier version's.
         """
         self.columns = list(columns)
         self._path = path
@@ -56,6 +57,8 @@ class Table:
             raise UserError(
                 f"{path}: missing, or shorter than the checkpoint says; remove {LAST} and {PREVIOUS} to start anew"
             )
+        if length is not None and header(path) != self.columns:
+            raise UserError(f"{path}: has other columns than this version writes; force=true runs anew")
         self._file = path.open("w" if length is None else "a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
         if length is None:
@@ -81,6 +84,12 @@ class Table:
     def __exit__(self, *exception: object) -> None:
         with contextlib.suppress(OSError):  # rows that a full disk did not take: `extend` has said so
             self._file.close()
+
+
+def header(path: Path) -> list[str]:
+    """The names of a CSV file's columns."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return next(csv.reader(file), [])
 
 
 @contextlib.contextmanager

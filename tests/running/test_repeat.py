@@ -24,7 +24,8 @@ def epochs(run_dir):
 
 def test_a_recorded_run_is_repeated_to_the_last_digit(tmp_path):
     assert ended(forked(tmp_path, f"repeat={RECORDED}", "hydra.run.dir=again", f"data_dir={tmp_path}")) == 0
-    found, expected = epochs(tmp_path / "again"), epochs(RECORDED)
+    expected = epochs(RECORDED)
+    found = [{name: row[name] for name in expected[0]} for row in epochs(tmp_path / "again")]  # there are more by now
     assert len(found) == 3
     if torch.backends.cpu.get_cpu_capability() == MADE_ON and torch.__version__.startswith("2.14"):
         assert found == expected

@@ -42,7 +42,8 @@ def test_the_run_directory_holds_what_the_contract_names(default_run):
     result = json.loads((run_dir / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["test_accuracy"]["last"] == pytest.approx(float(epochs[-1]["test_accuracy"]))
-    assert result["validation_accuracy"] == pytest.approx(float(epochs[-1]["validation_accuracy"]))
+    for name in ("validation_accuracy", "validation_loss"):
+        assert result[name] == pytest.approx(float(epochs[-1][name]))
     mean = sum(float(row["cosine_sample/1"]) for row in rows[21:]) / 21
     assert float(epochs[-1]["cosine/1"]) == pytest.approx(result["cosine"]["1"]) == pytest.approx(mean, rel=1e-5)
     assert result["cosine_by_construction"] == ["2"]
