@@ -62,20 +62,23 @@ def gram(delta: Tensor | None, reference: Tensor) -> Tensor:
     In float64: a confidently classified sample's signal may be 1e-25, whose square float32 cannot hold (MPS has no
     float64 and does with what it has). On a CPU a few samples at a time, whose copies then stay in the cache.
     """
-    reference = reference.detach()
-    delta = torch.zeros_like(reference) if delta is None else delta.detach()
+    compared = torch.zeros_like(reference) if delta is None else delta
+    signals = [reference] if delta is reference else [compared, reference]  # a signal that is BP's own is compared once
+    signals = [signal.detach() for signal in signals]
     if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
-        reference, delta = reference.movedim(1, 3), delta.movedim(1, 3)  # as they lie in memory
-    reference, delta = reference.flatten(1), delta.flatten(1)
-    count, numbers = delta.shape
-    rows = max(1, CACHED_NUMBERS // numbers) if delta.device.type == "cpu" else count
-    pair = torch.empty(min(rows, count), 2, numbers, dtype=exact_type(delta), device=delta.device)
+        signals = [signal.movedim(1, 3) for signal in signals]  # as they lie in memory
+    signals = [signal.flatten(1) for signal in signals]
+    count, numbers = signals[0].shape
+    rows = max(1, CACHED_NUMBERS // numbers) if reference.device.type == "cpu" else count
+    shape = (min(rows, count), len(signals), numbers)
+    pair = torch.empty(shape, dtype=exact_type(reference), device=reference.device)
     products = []
-    for some_d, some_r in zip(delta.split(rows), reference.split(rows), strict=True):
-        some = pair[: len(some_d)]
-        some[:, 0], some[:, 1] = some_d, some_r
+    for parts in zip(*(signal.split(rows) for signal in signals), strict=True):
+        some = pair[: len(parts[0])]
+        for k, part in enumerate(parts):
+            some[:, k] = part
         products.append(some @ some.mT)
-    return torch.cat(products)
+    return torch.cat(products).expand(count, 2, 2)
 
 
 def compare(grams: Tensor) -> Tensor:

@@ -132,12 +132,12 @@ class BlockNet(nn.Module):
                     h = trace.logits = module(*read)
                 else:
                     a = module.pre(*read)
+                    if keep and a.requires_grad:
+                        trace.preactivations.append(get_gradient_edge(a))
                     h = module.post(a)
                     if h is a:  # two places all the same: h_i is where the signal enters, a_i where δ_i is
                         h = a.view_as(a)
                     trace.outputs.append(h if keep or i in trace.cuts else None)
-                    if keep:
-                        trace.preactivations.append(a)
                 if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:
                     parameters = [p for weights in self.weights[first - 1 : i] for p in weights]
                     trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, leak))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,9 @@ class Trace:
 
     outputs[i-1]: h_i where the graph is cut behind it, until its signal is formed; None elsewhere, so that its memory
     is free once it is read. segments: those that learn, from the lowest up. transpose: what its signals pass the weight
-    layers through, if not W. Only if the trace was kept, all of the
-    outputs, and: preactivations[i-1]: a_i; inputs[i-1]: the tensors through which block i depends on h_{i-1}, that is
-    h_{i-1} itself, or behind a cut a detached leaf (two where the block leaks); inputs[L-1] is what the head read.
+    layers through, if not W. Only if the trace was kept, all of the outputs, and: preactivations[i-1]: where a_i is in
+    the graph, which need not hold its values; inputs[i-1]: the tensors through which block i depends on h_{i-1}, that
+    is h_{i-1} itself, or behind a cut a detached leaf (two where the block leaks); inputs[L-1] is what the head read.
     """
 
     cuts: frozenset[int]
@@ -44,7 +45,7 @@ class Trace:
     logits: Tensor = field(init=False)
     outputs: list[Tensor | None] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    preactivations: list[Tensor] = field(default_factory=list)
+    preactivations: list[GradientEdge] = field(default_factory=list)
     inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     def output(self, i: int) -> Tensor:
@@ -76,13 +77,8 @@ class Trace:
             inside = slice(segment.first - 1, segment.last)
             leak = [] if segment.leak is None else [segment.leak]
             # not `backward(inputs=…)`: that leaves hooks on every a_i, which later readers of the graph would set off
-            found = torch.autograd.grad(
-                [segment.top],
-                [*segment.parameters, *leak, *self.preactivations[inside]],
-                [start],
-                retain_graph=self.kept,
-                allow_unused=True,
-            )
+            wanted: Any = [*segment.parameters, *leak, *self.preactivations[inside]]
+            found = torch.autograd.grad([segment.top], wanted, [start], retain_graph=self.kept, allow_unused=True)
             for parameter, gradient in zip(segment.parameters, found, strict=False):
                 parameter.grad = gradient
             below = found[len(segment.parameters) :]

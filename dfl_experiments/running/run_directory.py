@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from dfl_experiments.errors import UserError
 
 EPOCH_COLUMNS = (
-    "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
-    "seconds",
+    "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
+    "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
 Row = dict[str, float | int | None]
