@@ -22,7 +22,7 @@ MODELS = {
     "conv3_bn": ("conv3_bn", "cifar10", (3, 32, 32)),
     "resnet18": ("resnet18", "cifar10", (3, 32, 32)),
 }
-CLASSES = 10
+CLASSES, BATCH = 10, 64
 Step = Callable[[Tensor, Tensor], object]
 
 

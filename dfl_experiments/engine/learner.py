@@ -79,8 +79,7 @@ class Learner:
         """
         with self.autocast():
             trace = self.net.trace(x, self.method.cuts, self.method.frozen, align, self.method.transpose)
-        loss, error = self.value_and_error(trace.logits, target)
-        with self.autocast():
+            loss, error = self.value_and_error(trace.logits, target)
             self.method.adapt(trace, error, target)
         if not self.method.sends_first:
             self._update_feedback()
