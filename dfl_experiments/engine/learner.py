@@ -34,7 +34,7 @@ class Learner:
         self.net, self.method, self.loss, self.precision, self.more = net, method, loss, precision, more
         self.device = next(net.parameters()).device
         self.numbers = ["loss", "correct", *quantity_names(net.depth, more)]
-        self.parameters = net.parameters_above(method.frozen)
+        self.parameters = net.parameters_above(max(method.frozen, method.held))
         self.optimizer = optimizer.make(self.parameters)
         feedback = [p for p in method.parameters() if p.requires_grad]
         self.feedback_optimizer = optimizer.make(feedback) if feedback else None

@@ -21,6 +21,8 @@ class Method(nn.Module):
 
     cuts: boundaries i (1 … L-1) behind which no gradient flows down; there h_i gets its signal from `signal`.
     frozen: how many of the lowest blocks get no signal at all, and stay as they were initialised.
+    held: how many of the lowest blocks keep their weights although signals come: a control, whose alignment says what B
+    does alone.
     exact_from: the lowest layer from which on δ_i is BP's own by construction: 1 is BP itself, L says of no hidden
     layer that it is. It is what the measure of alignment goes by.
     transpose: what signals pass the weight layers through where it is not W.
@@ -29,6 +31,7 @@ class Method(nn.Module):
 
     cuts: frozenset[int] = frozenset()
     frozen: int = 0
+    held: int = 0
     exact_from: int
     transpose: Transpose | None = None
     sends_first: bool = False

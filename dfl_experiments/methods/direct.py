@@ -9,8 +9,9 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.method import Method, WeightPair
 from dfl_experiments.engine.trace import Trace
+from dfl_experiments.errors import UserError
 from dfl_experiments.methods.local_module import LocalModule
-from dfl_experiments.ranges import FeedbackInit, FeedbackShape, LocalPooling, Top
+from dfl_experiments.ranges import FeedbackInit, FeedbackShape, LocalPooling, Size, Top
 
 
 class Direct(Method):
@@ -19,7 +20,7 @@ class Direct(Method):
     `init`: where every B starts (see `LocalModule.initialise`; "product" means "default" in a net whose products are no
     matrices). `feedback`: B has the shape of a "conv" on an image-shaped h_i, or is "dense", a matrix (K, C·H·W).
     `local_pooling`: of an image-shaped local module. `top` says what h_{L-1} receives: "backprop", W_Lᵀ e, or "direct",
-    B_L s: without it local modules sit on h_1 … h_{L-2} only.
+    B_L s: without it local modules sit on h_1 … h_{L-2} only. `held`: so many of the lowest blocks keep their weights.
     """
 
     def __init__(
@@ -31,8 +32,12 @@ class Direct(Method):
         feedback: FeedbackShape = "conv",
         local_pooling: LocalPooling = "average",
         top: Top = "backprop",
+        held: Size = 0,
     ) -> None:
         super().__init__(net, num_classes, loss)
+        if held >= self.depth:
+            raise UserError(f"method.held={held}: the model has {self.depth - 1} hidden blocks")
+        self.held = held
         self.exact_from = self.depth if top == "direct" else self.depth - 1
         shapes = net.output_shapes()
         self.cuts = frozenset(self.boundaries(net, shapes))

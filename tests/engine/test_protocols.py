@@ -165,3 +165,18 @@ def test_untrainable_runs_stop_after_six_epochs_by_the_published_rule():
     assert early_end(losses, 6, net, best=0.11, initial=0.0) is None
     losses[1] = torch.nan
     assert early_end(losses, 2, net, best=0.11, initial=0.0)["reason"].endswith("from iteration 5 on")
+
+
+@pytest.mark.parametrize("method", ["las", "dkp"])
+def test_held_blocks_keep_their_weights_and_B_still_learns(method):
+    held, free = (Tiny(method, "fc", f"++method.held={count}") for count in (2, 0))
+    before = held.state()
+    for t in (held, free):
+        torch.manual_seed(0)
+        numbers = t.learner.step(t.x, t.target, True)
+    assert numbers.isfinite().all()
+    after, other = held.state(), free.state()
+    for key, value in before.items():
+        assert torch.equal(after[key], value) == key.startswith(("net.blocks.0", "net.blocks.1"))
+        if key.startswith("method"):  # the first step's local modules and signals are as without it
+            assert torch.equal(after[key], other[key])
