@@ -1,5 +1,6 @@
 """From runs to the cells of a table: which grid point is chosen, and which cells and rows a table has."""
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,25 @@ class Point:
         """The mean of what a point is chosen by, over these of its finished seeds, or over all of them."""
         return statistics.fmean(run.score for run in self.finished if seeds is None or run.seed in seeds)
 
+    def loss(self, seeds: set[int]) -> float | None:
+        """The mean validation loss over these seeds, None where it was not recorded of one."""
+        losses = [run.validation_loss for run in self.finished if run.seed in seeds]
+        present = [loss for loss in losses if loss is not None]
+        return statistics.fmean(present) if present and len(present) == len(losses) else None
+
+    def ties(self, other: "Point") -> bool:
+        """Whether both have the same score over the seeds that both have finished."""
+        both = self.seeds & other.seeds
+        return bool(both) and math.isclose(self.score(both), other.score(both), abs_tol=1e-9)
+
+    def beats(self, other: "Point") -> bool:
+        """Whether its score over the seeds that both have finished is higher; of a tie, its validation loss lower."""
+        both = self.seeds & other.seeds
+        if not both or not self.ties(other):
+            return bool(both) and self.score(both) > other.score(both)
+        mine, theirs = self.loss(both), other.loss(both)
+        return mine is not None and theirs is not None and mine < theirs
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -53,21 +73,25 @@ class Entry:
 
     @cached_property
     def best(self) -> Point | None:
-        """The grid point whose numbers are shown: the one that is better than the most others.
+        """The grid point whose numbers are shown: the one that beats the most others.
 
-        Two points are compared by their mean scores over the seeds that both have finished, so that a point with few
-        of them decides nothing about the others. Candidates are the points with a finished run, without those of which
-        a run failed, if that leaves any.
+        Two points are compared over the seeds that both have finished, so that a point with few of them decides nothing
+        about the others.
         """
+        wins = {id(point): sum(point.beats(other) for other in self.candidates) for point in self.candidates}
+        return max(self.candidates, key=lambda point: (wins[id(point)], point.score()), default=None)
+
+    @property
+    def candidates(self) -> list[Point]:
+        """The points with a finished run, without those of which a run failed, if that leaves any."""
         finished = [point for point in self.points if point.finished]
-        fit = [point for point in finished if not any(run.status in UNFIT for run in point.runs)]
-        candidates = fit or finished
+        return [point for point in finished if not any(run.status in UNFIT for run in point.runs)] or finished
 
-        def wins(point: Point) -> int:
-            pairs = [(point.seeds & other.seeds, other) for other in candidates if other is not point]
-            return sum(point.score(both) > other.score(both) for both, other in pairs if both)
-
-        return max(candidates, key=lambda point: (wins(point), point.score()), default=None)
+    @property
+    def tied(self) -> bool:
+        """Whether another point has the same score as the one that is shown."""
+        best = self.best
+        return best is not None and any(other is not best and best.ties(other) for other in self.candidates)
 
     @property
     def shown(self) -> list[Run]:
@@ -87,10 +111,11 @@ class Entry:
 
     @property
     def grid(self) -> str:
-        """How many points of its grid have finished, of how many that conf/experiment/ has for the cell."""
+        """How many points of its grid have finished, of how many that conf/experiment/ has; ties marked."""
         finished = sum(bool(point.finished) for point in self.points)
         wanted = points_per_cell().get(tuple(self.cell)) if self.in_paper else None
-        return f"{finished} of {max(wanted, len(self.points))}" if wanted else str(finished)
+        told = f"{finished} of {max(wanted, len(self.points))}" if wanted else str(finished)
+        return told + ", tied" * self.tied
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,13 @@ from dataclasses import replace
 
 from dfl_experiments.ranges import Quantity
 from dfl_experiments.report.cells import UNFIT, Entry, Point, Section, by_row
-from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Series
+from dfl_experiments.report.findings import FEWEST_METHODS, correlation_groups, interval
+from dfl_experiments.report.intervals import rank_correlation
+from dfl_experiments.report.looks import look_of
+from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Points, Series
+from dfl_experiments.report.setting import file_name
 from dfl_experiments.report.tables import seeds_behind
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; a grey that shows on white and on black
-COLOURS = {"bp": "#808080", "shallow": "#CC79A7", "dfa": "#D55E00", "las": "#0072B2", "ltas": "#009E73"}
-# and Tol's muted one, for the rest of the family
-COLOURS |= {
-    "fa": "#882255", "kp": "#AA4499", "wm": "#CC6677", "pfa": "#A05028",
-    "usf": "#56B4E9", "brsf": "#88CCEE", "frsf": "#7A6FD0",
-    "sdfa": "#E69F00", "bdfa": "#B0A000", "shared": "#999933", "drtp": "#44AA99", "adfa": "#117733", "dkp": "#DDAA33",
-    "fdfa": "#6699CC",
-}  # fmt: skip
-MORE_COLOURS = ("#E69F00", "#56B4E9", "#B0A000")
-NAMES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 MEASURED: dict[Quantity, str] = {
     "weight_cosine": "cosine of B with what backpropagation has in its place",
     "sign_agreement": "share of B's signs that are those of what backpropagation has in its place",
@@ -29,12 +22,6 @@ MEASURED: dict[Quantity, str] = {
     "output_cosine": "cosine of the local module's prediction with the logits",
 }
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-
-
-def look_of(method: str) -> tuple[str, str]:
-    """A method's name and colour, the same in every figure."""
-    colour = COLOURS.get(method) or MORE_COLOURS[sum(method.encode()) % len(MORE_COLOURS)]
-    return NAMES.get(method, method.upper()), colour
 
 
 def curves(entries: Iterable[Entry], column: str, scale: float = 1.0) -> list[Series]:
@@ -49,7 +36,7 @@ def curves(entries: Iterable[Entry], column: str, scale: float = 1.0) -> list[Se
         if any(present):
             y, low, high = ([of(row) if row else None for row in present] for of in (statistics.fmean, min, max))
             span = (low, high) if len(entry.shown) > 1 else ((), ())
-            found.append(Series(*look_of(entry.cell.method), range(1, len(present) + 1), y, *span))
+            found.append(Series(look_of(entry.cell.method), range(1, len(present) + 1), y, *span))
     return found
 
 
@@ -71,9 +58,9 @@ def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
     if not series:
         return None
     exact = [one for one in entries if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
-    names = ", ".join(look_of(entry.cell.method)[0] for entry in exact)
+    names = ", ".join(look_of(entry.cell.method).name for entry in exact)
     x = max((one.x for one in series), key=len)
-    bp = Series(*look_of("bp"), x, [1.0] * len(x), dashed=True)
+    bp = Series(look_of("bp"), x, [1.0] * len(x))
     title = f"layer {layer}" + (f": 1 by construction for {names}" if names else "")
     least = min(value for one in series for value in (*one.y, *one.low) if value is not None)
     y_range = (min(0.5, math.floor(10 * least - 0.5) / 10), 1.05)
@@ -136,7 +123,7 @@ def grids(entries: list[Entry]) -> Iterable[Figure]:
         fields = [[points.get((rate, decay)) for decay in decays] for rate in rates]
         panels.append(
             HeatMap(
-                look_of(entry.cell.method)[0],
+                look_of(entry.cell.method).name,
                 [f"{rate:g}" for rate in rates],
                 [f"{decay:g}" for decay in decays],
                 [[100 * point.score() if point and point.finished else None for point in line] for line in fields],
@@ -153,6 +140,28 @@ def grids(entries: list[Entry]) -> Iterable[Figure]:
     yield Figure("grid", f"{what} accuracy over the grid, %", note, panels)
 
 
+def prediction(entries: list[Entry]) -> Iterable[Figure]:
+    """Final accuracy against alignment, a point for every finished run of every rule whose signals are not BP's."""
+    cells = {entry.cell.method: entry for entry in entries}
+    panels, told = [], []
+    for of in ("layer 1", "all layers"):
+        groups = correlation_groups(cells, of)
+        estimate = rank_correlation([*groups.values()]) if len(groups) >= FEWEST_METHODS else None
+        if estimate:
+            series = [
+                Series(look_of(method), [x for x, _ in points], [y for _, y in points])
+                for method, points in groups.items()
+            ]
+            panels.append(Points(of, "mean cosine with BP's signal, last epoch", "test accuracy, %", series))
+            told.append(f"{of}: Spearman's ρ {interval(estimate)}")
+    if panels:
+        note = (
+            f"{'; '.join(told)}; intervals of 95 % by a bootstrap over the rules. Every finished run of every learning "
+            "rate is a point; layers whose signal is BP's by construction are left out."
+        )
+        yield Figure("alignment-accuracy", "Does alignment predict accuracy?", note, panels)
+
+
 def throughput(section: Section) -> Iterable[Figure]:
     """Samples per second of training, a panel for each model and data set."""
     devices = sorted({str(run.result.get("device")) for entry in section.chosen for run in entry.shown})
@@ -161,7 +170,7 @@ def throughput(section: Section) -> Iterable[Figure]:
         speeds: dict[tuple[str, str], list[float]] = {}
         for method, entry in cells.items():
             for run in entry.shown:
-                name, colour = look_of(method)
+                name, colour, *_ = look_of(method)
                 name += f", {run.result.get('device')}" if len(devices) > 1 else ""
                 speeds.setdefault((name, colour), []).append(float(run.result["samples_per_second"]))
         names, colours = zip(*speeds, strict=True)
@@ -177,9 +186,10 @@ def throughput(section: Section) -> Iterable[Figure]:
 def figures(section: Section) -> list[Figure]:
     """Every figure that a section's finished runs give: for each row of its tables, and one for all of them."""
     found = [
-        replace(figure, name=f"{figure.name}-{'-'.join(row)}", title=f"{figure.title}: {', '.join(row)}")
-        for row, cells in by_row(section.chosen).items()
-        for kind in (alignment, quantities, learning, grids)
+        replace(figure, name=file_name([*place, figure.name]), title=f"{figure.title}: {', '.join(place)}")
+        for (dataset, augmentation, model), cells in by_row(section.chosen).items()
+        for place in [[dataset, model, *[augmentation] * (augmentation != "none")]]
+        for kind in (alignment, quantities, learning, grids, prediction)
         for figure in kind(list(cells.values()))
     ]
     return [*found, *throughput(section)]

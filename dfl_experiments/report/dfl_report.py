@@ -1,6 +1,8 @@
 """The console script `dfl-report`: what the runs in some folders amount to, beside the paper."""
 
 import argparse
+import csv
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,10 +12,13 @@ from urllib.parse import quote
 from dfl_experiments.configuration.refusals import one_line
 from dfl_experiments.errors import UserError, any_text
 
-FORMATS = ("terminal", "markdown", "csv", "latex", "html")
+FORMATS = ("terminal", "markdown", "csv", "latex", "html", "commands")
+STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs", "html": "html"}  # tabulate's
 EPILOG = """examples:
   dfl-report outputs/fc_table                              the tables, here and now, whatever is still missing
   dfl-report outputs/fc_table outputs/cnn_table --format html --out report.html
+  dfl-report outputs/fc_table --format commands            the best run of every cell, as a dfl-train command line
+  dfl-report outputs/batches --across batch_size           one table with a column for every value that was swept
   dfl-report outputs/alignment_figure --figures figures    every figure as PNG and PDF, its numbers as CSV
 """
 
@@ -26,6 +31,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, help="run directories, or folders that hold some")
     parser.add_argument("--format", choices=FORMATS, default="terminal", help="of the tables (default: terminal)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there (html: default report.html)")
+    parser.add_argument("--across", metavar="KEY", help="one table, with a column for every value of this key")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write every figure there, as PNG, PDF and CSV")
     return parser.parse_args(given)
 
@@ -34,14 +40,21 @@ def report(asked: argparse.Namespace) -> None:
     """Read the runs and write what is asked for. Raises `UserError` and OSError, and what a missing extra raises."""
     from dfl_experiments.report import tables
     from dfl_experiments.report.cells import sections
+    from dfl_experiments.report.commands import across, commands
     from dfl_experiments.report.runs import read_runs
+    from dfl_experiments.report.setting import words_of
 
-    found = sections(read_runs(asked.folders))
+    runs = read_runs(asked.folders)
+    if asked.across:
+        write(as_table(across(runs, asked.across), asked.format), asked.out)
+        return
+    found = sections(runs)
     images: list[list[Path]] = [[] for _ in found]  # of each section's figures
     if asked.figures:
         from dfl_experiments.report.figures import write_figures
 
-        images = [write_figures(section, asked.figures) for section in found]
+        words = words_of([section.setting for section in found])
+        images = [write_figures(section, asked.figures, those) for section, those in zip(found, words, strict=True)]
     if asked.format == "html":
         from dfl_experiments.report.page import page
 
@@ -49,17 +62,39 @@ def report(asked: argparse.Namespace) -> None:
         asked.out = asked.out or Path("report.html")
     elif asked.format == "markdown":
         shown = zip([tables.as_text([section], "github") for section in found], images, strict=True)
-        text = "\n".join(words + pictures(those, asked.out) for words, those in shown)
+        answers = tables.answers(found, "github")
+        parts = [f"# Answers\n\n{answers}"] if answers else []
+        text = "\n".join([*parts, *(words + pictures(those, asked.out) for words, those in shown)])
+    elif asked.format == "terminal":
+        text = "\n".join([tables.as_text(found), tables.answers(found)]).rstrip("\n") + "\n"
     else:
-        text = {"csv": tables.as_csv, "latex": tables.as_latex, "terminal": tables.as_text}[asked.format](found)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text, encoding="utf-8", errors="replace")
-        print(asked.out)
-    else:
-        print(text, end="")
+        text = {"csv": tables.as_csv, "latex": tables.as_latex, "commands": commands}[asked.format](found)
+    write(text, asked.out)
     if asked.figures:
         print(f"{sum(map(len, images))} figures in {asked.figures}")
+
+
+def write(text: str, place: Path | None) -> None:
+    """Write a text to a file, or print it."""
+    if place:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8", errors="replace")
+        print(place)
+    else:
+        print(text, end="")
+
+
+def as_table(lines: list[list[str]], kind: str) -> str:
+    """Lines, the heading first, in one of `FORMATS`."""
+    from tabulate import tabulate
+
+    if kind == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        return text.getvalue()
+    if kind not in STYLES:
+        raise UserError(f"--across: goes with --format {', '.join([*STYLES, 'csv'])}")
+    return tabulate(lines, "firstrow", tablefmt=STYLES[kind], disable_numparse=True) + "\n"
 
 
 def pictures(images: Iterable[Path], page: Path | None) -> str:

@@ -14,15 +14,22 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from sklearn.isotonic import isotonic_regression
+from matplotlib.transforms import offset_copy
+from scipy.optimize import isotonic_regression
 
 from dfl_experiments.report.cells import Section
 from dfl_experiments.report.curves import figures
-from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap
+from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Points
+from dfl_experiments.report.setting import file_name
 
 PANELS_A_ROW = 3
 LABEL_GAP = 0.05  # of an axis' height, between two labels at the ends of curves
+LABELS_A_PANEL = 12  # that have room in one of the usual height
 CHARACTERS_AN_INCH, OF_A_NOTE = 11, 15
+DASHES: dict[str, Any] = {
+    "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 2)),
+}  # fmt: skip
+MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "x"}
 STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
     "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 13, "pdf.fonttype": 42,
@@ -38,7 +45,7 @@ def spread(positions: Sequence[float], gap: float, bottom: float, top: float) ->
     order = moved.argsort(kind="stable")
     stacked = gap * np.arange(len(moved))  # without these heights neighbours need only keep their order
     highest = max(bottom, top - stacked[-1])
-    moved[order] = isotonic_regression(moved[order] - stacked, y_min=bottom, y_max=highest) + stacked
+    moved[order] = isotonic_regression(moved[order] - stacked).x.clip(bottom, highest) + stacked
     return moved
 
 
@@ -46,23 +53,35 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
     """Lines with their names at their right ends, and the range over seeds as a shade."""
     ends = []
     for one in panel.series:
-        y, style, marker = np.array(one.y, dtype=float), "--" if one.dashed else "-", "o" if len(one.x) == 1 else None
-        axes.plot(one.x, y, style, color=one.colour, linewidth=1.8, marker=marker)
+        y, colour = np.array(one.y, dtype=float), one.look.colour
+        marker = MARKERS[one.look.marker] if len(one.x) == 1 else None
+        axes.plot(one.x, y, color=colour, linestyle=DASHES[one.look.dash], linewidth=1.8, marker=marker)
         if one.low:
             low, high = np.array(one.low, dtype=float), np.array(one.high, dtype=float)
-            axes.fill_between(one.x, low, high, color=one.colour, alpha=0.2, linewidth=0)
+            axes.fill_between(one.x, low, high, color=colour, alpha=0.2, linewidth=0)
         last = np.flatnonzero(~np.isnan(y))[-1]
         ends.append((one.x[last], y[last]))
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     bottom, top = axes.get_ylim()
-    gap = LABEL_GAP * (top - bottom)
+    gap = min(LABEL_GAP, 1 / len(ends)) * (top - bottom)
     places = spread([y for _, y in ends], gap, bottom + gap / 2, top - gap / 2)
-    for one, (x, _), place in zip(panel.series, ends, places, strict=True):
-        look: Any = {"color": one.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
-        axes.annotate(one.name, (x, place), (6, 0), textcoords="offset points", **look)
+    beside = offset_copy(axes.transData, axes.get_figure(root=True), x=16, units="points")
+    for one, end, place in zip(panel.series, ends, places, strict=True):
+        line = {"arrowstyle": "-", "color": one.look.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+        look: Any = {"color": one.look.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
+        axes.annotate(one.look.name, end, (end[0], place), textcoords=beside, arrowprops=line, **look)
     axes.set(xlabel=panel.x, ylabel=panel.y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+
+
+def draw_points(axes: Axes, panel: Points) -> None:
+    """Runs as points, and which are whose beside them."""
+    for one in panel.series:
+        look: Any = {"color": one.look.colour, "marker": MARKERS[one.look.marker], "label": one.look.name}
+        axes.scatter(one.x, np.array(one.y, dtype=float), s=22, alpha=0.8, **look)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
 
 
 def draw_heat_map(axes: Axes, panel: HeatMap) -> None:
@@ -94,7 +113,7 @@ def draw_bars(axes: Axes, panel: Bars) -> None:
     axes.set(xlabel=panel.x)
 
 
-DRAW: dict[type, Any] = {Curves: draw_curves, HeatMap: draw_heat_map, Bars: draw_bars}
+DRAW: dict[type, Any] = {Curves: draw_curves, Points: draw_points, HeatMap: draw_heat_map, Bars: draw_bars}
 
 
 def canvas_of(figure: Figure, heading: str) -> Canvas:
@@ -104,12 +123,14 @@ def canvas_of(figure: Figure, heading: str) -> Canvas:
     rows = math.ceil(count / columns)
     bars = isinstance(figure.panels[0], Bars)
     width, height = (7.5, 4.6) if count == 1 else (4.6 * columns, (2.6 if bars else 3.6) * rows + 0.9)
+    most = max(len(panel.series) if isinstance(panel, Curves | Points) else 0 for panel in figure.panels)
+    height += 0.25 * rows * max(0, most - LABELS_A_PANEL)
     canvas = Canvas(figsize=(width, height), dpi=150, layout="constrained")
     lines = [textwrap.fill(text, int(CHARACTERS_AN_INCH * width)) for text in (figure.title, heading)]
     canvas.suptitle("\n".join(lines), fontsize=11)
     for place, panel in enumerate(figure.panels, start=1):
         axes = canvas.add_subplot(rows, columns, place)
-        if count > 1 or not isinstance(panel, Curves):
+        if count > 1 or not isinstance(panel, Curves | Points):
             axes.set_title(textwrap.fill(panel.title, int(CHARACTERS_AN_INCH * 0.9 * width / columns)))
         DRAW[type(panel)](axes, panel)
     canvas.supxlabel(textwrap.fill(figure.note, int(OF_A_NOTE * width)), fontsize=8, color="#606060")
@@ -127,13 +148,13 @@ def write_numbers(figure: Figure, path: str) -> None:
                 writer.writerow([panel.title, *texts])
 
 
-def write_figures(section: Section, folder: Path) -> list[Path]:
-    """Every figure of a section as PNG, PDF and CSV in a folder; the paths of the PNG files."""
+def write_figures(section: Section, folder: Path, words: str) -> list[Path]:
+    """Every figure of a section as PNG, PDF and CSV in a folder, words in their names; the paths of the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(STYLE):
         for figure in figures(section):
-            path = f"{folder}/{section.setting.slug}-{figure.name}"
+            path = folder / file_name([figure.name, *filter(None, [words])])
             canvas = canvas_of(figure, section.setting.title)
             canvas.savefig(f"{path}.png")
             canvas.savefig(f"{path}.pdf", metadata={"CreationDate": None})  # the same runs give the same file

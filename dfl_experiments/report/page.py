@@ -1,6 +1,9 @@
 """The report as one HTML page that needs no network: tables that sort, plots that answer, every cell with its runs."""
 
-from collections.abc import Sequence
+import base64
+import gzip
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -8,11 +11,24 @@ from omegaconf import OmegaConf
 from plotly.offline import get_plotlyjs
 
 from dfl_experiments.report.cells import Section, by_row, methods_of
+from dfl_experiments.report.commands import command
 from dfl_experiments.report.curves import figures
-from dfl_experiments.report.panels import Curves, HeatMap, Panel, Series
+from dfl_experiments.report.findings import Finding, findings, interval
+from dfl_experiments.report.panels import Curves, Figure, HeatMap, Panel, Points, Series
 from dfl_experiments.report.paper import TITLES
 from dfl_experiments.report.runs import Run
-from dfl_experiments.report.tables import COLUMNS, FORMATS, not_begun, numbers, ours_and_paper, row, rule
+from dfl_experiments.report.tables import (
+    COLUMNS,
+    FORMATS,
+    FOUND,
+    PAIRED,
+    not_begun,
+    numbers,
+    ours_and_paper,
+    paired_table,
+    row,
+    rule,
+)
 
 FEW_EPOCHS = 10
 CONFIG_LEFT_OUT = ("resume", "repeat", "force", "sweep", "data_dir")
@@ -22,11 +38,11 @@ def traces(one: Series) -> list[dict[str, Any]]:
     """A curve in plotly's words, its range over seeds before it."""
     band = {
         "x": [*one.x, *reversed(one.x)], "y": [*one.high, *reversed(one.low)], "fill": "toself", "opacity": 0.2,
-        "fillcolor": one.colour, "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "mode": "lines",
+        "fillcolor": one.look.colour, "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "mode": "lines",
     }  # fmt: skip
     line = {
-        "x": [*one.x], "y": one.y, "name": one.name, "mode": "lines+markers" if len(one.x) == 1 else "lines",
-        "line": {"color": one.colour, "width": 2, "dash": "dash" if one.dashed else "solid"},
+        "x": [*one.x], "y": one.y, "name": one.look.name, "mode": "lines+markers" if len(one.x) == 1 else "lines",
+        "line": {"color": one.look.colour, "width": 2, "dash": one.look.dash}, "marker": {"symbol": one.look.marker},
     }  # fmt: skip
     return [band, line] if one.low else [line]
 
@@ -55,6 +71,15 @@ def plot(panel: Panel) -> dict[str, Any]:
             "texttemplate": "%{text}", "colorscale": "Cividis", "hoverongaps": False,
         }  # fmt: skip
         return {"data": [heat], "layout": layout | {"shapes": [frame]}}
+    if isinstance(panel, Points):
+        points = [
+            {
+                "x": [*one.x], "y": one.y, "name": one.look.name, "mode": "markers",
+                "marker": {"color": one.look.colour, "symbol": one.look.marker, "size": 8, "opacity": 0.8},
+            }
+            for one in panel.series
+        ]  # fmt: skip
+        return {"data": points, "layout": layout | {"yaxis": {"title": {"text": panel.y}}}}
     bars = {
         "type": "bar", "orientation": "h", "y": panel.names, "x": panel.values, "marker": {"color": panel.colours},
         "text": [f"{value:,.0f}" for value in panel.values],
@@ -67,11 +92,43 @@ def configuration(run: Run) -> str:
     return OmegaConf.to_yaml({key: value for key, value in run.config.items() if key not in CONFIG_LEFT_OUT})
 
 
+def headline(sections: Sequence[Section]) -> Figure | None:
+    """The figure to begin with: the alignment of layer 1, with SGD as the paper's where there is such a one."""
+    real = [section for section in sections if not section.setting.smoke]
+    as_the_paper = [section for section in real if "optimizer=sgd" in section.setting.differences]
+    shown = [figure for section in [*as_the_paper, *real] for figure in figures(section)]
+    return next((figure for figure in shown if figure.name.endswith("-alignment")), None)
+
+
+def by_claim(found: Iterable[Finding]) -> dict[str, tuple[dict[str, int], list[Finding]]]:
+    """The findings of every claim, and how often each verdict was given on it."""
+    claims: dict[str, list[Finding]] = {}
+    for one in found:
+        claims.setdefault(one.claim, []).append(one)
+    return {claim: (Counter(one.verdict for one in those), those) for claim, those in claims.items()}
+
+
+def compressed(text: str) -> str:
+    """A text as the page unpacks it: gzip in base64, a third of its size."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
 def page(sections: Sequence[Section]) -> str:
     """The whole page."""
     environment = Environment(loader=PackageLoader("dfl_experiments.report", "."), autoescape=True, trim_blocks=True)
-    functions = (by_row, configuration, figures, methods_of, not_begun, numbers, ours_and_paper, plot, row, rule)
+    functions = (
+        by_row, command, configuration, figures, interval, methods_of, not_begun, numbers,
+        ours_and_paper, paired_table, plot, row, rule,
+    )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}
     return environment.get_template("page.html").render(
-        sections=sections, titles=TITLES, columns=COLUMNS, number_columns=FORMATS, plotly=get_plotlyjs()
+        sections=sections,
+        titles=TITLES,
+        columns=COLUMNS,
+        number_columns=FORMATS,
+        plotly=compressed(get_plotlyjs()),
+        claims=by_claim(findings(sections)),
+        head=headline(sections),
+        found_note=FOUND,
+        paired_note=PAIRED,
     )

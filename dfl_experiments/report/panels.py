@@ -1,9 +1,11 @@
-"""What a figure is made of, whoever draws it: panels of curves, heat maps and bars, with the numbers they show."""
+"""What a figure is made of, whoever draws it: panels of curves, points, fields and bars, with the numbers they show."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import ClassVar
+
+from dfl_experiments.report.looks import Look
 
 Values = Sequence[float | None]
 
@@ -12,13 +14,11 @@ Values = Sequence[float | None]
 class Series:
     """A curve: x, y, and the range over seeds where there are several."""
 
-    name: str
-    colour: str
+    look: Look
     x: Sequence[float]
     y: Values
     low: Values = ()
     high: Values = ()
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,23 @@ class Curves:
         """Name, x, y, and the range over seeds."""
         for one in self.series:
             for values in zip_longest(one.x, one.y, one.low, one.high):
-                yield one.name, *values
+                yield one.look.name, *values
+
+
+@dataclass(frozen=True)
+class Points:
+    """A panel of runs as points, those of a method in one series."""
+
+    title: str
+    x: str
+    y: str
+    series: Sequence[Series]
+
+    def rows(self) -> Iterator[tuple[str | float | None, ...]]:
+        """Name, x, y."""
+        for one in self.series:
+            for x, y in zip(one.x, one.y, strict=True):
+                yield one.look.name, x, y
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Bars:
             yield name, "", value
 
 
-Panel = Curves | HeatMap | Bars
+Panel = Curves | Points | HeatMap | Bars
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,14 @@ class Run:
             return max((value for value in values if value is not None), default=None)
         return self.result.get("validation_accuracy")
 
+    @cached_property
+    def validation_loss(self) -> float | None:
+        """The validation loss of that epoch; None where it was not recorded."""
+        if self.config.protocol.accuracy == "best_validation":
+            both = zip(*(self.epochs.get(f"validation_{name}", []) for name in ("accuracy", "loss")), strict=False)
+            return max(((a, -b) for a, b in both if a is not None and b is not None), default=(0.0, None))[1]
+        return self.result.get("validation_loss")
+
     @property
     def score(self) -> float:
         """What a grid point is chosen by: validation accuracy, or the reported one where nothing is held out."""

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ NOT_A_DIFFERENCE = {
     "memory_format",
 }
 NOT_A_DIFFERENCE |= {f"{place}.name" for place in PLACES}
-LONGEST_SLUG = 90
+LONGEST_NAME = 90
 
 
 class Setting(NamedTuple):
@@ -37,16 +38,50 @@ class Setting(NamedTuple):
     def title(self) -> str:
         """For a heading."""
         smoke = ["SMOKE (a trial of the pipeline, no results)"] * self.smoke
-        return ", ".join([*smoke, f"protocol {self.protocol}", *self.differences])
+        return ", ".join([*smoke, f"protocol {self.protocol}", *map(in_words, self.differences)])
 
     @property
-    def slug(self) -> str:
-        """For a file's name."""
-        words = [*["smoke"] * self.smoke, self.protocol, *self.differences]
-        name = "-".join(re.sub(r"[^\w.-]", "-", word).strip("-") for word in words)
-        if len(name) <= LONGEST_SLUG:
-            return name
-        return f"{name[:LONGEST_SLUG]}-{hashlib.sha256(self.title.encode()).hexdigest()[:8]}"
+    def told(self) -> tuple[str, ...]:
+        """What tells it from the usual setting, for a sentence."""
+        return (*[f"protocol {self.protocol}"] * (self.protocol != "fair"), *map(in_words, self.differences))
+
+    @property
+    def words(self) -> str:
+        """For a file's name: what tells it from the usual setting, an optimizer's own options left out."""
+        minor = [one for one in self.differences if one.startswith("optimizer.")]
+        differences = [in_words(one) for one in self.differences if one not in minor]
+        return file_name([*["smoke"] * self.smoke, *[self.protocol] * (self.protocol != "fair"), *differences])
+
+
+def words_of(settings: Sequence[Setting]) -> list[str]:
+    """The `words` of each setting of a report, made different where they are not."""
+    counts = Counter(setting.words for setting in settings)
+    digests = [hashlib.sha256(setting.title.encode()).hexdigest()[:8] for setting in settings]
+    return [
+        setting.words if counts[setting.words] == 1 else file_name([*filter(None, [setting.words]), digest])
+        for setting, digest in zip(settings, digests, strict=True)
+    ]
+
+
+def in_words(difference: str) -> str:
+    """A difference as people say it: "3 epochs"."""
+    key, _, value = difference.partition("=")
+    if key == "optimizer":
+        return value.upper()
+    if key == "epochs":
+        return f"{value} epochs"
+    if difference == "optimizer.milestones=[]":
+        return "constant learning rate"
+    return value if key == "precision" else difference
+
+
+def file_name(words: Iterable[str]) -> str:
+    """Words as a name for files, no longer than names may be."""
+    whole = "-".join(words).lower()
+    name = re.sub(r"[^\w.]+", "-", whole).strip("-")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

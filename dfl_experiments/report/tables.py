@@ -5,10 +5,12 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from dfl_experiments.report.cells import Entry, Section, by_row, methods_of
+from dfl_experiments.report.findings import REFERENCES, Finding, compared, differences, findings, interval
 from dfl_experiments.report.paper import PAPER, TITLES
 from dfl_experiments.report.runs import Cell
 
@@ -18,6 +20,7 @@ FORMATS = {
 }  # fmt: skip
 COLUMNS = (*Cell._fields, *FORMATS, "grid", "runs")
 MISSING = "–"
+PAIRED = "Differences in accuracy, in points, seed by seed, with 95 % intervals (Student's t, n seeds)."
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -86,9 +89,10 @@ def rule(section: Section) -> str:
     return (
         f"Test accuracy in percent {reported}: mean over n seeds, ± sample standard deviation. Of a cell's grid points "
         f"the best one is shown, chosen {chosen}: any two are compared by their means over the seeds that both have "
-        "finished; a point of which a run diverged, failed or was stopped comes last. At best val.: test accuracy at "
-        "each run's epoch with the best validation accuracy. Grid: how many of the points in conf/experiment/ have "
-        "finished. Angle: of layer 1's error signal with BP's, in degrees, from the mean cosine of the last epoch. "
+        "finished; a point of which a run diverged, failed or was stopped comes last; of tied ones, marked so, the "
+        "one with the lower validation loss is shown where it was recorded. At best val.: test accuracy at each run's "
+        "epoch with the best validation accuracy. Grid: how many of the points in conf/experiment/ have finished. "
+        "Angle: of layer 1's error signal with BP's, in degrees, from the mean cosine of the last epoch. "
         "Hours: of training, mean of the point's runs."
     )
 
@@ -102,18 +106,72 @@ def not_begun(section: Section, name: str) -> str:
     return f"Not begun: {'; '.join(rows)}." if rows else ""
 
 
+def wide(entries: Sequence[Entry]) -> list[list[str]]:
+    """A table in the paper's layout, its heading first: ours, with the paper's number in brackets."""
+    methods = methods_of(entries)
+    lines = [["dataset", "augmentation", "model", *methods]]
+    for key, cells in by_row(entries).items():
+        lines.append([*key, *(ours_and_paper(cells[method]) if method in cells else "" for method in methods)])
+    return lines
+
+
+def paired_table(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """Every method's accuracy minus BP's and DFA's, in points, seed by seed; empty where nothing can be compared."""
+    rows = []
+    for key, cells in by_row(entries).items():
+        for method, found in differences(cells).items():
+            told = {f"minus {name}": compared(found.get(name)) for name in REFERENCES}
+            count = max(estimate.n for estimate in found.values())
+            rows.append({**dict(zip(Cell._fields, [*key, method], strict=True)), **told, "n": str(count)})
+    return rows
+
+
+def found_table(found: Sequence[Finding]) -> list[dict[str, str]]:
+    """The claims with their verdicts."""
+    return [
+        {
+            "claim": one.claim,
+            "where": one.where,
+            "found": f"{interval(one.estimate)} {one.unit}",
+            "n": str(one.estimate.n),
+            "verdict": one.verdict,
+        }
+        for one in found
+    ]
+
+
+FOUND = (
+    "Mean difference over n seeds, each with the same data and first weights for both methods, and its 95 % interval "
+    "(Student's t); supported or contradicted where that leaves out zero. For a rank correlation n is the number of "
+    "rules, and the interval a bootstrap over them."
+)
+
+
 def as_text(sections: Sequence[Section], style: str = "simple") -> str:
     """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown."""
     heading, subheading = ("# {}\n", "## {}\n") if style == "github" else ("{}\n" + "=" * 72 + "\n", "{}\n")
+    table = partial(tabulate, tablefmt=style, disable_numparse=True)
     parts = []
     for section in sections:
         parts += [heading.format(section.setting.title), f"{rule(section)}\n"]
         for name, title in TITLES.items():
-            rows = [row(entry) for entry in section.tables[name]]
-            table = tabulate(rows, "keys", tablefmt=style, disable_numparse=True) if rows else ""
-            if blocks := [block for block in (table, not_begun(section, name)) if block]:
-                parts += [subheading.format(title), *(f"{block}\n" for block in blocks)]
+            entries, missing = section.tables[name], not_begun(section, name)
+            if entries or missing:
+                parts.append(subheading.format(title))
+            if entries:
+                parts.append(table(wide(entries), "firstrow") + "\n")
+                parts.append(table([row(entry) for entry in entries], "keys") + "\n")
+            if rows := paired_table([entry for entry in entries if entry.best]):
+                parts += [f"{PAIRED}\n", table(rows, "keys") + "\n"]
+            if missing:
+                parts.append(f"{missing}\n")
     return "\n".join(parts)
+
+
+def answers(sections: Sequence[Section], style: str = "simple") -> str:
+    """The findings for a person; empty where there is nothing to compare."""
+    rows = found_table(findings(sections))
+    return f"{tabulate(rows, 'keys', tablefmt=style, disable_numparse=True)}\n\n{FOUND}\n" if rows else ""
 
 
 def as_csv(sections: Sequence[Section]) -> str:
@@ -138,11 +196,7 @@ def as_latex(sections: Sequence[Section]) -> str:
             entries = section.tables[name]
             if not entries:
                 continue
-            methods = methods_of(entries)
-            lines = [["dataset", "augmentation", "model", *methods]]
-            for key, cells in by_row(entries).items():
-                lines.append([*key, *(ours_and_paper(cells[method]) if method in cells else "" for method in methods)])
-            escaped = [[text.translate(escapes) for text in line] for line in lines]
+            escaped = [[text.translate(escapes) for text in line] for line in wide(entries)]
             body = tabulate(escaped, "firstrow", tablefmt="latex_raw", disable_numparse=True)
             for line in ("toprule", "midrule", "bottomrule"):
                 body = body.replace(r"\hline", rf"\{line}", 1)

@@ -1,0 +1,92 @@
+"""Runs as command lines of `dfl-train`, and tables across a key that was swept."""
+
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dfl_experiments.configuration.composition import compose, group_options, plain, quoted, scientific
+from dfl_experiments.errors import UserError
+from dfl_experiments.report.cells import Section, sections
+from dfl_experiments.report.runs import Cell, Run
+from dfl_experiments.report.setting import NAMED, flat
+
+
+def literal(value: Any) -> str:
+    """A value as Hydra reads it on a command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(literal, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{literal(item)}' for key, item in value.items())}}}"
+    return quoted(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command(run: Run) -> str:
+    """`dfl-train …`: what computes this run's numbers again, by the choices of conf/ and what differs from them.
+
+    Of a run with parts that conf/ does not have, the command that repeats its configuration from its folder.
+    """
+    names = {group: str(run.config[group].name) for group in NAMED}
+    if any(name not in group_options(group) for group, name in names.items()):
+        return f"dfl-train repeat={shlex.quote(str(run.folder))}"
+    choices = [f"{group}={name}" for group, name in names.items()]
+    values = plain(run.config)
+    # a protocol's options first: others follow from them
+    protocol = {f"protocol.{key}": value for key, value in values["protocol"].items()}
+    wanted = {**flat(scientific(run.config)), "seed": run.seed}
+    own: list[str] = []
+    for options in (protocol, wanted):
+        usual = flat(plain(compose([*choices, *own])))
+        own += [
+            f"{'' if key in usual else '++'}{key}={literal(value)}"
+            for key, value in options.items()
+            if not isinstance(value, Mapping) and usual.get(key, ...) != value and key.partition(".")[2] != "name"
+        ]
+    return " ".join(["dfl-train", *map(shlex.quote, [*choices, *own])])
+
+
+def commands(found: Iterable[Section]) -> str:
+    """The chosen point of every cell, as a command line for its first seed."""
+    lines = []
+    for section in found:
+        for entry in section.chosen:
+            accuracy = f"{100 * statistics.fmean(run.accuracy for run in entry.shown):.2f} %"
+            place = f"{section.setting.title}: {' '.join(entry.cell)}"
+            lines.append(f"# {place}, {accuracy}, n = {len(entry.shown)}\n{command(entry.shown[0])}\n")
+    return "\n".join(lines)
+
+
+def across(runs: Sequence[Run], key: str) -> list[list[str]]:
+    """A table with a column for every value of a key of the configuration, its heading first.
+
+    Each cell is a mean accuracy in percent, with its deviation and number of seeds, of the grid point chosen among that
+    value's. Raises `UserError` for a key that no run has.
+    """
+    values = {run.folder: OmegaConf.select(run.config, key, default=...) for run in runs}
+    if all(value is ... for value in values.values()):
+        raise UserError(f"--across {key}: no run has this key")
+    texts = {folder: "–" if value is ... else str(value) for folder, value in values.items()}
+    swept = sorted(set(texts.values()), key=lambda text: (len(text), text))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for text in swept:
+        for section in sections(without(run, key) for run in runs if texts[run.folder] == text):
+            for entry in section.chosen:
+                accuracies = [100 * run.accuracy for run in entry.shown]
+                spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+                told = f"{statistics.fmean(accuracies):.2f}{spread} (n {len(accuracies)})"
+                rows.setdefault((section.setting.title, *entry.cell), {})[text] = told
+    heading = ["setting", *Cell._fields, *(f"{key}={text}" for text in swept)]
+    return [heading, *([*place, *(cells.get(text, "") for text in swept)] for place, cells in rows.items())]
+
+
+def without(run: Run, key: str) -> Run:
+    """The run as if this key, or the group of this name, told no settings apart."""
+    kept = [one for one in run.setting.differences if not one.startswith((f"{key}=", f"{key}."))]
+    return replace(run, setting=run.setting._replace(differences=tuple(kept)))

@@ -1,0 +1,36 @@
+"""How a method looks in every figure: a colour for its family, a dash and a marker for itself."""
+
+from typing import NamedTuple
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; a grey that shows on white and on black
+FAMILIES = {
+    "backpropagation": ("#808080", ("bp", "shallow")),
+    "direct, B fixed": ("#D55E00", ("dfa", "sdfa", "bdfa", "shared", "drtp")),
+    "direct, B learns": ("#0072B2", ("las", "ltas", "dkp", "fdfa", "adfa")),
+    "through every layer, B fixed or signs of W": ("#CC79A7", ("fa", "usf", "brsf", "frsf")),
+    "through every layer, B learns": ("#009E73", ("kp", "wm", "pfa")),
+}
+OWN_COLOUR = "#B0A000"  # of a method that is not this project's
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x")
+NAMES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
+
+
+class Look(NamedTuple):
+    """name: as a figure has it; dash and marker: in plotly's words."""
+
+    name: str
+    colour: str
+    dash: str
+    marker: str
+
+
+def look_of(method: str) -> Look:
+    """A method's look, the same in every figure."""
+    name = NAMES.get(method, method.upper())
+    for colour, members in FAMILIES.values():
+        if method in members:
+            place = members.index(method)
+            return Look(name, colour, DASHES[place], MARKERS[place])
+    place = sum(method.encode()) % len(DASHES)
+    return Look(name, OWN_COLOUR, DASHES[place], MARKERS[place])
