@@ -68,7 +68,7 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
     places = spread([y for _, y in ends], gap, bottom + gap / 2, top - gap / 2)
     beside = offset_copy(axes.transData, axes.get_figure(root=True), x=16, units="points")
     for one, end, place in zip(panel.series, ends, places, strict=True):
-        line = {"arrowstyle": "-", "color": one.look.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+        line = {"arrowstyle": "-", "color": one.look.colour, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)}
         look: Any = {"color": one.look.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
         axes.annotate(one.look.name, end, (end[0], place), textcoords=beside, arrowprops=line, **look)
     axes.set(xlabel=panel.x, ylabel=panel.y)

@@ -10,7 +10,7 @@ from report_helpers import GRID, altered, dfl_report, entries, finished, only_en
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.paper import PAPER
 from dfl_experiments.report.runs import read_runs
-from dfl_experiments.report.setting import setting_of
+from dfl_experiments.report.setting import setting_of, words_of
 
 
 @pytest.mark.parametrize("method", ["bp", "dfa", "las"])
@@ -78,9 +78,9 @@ def test_settings_with_long_names_have_files_of_their_own(finished_point, tmp_pa
     for end in ("one", "two"):
         widths = {"model.widths": [16] * 40 + [len(end), 1 if end == "one" else 2]}
         altered(finished_point, tmp_path / end, **finished(0.9, 1e-3, 0, **widths))
-    slugs = {section.setting.slug for section in sections(read_runs([tmp_path]))}
-    assert len(slugs) == 2
-    assert max(map(len, slugs)) < 110
+    words = words_of([section.setting for section in sections(read_runs([tmp_path]))])
+    assert len(set(words)) == 2
+    assert max(map(len, words)) < 110
 
 
 def test_a_point_of_which_a_seed_diverged_comes_last(finished_point, tmp_path):
@@ -113,7 +113,7 @@ def test_smoke_runs_have_a_section_of_their_own(reported):
     assert row["method"] == "dfa"
     assert float(row["ours"]) == pytest.approx(100 * results(reported, "dfa", 1e-2, 32)[0]["accuracy"], abs=0.005)
     real, smoke = told(reported).split("SMOKE (a trial of the pipeline, no results)")
-    assert "protocol fair, epochs=3, model.widths=[16, 16]" in real.splitlines()[0]
+    assert "protocol fair, 3 epochs, model.widths=[16, 16]" in real.splitlines()[0]
     assert "4 finished" not in smoke
 
 

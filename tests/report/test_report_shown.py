@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from report_helpers import altered, browser, dfl_report, entries, finished, told
 
+from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.curves import Curves, Figure, Series, figures
 from dfl_experiments.report.figures import canvas_of, spread
+from dfl_experiments.report.looks import FAMILIES, look_of
 from dfl_experiments.report.runs import read_runs
 
 
@@ -24,6 +26,7 @@ def test_every_format_holds_the_same_numbers(reported, reported_page):
         text = told(reported, kind)
         assert all(number in text for number in numbers), kind
     text = reported_page.read_text()
+    assert len(text) < 3e6
     assert all(f">{number}</a>" in text for number in numbers)
     assert not re.search(r'(src|href)="(?!#|data:)', text.split("<script>")[0])
 
@@ -44,18 +47,18 @@ def test_every_figure_is_written_the_same_each_time(reported, markdown_page, tmp
     assert done.returncode == 0, done.stderr
     names = {path.name for path in first.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == names
-    kinds = ("alignment-mnist", "alignment-all-layers-mnist", "learning-mnist", "grid-mnist", "throughput")
+    kinds = ("mnist-fc-alignment", "mnist-fc-alignment-all-layers", "mnist-fc-learning", "mnist-fc-grid", "throughput")
     for kind in kinds:
-        mine = [path for path in names if path.startswith("fair-") and f"-{kind}" in path]
+        mine = [path for path in names if path.startswith(f"{kind}-3-epochs-model.widths-16-16")]
         assert {path.rpartition(".")[2] for path in mine} == {"png", "pdf", "csv"}
-    assert [path for path in names if path.startswith("smoke-fair-")]
+    assert [path for path in names if "-smoke-" in path]
     for name in names:
         assert (first / name).read_bytes() == (tmp_path / name).read_bytes()
         if name.endswith("png"):
             with Image.open(first / name) as image:
                 assert len(image.convert("RGB").getcolors(2**24)) > 20
                 assert min(image.size) > 400
-    with (first / "fair-epochs-3-model.widths--16--16-learning-mnist-none-fc.csv").open() as file:
+    with (first / "mnist-fc-learning-3-epochs-model.widths-16-16.csv").open() as file:
         shown = [row for row in csv.DictReader(file) if row["series"] == "BP" and row["panel"] == "test accuracy"]
     (row,) = (row for row in entries(reported) if row["method"] == "bp" and not row["smoke"])
     assert [row["x"] for row in shown] == ["1", "2", "3"]
@@ -73,6 +76,13 @@ def test_labels_keep_their_order_and_a_gap_within_the_axis(places):
     assert [moved[i] for i in alone] == pytest.approx([places[i] for i in alone])
 
 
+def test_every_method_looks_unlike_every_other():
+    methods = [method for _, members in FAMILIES.values() for method in members]
+    assert set(methods) == {*group_options("method")}
+    assert len({look_of(method)[1:3] for method in methods}) == len(methods)
+    assert len({(look.colour, look.marker) for look in map(look_of, methods)}) == len(methods)
+
+
 def test_no_other_layer_passes_for_layer_1(reported, finished_point, tmp_path):
     altered(finished_point, tmp_path / "a", {"method.name": "shallow"}, method="shallow")
     lines = (tmp_path / "a" / "epochs.csv").read_text().splitlines()
@@ -81,14 +91,14 @@ def test_no_other_layer_passes_for_layer_1(reported, finished_point, tmp_path):
     emptied = [",".join("" if i == place else cell for i, cell in enumerate(line.split(","))) for line in lines[1:]]
     (tmp_path / "a" / "epochs.csv").write_text("\n".join([lines[0], *emptied]) + "\n")
     (section,) = sections(read_runs([tmp_path]))
-    found = {figure.name: figure for figure in figures(section) if figure.name.startswith("alignment")}
+    found = {figure.name: figure for figure in figures(section) if "alignment" in figure.name}
     (figure,) = found.values()
-    assert figure.name == "alignment-all-layers-mnist-none-fc"
+    assert figure.name == "mnist-fc-alignment-all-layers"
     assert [panel.title.partition(":")[0] for panel in figure.panels] == ["layer 2"]
 
 
 def test_a_long_heading_stays_within_the_figure():
-    figure = Figure("name", "A title", "note", [Curves("panel", "y", [Series("las", "#000000", [1.0], [0.5])])])
+    figure = Figure("name", "A title", "note", [Curves("panel", "y", [Series(look_of("las"), [1.0], [0.5])])])
     canvas = canvas_of(figure, "SMOKE (a trial of the pipeline, no results), " + "option.of.some.length=value, " * 9)
     box = canvas._suptitle.get_window_extent()
     assert canvas.bbox.x0 <= box.x0 < box.x1 <= canvas.bbox.x1
@@ -126,8 +136,10 @@ def test_the_page_in_a_browser(reported, reported_page):
         link = next(one for one in table.find_elements("css selector", "td a") if one.text == rows[0]["ours"])
         window.execute_script("arguments[0].click()", link)
         opened = window.find_element("css selector", "details.cell[open]")
-        assert len(opened.find_elements("css selector", "pre")) == 4
-        assert "batch_size: 64" in opened.find_element("css selector", "pre").get_attribute("textContent")
+        assert len(opened.find_elements("css selector", "pre")) == 8
+        shown = [one.get_attribute("textContent") for one in opened.find_elements("css selector", "pre")]
+        assert shown[0].startswith("dfl-train dataset=mnist augmentation=none model=fc method=bp")
+        assert "batch_size: 64" in shown[1]
         resources = window.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
         assert not [name for name in resources if name.startswith("http")]
         assert window.get_log("browser") == []
