@@ -228,7 +228,7 @@ def main() -> None:
     )
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--smoke", action="store_true", help="every cell once, on a few images: a trial, no results")
-    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), help="default: fair; for the figure paper")
+    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), help="default: fair")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 … N-1 (default: 1)")
     parser.add_argument("--epochs", type=positive, metavar="N", help="in place of the paper's number")
     parser.add_argument("--only", type=words, default=[], metavar="WORDS", help="such as cifar10,conv3,las")

@@ -143,7 +143,7 @@ def found_table(found: Sequence[Finding]) -> list[dict[str, str]]:
 FOUND = (
     "Mean difference over n seeds, each with the same data and first weights for both methods, and its 95 % interval "
     "(Student's t); supported or contradicted where that leaves out zero. For a rank correlation n is the number of "
-    "rules, and the interval a bootstrap over them."
+    "rules, and the interval a bootstrap over them. Nothing is corrected for how many claims there are."
 )
 
 
