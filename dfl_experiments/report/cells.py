@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dfl_experiments.configuration.grids import points_per_cell
+from dfl_experiments.report.looks import FAMILIES
 from dfl_experiments.report.paper import METHODS, PAPER, TITLES, table_of
 from dfl_experiments.report.runs import Cell, Run
 from dfl_experiments.report.setting import Setting
@@ -132,8 +133,9 @@ class Section:
 
 
 def place(method: str) -> tuple[int, str]:
-    """Where a method stands among others: the paper's first, in its order."""
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+    """Where a method stands among others: the paper's first, in its order, then by families."""
+    order = [*METHODS, *(one for _, members in FAMILIES.values() for one in members if one not in METHODS)]
+    return (order.index(method) if method in order else len(order), method)
 
 
 def methods_of(entries: Iterable[Entry]) -> list[str]:

@@ -21,6 +21,7 @@ MEASURED: dict[Quantity, str] = {
     "gradient_cosine": "cosine of the weights' gradient with backpropagation's",
     "output_cosine": "cosine of the local module's prediction with the logits",
 }
+MOST_NAMES = 4  # that a panel's title has room for
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
@@ -59,6 +60,8 @@ def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
         return None
     exact = [one for one in entries if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
     names = ", ".join(look_of(entry.cell.method).name for entry in exact)
+    if len(exact) > MOST_NAMES:
+        names = f"{len(exact)} of {len(series)} methods"
     x = max((one.x for one in series), key=len)
     bp = Series(look_of("bp"), x, [1.0] * len(x))
     title = f"layer {layer}" + (f": 1 by construction for {names}" if names else "")
