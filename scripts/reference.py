@@ -24,26 +24,31 @@ from dfl_experiments.report.runs import read_runs
 BLOCK = re.compile(r"(<!-- (\w+)[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def best_known(found: Sequence[Finding]) -> list[Finding]:
-    """The findings with an interval; of a claim that has none yet, the first."""
-    sure = [one for one in found if one.estimate.low is not None]
-    known = {one.claim for one in sure}
-    first = {one.claim: one for one in reversed(found) if one.claim not in known}
-    return [one for one in found if one in sure or first.get(one.claim) is one]
-
-
 def findings_block(found: Sequence[Section]) -> str:
-    """The claims with their verdicts."""
-    lines = [
-        [one.claim, f"**{one.verdict}**", f"{interval(one.estimate)} {one.unit}", one.estimate.n, one.where]
-        for one in best_known(findings(found))
-    ]
+    """The claims with their verdicts, and of what one seed says of each how often it speaks for it."""
+    lines = []
+    by_claim: dict[str, list[Finding]] = {}
+    for one in findings(found):
+        by_claim.setdefault(one.claim, []).append(one)
+    for claim, those in by_claim.items():
+        single = [one for one in those if one.estimate.low is None]
+        lines += [
+            [claim, f"**{one.verdict}**", f"{interval(one.estimate)} {one.unit}", one.estimate.n, one.where]
+            for one in those
+            if one not in single
+        ]
+        if single:
+            speak = sum(one.estimate.value > 0 for one in single)
+            where = "; ".join(f"{one.where} ({one.estimate.value:+.2f})" for one in single)
+            lines.append([claim, "one seed", f"for it {speak}, against {len(single) - speak}", 1, where])
     return tabulate(lines, ["claim", "verdict", "found, 95 % interval", "n", "where"], "github", disable_numparse=True)
 
 
 def rules_row(method: str, entry: Entry, against: dict[str, str]) -> list[str]:
     """A rule's accuracy, its distance from BP, and its alignment."""
-    family = next(name for name, (_, members) in FAMILIES.items() if method in members)
+    family = next((name for name, (_, members) in FAMILIES.items() if method in members), "your own")
+    if (activation := entry.shown[0].config.model.activation) != "relu":
+        family += f", on {activation}"
     cosines = [value for run in entry.shown if (value := cosine_of(run)) is not None]
     cosine = f"{statistics.fmean(cosines):.2f}" if cosines and method != "shallow" else "–"
     number = tables.row(entry)
@@ -56,7 +61,7 @@ def rules_block(found: Sequence[Section]) -> str:
     """All rules beside each other on MNIST, the most accurate first."""
     for section in found:
         for (dataset, _, _), cells in by_row(section.chosen).items():
-            if dataset == "mnist" and section.setting.differences == ("epochs=20",):
+            if dataset == "mnist" and section.setting == (False, "fair", ("epochs=20",)):
                 order = sorted(cells.items(), key=lambda item: -statistics.fmean(run.accuracy for run in item[1].shown))
                 told = {
                     method: {name: interval(estimate) for name, estimate in pairs.items()}
@@ -80,12 +85,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/reference"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     asked = parser.parse_args()
-    figures = asked.runs / "figures"
-    shutil.rmtree(figures, ignore_errors=True)
+    found, figures = sections(read_runs([asked.runs])), asked.runs / "figures"
+    shutil.rmtree(figures, ignore_errors=True)  # of an earlier report nothing stays beside this one
     page = ("--format", "markdown", "--out", str(asked.runs / "README.md"), "--figures", str(figures))
     dfl_report([str(asked.runs), *page])
     dfl_report([str(asked.runs), "--format", "csv", "--out", str(asked.runs / "tables.csv")])
-    asked.readme.write_text(readme(asked.readme.read_text(), sections(read_runs([asked.runs]))))
+    asked.readme.write_text(readme(asked.readme.read_text(), found))
     print(asked.readme)
 
 

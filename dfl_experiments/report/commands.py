@@ -4,6 +4,7 @@ import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -25,41 +26,53 @@ def literal(value: Any) -> str:
         return f"[{','.join(map(literal, value))}]"
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{literal(item)}' for key, item in value.items())}}}"
-    return quoted(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    return quoted(value) if isinstance(value, str) else str(value)
 
 
-def command(run: Run) -> str:
+@cache
+def usually(*choices: str) -> dict[str, Any]:
+    """What conf/ has for a run of these choices."""
+    return plain(compose(list(choices)))
+
+
+def command(run: Run, seeds: Sequence[int] = ()) -> str:
     """`dfl-train …`: what computes this run's numbers again, by the choices of conf/ and what differs from them.
 
-    Of a run with parts that conf/ does not have, the command that repeats its configuration from its folder.
+    seeds: in place of its own, as a multirun. Of a run with parts that conf/ does not have it is the command that
+    repeats its configuration from its folder.
     """
     names = {group: str(run.config[group].name) for group in NAMED}
     if any(name not in group_options(group) for group, name in names.items()):
-        return f"dfl-train repeat={shlex.quote(str(run.folder))}"
+        plugins = [f"plugins={literal(run.config.plugins)}"] if run.config.get("plugins") else []
+        return " ".join(["dfl-train", *map(shlex.quote, [f"repeat={run.folder.resolve()}", *plugins])])
     choices = [f"{group}={name}" for group, name in names.items()]
     values = plain(run.config)
     # a protocol's options first: others follow from them
     protocol = {f"protocol.{key}": value for key, value in values["protocol"].items()}
-    wanted = {**flat(scientific(run.config)), "seed": run.seed}
+    wanted = {**flat(scientific(run.config)), "memory_format": run.config.get("memory_format", "contiguous")}
+    if len(seeds) > 1:
+        del wanted["seed"]
     own: list[str] = []
     for options in (protocol, wanted):
-        usual = flat(plain(compose([*choices, *own])))
+        usual = flat(usually(*choices, *own))
         own += [
             f"{'' if key in usual else '++'}{key}={literal(value)}"
             for key, value in options.items()
             if not isinstance(value, Mapping) and usual.get(key, ...) != value and key.partition(".")[2] != "name"
         ]
-    return " ".join(["dfl-train", *map(shlex.quote, [*choices, *own])])
+    several = ["--multirun", f"seed={','.join(map(str, seeds))}"] if len(seeds) > 1 else []
+    return " ".join(["dfl-train", *map(shlex.quote, [*choices, *own, *several])])
 
 
-def commands(found: Iterable[Section]) -> str:
-    """The chosen point of every cell, as a command line for its first seed."""
+def commands(all_sections: Iterable[Section]) -> str:
+    """The chosen point of every cell, as a command line."""
     lines = []
-    for section in found:
+    for section in all_sections:
         for entry in section.chosen:
             accuracy = f"{100 * statistics.fmean(run.accuracy for run in entry.shown):.2f} %"
             place = f"{section.setting.title}: {' '.join(entry.cell)}"
-            lines.append(f"# {place}, {accuracy}, n = {len(entry.shown)}\n{command(entry.shown[0])}\n")
+            found = dict.fromkeys(command(run, [run.seed for run in entry.shown]) for run in entry.shown)
+            lines += [f"# {place}, {accuracy}, n = {len(entry.shown)}", *found, ""]
     return "\n".join(lines)
 
 
@@ -67,11 +80,13 @@ def across(runs: Sequence[Run], key: str) -> list[list[str]]:
     """A table with a column for every value of a key of the configuration, its heading first.
 
     Each cell is a mean accuracy in percent, with its deviation and number of seeds, of the grid point chosen among that
-    value's. Raises `UserError` for a key that no run has.
+    value's. Raises `UserError` for a key that no run has, or of which a table cell consists already.
     """
     values = {run.folder: OmegaConf.select(run.config, key, default=...) for run in runs}
     if all(value is ... for value in values.values()):
         raise UserError(f"--across {key}: no run has this key")
+    if key.endswith("name") or any(OmegaConf.is_dict(value) for value in values.values()):
+        raise UserError(f"--across {key}: goes with a single option, such as batch_size; tables have the others apart")
     texts = {folder: "–" if value is ... else str(value) for folder, value in values.items()}
     swept = sorted(set(texts.values()), key=lambda text: (len(text), text))
     rows: dict[tuple[str, ...], dict[str, str]] = {}
@@ -87,6 +102,6 @@ def across(runs: Sequence[Run], key: str) -> list[list[str]]:
 
 
 def without(run: Run, key: str) -> Run:
-    """The run as if this key, or the group of this name, told no settings apart."""
-    kept = [one for one in run.setting.differences if not one.startswith((f"{key}=", f"{key}."))]
+    """The run as if this key told no settings apart."""
+    kept = [one for one in run.setting.differences if not one.startswith(f"{key}=")]
     return replace(run, setting=run.setting._replace(differences=tuple(kept)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dfl_experiments.ranges import Quantity
 from dfl_experiments.report.cells import UNFIT, Entry, Point, Section, by_row
-from dfl_experiments.report.findings import FEWEST_METHODS, correlation_groups, interval
+from dfl_experiments.report.findings import correlation_groups, interval
 from dfl_experiments.report.intervals import rank_correlation
 from dfl_experiments.report.looks import look_of
 from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Points, Series
@@ -148,20 +148,20 @@ def prediction(entries: list[Entry]) -> Iterable[Figure]:
     cells = {entry.cell.method: entry for entry in entries}
     panels, told, known = [], [], []
     for of in ("layer 1", "all layers"):
-        groups = correlation_groups(cells, of)
-        estimate = rank_correlation([*groups.values()]) if len(groups) >= FEWEST_METHODS else None
-        if estimate and groups not in known:  # with one layer to tell of, all layers are that one
-            known.append(groups)
-            series = [
-                Series(look_of(method), [x for x, _ in points], [y for _, y in points])
-                for method, points in groups.items()
-            ]
-            panels.append(Points(of, "mean cosine with BP's signal, last epoch", "test accuracy, %", series))
-            told.append(f"{of}: Spearman's ρ {interval(estimate)}")
+        found = correlation_groups(cells, of)
+        if not found or found in known:  # with one layer to tell of, all layers are that one
+            continue
+        known.append(found)
+        for lr, groups in found.items():
+            series = [Series(look_of(method), *zip(*points, strict=True)) for method, points in groups.items()]
+            title, x = f"{of}, lr {lr:g}", "mean cosine with BP's signal, last epoch"
+            panels.append(Points(title, x, "test accuracy, %", series))
+            if estimate := rank_correlation([*groups.values()]):
+                told.append(f"{of}, lr {lr:g}: {interval(estimate)}")
     if panels:
         note = (
-            f"{'; '.join(told)}; intervals of 95 % by a bootstrap over the rules. Every finished run of every learning "
-            "rate is a point; layers whose signal is BP's by construction are left out."
+            f"Spearman's ρ, with intervals of 95 % by a bootstrap over the rules: {'; '.join(told)}. Layers whose "
+            "signal is BP's by construction are left out, and rules on another net, such as DRTP's with tanh."
         )
         yield Figure("alignment-accuracy", "Accuracy against alignment", note, panels)
 

@@ -46,6 +46,8 @@ def report(asked: argparse.Namespace) -> None:
 
     runs = read_runs(asked.folders)
     if asked.across:
+        if asked.figures:
+            raise UserError("--across: has no figures")
         write(as_table(across(runs, asked.across), asked.format), asked.out)
         return
     found = sections(runs)

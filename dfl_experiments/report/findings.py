@@ -9,7 +9,8 @@ from dfl_experiments.report.runs import Run
 
 REFERENCES = ("bp", "dfa")
 SUPPORTED = ("las", "ltas")  # the paper's own methods
-FEWEST_METHODS = 5  # that a correlation over methods is told of
+FEWEST_METHODS = 8  # that a correlation over methods is told of: of fewer a bootstrap is too sure
+TOO_FEW = "too few seeds"
 Cells = Mapping[str, Entry]
 
 
@@ -24,8 +25,8 @@ class Finding(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """The only place where a report says that something is better."""
-        return {1: "supported", -1: "contradicted", 0: "undecided", None: "one seed"}[self.estimate.sign]
+        """A claim is supported or contradicted where the interval leaves out zero."""
+        return {1: "supported", -1: "contradicted", 0: "undecided", None: TOO_FEW}[self.estimate.sign]
 
 
 def accuracies(entry: Entry) -> dict[int, float]:
@@ -47,9 +48,22 @@ def mean_cosine(run: Run) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def cosines(entry: Entry) -> dict[int, float]:
-    """The chosen point's layer-1 cosines by seed."""
-    return {run.seed: value for run in entry.shown if (value := cosine_of(run)) is not None}
+def cosine_lead(first: Entry, second: Entry) -> Estimate | None:
+    """How much more the first's layer-1 signals align, at equal learning rate and weight decay, paired by seed.
+
+    The rate moves the cosine as much as the rule does, so the points chosen by accuracy would not do.
+    """
+    theirs, leads = grid_cosines(second), dict[int, list[float]]()
+    for (lr, decay, seed), value in grid_cosines(first).items():
+        if (lr, decay, seed) in theirs:
+            leads.setdefault(seed, []).append(value - theirs[lr, decay, seed])
+    return paired({seed: sum(values) / len(values) for seed, values in leads.items()}, dict.fromkeys(leads, 0.0))
+
+
+def grid_cosines(entry: Entry) -> dict[tuple[float, float, int], float]:
+    """The layer-1 cosine of every finished run, by learning rate, weight decay and seed."""
+    runs = [run for point in entry.points for run in point.finished]
+    return {(run.lr, run.weight_decay, run.seed): value for run in runs if (value := cosine_of(run)) is not None}
 
 
 def differences(cells: Cells) -> dict[str, dict[str, Estimate]]:
@@ -64,16 +78,20 @@ def differences(cells: Cells) -> dict[str, dict[str, Estimate]]:
     return found
 
 
-def correlation_groups(cells: Cells, of: str) -> dict[str, list[tuple[float, float]]]:
-    """(cosine, accuracy in percent) of every finished run of a row's grids, by method. of: "layer 1", "all layers"."""
+def correlation_groups(cells: Cells, of: str) -> dict[float, dict[str, list[tuple[float, float]]]]:
+    """(cosine, accuracy in percent) of a row's finished runs, by learning rate and method. of: "layer 1", "all layers".
+
+    Left out are BP and Shallow, whose signals are BP's, and rules on another net than DFA's, such as DRTP's with tanh.
+    """
     measure = cosine_of if of == "layer 1" else mean_cosine
-    found: dict[str, list[tuple[float, float]]] = {}
+    net = next((run.config.model for run in cells["dfa"].runs), None) if "dfa" in cells else None
+    found: dict[float, dict[str, list[tuple[float, float]]]] = {}
     for method, entry in cells.items():
-        runs = [run for point in entry.points for run in point.finished]
-        points = [(x, 100 * run.accuracy) for run in runs if (x := measure(run)) is not None]
-        if points and method not in ("bp", "shallow"):
-            found[method] = points
-    return found
+        for point in entry.points if method not in ("bp", "shallow") else ():
+            for run in point.finished:
+                if (x := measure(run)) is not None and net in (None, run.config.model):
+                    found.setdefault(point.lr, {}).setdefault(method, []).append((x, 100 * run.accuracy))
+    return {lr: groups for lr, groups in found.items() if len(groups) >= FEWEST_METHODS}
 
 
 def of_row(cells: Cells, where: str) -> Iterator[Finding]:
@@ -82,7 +100,7 @@ def of_row(cells: Cells, where: str) -> Iterator[Finding]:
     for method in SUPPORTED:
         if dfa and method in cells:
             name = method.upper()
-            if estimate := paired(cosines(cells[method]), cosines(dfa)):
+            if estimate := cosine_lead(cells[method], dfa):
                 yield Finding(0, f"{name} aligns better with BP than DFA, layer 1", where, estimate, "cosine")
     for method in SUPPORTED:
         if dfa and method in cells and (estimate := paired(accuracies(cells[method]), accuracies(dfa))):
@@ -91,9 +109,10 @@ def of_row(cells: Cells, where: str) -> Iterator[Finding]:
         both = "bp" in cells and method in cells
         if both and (estimate := paired(accuracies(cells["bp"]), accuracies(cells[method]))):
             yield Finding(3, f"BP is more accurate than {method.upper()}", where, estimate, "points")
-    groups = correlation_groups(cells, "layer 1")
-    if len(groups) >= FEWEST_METHODS and (estimate := rank_correlation([*groups.values()])):
-        yield Finding(4, "Over all rules, alignment goes with accuracy", where, estimate, "Spearman's ρ")
+    for lr, groups in correlation_groups(cells, "layer 1").items():
+        if estimate := rank_correlation([*groups.values()]):
+            place = f"{where}, lr {lr:g}"
+            yield Finding(4, "Over all rules, alignment goes with accuracy", place, estimate, "Spearman's ρ")
 
 
 def across_classes(rows: Mapping[tuple[str, ...], Cells], setting: str) -> Iterator[Finding]:
@@ -144,5 +163,5 @@ def compared(estimate: Estimate | None) -> str:
     """A difference of accuracies with what may be said of it."""
     if estimate is None:
         return "–"
-    said = {1: "better", -1: "worse", 0: "undecided", None: "one seed"}[estimate.sign]
-    return f"{interval(estimate)}, {said}"
+    said = {1: "better", -1: "worse", 0: "undecided", None: TOO_FEW}[estimate.sign]
+    return f"{interval(estimate)}, n {estimate.n}: {said}"

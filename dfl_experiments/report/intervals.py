@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import rankdata, t
 
 LEVEL = 0.95
+FEWEST = 3
 RESAMPLES = 2000
 
 
@@ -24,8 +25,11 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int | None:
-        """1 or -1 where the interval leaves out zero, 0 where it does not, None without an interval."""
-        if self.low is None or self.high is None:
+        """1 or -1 where the interval leaves out zero, 0 where it does not, None of fewer than `FEWEST` values.
+
+        Accuracies are counts of images: two differences are easily equal by chance, and an interval then has no width.
+        """
+        if self.low is None or self.high is None or self.n < FEWEST:
             return None
         return int(self.low > 0) - int(self.high < 0)
 

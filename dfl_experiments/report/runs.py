@@ -17,7 +17,7 @@ from dfl_experiments.configuration.composition import as_values
 from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.configuration.refusals import one_line
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.setting import NAMED, Setting, setting_of
+from dfl_experiments.report.setting import NAMED, Setting, own_options, setting_of
 from dfl_experiments.running.result import DONE, parsed, status_of
 from dfl_experiments.running.run_directory import CONFIG, RESULT
 
@@ -43,8 +43,8 @@ class Run:
 
     status: of `result.json`, or "interrupted" where its process ended without one, or "running"; config: resolved;
     result: empty where there is none yet; reported: which epoch its protocol reports, in words; planned: epochs that it
-    is to have; rank: of two runs of the same the greater counts, the one that is done, that measured alignment, or the
-    newer.
+    is to have; rank: of two runs of the same the greater counts, the one that has finished or is done, that measured
+    alignment, or the newer.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class Run:
     seed: int
     reported: str
     planned: int
-    rank: tuple[bool, bool, float]
+    rank: tuple[bool, bool, bool, float]
 
     @property
     def accuracy(self) -> float:
@@ -79,7 +79,8 @@ class Run:
         """The validation loss of that epoch; None where it was not recorded."""
         if self.config.protocol.accuracy == "best_validation":
             both = zip(*(self.epochs.get(f"validation_{name}", []) for name in ("accuracy", "loss")), strict=False)
-            return max(((a, -b) for a, b in both if a is not None and b is not None), default=(0.0, None))[1]
+            told = [(accuracy, loss) for accuracy, loss in both if accuracy is not None]
+            return max(told, key=lambda pair: pair[0], default=(0.0, None))[1]
         return self.result.get("validation_loss")
 
     @property
@@ -145,7 +146,7 @@ def read_run(folder: Path) -> Run:
         seed=int(config.seed),
         reported=REPORTED[config.protocol.accuracy],
         planned=int(config.epochs),
-        rank=(status in DONE, bool(config.alignment.every), written),
+        rank=(status == "finished", status in DONE, bool(config.alignment.every), written),
     )
 
 
@@ -166,7 +167,23 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 print(f"dfl-report: left out: {place} ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: no run directory there (they hold a {CONFIG})")
-    return by_data(list(found.values()))
+    return by_options(by_data(list(found.values())))
+
+
+def by_options(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of a method, say, that conf/ does not have in settings apart where their options differ."""
+    options = [own_options(run.config) for run in runs]
+    values: dict[tuple[str, str], set[str]] = {}
+    for run, own in zip(runs, options, strict=True):
+        for key, value in own.items():
+            values.setdefault((str(run.config[key.partition(".")[0]].name), key), set()).add(value)
+
+    def told(run: Run, own: Mapping[str, str]) -> Setting:
+        names = {key: str(run.config[key.partition(".")[0]].name) for key in own}
+        apart = [f"{key}={value}" for key, value in own.items() if len(values[names[key], key]) > 1]
+        return run.setting._replace(differences=(*run.setting.differences, *apart))
+
+    return [replace(run, setting=told(run, own)) for run, own in zip(runs, options, strict=True)]
 
 
 def by_data(runs: Sequence[Run]) -> list[Run]:

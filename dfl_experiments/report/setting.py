@@ -105,13 +105,25 @@ def usual(*choices: str) -> dict[str, Any]:
     return compared(compose(list(choices)))
 
 
+def unknown_groups(names: Mapping[str, str]) -> set[str]:
+    """The groups whose option conf/ does not have."""
+    return {group for group, name in names.items() if name not in group_options(group)}
+
+
+def own_options(config: DictConfig) -> dict[str, str]:
+    """What is not compared of the groups whose option conf/ does not have, by dotted key."""
+    unknown = unknown_groups({group: str(config[group].name) for group in NAMED})
+    found = compared(config) if unknown else {}
+    return {key: str(value) for key, value in found.items() if key.partition(".")[0] in unknown - {"protocol"}}
+
+
 def setting_of(config: DictConfig) -> Setting:
     """The section that a run of this configuration belongs to.
 
-    A group's option that conf/ does not have is not compared, everything else is.
+    A group's option that conf/ does not have is not compared here (see `own_options`), everything else is.
     """
     names = {group: str(config[group].name) for group in NAMED}
-    unknown = {group for group, name in names.items() if name not in group_options(group)}
+    unknown = unknown_groups(names)
     choices = [f"{group}={name}" for group, name in names.items() if group not in unknown]
     found = {key: value for key, value in compared(config).items() if key.partition(".")[0] not in unknown}
     own = {key: found.pop(key) for key in list(found) if key.startswith("protocol.")}

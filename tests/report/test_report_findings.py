@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import shlex
+from pathlib import Path
 
 import pytest
 from report_helpers import altered, dfl_report, finished, only_entry
@@ -28,7 +29,9 @@ def test_a_paired_interval_is_the_paired_t_test_s():
     assert paired({0: 2.0}, {0: 1.0}) == (1.0, None, None, 1)
     assert paired({0: 2.0}, {0: 1.0}).sign is None
     assert paired({0: 2.0}, {1: 1.0}) is None
-    assert [paired({0: 2.0 * s, 1: 2.1 * s}, {0: 1.0 * s, 1: 1.1 * s}).sign for s in (1, -1)] == [1, -1]
+    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).sign is None  # two values are easily equal by chance
+    leads = ({seed: sign * (1 + seed / 10) for seed in range(3)} for sign in (1, -1))
+    assert [paired(lead, dict.fromkeys(lead, 0.0)).sign for lead in leads] == [1, -1]
 
 
 def test_a_rank_correlation_is_spearman_s_and_its_interval_knows_groups():
@@ -41,15 +44,21 @@ def test_a_rank_correlation_is_spearman_s_and_its_interval_knows_groups():
     assert rank_correlation([[(x, x)] for x in range(6)])[:3] == pytest.approx((1.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("epoch", ["last", "best_validation"])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.1), (0.1, 0.3)])
-def test_of_tied_points_the_one_with_the_lower_validation_loss_is_shown_and_marked(finished_point, tmp_path, low, high):
+def test_of_tied_points_the_one_with_the_lower_validation_loss_is_shown(finished_point, tmp_path, low, high, epoch):
     for name, lr, loss in (("a", 1e-3, low), ("b", 1e-2, high)):
-        altered(finished_point, tmp_path / name, **finished(0.9, lr, 0), validation_loss=loss)
+        said = finished(0.9, lr, 0, **{"protocol.accuracy": epoch})
+        altered(finished_point, tmp_path / name, **said, validation_loss=loss)
+        (tmp_path / name / "epochs.csv").write_text(
+            f"epoch,validation_loss,validation_accuracy\n1,{loss},0.9\n2,9,0.9\n"
+        )
     entry = only_entry(tmp_path)
     assert entry.best.lr == (1e-2 if low > high else 1e-3)
     assert entry.grid == "2 of 4, tied"
-    altered(finished_point, tmp_path / "c", **finished(0.95, 3e-3, 0))
-    assert (only_entry(tmp_path).best.lr, only_entry(tmp_path).grid) == (3e-3, "3 of 4")
+    if epoch == "last":
+        altered(finished_point, tmp_path / "c", **finished(0.95, 3e-3, 0))
+        assert (only_entry(tmp_path).best.lr, only_entry(tmp_path).grid) == (3e-3, "3 of 4")
 
 
 def made(finished_point, place, accuracies, cosine=0.5, **config):
@@ -84,16 +93,41 @@ def test_a_verdict_is_given_where_the_interval_leaves_out_zero(finished_point, t
     assert found["LAS is more accurate than DFA"].estimate.value == pytest.approx(5.0333, abs=1e-3)
     text = dfl_report(tmp_path, ".", "--format", "markdown").stdout
     assert "LAS is more accurate than DFA" in text
-    assert "+5.03 [+4.89, +5.18], better" in text
+    assert "+5.03 [+4.89, +5.18], n 3: better" in text
 
 
 def test_the_lead_over_dfa_is_compared_between_numbers_of_classes(finished_point, tmp_path):
-    for dataset, las in (("cifar10", (0.5, 0.51)), ("cifar100", (0.55, 0.565))):
+    for dataset, las in (("cifar10", (0.5, 0.51, 0.5)), ("cifar100", (0.55, 0.565, 0.55))):
         said = {"dataset.name": dataset, "augmentation.name": "flip"}
-        made(finished_point, tmp_path, {"dfa": (0.4, 0.41), "las": las}, **said)
+        made(finished_point, tmp_path, {"dfa": (0.4, 0.41, 0.4), "las": las}, **said)
     (one,) = (one for one in findings(sections(read_runs([tmp_path]))) if "classes" in one.claim)
-    assert one.estimate.value == pytest.approx(5.25)
-    assert (one.estimate.n, one.verdict) == (2, "supported")
+    assert one.estimate.value == pytest.approx(5.1667, abs=1e-3)
+    assert (one.estimate.n, one.verdict) == (3, "supported")
+
+
+def test_alignment_is_compared_at_equal_learning_rates(finished_point, tmp_path):
+    cosines = {("dfa", 1e-3): 0.3, ("dfa", 1e-4): 0.8, ("las", 1e-3): 0.5, ("las", 1e-4): 0.9}
+    for (method, lr), cosine in cosines.items():
+        for seed in range(3):
+            accuracy = 0.9 if (method, lr) in (("dfa", 1e-4), ("las", 1e-3)) else 0.8  # the chosen ones
+            said = finished(accuracy, lr, seed, method=plain(compose([f"method={method}"]))["method"])
+            there = {"cosine": {"1": cosine + seed / 1000}, "cosine_by_construction": ["2"]}
+            altered(finished_point, tmp_path / f"{method}{lr}{seed}", **said, **there)
+    found = {one.claim: one for one in findings(sections(read_runs([tmp_path])))}
+    assert found["LAS aligns better with BP than DFA, layer 1"].estimate.value == pytest.approx(0.15)
+
+
+def test_runs_of_a_method_of_one_s_own_with_other_options_share_no_cell(finished_point, tmp_path):
+    for index, (limit, seed) in enumerate(((0.5, 0), (0.1, 0), (0.9, 1))):
+        method = {"name": "clipped", "_target_": "my_rules.ClippedFeedback", "limit": limit, "init": "product"}
+        altered(finished_point, tmp_path / str(index), **finished(limit, 1e-3, seed, method=method))
+    found = {section.setting.differences: section for section in sections(read_runs([tmp_path]))}
+    assert sorted(differences[-1] for differences in found) == [
+        "method.limit=0.1",
+        "method.limit=0.5",
+        "method.limit=0.9",
+    ]
+    assert all(len(entry.shown) == 1 for section in found.values() for entry in section.chosen)
 
 
 def test_one_table_across_a_key_that_was_swept(finished_point, tmp_path):
@@ -120,7 +154,10 @@ def test_a_command_line_computes_the_same(reported, finished_point, tmp_path):
     }
     strange = {"tracking.tags": ["a b", "it's"], "optimizer.betas": [0.5, 0.9], "limit": 100}
     altered(finished_point, tmp_path / "a", {**options, **strange})
-    for run in read_runs([reported / "outputs", tmp_path]):
+    exact = {"optimizer.lr": 0.000123456789, "optimizer.betas": [0.9, 0.99999999], "memory_format": "contiguous"}
+    altered(finished_point, tmp_path / "b", exact)
+    kept = Path(__file__).resolve().parents[2] / "outputs" / "reference"
+    for run in read_runs([reported / "outputs", tmp_path, kept]):
         if run.config.get("smoke") is None:
             line = command(run)
             assert science(compose(shlex.split(line)[1:])) == science(run.config), line
