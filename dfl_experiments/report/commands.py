@@ -1,5 +1,6 @@
 """Runs as command lines of `dfl-train`, and tables across a key that was swept."""
 
+import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from dfl_experiments.report.cells import Section, sections
 from dfl_experiments.report.runs import Cell, Run
 from dfl_experiments.report.setting import NAMED, flat
 
+WORD = re.compile(r"[A-Za-z_][A-Za-z_\d-]*")
+
 
 def literal(value: Any) -> str:
     """A value as Hydra reads it on a command line."""
@@ -26,7 +29,8 @@ def literal(value: Any) -> str:
         return f"[{','.join(map(literal, value))}]"
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{literal(item)}' for key, item in value.items())}}}"
-    return quoted(value) if isinstance(value, str) else str(value)
+    plain_word = isinstance(value, str) and WORD.fullmatch(value) and value.lower() not in ("null", "true", "false")
+    return quoted(value) if isinstance(value, str) and not plain_word else str(value)
 
 
 @cache
@@ -49,7 +53,9 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
     values = plain(run.config)
     # a protocol's options first: others follow from them
     protocol = {f"protocol.{key}": value for key, value in values["protocol"].items()}
-    wanted = {**flat(scientific(run.config)), "memory_format": run.config.get("memory_format", "contiguous")}
+    wanted = flat(scientific(run.config))
+    if "memory_format" in scientific({**values, "memory_format": "auto"}):  # it matters to this net
+        wanted["memory_format"] = run.config.get("memory_format", "contiguous")
     if len(seeds) > 1:
         del wanted["seed"]
     own: list[str] = []
