@@ -39,8 +39,9 @@ def findings_block(found: Sequence[Section]) -> str:
         ]
         if single:
             speak = sum(one.estimate.value > 0 for one in single)
-            where = "; ".join(f"{one.where} ({one.estimate.value:+.2f})" for one in single)
-            lines.append([claim, "one seed", f"for it {speak}, against {len(single) - speak}", 1, where])
+            values = f"{', '.join(f'{one.estimate.value:+.2f}' for one in single)} {single[0].unit}"
+            told = f"{speak} of {len(single)} settings for it"
+            lines.append([claim, "one seed each", values, 1, told])
     return tabulate(lines, ["claim", "verdict", "found, 95 % interval", "n", "where"], "github", disable_numparse=True)
 
 
