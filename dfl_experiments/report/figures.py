@@ -119,7 +119,7 @@ DRAW: dict[type, Any] = {Curves: draw_curves, Points: draw_points, HeatMap: draw
 def canvas_of(figure: Figure, heading: str) -> Canvas:
     """The figure on a canvas of its own, which no window shows. heading: stands under its title."""
     count = len(figure.panels)
-    columns = min(count, PANELS_A_ROW)
+    columns = 2 if count == 4 else min(count, PANELS_A_ROW)
     rows = math.ceil(count / columns)
     bars = isinstance(figure.panels[0], Bars)
     width, height = (7.5, 4.6) if count == 1 else (4.6 * columns, (2.6 if bars else 3.6) * rows + 0.9)
