@@ -53,7 +53,8 @@ def cosine_lead(first: Entry, second: Entry) -> Estimate | None:
 
     The rate moves the cosine as much as the rule does, so the points chosen by accuracy would not do.
     """
-    theirs, leads = grid_cosines(second), dict[int, list[float]]()
+    theirs = grid_cosines(second)
+    leads: dict[int, list[float]] = {}
     for (lr, decay, seed), value in grid_cosines(first).items():
         if (lr, decay, seed) in theirs:
             leads.setdefault(seed, []).append(value - theirs[lr, decay, seed])
@@ -119,7 +120,7 @@ def across_classes(rows: Mapping[tuple[str, ...], Cells], setting: str) -> Itera
     """Whether a lead over DFA is larger on CIFAR-100 than on CIFAR-10, with the same net and epochs."""
     for (dataset, *rest), cells in rows.items():
         few = rows.get(("cifar10", *rest))
-        if dataset != "cifar100" or few is None or not {"dfa"} <= cells.keys() & few.keys():
+        if dataset != "cifar100" or few is None or "dfa" not in cells or "dfa" not in few:
             continue
         for method in SUPPORTED:
             if method in cells and method in few:
@@ -159,7 +160,7 @@ def interval(estimate: Estimate, digits: int = 2) -> str:
     return f"{value} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
 
 
-def compared(estimate: Estimate | None) -> str:
+def judged(estimate: Estimate | None) -> str:
     """A difference of accuracies with what may be said of it."""
     if estimate is None:
         return "–"

@@ -10,7 +10,7 @@ from functools import partial
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from dfl_experiments.report.cells import Entry, Section, by_row, methods_of
-from dfl_experiments.report.findings import REFERENCES, Finding, compared, differences, findings, interval
+from dfl_experiments.report.findings import REFERENCES, Finding, differences, findings, interval, judged
 from dfl_experiments.report.paper import PAPER, TITLES
 from dfl_experiments.report.runs import Cell
 
@@ -120,7 +120,7 @@ def paired_table(entries: Sequence[Entry]) -> list[dict[str, str]]:
     rows = []
     for key, cells in by_row(entries).items():
         for method, found in differences(cells).items():
-            told = {f"minus {name}": compared(found.get(name)) for name in REFERENCES}
+            told = {f"minus {name}": judged(found.get(name)) for name in REFERENCES}
             rows.append({**dict(zip(Cell._fields, [*key, method], strict=True)), **told})
     return rows
 

@@ -68,6 +68,8 @@ class WandbTracker(Tracker):
                     self._run.define_metric(column, step_metric=step)
 
     def log(self, rows: Iterable[Row]) -> None:
+        if self._run is None:  # W&B has failed, and nothing is to wait for it
+            return
         self._waiting += [row for row in rows if (int(row.get("iteration") or 1) - 1) % self._every == 0]
         if time.monotonic() - self._sent >= SECONDS_TOGETHER:
             self._guarded(self._send)
