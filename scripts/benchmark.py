@@ -22,7 +22,7 @@ from measuring import grid, medians, peak_mb, random_batch, start_up, sweep_time
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from whole_epochs import augmentation_times, epoch_times, tracking_times
-from yardsticks import BATCH, CLASSES, MODELS, learner, plain_steps
+from yardsticks import BATCH, CLASSES, MODELS, captured_plain, learner, plain_steps
 
 from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.engine.cuda_graph import CapturedStep
@@ -58,6 +58,17 @@ def contenders_of(
             captured = CapturedStep(learner(method, model, device, precision), BATCH, device)
             steps[f"{method} captured"] = partial(captured, x, target)
             steps[f"{method} captured + alignment"] = partial(captured, x, target, align=True)
+    if device.type == "cuda":
+        steps |= {
+            f"{name} captured": partial(captured_plain(plain[name], device), x, target)
+            for name in plain
+            if "compiled" not in name
+        }
+    if device.type == "cuda" and not model.startswith("fc"):
+        chosen = x.is_contiguous(memory_format=torch.channels_last)
+        other, layout = ("contiguous", torch.contiguous_format) if chosen else ("channels_last", torch.channels_last)
+        captured = CapturedStep(learner("bp", model, device, precision, other), BATCH, device)
+        steps[f"bp captured, {other}"] = partial(captured, x.contiguous(memory_format=layout), target)
     weights["plain"] = weights["bp"]
     return steps, weights
 
@@ -76,7 +87,7 @@ def step_times(
         found.append(medians(steps, rounds // instances, device))
     result = {name: {"ms": statistics.median(times[name] for times in found) * 1e3} for name in steps}
     for name, step in steps.items():
-        if not name.endswith("compiled"):  # whose tensors cannot be watched
+        if "compiled" not in name and "captured" not in name:  # whose tensors cannot be watched
             result[name]["peak_mb"] = peak_mb(step, device)
     for name, count in weights.items():
         with FlopCounterMode(display=False) as counter:
@@ -93,7 +104,8 @@ def rates(device: torch.device, precision: str) -> dict[str, float]:
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     contenders: dict[str, Callable[[], object]] = {}
     amounts: dict[str, float] = {}
-    for rows, width in ((2048, 2048), (BATCH, 1024), (BATCH, 4096), (1024, BATCH)):
+    largest = [(8192, 8192)] if device.type == "cuda" else []
+    for rows, width in ((2048, 2048), (BATCH, 1024), (BATCH, 4096), (1024, BATCH), *largest):
         a, b = (torch.randn(size, device=device).to(dtype) for size in ((rows, width), (width, width)))
         contenders[f"product {rows} {width}"] = partial(torch.mm, a, b)
         amounts[f"product {rows} {width}"] = 2.0 * rows * width**2
@@ -104,7 +116,7 @@ def rates(device: torch.device, precision: str) -> dict[str, float]:
             name = f"convolution {layout} {kernel}"
             contenders[name] = partial(F.conv2d, images, kernels, padding=kernel // 2)
             amounts[name] = 2.0 * images.numel() * 128 * kernel**2
-    for megabytes in (4, 64):
+    for megabytes in (4, 64, *([1024] if device.type == "cuda" else [])):
         source = torch.randn(megabytes * 2**18, device=device)
         contenders[f"bytes_per_s {megabytes}"] = partial(torch.empty_like(source).copy_, source)
         amounts[f"bytes_per_s {megabytes}"] = 2.0 * source.nbytes
@@ -132,9 +144,9 @@ def show_steps(model: str, precision: str, steps: dict[str, dict[str, float]], r
             best = rate["product"] if model.startswith("fc") else max(rate["product"], rate["convolution"])
             seconds = values["gflop"] * 1e9 / best + values["optimizer_mb"] * 1e6 / rate["bytes_per_s"]
             values["floor_ms"] = seconds * 1e3
-            floor, reached = f"{seconds * 1e3:.2f}", f"{seconds * 1e3 / values['ms']:.0%}"
+            floor, reached = f"{seconds * 1e3:.3f}", f"{seconds * 1e3 / values['ms']:.0%}"
         print(
-            f"{name:28} {values['ms']:9.2f} {values['ms'] / best_plain:8.3f} "
+            f"{name:28} {values['ms']:9.3f} {values['ms'] / best_plain:8.3f} "
             f"{values['ms'] / steps['bp']['ms']:7.3f} {ratio:>10} {floor:>9} {reached:>8} "
             f"{values.get('peak_mb', float('nan')):8.1f}"
         )
@@ -176,16 +188,17 @@ def main() -> None:
         rounds, instances = {"fc-mnist": (350, 7), "fc-cifar10": (18, 3)}.get(model, (12, 1))
         if options.quick:
             rounds, instances = rounds // 2, min(instances, 3)
+        if device.type == "cuda":  # whose allocator matters less, and whose compiler takes longer
+            rounds, instances = min(rounds, 20), 1
         for precision in precisions:
             steps = step_times(model, methods, rounds, instances, device, precision)
             show_steps(model, precision, steps, rate[precision])
             report["steps"] |= {f"{model} {precision}": steps}
-        if device.type == "cpu":
-            images = (12800 if model == "fc-mnist" else 640) // (4 if options.quick else 1)
-            report["epochs"][model] = times = epoch_times(model, images, device)
-            print("whole epochs of las, ms an image: ", {name: round(value, 3) for name, value in times.items()})
-            print(f"  published way / here {times['published way'] / times['here']:.2f}", end="")
-            print(f", evaluation {times['evaluation'] / times['here']:.0%} of as many images' training")
+        images = (12800 if model == "fc-mnist" or device.type == "cuda" else 640) // (4 if options.quick else 1)
+        report["epochs"][model] = times = epoch_times(model, images, device)
+        print("whole epochs of las, ms an image: ", {name: round(value, 4) for name, value in times.items()})
+        print(f"  published way / here {times['published way'] / times['here']:.2f}", end="")
+        print(f", evaluation {times['evaluation'] / times['here']:.0%} of as many images' training")
     report["augmentation_us_per_image"] = found = augmentation_times(256 if options.quick else 2048, 3)
     print("\nrandaugment_cutout_flip, µs per image: ", {name: round(value, 1) for name, value in found.items()})
     print(f"  {found['image by image'] / found['whole batches']:.1f} × faster")

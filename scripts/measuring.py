@@ -26,32 +26,44 @@ from dfl_experiments.running.device import layout_of
 CPU = torch.device("cpu")
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, after all that was asked of the device is done.
-
-    With one CPU thread, those that this thread computed: what else the machine does meanwhile does not count.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
-
-
 def medians(
     contenders: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
     of: Callable[[list[float]], float] = statistics.median,
+    calls: int = 10,
 ) -> dict[str, float]:
-    """Seconds per call of each contender, the contenders taking turns. of: what is made of a contender's times."""
+    """Seconds per call of each contender, the contenders taking turns.
+
+    of: what is made of a contender's times. calls: how many at once a GPU is asked for, as in training.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    warm_up = 5 if device.type == "cuda" else 2
-    for index in range(rounds + warm_up):
+    on_gpu = device.type == "cuda"
+    for index in range(rounds + 2):
         for name, call in contenders.items():
-            start = clock(device)
-            call()
-            if index >= warm_up:
-                times[name].append(clock(device) - start)
+            seconds = gpu_seconds(call, calls) if on_gpu else cpu_seconds(call)
+            if index >= 2:  # of warm-up
+                times[name].append(seconds)
     return {name: of(values) for name, values in times.items()}
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Of a call; with one thread, those that it computed: what else the machine does meanwhile does not count."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
+
+
+def gpu_seconds(call: Callable[[], object], calls: int) -> float:
+    """Of one of so many calls in a row, by the GPU's own events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.engine.learner import Learner
 
 MODELS = {
@@ -26,10 +27,13 @@ CLASSES, BATCH = 10, 64
 Step = Callable[[Tensor, Tensor], object]
 
 
-def learner(method: str, model: str, device: torch.device, precision: str = "float32") -> Learner:
-    """A method on a model of the paper's size, in the memory format that a run would choose."""
+def learner(
+    method: str, model: str, device: torch.device, precision: str = "float32", memory_format: str = "auto"
+) -> Learner:
+    """A method on a model of the paper's size."""
     name, dataset, shape = MODELS[model]
     choices = [f"method={method}", f"model={name}", f"dataset={dataset}", f"precision={precision}"]
+    choices += [f"memory_format={memory_format}"]
     return learner_of(check(compose(choices)), shape, CLASSES, device)
 
 
@@ -39,7 +43,7 @@ def plain(model: str, device: torch.device, precision: str, channels_last: bool,
     net = nn.Sequential(*(nn.Sequential(*block.children()) for block in blocks.blocks), blocks.head)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(memory_format=layout)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True, capturable=device.type == "cuda")
     called: Any = torch.compile(net) if compiled else net
 
     def step(x: Tensor, target: Tensor) -> None:
@@ -66,6 +70,19 @@ def plain_steps(model: str, device: torch.device, precision: str) -> dict[str, S
     }
 
 
+def captured_plain(step: Step, device: torch.device) -> Step:
+    """A plain step as one CUDA graph, batch copied in, as the engine's is."""
+
+    class Plain:
+        optimizers = ()
+
+        def step(self, x: Tensor, target: Tensor, align: bool) -> object:
+            return step(x, target)
+
+    one: Any = Plain()
+    return CapturedStep(one, BATCH, device)
+
+
 class PublishedLas:
     """LAS as published code goes about it: images one by one, two forward passes, a convolution for every local module.
 
@@ -78,15 +95,15 @@ class PublishedLas:
 
         each = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.25])])
         self.data = DataLoader(_Pictures(pictures, each), batch, shuffle=True)
-        self.blocks, self.head = list(net.blocks), net.head
-        self.locals = nn.ModuleList(local_module(net, i) for i in range(1, net.depth - 1))
+        self.blocks, self.head, self.device = list(net.blocks), net.head, next(net.parameters()).device
+        self.locals = nn.ModuleList(local_module(net, i) for i in range(1, net.depth - 1)).to(self.device)
         self.optimizer = torch.optim.Adam(net.parameters(), 1e-4)
         self.local_optimizer = torch.optim.Adam(self.locals.parameters(), 1e-4)
 
     def epoch(self) -> None:
         """Every image once."""
         for x, target in self.data:
-            self.step(x, target)
+            self.step(x.to(self.device), target.to(self.device))
 
     def step(self, x: Tensor, target: Tensor) -> None:
         """One batch, in two passes."""

@@ -1,6 +1,7 @@
 """How well a method's error signals point where BP's would: a reader of the trace, never a mode of a method."""
 
 from collections.abc import Iterator, Sequence
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dfl_experiments.engine.quantities import Measurement, exact_type, measure_m
 from dfl_experiments.engine.trace import Trace
 
 CACHED_NUMBERS = 2**16  # of each signal, as float64 half a megabyte
+PIECE = 1024  # numbers of a sample, on a GPU
 QUANTITIES = ("cosine_sample", "cosine_batch", "norm", "norm_bp", "zeros")
 
 
@@ -60,17 +62,21 @@ def gram(delta: Tensor | None, reference: Tensor) -> Tensor:
     """⟨δ_n, δ_n⟩, ⟨δ_n, r_n⟩ and ⟨r_n, r_n⟩ of every sample n, (N, 2, 2), from signals (N, …).
 
     In float64: a confidently classified sample's signal may be 1e-25, whose square float32 cannot hold (MPS has no
-    float64 and does with what it has). On a CPU a few samples at a time, whose copies then stay in the cache.
+    float64 and does with what it has). On a CPU a few samples at a time, whose copies then stay in the cache; on a GPU
+    all, in pieces, as it has many multiprocessors to sum them up.
     """
     compared = torch.zeros_like(reference) if delta is None else delta
     signals = [reference] if delta is reference else [compared, reference]  # a signal that is BP's own is compared once
     signals = [signal.detach() for signal in signals]
     if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
         signals = [signal.movedim(1, 3) for signal in signals]  # as they lie in memory
-    signals = [signal.flatten(1) for signal in signals]
-    count, numbers = signals[0].shape
-    rows = max(1, CACHED_NUMBERS // numbers) if reference.device.type == "cpu" else count
-    shape = (min(rows, count), len(signals), numbers)
+    count, numbers = len(reference), reference[0].numel()
+    on_cpu = reference.device.type == "cpu"
+    pieces = 1 if on_cpu else gcd(numbers, max(1, numbers // PIECE))
+    signals = [signal.reshape(count * pieces, -1) for signal in signals]
+    numbers //= pieces
+    rows = max(1, CACHED_NUMBERS // numbers) if on_cpu else count * pieces
+    shape = (min(rows, count * pieces), len(signals), numbers)
     pair = torch.empty(shape, dtype=exact_type(reference), device=reference.device)
     products = []
     for parts in zip(*(signal.split(rows) for signal in signals), strict=True):
@@ -78,7 +84,10 @@ def gram(delta: Tensor | None, reference: Tensor) -> Tensor:
         for k, part in enumerate(parts):
             some[:, k] = part
         products.append(some @ some.mT)
-    return torch.cat(products).expand(count, 2, 2)
+    found = torch.cat(products)
+    if pieces > 1:
+        found = found.unflatten(0, (count, pieces)).sum(1)
+    return found.expand(count, 2, 2)
 
 
 def compare(grams: Tensor) -> Tensor:

@@ -17,6 +17,14 @@ log = logging.getLogger(__name__)
 WARM_UP = 3  # eager steps before a capture: optimizers make their state, libraries choose their kernels
 
 
+def renew_generator(device: torch.device) -> None:
+    """Let the device's default generator draw on, which a capture that fails leaves waiting for the capture's end."""
+    left = torch.cuda.default_generators[device.index]
+    fresh = torch.Generator(device)
+    fresh.set_state(left.get_state())
+    left.graphsafe_set_state(fresh.graphsafe_get_state())
+
+
 @dataclass(frozen=True)
 class Recording:
     """A captured step, where it reads its batch from and where it leaves its row."""
@@ -71,15 +79,20 @@ class CapturedStep:
 
     def _record(self, x: Tensor, target: Tensor, align: bool) -> Recording:
         graph, x, target = torch.cuda.CUDAGraph(), x.clone(), target.clone()
-        # other threads, W&B's say, may go on using the device meanwhile
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            row = self.learner.step(x, target, align)
+        main = torch.cuda.current_stream()
+        try:
+            # other threads, W&B's say, may go on using the device meanwhile
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                row = self.learner.step(x, target, align)
+        finally:
+            torch.cuda.set_stream(main)  # where a capture that fails does not return
         return Recording(graph, x, target, row)
 
     def _give_up(self, error: RuntimeError, x: Tensor, target: Tensor, align: bool) -> Tensor:
         self.failed = True
         self.recordings.clear()  # with the memory that a recording of the other kind holds
         torch.cuda.synchronize()
+        renew_generator(self.stream.device)
         for optimizer in self.learner.optimizers:
             optimizer.zero_grad()  # gradients that were recorded, never computed
         reason = str(error).strip().partition("\n")[0]

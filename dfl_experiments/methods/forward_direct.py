@@ -47,12 +47,15 @@ class ForwardDirectFeedback(Direct):
         with warnings.catch_warnings(action="ignore", category=FutureWarning), off, forward_ad.dual_level():
             for i, module in enumerate(self.modules_above):
                 if i in self.local_modules:
-                    output = precise(trace.output(i))
-                    noise[i] = torch.randn_like(output, memory_format=torch.contiguous_format)
+                    output = precise(trace.output(i)).contiguous()
+                    noise[i] = torch.randn_like(output)
                     below = None if h is None else forward_ad.unpack_dual(h).tangent
                     h = forward_ad.make_dual(output, noise[i] if below is None else noise[i] + below)
                 if h is not None:
-                    # on copies of what batch normalisation would move
-                    h = functional_call(module, {name: b.clone() for name, b in module.named_buffers()}, (h,))
+                    # on copies of what batch normalisation would move; and contiguous, without which PyTorch 2.11 has
+                    # no forward derivative of group normalisation
+                    copies = {name: p.contiguous() for name, p in module.named_parameters()}
+                    copies |= {name: b.clone() for name, b in module.named_buffers()}
+                    h = functional_call(module, copies, (h,))
             assert h is not None, "some h_i has a B"
             return noise, forward_ad.unpack_dual(h).tangent
