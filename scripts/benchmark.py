@@ -27,7 +27,7 @@ from yardsticks import BATCH, CLASSES, MODELS, captured_plain, learner, plain_st
 from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.device import layout_of, reuse_memory
+from dfl_experiments.running.device import layout_of, set_up
 from dfl_experiments.running.provenance import device_name, git_commit, versions
 
 PAPER = ("bp", "shallow", "dfa", "las", "ltas")
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", default="", help=f"of {', '.join(MODELS)} (default: all, with --quick the first)")
     parser.add_argument("--methods", default=",".join(PAPER), help="beside BP, or all (default: %(default)s)")
-    parser.add_argument("--precisions", default="float32", help="float32, bfloat16 or both (default: %(default)s)")
+    parser.add_argument("--precisions", default="float32", help="float32, bfloat16, tf32 (default: %(default)s)")
     parser.add_argument("--sweep", type=int, metavar="N", help="time a sweep of so many points of the digits, no more")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"))
     parser.add_argument("--grid", metavar="DATA_DIR", help="also run a 16-point grid on the MNIST there (minutes)")
@@ -168,15 +168,18 @@ def main() -> None:
     if options.sweep:
         print({name: round(value, 3) for name, value in sweep_times(options.sweep).items()})
         return
-    torch.set_num_threads(options.threads)
-    if options.device == "cpu":
-        reuse_memory()  # as a run does; it serves plain PyTorch as well
     device = torch.device(options.device)
     models = options.models.split(",") if options.models else list(MODELS)[: 1 if options.quick else None]
     asked = group_options("method") if options.methods == "all" else options.methods.split(",")
     methods = ["bp", *(method for method in asked if method != "bp")]
     precisions = options.precisions.split(",")
-    rate = {precision: rates(device, precision) for precision in precisions}
+    as_a_run = partial(
+        set_up, device, seed=0, deterministic=False, threads=options.threads
+    )  # it serves plain PyTorch too
+    rate = {}
+    for precision in precisions:
+        as_a_run(precision)
+        rate[precision] = rates(device, precision)
     for precision, found in rate.items():
         gflops = {name: round(found[name] / 1e9) for name in ("product", "convolution")}
         print(f"{device_name(device)}, {precision}: Gflop/s {gflops}, copy {found['bytes_per_s'] / 1e9:.1f} GB/s")
@@ -191,6 +194,7 @@ def main() -> None:
         if device.type == "cuda":  # whose allocator matters less, and whose compiler takes longer
             rounds, instances = min(rounds, 20), 1
         for precision in precisions:
+            as_a_run(precision)
             steps = step_times(model, methods, rounds, instances, device, precision)
             show_steps(model, precision, steps, rate[precision])
             report["steps"] |= {f"{model} {precision}": steps}

@@ -48,6 +48,22 @@ def mean_cosine(run: Run) -> float | None:
     return sum(found) / len(found) if found else None
 
 
+def at_chance(run: Run) -> bool:
+    """Whether a finished run has learned nothing, or has lost it: 1/K, within half of it and 2 points."""
+    classes = float(run.result.get("num_classes") or 0)
+    return classes > 0 and run.accuracy < min(1.5 / classes, 1 / classes + 0.02)
+
+
+def caveat(cells: Cells, *methods: str) -> str:
+    """What a comparison of these methods' chosen points has to say of runs at chance."""
+    told = ""
+    for method in methods:
+        shown = cells[method].shown
+        if count := sum(map(at_chance, shown)):
+            told += f"; {method.upper()} at chance in {count} of {len(shown)}"
+    return told
+
+
 def cosine_lead(first: Entry, second: Entry) -> Estimate | None:
     """How much more the first's layer-1 signals align, at equal learning rate and weight decay, paired by seed.
 
@@ -82,7 +98,8 @@ def differences(cells: Cells) -> dict[str, dict[str, Estimate]]:
 def correlation_groups(cells: Cells, of: str) -> dict[float, dict[str, list[tuple[float, float]]]]:
     """(cosine, accuracy in percent) of a row's finished runs, by learning rate and method. of: "layer 1", "all layers".
 
-    Left out are BP and Shallow, whose signals are BP's, and rules on another net than DFA's, such as DRTP's with tanh.
+    Left out are BP and Shallow, whose signals are BP's, rules on another net than DFA's, such as DRTP's with tanh, and
+    runs at chance, whose cosine says nothing of how they came there.
     """
     measure = cosine_of if of == "layer 1" else mean_cosine
     net = next((run.config.model for run in cells["dfa"].runs), None) if "dfa" in cells else None
@@ -90,7 +107,7 @@ def correlation_groups(cells: Cells, of: str) -> dict[float, dict[str, list[tupl
     for method, entry in cells.items():
         for point in entry.points if method not in ("bp", "shallow") else ():
             for run in point.finished:
-                if (x := measure(run)) is not None and net in (None, run.config.model):
+                if (x := measure(run)) is not None and net in (None, run.config.model) and not at_chance(run):
                     found.setdefault(point.lr, {}).setdefault(method, []).append((x, 100 * run.accuracy))
     return {lr: groups for lr, groups in found.items() if len(groups) >= FEWEST_METHODS}
 
@@ -105,11 +122,13 @@ def of_row(cells: Cells, where: str) -> Iterator[Finding]:
                 yield Finding(0, f"{name} aligns better with BP than DFA, layer 1", where, estimate, "cosine")
     for method in SUPPORTED:
         if dfa and method in cells and (estimate := paired(accuracies(cells[method]), accuracies(dfa))):
-            yield Finding(1, f"{method.upper()} is more accurate than DFA", where, estimate, "points")
+            place = where + caveat(cells, method, "dfa")
+            yield Finding(1, f"{method.upper()} is more accurate than DFA", place, estimate, "points")
     for method in ("dfa", *SUPPORTED):
         both = "bp" in cells and method in cells
         if both and (estimate := paired(accuracies(cells["bp"]), accuracies(cells[method]))):
-            yield Finding(3, f"BP is more accurate than {method.upper()}", where, estimate, "points")
+            place = where + caveat(cells, "bp", method)
+            yield Finding(3, f"BP is more accurate than {method.upper()}", place, estimate, "points")
     for lr, groups in correlation_groups(cells, "layer 1").items():
         if estimate := rank_correlation([*groups.values()]):
             place = f"{where}, lr {lr:g}"
@@ -130,7 +149,8 @@ def across_classes(rows: Mapping[tuple[str, ...], Cells], setting: str) -> Itera
                 ]
                 if estimate := paired(*lead):
                     claim = f"{method.upper()}'s lead over DFA is larger with 100 classes than with 10"
-                    yield Finding(2, claim, f"CIFAR, {in_place(rest)}{setting}", estimate, "points")
+                    told = {caveat(c, method, "dfa"): None for c in (few, cells)}
+                    yield Finding(2, claim, f"CIFAR, {in_place(rest)}{setting}{''.join(told)}", estimate, "points")
 
 
 def in_place(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from measuring import peak_mb
 from processes import dfl_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfl_experiments.engine.alignment import compare, gram
+from dfl_experiments.engine.alignment import by_dots, by_products, compare, gram
 from dfl_experiments.methods import BinaryDirectFeedback, SignSymmetry, SparseDirectFeedback, WeightMirror
 
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "unique", "_unique2", "masked_select"}
@@ -117,6 +117,12 @@ def test_alignment_of_bfloat16_signals_is_that_of_their_values():
     assert told.dtype == torch.float64
     assert told[0, 4] == 257
     torch.testing.assert_close(told, compare(gram(delta.double(), reference.double())[None]))
+
+
+def test_products_of_long_signals_are_the_same_dot_by_dot():
+    signals = torch.randn(2, 5, 3 * 2**16 + 7, generator=torch.Generator().manual_seed(0))
+    for those in (signals, signals[:1]):
+        torch.testing.assert_close(by_dots(those), by_products(those), rtol=1e-12, atol=1e-12)
 
 
 def test_signals_are_formed_one_by_one_from_the_top_and_each_output_is_let_go_of():

@@ -105,6 +105,12 @@ def test_the_lead_over_dfa_is_compared_between_numbers_of_classes(finished_point
     assert (one.estimate.n, one.verdict) == (3, "supported")
 
 
+def test_a_comparison_with_runs_at_chance_says_so(finished_point, tmp_path):
+    made(finished_point, tmp_path, {"dfa": (0.1, 0.11, 0.5), "las": (0.6, 0.6, 0.61)})
+    (one,) = (one for one in findings(sections(read_runs([tmp_path]))) if "accurate" in one.claim)
+    assert one.where.endswith("; DFA at chance in 2 of 3")
+
+
 def test_alignment_is_compared_at_equal_learning_rates(finished_point, tmp_path):
     cosines = {("dfa", 1e-3): 0.3, ("dfa", 1e-4): 0.8, ("las", 1e-3): 0.5, ("las", 1e-4): 0.9}
     for (method, lr), cosine in cosines.items():
