@@ -161,8 +161,8 @@ def prediction(entries: list[Entry]) -> Iterable[Figure]:
     if panels:
         note = (
             f"Spearman's ρ, with intervals of 95 % by a bootstrap over the rules: {'; '.join(told)}. Layers whose "
-            "signal is BP's by construction are left out, rules on another net, such as DRTP's with tanh, and runs at "
-            "chance."
+            "signal is BP's by construction are left out, rules on another net, such as DRTP's with tanh, and runs "
+            "that collapsed."
         )
         yield Figure("alignment-accuracy", "Accuracy against alignment", note, panels)
 

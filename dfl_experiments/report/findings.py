@@ -1,5 +1,6 @@
 """What the runs say: every method's distance from BP and DFA seed by seed, and verdicts on the paper's claims."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,20 +49,22 @@ def mean_cosine(run: Run) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def at_chance(run: Run) -> bool:
-    """Whether a finished run has learned nothing, or has lost it: 1/K, within half of it and 2 points."""
-    classes = float(run.result.get("num_classes") or 0)
-    return classes > 0 and run.accuracy < min(1.5 / classes, 1 / classes + 0.02)
+def collapsed(run: Run) -> bool:
+    """Whether a finished run ends a fifth under its best test accuracy, or at chance: 1/K, within half and 2 points."""
+    classes = float(run.result.get("num_classes") or math.inf)
+    best = (run.result.get("test_accuracy") or {}).get("best") or 0.0
+    return run.accuracy < max(0.8 * best, min(1.5 / classes, 1 / classes + 0.02))
 
 
-def caveat(cells: Cells, *methods: str) -> str:
-    """What a comparison of these methods' chosen points has to say of runs at chance."""
-    told = ""
-    for method in methods:
-        shown = cells[method].shown
-        if count := sum(map(at_chance, shown)):
-            told += f"; {method.upper()} at chance in {count} of {len(shown)}"
-    return told
+def caveat(cells: Cells, methods: Sequence[str], among: str = "") -> str:
+    """What a comparison of these methods' chosen points has to say of runs that collapsed. among: whose they are."""
+    counts = {method: (sum(map(collapsed, cells[method].shown)), len(cells[method].shown)) for method in methods}
+    return "".join(f"; {method.upper()} collapsed in {k} of {n}{among}" for method, (k, n) in counts.items() if k)
+
+
+def alive(entry: Entry) -> bool:
+    """Whether one of the chosen point's runs did not collapse."""
+    return not all(map(collapsed, entry.shown))
 
 
 def cosine_lead(first: Entry, second: Entry) -> Estimate | None:
@@ -78,8 +81,8 @@ def cosine_lead(first: Entry, second: Entry) -> Estimate | None:
 
 
 def grid_cosines(entry: Entry) -> dict[tuple[float, float, int], float]:
-    """The layer-1 cosine of every finished run, by learning rate, weight decay and seed."""
-    runs = [run for point in entry.points for run in point.finished]
+    """The layer-1 cosine of every run that finished and did not collapse, by learning rate, weight decay and seed."""
+    runs = [run for point in entry.points for run in point.finished if not collapsed(run)]
     return {(run.lr, run.weight_decay, run.seed): value for run in runs if (value := cosine_of(run)) is not None}
 
 
@@ -99,7 +102,7 @@ def correlation_groups(cells: Cells, of: str) -> dict[float, dict[str, list[tupl
     """(cosine, accuracy in percent) of a row's finished runs, by learning rate and method. of: "layer 1", "all layers".
 
     Left out are BP and Shallow, whose signals are BP's, rules on another net than DFA's, such as DRTP's with tanh, and
-    runs at chance, whose cosine says nothing of how they came there.
+    runs that collapsed, whose cosine says nothing of how they came there.
     """
     measure = cosine_of if of == "layer 1" else mean_cosine
     net = next((run.config.model for run in cells["dfa"].runs), None) if "dfa" in cells else None
@@ -107,7 +110,7 @@ def correlation_groups(cells: Cells, of: str) -> dict[float, dict[str, list[tupl
     for method, entry in cells.items():
         for point in entry.points if method not in ("bp", "shallow") else ():
             for run in point.finished:
-                if (x := measure(run)) is not None and net in (None, run.config.model) and not at_chance(run):
+                if (x := measure(run)) is not None and net in (None, run.config.model) and not collapsed(run):
                     found.setdefault(point.lr, {}).setdefault(method, []).append((x, 100 * run.accuracy))
     return {lr: groups for lr, groups in found.items() if len(groups) >= FEWEST_METHODS}
 
@@ -120,15 +123,15 @@ def of_row(cells: Cells, where: str) -> Iterator[Finding]:
             name = method.upper()
             if estimate := cosine_lead(cells[method], dfa):
                 yield Finding(0, f"{name} aligns better with BP than DFA, layer 1", where, estimate, "cosine")
-    for method in SUPPORTED:
-        if dfa and method in cells and (estimate := paired(accuracies(cells[method]), accuracies(dfa))):
-            place = where + caveat(cells, method, "dfa")
-            yield Finding(1, f"{method.upper()} is more accurate than DFA", place, estimate, "points")
-    for method in ("dfa", *SUPPORTED):
-        both = "bp" in cells and method in cells
-        if both and (estimate := paired(accuracies(cells["bp"]), accuracies(cells[method]))):
-            place = where + caveat(cells, "bp", method)
-            yield Finding(3, f"BP is more accurate than {method.upper()}", place, estimate, "points")
+    pairs = [
+        *((1, method, "dfa", f"{method.upper()} is more accurate than DFA") for method in SUPPORTED),
+        *((3, "bp", method, f"BP is more accurate than {method.upper()}") for method in ("dfa", *SUPPORTED)),
+    ]
+    for order, first, second, claim in pairs:
+        if not {first, second} <= cells.keys() or not (alive(cells[first]) or alive(cells[second])):
+            continue
+        if estimate := paired(accuracies(cells[first]), accuracies(cells[second])):
+            yield Finding(order, claim, where + caveat(cells, (first, second)), estimate, "points")
     for lr, groups in correlation_groups(cells, "layer 1").items():
         if estimate := rank_correlation([*groups.values()]):
             place = f"{where}, lr {lr:g}"
@@ -142,15 +145,17 @@ def across_classes(rows: Mapping[tuple[str, ...], Cells], setting: str) -> Itera
         if dataset != "cifar100" or few is None or "dfa" not in cells or "dfa" not in few:
             continue
         for method in SUPPORTED:
-            if method in cells and method in few:
-                lead = [
-                    {seed: ours[seed] - dfa[seed] for seed in ours.keys() & dfa.keys()}
-                    for ours, dfa in ((accuracies(c[method]), accuracies(c["dfa"])) for c in (cells, few))
-                ]
-                if estimate := paired(*lead):
-                    claim = f"{method.upper()}'s lead over DFA is larger with 100 classes than with 10"
-                    told = {caveat(c, method, "dfa"): None for c in (few, cells)}
-                    yield Finding(2, claim, f"CIFAR, {in_place(rest)}{setting}{''.join(told)}", estimate, "points")
+            both = (cells, few) if method in cells and method in few else ()
+            if not both or not all(alive(c[method]) or alive(c["dfa"]) for c in both):
+                continue
+            lead = [
+                {seed: ours[seed] - dfa[seed] for seed in ours.keys() & dfa.keys()}
+                for ours, dfa in ((accuracies(c[method]), accuracies(c["dfa"])) for c in both)
+            ]
+            if estimate := paired(*lead):
+                claim = f"{method.upper()}'s lead over DFA is larger with 100 classes than with 10"
+                told = caveat(cells, (method, "dfa"), " of cifar100") + caveat(few, (method, "dfa"), " of cifar10")
+                yield Finding(2, claim, f"CIFAR, {in_place(rest)}{setting}{told}", estimate, "points")
 
 
 def in_place(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from conftest import BATCH, CLASSES, CROSS, SHAPE, Tiny
 from processes import dfl_train
 
 from dfl_experiments.engine import cuda_graph
+from dfl_experiments.engine.alignment import gram
 from dfl_experiments.engine.cuda_graph import WARM_UP, CapturedStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -78,6 +79,13 @@ def test_measuring_alignment_in_a_captured_step_changes_no_weight(method, model)
         for x, target in batches(WARM_UP + 5, "cuda"):
             step(x, target, align)
     same(plain, measured, rtol=1e-9)
+
+
+def test_long_signals_are_compared_as_on_the_cpu():
+    signals = torch.randn(2, 5, 3 * 2**14 + 7, generator=torch.Generator().manual_seed(0))
+    for delta, reference in (signals, (None, signals[1]), (signals[1], signals[1])):
+        there = gram(None if delta is None else delta.cuda(), reference.cuda())
+        torch.testing.assert_close(there.cpu(), gram(delta, reference), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

@@ -13,7 +13,7 @@ from scipy import stats
 from dfl_experiments.configuration.composition import compose, plain, science
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.commands import command
-from dfl_experiments.report.findings import findings
+from dfl_experiments.report.findings import collapsed, findings
 from dfl_experiments.report.intervals import paired, rank_correlation, spearman
 from dfl_experiments.report.runs import read_runs
 
@@ -105,10 +105,23 @@ def test_the_lead_over_dfa_is_compared_between_numbers_of_classes(finished_point
     assert (one.estimate.n, one.verdict) == (3, "supported")
 
 
-def test_a_comparison_with_runs_at_chance_says_so(finished_point, tmp_path):
-    made(finished_point, tmp_path, {"dfa": (0.1, 0.11, 0.5), "las": (0.6, 0.6, 0.61)})
-    (one,) = (one for one in findings(sections(read_runs([tmp_path]))) if "accurate" in one.claim)
-    assert one.where.endswith("; DFA at chance in 2 of 3")
+def test_a_comparison_with_runs_that_collapsed_says_so(finished_point, tmp_path):
+    made(finished_point, tmp_path, {"bp": (0.9,) * 3, "dfa": (0.1, 0.11, 0.5), "las": (0.6, 0.6, 0.61)})
+    made(finished_point, tmp_path, {"ltas": (0.1, 0.1, 0.1)})
+    found = {one.claim: one for one in findings(sections(read_runs([tmp_path])))}
+    assert found["LAS is more accurate than DFA"].where.endswith("; DFA collapsed in 2 of 3")
+    assert found["LAS aligns better with BP than DFA, layer 1"].estimate.n == 1
+    assert found["BP is more accurate than LTAS"].where.endswith("; LTAS collapsed in 3 of 3")
+    assert "LTAS aligns better with BP than DFA, layer 1" not in found
+
+
+def test_a_run_that_ends_far_below_its_best_has_collapsed(finished_point, tmp_path):
+    for seed, best in enumerate((0.51, 0.7)):
+        said = finished(0.5, 1e-3, seed)
+        altered(
+            finished_point, tmp_path / str(seed), **said | {"test_accuracy": said["test_accuracy"] | {"best": best}}
+        )
+    assert [collapsed(run) for run in read_runs([tmp_path])] == [False, True]
 
 
 def test_alignment_is_compared_at_equal_learning_rates(finished_point, tmp_path):

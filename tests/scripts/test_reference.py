@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from reference import readme
+from reference import beside, readme
 
 from dfl_experiments.report import tables
 from dfl_experiments.report.cells import sections
@@ -23,6 +23,7 @@ def test_the_readme_and_the_reference_page_are_made_of_the_kept_runs(monkeypatch
     page = (KEPT / "README.md").read_text()
     for words in (tables.answers(found, "github"), *(tables.as_text([section], "github") for section in found)):
         assert words.strip() in IMAGE.sub("", page)
+    assert page.endswith(beside(found))
     shown = [*IMAGE.findall(page), *re.findall(r"\]\((outputs/[^)]*)\)", text)]
     assert len(shown) > 10
     assert all((KEPT / link).exists() or (ROOT / link).exists() for link in shown)
