@@ -81,7 +81,7 @@ def accuracy_and_cosine(entry: Entry | None) -> list[str]:
     told = [mean(100 * run.accuracy for run in runs)] if runs else []
     if lost := len(entry.shown) - len(runs):
         told.append(f"{lost} collapsed")
-    return [", ".join(told), mean(cosines)]
+    return [", ".join(told), f"{statistics.fmean(cosines):.2f}" if cosines else tables.MISSING]
 
 
 def rules_block(found: Sequence[Section]) -> str:

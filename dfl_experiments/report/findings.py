@@ -178,9 +178,9 @@ def findings(sections: Sequence[Section]) -> list[Finding]:
 
 
 def interval(estimate: Estimate, digits: int = 2) -> str:
-    """An estimate in text: "+0.12 [-0.10, +0.34]"."""
+    """An estimate in text: "+0.12 [-0.10, +0.34]"; of too few values, whose interval says nothing, without it."""
     value = f"{estimate.value:+.{digits}f}"
-    if estimate.low is None:
+    if estimate.sign is None:
         return value
     return f"{value} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
 
