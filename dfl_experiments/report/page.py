@@ -47,6 +47,15 @@ def traces(one: Series) -> list[dict[str, Any]]:
     return [band, line] if one.low else [line]
 
 
+def short(node: Any) -> Any:
+    """Numbers in no more digits than a plot shows, which halves a page's plots."""
+    if isinstance(node, dict):
+        return {key: short(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [short(value) for value in node]
+    return float(f"{node:.5g}") if isinstance(node, float) else node
+
+
 def plot(panel: Panel) -> dict[str, Any]:
     """A panel as plotly's data and layout."""
     x: dict[str, Any] = {"title": {"text": panel.x}}
@@ -118,7 +127,7 @@ def page(sections: Sequence[Section]) -> str:
     environment = Environment(loader=PackageLoader("dfl_experiments.report", "."), autoescape=True, trim_blocks=True)
     functions = (
         by_row, command, configuration, figures, interval, methods_of, not_begun, numbers,
-        ours_and_paper, paired_table, plot, row, rule,
+        ours_and_paper, paired_table, plot, row, rule, short,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}
     return environment.get_template("page.html").render(
