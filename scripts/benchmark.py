@@ -173,9 +173,8 @@ def main() -> None:
     asked = group_options("method") if options.methods == "all" else options.methods.split(",")
     methods = ["bp", *(method for method in asked if method != "bp")]
     precisions = options.precisions.split(",")
-    as_a_run = partial(
-        set_up, device, seed=0, deterministic=False, threads=options.threads
-    )  # it serves plain PyTorch too
+    # it serves plain PyTorch as well
+    as_a_run = partial(set_up, device, seed=0, deterministic=False, threads=options.threads)
     rate = {}
     for precision in precisions:
         as_a_run(precision)

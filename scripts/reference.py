@@ -21,12 +21,12 @@ from dfl_experiments.report.cells import Entry, Section, by_row, sections
 from dfl_experiments.report.dfl_report import main as dfl_report
 from dfl_experiments.report.findings import TOO_FEW, Finding, collapsed, cosine_of, differences, findings, interval
 from dfl_experiments.report.looks import FAMILIES, look_of
+from dfl_experiments.report.paper import METHODS
 from dfl_experiments.report.runs import read_runs
 from dfl_experiments.report.setting import Setting
 
 ON_MNIST = (Setting(False, "fair", ("epochs=20",)), "mnist", "none", "fc")
 ON_CIFAR = (Setting(False, "fair", ("epochs=5", "precision=bfloat16")), "cifar10", "flip", "conv3_bn")
-PAPER = ("bp", "shallow", "dfa", "las", "ltas")
 SAME_EPOCHS = 2  # before the learning rate of a run of 3 is lowered
 EPOCH = 12  # of the controls
 FIGURE = {"optimizer.milestones=[]", "optimizer=sgd"}
@@ -137,7 +137,7 @@ def precision_block(found: Sequence[Section]) -> str:
     lines = []
     for row in [row for row in high if row in low]:
         told = []
-        for method in PAPER:
+        for method in METHODS:
             runs = [
                 run
                 for cells in (low[row], high[row])
@@ -148,7 +148,7 @@ def precision_block(found: Sequence[Section]) -> str:
             values = [run.epochs["test_accuracy"][SAME_EPOCHS - 1] or math.nan for run in runs]
             told.append(" / ".join(f"{100 * value:.1f}" for value in values) if len(values) == 2 else tables.MISSING)
         lines.append([row[2], *told])
-    head = [f"after {SAME_EPOCHS} epochs, %", *(look_of(method).name for method in PAPER)]
+    head = [f"after {SAME_EPOCHS} epochs, %", *(look_of(method).name for method in METHODS)]
     return tabulate(lines, head, "github", disable_numparse=True)
 
 

@@ -127,9 +127,10 @@ def page(sections: Sequence[Section]) -> str:
     environment = Environment(loader=PackageLoader("dfl_experiments.report", "."), autoescape=True, trim_blocks=True)
     functions = (
         by_row, command, configuration, figures, interval, methods_of, not_begun, numbers,
-        ours_and_paper, paired_table, plot, row, rule, short,
+        ours_and_paper, paired_table, row, rule,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}
+    environment.globals["plot"] = lambda panel: short(plot(panel))
     return environment.get_template("page.html").render(
         sections=sections,
         titles=TITLES,
