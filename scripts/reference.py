@@ -10,98 +10,150 @@ import math
 import re
 import shutil
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
 from dfl_experiments.report import tables
-from dfl_experiments.report.cells import Entry, Section, by_row, sections
+from dfl_experiments.report.cells import Entry, Point, Section, by_row, sections
+from dfl_experiments.report.correlation import correlation_groups, cosine_of, rule_means
 from dfl_experiments.report.dfl_report import main as dfl_report
-from dfl_experiments.report.findings import TOO_FEW, Finding, collapsed, cosine_of, differences, findings, interval
+from dfl_experiments.report.findings import COLLAPSED, TOO_FEW, Finding, by_claim, findings, interval
+from dfl_experiments.report.intervals import paired, spearman
 from dfl_experiments.report.looks import FAMILIES, look_of
 from dfl_experiments.report.paper import METHODS
 from dfl_experiments.report.runs import read_runs
 from dfl_experiments.report.setting import Setting
 
-ON_MNIST = (Setting(False, "fair", ("epochs=20",)), "mnist", "none", "fc")
-ON_CIFAR = (Setting(False, "fair", ("epochs=5", "precision=bfloat16")), "cifar10", "flip", "conv3_bn")
+MNIST = (Setting(False, "fair", ("epochs=20",)), "mnist", "none", "fc")
+CONV3_BN = (Setting(False, "fair", ("epochs=5", "precision=bfloat16")), "cifar10", "flip", "conv3_bn")
+MIXER = (Setting(False, "fair", ("epochs=1", "precision=bfloat16")), "cifar10", "flip", "mixer")
+SHORTEST = 5  # epochs of a setting that the README's claims are judged in
 SAME_EPOCHS = 2  # before the learning rate of a run of 3 is lowered
-EPOCH = 12  # of the controls
+EPOCHS = (1, 12)  # of the controls
 FIGURE = {"optimizer.milestones=[]", "optimizer=sgd"}
-CONTROLS = {"method.held=2": "hidden layers' W held", 'protocol.dfa_init="default"': "B drawn anew"}
+CONTROLS = {"method.held=2": "hidden layers' W held", "protocol.dfa_init=default": "B drawn anew"}
 EVERYWHERE = re.compile("flip, |; bfloat16|; constant learning rate")  # what the README says of all CIFAR and SGD runs
-ORDER = ("supported", "undecided", "contradicted", TOO_FEW)
+ORDER = ("supported", "undecided", "contradicted", COLLAPSED, TOO_FEW)
 BLOCK = re.compile(r"(<!-- (\w+)[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
+    """Rows as a table in Markdown."""
+    return tabulate(rows, head, "github", disable_numparse=True)
 
 
 def findings_block(found: Sequence[Section]) -> str:
     """Every claim with how often which verdict was given, and what each rests on.
 
-    Single seeds are left out, and controls, which are no setting that the claims are about.
+    Single seeds are left out, short runs, and controls, which are no setting that the claims are about.
     """
-    claims: dict[str, list[Finding]] = {}
-    for one in findings([section for section in found if not CONTROLS.keys() & {*section.setting.differences}]):
-        if one.estimate.low is not None:
-            claims.setdefault(one.claim, []).append(one)
+    shown = [
+        section
+        for section in found
+        if not CONTROLS.keys() & {*section.setting.differences}
+        and min(run.planned for entry in section.chosen for run in entry.runs) >= SHORTEST
+    ]
     lines = []
-    for claim, those in claims.items():
-        counts = Counter(one.verdict for one in those)
-        verdicts = ", ".join(
-            f"{count} **{verdict}**" for verdict, count in sorted(counts.items(), key=lambda item: ORDER.index(item[0]))
-        )
-        told = [f"{marked(one)} {one.unit}: {EVERYWHERE.sub('', one.where)}" for one in those]
-        n = ", ".join(str(n) for n in sorted({one.estimate.n for one in those}))
+    for claim, (counts, those) in by_claim(one for one in findings(shown) if one.verdict != TOO_FEW).items():
+        verdicts = ", ".join(f"{counts[verdict]} **{verdict}**" for verdict in ORDER if counts[verdict])
+        told = [f"{marked(one)}: {EVERYWHERE.sub('', one.where)}" for one in those]
+        n = ", ".join(str(n) for n in sorted({one.n for one in those}))
         lines.append([claim, verdicts, n, "<br>".join(told)])
-    return tabulate(lines, ["claim", "verdicts", "n", "found, 95 % interval"], "github", disable_numparse=True)
+    return table(lines, ["claim", "verdicts", "n", "found, 95 % interval"])
 
 
 def marked(one: Finding) -> str:
-    """An estimate, in bold where its interval leaves out zero."""
-    value, _, rest = interval(one.estimate).partition(" ")
-    return f"**{value}** {rest}" if one.estimate.sign else f"{value} {rest}"
+    """What was found, in bold where the interval leaves out zero."""
+    value, _, rest = one.found.partition(" ")
+    return f"**{value}** {rest}" if one.estimate and one.estimate.sign else one.found
 
 
-def mean(values: Iterable[float]) -> str:
+def mean(values: Iterable[float], digits: int = 2) -> str:
     """Mean ± sample standard deviation, and how many they are."""
     values = [*values]
     if not values:
         return tables.MISSING
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread} ({len(values)})"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread} ({len(values)})"
 
 
-def accuracy_and_cosine(entry: Entry | None) -> list[str]:
-    """Of the chosen point's runs, those that collapsed apart; the cosine where the signals are not BP's."""
-    if entry is None:
-        return [tables.MISSING, tables.MISSING]
-    runs = [run for run in entry.shown if not collapsed(run)]
-    cosines = [value for run in runs if (value := cosine_of(run)) is not None and entry.cell.method != "shallow"]
+def cells_of(found: Sequence[Section], place: tuple[Setting, str, str, str]) -> dict[str, Entry]:
+    """The entries of a row in a setting, by method."""
+    rows = (by_row(section.chosen) for section in found if section.setting == place[0])
+    return next((cells[place[1:]] for cells in rows if place[1:] in cells), {})
+
+
+def points_at(cells: Mapping[str, Entry], lr: float) -> dict[str, Point]:
+    """What was found at one learning rate, by method."""
+    return {method: point for method, entry in cells.items() for point in entry.points if point.lr == lr}
+
+
+def told_of(method: str, points: Mapping[str, Point]) -> list[str]:
+    """Accuracy and layer-1 cosine of a rule's runs, those that collapsed apart, and its accuracy minus BP's."""
+    if method not in points:
+        return [tables.MISSING] * 3
+    finished = points[method].finished
+    runs = [run for run in finished if not run.collapsed]
+    cosines = [value for run in runs if (value := cosine_of(run)) is not None and method != "shallow"]
     told = [mean(100 * run.accuracy for run in runs)] if runs else []
-    if lost := len(entry.shown) - len(runs):
-        told.append(f"{lost} collapsed")
-    return [", ".join(told), f"{statistics.fmean(cosines):.2f}" if cosines else tables.MISSING]
+    told += [f"{lost} collapsed"] if (lost := len(finished) - len(runs)) else []
+    accuracies = [{run.seed: 100 * run.accuracy for run in points[one].finished} for one in (method, "bp")]
+    against = None if method == "bp" or lost else paired(*accuracies)
+    cosine = f"{statistics.fmean(cosines):.2f}" if cosines else tables.MISSING
+    return [", ".join(told), cosine, interval(against) if against else tables.MISSING]
+
+
+def family_of(method: str) -> str:
+    """Which way a rule's signals go."""
+    return next((name for name, (_, members) in FAMILIES.items() if method in members), "your own")
 
 
 def rules_block(found: Sequence[Section]) -> str:
-    """All rules beside each other, the most accurate on MNIST first."""
-    rows = {(section.setting, *row): cells for section in found for row, cells in by_row(section.chosen).items()}
-    small, large = (rows.get(key, {}) for key in (ON_MNIST, ON_CIFAR))
-    order = sorted(small, key=lambda method: -statistics.fmean(run.accuracy for run in small[method].shown))
+    """All rules beside each other on MNIST, at two learning rates, the most accurate at its better one first."""
+    cells = cells_of(found, MNIST)
+    both = [points_at(cells, lr) for lr in (1e-3, 1e-4)]
+    accuracy = {
+        method: max(
+            statistics.fmean(run.accuracy for run in points[method].finished) for points in both if method in points
+        )
+        for method in cells
+    }
     lines = []
-    for method in order:
-        entry = small[method]
-        family = next((name for name, (_, members) in FAMILIES.items() if method in members), "your own")
-        if (activation := entry.shown[0].config.model.activation) != "relu":
-            family += f", on {activation}"
-        against = differences(small).get(method, {}).get("bp")
-        lines.append([
-            look_of(method).name, family, *accuracy_and_cosine(entry), tables.row(entry)["lr"],
-            interval(against) if against else tables.MISSING, *accuracy_and_cosine(large.get(method)),
-        ])  # fmt: skip
-    head = ["rule", "signals", "MNIST, %", "cosine", "lr", "minus BP, points", "CIFAR-10, %", "cosine"]
-    return tabulate(lines, head, "github", disable_numparse=True)
+    for method in sorted(cells, key=lambda method: -accuracy[method]):
+        activation = cells[method].shown[0].config.model.activation
+        family = family_of(method) + ("" if activation == "relu" else f", on {activation}")
+        lines.append([look_of(method).name, family, *(text for points in both for text in told_of(method, points))])
+    return table(
+        lines, ["rule", "signals", *(text for lr in ("1e-3", "1e-4") for text in (f"{lr}, %", "cosine", "minus BP"))]
+    )
+
+
+def cifar_block(found: Sequence[Section]) -> str:
+    """All rules beside each other on CIFAR-10, on two nets."""
+    both = [points_at(cells_of(found, place), 1e-3) for place in (CONV3_BN, MIXER)]
+    order = [method for _, members in FAMILIES.values() for method in members if any(method in one for one in both)]
+    lines = [[look_of(method).name, *(text for points in both for text in told_of(method, points))] for method in order]
+    return table(
+        lines, ["rule", *(text for net in ("Conv3+BN", "Mixer") for text in (f"{net}, %", "cosine", "minus BP"))]
+    )
+
+
+def families_block(found: Sequence[Section]) -> str:
+    """Spearman's ρ between layer 1's cosine and accuracy, over all rules and within families."""
+    kinds = {"all rules": "", "direct": "direct", "through every layer": "through"}
+    lines = []
+    for name, place in (("MNIST, fc", MNIST), ("CIFAR-10, conv3_bn", CONV3_BN), ("CIFAR-10, mixer", MIXER)):
+        for lr, groups in correlation_groups(cells_of(found, place), "layer 1").items():
+            means = rule_means(groups)
+            told = []
+            for start in kinds.values():
+                points = [point for method, point in means.items() if family_of(method).startswith(start)]
+                value = spearman(points)
+                told.append(tables.MISSING if value is None else f"{value:+.2f} ({len(points)})")
+            lines.append([name, f"{lr:g}", *told])
+    return table(lines, ["", "lr", *kinds])
 
 
 def controls_block(found: Sequence[Section]) -> str:
@@ -112,22 +164,20 @@ def controls_block(found: Sequence[Section]) -> str:
     lines = []
     for section in found:
         words = {*section.setting.differences}
-        told = (
-            "as in the figure" if words == FIGURE else next((CONTROLS[mark] for mark in CONTROLS if mark in words), "")
-        )
+        marks = [text for mark, text in CONTROLS.items() if mark in words]
+        told = "as in the figure" if words == FIGURE else "".join(marks)
         for entry in section.chosen if told and words >= FIGURE else ():
-            cosines, accuracies = (
-                [
-                    value
-                    for run in entry.shown
-                    for value in run.epochs.get(name, [])[EPOCH - 1 : EPOCH]
-                    if value is not None
-                ]
-                for name in ("cosine/1", "test_accuracy")
-            )
-            lines.append([look_of(entry.cell.method).name, told, mean(cosines), mean(100 * one for one in accuracies)])
-    head = ["rule", "", f"layer-1 cosine, epoch {EPOCH}", "test accuracy, %"]
-    return tabulate(lines, head, "github", disable_numparse=True)
+            cosines = [mean(after(entry, "cosine/1", epoch)) for epoch in EPOCHS]
+            accuracy = mean(100 * value for value in after(entry, "test_accuracy", EPOCHS[-1]))
+            lines.append([look_of(entry.cell.method).name, told, *cosines, accuracy])
+    cosines = [f"layer-1 cosine, epoch {epoch}" for epoch in EPOCHS]
+    return table(lines, ["rule", "", *cosines, f"test accuracy, epoch {EPOCHS[-1]}, %"])
+
+
+def after(entry: Entry, column: str, epoch: int) -> Iterator[float]:
+    """What a column of epochs.csv has for an epoch, of every run."""
+    for run in entry.shown:
+        yield from (value for value in run.epochs.get(column, [])[epoch - 1 : epoch] if value is not None)
 
 
 def precision_block(found: Sequence[Section]) -> str:
@@ -148,8 +198,7 @@ def precision_block(found: Sequence[Section]) -> str:
             values = [run.epochs["test_accuracy"][SAME_EPOCHS - 1] or math.nan for run in runs]
             told.append(" / ".join(f"{100 * value:.1f}" for value in values) if len(values) == 2 else tables.MISSING)
         lines.append([row[2], *told])
-    head = [f"after {SAME_EPOCHS} epochs, %", *(look_of(method).name for method in METHODS)]
-    return tabulate(lines, head, "github", disable_numparse=True)
+    return table(lines, [f"after {SAME_EPOCHS} epochs, %", *(look_of(method).name for method in METHODS)])
 
 
 def beside(found: Sequence[Section]) -> str:
@@ -162,6 +211,13 @@ learn; where B is drawn anew, it starts as a layer's default in place of the pro
 
 {controls_block(found)}
 
+# Alignment and accuracy, family by family
+
+Spearman's ρ between the rules' mean layer-1 cosine in the last epoch and their mean test accuracy, over (how many)
+rules.
+
+{families_block(found)}
+
 # What bfloat16 changes
 
 Test accuracy on CIFAR-10, bfloat16 on a GPU / float32 on a CPU with an earlier version, seed 0 in both. It says nothing
@@ -173,12 +229,7 @@ of runs that collapse later.
 
 def readme(text: str, found: Sequence[Section]) -> str:
     """The README with its blocks written anew."""
-    blocks = {
-        "findings": findings_block,
-        "rules": rules_block,
-        "controls": controls_block,
-        "precision": precision_block,
-    }
+    blocks = {"findings": findings_block, "rules": rules_block, "cifar": cifar_block}
     return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]](found)}\n{match[3]}", text)
 
 

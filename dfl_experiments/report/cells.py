@@ -24,6 +24,11 @@ class Point:
     weight_decay: float
     runs: list[Run]
 
+    @property
+    def place(self) -> tuple[float, float]:
+        """Learning rate and weight decay."""
+        return self.lr, self.weight_decay
+
     @cached_property
     def finished(self) -> list[Run]:
         """The runs that came to their end with an accuracy."""
@@ -96,8 +101,24 @@ class Entry:
 
     @property
     def shown(self) -> list[Run]:
-        """The chosen point's finished runs, which the numbers are of; none if there is no such point."""
+        """The chosen point's finished runs; none if there is no such point."""
         return self.best.finished if self.best else []
+
+    @cached_property
+    def alive(self) -> list[Run]:
+        """Those of them that did not collapse."""
+        return [run for run in self.shown if not run.collapsed]
+
+    @property
+    def told(self) -> list[Run]:
+        """What the numbers are of: those that did not collapse, or all where all did."""
+        return self.alive or self.shown
+
+    @property
+    def lost(self) -> str:
+        """How many of them collapsed: "2 of 3 collapsed"; empty if none did."""
+        count = len(self.shown) - len(self.alive)
+        return f"{count} of {len(self.shown)} collapsed" if count else ""
 
     @property
     def on_validation(self) -> bool:

@@ -1,42 +1,17 @@
 """Runs as command lines of `dfl-train`, and tables across a key that was swept."""
 
-import re
 import shlex
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 from omegaconf import OmegaConf
 
-from dfl_experiments.configuration.composition import compose, group_options, plain, quoted, scientific
+from dfl_experiments.configuration.composition import group_options, plain, scientific
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.cells import Section, sections
+from dfl_experiments.report.cells import Entry, Section, sections
 from dfl_experiments.report.runs import Cell, Run
-from dfl_experiments.report.setting import NAMED, flat
-
-WORD = re.compile(r"[A-Za-z_][A-Za-z_\d-]*")
-
-
-def literal(value: Any) -> str:
-    """A value as Hydra reads it on a command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(literal, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{literal(item)}' for key, item in value.items())}}}"
-    plain_word = isinstance(value, str) and WORD.fullmatch(value) and value.lower() not in ("null", "true", "false")
-    return quoted(value) if isinstance(value, str) and not plain_word else str(value)
-
-
-@cache
-def usually(*choices: str) -> dict[str, Any]:
-    """What conf/ has for a run of these choices."""
-    return plain(compose(list(choices)))
+from dfl_experiments.report.setting import NAMED, as_override, flat, usually
+from dfl_experiments.report.tables import ours_and_paper
 
 
 def command(run: Run, seeds: Sequence[int] = ()) -> str:
@@ -47,7 +22,7 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
     """
     names = {group: str(run.config[group].name) for group in NAMED}
     if any(name not in group_options(group) for group, name in names.items()):
-        plugins = [f"plugins={literal(run.config.plugins)}"] if run.config.get("plugins") else []
+        plugins = [f"plugins={as_override(run.config.plugins)}"] if run.config.get("plugins") else []
         return " ".join(["dfl-train", *map(shlex.quote, [f"repeat={run.folder.resolve()}", *plugins])])
     choices = [f"{group}={name}" for group, name in names.items()]
     values = plain(run.config)
@@ -62,7 +37,7 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
     for options in (protocol, wanted):
         usual = flat(usually(*choices, *own))
         own += [
-            f"{'' if key in usual else '++'}{key}={literal(value)}"
+            f"{'' if key in usual else '++'}{key}={as_override(value)}"
             for key, value in options.items()
             if not isinstance(value, Mapping) and usual.get(key, ...) != value and key.partition(".")[2] != "name"
         ]
@@ -70,15 +45,19 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
     return " ".join(["dfl-train", *map(shlex.quote, [*choices, *own, *several])])
 
 
+def mean_told(entry: Entry) -> str:
+    """Its accuracy in a table's words, and over how many seeds."""
+    return f"{ours_and_paper(replace(entry, paper=None))} (n {len(entry.told)})"
+
+
 def commands(all_sections: Iterable[Section]) -> str:
     """The chosen point of every cell, as a command line."""
     lines = []
     for section in all_sections:
         for entry in section.chosen:
-            accuracy = f"{100 * statistics.fmean(run.accuracy for run in entry.shown):.2f} %"
             place = f"{section.setting.title}: {' '.join(entry.cell)}"
             found = dict.fromkeys(command(run, [run.seed for run in entry.shown]) for run in entry.shown)
-            lines += [f"# {place}, {accuracy}, n = {len(entry.shown)}", *found, ""]
+            lines += [f"# {place}, {mean_told(entry)}", *found, ""]
     return "\n".join(lines)
 
 
@@ -99,10 +78,7 @@ def across(runs: Sequence[Run], key: str) -> list[list[str]]:
     for text in swept:
         for section in sections(without(run, key) for run in runs if texts[run.folder] == text):
             for entry in section.chosen:
-                accuracies = [100 * run.accuracy for run in entry.shown]
-                spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-                told = f"{statistics.fmean(accuracies):.2f}{spread} (n {len(accuracies)})"
-                rows.setdefault((section.setting.title, *entry.cell), {})[text] = told
+                rows.setdefault((section.setting.title, *entry.cell), {})[text] = mean_told(entry)
     heading = ["setting", *Cell._fields, *(f"{key}={text}" for text in swept)]
     return [heading, *([*place, *(cells.get(text, "") for text in swept)] for place, cells in rows.items())]
 

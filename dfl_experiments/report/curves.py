@@ -1,17 +1,13 @@
-"""What the figures of a report show, before anything is drawn: alignment, learning curves, grids and throughput."""
+"""What the figures of a report show over the epochs, before anything is drawn: alignment, and learning curves."""
 
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from dfl_experiments.ranges import Quantity
-from dfl_experiments.report.cells import UNFIT, Entry, Point, Section, by_row
-from dfl_experiments.report.findings import correlation_groups, interval
-from dfl_experiments.report.intervals import rank_correlation
+from dfl_experiments.report.cells import Entry
 from dfl_experiments.report.looks import look_of
-from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Points, Series
-from dfl_experiments.report.setting import file_name
+from dfl_experiments.report.panels import Curves, Figure, Series
 from dfl_experiments.report.tables import seeds_behind
 
 MEASURED: dict[Quantity, str] = {
@@ -28,23 +24,25 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 def curves(entries: Iterable[Entry], column: str, scale: float = 1.0) -> list[Series]:
     """A column of epochs.csv as a curve for every cell that has it: mean and range over the chosen point's seeds.
 
-    Epochs that not all seeds have are left out.
+    Of runs that did not collapse, or of all where all did. Epochs that not all of these seeds have are left out.
     """
     found = []
     for entry in entries:
-        rows = zip(*(run.epochs.get(column, []) for run in entry.shown), strict=False)
-        present = [[scale * value for value in row if value is not None] for row in rows]
+        runs = entry.told
+        rows = [*zip(*(run.epochs.get(column, []) for run in runs), strict=False)]
+        present = [None if None in row else [scale * value for value in row if value is not None] for row in rows]
         if any(present):
             y, low, high = ([of(row) if row else None for row in present] for of in (statistics.fmean, min, max))
-            span = (low, high) if len(entry.shown) > 1 else ((), ())
+            span = (low, high) if len(runs) > 1 else ((), ())
             found.append(Series(look_of(entry.cell.method), range(1, len(present) + 1), y, *span))
     return found
 
 
 def seeds_note(entries: Sequence[Entry]) -> str:
-    """How many seeds a curve stands for, as a sentence."""
+    """How many seeds a curve stands for, in sentences."""
     seeds = seeds_behind(entries)
-    return "One seed." if seeds == "1" else f"Mean over {seeds} seeds, their range shaded."
+    told = "One seed." if seeds == "1" else f"Mean over {seeds} seeds, their range shaded."
+    return f"{told} Runs that collapsed are left out, unless all did." if any(one.lost for one in entries) else told
 
 
 def layers_of(entries: Iterable[Entry], quantity: str) -> list[int]:
@@ -54,11 +52,11 @@ def layers_of(entries: Iterable[Entry], quantity: str) -> list[int]:
 
 
 def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
-    """The cosines of a layer, and BP's own line; None where nothing was measured."""
+    """The cosines of a layer, and BP's own line; None where nothing was measured, or all are 1 by construction."""
     series = curves(entries, f"cosine/{layer}")
-    if not series:
-        return None
     exact = [one for one in entries if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
+    if len(exact) >= len(series):
+        return None
     names = ", ".join(look_of(entry.cell.method).name for entry in exact)
     if len(exact) > MOST_NAMES:
         names = f"{len(exact)} of {len(series)} methods"
@@ -72,7 +70,7 @@ def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
 
 def alignment(entries: list[Entry]) -> Iterable[Figure]:
     """The paper's alignment figure, of layer 1; and one of all layers."""
-    entries = [entry for entry in entries if entry.cell.method != "bp"]
+    entries = [entry for entry in entries if entry.cell.method != "bp" and entry.alive]
     panels = {layer: panel for layer in layers_of(entries, "cosine") if (panel := alignment_panel(layer, entries))}
     note = (
         "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations. "
@@ -98,103 +96,8 @@ def learning(entries: list[Entry]) -> Iterable[Figure]:
     """Accuracy and loss over the epochs."""
     panels = [
         Curves("test accuracy", "test accuracy, %", curves(entries, "test_accuracy", 100.0)),
-        Curves("training loss", "training loss, mean of the epoch", curves(entries, "train_loss")),
+        Curves("training loss", "training loss, mean of the epoch", curves(entries, "train_loss"), log=True),
     ]
     if panels := [panel for panel in panels if panel.series]:
         note = f"Of each method's chosen grid point. {seeds_note(entries)}"
         yield Figure("learning", "Learning curves", note, panels)
-
-
-def grid_label(point: Point) -> str:
-    """A field's text: the number, and how runs ended that ended otherwise."""
-    score = [f"{100 * point.score():.1f}"] if point.finished else []
-    others = {run.status: None for run in point.runs if run.status in UNFIT or not point.finished}
-    return ", ".join([*score, *others])
-
-
-def grids(entries: list[Entry]) -> Iterable[Figure]:
-    """Accuracy over learning rate and weight decay, a panel for each method with more than one grid point."""
-    shown = [(entry, entry.best) for entry in entries if entry.best and len(entry.points) > 1]
-    if not shown:
-        return
-    scores = [100 * point.score() for entry, _ in shown for point in entry.points if point.finished]
-    panels = []
-    for entry, best in shown:
-        points = {(point.lr, point.weight_decay): point for point in entry.points}
-        rates = sorted({rate for rate, _ in points}, reverse=True)
-        decays = sorted({decay for _, decay in points})
-        fields = [[points.get((rate, decay)) for decay in decays] for rate in rates]
-        panels.append(
-            HeatMap(
-                look_of(entry.cell.method).name,
-                [f"{rate:g}" for rate in rates],
-                [f"{decay:g}" for decay in decays],
-                [[100 * point.score() if point and point.finished else None for point in line] for line in fields],
-                [[grid_label(point) if point else "" for point in line] for line in fields],
-                chosen=(rates.index(best.lr), decays.index(best.weight_decay)),
-                scale=(min(scores), max(scores)),
-            )
-        )
-    what = "Validation" if all(entry.on_validation for entry, _ in shown) else "Test"
-    note = (
-        "Mean over each point's finished seeds. The chosen point is framed: two are compared over the seeds of both, "
-        "and one with a run that failed comes last. An empty field has no run."
-    )
-    yield Figure("grid", f"{what} accuracy over the grid, %", note, panels)
-
-
-def prediction(entries: list[Entry]) -> Iterable[Figure]:
-    """Final accuracy against alignment, a point for every finished run of every rule whose signals are not BP's."""
-    cells = {entry.cell.method: entry for entry in entries}
-    panels, told, known = [], [], []
-    for of in ("layer 1", "all layers"):
-        found = correlation_groups(cells, of)
-        if not found or found in known:  # with one layer to tell of, all layers are that one
-            continue
-        known.append(found)
-        for lr, groups in found.items():
-            series = [Series(look_of(method), *zip(*points, strict=True)) for method, points in groups.items()]
-            title, x = f"{of}, lr {lr:g}", "mean cosine with BP's signal, last epoch"
-            panels.append(Points(title, x, "test accuracy, %", series))
-            if estimate := rank_correlation([*groups.values()]):
-                told.append(f"{of}, lr {lr:g}: {interval(estimate)}")
-    if panels:
-        note = (
-            f"Spearman's ρ, with intervals of 95 % by a bootstrap over the rules: {'; '.join(told)}. Layers whose "
-            "signal is BP's by construction are left out, rules on another net, such as DRTP's with tanh, and runs "
-            "that collapsed."
-        )
-        yield Figure("alignment-accuracy", "Accuracy against alignment", note, panels)
-
-
-def throughput(section: Section) -> Iterable[Figure]:
-    """Samples per second of training, a panel for each model and data set."""
-    devices = sorted({str(run.result.get("device")) for entry in section.chosen for run in entry.shown})
-    panels = []
-    for row, cells in by_row(section.chosen).items():
-        speeds: dict[tuple[str, str], list[float]] = {}
-        for method, entry in cells.items():
-            for run in entry.shown:
-                name, colour, *_ = look_of(method)
-                name += f", {run.result.get('device')}" if len(devices) > 1 else ""
-                speeds.setdefault((name, colour), []).append(float(run.result["samples_per_second"]))
-        names, colours = zip(*speeds, strict=True)
-        panels.append(Bars(", ".join(row), [*names], [*colours], [*map(statistics.median, speeds.values())]))
-    if panels:
-        note = (
-            f"Median over each chosen grid point's runs, measuring included, on {'; '.join(devices)}. "
-            "A run beside others is slower: scripts/benchmark.py compares the methods by themselves."
-        )
-        yield Figure("throughput", "Throughput", note, panels)
-
-
-def figures(section: Section) -> list[Figure]:
-    """Every figure that a section's finished runs give: for each row of its tables, and one for all of them."""
-    found = [
-        replace(figure, name=file_name([*place, figure.name]), title=f"{figure.title}: {', '.join(place)}")
-        for (dataset, augmentation, model), cells in by_row(section.chosen).items()
-        for place in [[dataset, model, *[augmentation] * (augmentation != "none")]]
-        for kind in (alignment, quantities, learning, grids, prediction)
-        for figure in kind(list(cells.values()))
-    ]
-    return [*found, *throughput(section)]

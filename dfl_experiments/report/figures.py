@@ -18,7 +18,7 @@ from matplotlib.transforms import offset_copy
 from scipy.optimize import isotonic_regression
 
 from dfl_experiments.report.cells import Section
-from dfl_experiments.report.curves import figures
+from dfl_experiments.report.outcomes import figures
 from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Points
 from dfl_experiments.report.setting import file_name
 
@@ -36,7 +36,7 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def spread(positions: Sequence[float], gap: float, bottom: float, top: float) -> np.ndarray:
+def spread(positions: Sequence[float] | np.ndarray, gap: float, bottom: float, top: float) -> np.ndarray:
     """The positions, moved apart as little as it takes for neighbours to be a gap from one another.
 
     All lie between bottom and top, unless there are more than fit: then they reach above it.
@@ -59,14 +59,18 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
         if one.low:
             low, high = np.array(one.low, dtype=float), np.array(one.high, dtype=float)
             axes.fill_between(one.x, low, high, color=colour, alpha=0.2, linewidth=0)
-        last = np.flatnonzero(~np.isnan(y))[-1]
+        last = np.flatnonzero(y > 0 if panel.log else ~np.isnan(y))[-1]
         ends.append((one.x[last], y[last]))
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
-    bottom, top = axes.get_ylim()
+    if panel.log:
+        axes.set_yscale("log")
+    heights = axes.transScale.transform(ends)[:, 1]
+    bottom, top = axes.transScale.transform([(1, y) for y in axes.get_ylim()])[:, 1]
     gap = min(LABEL_GAP, 1 / len(ends)) * (top - bottom)
-    places = spread([y for _, y in ends], gap, bottom + gap / 2, top - gap / 2)
-    beside = offset_copy(axes.transData, axes.get_figure(root=True), x=16, units="points")
+    places = spread(heights, gap, bottom + gap / 2, top - gap / 2)
+    scaled = axes.transLimits + axes.transAxes  # what takes heights to the paper
+    beside = offset_copy(scaled, axes.get_figure(root=True), x=16, units="points")
     for one, end, place in zip(panel.series, ends, places, strict=True):
         line = {"arrowstyle": "-", "color": one.look.colour, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)}
         look: Any = {"color": one.look.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
@@ -96,11 +100,11 @@ def draw_heat_map(axes: Axes, panel: HeatMap) -> None:
         dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
         axes.text(j, i, panel.labels[i][j], ha="center", va="center", color="white" if dark else "black")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
-    i, j = panel.chosen
-    axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, fill=False, color="#D55E00", linewidth=3))
-    axes.set_xticks(range(len(panel.decays)), panel.decays)
-    axes.set_yticks(range(len(panel.rates)), panel.rates)
-    axes.set(xlabel=panel.x, ylabel=panel.y)
+    for i, j in panel.chosen:
+        axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, fill=False, color="#D55E00", linewidth=3))
+    for axis, (name, ticks) in ((axes.xaxis, panel.across), (axes.yaxis, panel.down)):
+        axis.set_ticks(range(len(ticks)), ticks)
+        axis.set_label_text(name)
 
 
 def draw_bars(axes: Axes, panel: Bars) -> None:
@@ -124,6 +128,7 @@ def canvas_of(figure: Figure, heading: str) -> Canvas:
     bars = isinstance(figure.panels[0], Bars)
     width, height = (7.5, 4.6) if count == 1 else (4.6 * columns, (2.6 if bars else 3.6) * rows + 0.9)
     most = max(len(panel.series) if isinstance(panel, Curves | Points) else 0 for panel in figure.panels)
+    most = max(most, *(len(panel.down[1]) if isinstance(panel, HeatMap) else 0 for panel in figure.panels))
     height += 0.25 * rows * max(0, most - LABELS_A_PANEL)
     canvas = Canvas(figsize=(width, height), dpi=150, layout="constrained")
     lines = [textwrap.fill(text, int(CHARACTERS_AN_INCH * width)) for text in (figure.title, heading)]

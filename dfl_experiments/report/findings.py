@@ -1,33 +1,50 @@
 """What the runs say: every method's distance from BP and DFA seed by seed, and verdicts on the paper's claims."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dfl_experiments.report.cells import Entry, Section, by_row
-from dfl_experiments.report.intervals import Estimate, paired, rank_correlation
-from dfl_experiments.report.runs import Run
+from dfl_experiments.report.correlation import correlation_groups, cosine_of, rule_means
+from dfl_experiments.report.intervals import FEWEST, Estimate, paired, rank_correlation
+from dfl_experiments.report.setting import Setting, in_words
 
 REFERENCES = ("bp", "dfa")
 SUPPORTED = ("las", "ltas")  # the paper's own methods
-FEWEST_METHODS = 8  # that a correlation over methods is told of: of fewer a bootstrap is too sure
-TOO_FEW = "too few seeds"
+TOO_FEW, COLLAPSED = "too few seeds", "collapsed"
 Cells = Mapping[str, Entry]
+Lead = Callable[[Entry, Entry], Estimate | None]
 
 
 class Finding(NamedTuple):
-    """A claim and what speaks for it. order: among claims; where: net, data and setting; unit: of the estimate."""
+    """A claim and what speaks for it.
+
+    order: among claims; where: net, data and setting; unit: of the estimate, which is over n seeds or methods; lost:
+    whose runs collapsed, which leaves nothing to estimate: a difference would tell how often they do.
+    """
 
     order: int
     claim: str
     where: str
-    estimate: Estimate
     unit: str
+    n: int
+    estimate: Estimate | None
+    lost: str = ""
 
     @property
     def verdict(self) -> str:
         """A claim is supported or contradicted where the interval leaves out zero."""
+        if self.n < FEWEST:
+            return TOO_FEW
+        if self.estimate is None:
+            return COLLAPSED
         return {1: "supported", -1: "contradicted", 0: "undecided", None: TOO_FEW}[self.estimate.sign]
+
+    @property
+    def found(self) -> str:
+        """What stands beside the claim: "+0.12 [-0.10, +0.34] points"."""
+        return self.lost if self.estimate is None else f"{interval(self.estimate)} {self.unit}"
 
 
 def accuracies(entry: Entry) -> dict[int, float]:
@@ -35,127 +52,95 @@ def accuracies(entry: Entry) -> dict[int, float]:
     return {run.seed: 100 * run.accuracy for run in entry.shown}
 
 
-def cosine_of(run: Run, layer: str = "1") -> float | None:
-    """The mean cosine of a layer over the last epoch; None where it was not measured, or is 1 by construction."""
-    if layer in run.result.get("cosine_by_construction", []):
-        return None
-    value = (run.result.get("cosine") or {}).get(layer)
-    return None if value is None else float(value)
+def accuracy_lead(first: Entry, second: Entry) -> Estimate | None:
+    """How much more accurate the first's chosen point is than the second's, in points, paired by seed."""
+    return paired(accuracies(first), accuracies(second))
 
 
-def mean_cosine(run: Run) -> float | None:
-    """The mean over the layers that it says something about."""
-    found = [value for layer in run.result.get("cosine") or {} if (value := cosine_of(run, layer)) is not None]
-    return sum(found) / len(found) if found else None
-
-
-def collapsed(run: Run) -> bool:
-    """Whether a finished run ends a fifth under its best test accuracy, or at chance: 1/K, within half and 2 points."""
-    classes = float(run.result.get("num_classes") or math.inf)
-    best = (run.result.get("test_accuracy") or {}).get("best") or 0.0
-    return run.accuracy < max(0.8 * best, min(1.5 / classes, 1 / classes + 0.02))
-
-
-def caveat(cells: Cells, methods: Sequence[str], among: str = "") -> str:
-    """What a comparison of these methods' chosen points has to say of runs that collapsed. among: whose they are."""
-    counts = {method: (sum(map(collapsed, cells[method].shown)), len(cells[method].shown)) for method in methods}
-    return "".join(f"; {method.upper()} collapsed in {k} of {n}{among}" for method, (k, n) in counts.items() if k)
-
-
-def alive(entry: Entry) -> bool:
-    """Whether one of the chosen point's runs did not collapse."""
-    return not all(map(collapsed, entry.shown))
+def lost(entries: Iterable[Entry], among: str = "") -> list[str]:
+    """Whose runs collapsed at the chosen points: ["DFA 2 of 3 collapsed"]. among: where."""
+    return [f"{entry.cell.method.upper()} {entry.lost}{among}" for entry in entries if entry.lost]
 
 
 def cosine_lead(first: Entry, second: Entry) -> Estimate | None:
     """How much more the first's layer-1 signals align, at equal learning rate and weight decay, paired by seed.
 
-    The rate moves the cosine as much as the rule does, so the points chosen by accuracy would not do.
+    The rate moves the cosine as much as the rule does, so the points chosen by accuracy would not do. It is the mean
+    over the grid points at which the most seeds can be compared.
     """
-    theirs = grid_cosines(second)
-    leads: dict[int, list[float]] = {}
-    for (lr, decay, seed), value in grid_cosines(first).items():
-        if (lr, decay, seed) in theirs:
-            leads.setdefault(seed, []).append(value - theirs[lr, decay, seed])
-    return paired({seed: sum(values) / len(values) for seed, values in leads.items()}, dict.fromkeys(leads, 0.0))
+    ours, theirs = grid_cosines(first), grid_cosines(second)
+    leads = [
+        {seed: value - theirs[point][seed] for seed, value in ours[point].items() if seed in theirs[point]}
+        for point in ours.keys() & theirs.keys()
+    ]
+    seeds = max((lead.keys() for lead in leads), key=lambda those: (len(those), sorted(those)), default={}.keys())
+    same = [lead for lead in leads if lead.keys() == seeds]
+    return paired({seed: statistics.fmean(lead[seed] for lead in same) for seed in seeds}, dict.fromkeys(seeds, 0.0))
 
 
-def grid_cosines(entry: Entry) -> dict[tuple[float, float, int], float]:
-    """The layer-1 cosine of every run that finished and did not collapse, by learning rate, weight decay and seed."""
-    runs = [run for point in entry.points for run in point.finished if not collapsed(run)]
-    return {(run.lr, run.weight_decay, run.seed): value for run in runs if (value := cosine_of(run)) is not None}
+def grid_cosines(entry: Entry) -> dict[tuple[float, float], dict[int, float]]:
+    """The layer-1 cosine by seed, of every grid point's runs that finished and did not collapse."""
+    return {
+        (point.lr, point.weight_decay): {
+            run.seed: value
+            for run in point.finished
+            if not run.collapsed and (value := cosine_of(run)) is not None
+        }
+        for point in entry.points
+    }  # fmt: skip
 
 
-def differences(cells: Cells) -> dict[str, dict[str, Estimate]]:
-    """Of every method of a row: its accuracy minus that of each of `REFERENCES`, in points, paired by seed."""
-    found: dict[str, dict[str, Estimate]] = {}
-    for method, entry in cells.items():
-        for reference in REFERENCES:
-            if method != reference and reference in cells:
-                estimate = paired(accuracies(entry), accuracies(cells[reference]))
-                if estimate:
-                    found.setdefault(method, {})[reference] = estimate
-    return found
-
-
-def correlation_groups(cells: Cells, of: str) -> dict[float, dict[str, list[tuple[float, float]]]]:
-    """(cosine, accuracy in percent) of a row's finished runs, by learning rate and method. of: "layer 1", "all layers".
-
-    Left out are BP and Shallow, whose signals are BP's, rules on another net than DFA's, such as DRTP's with tanh, and
-    runs that collapsed, whose cosine says nothing of how they came there.
-    """
-    measure = cosine_of if of == "layer 1" else mean_cosine
-    net = next((run.config.model for run in cells["dfa"].runs), None) if "dfa" in cells else None
-    found: dict[float, dict[str, list[tuple[float, float]]]] = {}
-    for method, entry in cells.items():
-        for point in entry.points if method not in ("bp", "shallow") else ():
-            for run in point.finished:
-                if (x := measure(run)) is not None and net in (None, run.config.model) and not collapsed(run):
-                    found.setdefault(point.lr, {}).setdefault(method, []).append((x, 100 * run.accuracy))
-    return {lr: groups for lr, groups in found.items() if len(groups) >= FEWEST_METHODS}
+def unequal(first: Entry, second: Entry) -> str:
+    """What the two chosen points differ in: "; lr 0.001 and 0.0001"."""
+    told = ""
+    if first.best and second.best:
+        for name, one, other in zip(("lr", "weight decay"), first.best.place, second.best.place, strict=True):
+            told += f"; {name} {one:g} and {other:g}" if one != other else ""
+    return told
 
 
 def of_row(cells: Cells, where: str) -> Iterator[Finding]:
     """The findings within a row of a table."""
-    dfa = cells.get("dfa")
-    for method in SUPPORTED:
-        if dfa and method in cells:
-            name = method.upper()
-            if estimate := cosine_lead(cells[method], dfa):
-                yield Finding(0, f"{name} aligns better with BP than DFA, layer 1", where, estimate, "cosine")
-    pairs = [
-        *((1, method, "dfa", f"{method.upper()} is more accurate than DFA") for method in SUPPORTED),
-        *((3, "bp", method, f"BP is more accurate than {method.upper()}") for method in ("dfa", *SUPPORTED)),
+    claims: list[tuple[int, str, str, str, Lead]] = [
+        *((0, f"{one.upper()} aligns better with BP than DFA, layer 1", one, "dfa", cosine_lead) for one in SUPPORTED),
+        *((1, f"{one.upper()} is more accurate than DFA", one, "dfa", accuracy_lead) for one in SUPPORTED),
+        *((3, f"BP is more accurate than {one.upper()}", "bp", one, accuracy_lead) for one in ("dfa", *SUPPORTED)),
     ]
-    for order, first, second, claim in pairs:
-        if not {first, second} <= cells.keys() or not (alive(cells[first]) or alive(cells[second])):
-            continue
-        if estimate := paired(accuracies(cells[first]), accuracies(cells[second])):
-            yield Finding(order, claim, where + caveat(cells, (first, second)), estimate, "points")
+    for order, claim, one, other, lead in claims:
+        if {one, other} <= cells.keys():
+            both = cells[one], cells[other]
+            place, unit = (where, "cosine") if lead is cosine_lead else (where + unequal(*both), "points")
+            n, told = len(accuracies(both[0]).keys() & accuracies(both[1]).keys()), ", ".join(lost(both))
+            estimate = None if told else lead(*both)
+            if n and (told or estimate):
+                yield Finding(order, claim, place, unit, estimate.n if estimate else n, estimate, told)
     for lr, groups in correlation_groups(cells, "layer 1").items():
-        if estimate := rank_correlation([*groups.values()]):
-            place = f"{where}, lr {lr:g}"
-            yield Finding(4, "Over all rules, alignment goes with accuracy", place, estimate, "Spearman's ρ")
+        if estimate := rank_correlation([*rule_means(groups).values()]):
+            claim, unit = "Over all rules, alignment goes with accuracy", "Spearman's ρ"
+            yield Finding(4, claim, f"{where}, lr {lr:g}", unit, estimate.n, estimate)
 
 
-def across_classes(rows: Mapping[tuple[str, ...], Cells], setting: str) -> Iterator[Finding]:
+def across_classes(rows: Mapping[tuple[str, ...], Cells], setting: Setting) -> Iterator[Finding]:
     """Whether a lead over DFA is larger on CIFAR-100 than on CIFAR-10, with the same net and epochs."""
-    for (dataset, *rest), cells in rows.items():
-        few = rows.get(("cifar10", *rest))
-        if dataset != "cifar100" or few is None or "dfa" not in cells or "dfa" not in few:
-            continue
-        for method in SUPPORTED:
-            both = (cells, few) if method in cells and method in few else ()
-            if not both or not all(alive(c[method]) or alive(c["dfa"]) for c in both):
+    for (dataset, *rest), many in rows.items():
+        few = rows.get(("cifar10", *rest), {})
+        for method in SUPPORTED if dataset == "cifar100" else ():
+            if not {method, "dfa"} <= many.keys() & few.keys():
                 continue
-            lead = [
-                {seed: ours[seed] - dfa[seed] for seed in ours.keys() & dfa.keys()}
-                for ours, dfa in ((accuracies(c[method]), accuracies(c["dfa"])) for c in both)
+            told = [
+                one
+                for cells, name in ((many, " on cifar100"), (few, " on cifar10"))
+                for one in lost((cells[method], cells["dfa"]), name)
             ]
-            if estimate := paired(*lead):
+            leads = [
+                {seed: ours[seed] - dfa[seed] for seed in ours.keys() & dfa.keys()}
+                for ours, dfa in ((accuracies(cells[method]), accuracies(cells["dfa"])) for cells in (many, few))
+            ]
+            if estimate := paired(*leads):
                 claim = f"{method.upper()}'s lead over DFA is larger with 100 classes than with 10"
-                told = caveat(cells, (method, "dfa"), " of cifar100") + caveat(few, (method, "dfa"), " of cifar10")
-                yield Finding(2, claim, f"CIFAR, {in_place(rest)}{setting}{told}", estimate, "points")
+                where = f"CIFAR, {in_place(rest)}{in_setting(setting, many)}"
+                kept = None if told else estimate
+                yield Finding(2, claim, where, "points", estimate.n, kept, ", ".join(told))
 
 
 def in_place(names: Iterable[str]) -> str:
@@ -167,14 +152,26 @@ def findings(sections: Sequence[Section]) -> list[Finding]:
     """All of them, of runs that are no smoke, claim by claim, those that rest on the most first."""
     found: list[Finding] = []
     for section in sections:
-        if section.setting.smoke:
-            continue
-        setting = "".join(f"; {words}" for words in section.setting.told)
-        rows = by_row(section.chosen)
-        for row, cells in rows.items():
-            found += of_row(cells, f"{in_place(row)}{setting}")
-        found += across_classes(rows, setting)
-    return sorted(found, key=lambda one: (one.order, one.claim, -one.estimate.n))
+        if not section.setting.smoke:
+            rows = by_row(section.chosen)
+            for row, cells in rows.items():
+                found += of_row(cells, in_place(row) + in_setting(section.setting, cells))
+            found += across_classes(rows, section.setting)
+    return sorted(found, key=lambda one: (one.order, one.claim, -one.n))
+
+
+def in_setting(setting: Setting, cells: Cells) -> str:
+    """How long a row's runs are, and what tells their setting from the usual one."""
+    epochs = next(in_words(f"epochs={run.planned}") for entry in cells.values() for run in entry.runs)
+    return "".join(f"; {words}" for words in dict.fromkeys([epochs, *setting.told]))
+
+
+def by_claim(found: Iterable[Finding]) -> dict[str, tuple[Counter[str], list[Finding]]]:
+    """The findings of every claim, and how often each verdict was given on it."""
+    claims: dict[str, list[Finding]] = {}
+    for one in found:
+        claims.setdefault(one.claim, []).append(one)
+    return {claim: (Counter(one.verdict for one in those), those) for claim, those in claims.items()}
 
 
 def interval(estimate: Estimate, digits: int = 2) -> str:
@@ -185,9 +182,10 @@ def interval(estimate: Estimate, digits: int = 2) -> str:
     return f"{value} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
 
 
-def judged(estimate: Estimate | None) -> str:
-    """A difference of accuracies with what may be said of it."""
-    if estimate is None:
-        return "–"
+def judged(first: Entry, second: Entry) -> str:
+    """The difference of their accuracies with what may be said of it."""
+    estimate = accuracy_lead(first, second)
+    if estimate is None or first.lost or second.lost:
+        return ", ".join(lost((first, second))) or "–"
     said = {1: "better", -1: "worse", 0: "undecided", None: TOO_FEW}[estimate.sign]
     return f"{interval(estimate)}, n {estimate.n}: {said}"

@@ -1,11 +1,10 @@
 """How sure a number is: paired differences with Student's t, rank correlations with a bootstrap."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata, t
+from scipy.stats import rankdata, sem, t
 
 LEVEL = 0.95
 FEWEST = 3
@@ -37,33 +36,26 @@ class Estimate(NamedTuple):
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate | None:
     """The mean of first - second over the seeds that both have; None where they share none.
 
-    Its interval is mean ± t · s/√n, with Student's t for n - 1 degrees of freedom: differences taken as normal.
+    Its interval is the paired t-test's, mean ± t · s/√n with n - 1 degrees of freedom: differences taken as normal.
     """
-    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-    if not differences:
-        return None
-    mean, n = statistics.fmean(differences), len(differences)
-    if n == 1:
-        return Estimate(mean, None, None, 1)
-    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * statistics.stdev(differences) / n**0.5
+    differences = np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+    n = len(differences)
+    if n < 2:
+        return Estimate(float(differences[0]), None, None, 1) if n else None
+    mean, half = float(differences.mean()), float(t.ppf((1 + LEVEL) / 2, n - 1) * sem(differences))
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def rank_correlation(groups: Sequence[Sequence[tuple[float, float]]]) -> Estimate | None:
-    """Spearman's ρ over the points of all groups; None where it is not defined.
-
-    Its interval is the bootstrap's percentiles over whole groups: runs of one method are no independent points. n: how
-    many groups.
-    """
-    value = spearman([point for group in groups for point in group])
+def rank_correlation(points: Sequence[tuple[float, float]]) -> Estimate | None:
+    """Spearman's ρ of the points, its interval the bootstrap's percentiles; None where it is not defined."""
+    value = spearman(points)
     if value is None:
         return None
     random = np.random.default_rng(0)
-    drawn = (random.integers(len(groups), size=len(groups)) for _ in range(RESAMPLES))
-    found = [spearman([point for index in indices for point in groups[index]]) for indices in drawn]
-    present = [one for one in found if one is not None]
-    low, high = np.quantile(present, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high), len(groups))
+    drawn = (random.integers(len(points), size=len(points)) for _ in range(RESAMPLES))
+    found = [one for indices in drawn if (one := spearman([points[index] for index in indices])) is not None]
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(low), float(high), len(points))
 
 
 def spearman(points: Sequence[tuple[float, float]]) -> float | None:

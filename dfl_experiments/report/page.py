@@ -2,8 +2,7 @@
 
 import base64
 import gzip
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -12,8 +11,8 @@ from plotly.offline import get_plotlyjs
 
 from dfl_experiments.report.cells import Section, by_row, methods_of
 from dfl_experiments.report.commands import command
-from dfl_experiments.report.curves import figures
-from dfl_experiments.report.findings import Finding, findings, interval
+from dfl_experiments.report.findings import by_claim, findings
+from dfl_experiments.report.outcomes import figures
 from dfl_experiments.report.panels import Curves, Figure, HeatMap, Panel, Points, Series
 from dfl_experiments.report.paper import TITLES
 from dfl_experiments.report.runs import Run
@@ -58,28 +57,31 @@ def short(node: Any) -> Any:
 
 def plot(panel: Panel) -> dict[str, Any]:
     """A panel as plotly's data and layout."""
-    x: dict[str, Any] = {"title": {"text": panel.x}}
+    x: dict[str, Any] = {} if isinstance(panel, HeatMap) else {"title": {"text": panel.x}}
     y: dict[str, Any] = {"autorange": "reversed"}
     layout = {"title": {"text": panel.title}, "xaxis": x, "yaxis": y}
     if isinstance(panel, Curves):
         layout["yaxis"] = {"title": {"text": panel.y}} | ({"range": panel.y_range} if panel.y_range else {})
+        layout["yaxis"] |= {"type": "log"} if panel.log else {}
         if max(len(one.x) for one in panel.series) <= FEW_EPOCHS:
             x["dtick"] = 1  # no halves of epochs
         return {"data": [trace for one in panel.series for trace in traces(one)], "layout": layout}
     if isinstance(panel, HeatMap):
-        i, j = panel.chosen
-        frame = {
-            "type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5,
-            "line": {"color": "#D55E00", "width": 4},
-        }  # fmt: skip
-        x |= {"type": "category"}
-        y |= {"type": "category", "title": {"text": panel.y}}
+        frames = [
+            {
+                "type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5,
+                "line": {"color": "#D55E00", "width": 4},
+            }
+            for i, j in panel.chosen
+        ]  # fmt: skip
+        x |= {"type": "category", "title": {"text": panel.across[0]}}
+        y |= {"type": "category", "title": {"text": panel.down[0]}}
         heat = {
-            "type": "heatmap", "x": panel.decays, "y": panel.rates, "z": panel.values, "text": panel.labels,
+            "type": "heatmap", "x": panel.across[1], "y": panel.down[1], "z": panel.values, "text": panel.labels,
             "zmin": panel.scale[0] - 0.01, "zmax": panel.scale[1] + 0.01,
             "texttemplate": "%{text}", "colorscale": "Cividis", "hoverongaps": False,
         }  # fmt: skip
-        return {"data": [heat], "layout": layout | {"shapes": [frame]}}
+        return {"data": [heat], "layout": layout | {"shapes": frames}}
     if isinstance(panel, Points):
         points = [
             {
@@ -101,20 +103,12 @@ def configuration(run: Run) -> str:
     return OmegaConf.to_yaml({key: value for key, value in run.config.items() if key not in CONFIG_LEFT_OUT})
 
 
-def headline(sections: Sequence[Section]) -> Figure | None:
+def headline(drawn: Sequence[tuple[Section, list[Figure]]]) -> Figure | None:
     """The figure to begin with: the alignment of layer 1, with SGD as the paper's where there is such a one."""
-    real = [section for section in sections if not section.setting.smoke]
-    as_the_paper = [section for section in real if "optimizer=sgd" in section.setting.differences]
-    shown = [figure for section in [*as_the_paper, *real] for figure in figures(section)]
+    real = [(section, those) for section, those in drawn if not section.setting.smoke]
+    as_the_paper = [(section, those) for section, those in real if "optimizer=sgd" in section.setting.differences]
+    shown = [figure for _, those in [*as_the_paper, *real] for figure in those]
     return next((figure for figure in shown if figure.name.endswith("-alignment")), None)
-
-
-def by_claim(found: Iterable[Finding]) -> dict[str, tuple[dict[str, int], list[Finding]]]:
-    """The findings of every claim, and how often each verdict was given on it."""
-    claims: dict[str, list[Finding]] = {}
-    for one in found:
-        claims.setdefault(one.claim, []).append(one)
-    return {claim: (Counter(one.verdict for one in those), those) for claim, those in claims.items()}
 
 
 def compressed(text: str) -> str:
@@ -124,21 +118,22 @@ def compressed(text: str) -> str:
 
 def page(sections: Sequence[Section]) -> str:
     """The whole page."""
+    drawn = [(section, figures(section)) for section in sections]
     environment = Environment(loader=PackageLoader("dfl_experiments.report", "."), autoescape=True, trim_blocks=True)
     functions = (
-        by_row, command, configuration, figures, interval, methods_of, not_begun, numbers,
+        by_row, command, configuration, methods_of, not_begun, numbers,
         ours_and_paper, paired_table, row, rule,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals["plot"] = lambda panel: short(plot(panel))
     return environment.get_template("page.html").render(
-        sections=sections,
+        drawn=drawn,
         titles=TITLES,
         columns=COLUMNS,
         number_columns=FORMATS,
         plotly=compressed(get_plotlyjs()),
         claims=by_claim(findings(sections)),
-        head=headline(sections),
+        head=headline(drawn),
         found_note=FOUND,
         paired_note=PAIRED,
     )

@@ -23,12 +23,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """A panel of curves over the epochs. y_range: of the axis, where the values alone would not choose it well."""
+    """A panel of curves over the epochs.
+
+    y_range: of the axis, where the values alone would not choose it well; log: whether it is logarithmic.
+    """
 
     title: str
     y: str
     series: Sequence[Series]
     y_range: tuple[float, float] | None = None
+    log: bool = False
     x: ClassVar = "epoch"
 
     def rows(self) -> Iterator[tuple[str | float | None, ...]]:
@@ -56,26 +60,26 @@ class Points:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A panel of numbers over a grid; values[i][j] belongs to rates[i] and decays[j], chosen is such a pair (i, j).
+    """A panel of numbers over two axes, down and across, each with its name and what stands along it.
 
-    labels: what stands in each field; scale: least and greatest value of the whole figure.
+    values[i][j] belongs to down[1][i] and across[1][j]; chosen: such pairs (i, j) to frame; labels: what stands in each
+    field; scale: the values that the colours begin and end with.
     """
 
     title: str
-    rates: list[str]
-    decays: list[str]
+    down: tuple[str, list[str]]
+    across: tuple[str, list[str]]
     values: list[Values]
     labels: list[list[str]]
-    chosen: tuple[int, int]
+    chosen: Sequence[tuple[int, int]]
     scale: tuple[float, float]
-    x: ClassVar = "weight decay"
-    y: ClassVar = "learning rate"
 
     def rows(self) -> Iterator[tuple[str | float | None, ...]]:
-        """The grid point, and its number."""
-        for rate, values in zip(self.rates, self.values, strict=True):
-            for decay, value in zip(self.decays, values, strict=True):
-                yield f"{self.y} {rate}", f"{self.x} {decay}", value
+        """The field, and its number."""
+        (y, names), (x, columns) = self.down, self.across
+        for name, values in zip(names, self.values, strict=True):
+            for column, value in zip(columns, values, strict=True):
+                yield f"{y} {name}".strip(), f"{x} {column}", value
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,18 @@ class Run:
         return float(self.result["accuracy"])
 
     @cached_property
+    def collapsed(self) -> bool:
+        """Whether a finished run ends a fifth under its best test accuracy, or at chance: 1/K, ± half or 2 points.
+
+        A smoke run has not begun to learn.
+        """
+        if self.setting.smoke:
+            return False
+        classes = float(self.result.get("num_classes") or math.inf)
+        best = (self.result.get("test_accuracy") or {}).get("best") or 0.0
+        return self.accuracy < max(0.8 * best, min(1.5 / classes, 1 / classes + 0.02))
+
+    @cached_property
     def validation(self) -> float | None:
         """The validation accuracy of the epoch that the protocol reports; None without such a split."""
         if self.config.protocol.accuracy == "best_validation":

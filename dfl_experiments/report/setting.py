@@ -1,7 +1,6 @@
 """Which runs belong together in a report: those of one setting."""
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from dfl_experiments.configuration.composition import PLACES, compose, group_options, plain, scientific
+from dfl_experiments.configuration.composition import PLACES, compose, group_options, plain, quoted, scientific
 
 NAMED = (*PLACES, "optimizer", "protocol")  # what a run's configuration has a name for
 # what a cell's runs may differ in: the axes of its grid, what its place in the table says, and what changes no number
@@ -25,6 +24,7 @@ NOT_A_DIFFERENCE = {
 }
 NOT_A_DIFFERENCE |= {f"{place}.name" for place in PLACES}
 LONGEST_NAME = 90
+WORD = re.compile(r"[A-Za-z_][A-Za-z_\d-]*")
 
 
 class Setting(NamedTuple):
@@ -69,7 +69,7 @@ def in_words(difference: str) -> str:
     if key == "optimizer":
         return value.upper()
     if key == "epochs":
-        return f"{value} epochs"
+        return f"{value} epoch" + "s" * (value != "1")
     if difference == "optimizer.milestones=[]":
         return "constant learning rate"
     return value if key == "precision" else difference
@@ -92,17 +92,37 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def compared(cfg: DictConfig) -> dict[str, Any]:
+def compared(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """What settings differ in, with dotted keys: all that decides a run's numbers, and its protocol's options."""
     options = {key: value for key, value in plain(cfg)["protocol"].items() if not isinstance(value, Mapping)}
     values = flat(scientific(cfg) | {"protocol": options})
     return {key: value for key, value in values.items() if key not in NOT_A_DIFFERENCE}
 
 
+def as_override(value: Any) -> str:
+    """A value as Hydra reads it on a command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_override, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{as_override(item)}' for key, item in value.items())}}}"
+    plain_word = isinstance(value, str) and WORD.fullmatch(value) and value.lower() not in ("null", "true", "false")
+    return quoted(value) if isinstance(value, str) and not plain_word else str(value)
+
+
+@cache
+def usually(*choices: str) -> dict[str, Any]:
+    """What conf/ has for a run of these choices."""
+    return plain(compose(list(choices)))
+
+
 @cache
 def usual(*choices: str) -> dict[str, Any]:
-    """What conf/ has for a run of these choices."""
-    return compared(compose(list(choices)))
+    """What is compared of it."""
+    return compared(usually(*choices))
 
 
 def unknown_groups(names: Mapping[str, str]) -> set[str]:
@@ -128,7 +148,7 @@ def setting_of(config: DictConfig) -> Setting:
     found = {key: value for key, value in compared(config).items() if key.partition(".")[0] not in unknown}
     own = {key: found.pop(key) for key in list(found) if key.startswith("protocol.")}
     default = usual(*choices)
-    protocol = [f"{key}={json.dumps(value)}" for key, value in own.items() if default.get(key, value) != value]
+    protocol = [f"{key}={as_override(value)}" for key, value in own.items() if default.get(key, value) != value]
     default = usual(*choices, *protocol)  # what follows from a protocol's option is no difference of its own
     rest = [f"{key}={value}" for key, value in found.items() if default.get(key, "") != value]
     if names["optimizer"] != "adam":

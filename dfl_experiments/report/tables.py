@@ -10,15 +10,15 @@ from functools import partial
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from dfl_experiments.report.cells import Entry, Section, by_row, methods_of
-from dfl_experiments.report.findings import REFERENCES, Finding, differences, findings, interval, judged
+from dfl_experiments.report.findings import REFERENCES, Finding, findings, judged
 from dfl_experiments.report.paper import PAPER, TITLES
 from dfl_experiments.report.runs import Cell
 
 FORMATS = {
     "ours": ".2%", "±": ".2%", "n": "d", "paper": ".2%", "difference": "+.2%", "at best val.": ".2%",
-    "angle": ".0f", "lr": "g", "weight decay": "g", "hours": ".2g",
+    "angle": ".0f", "lr": "g", "weight decay": "g", "hours": ".2f",
 }  # fmt: skip
-COLUMNS = (*Cell._fields, *FORMATS, "grid", "runs")
+COLUMNS = (*Cell._fields, *FORMATS, "grid", "runs", "device")
 MISSING = "–"
 PAIRED = "Differences in accuracy, in points, seed by seed, with 95 % intervals (Student's t, n seeds)."
 
@@ -36,7 +36,7 @@ def degrees(cosine: float | None) -> float | None:
 
 def numbers(entry: Entry) -> dict[str, float | None]:
     """What stands under the columns in `FORMATS`, accuracies as fractions; None where there is nothing to say."""
-    runs, best = entry.shown, entry.best
+    runs, best = entry.told, entry.best
     accuracies = [run.accuracy for run in runs]
     ours = mean(accuracies)
     return {
@@ -58,22 +58,28 @@ def row(entry: Entry, missing: str = MISSING) -> dict[str, str]:
     shown = [
         missing if value is None else f"{value:{FORMATS[name]}}".rstrip("%") for name, value in numbers(entry).items()
     ]
-    return dict(zip(COLUMNS, [*entry.cell, *shown, entry.grid, entry.state], strict=True))
+    devices = ", ".join(sorted({str(run.result.get("device")) for run in entry.shown})) or missing
+    state = ", ".join(filter(None, [entry.state, entry.lost]))
+    return dict(zip(COLUMNS, [*entry.cell, *shown, entry.grid, state, devices], strict=True))
 
 
 def ours_and_paper(entry: Entry) -> str:
-    """Our mean and deviation in percent, or else in a word why there are none; the paper's number in brackets."""
+    """Our mean and deviation in percent, or else in a word why there are none; the paper's number in brackets.
+
+    Runs that collapsed are counted beside it.
+    """
     text = row(entry, missing="")
     statuses = {run.status for run in entry.runs}
     why = next((s for s in ("running", "interrupted", "failed", "diverged", "stopped") if s in statuses), "missing")
     spread = f" ± {text['±']}" if text["±"] else ""
     paper = f" ({text['paper']})" if text["paper"] else ""
-    return f"{text['ours'] or why}{spread}{paper}"
+    lost = f", {entry.lost}" if entry.lost else ""
+    return f"{text['ours'] or why}{spread}{paper}{lost}"
 
 
 def seeds_behind(entries: Sequence[Entry]) -> str:
     """How many seeds the numbers are of: "2", or "1 to 3"."""
-    counts = [len(entry.shown) for entry in entries if entry.best] or [0]
+    counts = [len(entry.told) for entry in entries if entry.best] or [0]
     return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
@@ -87,7 +93,8 @@ def rule(section: Section) -> str:
     if all(entry.on_validation for entry in entries):
         chosen = "on the validation split"
     return (
-        f"Test accuracy in percent {reported}: mean over n seeds, ± sample standard deviation. Of a cell's grid points "
+        f"Test accuracy in percent {reported}: mean over n seeds, ± sample standard deviation. Runs that collapsed "
+        "(end at chance, or a fifth under their best test accuracy) are counted apart. Of a cell's grid points "
         f"the best one is shown, chosen {chosen}: any two are compared by their means over the seeds that both have "
         "finished; a point of which a run diverged, failed or was stopped comes last; of tied ones, marked so, the "
         "one with the lower validation loss is shown where it was recorded. At best val.: test accuracy at each run's "
@@ -119,9 +126,12 @@ def paired_table(entries: Sequence[Entry]) -> list[dict[str, str]]:
     """Every method's accuracy minus BP's and DFA's, in points, seed by seed; empty where nothing can be compared."""
     rows = []
     for key, cells in by_row(entries).items():
-        for method, found in differences(cells).items():
-            told = {f"minus {name}": judged(found.get(name)) for name in REFERENCES}
-            rows.append({**dict(zip(Cell._fields, [*key, method], strict=True)), **told})
+        for method, entry in cells.items():
+            others = [name for name in REFERENCES if name in cells and name != method]
+            told = {name: judged(entry, cells[name]) for name in others}
+            if any(text != MISSING for text in told.values()):
+                shown = {f"minus {name}": told.get(name, MISSING) for name in REFERENCES}
+                rows.append({**dict(zip(Cell._fields, [*key, method], strict=True)), **shown})
     return rows
 
 
@@ -131,8 +141,8 @@ def found_table(found: Sequence[Finding]) -> list[dict[str, str]]:
         {
             "claim": one.claim,
             "where": one.where,
-            "found": f"{interval(one.estimate)} {one.unit}",
-            "n": str(one.estimate.n),
+            "found": one.found,
+            "n": str(one.n),
             "verdict": one.verdict,
         }
         for one in found
@@ -141,10 +151,11 @@ def found_table(found: Sequence[Finding]) -> list[dict[str, str]]:
 
 FOUND = (
     "Mean difference over n seeds, paired by seed, and its 95 % interval (Student's t): supported or contradicted "
-    "where that leaves out zero and n is at least 3. Accuracies are compared at each method's chosen grid point, "
-    "alignment at equal learning rates. For a rank correlation n is the number of rules, and the interval a bootstrap "
-    "over them. A run that ends at chance, or a fifth under its best test accuracy, collapsed: of such no alignment is "
-    "compared. Nothing is corrected for how many claims there are."
+    "where that leaves out zero and n is at least 3. Accuracies are compared at each method's chosen grid point, with "
+    "the rates where they differ; alignment, of the last epoch, at equal learning rates. For a rank correlation n is "
+    "the number of rules, each with its mean over the seeds, and the interval a bootstrap over them. Where a run "
+    "collapsed (ends at chance, or a fifth under its best test accuracy), no difference is judged. Nothing is "
+    "corrected for how many claims there are."
 )
 
 

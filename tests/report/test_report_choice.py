@@ -63,7 +63,7 @@ def test_another_option_of_the_protocol_takes_no_run_out_of_its_table(finished_p
     shown = {section.setting.differences[-1]: section.chosen for section in sections(read_runs([tmp_path]))}
     assert {words: [[run.accuracy for run in entry.shown] for entry in shown[words]] for words in shown} == {
         "model.widths=[16, 16]": [[0.9]],
-        'protocol.dfa_init="kaiming"': [[0.9]],
+        "protocol.dfa_init=kaiming": [[0.9]],
     }
     assert sections(read_runs([tmp_path / "more"]))
 
@@ -137,7 +137,7 @@ def test_an_option_of_the_protocol_is_one_difference_for_every_method(reported, 
     point = (*GRID, data, "optimizer.lr=1e-2", "protocol=paper", "protocol.dfa_init=product", "method=dfa,las")
     assert dfl_train(tmp_path, *point, "optimizer=sgd").returncode == 0
     (section,) = sections(read_runs([tmp_path / "outputs"]))
-    own = ("epochs=3", "model.widths=[16, 16]", "optimizer=sgd", 'protocol.dfa_init="product"')
+    own = ("epochs=3", "model.widths=[16, 16]", "optimizer=sgd", "protocol.dfa_init=product")
     assert section.setting == (False, "paper", own)
     assert section.tables["fc"] == []  # the paper's table is of Adam
     assert [(entry.cell.method, entry.paper) for entry in section.tables["other"]] == [("dfa", None), ("las", None)]

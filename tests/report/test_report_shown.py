@@ -12,9 +12,10 @@ from report_helpers import altered, browser, dfl_report, entries, finished, told
 
 from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.report.cells import sections
-from dfl_experiments.report.curves import Curves, Figure, Series, figures
 from dfl_experiments.report.figures import canvas_of, spread
 from dfl_experiments.report.looks import FAMILIES, look_of
+from dfl_experiments.report.outcomes import figures
+from dfl_experiments.report.panels import Curves, Figure, Series
 from dfl_experiments.report.runs import read_runs
 
 
@@ -47,7 +48,7 @@ def test_every_figure_is_written_the_same_each_time(reported, markdown_page, tmp
     assert done.returncode == 0, done.stderr
     names = {path.name for path in first.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == names
-    kinds = ("mnist-fc-alignment", "mnist-fc-alignment-all-layers", "mnist-fc-learning", "mnist-fc-grid", "throughput")
+    kinds = ("mnist-fc-alignment", "mnist-fc-learning", "mnist-fc-grid", "throughput")
     for kind in kinds:
         mine = [path for path in names if path.startswith(f"{kind}-3-epochs-model.widths-16-16")]
         assert {path.rpartition(".")[2] for path in mine} == {"png", "pdf", "csv"}
@@ -84,7 +85,7 @@ def test_every_method_looks_unlike_every_other():
 
 
 def test_no_other_layer_passes_for_layer_1(reported, finished_point, tmp_path):
-    altered(finished_point, tmp_path / "a", {"method.name": "shallow"}, method="shallow")
+    altered(finished_point, tmp_path / "a", {"method.name": "shallow"}, cosine_by_construction=[])
     lines = (tmp_path / "a" / "epochs.csv").read_text().splitlines()
     header = lines[0].split(",")
     place = header.index("cosine/1")
