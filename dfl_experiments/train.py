@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dfl_experiments import __version__
 from dfl_experiments.configuration.composition import CONF_DIR, quoted, register_resolvers
 from dfl_experiments.configuration.launchers import register_launchers
-from dfl_experiments.configuration.refusals import choices_for
+from dfl_experiments.configuration.refusals import in_our_words
 from dfl_experiments.errors import any_text
 from dfl_experiments.running import workers
 from dfl_experiments.running.callbacks import Checks, refusing
@@ -77,6 +77,7 @@ def main() -> None:
         return
     Checks.command, Checks.checked, Checks.sweep = workers.command_id(uuid4().hex), None, None
     Checks.ending = False
+    sys.argv[1:] = sorted(sys.argv[1:], key=is_override)  # Hydra reads no flag between overrides
     handlers = handle(on_signal)
     ended = -1
     try:
@@ -109,6 +110,11 @@ def main() -> None:
             signal.signal(signum, handler)
 
 
+def is_override(argument: str) -> bool:
+    """Whether an argument is one, no flag and no flag's value."""
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
 def on_signal(signum: int, frame: FrameType | None) -> NoReturn:
     """Outside of training: nothing of this process needs to be saved, what its launcher has at work may."""
     if Checks.sweep is not None and not (signum == signal.SIGINT and Checks.ending):
@@ -118,9 +124,9 @@ def on_signal(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def hint(error: BaseException) -> None:
-    """After Hydra's own refusal: what there is to choose from, where it does not say so."""
-    if choices := choices_for(error):
-        print(f"dfl-train: {choices}", file=sys.stderr)
+    """After Hydra's own refusal, what it does not say: what there is to choose from."""
+    if said := in_our_words(error):
+        print(f"dfl-train: error: {said}", file=sys.stderr)
 
 
 def go_by_name(sweep: str) -> None:

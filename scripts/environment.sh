@@ -32,11 +32,10 @@ install_project() {
 }
 
 reproduce() { # target, then the script's own arguments
-    local extras=report launcher
-    for launcher in joblib slurm ray; do
-        case " $* " in *" --launcher $launcher "* | *" --launcher=$launcher "*) extras=$extras,$launcher ;; esac
-    done
-    case " $* " in *" --jobs"*) [[ $extras == *,* ]] || extras=$extras,joblib ;; esac
+    local python extras
+    python=$(find_python)
+    case " $* " in *" -h "* | *" --help "*) exec "$python" scripts/reproduce_arguments.py "$@" ;; esac
+    extras=$("$python" scripts/reproduce_arguments.py "$@")  # a mistake is refused before minutes of installing
     install_project "$extras"
     exec .venv/bin/python scripts/reproduce.py "$@"
 }

@@ -24,7 +24,7 @@ from dfl_experiments.report.intervals import paired, spearman
 from dfl_experiments.report.looks import FAMILIES, look_of
 from dfl_experiments.report.paper import METHODS
 from dfl_experiments.report.runs import read_runs
-from dfl_experiments.report.setting import Setting
+from dfl_experiments.report.setting import Setting, options_told
 
 MNIST = (Setting(False, "fair", ("epochs=20",)), "mnist", "none", "fc")
 CONV3_BN = (Setting(False, "fair", ("epochs=5", "precision=bfloat16")), "cifar10", "flip", "conv3_bn")
@@ -33,7 +33,7 @@ SHORTEST = 5  # epochs of a setting that the README's claims are judged in
 SAME_EPOCHS = 2  # before the learning rate of a run of 3 is lowered
 EPOCHS = (1, 12)  # of the controls
 FIGURE = {"optimizer.milestones=[]", "optimizer=sgd"}
-CONTROLS = {"method.held=2": "hidden layers' W held", "protocol.dfa_init=default": "B drawn anew"}
+CONTROLS = {"held=2": "hidden layers' W held", "protocol.dfa_init=default": "B drawn anew"}
 EVERYWHERE = re.compile("flip, |; bfloat16|; constant learning rate")  # what the README says of all CIFAR and SGD runs
 ORDER = ("supported", "undecided", "contradicted", COLLAPSED, TOO_FEW)
 BLOCK = re.compile(r"(<!-- (\w+)[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
@@ -164,12 +164,12 @@ def controls_block(found: Sequence[Section]) -> str:
     lines = []
     for section in found:
         words = {*section.setting.differences}
-        marks = [text for mark, text in CONTROLS.items() if mark in words]
-        told = "as in the figure" if words == FIGURE else "".join(marks)
-        for entry in section.chosen if told and words >= FIGURE else ():
+        for entry in section.chosen if words >= FIGURE else ():
+            name, options = options_told(entry.cell.method)
+            told = [text for mark, text in CONTROLS.items() if mark in {*words, *options}]
             cosines = [mean(after(entry, "cosine/1", epoch)) for epoch in EPOCHS]
             accuracy = mean(100 * value for value in after(entry, "test_accuracy", EPOCHS[-1]))
-            lines.append([look_of(entry.cell.method).name, told, *cosines, accuracy])
+            lines.append([look_of(name).name, "".join(told) or "as in the figure", *cosines, accuracy])
     cosines = [f"layer-1 cosine, epoch {epoch}" for epoch in EPOCHS]
     return table(lines, ["rule", "", *cosines, f"test accuracy, epoch {EPOCHS[-1]}, %"])
 

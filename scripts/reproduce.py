@@ -1,8 +1,4 @@
-"""What the `reproduce_*.sh` scripts do: thin calls of `dfl-train --multirun experiment=…`, then of `dfl-report`.
-
-The grids are those of conf/experiment/. Every call can be stopped and started again: finished points are skipped,
-interrupted ones go on. The report is made in any case, with what is still missing shown as missing.
-"""
+"""What the `reproduce_*.sh` scripts do; `reproduce_arguments.py` says what."""
 
 import argparse
 import contextlib
@@ -17,20 +13,25 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from measuring import learner_of, medians, random_batch
+from reproduce_arguments import read_arguments
 
 from dfl_experiments.configuration.composition import PLACES, compose
 from dfl_experiments.configuration.grids import TABLES, Grid, grid_of
 from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import check
-from dfl_experiments.data.sources import Published
+from dfl_experiments.errors import UserError
 from dfl_experiments.running.device import choose_device
 
 EXPERIMENTS = {"alignment_figure": ("alignment_figure",), **TABLES}
-TARGETS = {**{name: (name,) for name in EXPERIMENTS}, "all": tuple(EXPERIMENTS)}
 SMOKE = {"smoke": "128", "epochs": "1"}  # images of each kind, and epochs
+SIZES = {  # images to train on, their shape, classes
+    "mnist": (60_000, (1, 28, 28), 10),
+    "cifar10": (50_000, (3, 32, 32), 10),
+    "cifar100": (50_000, (3, 32, 32), 100),
+    "tinyimagenet": (100_000, (3, 64, 64), 200),
+}
 BESIDE_STEPS = 1.15  # evaluation and augmentation
 MOST_JOBS_AT_ONCE = 500  # SLURM takes arrays of up to 1,000
-LAUNCHERS = ("basic", "joblib", "slurm", "ray")
 
 
 def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid | None:
@@ -48,18 +49,22 @@ def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid 
 
 
 def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
-    """Sweep name and grid of every call. Leaves the process with one line for a word that names nothing."""
-    grids = [(sweep, grid_of(name)) for sweep in TARGETS[target] for name in EXPERIMENTS[sweep]]
+    """Sweep name and grid of every call. Raises `UserError` for a word that names nothing."""
+    grids = [
+        (sweep, grid_of(name))
+        for sweep in (EXPERIMENTS if target == "all" else [target])
+        for name in EXPERIMENTS[sweep]
+    ]
     choices: dict[str, set[str]] = {place: set() for place in PLACES}
     for _, grid in grids:
         for place in PLACES:
             choices[place] |= set(grid.axes.get(place) or [grid.fixed[place]])
     for word in only:
         if not any(word in values for values in choices.values()):
-            raise SystemExit(f"error: --only {word}: there are {', '.join(sorted(set().union(*choices.values())))}")
+            raise UserError(f"--only {word}: there are {', '.join(sorted(set().union(*choices.values())))}")
     found = [(sweep, one) for sweep, grid in grids if (one := narrowed(grid, only, choices))]
     if not found:
-        raise SystemExit(f"error: --only {','.join(only)}: no cell is all of these")
+        raise UserError(f"--only {','.join(only)}: no cell is all of these")
     return found
 
 
@@ -108,14 +113,14 @@ def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
 def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> float:
     """How long a run would take on this machine's device, from two steps of its size with random images."""
     cfg = check(compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES), *overrides]))
-    size: Published = cfg.components["dataset.source"].build().published
-    learner = learner_of(cfg, size.shape, size.classes, choose_device(cfg.settings.device))
-    batch = random_batch(size.shape, size.classes, cfg.settings.batch_size, learner.device)
+    count, shape, classes = SIZES[point["dataset"]]
+    learner = learner_of(cfg, shape, classes, choose_device(cfg.settings.device))
+    batch = random_batch(shape, classes, cfg.settings.batch_size, learner.device)
     steps = {"plain": lambda: learner.step(*batch), "measured": lambda: learner.step(*batch, align=True)}
     times = medians(steps, 2, learner.device)
     every = cfg.settings.alignment.every or math.inf
     step = times["plain"] + (times["measured"] - times["plain"]) / every
-    return step * math.ceil(size.train / cfg.settings.batch_size) * cfg.settings.epochs
+    return step * math.ceil(count / cfg.settings.batch_size) * cfg.settings.epochs
 
 
 def single_valued(overrides: list[str]) -> tuple[list[str], int]:
@@ -128,8 +133,7 @@ def single_valued(overrides: list[str]) -> tuple[list[str], int]:
 
 def dry_run(asked: argparse.Namespace) -> None:
     """Print what would be run, and about how long it would take here."""
-    known: dict[tuple[str, ...], float] = {}
-    count, total = 0, 0.0
+    kinds: dict[tuple[str, ...], tuple[dict[str, str], int]] = {}  # a point of each, and how many runs it stands for
     fixed, times = single_valued(asked.overrides)
     fixed = [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed
     for grid, arguments in calls(asked):
@@ -138,15 +142,14 @@ def dry_run(asked: argparse.Namespace) -> None:
         repeats = (seeds.count(",") + 1) * times
         for point in grid.points():
             print("   ", " ".join(f"{key}={value}" for key, value in point.items()))
-            count += repeats
             kind = (grid.experiment, *(point[place] for place in PLACES))
-            if kind not in known and not asked.smoke:
-                known[kind] = seconds_of(point, grid.experiment, fixed)
-            total += repeats * known.get(kind, 0.0)
-    print(f"\n{count} runs")
+            kinds[kind] = (point, kinds.get(kind, (point, 0))[1] + repeats)
+    print(f"\n{sum(count for _, count in kinds.values())} runs", flush=True)
     if not asked.smoke:
-        hours = BESIDE_STEPS * total / 3600
-        print(f"about {hours:,.1f} hours on this machine, one after the other: from 2 steps of every kind of run")
+        print(f"timing 2 steps of each of {len(kinds)} kinds of run", file=sys.stderr)
+        total = sum(count * seconds_of(point, kind[0], fixed) for kind, (point, count) in kinds.items())
+        hours = float(f"{BESIDE_STEPS * total / 3600:.2g}")
+        print(f"about {hours:,g} hours on this machine, one after the other: from 2 steps of every kind of run")
 
 
 def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
@@ -198,18 +201,6 @@ def run(asked: argparse.Namespace) -> int:
     return max(code if code >= 0 else 128 - code for code in codes)
 
 
-def words(text: str) -> list[str]:
-    """A comma-separated list."""
-    return [word for word in text.split(",") if word]
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above zero")
-    return int(text)
-
-
 def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse an override of what the script says to `dfl-train` itself, which the report would know nothing of."""
     given, asked.overrides = asked.overrides, []
@@ -223,38 +214,15 @@ def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) 
 
 def main() -> None:
     """Read the command line and do as it says."""
-    parser = argparse.ArgumentParser(
-        "reproduce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--smoke", action="store_true", help="every cell once, on a few images: a trial, no results")
-    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), help="default: fair")
-    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 … N-1 (default: 1)")
-    parser.add_argument("--epochs", type=positive, metavar="N", help="in place of the paper's number")
-    parser.add_argument("--only", type=words, default=[], metavar="WORDS", help="such as cifar10,conv3,las")
-    parser.add_argument("--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1")
-    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at once: joblib 2, slurm 100, ray a core each")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of the time")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        help="further overrides for dfl-train, such as\n"
-        "hydra.launcher.gpus_per_node=1 hydra.launcher.partition=gpu, which SLURM is told",
-    )
-    asked = parser.parse_intermixed_args()
-    asked.launcher = asked.launcher or ("joblib" if (asked.jobs or 1) > 1 else "basic")
-    if asked.launcher == "basic" and (asked.jobs or 1) > 1:
-        parser.error("--jobs: the basic launcher runs one at a time; choose --launcher joblib")
-    if asked.launcher == "ray" and asked.jobs and any("ray.init.address=" in one for one in asked.overrides):
-        parser.error("--jobs: Ray counts the cores of a cluster it joins itself; leave it out")
-    check_overrides(asked, parser)
-    if asked.dry_run:
-        try:
+    parser, asked = read_arguments()
+    try:
+        check_overrides(asked, parser)
+        if asked.dry_run:
             dry_run(asked)
-        except MISTAKES as error:
-            parser.error(one_line(error))
-    else:
-        raise SystemExit(run(asked))
+            return
+    except MISTAKES as error:
+        parser.error(one_line(error))
+    raise SystemExit(run(asked))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError
@@ -18,6 +18,8 @@ INTERNAL = ("hydra", "name", "_target_")  # keys that nobody is offered
 
 def one_line(error: BaseException) -> str:
     """An error in one line, which Hydra and OmegaConf spread over several."""
+    if ours := in_our_words(error):
+        return ours
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {' '.join(str(error.__cause__).split())}"
@@ -58,19 +60,25 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found[:3])}?" if found else ""
 
 
-def choices_for(error: BaseException | None) -> str | None:
-    """What Hydra's refusal leaves out: of a key that does not exist, those there are; of a value that it cannot read,
-    how it is quoted. None for other errors.
+def in_our_words(error: BaseException | None) -> str | None:
+    """What Hydra's refusal leaves out, as a line: of a key or an option that does not exist, those there are; of a
+    value that it cannot read, how it is quoted. None for other errors.
     """
     if isinstance(error, OverrideParseException):
         key, _, value = str(error.override).partition("=")
         return f"""quote a value that has more than letters, digits and -_./ in it: "{key}='{value}'\""""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        there = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
+        return f"{group}={name}: {there} (--config-dir names a folder with options of your own)"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not OmegaConf.is_dict(cause.parent_node):
         return None
     keys = ", ".join(str(key) for key in cause.parent_node if key not in INTERNAL)
     everything: Any = OmegaConf.to_container(cause.parent_node._get_root(), resolve=False)
-    return f"there are {keys}{did_you_mean(str(cause.full_key), flat_keys(everything))}"
+    key = str(cause.full_key)
+    more = "; more of its constructor's go with +" if "_target_" in cause.parent_node else ""
+    return f"{key}: no such option; there are {keys}{more}{did_you_mean(key, flat_keys(everything))}"
 
 
 def refusal(error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()) -> UserError:

@@ -124,6 +124,12 @@ class Settings(Options):
     force: bool
 
     @model_validator(mode="after")
+    def _it_begins_anew_or_goes_on(self) -> Self:
+        if self.force and self.resume is not None:
+            raise UserError("force=true: begins anew, resume goes on; choose one")
+        return self
+
+    @model_validator(mode="after")
     def _there_is_a_split_to_choose_by(self) -> Self:
         if self.protocol.accuracy == "best_validation" and not self.validation_fraction:
             raise UserError(

@@ -83,14 +83,13 @@ class Batches:
         batch_size: int,
         seed: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         """images: (N, C, H, W) uint8, labels: (N,) int64, on the device or on the CPU."""
         self.images, self.labels = images, labels
         self.normalise, self.augmentation = normalise, augmentation
         self.batch_size, self.seed = batch_size, seed
-        self.device, self.dtype, self.memory_format = device, dtype, memory_format
+        self.device, self.memory_format = device, memory_format
         size = PLAIN_CHUNK if augmentation.is_identity else CHUNK
         self.per_chunk = max(1, size // batch_size)
 
@@ -108,7 +107,7 @@ class Batches:
             labels = moved(self.labels[chunks[chunk]], self.device)
             generator = random_stream(self.seed, AUGMENT, epoch, chunk)
             x = self.augmentation(images, self.normalise, generator)
-            x = x.to(self.dtype, memory_format=self.memory_format)
+            x = x.to(memory_format=self.memory_format)
             batches = zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
             yield from list(batches)[skipped if chunk == first else 0 :]
 
@@ -123,11 +122,10 @@ class EvaluationBatches:
         normalise: Normalise,
         device: torch.device,
         batch_size: int = 1000,
-        dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.images, self.labels, self.normalise = images, labels, normalise
-        self.batch_size, self.device, self.dtype = batch_size, device, dtype
+        self.batch_size, self.device = batch_size, device
         self.memory_format = memory_format
 
     def __len__(self) -> int:
@@ -139,4 +137,4 @@ class EvaluationBatches:
         for start in range(0, len(self.labels), self.batch_size):
             part = slice(start, start + self.batch_size)
             images = self.normalise(moved(self.images[part], self.device))
-            yield images.to(self.dtype, memory_format=self.memory_format), moved(self.labels[part], self.device)
+            yield images.to(memory_format=self.memory_format), moved(self.labels[part], self.device)

@@ -44,19 +44,8 @@ class Arrays:
         return len(self.classes)
 
 
-@dataclass(frozen=True)
-class Published:
-    """The size of a published data set, known before it is there. train: images to train on; shape: (C, H, W)."""
-
-    train: int
-    shape: tuple[int, int, int]
-    classes: int
-
-
 class Source(ABC):
-    """Where a data set comes from, before it is packed into arrays. published: its size, where that is known."""
-
-    published: Published | None = None
+    """Where a data set comes from, before it is packed into arrays."""
 
     @abstractmethod
     def read(self, data_dir: Path, download: bool) -> Arrays:
@@ -132,7 +121,6 @@ class Digits(Source):
 class Mnist(Source):
     """MNIST in the four files of its authors, as torchvision unpacks them."""
 
-    published = Published(60_000, (1, 28, 28), 10)
     # torchvision knows the checksums of the packed files only
     FILES: ClassVar = {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -165,7 +153,6 @@ class Cifar(Source):
 
     def __init__(self, classes: Literal[10, 100]) -> None:
         self.classes = classes
-        self.published = Published(50_000, (3, 32, 32), classes)
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """50,000 and 10,000 images of 3x32x32. Raises `UserError` for a file that is not the published one."""

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dfl_experiments.data.decoding import Tree, decode, folder_tree, is_ones_own, zip_tree
-from dfl_experiments.data.sources import Arrays, Published, Source, expanded, quiet_download
+from dfl_experiments.data.sources import Arrays, Source, expanded, quiet_download
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
@@ -46,7 +46,6 @@ class TinyImageNet(Source):
     Read from the official archive in place, or from its unpacked folder if there is one.
     """
 
-    published = Published(100_000, (3, 64, 64), 200)
     NAME = "tiny-imagenet-200"
     LABELS = "val/val_annotations.txt"
     URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"

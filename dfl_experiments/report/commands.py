@@ -7,10 +7,11 @@ from dataclasses import replace
 from omegaconf import OmegaConf
 
 from dfl_experiments.configuration.composition import group_options, plain, scientific
+from dfl_experiments.configuration.refusals import did_you_mean, flat_keys
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.cells import Entry, Section, sections
 from dfl_experiments.report.runs import Cell, Run
-from dfl_experiments.report.setting import NAMED, as_override, flat, usually
+from dfl_experiments.report.setting import NAMED, as_override, flat, options_told, usually
 from dfl_experiments.report.tables import ours_and_paper
 
 
@@ -22,7 +23,7 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
     """
     names = {group: str(run.config[group].name) for group in NAMED}
     if any(name not in group_options(group) for group, name in names.items()):
-        plugins = [f"plugins={as_override(run.config.plugins)}"] if run.config.get("plugins") else []
+        plugins = [f"plugins={as_override([*run.config.plugins])}"] if run.config.get("plugins") else []
         return " ".join(["dfl-train", *map(shlex.quote, [f"repeat={run.folder.resolve()}", *plugins])])
     choices = [f"{group}={name}" for group, name in names.items()]
     values = plain(run.config)
@@ -41,8 +42,8 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
             for key, value in options.items()
             if not isinstance(value, Mapping) and usual.get(key, ...) != value and key.partition(".")[2] != "name"
         ]
-    several = ["--multirun", f"seed={','.join(map(str, seeds))}"] if len(seeds) > 1 else []
-    return " ".join(["dfl-train", *map(shlex.quote, [*choices, *own, *several])])
+    flag, several = (["--multirun"], [f"seed={','.join(map(str, seeds))}"]) if len(seeds) > 1 else ([], [])
+    return " ".join(["dfl-train", *map(shlex.quote, [*flag, *choices, *own, *several])])
 
 
 def mean_told(entry: Entry) -> str:
@@ -69,9 +70,10 @@ def across(runs: Sequence[Run], key: str) -> list[list[str]]:
     """
     values = {run.folder: OmegaConf.select(run.config, key, default=...) for run in runs}
     if all(value is ... for value in values.values()):
-        raise UserError(f"--across {key}: no run has this key")
+        there = {name for run in runs for name in flat_keys(plain(run.config))}
+        raise UserError(f"--across {key}: no run has this key{did_you_mean(key, sorted(there))}")
     if key.endswith("name") or any(OmegaConf.is_dict(value) for value in values.values()):
-        raise UserError(f"--across {key}: goes with a single option, such as batch_size; tables have the others apart")
+        raise UserError(f"--across {key}: tables tell these apart as they are; give one option, such as batch_size")
     texts = {folder: "–" if value is ... else str(value) for folder, value in values.items()}
     swept = sorted(set(texts.values()), key=lambda text: (len(text), text))
     rows: dict[tuple[str, ...], dict[str, str]] = {}
@@ -86,4 +88,7 @@ def across(runs: Sequence[Run], key: str) -> list[list[str]]:
 def without(run: Run, key: str) -> Run:
     """The run as if this key told no settings apart."""
     kept = [one for one in run.setting.differences if not one.startswith(f"{key}=")]
-    return replace(run, setting=run.setting._replace(differences=tuple(kept)))
+    name, options = options_told(run.cell.method)
+    method = ", ".join([name, *(one for one in options if not f"method.{one}".startswith(f"{key}="))])
+    setting = run.setting._replace(differences=tuple(kept))
+    return replace(run, setting=setting, cell=run.cell._replace(method=method))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dfl_experiments.report.cells import Entry
 from dfl_experiments.report.runs import Run
+from dfl_experiments.report.setting import options_told
 
 FEWEST_METHODS = 8  # that a correlation over methods is told of: of fewer a bootstrap is too sure
 Groups = Mapping[str, Sequence[tuple[float, float]]]
@@ -27,14 +28,14 @@ def mean_cosine(run: Run) -> float | None:
 def correlation_groups(cells: Mapping[str, Entry], of: str) -> dict[float, dict[str, list[tuple[float, float]]]]:
     """(cosine, accuracy in percent) of a row's finished runs, by learning rate and method. of: "layer 1", "all layers".
 
-    Left out are BP and Shallow, whose signals are BP's, rules on another net than DFA's, such as DRTP's with tanh, and
-    runs that collapsed, whose cosine says nothing of how they came there.
+    Left out are BP and Shallow, whose signals are BP's, rules with options of their own, rules on another net than
+    DFA's, such as DRTP's with tanh, and runs that collapsed, whose cosine says nothing of how they came there.
     """
     measure = cosine_of if of == "layer 1" else mean_cosine
     net = next((run.config.model for run in cells["dfa"].runs), None) if "dfa" in cells else None
     found: dict[float, dict[str, list[tuple[float, float]]]] = {}
     for method, entry in cells.items():
-        for point in entry.points if method not in ("bp", "shallow") else ():
+        for point in entry.points if method not in ("bp", "shallow") and not options_told(method)[1] else ():
             for run in point.finished:
                 if (x := measure(run)) is not None and net in (None, run.config.model) and not run.collapsed:
                     found.setdefault(point.lr, {}).setdefault(method, []).append((x, 100 * run.accuracy))

@@ -44,6 +44,8 @@ def report(asked: argparse.Namespace) -> None:
     from dfl_experiments.report.runs import read_runs
     from dfl_experiments.report.setting import words_of
 
+    if asked.format == "html":
+        asked.out = asked.out or Path("report.html")
     runs = read_runs(asked.folders)
     if asked.across:
         if asked.figures:
@@ -61,7 +63,6 @@ def report(asked: argparse.Namespace) -> None:
         from dfl_experiments.report.page import page
 
         text = page(found)
-        asked.out = asked.out or Path("report.html")
     elif asked.format == "markdown":
         shown = zip([tables.as_text([section], "github") for section in found], images, strict=True)
         answers = tables.answers(found, "github")

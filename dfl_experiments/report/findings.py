@@ -8,6 +8,7 @@ from typing import NamedTuple
 from dfl_experiments.report.cells import Entry, Section, by_row
 from dfl_experiments.report.correlation import correlation_groups, cosine_of, rule_means
 from dfl_experiments.report.intervals import FEWEST, Estimate, paired, rank_correlation
+from dfl_experiments.report.looks import look_of
 from dfl_experiments.report.setting import Setting, in_words
 
 REFERENCES = ("bp", "dfa")
@@ -59,7 +60,7 @@ def accuracy_lead(first: Entry, second: Entry) -> Estimate | None:
 
 def lost(entries: Iterable[Entry], among: str = "") -> list[str]:
     """Whose runs collapsed at the chosen points: ["DFA 2 of 3 collapsed"]. among: where."""
-    return [f"{entry.cell.method.upper()} {entry.lost}{among}" for entry in entries if entry.lost]
+    return [f"{look_of(entry.cell.method).name} {entry.lost}{among}" for entry in entries if entry.lost]
 
 
 def cosine_lead(first: Entry, second: Entry) -> Estimate | None:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from dfl_experiments.report.setting import options_told
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a grey that shows on white and on black
 FAMILIES = {
     "backpropagation": ("#808080", ("bp", "shallow")),
@@ -10,7 +12,7 @@ FAMILIES = {
     "through every layer, B fixed or signs of W": ("#CC79A7", ("fa", "usf", "brsf", "frsf")),
     "through every layer, B learns": ("#009E73", ("kp", "wm", "pfa")),
 }
-OWN_COLOUR = "#B0A000"  # of a method that is not this project's
+OWN_COLOUR = "#B0A000"  # of a method that is not this project's, or not as it has it
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x")
 NAMES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
@@ -26,8 +28,9 @@ class Look(NamedTuple):
 
 
 def look_of(method: str) -> Look:
-    """A method's look, the same in every figure."""
-    name = NAMES.get(method, method.upper())
+    """A method's look, the same in every figure. One with options of its own looks like none of this project's."""
+    base, options = options_told(method)
+    name = ", ".join([NAMES.get(base, base.upper()), *options])
     for colour, members in FAMILIES.values():
         if method in members:
             place = members.index(method)

@@ -17,7 +17,7 @@ from dfl_experiments.configuration.composition import as_values
 from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.configuration.refusals import one_line
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.setting import NAMED, Setting, own_options, setting_of
+from dfl_experiments.report.setting import NAMED, Setting, of_method, own_options, setting_of
 from dfl_experiments.running.result import DONE, parsed, status_of
 from dfl_experiments.running.run_directory import CONFIG, RESULT
 
@@ -29,7 +29,7 @@ REPORTED = {
 
 
 class Cell(NamedTuple):
-    """A place in a table."""
+    """A place in a table. method: its name, and those of its options that are not as conf/ has them."""
 
     dataset: str
     augmentation: str
@@ -144,6 +144,7 @@ def read_run(folder: Path) -> Run:
     status, reason = result.get("status", ""), result.get("reason") or ""
     if status not in DONE:
         status, _, reason = status_of(folder)
+    setting, method = of_method(setting_of(config), str(config.method.name))
     written = next(path for name in (CONFIG, RESULT) if (path := folder / name).exists()).stat().st_mtime
     return Run(
         folder,
@@ -151,8 +152,8 @@ def read_run(folder: Path) -> Run:
         reason,
         config,
         result,
-        setting_of(config),
-        Cell(*(str(config[group].name) for group in Cell._fields)),
+        setting,
+        Cell(*(str(config[group].name) for group in Cell._fields))._replace(method=method),
         lr=float(config.optimizer.lr),
         weight_decay=float(config.optimizer.get("weight_decay") or 0.0),
         seed=int(config.seed),
@@ -183,19 +184,21 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def by_options(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those of a method, say, that conf/ does not have in settings apart where their options differ."""
+    """The runs, those of a method, say, that conf/ does not have told apart where their options differ."""
     options = [own_options(run.config) for run in runs]
     values: dict[tuple[str, str], set[str]] = {}
     for run, own in zip(runs, options, strict=True):
         for key, value in own.items():
             values.setdefault((str(run.config[key.partition(".")[0]].name), key), set()).add(value)
 
-    def told(run: Run, own: Mapping[str, str]) -> Setting:
+    def told(run: Run, own: Mapping[str, str]) -> Run:
         names = {key: str(run.config[key.partition(".")[0]].name) for key in own}
         apart = [f"{key}={value}" for key, value in own.items() if len(values[names[key], key]) > 1]
-        return run.setting._replace(differences=(*run.setting.differences, *apart))
+        all_of_it = run.setting._replace(differences=(*run.setting.differences, *apart))
+        setting, method = of_method(all_of_it, run.cell.method)
+        return replace(run, setting=setting, cell=run.cell._replace(method=method))
 
-    return [replace(run, setting=told(run, own)) for run, own in zip(runs, options, strict=True)]
+    return [told(run, own) for run, own in zip(runs, options, strict=True)]
 
 
 def by_data(runs: Sequence[Run]) -> list[Run]:

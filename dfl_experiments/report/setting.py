@@ -53,6 +53,22 @@ class Setting(NamedTuple):
         return file_name([*["smoke"] * self.smoke, *[self.protocol] * (self.protocol != "fair"), *differences])
 
 
+def of_method(setting: Setting, method: str) -> tuple[Setting, str]:
+    """The setting without its method's own options, and the method's name with them: "las, held=2".
+
+    So a method stands beside the others in one table, however many of its options are swept.
+    """
+    own = [one for one in setting.differences if one.startswith("method.")]
+    rest = tuple(one for one in setting.differences if one not in own)
+    return setting._replace(differences=rest), ", ".join([method, *(one.partition(".")[2] for one in own)])
+
+
+def options_told(method: str) -> tuple[str, list[str]]:
+    """What `of_method` made one: the method's name, and its options."""
+    name, *options = re.split(r", (?=\w+=)", method)
+    return name, options
+
+
 def words_of(settings: Sequence[Setting]) -> list[str]:
     """The `words` of each setting of a report, made different where they are not."""
     counts = Counter(setting.words for setting in settings)

@@ -57,8 +57,6 @@ def check_run(cfg: DictConfig) -> Configuration:
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
     if configuration.settings.resume == AUTO and not any(flag.startswith("hydra.run.dir=") for flag in flags):
         raise UserError("resume=auto: name the run directory that is to be gone on in, hydra.run.dir=…")
-    if configuration.settings.resume is not None and configuration.settings.force:
-        raise UserError("force=true: begins anew, resume goes on; choose one")
     choose_device(configuration.settings.device)
     made(run_dir, "hydra.run.dir")
     refuse_links(run_dir)

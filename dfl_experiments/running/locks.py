@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -46,26 +47,36 @@ def locked(run_dir: Path, command: str | None = None) -> Iterator[None]:
         raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)}){advice}") from error
     with lock:
         holder = run_dir / HOLDER
-        holder.write_text(json.dumps({"host": platform.node(), "pid": os.getpid(), "command": command}))
+        me = Holder(platform.node(), os.getpid(), command)
+        holder.write_text(json.dumps(me._asdict()), encoding="utf-8")
         try:
             yield
         finally:
             holder.unlink(missing_ok=True)
 
 
-def holder_of(run_dir: Path) -> str | None:
+class Holder(NamedTuple):
+    """A process at work in a run directory. command: what the sweep that it does this for is known by."""
+
+    host: str
+    pid: int
+    command: str | None
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} is at work on it"
+
+
+def holder_of(run_dir: Path) -> Holder | None:
     """Who is at work in a run directory, as far as can be told without taking its lock; None if nobody is.
 
     Of a process on this machine it is known whether it still lives; of another machine's what it left is believed.
     """
     try:
-        held = json.loads((run_dir / HOLDER).read_text())
-        host, pid = str(held["host"]), int(held["pid"])
+        held = json.loads((run_dir / HOLDER).read_text(encoding="utf-8"))
+        found = Holder(str(held["host"]), int(held["pid"]), held["command"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if host == platform.node() and not alive(pid):
-        return None
-    return f"process {pid} on {host} is at work on it"
+    return None if found.host == platform.node() and not alive(found.pid) else found
 
 
 def alive(pid: int) -> bool:

@@ -126,7 +126,7 @@ def status_of(run_dir: Path) -> tuple[str, float | None, str]:
     result = read_result(run_dir)
     if result is None or result["status"] not in DONE:
         if holder := holder_of(run_dir):
-            return "running", None, holder
+            return "running", None, str(holder)
         result = read_result(run_dir)  # it may have ended between the two looks
     if result is None:
         return "interrupted", None, "its process ended without a word"

@@ -122,7 +122,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text to a file: a reader sees the old one or the new, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # two commands of one sweep write its summary
     try:
-        with naming(path), temporary.open("w") as file:
+        with naming(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             synced(file)
         temporary.replace(path)

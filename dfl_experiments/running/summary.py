@@ -61,7 +61,7 @@ def write_outcome(run_dir: Path, command: str, status: str, reason: str | None =
 def read_outcome(run_dir: Path) -> dict[str, Any]:
     """What `write_outcome` noted last; nothing where there is none."""
     try:
-        found = json.loads((run_dir / OUTCOME).read_text())
+        found = json.loads((run_dir / OUTCOME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and {"command", "begun", "status", "reason"} <= found.keys() else {}

@@ -125,7 +125,7 @@ def run_point(
         log.info("%s", busy)
     except Exception as error:
         if not isinstance(error, UserError | OSError):
-            (run_dir / TRACEBACK).write_text("".join(traceback.format_exception(error)))
+            (run_dir / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         # Hydra keeps what a job returns or raises; the frames hold the network and the images
         traceback.clear_frames(error.__traceback__)
         log.error("%s: failed: %s", run_dir.name, one_line(error))

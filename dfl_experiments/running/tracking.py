@@ -21,7 +21,7 @@ from typing import Any
 from dfl_experiments.configuration.composition import names_of
 from dfl_experiments.configuration.schema import Tracking
 from dfl_experiments.errors import reason
-from dfl_experiments.running.run_directory import Row, cell
+from dfl_experiments.running.run_directory import Row, cell, header
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], gro
     if tracking.mode == "disabled" or (run_dir / MIRRORED).exists() or not all(map(Path.is_file, paths.values())):
         return
     lengths = {name: path.stat().st_size for name, path in paths.items()}
-    tables = {name: path.read_text().partition("\n")[0].split(",") for name, path in paths.items()}
+    tables = {name: header(path) for name, path in paths.items()}
     log.info("%s: W&B is made whole", run_dir.name)
     settled = tracking.model_copy(update={"every": result["config"]["tracking"].get("every")})
     with track(settled, run_dir, result["config"], tables, group, lengths) as tracker:

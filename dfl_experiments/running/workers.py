@@ -1,6 +1,5 @@
 """The processes that a launcher starts here: none is cut off while it saves, and none outlives its command."""
 
-import json
 import logging
 import os
 import platform
@@ -9,7 +8,7 @@ import threading
 import time
 from contextlib import suppress
 
-from dfl_experiments.running.locks import HOLDER, alive
+from dfl_experiments.running.locks import HOLDER, alive, holder_of
 from dfl_experiments.running.signals import Interrupted, Kept, handle
 from dfl_experiments.running.summary import Sweep
 
@@ -23,15 +22,9 @@ LONGEST_GRACE = 3600.0
 def at_work(sweep: Sweep) -> set[int]:
     """The other processes on this machine that are at work on the sweep's points for this command."""
     names = list(sweep.points) or [path.parent.name for path in sweep.folder.glob(f"*/{HOLDER}")]
-    found = set()
-    for name in names:
-        try:
-            held = json.loads((sweep.folder / name / HOLDER).read_text())
-            if (held["host"], held["command"]) == (platform.node(), sweep.command) and alive(held["pid"]):
-                found.add(int(held["pid"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not held, or by something else
-    return found - {os.getpid()}
+    holders = filter(None, (holder_of(sweep.folder / name) for name in names))
+    ours = (platform.node(), sweep.command)
+    return {holder.pid for holder in holders if (holder.host, holder.command) == ours} - {os.getpid()}
 
 
 def wind_down(sweep: Sweep) -> None:

@@ -82,11 +82,6 @@ def test_batches_leave_the_global_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_dtype():
-    batches = made_batches(10, 4, STRONG, dtype=torch.float64)
-    assert {x.dtype for x, _ in batches.epoch(0)} == {torch.float64}
-
-
 @pytest.mark.parametrize(("mean", "std"), [([0.15], [0.3]), ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])])
 def test_normalise(mean, std):
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)

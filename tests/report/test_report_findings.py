@@ -155,17 +155,20 @@ def test_alignment_is_compared_at_equal_learning_rates(finished_point, tmp_path)
     assert (one.estimate.value, one.n) == (pytest.approx(0.2), 3)
 
 
-def test_runs_of_a_method_of_one_s_own_with_other_options_share_no_cell(finished_point, tmp_path):
-    for index, (limit, seed) in enumerate(((0.5, 0), (0.1, 0), (0.9, 1))):
+def test_a_method_with_other_options_has_a_cell_of_its_own_beside_the_others(finished_point, tmp_path):
+    for index, (limit, seed) in enumerate(((0.5, 0), (0.7, 0), (0.9, 1))):
         method = {"name": "clipped", "_target_": "my_rules.ClippedFeedback", "limit": limit, "init": "product"}
         altered(finished_point, tmp_path / str(index), **finished(limit, 1e-3, seed, method=method))
-    found = {section.setting.differences: section for section in sections(read_runs([tmp_path]))}
-    assert sorted(differences[-1] for differences in found) == [
-        "method.limit=0.1",
-        "method.limit=0.5",
-        "method.limit=0.9",
-    ]
-    assert all(len(entry.shown) == 1 for section in found.values() for entry in section.chosen)
+    altered(finished_point, tmp_path / "dfa", **finished(0.4, 1e-3, 0, method=plain(compose(["method=dfa"]))["method"]))
+    las = {**plain(compose(["method=las"]))["method"], "held": 2}
+    altered(finished_point, tmp_path / "las", **finished(0.3, 1e-3, 0, method=las))
+    (section,) = sections(read_runs([tmp_path]))
+    found = {entry.cell.method: [run.seed for run in entry.shown] for entry in section.chosen}
+    clipped = {"clipped, limit=0.5": [0], "clipped, limit=0.7": [0], "clipped, limit=0.9": [1]}
+    assert found == {"dfa": [0], "las, held=2": [0], **clipped}
+    done = dfl_report(tmp_path, ".", "--across", "method.limit", "--format", "csv")
+    (row,) = (row for row in csv.DictReader(io.StringIO(done.stdout)) if row["method"] == "clipped")
+    assert (row["method.limit=0.7"], row["method.limit=0.9"]) == ("70.00 (n 1)", "90.00 (n 1)")
 
 
 def test_one_table_across_a_key_that_was_swept(finished_point, tmp_path):
@@ -199,5 +202,10 @@ def test_a_command_line_computes_the_same(reported, finished_point, tmp_path):
         if run.config.get("smoke") is None:
             line = command(run)
             assert science(compose(shlex.split(line)[1:])) == science(run.config), line
+    seeds = [run.config.seed for run in read_runs([kept / "alignment_figure"]) if run.cell.method == "dfa"]
+    (several,) = (line for line in dfl_report(kept, "alignment_figure", "--format", "commands").stdout.splitlines()
+                  if " method=dfa " in line)  # fmt: skip
+    assert several.startswith("dfl-train --multirun dataset=mnist ")
+    assert several.endswith(f" seed={','.join(map(str, sorted(seeds)))}")
     shown = dfl_report(tmp_path, "a", "--format", "commands").stdout
     assert "optimizer.betas=[0.5,0.9]" in shown

@@ -27,7 +27,8 @@ QUICK = ("epochs=2", "tracking=disabled")
 
 
 def test_a_sweep_s_jobs_give_what_each_gives_alone(tmp_path):
-    done = dfl_train(tmp_path, "--multirun", "method=bp,shallow,dfa,ltas", "seed=0,1", "sweep=grid", *QUICK)
+    # a flag may stand anywhere
+    done = dfl_train(tmp_path, "method=bp,shallow,dfa,ltas", "--multirun", "seed=0,1", "sweep=grid", *QUICK)
     assert done.returncode == 0, done.stderr
     points = sorted((tmp_path / "outputs" / "grid").glob("*/result.json"))
     assert len(points) == 8
