@@ -1,7 +1,7 @@
 """The one place where time is judged: every method beside plain PyTorch, interleaved, in one process.
 
     python scripts/benchmark.py [--quick] [--device cpu|cuda] [--threads 1] [--models fc-mnist,conv3,…]
-                                [--methods bp,fa,…|all] [--precisions float32,bfloat16] [--grid DATA_DIR] [--out FILE]
+                                [--methods bp,fa,…|all] [--precisions float32,bfloat16] [--out FILE]
     python scripts/benchmark.py --sweep 1000
 
 Prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random: their content
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import grid, medians, peak_mb, random_batch, start_up, sweep_times
+from measuring import medians, peak_mb, random_batch, sweep_times
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from whole_epochs import augmentation_times, epoch_times, tracking_times
@@ -163,7 +163,6 @@ def main() -> None:
     parser.add_argument("--precisions", default="float32", help="float32, bfloat16, tf32 (default: %(default)s)")
     parser.add_argument("--sweep", type=int, metavar="N", help="time a sweep of so many points of the digits, no more")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"))
-    parser.add_argument("--grid", metavar="DATA_DIR", help="also run a 16-point grid on the MNIST there (minutes)")
     options = parser.parse_args()
     if options.sweep:
         print({name: round(value, 3) for name, value in sweep_times(options.sweep).items()})
@@ -208,18 +207,6 @@ def main() -> None:
     report["tracking_s"] = found = tracking_times(6400 if options.quick else 60000, options.device, options.threads)
     print("\none epoch of las on FC-MNIST, s: ", {name: round(value, 2) for name, value in found.items()})
     print(f"  offline / disabled {found['offline'] / found['disabled']:.3f}")
-    if not options.quick:
-        report["start_up_s"] = found = start_up()
-        print(
-            "\na one-step run on the digits, start to end, s: ",
-            {name: round(value, 2) for name, value in found.items()},
-        )
-    if options.grid:
-        report["runs_per_hour"] = found = grid(options.grid)
-        print(
-            "\n16 points on MNIST, 2 epochs each, runs per hour: ",
-            {name: round(value) for name, value in found.items()},
-        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{options.out}")

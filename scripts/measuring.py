@@ -1,7 +1,6 @@
 """What the benchmark measures with: clocks, contenders that take turns, memory, whole processes."""
 
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -122,30 +121,6 @@ def peak_mb(call: Callable[[], object], device: torch.device) -> float:
     return live.peak / 1e6
 
 
-def seconds_of(*arguments: str) -> tuple[float, list[dict[str, Any]]]:
-    """Wall seconds of a whole `dfl-train` in a process of its own, and the results it left."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
-        start = time.perf_counter()
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=dict(os.environ))
-        seconds = time.perf_counter() - start
-        if done.returncode:
-            raise SystemExit(f"{' '.join(arguments)}: {done.stderr.strip()}")
-        return seconds, [json.loads(path.read_text()) for path in Path(folder).rglob("result.json")]
-
-
-def start_up() -> dict[str, float]:
-    """Seconds of a one-step run on the digits from start to end, and what a further job of a sweep adds to one."""
-    one_step = ("limit=64", "epochs=1", "validation_fraction=0", "threads=1")
-    jobs = 8
-    alone = {
-        mode: min(seconds_of(*one_step, f"tracking={mode}")[0] for _ in range(3)) for mode in ("disabled", "offline")
-    }
-    seeds = f"seed={','.join(map(str, range(jobs + 1)))}"
-    sweep, _ = seconds_of("--multirun", seeds, "sweep=jobs", *one_step, "tracking=disabled")
-    return {**alone, "further job": (sweep - alone["disabled"]) / jobs}
-
-
 def sweep_times(points: int) -> dict[str, float]:
     """Of a sweep of the digits by the basic launcher: seconds to its first result, seconds a point, growth.
 
@@ -172,17 +147,3 @@ def sweep_times(points: int) -> dict[str, float]:
         "s a point, last tenth": statistics.median(gaps[-part:]),
         "MB a point": (sizes[1] - sizes[0]) / (points - max(1, points // 10)),
     }
-
-
-def grid(data_dir: str) -> dict[str, float]:
-    """Runs per hour of a 16-point grid on MNIST, 2 epochs each, by how many jobs run at once."""
-    points = ("dataset=mnist", "method=bp,dfa,las,ltas", "optimizer.lr=1e-3,1e-4", "seed=0,1")
-    common = ("--multirun", *points, "epochs=2", "tracking=disabled", "sweep=grid", f"data_dir={data_dir}")
-    found = {}
-    for jobs in (1, 2):
-        launcher = ("hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}")
-        seconds, results = seconds_of(*common, *launcher, *(("threads=1",) if jobs == 1 else ()))
-        if [result["status"] for result in results] != ["finished"] * 16:
-            raise SystemExit("a point of the grid did not finish")
-        found[f"{jobs} job{'s' * (jobs > 1)}"] = 16 * 3600 / seconds
-    return found

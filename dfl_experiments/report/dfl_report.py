@@ -64,10 +64,10 @@ def report(asked: argparse.Namespace) -> None:
 
         text = page(found)
     elif asked.format == "markdown":
-        shown = zip([tables.as_text([section], "github") for section in found], images, strict=True)
         answers = tables.answers(found, "github")
         parts = [f"# Answers\n\n{answers}"] if answers else []
-        text = "\n".join([*parts, *(words + pictures(those, asked.out) for words, those in shown)])
+        shown = [pictures(those, asked.out) for those in images]
+        text = "\n".join([*parts, tables.as_text(found, "github", shown)])
     elif asked.format == "terminal":
         text = "\n".join([tables.as_text(found), tables.answers(found)]).rstrip("\n") + "\n"
     else:
@@ -104,7 +104,7 @@ def pictures(images: Iterable[Path], page: Path | None) -> str:
     """Image files as a Markdown page at that place shows them."""
     start = page.parent if page else Path()
     links = [(path.stem, quote(Path(os.path.relpath(path, start)).as_posix())) for path in images]
-    return "".join(f"\n![{name}]({link})\n" for name, link in links)
+    return "\n".join(f"![{name}]({link})\n" for name, link in links)
 
 
 def main(given: Sequence[str] | None = None) -> None:

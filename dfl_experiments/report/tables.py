@@ -159,24 +159,38 @@ FOUND = (
 )
 
 
-def as_text(sections: Sequence[Section], style: str = "simple") -> str:
-    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown."""
+def told(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows without the columns that have nothing to say in any of them."""
+    empty = {name for name in rows[0] if all(row[name] == MISSING for row in rows)}
+    return [{name: text for name, text in row.items() if name not in empty} for row in rows]
+
+
+def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequence[str] = ()) -> str:
+    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown.
+
+    figures: what stands at the end of each section.
+    """
     heading, subheading = ("# {}\n", "## {}\n") if style == "github" else ("{}\n" + "=" * 72 + "\n", "{}\n")
     table = partial(tabulate, tablefmt=style, disable_numparse=True)
     parts = []
-    for section in sections:
-        parts += [heading.format(section.setting.title), f"{rule(section)}\n"]
+    said = ""
+    for index, section in enumerate(sections):
+        parts.append(heading.format(section.setting.title))
+        if (words := rule(section)) != said:
+            said = words
+            parts.append(f"{words}\n")
         for name, title in TITLES.items():
             entries, missing = section.tables[name], not_begun(section, name)
             if entries or missing:
                 parts.append(subheading.format(title))
             if entries:
                 parts.append(table(wide(entries), "firstrow") + "\n")
-                parts.append(table([row(entry) for entry in entries], "keys") + "\n")
+                parts.append(table(told([row(entry) for entry in entries]), "keys") + "\n")
             if rows := paired_table([entry for entry in entries if entry.best]):
                 parts += [f"{PAIRED}\n", table(rows, "keys") + "\n"]
             if missing:
                 parts.append(f"{missing}\n")
+        parts += figures[index : index + 1]
     return "\n".join(parts)
 
 

@@ -21,7 +21,7 @@ def test_the_readme_and_the_reference_page_are_made_of_the_kept_runs(monkeypatch
     assert readme(text, found) == text
     assert (KEPT / "tables.csv").read_text() == tables.as_csv(found)
     page = (KEPT / "README.md").read_text()
-    for words in (tables.answers(found, "github"), *(tables.as_text([section], "github") for section in found)):
+    for words in (tables.answers(found, "github"), tables.as_text(found, "github")):
         assert words.strip() in IMAGE.sub("", page)
     assert page.endswith(beside(found))
     shown = [*IMAGE.findall(page), *re.findall(r"\]\((outputs/[^)]*)\)", text)]
