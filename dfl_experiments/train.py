@@ -8,6 +8,7 @@ SIGINT ends it at once.
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -36,6 +37,8 @@ from dfl_experiments.running.sweep import run_point
 register_resolvers()
 register_launchers()
 MAIN_PROCESS: int | None = None
+# flags whose value may look like an override
+VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
 KILLED = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's words for a worker that was killed
 
 
@@ -77,7 +80,7 @@ def main() -> None:
         return
     Checks.command, Checks.checked, Checks.sweep = workers.command_id(uuid4().hex), None, None
     Checks.ending = False
-    sys.argv[1:] = sorted(sys.argv[1:], key=is_override)  # Hydra reads no flag between overrides
+    sys.argv[1:] = overrides_first(sys.argv[1:])
     handlers = handle(on_signal)
     ended = -1
     try:
@@ -110,9 +113,15 @@ def main() -> None:
             signal.signal(signum, handler)
 
 
-def is_override(argument: str) -> bool:
-    """Whether an argument is one, no flag and no flag's value."""
-    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """A command line with its flags, and their values, behind all overrides: Hydra reads none between them."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_override = "=" in argument or argument.startswith("~")
+        own = is_override and not argument.startswith("-") and before not in VALUED
+        (overrides if own else flags).append(argument)
+    return [*overrides, *flags]
 
 
 def on_signal(signum: int, frame: FrameType | None) -> NoReturn:
@@ -132,7 +141,7 @@ def hint(error: BaseException) -> None:
 def go_by_name(sweep: str) -> None:
     """Let Hydra, which would look at the clock again, find the same sweep when it reads the command line anew."""
     if not any(argument.startswith("sweep=") for argument in sys.argv):
-        sys.argv.append(f"sweep={quoted(sweep)}")
+        sys.argv.insert(1, f"sweep={quoted(sweep)}")
 
 
 if __name__ == "__main__":

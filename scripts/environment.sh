@@ -33,7 +33,8 @@ install_project() {
 
 reproduce() { # target, then the script's own arguments
     local python extras
-    python=$(find_python)
+    python=.venv/bin/python
+    [ -x "$python" ] || python=$(find_python)
     case " $* " in *" -h "* | *" --help "*) exec "$python" scripts/reproduce_arguments.py "$@" ;; esac
     extras=$("$python" scripts/reproduce_arguments.py "$@")  # a mistake is refused before minutes of installing
     install_project "$extras"

@@ -47,13 +47,13 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
 def findings_block(found: Sequence[Section]) -> str:
     """Every claim with how often which verdict was given, and what each rests on.
 
-    Single seeds are left out, short runs, and controls, which are no setting that the claims are about.
+    Fewer than three seeds are left out, short runs, and controls, which are no setting that the claims are about.
     """
     shown = [
         section
         for section in found
         if not CONTROLS.keys() & {*section.setting.differences}
-        and min(run.planned for entry in section.chosen for run in entry.runs) >= SHORTEST
+        and min((run.planned for entry in section.chosen for run in entry.runs), default=0) >= SHORTEST
     ]
     lines = []
     for claim, (counts, those) in by_claim(one for one in findings(shown) if one.verdict != TOO_FEW).items():
@@ -87,7 +87,12 @@ def cells_of(found: Sequence[Section], place: tuple[Setting, str, str, str]) -> 
 
 def points_at(cells: Mapping[str, Entry], lr: float) -> dict[str, Point]:
     """What was found at one learning rate, by method."""
-    return {method: point for method, entry in cells.items() for point in entry.points if point.lr == lr}
+    return {
+        method: point
+        for method, entry in cells.items()
+        for point in entry.points
+        if point.lr == lr and point.finished
+    }  # fmt: skip
 
 
 def told_of(method: str, points: Mapping[str, Point]) -> list[str]:
@@ -99,8 +104,9 @@ def told_of(method: str, points: Mapping[str, Point]) -> list[str]:
     cosines = [value for run in runs if (value := cosine_of(run)) is not None and method != "shallow"]
     told = [mean(100 * run.accuracy for run in runs)] if runs else []
     told += [f"{lost} collapsed"] if (lost := len(finished) - len(runs)) else []
-    accuracies = [{run.seed: 100 * run.accuracy for run in points[one].finished} for one in (method, "bp")]
-    against = None if method == "bp" or lost else paired(*accuracies)
+    bp = points["bp"].finished if method != "bp" and "bp" in points else []
+    accuracies = [{run.seed: 100 * run.accuracy for run in those} for those in (finished, bp)]
+    against = None if any(run.collapsed for run in (*finished, *bp)) else paired(*accuracies)
     cosine = f"{statistics.fmean(cosines):.2f}" if cosines else tables.MISSING
     return [", ".join(told), cosine, interval(against) if against else tables.MISSING]
 
@@ -118,10 +124,10 @@ def rules_block(found: Sequence[Section]) -> str:
         method: max(
             statistics.fmean(run.accuracy for run in points[method].finished) for points in both if method in points
         )
-        for method in cells
+        for method in {**both[0], **both[1]}
     }
     lines = []
-    for method in sorted(cells, key=lambda method: -accuracy[method]):
+    for method in sorted(accuracy, key=lambda method: -accuracy[method]):
         activation = cells[method].shown[0].config.model.activation
         family = family_of(method) + ("" if activation == "relu" else f", on {activation}")
         lines.append([look_of(method).name, family, *(text for points in both for text in told_of(method, points))])
@@ -131,13 +137,16 @@ def rules_block(found: Sequence[Section]) -> str:
 
 
 def cifar_block(found: Sequence[Section]) -> str:
-    """All rules beside each other on CIFAR-10, on two nets."""
-    both = [points_at(cells_of(found, place), 1e-3) for place in (CONV3_BN, MIXER)]
-    order = [method for _, members in FAMILIES.values() for method in members if any(method in one for one in both)]
-    lines = [[look_of(method).name, *(text for points in both for text in told_of(method, points))] for method in order]
-    return table(
-        lines, ["rule", *(text for net in ("Conv3+BN", "Mixer") for text in (f"{net}, %", "cosine", "minus BP"))]
-    )
+    """All rules beside each other on CIFAR-10, on the nets that there are runs of."""
+    nets = {"Conv3+BN": CONV3_BN, "Mixer": MIXER}
+    there = {name: points for name, place in nets.items() if (points := points_at(cells_of(found, place), 1e-3))}
+    rules = [method for _, members in FAMILIES.values() for method in members]
+    order = [method for method in rules if any(method in points for points in there.values())]
+    lines = [
+        [look_of(method).name, *(text for points in there.values() for text in told_of(method, points))]
+        for method in order
+    ]
+    return table(lines, ["rule", *(text for name in there for text in (f"{name}, %", "cosine", "minus BP"))])
 
 
 def families_block(found: Sequence[Section]) -> str:
@@ -169,7 +178,7 @@ def controls_block(found: Sequence[Section]) -> str:
             told = [text for mark, text in CONTROLS.items() if mark in {*words, *options}]
             cosines = [mean(after(entry, "cosine/1", epoch)) for epoch in EPOCHS]
             accuracy = mean(100 * value for value in after(entry, "test_accuracy", EPOCHS[-1]))
-            lines.append([look_of(name).name, "".join(told) or "as in the figure", *cosines, accuracy])
+            lines.append([look_of(name).name, ", ".join(told) or "as in the figure", *cosines, accuracy])
     cosines = [f"layer-1 cosine, epoch {epoch}" for epoch in EPOCHS]
     return table(lines, ["rule", "", *cosines, f"test accuracy, epoch {EPOCHS[-1]}, %"])
 

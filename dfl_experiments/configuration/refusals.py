@@ -18,7 +18,8 @@ INTERNAL = ("hydra", "name", "_target_")  # keys that nobody is offered
 
 def one_line(error: BaseException) -> str:
     """An error in one line, which Hydra and OmegaConf spread over several."""
-    if ours := in_our_words(error):
+    parsing = isinstance(error, OverrideParseException)
+    if isinstance(error, HydraException) and not parsing and (ours := in_our_words(error)):
         return ours
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error.__cause__, OmegaConfBaseException):
@@ -66,6 +67,8 @@ def in_our_words(error: BaseException | None) -> str | None:
     """
     if isinstance(error, OverrideParseException):
         key, _, value = str(error.override).partition("=")
+        if not value or set(value) & set("'\"[]{}"):
+            return None
         return f"""quote a value that has more than letters, digits and -_./ in it: "{key}='{value}'\""""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -77,7 +80,7 @@ def in_our_words(error: BaseException | None) -> str | None:
     keys = ", ".join(str(key) for key in cause.parent_node if key not in INTERNAL)
     everything: Any = OmegaConf.to_container(cause.parent_node._get_root(), resolve=False)
     key = str(cause.full_key)
-    more = "; more of its constructor's go with +" if "_target_" in cause.parent_node else ""
+    more = f"; +{key}=… passes its constructor one more" if "_target_" in cause.parent_node else ""
     return f"{key}: no such option; there are {keys}{more}{did_you_mean(key, flat_keys(everything))}"
 
 

@@ -110,7 +110,7 @@ class Entry:
         return [run for run in self.shown if not run.collapsed]
 
     @property
-    def told(self) -> list[Run]:
+    def counted(self) -> list[Run]:
         """What the numbers are of: those that did not collapse, or all where all did."""
         return self.alive or self.shown
 

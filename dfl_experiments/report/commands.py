@@ -11,7 +11,7 @@ from dfl_experiments.configuration.refusals import did_you_mean, flat_keys
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.cells import Entry, Section, sections
 from dfl_experiments.report.runs import Cell, Run
-from dfl_experiments.report.setting import NAMED, as_override, flat, options_told, usually
+from dfl_experiments.report.setting import NAMED, as_override, defaults, flat, options_told
 from dfl_experiments.report.tables import ours_and_paper
 
 
@@ -36,7 +36,7 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
         del wanted["seed"]
     own: list[str] = []
     for options in (protocol, wanted):
-        usual = flat(usually(*choices, *own))
+        usual = flat(defaults(*choices, *own))
         own += [
             f"{'' if key in usual else '++'}{key}={as_override(value)}"
             for key, value in options.items()
@@ -48,7 +48,7 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
 
 def mean_told(entry: Entry) -> str:
     """Its accuracy in a table's words, and over how many seeds."""
-    return f"{ours_and_paper(replace(entry, paper=None))} (n {len(entry.told)})"
+    return f"{ours_and_paper(replace(entry, paper=None))} (n {len(entry.counted)})"
 
 
 def commands(all_sections: Iterable[Section]) -> str:
@@ -73,7 +73,7 @@ def across(runs: Sequence[Run], key: str) -> list[list[str]]:
         there = {name for run in runs for name in flat_keys(plain(run.config))}
         raise UserError(f"--across {key}: no run has this key{did_you_mean(key, sorted(there))}")
     if key.endswith("name") or any(OmegaConf.is_dict(value) for value in values.values()):
-        raise UserError(f"--across {key}: tables tell these apart as they are; give one option, such as batch_size")
+        raise UserError(f"--across {key}: takes a single option, such as batch_size; tables have groups apart anyway")
     texts = {folder: "–" if value is ... else str(value) for folder, value in values.items()}
     swept = sorted(set(texts.values()), key=lambda text: (len(text), text))
     rows: dict[tuple[str, ...], dict[str, str]] = {}

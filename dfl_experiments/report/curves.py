@@ -28,7 +28,7 @@ def curves(entries: Iterable[Entry], column: str, scale: float = 1.0) -> list[Se
     """
     found = []
     for entry in entries:
-        runs = entry.told
+        runs = entry.counted
         rows = [*zip(*(run.epochs.get(column, []) for run in runs), strict=False)]
         present = [None if None in row else [scale * value for value in row if value is not None] for row in rows]
         if any(present):
@@ -42,7 +42,8 @@ def seeds_note(entries: Sequence[Entry]) -> str:
     """How many seeds a curve stands for, in sentences."""
     seeds = seeds_behind(entries)
     told = "One seed." if seeds == "1" else f"Mean over {seeds} seeds, their range shaded."
-    return f"{told} Runs that collapsed are left out, unless all did." if any(one.lost for one in entries) else told
+    partly = any(one.lost and one.alive for one in entries)
+    return f"{told} Without runs that collapsed, where not all of a method's did." if partly else told
 
 
 def layers_of(entries: Iterable[Entry], quantity: str) -> list[int]:
@@ -53,9 +54,10 @@ def layers_of(entries: Iterable[Entry], quantity: str) -> list[int]:
 
 def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
     """The cosines of a layer, and BP's own line; None where nothing was measured, or all are 1 by construction."""
+    entries = [entry for entry in entries if curves([entry], f"cosine/{layer}")]
     series = curves(entries, f"cosine/{layer}")
     exact = [one for one in entries if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
-    if len(exact) >= len(series):
+    if len(exact) == len(series):
         return None
     names = ", ".join(look_of(entry.cell.method).name for entry in exact)
     if len(exact) > MOST_NAMES:
@@ -70,12 +72,15 @@ def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
 
 def alignment(entries: list[Entry]) -> Iterable[Figure]:
     """The paper's alignment figure, of layer 1; and one of all layers."""
-    entries = [entry for entry in entries if entry.cell.method != "bp" and entry.alive]
+    entries = [entry for entry in entries if entry.cell.method != "bp"]
+    dead = [look_of(entry.cell.method).name for entry in entries if not entry.alive]
+    entries = [entry for entry in entries if entry.alive]
     panels = {layer: panel for layer in layers_of(entries, "cosine") if (panel := alignment_panel(layer, entries))}
     note = (
         "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations. "
         f"{seeds_note(entries)}"
     )
+    note += f" Without {', '.join(dead)}, all of whose runs collapsed." if dead else ""
     if 1 in panels:
         yield Figure("alignment", "Alignment with BP, layer 1", note, [panels[1]])
     if set(panels) - {1}:
@@ -94,9 +99,11 @@ def quantities(entries: list[Entry]) -> Iterable[Figure]:
 
 def learning(entries: list[Entry]) -> Iterable[Figure]:
     """Accuracy and loss over the epochs."""
+    losses = curves(entries, "train_loss")
+    log = all(value > 0 for one in losses for value in (*one.y, *one.low) if value is not None)
     panels = [
         Curves("test accuracy", "test accuracy, %", curves(entries, "test_accuracy", 100.0)),
-        Curves("training loss", "training loss, mean of the epoch", curves(entries, "train_loss"), log=True),
+        Curves("training loss", "training loss, mean of the epoch", losses, log=log),
     ]
     if panels := [panel for panel in panels if panel.series]:
         note = f"Of each method's chosen grid point. {seeds_note(entries)}"

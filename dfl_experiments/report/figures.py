@@ -59,7 +59,7 @@ def draw_curves(axes: Axes, panel: Curves) -> None:
         if one.low:
             low, high = np.array(one.low, dtype=float), np.array(one.high, dtype=float)
             axes.fill_between(one.x, low, high, color=colour, alpha=0.2, linewidth=0)
-        last = np.flatnonzero(y > 0 if panel.log else ~np.isnan(y))[-1]
+        last = np.flatnonzero(~np.isnan(y))[-1]
         ends.append((one.x[last], y[last]))
     if panel.y_range:
         axes.set_ylim(*panel.y_range)

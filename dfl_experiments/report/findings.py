@@ -92,11 +92,12 @@ def grid_cosines(entry: Entry) -> dict[tuple[float, float], dict[int, float]]:
 
 
 def unequal(first: Entry, second: Entry) -> str:
-    """What the two chosen points differ in: "; lr 0.001 and 0.0001"."""
+    """What the two chosen points differ in: "; lr 0.001 (LAS) and 0.0001 (DFA)"."""
     told = ""
     if first.best and second.best:
-        for name, one, other in zip(("lr", "weight decay"), first.best.place, second.best.place, strict=True):
-            told += f"; {name} {one:g} and {other:g}" if one != other else ""
+        names = [look_of(entry.cell.method).name for entry in (first, second)]
+        for key, one, other in zip(("lr", "weight decay"), first.best.place, second.best.place, strict=True):
+            told += f"; {key} {one:g} ({names[0]}) and {other:g} ({names[1]})" if one != other else ""
     return told
 
 
@@ -113,7 +114,8 @@ def of_row(cells: Cells, where: str) -> Iterator[Finding]:
             place, unit = (where, "cosine") if lead is cosine_lead else (where + unequal(*both), "points")
             n, told = len(accuracies(both[0]).keys() & accuracies(both[1]).keys()), ", ".join(lost(both))
             estimate = None if told else lead(*both)
-            if n and (told or estimate):
+            measured = lead is not cosine_lead or all(run.config.alignment.every for one in both for run in one.shown)
+            if n and measured and (told or estimate):
                 yield Finding(order, claim, place, unit, estimate.n if estimate else n, estimate, told)
     for lr, groups in correlation_groups(cells, "layer 1").items():
         if estimate := rank_correlation([*rule_means(groups).values()]):

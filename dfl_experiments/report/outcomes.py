@@ -15,7 +15,7 @@ from dfl_experiments.report.looks import look_of
 from dfl_experiments.report.panels import Bars, Figure, HeatMap, Points, Series
 from dfl_experiments.report.setting import file_name
 
-Lines = Mapping[str, Mapping[float, Point | None]]  # points by the name of their row, and their column
+Lines = Sequence[tuple[str, Mapping[float, Point | None]]]  # a row's name, and its points by their column
 AXES = ("learning rate", "weight decay")
 
 
@@ -42,13 +42,13 @@ def grids(entries: list[Entry]) -> Iterable[Figure]:
     panels = []
     if min(len(rates), len(decays)) == 1:
         axis = int(len(rates) == 1)
-        lines: Lines = {look_of(entry.cell.method).name: {p.place[axis]: p for p in entry.points} for entry, _ in shown}
+        lines: Lines = [(look_of(e.cell.method).name, {p.place[axis]: p for p in e.points}) for e, _ in shown]
         chosen = [(i, axes[axis].index(best.place[axis])) for i, (_, best) in enumerate(shown)]
         panels.append(heat_map("", lines, axes[axis], ("", AXES[axis]), chosen, scale))
     else:
         for entry, best in shown:
             points = {point.place: point for point in entry.points}
-            lines = {f"{lr:g}": {decay: points.get((lr, decay)) for decay in axes[1]} for lr in axes[0]}
+            lines = [(f"{lr:g}", {decay: points.get((lr, decay)) for decay in axes[1]}) for lr in axes[0]]
             chosen = [(axes[0].index(best.lr), axes[1].index(best.weight_decay))]
             panels.append(heat_map(look_of(entry.cell.method).name, lines, axes[1], AXES, chosen, scale))
     what = "Validation" if all(entry.on_validation for entry, _ in shown) else "Test"
@@ -68,10 +68,10 @@ def heat_map(
     scale: tuple[float, float],
 ) -> HeatMap:
     """A panel of what points are chosen by. axes: names of y and x."""
-    fields = [[line.get(column) for column in columns] for line in lines.values()]
+    fields = [[line.get(column) for column in columns] for _, line in lines]
     return HeatMap(
         title,
-        (axes[0], [*lines]),
+        (axes[0], [name for name, _ in lines]),
         (axes[1], [f"{column:g}" for column in columns]),
         [[100 * point.score() if point and point.finished else None for point in line] for line in fields],
         [[grid_label(point) if point else "" for point in line] for line in fields],

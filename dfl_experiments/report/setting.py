@@ -65,7 +65,7 @@ def of_method(setting: Setting, method: str) -> tuple[Setting, str]:
 
 def options_told(method: str) -> tuple[str, list[str]]:
     """What `of_method` made one: the method's name, and its options."""
-    name, *options = re.split(r", (?=\w+=)", method)
+    name, *options = re.split(r", (?=[\w.]+=)", method)
     return name, options
 
 
@@ -130,15 +130,15 @@ def as_override(value: Any) -> str:
 
 
 @cache
-def usually(*choices: str) -> dict[str, Any]:
+def defaults(*choices: str) -> dict[str, Any]:
     """What conf/ has for a run of these choices."""
     return plain(compose(list(choices)))
 
 
 @cache
-def usual(*choices: str) -> dict[str, Any]:
+def compared_defaults(*choices: str) -> dict[str, Any]:
     """What is compared of it."""
-    return compared(usually(*choices))
+    return compared(defaults(*choices))
 
 
 def unknown_groups(names: Mapping[str, str]) -> set[str]:
@@ -163,9 +163,11 @@ def setting_of(config: DictConfig) -> Setting:
     choices = [f"{group}={name}" for group, name in names.items() if group not in unknown]
     found = {key: value for key, value in compared(config).items() if key.partition(".")[0] not in unknown}
     own = {key: found.pop(key) for key in list(found) if key.startswith("protocol.")}
-    default = usual(*choices)
+    default = compared_defaults(*choices)
     protocol = [f"{key}={as_override(value)}" for key, value in own.items() if default.get(key, value) != value]
-    default = usual(*choices, *protocol)  # what follows from a protocol's option is no difference of its own
+    default = compared_defaults(
+        *choices, *protocol
+    )  # what follows from a protocol's option is no difference of its own
     rest = [f"{key}={value}" for key, value in found.items() if default.get(key, "") != value]
     if names["optimizer"] != "adam":
         rest.append(f"optimizer={names['optimizer']}")

@@ -36,7 +36,7 @@ def degrees(cosine: float | None) -> float | None:
 
 def numbers(entry: Entry) -> dict[str, float | None]:
     """What stands under the columns in `FORMATS`, accuracies as fractions; None where there is nothing to say."""
-    runs, best = entry.told, entry.best
+    runs, best = entry.counted, entry.best
     accuracies = [run.accuracy for run in runs]
     ours = mean(accuracies)
     return {
@@ -79,7 +79,7 @@ def ours_and_paper(entry: Entry) -> str:
 
 def seeds_behind(entries: Sequence[Entry]) -> str:
     """How many seeds the numbers are of: "2", or "1 to 3"."""
-    counts = [len(entry.told) for entry in entries if entry.best] or [0]
+    counts = [len(entry.counted) for entry in entries if entry.best] or [0]
     return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
@@ -87,7 +87,7 @@ def rule(section: Section) -> str:
     """How the numbers of a section were come by."""
     entries = section.chosen
     if not entries:
-        return "No run has finished yet."
+        return "No run has finished."
     reported = " or ".join(sorted({run.reported for entry in entries for run in entry.runs}))
     chosen = "on the test set itself, as these runs hold no validation split out, which flatters it"
     if all(entry.on_validation for entry in entries):
@@ -154,13 +154,13 @@ FOUND = (
     "where that leaves out zero and n is at least 3. Accuracies are compared at each method's chosen grid point, with "
     "the rates where they differ; alignment, of the last epoch, at equal learning rates. For a rank correlation n is "
     "the number of rules, each with its mean over the seeds, and the interval a bootstrap over them. Where a run "
-    "collapsed (ends at chance, or a fifth under its best test accuracy), no difference is judged. Nothing is "
-    "corrected for how many claims there are."
+    "of a chosen point collapsed (ends at chance, or a fifth under its best test accuracy), no difference is judged. "
+    "Nothing is corrected for how many claims there are."
 )
 
 
-def told(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows without the columns that have nothing to say in any of them."""
+def without_empty_columns(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of a text without the columns that have nothing to say in any of them."""
     empty = {name for name in rows[0] if all(row[name] == MISSING for row in rows)}
     return [{name: text for name, text in row.items() if name not in empty} for row in rows]
 
@@ -173,21 +173,21 @@ def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequenc
     heading, subheading = ("# {}\n", "## {}\n") if style == "github" else ("{}\n" + "=" * 72 + "\n", "{}\n")
     table = partial(tabulate, tablefmt=style, disable_numparse=True)
     parts = []
-    said = ""
+    said: set[str] = set()  # notes that need not stand twice
     for index, section in enumerate(sections):
         parts.append(heading.format(section.setting.title))
-        if (words := rule(section)) != said:
-            said = words
-            parts.append(f"{words}\n")
+        notes = [rule(section), *[PAIRED] * any(map(paired_table, section.tables.values()))]
+        parts += [f"{note}\n" for note in notes if note not in said]
+        said |= {*notes} if section.chosen else set()
         for name, title in TITLES.items():
             entries, missing = section.tables[name], not_begun(section, name)
             if entries or missing:
                 parts.append(subheading.format(title))
             if entries:
                 parts.append(table(wide(entries), "firstrow") + "\n")
-                parts.append(table(told([row(entry) for entry in entries]), "keys") + "\n")
+                parts.append(table(without_empty_columns([row(entry) for entry in entries]), "keys") + "\n")
             if rows := paired_table([entry for entry in entries if entry.best]):
-                parts += [f"{PAIRED}\n", table(rows, "keys") + "\n"]
+                parts.append(table(rows, "keys") + "\n")
             if missing:
                 parts.append(f"{missing}\n")
         parts += figures[index : index + 1]

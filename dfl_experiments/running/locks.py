@@ -73,7 +73,7 @@ def holder_of(run_dir: Path) -> Holder | None:
     """
     try:
         held = json.loads((run_dir / HOLDER).read_text(encoding="utf-8"))
-        found = Holder(str(held["host"]), int(held["pid"]), held["command"])
+        found = Holder(str(held["host"]), int(held["pid"]), held.get("command"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None if found.host == platform.node() and not alive(found.pid) else found

@@ -61,7 +61,7 @@ KEYS = {
     "optimizer.learning_rate=1e-3": ("optimizer.learning_rate", "did you mean optimizer.lr?"),
     "wd=0.1": ("wd", "did you mean optimizer.weight_decay?"),
     "--multirun optimizer.lrr=1e-3,1e-4": ("optimizer.lrr: no such option", "did you mean optimizer.lr?"),
-    "method=dfa method.held=1": ("method.held", "go with +"),
+    "method=dfa method.held=1": ("method.held", "; +method.held=… passes its constructor one more"),
     "alignment.evry=2": ("alignment.evry", "there are every", "did you mean alignment.every?"),
     "+lr=1e-3": ("lr: no such option", "did you mean optimizer.lr?"),
     "++optimiser.lr=1": ("optimiser: no such option", "did you mean optimizer?"),

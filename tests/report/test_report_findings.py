@@ -149,7 +149,7 @@ def test_alignment_is_compared_at_equal_learning_rates(finished_point, tmp_path)
             altered(finished_point, tmp_path / f"{method}{lr}{seed}", **said, **there)
     found = {one.claim: one for one in findings(sections(read_runs([tmp_path])))}
     assert found["LAS aligns better with BP than DFA, layer 1"].estimate.value == pytest.approx(0.15)
-    assert found["LAS is more accurate than DFA"].where.endswith("; lr 0.001 and 0.0001")
+    assert found["LAS is more accurate than DFA"].where.endswith("; lr 0.001 (LAS) and 0.0001 (DFA)")
     shutil.rmtree(tmp_path / "las0.00012")  # at this rate one seed cannot be compared any more, so that it says nothing
     one = next(iter(findings(sections(read_runs([tmp_path])))))
     assert (one.estimate.value, one.n) == (pytest.approx(0.2), 3)

@@ -21,14 +21,14 @@ from dfl_experiments.configuration.composition import CONF_DIR, compose, group_o
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.progress import Progress
+from dfl_experiments.train import overrides_first
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("epochs=2", "tracking=disabled")
 
 
 def test_a_sweep_s_jobs_give_what_each_gives_alone(tmp_path):
-    # a flag may stand anywhere
-    done = dfl_train(tmp_path, "method=bp,shallow,dfa,ltas", "--multirun", "seed=0,1", "sweep=grid", *QUICK)
+    done = dfl_train(tmp_path, "--multirun", "method=bp,shallow,dfa,ltas", "seed=0,1", "sweep=grid", *QUICK)
     assert done.returncode == 0, done.stderr
     points = sorted((tmp_path / "outputs" / "grid").glob("*/result.json"))
     assert len(points) == 8
@@ -39,6 +39,18 @@ def test_a_sweep_s_jobs_give_what_each_gives_alone(tmp_path):
     assert (swept / "iterations.csv").read_text() == (single / "iterations.csv").read_text()
     weights, others = checkpoint.load(swept)["net"], checkpoint.load(single)["net"]
     assert all(torch.equal(value, others[key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("epochs=1 --cfg job limit=2", "epochs=1 limit=2 --cfg job"),
+        ("--config-dir a=b ~augmentation --info", "~augmentation --config-dir a=b --info"),
+        ("--shell-completion install=bash", "install=bash --shell-completion"),
+    ],
+)
+def test_flags_may_stand_anywhere(given, read):
+    assert overrides_first(given.split()) == read.split()
 
 
 def test_one_failing_job_of_a_sweep_leaves_the_others_their_results(tmp_path):
