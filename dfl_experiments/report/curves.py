@@ -2,7 +2,9 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from dfl_experiments.ranges import Quantity
 from dfl_experiments.report.cells import Entry
@@ -52,8 +54,11 @@ def layers_of(entries: Iterable[Entry], quantity: str) -> list[int]:
     return sorted(int(name.partition("/")[2]) for name in columns if name.startswith(f"{quantity}/"))
 
 
-def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
-    """The cosines of a layer, and BP's own line; None where nothing was measured, or all are 1 by construction."""
+def alignment_panel(layer: int, entries: list[Entry], place: str) -> Curves | None:
+    """The cosines of a layer, and BP's own line, at a grid point.
+
+    None where nothing was measured, or all are 1 by construction.
+    """
     entries = [entry for entry in entries if curves([entry], f"cosine/{layer}")]
     series = curves(entries, f"cosine/{layer}")
     exact = [one for one in entries if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
@@ -64,27 +69,48 @@ def alignment_panel(layer: int, entries: list[Entry]) -> Curves | None:
         names = f"{len(exact)} of {len(series)} methods"
     x = max((one.x for one in series), key=len)
     bp = Series(look_of("bp"), x, [1.0] * len(x))
-    title = f"layer {layer}" + (f": 1 by construction for {names}" if names else "")
+    title = f"layer {layer}{place}" + (f": 1 by construction for {names}" if names else "")
     least = min(value for one in series for value in (*one.y, *one.low) if value is not None)
     y_range = (min(0.5, math.floor(10 * least - 0.5) / 10), 1.05)
     return Curves(title, f"mean cosine of δ{str(layer).translate(SUBSCRIPTS)} with BP's", [bp, *series], y_range)
 
 
+def at_chosen(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """The entries at each grid point that one of them has chosen, those of the most first: {", lr 0.001": [...], …}.
+
+    The learning rate moves the cosine as much as the rule does, so that only those of equal rates can be compared.
+    Where all have chosen the same point its name is empty.
+    """
+    places = Counter(entry.best.place for entry in entries if entry.best)
+    found = {}
+    for lr, decay in sorted(places, key=lambda place: (-places[place], place)):
+        name = f", lr {lr:g}" + f", weight decay {decay:g}" * bool(decay)
+        found[name if len(places) > 1 else ""] = [
+            replace(entry, points=[point])
+            for entry in entries
+            for point in entry.points
+            if point.place == (lr, decay) and point.finished
+        ]
+    return found
+
+
 def alignment(entries: list[Entry]) -> Iterable[Figure]:
-    """The paper's alignment figure, of layer 1; and one of all layers."""
-    entries = [entry for entry in entries if entry.cell.method != "bp"]
-    dead = [look_of(entry.cell.method).name for entry in entries if not entry.alive]
-    entries = [entry for entry in entries if entry.alive]
-    panels = {layer: panel for layer in layers_of(entries, "cosine") if (panel := alignment_panel(layer, entries))}
-    note = (
-        "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations. "
-        f"{seeds_note(entries)}"
-    )
-    note += f" Without {', '.join(dead)}, all of whose runs collapsed." if dead else ""
-    if 1 in panels:
-        yield Figure("alignment", "Alignment with BP, layer 1", note, [panels[1]])
-    if set(panels) - {1}:
-        yield Figure("alignment-all-layers", "Alignment with BP, every layer", note, [*panels.values()])
+    """The paper's alignment figure, of layer 1; and one of all layers, at the grid point that the most have chosen."""
+    what = "Cosine of the applied error signal with BP's, same weights, same batch: mean over samples and iterations."
+    found = []  # panels by layer, and a note, of every grid point
+    for place, those in at_chosen([entry for entry in entries if entry.cell.method != "bp"]).items():
+        alive = [entry for entry in those if entry.alive]
+        panels = {n: panel for n in layers_of(alive, "cosine") if (panel := alignment_panel(n, alive, place))}
+        dead = ", ".join(look_of(entry.cell.method).name for entry in those if not entry.alive)
+        without = f" Without {dead}, all of whose runs collapsed." if dead else ""
+        found.append((panels, f"{place.removeprefix(', ')}{': ' * bool(place)}{seeds_note(alive)}{without}"))
+    if first := [(panels[1], note) for panels, note in found if 1 in panels]:
+        notes = " ".join(note for _, note in first)
+        yield Figure("alignment", "Alignment with BP, layer 1", f"{what} {notes}", [panel for panel, _ in first])
+    for panels, note in found[:1]:
+        if set(panels) - {1}:
+            title = "Alignment with BP, every layer"
+            yield Figure("alignment-all-layers", title, f"{what} {note}", [*panels.values()])
 
 
 def quantities(entries: list[Entry]) -> Iterable[Figure]:

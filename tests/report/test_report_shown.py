@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from report_helpers import altered, browser, dfl_report, entries, finished, told
 
-from dfl_experiments.configuration.composition import group_options
+from dfl_experiments.configuration.composition import compose, group_options, plain
 from dfl_experiments.report.cells import sections
 from dfl_experiments.report.figures import canvas_of, spread
 from dfl_experiments.report.looks import FAMILIES, look_of
@@ -96,6 +96,16 @@ def test_no_other_layer_passes_for_layer_1(reported, finished_point, tmp_path):
     (figure,) = found.values()
     assert figure.name == "mnist-fc-alignment-all-layers"
     assert [panel.title.partition(":")[0] for panel in figure.panels] == ["layer 2"]
+
+
+def test_alignment_is_drawn_at_equal_learning_rates(finished_point, tmp_path):
+    for method, lr, accuracy in (("dfa", 1e-3, 0.8), ("dfa", 1e-4, 0.9), ("las", 1e-3, 0.9), ("las", 1e-4, 0.8)):
+        said = finished(accuracy, lr, 0, method=plain(compose([f"method={method}"]))["method"])
+        altered(finished_point, tmp_path / f"{method}{lr}", **said, cosine_by_construction=["2"])
+    (section,) = sections(read_runs([tmp_path]))
+    (figure,) = (figure for figure in figures(section) if figure.name == "mnist-fc-alignment")
+    shown = {panel.title: [one.look.name for one in panel.series] for panel in figure.panels}
+    assert shown == {f"layer 1, lr {lr}": ["BP", "DFA", "LAS"] for lr in ("0.0001", "0.001")}
 
 
 def test_a_long_heading_stays_within_the_figure():
