@@ -16,11 +16,11 @@ from pathlib import Path
 from tabulate import tabulate
 
 from dfl_experiments.report import tables
-from dfl_experiments.report.cells import Entry, Point, Section, by_row, sections
+from dfl_experiments.report.cells import Entry, Section, by_row, sections
 from dfl_experiments.report.correlation import correlation_groups, cosine_of, rule_means
 from dfl_experiments.report.dfl_report import main as dfl_report
-from dfl_experiments.report.findings import COLLAPSED, TOO_FEW, Finding, by_claim, findings, interval
-from dfl_experiments.report.intervals import paired, spearman
+from dfl_experiments.report.findings import COLLAPSED, TOO_FEW, Finding, accuracy_lead, by_claim, findings, interval
+from dfl_experiments.report.intervals import spearman
 from dfl_experiments.report.looks import FAMILIES, look_of
 from dfl_experiments.report.paper import METHODS
 from dfl_experiments.report.runs import read_runs
@@ -70,13 +70,13 @@ def marked(one: Finding) -> str:
     return f"**{value}** {rest}" if one.estimate and one.estimate.sign else one.found
 
 
-def mean(values: Iterable[float], digits: int = 2) -> str:
+def mean(values: Iterable[float]) -> str:
     """Mean ± sample standard deviation, and how many they are."""
     values = [*values]
     if not values:
         return tables.MISSING
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread} ({len(values)})"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread} ({len(values)})"
 
 
 def cells_of(found: Sequence[Section], place: tuple[Setting, str, str, str]) -> dict[str, Entry]:
@@ -85,30 +85,17 @@ def cells_of(found: Sequence[Section], place: tuple[Setting, str, str, str]) -> 
     return next((cells[place[1:]] for cells in rows if place[1:] in cells), {})
 
 
-def points_at(cells: Mapping[str, Entry], lr: float) -> dict[str, Point]:
-    """What was found at one learning rate, by method."""
-    return {
-        method: point
-        for method, entry in cells.items()
-        for point in entry.points
-        if point.lr == lr and point.finished
-    }  # fmt: skip
-
-
-def told_of(method: str, points: Mapping[str, Point]) -> list[str]:
-    """Accuracy and layer-1 cosine of a rule's runs, those that collapsed apart, and its accuracy minus BP's."""
-    if method not in points:
+def told_of(method: str, cells: Mapping[str, Entry], lr: float) -> list[str]:
+    """Of a rule at one rate: accuracy and layer-1 cosine without runs that collapsed, and accuracy minus BP's."""
+    entry, bp = (cells[name].at((lr, 0.0)) if name in cells else None for name in (method, "bp"))
+    if entry is None:
         return [tables.MISSING] * 3
-    finished = points[method].finished
-    runs = [run for run in finished if not run.collapsed]
-    cosines = [value for run in runs if (value := cosine_of(run)) is not None and method != "shallow"]
-    told = [mean(100 * run.accuracy for run in runs)] if runs else []
-    told += [f"{lost} collapsed"] if (lost := len(finished) - len(runs)) else []
-    bp = points["bp"].finished if method != "bp" and "bp" in points else []
-    accuracies = [{run.seed: 100 * run.accuracy for run in those} for those in (finished, bp)]
-    against = None if any(run.collapsed for run in (*finished, *bp)) else paired(*accuracies)
+    cosines = [value for run in entry.alive if (value := cosine_of(run)) is not None and method != "shallow"]
+    told = [mean(100 * run.accuracy for run in entry.alive)] if entry.alive else []
+    told += [entry.lost] if entry.lost else []
+    lead = accuracy_lead(entry, bp) if bp and method != "bp" and not entry.lost and not bp.lost else None
     cosine = f"{statistics.fmean(cosines):.2f}" if cosines else tables.MISSING
-    return [", ".join(told), cosine, interval(against) if against else tables.MISSING]
+    return [", ".join(told), cosine, interval(lead) if lead else tables.MISSING]
 
 
 def family_of(method: str) -> str:
@@ -118,35 +105,39 @@ def family_of(method: str) -> str:
 
 def rules_block(found: Sequence[Section]) -> str:
     """All rules beside each other on MNIST, at two learning rates, the most accurate at its better one first."""
-    cells = cells_of(found, MNIST)
-    both = [points_at(cells, lr) for lr in (1e-3, 1e-4)]
+    cells, rates = cells_of(found, MNIST), {"1e-3": 1e-3, "1e-4": 1e-4}
     accuracy = {
         method: max(
-            statistics.fmean(run.accuracy for run in points[method].finished) for points in both if method in points
+            statistics.fmean(run.accuracy for run in point.finished) for point in entry.points if point.finished
         )
-        for method in {**both[0], **both[1]}
+        for method, entry in cells.items()
     }
     lines = []
-    for method in sorted(accuracy, key=lambda method: -accuracy[method]):
+    for method in sorted(cells, key=lambda method: -accuracy[method]):
         activation = cells[method].shown[0].config.model.activation
         family = family_of(method) + ("" if activation == "relu" else f", on {activation}")
-        lines.append([look_of(method).name, family, *(text for points in both for text in told_of(method, points))])
-    return table(
-        lines, ["rule", "signals", *(text for lr in ("1e-3", "1e-4") for text in (f"{lr}, %", "cosine", "minus BP"))]
-    )
+        told = [text for lr in rates.values() for text in told_of(method, cells, lr)]
+        lines.append([look_of(method).name, family, *told])
+    return table(lines, ["rule", "signals", *heads(rates)])
+
+
+def heads(names: Iterable[str]) -> Iterator[str]:
+    """The columns that `told_of` fills, for each of several places."""
+    for name in names:
+        yield from (f"{name}, %", "cosine", "minus BP")
 
 
 def cifar_block(found: Sequence[Section]) -> str:
     """All rules beside each other on CIFAR-10, on the nets that there are runs of."""
     nets = {"Conv3+BN": CONV3_BN, "Mixer": MIXER}
-    there = {name: points for name, place in nets.items() if (points := points_at(cells_of(found, place), 1e-3))}
+    there = {name: cells for name, place in nets.items() if (cells := cells_of(found, place))}
     rules = [method for _, members in FAMILIES.values() for method in members]
-    order = [method for method in rules if any(method in points for points in there.values())]
     lines = [
-        [look_of(method).name, *(text for points in there.values() for text in told_of(method, points))]
-        for method in order
+        [look_of(method).name, *(text for cells in there.values() for text in told_of(method, cells, 1e-3))]
+        for method in rules
+        if any(method in cells for cells in there.values())
     ]
-    return table(lines, ["rule", *(text for name in there for text in (f"{name}, %", "cosine", "minus BP"))])
+    return table(lines, ["rule", *heads(there)])
 
 
 def families_block(found: Sequence[Section]) -> str:

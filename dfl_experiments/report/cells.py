@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dfl_experiments.configuration.grids import points_per_cell
@@ -119,6 +119,11 @@ class Entry:
         """How many of them collapsed: "2 of 3 collapsed"; empty if none did."""
         count = len(self.shown) - len(self.alive)
         return f"{count} of {len(self.shown)} collapsed" if count else ""
+
+    def at(self, place: tuple[float, float]) -> "Entry | None":
+        """The cell as if a grid point were its only one; None where that has no finished run."""
+        points = [point for point in self.points if point.place == place and point.finished]
+        return replace(self, points=points) if points else None
 
     @property
     def on_validation(self) -> bool:

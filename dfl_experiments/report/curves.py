@@ -4,7 +4,6 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from dfl_experiments.ranges import Quantity
 from dfl_experiments.report.cells import Entry
@@ -59,9 +58,9 @@ def alignment_panel(layer: int, entries: list[Entry], place: str) -> Curves | No
 
     None where nothing was measured, or all are 1 by construction.
     """
-    entries = [entry for entry in entries if curves([entry], f"cosine/{layer}")]
-    series = curves(entries, f"cosine/{layer}")
-    exact = [one for one in entries if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
+    drawn = [(entry, one) for entry in entries for one in curves([entry], f"cosine/{layer}")]
+    series = [one for _, one in drawn]
+    exact = [one for one, _ in drawn if str(layer) in one.shown[0].result.get("cosine_by_construction", [])]
     if len(exact) == len(series):
         return None
     names = ", ".join(look_of(entry.cell.method).name for entry in exact)
@@ -85,12 +84,7 @@ def at_chosen(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     found = {}
     for lr, decay in sorted(places, key=lambda place: (-places[place], place)):
         name = f", lr {lr:g}" + f", weight decay {decay:g}" * bool(decay)
-        found[name if len(places) > 1 else ""] = [
-            replace(entry, points=[point])
-            for entry in entries
-            for point in entry.points
-            if point.place == (lr, decay) and point.finished
-        ]
+        found[name if len(places) > 1 else ""] = [one for entry in entries if (one := entry.at((lr, decay)))]
     return found
 
 

@@ -82,7 +82,7 @@ def cosine_lead(first: Entry, second: Entry) -> Estimate | None:
 def grid_cosines(entry: Entry) -> dict[tuple[float, float], dict[int, float]]:
     """The layer-1 cosine by seed, of every grid point's runs that finished and did not collapse."""
     return {
-        (point.lr, point.weight_decay): {
+        point.place: {
             run.seed: value
             for run in point.finished
             if not run.collapsed and (value := cosine_of(run)) is not None

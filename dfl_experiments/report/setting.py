@@ -165,9 +165,8 @@ def setting_of(config: DictConfig) -> Setting:
     own = {key: found.pop(key) for key in list(found) if key.startswith("protocol.")}
     default = compared_defaults(*choices)
     protocol = [f"{key}={as_override(value)}" for key, value in own.items() if default.get(key, value) != value]
-    default = compared_defaults(
-        *choices, *protocol
-    )  # what follows from a protocol's option is no difference of its own
+    # what follows from a protocol's option is no difference of its own
+    default = compared_defaults(*choices, *protocol)
     rest = [f"{key}={value}" for key, value in found.items() if default.get(key, "") != value]
     if names["optimizer"] != "adam":
         rest.append(f"optimizer={names['optimizer']}")

@@ -173,12 +173,16 @@ def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequenc
     heading, subheading = ("# {}\n", "## {}\n") if style == "github" else ("{}\n" + "=" * 72 + "\n", "{}\n")
     table = partial(tabulate, tablefmt=style, disable_numparse=True)
     parts = []
-    said: set[str] = set()  # notes that need not stand twice
+    said: set[str] = set()
+
+    def once(note: str) -> list[str]:
+        new = note not in said
+        said.add(note)
+        return [f"{note}\n"] * new
+
     for index, section in enumerate(sections):
         parts.append(heading.format(section.setting.title))
-        notes = [rule(section), *[PAIRED] * any(map(paired_table, section.tables.values()))]
-        parts += [f"{note}\n" for note in notes if note not in said]
-        said |= {*notes} if section.chosen else set()
+        parts += once(rule(section)) if section.chosen else [f"{rule(section)}\n"]
         for name, title in TITLES.items():
             entries, missing = section.tables[name], not_begun(section, name)
             if entries or missing:
@@ -187,7 +191,7 @@ def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequenc
                 parts.append(table(wide(entries), "firstrow") + "\n")
                 parts.append(table(without_empty_columns([row(entry) for entry in entries]), "keys") + "\n")
             if rows := paired_table([entry for entry in entries if entry.best]):
-                parts.append(table(rows, "keys") + "\n")
+                parts += [*once(PAIRED), table(rows, "keys") + "\n"]
             if missing:
                 parts.append(f"{missing}\n")
         parts += figures[index : index + 1]
