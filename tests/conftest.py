@@ -2,7 +2,7 @@
 
 import os
 
-# the networks are tiny: threads would only wait for one another; and a fork of a process that has had several may hang
+# The networks are tiny: several threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
@@ -28,8 +28,26 @@ from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.engine.method import Method
 from dfl_experiments.engine.trace import Trace
 
-torch.set_num_threads(1)
+THREADS = torch.get_num_threads()  # of OMP_NUM_THREADS
 CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
+
+
+def roundoff(terms: int, dtype: torch.dtype = torch.float64) -> float:
+    """Return the largest relative error of a sum of products, in whatever order it is computed: terms · u.
+
+    The error is relative to the size of the terms, not to that of a sum whose terms cancel (Higham, Accuracy and
+    Stability of Numerical Algorithms, §3.1). Another processor, shape or memory layout may have another order.
+
+    terms: how many rounded numbers enter the result. dtype: of the results; u is half of its eps.
+    """
+    return terms * torch.finfo(dtype).eps / 2
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Assert that ‖found - expected‖ ≤ tolerance · ‖expected‖."""
+    assert found.shape == expected.shape
+    error, size = (found - expected).norm().item(), expected.norm().item()
+    assert error <= tolerance * size, f"an error of {error:.2g} in {size:.2g}; {tolerance * size:.2g} is rounding"
 
 
 # methods and models of one's own, which the same laws are for: their YAML, and the package that they name
@@ -84,6 +102,12 @@ def tiny_configuration(method: str, model: str, *overrides: str) -> Configuratio
     return check(values)
 
 
+@pytest.fixture(autouse=True)
+def threads() -> None:
+    """Give every test the same number of threads, whatever a run in this process has set before."""
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture
 def clean_logging():
     """Leave logging as it was: a command run in this process sets it up for streams that end with the test."""
@@ -107,6 +131,16 @@ class Tiny:
         random = torch.Generator().manual_seed(4)
         self.x = torch.randn(BATCH, *SHAPE, dtype=torch.float64, generator=random).to(device)
         self.target = torch.randint(classes, (BATCH,), generator=random).to(device)
+
+    @property
+    def terms(self) -> int:
+        """How many numbers enter a value of the backward pass at most: every weight and every input."""
+        return sum(p.numel() for p in self.net.parameters()) + self.x.numel()
+
+    @property
+    def results(self) -> int:
+        """How many layers a signal passes: in bfloat16 each gives a rounded result, of sums in float32."""
+        return sum(not list(module.children()) for module in self.net.modules())
 
     def backward(self) -> tuple[Trace, list[torch.Tensor | None], torch.Tensor]:
         """A kept trace after its backward pass, the δ_i that were applied, and the error it started from."""

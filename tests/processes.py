@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import dfl_experiments.running.run  # noqa: F401  # what a fork has, it need not import
 from dfl_experiments.train import main
 
@@ -50,6 +52,9 @@ def forked(
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a launcher starts
+        if torch.get_num_threads() > 1:  # a fork waits for ever for OpenMP's threads, which stay with its parent
+            torch.set_num_threads(1)
+            torch.set_num_threads = lambda count: None
         sys.argv = ["dfl-train", *arguments]
         before()
         main()

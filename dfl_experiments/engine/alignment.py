@@ -9,10 +9,11 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.method import Method
 from dfl_experiments.engine.quantities import Measurement, exact_type, measure_more
 from dfl_experiments.engine.trace import Trace
+from dfl_experiments.measured import QUANTITIES
 
 CACHED_NUMBERS = 2**16  # of each signal, as float64 half a megabyte
+TF32_EPS = 2.0**-10
 LONG = 4096  # numbers of a sample, from which on a GPU takes dots
-QUANTITIES = ("cosine_sample", "cosine_batch", "norm", "norm_bp", "zeros")
 
 
 def quantity_names(depth: int, more: Sequence[str] = ()) -> list[str]:
@@ -98,19 +99,53 @@ def by_products(signals: Sequence[Tensor]) -> Tensor:
     return torch.cat(products)
 
 
-def compare(grams: Tensor) -> Tensor:
+def compare(grams: Tensor, is_rounding: Tensor) -> Tensor:
     """The `QUANTITIES` of every layer, (L-1, 5): cosines, Frobenius norms of both signals, and samples left out.
 
-    grams: of the signals a method applied and of BP's, see `gram`; (L-1, N, 2, 2).
-    cosine_sample = mean over samples n of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖), where samples with a signal of exactly zero on
-    either side are left out and counted; NaN if none is left. cosine_batch = ⟨δ, r⟩ / (‖δ‖ ‖r‖) over all N·d numbers.
+    grams: of the signals a method applied and of BP's, see `gram`; (L-1, N, 2, 2). is_rounding: see `only_rounding`.
+    cosine_sample = mean over samples n of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖), where samples with a signal of zero on either
+    side, exactly or but for rounding, are left out and counted; NaN if none is left. cosine_batch = ⟨δ, r⟩ / (‖δ‖ ‖r‖)
+    over all N·d numbers.
     """
     dd, dot, rr = grams[..., 0, 0], grams[..., 0, 1], grams[..., 1, 1]
-    present = (dd != 0) & (rr != 0)
+    present = (dd != 0) & (rr != 0) & ~is_rounding
     cosine = torch.where(present, dot / (dd.sqrt() * rr.sqrt()), 0.0)
     d_norm, r_norm, count = dd.sum(1).sqrt(), rr.sum(1).sqrt(), present.sum(1)
     found = [cosine.sum(1) / count, dot.sum(1) / (d_norm * r_norm), d_norm, r_norm, present.shape[1] - count.to(dot)]
     return torch.stack(found, dim=1)
+
+
+def relative_rounding(error: Tensor, product: torch.dtype) -> float:
+    """Return the size of B e relative to ‖B‖ ‖e‖ under which all of it may be rounding: of e, and of a sum of K terms.
+
+    error: e, (N, K); product: the type in which e meets B.
+    """
+    relative = error.shape[1] * torch.finfo(error.dtype).eps
+    if torch.finfo(product).bits < torch.finfo(error.dtype).bits:
+        relative += torch.finfo(product).eps
+    if error.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        relative += TF32_EPS
+    return relative
+
+
+def only_rounding(method: Method, trace: Trace, error: Tensor, grams: Tensor) -> Tensor:
+    """Return which samples' applied signals are nothing but rounding, (L-1, N).
+
+    e sums to zero in every sample, so B e is exactly zero where B's entries are alike (two signs, two classes), and
+    rounding is left of it. A signal counts as rounding if ‖δ_n‖ ≤ ε ‖B‖ ‖e_n‖, with ε of `relative_rounding`, and so do
+    those that come down from it.
+    """
+    relative = relative_rounding(error, error.dtype if method.cuts else trace.logits.dtype)
+    none = torch.zeros(len(error), dtype=torch.bool, device=error.device)
+    found = [none]
+    for i in range(len(grams), 0, -1):
+        norm = method.feedback_norm(i)
+        if norm is not None:
+            limits = error.to(grams.dtype).square().sum(1) * (relative * norm.to(grams.dtype)).square()
+            found.append(grams[i - 1, :, 0, 0] <= limits)
+        else:
+            found.append(none if i in method.cuts else found[-1])
+    return torch.stack(found[:0:-1])
 
 
 @torch.no_grad()
@@ -136,7 +171,8 @@ def measure(
         if last:
             applied[i - 1] = None
             del known[i - method.exact_from :]
-    measured = compare(torch.stack(grams[::-1]))
+    stacked = torch.stack(grams[::-1])
+    measured = compare(stacked, only_rounding(method, trace, error, stacked))
     if more:
         measured = torch.cat([measured, torch.stack([other for other in others[::-1] if other is not None])], dim=1)
     return measured.flatten().to(torch.promote_types(error.dtype, torch.float32))

@@ -4,7 +4,7 @@ Notation, throughout the package: h_0 = x; a_i = pre_i(h_{i-1}), h_i = post_i(a_
 a_L = head(h_{L-1}).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from dfl_experiments.engine.trace import Segment, Trace
-from dfl_experiments.engine.transpose import Transpose, WeightLayer
+from dfl_experiments.engine.transpose import Transpose, WeightLayer, is_weight_layer
 from dfl_experiments.errors import UserError, clipped
 
 LONGEST_SHAPE = 3
+KEEP_ZEROS = ("torch.nn.modules.pooling", "torch.nn.modules.flatten")  # modules whose layers give 0 where they read 0
 
 
 class Block(nn.Module):
@@ -54,28 +55,41 @@ class BlockNet(nn.Module):
         """L, the number of layers or blocks, head included."""
         return len(self.blocks) + 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits a_L. x: (N, *h_0) -> (N, K)."""
-        for block in self.blocks:
+    def forward(self, x: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """The logits a_L. x: (N, *h_0) -> (N, K). watch: called with i and h_i, as each is computed."""
+        for i, block in enumerate(self.blocks, start=1):
             x = block(x)
+            if watch is not None:
+                watch(i, x)
         return self.head(x)
 
+    def ends_in_relu(self, i: int) -> bool:
+        """Whether the last layer of block i is a ReLU, but for pooling and flattening."""
+        layers = [self.blocks[i - 1].post]
+        while layers:
+            layer = layers.pop()
+            if isinstance(layer, nn.Sequential):
+                layers += layer
+            elif type(layer).__module__ not in KEEP_ZEROS:
+                return isinstance(layer, nn.ReLU)
+        return False
+
     def weight_layers(self, i: int) -> list[WeightLayer]:
-        """Those of block i+1 (of the head for i = L-1), the first of which reads h_i."""
+        """Those of block i+1 (of the head for i = L-1), in the order in which it has them."""
         module = self.head if i == self.depth - 1 else self.blocks[i]
-        return [layer for layer in module.modules() if isinstance(layer, WeightLayer)]
+        return [layer for layer in module.modules() if is_weight_layer(layer)]
 
     @torch.no_grad()
-    def probe(self) -> Trace:
+    def probe(self, cuts: Collection[int] = ()) -> Trace:
         """A kept trace of one blank image, from a forward pass that leaves the net as it was.
 
         Raises `UserError` where no image gets through: a kernel or a pooling is larger than what is left of it, or two
-        layers do not fit together.
+        layers do not fit together. cuts: see `trace`.
         """
         training, parameter = self.training, next(self.parameters())
         x = torch.zeros(1, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
         try:
-            return self.eval().trace(x, keep=True)
+            return self.eval().trace(x, cuts, keep=True)
         except (RuntimeError, ValueError) as error:
             shape = "x".join(str(length) for length in self.input_shape)
             raise UserError(f"model: images of {shape} do not get through it ({clipped(str(error), 200)})") from error
@@ -83,8 +97,9 @@ class BlockNet(nn.Module):
             self.train(training)
 
     def output_shapes(self) -> list[torch.Size]:
-        """The shape of one sample's h_1 … h_{L-1}. Raises `UserError` for one that is not as `Block` says."""
-        shapes = [h.shape[1:] for h in self.probe().outputs if h is not None]
+        """The shape of one sample's h_1 … h_{L-1}. Raises `UserError` for one that is not as `Block` says, or that
+        does not stay as it is behind a cut."""
+        shapes = [h.shape[1:] for h in self.probe(range(1, self.depth)).outputs if h is not None]
         for i, shape in enumerate(shapes, start=1):
             if not 1 <= len(shape) <= LONGEST_SHAPE:
                 raise UserError(f"model: block {i} gives {tuple(shape)} per sample; must be (d,), (T, C) or (C, H, W)")
@@ -128,10 +143,18 @@ class BlockNet(nn.Module):
                         read = (*read, leak)
                 if keep:
                     trace.inputs.append(read)
+                version = read[0]._version
+                a = module(*read) if module is self.head else module.pre(*read)
+                if i - 1 in trace.cuts and i - 1 > frozen and read[0]._version != version:
+                    raise UserError(
+                        f"model: block {i} changes h_{i - 1}, its input, in place, which feedback to h_{i - 1} needs; "
+                        "begin the block with another operation, such as ReLU(inplace=False)"
+                    )
                 if module is self.head:
-                    h = trace.logits = module(*read)
+                    h = trace.logits = a
                 else:
-                    a = module.pre(*read)
+                    if keep and a._base is not None:  # changed in place by `post`, a view would be no part of the graph
+                        a = a.clone()
                     if keep and a.requires_grad:
                         trace.preactivations.append(get_gradient_edge(a))
                     h = module.post(a)
@@ -139,5 +162,5 @@ class BlockNet(nn.Module):
                         h = a.view_as(a)
                     trace.outputs.append(h if keep or i in trace.cuts else None)
                 if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:
-                    parameters = [p for weights in self.weights[first - 1 : i] for p in weights]
+                    parameters = [p for weights in self.weights[first - 1 : i] for p in weights if p.requires_grad]
                     trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, leak))

@@ -19,6 +19,11 @@ class Method(nn.Module):
     it learns feedback weights. Parameters of the method itself (its B) get an optimizer of the network's kind and
     hyper-parameters.
 
+    On a GPU a whole step is captured as a CUDA graph and replayed: Python runs once, for the capture. So what a method
+    does in a step reads no value from the device (no `.item()`, no `if` on a tensor), draws random numbers from the
+    device's default generator only, and keeps no Python state that changes from step to step: what changes lies in
+    tensors, and is changed in place. `tests/engine/test_step.py` holds every method to it, one's own too.
+
     cuts: boundaries i (1 … L-1) behind which no gradient flows down; there h_i gets its signal from `signal`.
     frozen: how many of the lowest blocks get no signal at all, and stay as they were initialised.
     held: how many of the lowest blocks keep their weights although signals come: a control, whose alignment says what B
@@ -69,6 +74,10 @@ class Method(nn.Module):
     def weight_pairs(self, i: int) -> list[WeightPair]:
         """What `alignment.quantities` compares: every B that h_i gets its signal through, beside what BP has there."""
         return []
+
+    def feedback_norm(self, i: int) -> Tensor | None:
+        """Return ‖B‖, the Frobenius norm of the B through which e itself comes to h_i; None where no e does."""
+        return None
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
         """The logits as the local module on h_i predicts them, (N, K); None where there is none."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.method import Method, WeightPair
 from dfl_experiments.engine.trace import Trace
+from dfl_experiments.measured import EXTRA_QUANTITIES
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,17 @@ def gradient_cosine(of: Measurement) -> Tensor | None:
 
 def output_cosine(of: Measurement) -> Tensor | None:
     """mean over samples n of cos(a_L, y_i): how well the module on h_i predicts the logits; NaN for a zero y_i."""
-    y = of.method.prediction(of.i, of.trace)
+    logits = of.trace.logits
+    # of a trace under autocast the module is computed so too, as when it learns: its B has another type than h_i
+    with torch.autocast(logits.device.type, torch.bfloat16, enabled=logits.dtype == torch.bfloat16):
+        y = of.method.prediction(of.i, of.trace)
     if y is None:
         return None
-    y, logits = exact(y), exact(of.trace.logits)
+    y, logits = exact(y), exact(logits)
     return ((y * logits).sum(1) / y.norm(dim=1) / logits.norm(dim=1)).mean()
 
 
-MORE: dict[str, Callable[[Measurement], Tensor | None]] = {
-    function.__name__: function
-    for function in (weight_cosine, sign_agreement, weight_ratio, gradient_cosine, output_cosine)
-}
+MORE: dict[str, Callable[[Measurement], Tensor | None]] = {name: globals()[name] for name in EXTRA_QUANTITIES}
 
 
 def measure_more(names: Sequence[str], of: Measurement) -> Tensor:

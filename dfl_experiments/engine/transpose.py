@@ -2,30 +2,60 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.grad import conv2d_input
 
-WeightLayer = nn.Linear | nn.Conv2d
+from dfl_experiments.errors import UserError
+
+WeightLayer = (
+    nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # whose weight is (C_in, C_out / groups, …)
 Carry = Callable[[int, Tensor, Tensor], Tensor]
 
 
-def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, shape: Sequence[int]) -> Tensor:
-    """The gradient at a layer's input of that shape, had it this weight (of W's shape), given the one at its output.
+def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
+    """Return whether the module is a `WeightLayer`: linear in its input, with a `weight` parameter of its own.
 
-    g B for rows g of a linear layer; for a convolution the transposed one, with W's stride, padding and groups.
+    A subclass with a forward pass of its own is none, nor is a layer whose weight is computed from other parameters.
     """
-    weight = weight.to(signal.dtype)  # under autocast as W is
+    if not isinstance(module, WeightLayer):
+        return False
+    kind = next(kind for kind in WeightLayer.__args__ if isinstance(module, kind))
+    return type(module).forward is kind.forward and "weight" in dict(module.named_parameters(recurse=False))
+
+
+def pads_with_zeros(layer: WeightLayer) -> bool:
+    """Return whether a convolution's padding is zeros, and so many pixels on both sides of an axis."""
+    return not isinstance(layer, nn.Linear) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient at a layer's input, had the layer this weight: its vector-Jacobian product with B for W.
+
+    weight: B, in W's shape. signal: the gradient at the layer's output. x: its input; only its shape counts, as the
+    layer is linear.
+    """
+    weight = weight.detach().to(signal.dtype)  # under autocast as W is
     if isinstance(layer, nn.Linear):
         return signal @ weight
-    assert not isinstance(layer.padding, str), "a layer states its padding in pixels"
-    return conv2d_input(shape, weight, signal, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if isinstance(layer, nn.Conv2d) and pads_with_zeros(layer):  # without a forward pass
+        padding: Any = layer.padding
+        return conv2d_input(x.shape, weight, signal, layer.stride, padding, layer.dilation, layer.groups)
+    parameters = {name: p.detach().to(signal.dtype) for name, p in layer.named_parameters()}
+    parameters["weight"] = weight
+    with torch.enable_grad():
+        start = torch.zeros_like(x, dtype=signal.dtype, requires_grad=True)
+        output = functional_call(layer, parameters, (start,))
+    return torch.autograd.grad(output, start, signal)[0]
 
 
 class Transpose:
-    """What carries error signals from the output of every weight layer but the first to its input.
+    """What carries error signals from the output of every weight layer that receives hidden values to its input.
 
     layers: these layers, in the order in which the net has them. carry(k, g, x): the signal at the input x of
     layers[k], given the signal g at its output; x's values may be looked at, and B is read when the signal passes, not
@@ -41,7 +71,7 @@ class Transpose:
         with ExitStack() as stack:
             for k, layer in enumerate(self.layers):
                 inputs: list[Tensor] = []
-                stack.enter_context(layer.register_forward_pre_hook(_take(inputs)))
+                stack.enter_context(layer.register_forward_pre_hook(_take(inputs), with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(self._give(k, inputs)))
             yield
 
@@ -55,30 +85,36 @@ class Transpose:
             self.exact = False
 
     def _give(self, k: int, inputs: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        return lambda layer, args, output: _Crossing.apply(output, inputs.pop(), self, k)
+        return lambda layer, args, output: Crossing.apply(output, inputs.pop(), self, k)
 
     def send(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
         """The signal at the input x of layers[k]."""
         layer = self.layers[k]
-        return transposed(layer, layer.weight, signal, x.shape) if self.exact else self.carry(k, signal, x)
+        return transposed(layer, layer.weight, signal, x) if self.exact else self.carry(k, signal, x)
 
 
-def _take(inputs: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
-    def take(layer: nn.Module, args: tuple[Tensor]) -> Tensor:
+def _take(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:
+    def take(layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+        if len(args) != 1 or kwargs:
+            raise UserError(
+                f"model: {layer} is called with more than its input, and FA and its descendants cannot transpose it; "
+                "call it with one positional argument, or choose another method"
+            )
         inputs.append(args[0])
-        return args[0].detach()  # the layer's own node then computes the gradients of W and b, and none of x
+        return (args[0].detach(),), {}  # the layer's own node then computes the gradients of W and b, and none of x
 
     return take
 
 
-class _Crossing(torch.autograd.Function):
+class Crossing(torch.autograd.Function):
     """y, unchanged; its gradient goes on into the layer's own node, and by `Transpose.send` to the layer's input."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, transpose: Transpose, k: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.transpose, ctx.k = transpose, k
-        return output.view_as(output)
+        # not a view, which `ReLU(inplace=True)` could not change: no weight layer needs its output's values again
+        return output.data
 
     @staticmethod
     def backward(ctx: Any, signal: Tensor) -> tuple[Tensor, Tensor | None, None, None]:

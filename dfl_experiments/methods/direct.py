@@ -44,9 +44,9 @@ class Direct(Method):
         self.products = Products(net, shapes)
         self.local_modules: dict[int, LocalModule] = {}
         for i in sorted(self.cuts):
-            reader = net.weight_layers(i)[0]
+            reader = next(iter(net.weight_layers(i)), None)
             module = LocalModule(reader, shapes[i - 1], num_classes, local_pooling, feedback == "dense")
-            module.initialise(init, self.products.above(i))
+            module.to(next(net.parameters())).initialise(init, self.products.above(i))
             self.local_modules[i] = module.requires_grad_(False)
         self.feedback = nn.ModuleList(self.local_modules.values())
 
@@ -73,6 +73,10 @@ class Direct(Method):
         product = self.products.above(i) if i in self.local_modules else None
         return [] if product is None else [(self.local_modules[i].weight, self.local_modules[i].in_place(product))]
 
+    def feedback_norm(self, i: int) -> Tensor | None:
+        """Return ‖B_{i+1}‖ where h_i has a B."""
+        return self.local_modules[i].norm() if i in self.local_modules else None
+
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
         """y_i of the local module that sits on h_i."""
         return self.local_modules[i](trace.output(i)) if i in self.local_modules else None
@@ -81,15 +85,18 @@ class Direct(Method):
 class Products:
     """W_L … W_{i+1}, (K, d_i), in nets where they are the transposed Jacobian products up to activation functions.
 
-    That is where every block has one weight layer, a linear one (normalisation aside). On token states of a residual
-    net W_L alone is: the products of the residual path.
+    That is where every hidden layer is a vector and every block has one matrix, that of a linear layer. On token states
+    of a residual net W_L alone is: the products of the residual path.
     """
 
     def __init__(self, net: BlockNet, shapes: Sequence[torch.Size]) -> None:
-        layers = [net.weight_layers(i) for i in range(net.depth)]
-        self.layers = [some[0] for some in layers]
-        self.dense = all(len(some) == 1 and isinstance(some[0], nn.Linear) for some in layers)
-        width = self.layers[-1].weight.shape[1]
+        by_block = [net.weight_layers(i) for i in range(net.depth)]
+        self.layers = [layer for layers in by_block for layer in layers]
+        matrices = [p for p in net.parameters() if p.dim() > 1]
+        has_one_each = all(len(layers) == 1 and isinstance(layers[0], nn.Linear) for layers in by_block)
+        is_flat = all(len(shape) == 1 for shape in shapes)
+        self.dense = has_one_each and is_flat and len(matrices) == net.depth
+        width = self.layers[-1].weight.shape[1] if self.layers else 0
         self.residual = all(len(shape) == 2 and shape[1] == width for shape in shapes)
 
     @torch.no_grad()

@@ -18,8 +18,9 @@ class ForwardDirectFeedback(Direct):
     """B ← B - η (B - (1/N) Σ_n p_nᵀ d_n), by an optimizer of B's own, after δ_i = (B_{i+1} e) ⊙ f'(a_i) is sent.
 
     p_i ~ N(0, 1), independent, is added to every h_i with a B at once as a tangent, and d, (N, K), is the tangent of
-    a_L that comes of them all: E[p_iᵀ d] = J_iᵀ, the transposed Jacobian of a_L by h_i. A B in the shape of a
-    convolution is fitted to it unit by unit. The tangents go up a forward pass of their own, which moves no statistics.
+    a_L that comes of them all: E[p_iᵀ d] = J_iᵀ, the transposed Jacobian of a_L by h_i. With a B in the shape of a
+    convolution, B = S B̄, its gradient is SᵀS B̄ - Sᵀ(pᵀd)/N: B̄ fits the estimate by least squares. The tangents go up a
+    forward pass of their own, which moves no statistics.
     """
 
     sends_first = True
@@ -31,12 +32,13 @@ class ForwardDirectFeedback(Direct):
 
     @torch.no_grad()
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """B - (1/N) Σ_n p_nᵀ d_n of every B, left in `.grad`."""
+        """Leave SᵀS B̄ - (1/N) Σ_n Sᵀp_nᵀ d_n in `.grad` of every B̄; S = 1 for a dense one."""
         noise, d = self.tangents(trace) if self.local_modules else ({}, trace.logits)
         for i, p in noise.items():
             module = self.local_modules[i]
-            estimate = (d.T @ module.features(p) / len(d)).view_as(module.weight) / module.spread
-            module.weight.grad = module.weight - estimate
+            estimate = (d.T @ module.features(p) / len(d)).view_as(module.weight)
+            # as B̄ itself lies in memory: fused optimizers go through both alike
+            module.weight.grad = torch.empty_like(module.weight).copy_(module.gram() - estimate)
 
     def tangents(self, trace: Trace) -> tuple[dict[int, Tensor], Tensor]:
         """The p_i that were drawn, shaped like h_i, and d, (N, K)."""

@@ -31,6 +31,6 @@ class KolenPollack(FeedbackAlignment):
         """Give every B its W's gradient, and let both decay. lr: η."""
         for layer, feedback in zip(self.layers, self.feedback, strict=True):
             feedback.grad = layer.weight.grad
-            if self.decay:
-                layer.weight.mul_(1 - lr * self.decay)
-                feedback.mul_(1 - lr * self.decay)
+        if self.decay:
+            for weight in {*self.feedback, *(layer.weight for layer in self.layers)}:  # one that two layers share, once
+                weight.mul_(1 - lr * self.decay)

@@ -13,25 +13,35 @@ feedback is the transpose of the pooled map itself, as BP's signal is.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfl_experiments.engine.blocknet import WeightLayer
+from dfl_experiments.engine.transpose import WeightLayer
 from dfl_experiments.ranges import FeedbackInit, LocalPooling
 
 
-def output_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """H', how many positions a convolution has along an axis of length `size`."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+@dataclass(frozen=True)
+class Axis:
+    """A convolution along one axis: zeros before the first position and after the last, for one."""
 
+    kernel: int
+    stride: int
+    before: int
+    after: int
+    dilation: int
 
-def window_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """S: (kernel, size), 1 where some output position reads position r through kernel element u, 0 elsewhere."""
-    outputs = torch.arange(output_positions(size, kernel, stride, padding, dilation))
-    positions = outputs[None, :] * stride + torch.arange(kernel)[:, None] * dilation - padding
-    return (positions[:, :, None] == torch.arange(size)).sum(1)
+    def outputs(self, size: int) -> int:
+        """H', how many positions it has along an axis of length `size`."""
+        return (size + self.before + self.after - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+
+    def windows(self, size: int) -> Tensor:
+        """S: (kernel, size), 1 where some output position reads position r through kernel element u, 0 elsewhere."""
+        outputs = torch.arange(self.outputs(size))
+        positions = outputs[None, :] * self.stride + torch.arange(self.kernel)[:, None] * self.dilation - self.before
+        return (positions[:, :, None] == torch.arange(size)).sum(1)
 
 
 class LocalModule(nn.Module):
@@ -41,7 +51,8 @@ class LocalModule(nn.Module):
     On an image that a linear layer reads behind a global average pooling, B̄ is (K, C, 1, 1), and the same average is
     all the pooling there is. On tokens (T, C), B̄ is (K, C) and y = B̄ · mean_t h, whatever reads them: the 1×1
     convolution that a layer along the channels is, behind the network's own average. A `dense` one is a matrix on
-    whatever h_i there is, flattened.
+    whatever h_i there is, flattened; so is one whose reader is no convolution of images padded with zeros, or is not
+    there (None).
     """
 
     weight: nn.Parameter
@@ -50,7 +61,7 @@ class LocalModule(nn.Module):
 
     def __init__(
         self,
-        reader: WeightLayer,
+        reader: WeightLayer | None,
         shape: Sequence[int],
         num_classes: int,
         pooling: LocalPooling = "average",
@@ -59,26 +70,25 @@ class LocalModule(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self.pooling = pooling
-        self.linear = dense or isinstance(reader, nn.Linear) or len(self.shape) < 3
-        self.flat = dense or len(self.shape) == 1
+        axes = () if dense or len(self.shape) < 3 else _axes(reader)
+        self.linear = not axes or isinstance(reader, nn.Linear)
+        self.flat = not axes and (dense or len(self.shape) != 2)
         self.positions = 1
-        like = reader.weight
+        like = torch.empty(0) if reader is None else reader.weight
         if self.flat:
             weight = torch.empty(num_classes, math.prod(self.shape))
         elif len(self.shape) == 2:
             weight = torch.empty(num_classes, self.shape[1])
         else:
             channels, height, width = self.shape
-            geometry = _geometry(reader)
-            _, self.stride, self.padding, self.dilation = geometry
-            rows, columns = ([axis[i] for axis in geometry] for i in (0, 1))
-            self.register_buffer("rows", window_positions(height, *rows).to(like), persistent=False)
-            self.register_buffer("columns", window_positions(width, *columns).to(like), persistent=False)
+            self.axes = rows, columns = axes
+            self.register_buffer("rows", rows.windows(height).to(like), persistent=False)
+            self.register_buffer("columns", columns.windows(width).to(like), persistent=False)
             if self.linear:  # the 1/(H W) of the network's own pooling, in both directions
                 self.rows, self.columns = self.rows / height, self.columns / width
             else:
-                self.positions = output_positions(height, *rows) * output_positions(width, *columns)
-            weight = torch.empty(num_classes, channels, *geometry[0])
+                self.positions = rows.outputs(height) * columns.outputs(width)
+            weight = torch.empty(num_classes, channels, rows.kernel, columns.kernel)
         self.weight = nn.Parameter(weight.to(like))
 
     @torch.no_grad()
@@ -114,21 +124,28 @@ class LocalModule(nn.Module):
         sums = self.columns @ lines.unflatten(2, (-1, h.shape[1]))  # (N, k, k, C)
         return sums.permute(0, 3, 1, 2).flatten(1)
 
-    @property
-    def spread(self) -> Tensor | float:
-        """How often a unit of h_i meets every element of B̄[k], squared shares summed, shaped to divide B̄."""
+    def gram(self) -> Tensor:
+        """Return SᵀS B̄, shaped like B̄: with B = S B̄ the matrix that e meets, S of zeros, ones and shares.
+
+        It is the gradient of ½‖S B̄‖² by B̄: (S_v S_vᵀ) B̄ (S_h S_hᵀ) of a convolution, B̄/T on T tokens.
+        """
         if self.flat:
-            return 1.0
+            return self.weight
         if len(self.shape) == 2:
-            return 1 / self.shape[0]
-        spread = self.rows.square().sum(1)[:, None] * self.columns.square().sum(1)
-        return torch.where(spread == 0, 1.0, spread)  # of a small image some elements read nothing but padding
+            return self.weight / self.shape[0]
+        return (self.rows @ self.rows.T) @ self.weight @ (self.columns @ self.columns.T)
+
+    def norm(self) -> Tensor:
+        """Return ‖B‖, the Frobenius norm of the (K, d) matrix that e meets on its way to h_i."""
+        return (self.weight * self.gram()).sum().sqrt()
 
     def forward(self, h: Tensor) -> Tensor:
         """y = Bᵀ h (Eq. 19), or pool(conv(h; B̄)).  h: (N, *shape) -> (N, K)."""
         if self.pooling == "max" and not self.linear:
-            planes = F.conv2d(h, self.weight, None, self.stride, self.padding, self.dilation)
-            return planes.amax((2, 3))
+            rows, columns = self.axes
+            padded = F.pad(h, (columns.before, columns.after, rows.before, rows.after))
+            dilation = (rows.dilation, columns.dilation)
+            return F.conv2d(padded, self.weight, None, (rows.stride, columns.stride), 0, dilation).amax((2, 3))
         return self._product(self.features(h))
 
     def _product(self, features: Tensor) -> Tensor:
@@ -167,14 +184,20 @@ def is_channels_last(images: Tensor) -> bool:
     return images.stride(1) == 1 and images.stride(3) == images.shape[1] > 1
 
 
-def _geometry(reader: WeightLayer) -> list[tuple[int, int]]:
-    """Kernel, stride, padding and dilation of the reader, each as (rows, columns)."""
+def _axes(reader: WeightLayer | None) -> tuple[Axis, ...]:
+    """Return what the reader is along rows and along columns; nothing where an image's B cannot have its shape."""
     if isinstance(reader, nn.Linear):
-        return [(1, 1), (1, 1), (0, 0), (1, 1)]
-    assert not isinstance(reader.padding, str), "a reader states its padding in pixels"
-    return [
-        (reader.kernel_size[0], reader.kernel_size[1]),
-        (reader.stride[0], reader.stride[1]),
-        (reader.padding[0], reader.padding[1]),
-        (reader.dilation[0], reader.dilation[1]),
-    ]
+        return (Axis(1, 1, 0, 0, 1),) * 2
+    if not isinstance(reader, nn.Conv2d) or reader.padding_mode != "zeros":
+        return ()
+    return tuple(_axis(reader, i) for i in (0, 1))
+
+
+def _axis(reader: nn.Conv2d, i: int) -> Axis:
+    kernel, stride, dilation = reader.kernel_size[i], reader.stride[i], reader.dilation[i]
+    if reader.padding == "same":
+        both = dilation * (kernel - 1)
+        before = both // 2  # as PyTorch has it: of an odd number the larger part comes after
+        return Axis(kernel, stride, before, both - before, dilation)
+    padding = 0 if isinstance(reader.padding, str) else reader.padding[i]
+    return Axis(kernel, stride, padding, padding, dilation)

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.engine.transpose import TRANSPOSED
+from dfl_experiments.errors import UserError
 from dfl_experiments.methods.sequential import Sequential
 from dfl_experiments.ranges import Count
 
@@ -21,8 +23,12 @@ class ProductFeedback(Sequential):
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, expansion: Count) -> None:
         super().__init__(net, num_classes, loss)
+        if len({layer.weight for layer in self.layers}) < len(self.layers):
+            raise UserError("model: two layers share one weight, which PFA has no two R for; choose fa or kp")
         self.feedback = nn.ParameterList()
         for k, layer in enumerate(self.layers):
+            if isinstance(layer, TRANSPOSED):
+                raise UserError(f"model: PFA has no P for {layer}, whose weight has its inputs first; choose fa or kp")
             rows, columns = layer.weight.flatten(1).shape
             fixed = torch.empty(rows, expansion * rows).to(layer.weight)
             if expansion == 1:
@@ -38,16 +44,17 @@ class ProductFeedback(Sequential):
 
     def carry(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
         """The signal at the input x of layers[k]; of a linear one by way of δ P, which gives R.grad = (δ P)ᵀ x too."""
-        if isinstance(self.layers[k], nn.Conv2d):
+        if not isinstance(self.layers[k], nn.Linear):
             return super().carry(k, signal, x)
         inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)  # far fewer operations than P R
         learnt = self.feedback[k]
-        learnt.grad = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(learnt.dtype)
+        gradient = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(learnt.dtype)
+        learnt.grad = gradient if learnt.grad is None else learnt.grad + gradient  # of a layer that is called twice
         return inner @ learnt.to(inner.dtype)
 
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
         """Pᵀ g of the R of convolutions. lr: η, of no use here."""
         for k, (layer, feedback) in enumerate(zip(self.layers, self.feedback, strict=True)):
-            if isinstance(layer, nn.Conv2d) and layer.weight.grad is not None:
+            if not isinstance(layer, nn.Linear) and layer.weight.grad is not None:
                 feedback.grad = self.get_buffer(f"fixed_{k}").T @ layer.weight.grad.flatten(1)

@@ -5,6 +5,7 @@ from torch import Tensor
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.trace import Trace
+from dfl_experiments.engine.transpose import TRANSPOSED, WeightLayer
 from dfl_experiments.methods.sequential import Sequential
 from dfl_experiments.ranges import Magnitudes, Scale
 
@@ -23,7 +24,7 @@ class SignSymmetry(Sequential):
     ) -> None:
         super().__init__(net, num_classes, loss)
         self.magnitudes, self.normal = magnitudes, normal
-        self.scales = [root_mean_square(layer.weight.detach(), scale) for layer in self.layers]
+        self.scales = [root_mean_square(layer, scale) for layer in self.layers]
         for k, layer in enumerate(self.layers):
             rows = layer.weight.detach().flatten(1)  # two dimensions: drawn alike in every memory format
             shape = (1, 1) if magnitudes == "uniform" else rows.shape
@@ -48,9 +49,12 @@ class SignSymmetry(Sequential):
         return rows.sign().mul_(self.get_buffer(f"magnitude_{k}")).view_as(self.layers[k].weight)
 
 
-def root_mean_square(weight: Tensor, scale: Scale) -> float:
-    """That of M for a layer with this weight."""
+def root_mean_square(layer: WeightLayer, scale: Scale) -> float:
+    """Return that of M for a layer."""
+    weight = layer.weight.detach()
     fan_out, fan_in = (weight.shape[i] * weight[0, 0].numel() for i in (0, 1))
+    if isinstance(layer, TRANSPOSED):
+        fan_out, fan_in = fan_in, fan_out
     return {
         "weights": float(weight.square().mean().sqrt()),
         "xavier": (2 / (fan_in + fan_out)) ** 0.5,

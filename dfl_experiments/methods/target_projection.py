@@ -6,16 +6,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfl_experiments.engine.blocknet import BlockNet
-from dfl_experiments.engine.losses import OutputLoss
+from dfl_experiments.engine.losses import CrossEntropy, OutputLoss
+from dfl_experiments.errors import UserError
 from dfl_experiments.methods.direct import Direct
 
 
 class TargetProjection(Direct):
     """δ_i = (B_{i+1} s) ⊙ f'(a_i), with a fixed B and s = -y*/N ("target", DRTP) or sign(e)/N ("error_sign", sDFA).
 
-    s stands for e = (softmax(a_L) - y*)/N: a loss of cross-entropy. It never vanishes, and units that do not saturate,
-    like ReLU, grow without bound; the authors' are tanh [from memory], which the protocols choose where a net leaves
-    its activation open. Theirs is +B y* without 1/N: a symmetric B absorbs the sign, SGD's learning rate the N.
+    -y*/N stands for e = (softmax(a_L) - y*)/N: its entry at the label has e's sign. It never vanishes, and units that
+    do not saturate, like ReLU, grow without bound; the authors' are tanh [from memory], which the protocols choose
+    where a net leaves its activation open. Theirs is +B y* without 1/N: a symmetric B absorbs the sign, SGD's learning
+    rate the N. Raises `UserError` for "target" with another loss than cross-entropy, whose e has any sign there.
     """
 
     def __init__(
@@ -27,6 +29,8 @@ class TargetProjection(Direct):
         **options: Any,
     ) -> None:
         super().__init__(net, num_classes, loss, **options)
+        if projected == "target" and not isinstance(loss, CrossEntropy):
+            raise UserError("method.projected=target: needs loss=cross_entropy; or choose method.projected=error_sign")
         self.projected = projected
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import MODELS, PAIRS, Tiny
+from conftest import MODELS, PAIRS, Tiny, assert_near, roundoff
 from torch.nn import functional as F
 
 from dfl_experiments.engine.alignment import backprop_deltas
@@ -13,6 +13,7 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.engine.quantities import MORE
 from dfl_experiments.methods import Direct, Sequential, SignSymmetry
+from dfl_experiments.methods.local_module import LocalModule
 from dfl_experiments.methods.weight_mirror import mirrored
 
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
@@ -38,21 +39,34 @@ def close(a, b, rtol=1e-9, atol=1e-12):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
+def vectors(net):
+    """Return the weights of every block and of the head as vectors: alone, a bias before a norm has no gradient."""
+    return [torch.cat([p.detach().flatten() for p in weights]) for weights in net.weights]
+
+
+def assert_moved_alike(net, other, start, tolerance):
+    """Assert that two nets have gone the same way from where they started, to rounding."""
+    for found, expected, before in zip(vectors(net), vectors(other), start, strict=True):
+        assert_near(found - before, expected - before, tolerance)
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
-def test_feedback_alignment_with_the_weights_is_backprop_bit_for_bit(model, precision):
-    fa, bp = Tiny("fa", model), Tiny("bp", model)
-    rows = []
-    for t in (with_the_weights(fa), bp):
-        if precision == "bfloat16":
+def test_feedback_alignment_with_the_weights_is_backprop(model, precision):
+    """To rounding: its signals come from other calls than autograd's, which may sum in another order."""
+    fa, bp = with_the_weights(Tiny("fa", model, *SGD)), Tiny("bp", model, *SGD)
+    tolerance = roundoff(fa.terms)
+    if precision == "bfloat16":
+        tolerance = roundoff(fa.results, torch.bfloat16)
+        for t in (fa, bp):
             t.net.float()
             t.method.float()
             t.x, t.learner.precision = t.x.float(), precision
-        rows.append(t.learner.step(t.x, t.target, align=True))
-    for p, q in zip(fa.net.parameters(), bp.net.parameters(), strict=True):
-        assert torch.equal(p, q)
-    cosines = rows[0][2:].view(-1, 5)[:, :2]
-    close(cosines, torch.ones_like(cosines), atol=1e-6)
+    start = vectors(bp.net)
+    row, _ = (t.learner.step(t.x, t.target, align=True) for t in (fa, bp))
+    assert_moved_alike(fa.net, bp.net, start, tolerance)
+    cosines = row[2:].view(-1, 5)[:, :2]
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=max(tolerance, roundoff(2, row.dtype)))
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
@@ -73,7 +87,7 @@ def test_a_sequential_method_is_measured_against_backprop_and_not_against_itself
     trace, deltas, error = t.backward()
     references = backprop_deltas(trace, error)
     for delta, reference, expected in zip(deltas, references, bp.backward()[1], strict=True):
-        assert torch.equal(reference, expected)
+        assert_near(reference, expected, roundoff(t.terms))
         assert F.cosine_similarity(delta.flatten(1), reference.flatten(1)).mean() < 0.995
 
 
@@ -83,7 +97,7 @@ def test_signs_with_the_magnitudes_of_the_weights_are_backprop():
         t.method.get_buffer(f"magnitude_{k}").copy_(layer.weight.data.abs().flatten(1))
     bp.net.load_state_dict(t.net.state_dict())
     for delta, expected in zip(t.backward()[1], bp.backward()[1], strict=True):
-        assert torch.equal(delta, expected)
+        assert_near(delta, expected, roundoff(t.terms))
 
 
 @pytest.mark.parametrize(("method", "uniform", "normal"), [("usf", 3**0.5 / 2, (2 / math.pi) ** 0.5),
@@ -115,14 +129,18 @@ def test_signs_are_those_of_today_s_weights_and_magnitudes_are_drawn_when_they_s
 @pytest.mark.parametrize("model", ["fc", "conv3_bn", "resnet18", "mixer"])
 @pytest.mark.parametrize("optimizer", [("adam",), ("adam", "optimizer.weight_decay=0.01"),
                                        ("sgd", "optimizer.momentum=0.9", "optimizer.weight_decay=0.01")])  # fmt: skip
-def test_kolen_pollack_from_the_weights_stays_backprop_bit_for_bit(model, optimizer):
-    options = (f"optimizer={optimizer[0]}", *optimizer[1:], "optimizer.lr=0.01")
+def test_kolen_pollack_from_the_weights_stays_backprop(model, optimizer):
+    options, steps = (f"optimizer={optimizer[0]}", *optimizer[1:], "optimizer.lr=0.01"), 4
     kp, bp = with_the_weights(Tiny("kp", model, *options)), Tiny("bp", model, *options)
-    for _ in range(4):
+    start = vectors(bp.net)
+    for _ in range(steps):
         kp.learner.step(kp.x, kp.target)
         bp.learner.step(bp.x, bp.target)
+    # W and B go through the same operations on the same gradient
     assert all((difference == 0).all() for difference in differences(kp))
-    assert all(torch.equal(p, q) for p, q in zip(kp.net.parameters(), bp.net.parameters(), strict=True))
+    # gradients are equal to rounding, and Adam divides by as little as its ε
+    smallest = 1e-8 if optimizer[0] == "adam" else 1
+    assert_moved_alike(kp.net, bp.net, start, steps * roundoff(kp.terms) / smallest)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -193,7 +211,7 @@ def test_sparse_feedback_has_so_many_entries_a_unit_and_with_all_of_them_is_dire
 
 @EVERY_MODEL
 def test_binary_feedback_has_two_values_and_keeps_the_norm(model):
-    t, dfa = Tiny("bdfa", model, "method.convolutions=direct"), Tiny("dfa", model)
+    t, dfa = Tiny("bdfa", model, "method.convolutions=direct"), Tiny("dfa", model, "method.feedback=dense")
     for module, other in zip(t.method.feedback, dfa.method.feedback, strict=True):
         assert len(module.weight.unique()) == 2
         close(module.weight.norm(), other.weight.norm())
@@ -216,7 +234,7 @@ def test_shared_feedback_is_the_top_of_one_matrix(model):
 
 @pytest.mark.parametrize("model", ["fc", "conv3_bn", "mixer"])
 def test_target_projection_lacks_the_probabilities_of_direct_feedback(model):
-    same = ("method.top=direct", "protocol.activation_of=null")
+    same = ("method.top=direct", "method.feedback=dense", "protocol.activation_of=null")
     drtp, dfa = Tiny("drtp", model, *same), Tiny("dfa", model, *same)
     (trace, projected, _), (_, deltas, _) = drtp.backward(), dfa.backward()
     probabilities = trace.logits.detach().softmax(1) / len(drtp.x)
@@ -270,6 +288,37 @@ def test_tangents_average_to_the_jacobian_and_move_no_statistics(model, feedback
     assert (total.flatten() @ expected.flatten() / expected.square().sum()).item() == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.parametrize("feedback", ["conv", "dense"])
+@pytest.mark.parametrize("model", ["fc", "conv3", "resnet18", "mixer"])
+def test_a_forward_learnt_b_descends_the_squared_distance_to_the_estimate(model, feedback):
+    t = Tiny("fdfa", model, "method.top=direct", f"method.feedback={feedback}", "method.init=default")
+    trace, _, error = t.backward()
+    torch.manual_seed(0)
+    t.method.adapt(trace, error, t.target)
+    torch.manual_seed(0)
+    noise, d = t.method.tangents(trace)
+    rows = torch.eye(4, dtype=torch.float64)
+    for i, module in t.method.local_modules.items():
+        found = module.weight.grad.clone()
+        estimate = torch.einsum("nk,n...->k...", d, noise[i]) / len(d)
+        b = module.weight.detach().requires_grad_()
+        received = torch.func.functional_call(Applied(module), {"module.weight": b}, (rows,))  # B, (K, *h_i)
+        (expected,) = torch.autograd.grad((received - estimate).square().sum() / 2, b)
+        close(found, expected)
+        close(module.norm(), received.norm())
+
+
+class Applied(torch.nn.Module):
+    """A local module's feedback, as autograd goes through it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, error):
+        return LocalModule.feedback.__wrapped__(self.module, error)
+
+
 @pytest.mark.parametrize(("method", "model"), DENSE)
 def test_dense_feedback_is_a_matrix_on_all_of_h(method, model):
     t = Tiny(method, model, "++method.feedback=dense", "++method.init=default")
@@ -284,8 +333,8 @@ def test_dense_feedback_is_a_matrix_on_all_of_h(method, model):
 @EVERY_MODEL
 def test_methods_that_start_alike_start_from_one_b(model):
     for names in (("fa", "kp", "wm"), ("dfa", "drtp", "dkp")):
-        first, *others = (list(Tiny(name, model, "++method.top=direct" if name[0] == "d" else "seed=0").method.feedback)
-                          for name in names)  # fmt: skip
+        direct = ["++method.top=direct", "++method.feedback=conv"] * (names[0] == "dfa")
+        first, *others = (list(Tiny(name, model, *direct).method.feedback) for name in names)
         for other in others:
             weights = [[getattr(b, "weight", b) for b in some] for some in (first, other)]
             assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

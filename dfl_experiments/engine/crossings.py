@@ -1,0 +1,124 @@
+"""Find the weights through which hidden values pass: a sequential rule must replace all of them, or refuse the net."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.transpose import Transpose, WeightLayer, transposed
+from dfl_experiments.errors import UserError
+
+# Operations in which a parameter meets hidden values unit by unit, as a bias, a norm's scale or a position embedding.
+UNIT_BY_UNIT = {
+    "Add", "Sub", "Rsub", "Maximum", "Minimum", "Clamp", "ClampMin", "ClampMax", "Where", "Cat", "Stack", "Copy",
+    "CopySlices", "PreluKernel", "NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm",
+    "MiopenBatchNorm", "FusedRmsNorm",
+}  # fmt: skip
+# Those too, of a parameter with one axis, as a layer's scale; one with more is a matrix, whose products are summed.
+SCALING = {"Mul", "Div", "Addcmul", "Addcdiv", "Lerp", "Pow"}
+
+
+def places_to_replace(net: BlockNet) -> list[int]:
+    """Return which of a net's weight layers an error signal passes on its way down, counted over all blocks.
+
+    A copy of the net is probed in evaluation and in training mode. Raises `UserError` for a net in which hidden values
+    meet another parameter in a matrix product, a convolution or an operation that is not known: the signal would pass
+    it as in backpropagation.
+    """
+    like = next(net.parameters())
+    twin = copy.deepcopy(net).requires_grad_(True)  # a frozen weight is met as well
+    learns = {p: q.requires_grad for p, q in zip(twin.parameters(), net.parameters(), strict=True)}
+    layers = [layer for i in range(twin.depth) for layer in twin.weight_layers(i)]
+    probe = Transpose(layers, lambda k, signal, x: x)
+    passed: set[int] = set()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        for training in (False, True):
+            # two images: batch normalisation has nothing to do with one
+            x = torch.zeros(2, *net.input_shape, dtype=like.dtype, device=like.device, requires_grad=True)
+            with probe.installed():
+                logits = twin.train(training)(x)
+            passed |= set(_passed(twin, logits, learns, layers))
+    return sorted(passed)
+
+
+def _passed(
+    net: BlockNet, logits: Tensor, learns: Mapping[nn.Parameter, bool], layers: list[WeightLayer]
+) -> Iterator[int]:
+    """Yield the places of the layers whose input a signal goes on from. Raises `UserError` for another weight."""
+    hidden: set[Any] = set()  # nodes that depend on the net's input, and are no functions of parameters alone
+    trained: set[Any] = set()  # nodes that depend on a parameter that learns: an error signal passes them
+    made_of: dict[Any, list[nn.Parameter]] = {}  # the parameters of every node that is not hidden
+    for node in _from_the_leaves(logits.grad_fn):
+        children = [child for child, _ in node.next_functions if child is not None]
+        below = set(children)
+        kind = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+        parameters = [p for child in children if child not in hidden for p in made_of[child]]
+        if kind == "AccumulateGrad":
+            parameters = [node.variable] if node.variable in learns else []
+        elif kind == "Crossing":
+            if node.next_functions[1][0] in trained:
+                check_transpose(layers[node.k], node.saved_tensors[0])
+                yield node.k
+        elif parameters and below & hidden & trained and _mixes(kind, parameters):
+            raise refusal(net, max(parameters, key=torch.numel), kind)
+        if below & trained or any(learns[p] for p in parameters):
+            trained.add(node)
+        if below & hidden or not (below or parameters):
+            hidden.add(node)
+        made_of[node] = parameters
+    if logits.grad_fn not in hidden:
+        raise UserError("model: its output has no gradient by the image, so the weights in between cannot be found")
+
+
+def _mixes(kind: str, parameters: list[nn.Parameter]) -> bool:
+    """Return whether an operation with these parameters may compute a unit from several hidden units."""
+    if kind in SCALING:
+        return any(sum(size > 1 for size in p.shape) > 1 for p in parameters)
+    return kind not in UNIT_BY_UNIT
+
+
+def check_transpose(layer: WeightLayer, x: Tensor) -> None:
+    """Raise `UserError` for a layer whose own vector-Jacobian product is not `transposed` with its weight.
+
+    Such a layer has a hook, a method or a forward pass of its own in place of its class's. x: an input of it.
+    """
+    start = torch.ones_like(x).requires_grad_()
+    output = layer(start)
+    signal = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).cos().view_as(output)
+    (own,) = torch.autograd.grad(output, start, signal)
+    if not torch.allclose(
+        own, transposed(layer, layer.weight, signal, start), rtol=1e-2, atol=float(own.norm()) * 1e-4
+    ):
+        raise UserError(
+            f"model: {layer} does not compute what its class does (a hook or a method of its own changes it), and FA "
+            "and its descendants cannot transpose it; choose a direct method, shallow or bp"
+        )
+
+
+def _from_the_leaves(root: Any) -> Iterator[Any]:
+    """Yield every node below the root, each after those that it depends on."""
+    seen: set[Any] = set()
+    stack = [(root, False)]
+    while stack:
+        node, is_ready = stack.pop()
+        if is_ready:
+            yield node
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in node.next_functions)
+
+
+def refusal(net: nn.Module, weight: nn.Parameter, kind: str) -> UserError:
+    """Return the error that names a weight which no B can replace. kind: of the operation that it is used in."""
+    name = next(name for name, p in net.named_parameters() if p is weight)
+    owner = type(net.get_submodule(name.rpartition(".")[0])).__name__
+    return UserError(
+        f"model: {name} of {owner} meets hidden values in an operation ({kind}) that FA and its descendants cannot "
+        "transpose with a B: they replace the weights of Linear, Conv1d to Conv3d and ConvTranspose1d to "
+        "ConvTranspose3d modules; build the layer from these, or choose a direct method, shallow or bp"
+    )
