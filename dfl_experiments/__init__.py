@@ -10,7 +10,12 @@ From Python, say in a notebook:
     net = dfl.load_net("outputs/mine")                         # the trained network, a torch.nn.Module
 """
 
+import sys
 from typing import Any
+
+if sys.platform == "win32":
+    print("dfl-experiments: error: Windows is not supported; use the Windows Subsystem for Linux", file=sys.stderr)
+    raise SystemExit(2)
 
 __version__ = "0.1.0"
 __all__ = ["compose", "load_net", "read_rows", "run"]

@@ -1,5 +1,5 @@
 """`python -m dfl_experiments`, which is `dfl-train`."""
 
-from dfl_experiments.train import main
+from dfl_experiments.console import train
 
-main()
+train()

@@ -1,8 +1,6 @@
 """A mistake of the user's or of the machine's, and the one line that it is told in."""
 
-import io
 import reprlib
-import sys
 from typing import Any
 
 
@@ -25,9 +23,14 @@ def shown(value: Any) -> str:
     return short.repr(value)
 
 
+def printable(text: str) -> str:
+    """Write every character that a terminal would obey, a line break among them, as its escape: `\\n`, `\\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def clipped(text: str, length: int = 1500) -> str:
     """A text in one line of printable characters, its middle left out where it is too long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    text = printable(" ".join(text.split()))
     return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 :]}"
 
 
@@ -36,8 +39,6 @@ def reason(error: BaseException) -> str:
     return clipped(str(error).strip() or type(error).__name__, 200)
 
 
-def any_text() -> None:
-    """Let any text be printed, also where the terminal's encoding lacks a letter of it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def of_the_system(error: OSError) -> str:
+    """What the operating system says, with the file that it is about where it names one."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else reason(error)

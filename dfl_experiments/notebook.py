@@ -12,8 +12,10 @@ from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.running import checkpoint
+from dfl_experiments.running.device import usual_torch
 from dfl_experiments.running.result import read_result
 from dfl_experiments.running.run import run_alone
+from dfl_experiments.seal import opened
 
 
 def compose(overrides: Sequence[str] = ()) -> Configuration:
@@ -35,13 +37,14 @@ def run(configuration: Configuration, run_dir: str | Path) -> dict[str, Any]:
 
 def read_rows(run_dir: str | Path, table: Literal["epochs", "iterations"] = "epochs") -> dict[str, np.ndarray]:
     """The columns of a run's table by name, (rows,) each, NaN for an empty cell: `pandas.DataFrame` takes them."""
-    path = Path(run_dir) / f"{table}.csv"
-    with path.open() as file:
-        names = file.readline().strip().split(",")
+    read_result(Path(run_dir))  # a damaged table is refused
+    with opened(Path(run_dir) / f"{table}.csv") as file:
+        names = file.readline().decode().strip().split(",")
         rows = np.genfromtxt(file, delimiter=",", ndmin=2)
     return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))  # of no row as well
 
 
+@usual_torch()
 def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
     """The trained network of a run directory, on the CPU, in evaluation mode.
 

@@ -6,6 +6,8 @@ from pydantic import Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST_COSINE = 1.01  # with what rounding adds in low precision
+Cosine = Annotated[float, Field(ge=-LARGEST_COSINE, le=LARGEST_COSINE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -35,7 +37,6 @@ Skip = Literal["cut", "leak"]
 Top = Literal["backprop", "direct"]
 
 # what a run says and the engine does
-Quantity = Literal["weight_cosine", "sign_agreement", "weight_ratio", "gradient_cosine", "output_cosine"]
 LossName = Literal["cross_entropy", "squared_error"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]

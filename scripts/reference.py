@@ -24,7 +24,7 @@ from dfl_experiments.report.intervals import spearman
 from dfl_experiments.report.looks import FAMILIES, look_of
 from dfl_experiments.report.paper import METHODS
 from dfl_experiments.report.runs import read_runs
-from dfl_experiments.report.setting import Setting, options_told
+from dfl_experiments.report.setting import Setting, options_told, rule_of
 
 MNIST = (Setting(False, "fair", ("epochs=20",)), "mnist", "none", "fc")
 CONV3_BN = (Setting(False, "fair", ("epochs=5", "precision=bfloat16")), "cifar10", "flip", "conv3_bn")
@@ -100,7 +100,7 @@ def told_of(method: str, cells: Mapping[str, Entry], lr: float) -> list[str]:
 
 def family_of(method: str) -> str:
     """Which way a rule's signals go."""
-    return next((name for name, (_, members) in FAMILIES.items() if method in members), "your own")
+    return next((name for name, (_, members) in FAMILIES.items() if rule_of(method) in members), "your own")
 
 
 def rules_block(found: Sequence[Section]) -> str:
@@ -131,11 +131,11 @@ def cifar_block(found: Sequence[Section]) -> str:
     """All rules beside each other on CIFAR-10, on the nets that there are runs of."""
     nets = {"Conv3+BN": CONV3_BN, "Mixer": MIXER}
     there = {name: cells for name, place in nets.items() if (cells := cells_of(found, place))}
-    rules = [method for _, members in FAMILIES.values() for method in members]
+    rules = [rule for _, members in FAMILIES.values() for rule in members]
+    methods = {method for cells in there.values() for method in cells if rule_of(method) in rules}
     lines = [
         [look_of(method).name, *(text for cells in there.values() for text in told_of(method, cells, 1e-3))]
-        for method in rules
-        if any(method in cells for cells in there.values())
+        for method in sorted(methods, key=lambda method: rules.index(rule_of(method)))
     ]
     return table(lines, ["rule", *heads(there)])
 

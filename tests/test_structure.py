@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dfl_experiments"
-GROUND = {"errors", "ranges", "optimizers"}
+GROUND = {"console", "errors", "measured", "ranges", "optimizers", "seal"}
 # what each room may import beside the ground and itself; an entrypoint may import all that it starts
 ALLOWED = {
     "engine": set(),

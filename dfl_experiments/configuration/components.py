@@ -32,9 +32,10 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespac
 
 @dataclass(frozen=True)
 class Component:
-    """A class or function that a configuration names, with its checked options. place: its key in the configuration."""
+    """What a configuration names: a class or function, with its checked options. place: its key; path: `_target_`."""
 
     place: str
+    path: str
     target: Callable[..., Any]
     options: dict[str, Any]
 
@@ -135,7 +136,7 @@ def component(node: Mapping[str, Any], place: str, plugins: Sequence[str] = (), 
     except ValidationError as error:
         where = f"{place}.name" if error.title != model.__name__ else place
         raise refusal(error, where, list(model.model_fields), names) from None
-    found = Component(place, target, {key: getattr(checked, key) for key in options})
+    found = Component(place, node["_target_"], target, {key: getattr(checked, key) for key in options})
     if place not in GIVEN:
         found.build()  # costs nothing, and knows which options do not go together
     return found

@@ -3,30 +3,45 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+
+from dfl_experiments.errors import printable
 
 # `conf/` is inside an installed wheel, and beside the package in a checkout.
 _HERE = Path(__file__).resolve().parent.parent
 CONF_DIR = next((path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()), _HERE.parent / "conf")
 PLACES = ("dataset", "augmentation", "model", "method")  # what names a cell of a table
+FULLY_CONNECTED = ("fc", "fc_ln")  # models of conf/ whose hidden layers are vectors
+LONGEST = 200  # bytes of names in a folder's name
+# how Hydra 1.4 says what 1.5 will want and 1.3 does not know
+MIGRATION = "register_new_resolver|The version_base parameter|ConfigStore config|hydra.utils.instantiate.. resolved"
+warnings.filterwarnings("ignore", MIGRATION)
 AUTO = "auto"  # of resume: go on if there is something to go on from
-# what changes where or how a run is watched, not what it computes
+# what changes where or how a run is watched, not what it computes; and stop_collapsed, which changes no number of a run
+# that learns: the points of sweeps from before there was the option keep their names
 NOT_SCIENTIFIC = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
-    "repeat", "force",
+    "repeat", "force", "stop_collapsed",
 )  # fmt: skip
 
 
 def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
     """The configuration that `dfl-train` would compose from these overrides, with Hydra's own node or without."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        return hydra_compose("config", overrides, return_hydra_config=hydra)
+    application = GlobalHydra.instance()
+    outer, application.hydra = application.hydra, None  # of a caller that is a Hydra application itself
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            return hydra_compose("config", overrides, return_hydra_config=hydra)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def group_options(group: str) -> list[str]:
@@ -53,12 +68,15 @@ def scientific(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The values that decide what a run computes and what it is called by."""
     values = plain(cfg)
     kept = {key: value for key, value in values.items() if key not in NOT_SCIENTIFIC}
-    # runs of before there was the option are contiguous, and without convolutions there is no other
-    if kept.get("memory_format") == "contiguous" or kept["model"]["name"] in ("fc", "fc_ln"):
+    # Runs of before the option existed are contiguous. A fully connected net has one format, and one shape of B.
+    is_flat = kept["model"]["name"] in FULLY_CONNECTED
+    if kept.get("memory_format") == "contiguous" or is_flat:
         kept.pop("memory_format", None)
     kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in ("epochs", "fc_widths")}
     # options that there have not always been, at what every run had without them: a sweep of before keeps its names
     added = [("alignment", "quantities", []), ("method", "feedback", "conv")]
+    if is_flat:
+        added.append(("method", "feedback", "dense"))
     if kept["model"]["name"] in ("conv3", "conv3_bn"):
         added.append(("model", "activation", "relu"))
     for group, option, value in added:
@@ -76,12 +94,17 @@ def science(cfg: DictConfig | Mapping[str, Any]) -> str:
 
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested mappings and lists with every scalar in them changed."""
+    """Nested mappings and lists with every key and every other scalar in them changed."""
     if isinstance(value, Mapping):
-        return {key: changed(item, change) for key, item in value.items()}
+        return {change(key): changed(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [changed(item, change) for item in value]
     return change(value)
+
+
+def harmless(value: Any) -> Any:
+    """Make every text in nested values printable: whatever somebody else's files hold can be shown."""
+    return changed(value, lambda x: printable(x) if isinstance(x, str) else x)
 
 
 def literal(text: str) -> str:
@@ -103,8 +126,13 @@ def as_values(values: Mapping[str, Any]) -> DictConfig:
 
 def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
     """A sweep point's folder: names people look for, then a digest of everything scientific."""
-    names = [str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation")]
-    return "-".join([*names, f"seed{cfg['seed']}", science(cfg)])
+    names = "-".join(str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation"))
+    return f"{shortened(names)}-seed{cfg['seed']}-{science(cfg)}"
+
+
+def shortened(names: str) -> str:
+    """Names as the part of a folder's name that there is room for: file systems allow 255 bytes."""
+    return names.encode()[:LONGEST].decode(errors="ignore")
 
 
 def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
@@ -112,7 +140,8 @@ def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
         return str(Path(str(_root_.resume)).expanduser())
     if _root_.get("repeat") is not None:
         return f"{stamp}-repeat"
-    return "-".join([stamp, *(str(_root_[group].name) for group in ("method", "model", "dataset"))])
+    names = "-".join(str(_root_[group].name) for group in ("method", "model", "dataset"))
+    return f"{stamp}-{shortened(names)}"
 
 
 def register_resolvers() -> None:

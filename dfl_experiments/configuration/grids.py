@@ -17,6 +17,7 @@ TABLES = {
     "fc_table": ("fc_mnist", "fc_cifar"),
     "cnn_table": ("cnn_cifar", "cnn_shallow", "cnn_tinyimagenet"),
 }
+BASIC = "basic"  # Hydra's own sweeper, of grids
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ def points_per_cell() -> dict[tuple[str, ...], int]:
     return counts
 
 
-def sweep_points(texts: Sequence[str]) -> Iterator[list[str]]:
+def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
     """The override list of every job of a grid, as `a=1,2 b=3` names them; the later of two for one key counts.
 
-    Continuous ranges, which some sweepers choose from, are left out. Raises `UserError` for a choice of nothing.
+    Continuous ranges are left out: a sweeper such as Optuna's chooses from them as it goes. Raises `UserError` for a
+    range that Hydra's basic sweeper is given, and for a choice of nothing.
     """
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which knows what glob(*) chooses from
     choices: dict[str, list[str]] = {}
@@ -67,4 +69,6 @@ def sweep_points(texts: Sequence[str]) -> Iterator[list[str]]:
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not choices[key]:
                 raise UserError(f"{override.input_line}: there is no such choice, so the sweep has no job")
+        elif sweeper == BASIC:
+            raise UserError(f"{override.input_line}: a range to choose from needs hydra/sweeper=optuna")
     return (list(point) for point in itertools.product(*choices.values()))

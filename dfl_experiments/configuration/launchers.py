@@ -1,4 +1,4 @@
-"""This project's defaults for Hydra's launchers, in place of ones that would overload a machine or end a long run."""
+"""Defaults for Hydra's launchers and sweepers: theirs overload machines, end long runs, seek the lowest accuracy."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +12,10 @@ TIMEOUTS = 30
 
 
 def register_launchers() -> None:
-    """Let `hydra/launcher=joblib` run two jobs at once, not one per core; give submitit's a day each, not an hour."""
+    """Let `hydra/launcher=joblib` run two jobs at once, not one per core; give submitit's a day each, not an hour.
+
+    Let `hydra/sweeper=optuna` maximise, with as many trials under way.
+    """
     Plugins.instance()  # the plugins that are installed register theirs when they are found, and ours come after
     store = ConfigStore.instance()
     with suppress(ImportError):
@@ -40,3 +43,8 @@ def register_launchers() -> None:
         node = {"init": {"address": None, "object_store_memory": None}, "remote": {}}
         target = f"{RayLauncher.__module__}.{RayLauncher.__name__}"
         store.store("ray", {"_target_": target, "ray": node}, group="hydra/launcher", provider="dfl_experiments")
+    with suppress(ImportError):
+        from hydra_plugins.hydra_optuna_sweeper.config import Direction, OptunaSweeperConf
+
+        optuna = OptunaSweeperConf(direction=Direction.maximize, n_jobs=JOBS_AT_ONCE)
+        store.store("optuna", optuna, group="hydra/sweeper", provider="dfl_experiments")

@@ -1,6 +1,6 @@
 """A configuration that a run has recorded: what `resume` and `repeat` run in place of the composed one."""
 
-import itertools
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dfl_experiments.configuration.composition import AUTO, changed, plain
 from dfl_experiments.errors import UserError, reason
+from dfl_experiments.seal import read_bytes, read_sealed
 
-LARGEST, DEEPEST = 2**20, 20  # characters of a recorded configuration, and its nested parts
+log = logging.getLogger(__name__)
+DEEPEST = 20  # nested lists and mappings of a configuration
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 # may be given beside resume and repeat, whose configuration is otherwise the recorded one
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
+OF_THE_COMMAND = ("tracking", "plugins")
 
 
 def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """The values to run: the composed ones, or those recorded by the run that `resume` or `repeat` names.
 
     overrides: the command line's, of which only `OPERATIONAL` ones may stand beside resume and repeat. Which plugins
-    are loaded is for the command line alone to say. Raises `UserError` for other overrides, and where nothing is
-    recorded.
+    are loaded and where W&B sends a run is for the command alone to say: the folder may be somebody else's. Raises
+    `UserError` for other overrides, and where nothing is recorded.
     """
     values = plain(cfg)
     key = next((key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)), None)
@@ -37,16 +40,26 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
             f"{beside[0]}: {key}={values[key]} takes its configuration from {path}; beside it there may be "
             f"{', '.join(OPERATIONAL)}"
         )
-    merged = completed(read_recorded(path, f"{key}={values[key]}"), values)
+    recorded = read_recorded(path, f"{key}={values[key]}")
+    own = {name: values[name] for name in (*OF_THE_COMMAND, "resume", "repeat")}
+    before = recorded.get("tracking")
+    mode = before.get("mode") if isinstance(before, dict) else None
+    if mode == "disabled" and not any(name.partition(".")[0] == "tracking" for name in given):
+        own["tracking"] = values["tracking"] | {"mode": mode}  # which sends nothing
+    elif mode == "online" and values["tracking"]["mode"] != mode:
+        log.warning("tracking: as this command says; the run in %s had tracking=online", path.parent)
+    merged = completed(recorded, values) | own
     for place, _, option in (name.partition(".") for name in given):
         if place in OPERATIONAL:
             merged[place] = merged[place] | {option: values[place][option]} if option else values[place]
-    return merged | {name: values[name] for name in ("plugins", "resume", "repeat")}
+    return merged
 
 
 def completed(recorded: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration with today's values for what has been added since it was recorded."""
-    merged = {name: values[name] for name in OPERATIONAL} | {"memory_format": "contiguous"} | recorded
+    """A recorded configuration with what has been added since it was recorded: as that run had it, or else today's."""
+    before: dict[str, Any] = {"memory_format": "contiguous", "stop_collapsed": False}
+    merged = {name: values[name] for name in OPERATIONAL} | before | recorded
+    values = values | {"protocol": values["protocol"] | {"stop_collapsed": False}}
     grown = {name: merged.get(name) for name in ("checkpoint", "alignment", "protocol", "tracking")}
     return merged | {name: values[name] | part for name, part in grown.items() if isinstance(part, dict)}
 
@@ -57,30 +70,34 @@ def read_recorded(path: Path, said: str) -> dict[str, Any]:
     said: what names it. Nothing of it is resolved: an interpolation would copy what is this machine's into a run.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LARGEST + 1)
-        # the parser goes through nested parts one by one, what is made of them would grow without end
-        depths = itertools.accumulate(_step(event) for event in yaml.parse(text, yaml.SafeLoader))
-        if len(text) > LARGEST or any(depth > DEEPEST for depth in depths):
-            raise UserError(f"{said}: {path} is no configuration of a run, it is larger than any")
-        found = OmegaConf.create(text)
-    except OSError:
+        found = read_yaml(path)
+        texts: list[str] = []
+        changed(found, lambda x: texts.append(str(x)))
+        if any(map(INTERPOLATION.search, texts)):
+            raise UserError(f"{path} holds an interpolation, a recorded configuration holds values")
+        values: Any = OmegaConf.to_container(OmegaConf.create(found), resolve=True)  # an escaped one is a text
+        read_sealed(path.parent)
+    except FileNotFoundError:
         raise UserError(f"{said}: is no run directory, there is no {path}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{said}: {path} cannot be read ({reason(error)})") from None
-    values: Any = OmegaConf.to_container(found, resolve=False)
-    texts: list[str] = []
-    changed(values, lambda x: texts.append(str(x)))
-    if any(map(INTERPOLATION.search, texts)):
-        raise UserError(f"{said}: {path} holds an interpolation, a recorded configuration holds values")
-    values = OmegaConf.to_container(found, resolve=True)  # an escaped one is a text
+    except UserError as error:
+        raise UserError(f"{said}: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("checkpoint", {}), dict):
         raise UserError(f"{said}: {path} is no configuration of a run")
     return values
 
 
-def _step(event: yaml.Event) -> int:
-    """How many levels of nesting a YAML event goes down. An alias, which no run writes, goes too far."""
-    if isinstance(event, yaml.AliasEvent):
-        return DEEPEST + 1
-    return isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file, its interpolations as they stand.
+
+    Raises `UserError` for what cannot be read, and for what would grow without end, as aliases of aliases do.
+    """
+    content, depth = read_bytes(path), 0
+    try:
+        text = content.decode("utf-8-sig")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+                raise UserError(f"more than {DEEPEST} levels, or an alias")
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None

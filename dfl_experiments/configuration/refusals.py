@@ -2,24 +2,65 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
+import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError
+from yaml import MarkedYAMLError, YAMLError
 
-from dfl_experiments.errors import UserError, clipped, shown
+from dfl_experiments.configuration.composition import group_options
+from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
-MISTAKES = (HydraException, OmegaConfBaseException, UserError)
+MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
 INTERNAL = ("hydra", "name", "_target_")  # keys that nobody is offered
 
 
+def refuse(error: BaseException, program: str = "dfl-train") -> NoReturn:
+    """Print the error's one line and leave the process with its code, 2 unless the machine is to blame."""
+    print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+    raise SystemExit(getattr(error, "exit_code", 2)) from None
+
+
+@contextmanager
+def refusing(program: str = "dfl-train") -> Iterator[None]:
+    """A mistake inside ends the process in one line, any other error with its traceback."""
+    try:
+        yield
+    except MISTAKES as error:
+        refuse(error, program)
+    except BrokenPipeError:  # nobody reads what is printed any more
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        refuse(Fault(of_the_system(error)), program)
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def uncomposed(error: Exception, overrides: Iterable[str]) -> Exception:
+    """An error in composing these overrides, as a mistake in them."""
+    if isinstance(error, MISTAKES):
+        return error
+    for override in overrides:
+        group, _, value = override.partition("=")
+        options = group_options(group)
+        if options and not isinstance(yaml.safe_load(value), str):
+            return UserError(f"{override}: is no choice of the group; there are {', '.join(options)}")
+    return UserError(f"{reason(error)} (in {' '.join(overrides)})")
+
+
 def one_line(error: BaseException) -> str:
-    """An error in one line, which Hydra and OmegaConf spread over several."""
-    parsing = isinstance(error, OverrideParseException)
-    if isinstance(error, HydraException) and not parsing and (ours := in_our_words(error)):
+    """An error in one line, which Hydra, OmegaConf and YAML spread over several."""
+    if isinstance(error, MISTAKES) and (ours := in_our_words(error)):
         return ours
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error.__cause__, OmegaConfBaseException):
@@ -51,7 +92,7 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
     place, _, last = key.lower().rpartition(".")
     lasts = {name: name.rpartition(".")[2] for name in names if name != key}
     short = initials(last) if "_" in last else last  # learning_rate is lr, and wd is weight_decay
-    similar = difflib.get_close_matches(last, lasts.values(), n=1, cutoff=0.7)
+    similar = difflib.get_close_matches(last, lasts.values(), n=1, cutoff=0.65)
     found = (
         [name for name, word in lasts.items() if word == last]
         or [name for name, word in lasts.items() if len(short) > 1 and short in (word, initials(word))]
@@ -65,6 +106,8 @@ def in_our_words(error: BaseException | None) -> str | None:
     """What Hydra's refusal leaves out, as a line: of a key or an option that does not exist, those there are; of a
     value that it cannot read, how it is quoted. None for other errors.
     """
+    if isinstance(error, MarkedYAMLError):
+        return yaml_line(error)
     if isinstance(error, OverrideParseException):
         key, _, value = str(error.override).partition("=")
         if not value or set(value) & set("'\"[]{}"):
@@ -82,6 +125,17 @@ def in_our_words(error: BaseException | None) -> str | None:
     key = str(cause.full_key)
     more = f"; +{key}=… passes its constructor one more" if "_target_" in cause.parent_node else ""
     return f"{key}: no such option; there are {keys}{more}{did_you_mean(key, flat_keys(everything))}"
+
+
+def yaml_line(error: MarkedYAMLError) -> str | None:
+    """The line of a file that YAML cannot be read from, and why; None where no file is named."""
+    mark = error.problem_mark or error.context_mark
+    if mark is None or not Path(mark.name).is_file():
+        return None
+    lines = Path(mark.name).read_text(encoding="utf-8", errors="replace").splitlines()[: mark.line + 1]
+    while lines and not lines[-1].strip():  # the end of the file is where a bracket was not closed
+        lines.pop()
+    return f"{mark.name}, line {len(lines)}: {clipped(lines[-1] if lines else '', 100)} ({error.problem})"
 
 
 def refusal(error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()) -> UserError:

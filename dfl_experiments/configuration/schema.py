@@ -6,16 +6,18 @@ Options of a method, model, optimizer, augmentation or source are their construc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
 from dfl_experiments.configuration.composition import CONF_DIR, group_options, plain, science
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
+from dfl_experiments.measured import EXTRA_QUANTITIES
 
 GROUPS = ("method", "model", "augmentation", "optimizer")  # those whose options are their target's own
 
@@ -30,7 +32,18 @@ class Alignment(Options):
     """every: iterations between two measurements, 0 for none; quantities: what is measured beside the δ-cosine."""
 
     every: ranges.Size
-    quantities: list[ranges.Quantity]
+    quantities: list[str]
+
+    @field_validator("quantities")
+    @classmethod
+    def _known_and_each_once(cls, quantities: list[str]) -> list[str]:
+        said, there = f"alignment.quantities={shown(quantities)}", ", ".join(EXTRA_QUANTITIES)
+        for name in quantities:
+            if name not in EXTRA_QUANTITIES:
+                raise UserError(f"{said}: there is no {shown(name)}; there are {there}")
+            if quantities.count(name) > 1:
+                raise UserError(f"{said}: names {name} twice")
+        return quantities
 
 
 class Checkpoint(Options):
@@ -66,9 +79,7 @@ class Dataset(Options):
     @model_validator(mode="after")
     def _as_many(self) -> Self:
         if len(self.mean) != len(self.std):
-            raise UserError(
-                f"dataset.std={shown(self.std)}: must be as long as dataset.mean, which has {len(self.mean)}"
-            )
+            raise UserError(f"dataset.std={shown(self.std)}: not as long as dataset.mean, which has {len(self.mean)}")
         return self
 
 
@@ -88,6 +99,7 @@ class Protocol(Options):
     validation_fraction: ranges.Fraction
     accuracy: Literal["last", "best_test", "best_validation"]
     stop_untrainable: bool
+    stop_collapsed: bool = False
     local_pooling_of: dict[str, ranges.LocalPooling] | None = None
     batch_norm_updates_of: dict[str, ranges.Passes] | None = None
     batch_norm_updates_top_of: dict[str, ranges.Passes] | None = None
@@ -116,6 +128,7 @@ class Settings(Options):
     smoke: ranges.Count | None
     validation_fraction: ranges.Fraction
     stop_untrainable: bool
+    stop_collapsed: bool
     alignment: Alignment
     checkpoint: Checkpoint
     sweep: Name
@@ -124,17 +137,11 @@ class Settings(Options):
     force: bool
 
     @model_validator(mode="after")
-    def _it_begins_anew_or_goes_on(self) -> Self:
+    def _goes_together(self) -> Self:
         if self.force and self.resume is not None:
             raise UserError("force=true: begins anew, resume goes on; choose one")
-        return self
-
-    @model_validator(mode="after")
-    def _there_is_a_split_to_choose_by(self) -> Self:
         if self.protocol.accuracy == "best_validation" and not self.validation_fraction:
-            raise UserError(
-                "protocol.accuracy='best_validation': there is no validation split; set validation_fraction"
-            )
+            raise UserError("protocol.accuracy='best_validation': needs a validation split; set validation_fraction")
         return self
 
 
@@ -199,6 +206,11 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
         settings = Settings.model_validate({key: value for key, value in values.items() if key not in GROUPS})
     except ValidationError as error:
         raise refusal(error, "", _options_beside(error.errors()[0]["loc"]), every_key) from None
+    for plugin in settings.plugins:
+        try:
+            import_module(plugin)
+        except ImportError as error:
+            raise UserError(f"plugins=[{plugin}]: cannot be imported ({error})") from error
     nodes = {**{group: values[group] for group in GROUPS}, "dataset.source": settings.dataset.source}
     components = {place: component(node, place, settings.plugins, every_key) for place, node in nodes.items()}
     named_as_it_is(settings.dataset)

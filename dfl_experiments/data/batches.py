@@ -28,9 +28,7 @@ def split(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(n, generator=random_stream(seed, SPLIT))
     held_out = round(n * fraction)
     if fraction > 0 and not 0 < held_out < n:
-        raise UserError(
-            f"validation_fraction={fraction}: of {n} images it holds out {held_out}; choose another fraction"
-        )
+        raise UserError(f"validation_fraction={fraction}: holds out {held_out} of {n} images; choose another")
     return order[held_out:], order[:held_out]
 
 
@@ -63,9 +61,8 @@ class Normalise:
     def __call__(self, images: Tensor) -> Tensor:
         """images: (N, C, H, W) uint8 -> float32. Raises `UserError` where the number of channels does not fit."""
         if self.scale.ndim and len(self.scale) != images.shape[1]:
-            raise UserError(
-                f"dataset.mean and dataset.std have {len(self.scale)} values, the images {images.shape[1]} channels"
-            )
+            channels = images.shape[1]
+            raise UserError(f"dataset.mean, dataset.std: {len(self.scale)} values, the images {channels} channels")
         if self.scale.ndim and self.scale.device != images.device:
             self.scale, self.shift = moved(self.scale, images.device), moved(self.shift, images.device)
         return images.float().mul_(self.scale).add_(self.shift)

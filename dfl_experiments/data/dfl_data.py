@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -11,11 +10,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dfl_experiments.configuration.composition import compose, group_options
-from dfl_experiments.configuration.refusals import MISTAKES, one_line
+from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.packs import CLASSES, is_packed, load, open_packed
 from dfl_experiments.data.sources import Arrays, Source, expanded
-from dfl_experiments.errors import UserError, any_text
+from dfl_experiments.errors import Fault, UserError, printable, reason
 
 EPILOG = """examples:
   dfl-data list                                        what is there, in data_dir
@@ -72,7 +71,7 @@ def show(choices: list[list[str]], beside: Path | None = None) -> None:
         rows += packs_beside(beside, [name for name, *_ in rows])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for line in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
 
 
 def main() -> None:
@@ -84,26 +83,22 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides, names = arguments.overrides, group_options("dataset")
     named = any(override.startswith("dataset=") for override in overrides)
-    any_text()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if arguments.command == "prepare":
-            if not named:
-                raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(names)}")
-            load(*asked(compose(overrides)))
-        if named:
-            show([overrides])
-        else:
-            show([[f"dataset={name}", *overrides] for name in names], asked(compose(overrides))[2])
-    except MISTAKES as error:
-        message, code = one_line(error), 2
-    except MemoryError as error:
-        message, code = f"the data do not fit into memory ({one_line(error)})", 1
-    else:
-        return
-    print(f"dfl-data: {message}", file=sys.stderr)
-    sys.exit(code)
+    with refusing("dfl-data"):
+        if arguments.command == "prepare" and not named:
+            raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(names)}")
+        try:
+            if arguments.command == "prepare":
+                load(*asked(compose(overrides)))
+            if named:
+                show([overrides])
+            else:
+                show([[f"dataset={name}", *overrides] for name in names], asked(compose(overrides))[2])
+        except MemoryError as error:
+            raise Fault(f"the data do not fit into memory ({reason(error)})") from error
 
 
 if __name__ == "__main__":
-    main()
+    from dfl_experiments.console import data
+
+    data()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.lib.format import open_memmap
 
 from dfl_experiments.data.checksums import RECORD, Record, Summed, crc32_of, damaged, read_record, verify
@@ -53,9 +53,8 @@ def load_known(name: str, source: Source, data_dir: Path, download: bool = True)
     if cache is None:
         arrays = source.read(data_dir, download)
         *parts, classes = vars(arrays).values()
-        return arrays, _short(
-            [zlib.crc32(part.tobytes()) for part in parts] + [zlib.crc32(json.dumps(classes).encode())]
-        )
+        sums = [zlib.crc32(part.tobytes()) for part in parts]
+        return arrays, _short([*sums, zlib.crc32(json.dumps(classes).encode())])
     folder = data_dir / cache
     if not is_packed(folder):
         with locked(data_dir, cache):
@@ -64,6 +63,15 @@ def load_known(name: str, source: Source, data_dir: Path, download: bool = True)
                 log.info("preparing %s in %s", name, folder)
                 pack(read_raw(name, source, folder, download), folder)
     return open_packed(folder), digest_of(folder)
+
+
+def test_images_in_training(name: str, arrays: Arrays) -> int:
+    """Count the test images that are, byte for byte, also training images, and warn of them."""
+    known = {hash(image.tobytes()) for image in arrays.train_images}
+    count = sum(hash(image.tobytes()) in known for image in arrays.test_images)
+    if count:
+        log.warning("%s: %d of %d test images are also training images", name, count, len(arrays.test_images))
+    return count
 
 
 def digest(name: str, source: Source, data_dir: Path) -> str | None:
@@ -95,7 +103,12 @@ def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:
     """The lock to pack under, held until its context ends. Raises `UserError` where it cannot be written."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        return FileLock(data_dir / f".{cache}.lock").acquire()
+        lock = FileLock(data_dir / f".{cache}.lock")
+        try:
+            return lock.acquire(timeout=1)
+        except Timeout as busy:
+            log.info("waiting: %s", busy)
+            return lock.acquire()
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
         raise UserError(f"data_dir={data_dir}: {cache} cannot be packed there ({reason(error)})") from error
 

@@ -2,8 +2,9 @@
 
 import math
 import statistics
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,8 +13,16 @@ from dfl_experiments.report.looks import FAMILIES
 from dfl_experiments.report.paper import METHODS, PAPER, TITLES, table_of
 from dfl_experiments.report.runs import Cell, Run
 from dfl_experiments.report.setting import Setting
+from dfl_experiments.running.result import DONE, made_with
 
-UNFIT = ("diverged", "stopped", "failed")  # how a run can end that speaks against its grid point
+UNFIT = ("diverged", "collapsed", "stopped", "failed")  # how a run can end that speaks against its grid point
+SHOWN = ("status", "accuracy", "test_accuracy", "validation_accuracy")  # of a run's result
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None of nothing, and where one of them is."""
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present and len(present) == len(values) else None
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class Point:
 
     @cached_property
     def finished(self) -> list[Run]:
-        """The runs that came to their end with an accuracy."""
-        return [run for run in self.runs if run.status == "finished"]
+        """The runs that came to their end with an accuracy, also where that was a collapse."""
+        return [run for run in self.runs if run.status in ("finished", "collapsed")]
 
     @property
     def seeds(self) -> set[int]:
@@ -45,9 +54,7 @@ class Point:
 
     def loss(self, seeds: set[int]) -> float | None:
         """The mean validation loss over these seeds, None where it was not recorded of one."""
-        losses = [run.validation_loss for run in self.finished if run.seed in seeds]
-        present = [loss for loss in losses if loss is not None]
-        return statistics.fmean(present) if present and len(present) == len(losses) else None
+        return mean([run.held_out[1] for run in self.finished if run.seed in seeds])
 
     def ties(self, other: "Point") -> bool:
         """Whether both have the same score over the seeds that both have finished."""
@@ -114,6 +121,12 @@ class Entry:
         """What the numbers are of: those that did not collapse, or all where all did."""
         return self.alive or self.shown
 
+    @cached_property
+    def mixed(self) -> set[str]:
+        """The commits, torch versions and devices that some of those runs were made with and others not."""
+        made = [{*made_with(run.result), f"device {run.result.get('device')}"} for run in self.counted]
+        return {one for one in set().union(*made) if not all(one in those for those in made)}
+
     @property
     def lost(self) -> str:
         """How many of them collapsed: "2 of 3 collapsed"; empty if none did."""
@@ -128,7 +141,7 @@ class Entry:
     @property
     def on_validation(self) -> bool:
         """Whether every finished run holds a validation split out to choose by."""
-        return all(run.validation is not None for point in self.points for run in point.finished)
+        return all(run.held_out[0] is not None for point in self.points for run in point.finished)
 
     @property
     def state(self) -> str:
@@ -199,7 +212,11 @@ def sections(runs: Iterable[Run]) -> list[Section]:
     grids: dict[tuple[Setting, Cell, float, float], dict[int, Run]] = {}
     for run in sorted(runs, key=lambda run: run.rank, reverse=True):
         seeds = grids.setdefault((run.setting, run.cell, run.lr, run.weight_decay), {})
-        seeds.setdefault(run.seed, run)  # a seed counts once, however often alignment was measured
+        shown = seeds.setdefault(run.seed, run)  # a seed counts once, however often alignment was measured
+        if run.status in DONE and any(run.result.get(key) != shown.result.get(key) for key in SHOWN):
+            when = " and ".join(one.result.get("finished_at") or "at an unknown time" for one in (shown, run))
+            told = f"{shown.folder} is shown, not {run.folder} (finished {when})"
+            print(f"dfl-report: one configuration and seed, other numbers: {told}", file=sys.stderr)
     points: dict[Setting, dict[Cell, list[Point]]] = {}
     for (setting, cell, lr, decay), seeds in sorted(grids.items()):
         point = Point(lr, decay, [seeds[seed] for seed in sorted(seeds)])

@@ -1,18 +1,22 @@
 """Runs as command lines of `dfl-train`, and tables across a key that was swept."""
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from dfl_experiments.configuration.composition import group_options, plain, scientific
 from dfl_experiments.configuration.refusals import did_you_mean, flat_keys
-from dfl_experiments.errors import UserError
+from dfl_experiments.errors import UserError, printable
 from dfl_experiments.report.cells import Entry, Section, sections
 from dfl_experiments.report.runs import Cell, Run
-from dfl_experiments.report.setting import NAMED, as_override, defaults, flat, options_told
+from dfl_experiments.report.setting import NAMED, as_override, compared, defaults, flat, options_told
 from dfl_experiments.report.tables import ours_and_paper
+
+KEY = re.compile(r"\w+(\.\w+)*")
 
 
 def command(run: Run, seeds: Sequence[int] = ()) -> str:
@@ -22,16 +26,20 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
     repeats its configuration from its folder.
     """
     names = {group: str(run.config[group].name) for group in NAMED}
-    if any(name not in group_options(group) for group, name in names.items()):
-        plugins = [f"plugins={as_override([*run.config.plugins])}"] if run.config.get("plugins") else []
-        return " ".join(["dfl-train", *map(shlex.quote, [f"repeat={run.folder.resolve()}", *plugins])])
-    choices = [f"{group}={name}" for group, name in names.items()]
     values = plain(run.config)
+    if any(name not in group_options(group) for group, name in names.items()) or not has_our_keys(values):
+        plugins = [f"plugins={as_override([*run.config.plugins])}"] if run.config.get("plugins") else []
+        repeat = printable(f"repeat={run.folder.resolve()}")
+        return " ".join(["dfl-train", *map(shlex.quote, [repeat, *plugins])])
+    choices = [f"{group}={name}" for group, name in names.items()]
     # a protocol's options first: others follow from them
     protocol = {f"protocol.{key}": value for key, value in values["protocol"].items()}
     wanted = flat(scientific(run.config))
+    wanted |= {key: value for key, value in compared(run.config).items() if key == "method.feedback"}
     if "memory_format" in scientific({**values, "memory_format": "auto"}):  # it matters to this net
         wanted["memory_format"] = run.config.get("memory_format", "contiguous")
+    if "stop_collapsed" in run.config:
+        wanted["stop_collapsed"] = run.config.stop_collapsed
     if len(seeds) > 1:
         del wanted["seed"]
     own: list[str] = []
@@ -44,6 +52,12 @@ def command(run: Run, seeds: Sequence[int] = ()) -> str:
         ]
     flag, several = (["--multirun"], [f"seed={','.join(map(str, seeds))}"]) if len(seeds) > 1 else ([], [])
     return " ".join(["dfl-train", *map(shlex.quote, [*flag, *choices, *own, *several])])
+
+
+def has_our_keys(values: Mapping[str, Any]) -> bool:
+    """Whether every key is an option of a run's: as an override, one of Hydra's could name what Hydra is to call."""
+    keys = flat(values)
+    return values.keys() <= defaults().keys() and all(map(KEY.fullmatch, keys))
 
 
 def mean_told(entry: Entry) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dfl_experiments.report.cells import Entry
 from dfl_experiments.report.runs import Run
-from dfl_experiments.report.setting import options_told
+from dfl_experiments.report.setting import options_told, rule_of
 
 FEWEST_METHODS = 8  # that a correlation over methods is told of: of fewer a bootstrap is too sure
 Groups = Mapping[str, Sequence[tuple[float, float]]]
@@ -35,7 +35,7 @@ def correlation_groups(cells: Mapping[str, Entry], of: str) -> dict[float, dict[
     net = next((run.config.model for run in cells["dfa"].runs), None) if "dfa" in cells else None
     found: dict[float, dict[str, list[tuple[float, float]]]] = {}
     for method, entry in cells.items():
-        for point in entry.points if method not in ("bp", "shallow") and not options_told(method)[1] else ():
+        for point in entry.points if method not in ("bp", "shallow") and not options_told(rule_of(method))[1] else ():
             for run in point.finished:
                 if (x := measure(run)) is not None and net in (None, run.config.model) and not run.collapsed:
                     found.setdefault(point.lr, {}).setdefault(method, []).append((x, 100 * run.accuracy))

@@ -5,19 +5,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from dfl_experiments.ranges import Quantity
+from dfl_experiments.measured import EXTRA_QUANTITIES
 from dfl_experiments.report.cells import Entry
 from dfl_experiments.report.looks import look_of
 from dfl_experiments.report.panels import Curves, Figure, Series
 from dfl_experiments.report.tables import seeds_behind
 
-MEASURED: dict[Quantity, str] = {
-    "weight_cosine": "cosine of B with what backpropagation has in its place",
-    "sign_agreement": "share of B's signs that are those of what backpropagation has in its place",
-    "weight_ratio": "norm of B over that of what backpropagation has in its place",
-    "gradient_cosine": "cosine of the weights' gradient with backpropagation's",
-    "output_cosine": "cosine of the local module's prediction with the logits",
-}
 MOST_NAMES = 4  # that a panel's title has room for
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -109,7 +102,7 @@ def alignment(entries: list[Entry]) -> Iterable[Figure]:
 
 def quantities(entries: list[Entry]) -> Iterable[Figure]:
     """A figure, with a panel for each layer, of everything else that was measured."""
-    for name, what in MEASURED.items():
+    for name, what in EXTRA_QUANTITIES.items():
         found = {layer: curves(entries, f"{name}_mean/{layer}") for layer in layers_of(entries, f"{name}_mean")}
         panels = [Curves(f"layer {layer}", name.replace("_", " "), series) for layer, series in found.items() if series]
         if panels:

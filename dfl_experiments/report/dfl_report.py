@@ -1,16 +1,14 @@
 """The console script `dfl-report`: what the runs in some folders amount to, beside the paper."""
 
 import argparse
-import csv
-import io
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from dfl_experiments.configuration.refusals import one_line
-from dfl_experiments.errors import UserError, any_text
+from dfl_experiments.configuration.refusals import refusing
+from dfl_experiments.errors import UserError
+from dfl_experiments.running.run_directory import naming
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "html", "commands")
 STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs", "html": "html"}  # tabulate's
@@ -55,6 +53,7 @@ def report(asked: argparse.Namespace) -> None:
     found = sections(runs)
     images: list[list[Path]] = [[] for _ in found]  # of each section's figures
     if asked.figures:
+        os.environ["MPLBACKEND"] = "agg"  # another one may not be installed, and is not needed to write files
         from dfl_experiments.report.figures import write_figures
 
         words = words_of([section.setting for section in found])
@@ -80,8 +79,9 @@ def report(asked: argparse.Namespace) -> None:
 def write(text: str, place: Path | None) -> None:
     """Write a text to a file, or print it."""
     if place:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text, encoding="utf-8", errors="replace")
+        with naming(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text, encoding="utf-8", errors="replace")
         print(place)
     else:
         print(text, end="")
@@ -89,15 +89,14 @@ def write(text: str, place: Path | None) -> None:
 
 def as_table(lines: list[list[str]], kind: str) -> str:
     """Lines, the heading first, in one of `FORMATS`."""
-    from tabulate import tabulate
+    from dfl_experiments.report.tables import table
+    from dfl_experiments.running.run_directory import csv_text
 
     if kind == "csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        return text.getvalue()
+        return csv_text(lines)
     if kind not in STYLES:
         raise UserError(f"--across: goes with --format {', '.join([*STYLES, 'csv'])}")
-    return tabulate(lines, "firstrow", tablefmt=STYLES[kind], disable_numparse=True) + "\n"
+    return table(lines, STYLES[kind])
 
 
 def pictures(images: Iterable[Path], page: Path | None) -> str:
@@ -109,19 +108,14 @@ def pictures(images: Iterable[Path], page: Path | None) -> str:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake ends in one line and exit code 2."""
-    any_text()
-    try:
-        report(arguments(given))
-        return
-    except UserError as error:
-        message, code = one_line(error), error.exit_code
-    except ModuleNotFoundError as error:
-        message, code = f'{error.name} is missing: pip install "dfl-experiments[report]"', 2
-    except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}", 1
-    print(f"dfl-report: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    with refusing("dfl-report"):
+        try:
+            report(arguments(given))
+        except ModuleNotFoundError as error:
+            raise UserError(f'{error.name} is missing: pip install "dfl-experiments[report]"') from error
 
 
 if __name__ == "__main__":
-    main()
+    from dfl_experiments.console import report as program
+
+    program()

@@ -1,14 +1,13 @@
 """The figures of a report as PNG and PDF files, and the numbers they show as CSV."""
 
-import csv
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure as Canvas
@@ -21,6 +20,7 @@ from dfl_experiments.report.cells import Section
 from dfl_experiments.report.outcomes import figures
 from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Points
 from dfl_experiments.report.setting import file_name
+from dfl_experiments.running.run_directory import csv_text, naming
 
 PANELS_A_ROW = 3
 LABEL_GAP = 0.05  # of an axis' height, between two labels at the ends of curves
@@ -33,6 +33,7 @@ MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x"
 STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
     "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 13, "pdf.fonttype": 42,
+    "text.parse_math": False,  # a $ in a name is a $
 }  # fmt: skip
 
 
@@ -144,25 +145,26 @@ def canvas_of(figure: Figure, heading: str) -> Canvas:
 
 def write_numbers(figure: Figure, path: str) -> None:
     """What the figure's panels show, a number a row."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["panel", "series", "x", "y", "low", "high"])
-        for panel in figure.panels:
-            for row in panel.rows():
-                texts = [f"{value:.6g}" if isinstance(value, int | float) else value for value in row]
-                writer.writerow([panel.title, *texts])
+    rows: list[list[str | None]] = [["panel", "series", "x", "y", "low", "high"]]
+    for panel in figure.panels:
+        for row in panel.rows():
+            texts = [f"{value:.6g}" if isinstance(value, int | float) else value for value in row]
+            rows.append([panel.title, *texts])
+    Path(path).write_text(csv_text(rows), encoding="utf-8", newline="")
 
 
 def write_figures(section: Section, folder: Path, words: str) -> list[Path]:
     """Every figure of a section as PNG, PDF and CSV in a folder, words in their names; the paths of the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(STYLE):
+    # a user's matplotlibrc has no say
+    with style.context(STYLE, after_reset=True):
         for figure in figures(section):
             path = folder / file_name([figure.name, *filter(None, [words])])
             canvas = canvas_of(figure, section.setting.title)
-            canvas.savefig(f"{path}.png")
-            canvas.savefig(f"{path}.pdf", metadata={"CreationDate": None})  # the same runs give the same file
-            write_numbers(figure, f"{path}.csv")
+            with naming(path):
+                canvas.savefig(f"{path}.png")
+                canvas.savefig(f"{path}.pdf", metadata={"CreationDate": None})  # the same runs give the same file
+                write_numbers(figure, f"{path}.csv")
             written.append(Path(f"{path}.png"))
     return written

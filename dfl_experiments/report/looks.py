@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dfl_experiments.report.setting import options_told
+from dfl_experiments.report.setting import options_told, rule_of
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a grey that shows on white and on black
 FAMILIES = {
@@ -32,8 +32,8 @@ def look_of(method: str) -> Look:
     base, options = options_told(method)
     name = ", ".join([NAMES.get(base, base.upper()), *options])
     for colour, members in FAMILIES.values():
-        if method in members:
-            place = members.index(method)
+        if rule_of(method) in members:
+            place = members.index(rule_of(method))
             return Look(name, colour, DASHES[place], MARKERS[place])
     place = sum(method.encode()) % len(DASHES)
     return Look(name, OWN_COLOUR, DASHES[place], MARKERS[place])

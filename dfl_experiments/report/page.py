@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from dfl_experiments.report.tables import (
     FORMATS,
     FOUND,
     PAIRED,
+    mixed_note,
     not_begun,
     numbers,
     ours_and_paper,
@@ -47,11 +49,13 @@ def traces(one: Series) -> list[dict[str, Any]]:
 
 
 def short(node: Any) -> Any:
-    """Numbers in no more digits than a plot shows, which halves a page's plots."""
+    """Numbers in no more digits than a plot shows, which halves a page's plots; of texts nothing is markup."""
     if isinstance(node, dict):
         return {key: short(value) for key, value in node.items()}
     if isinstance(node, list):
         return [short(value) for value in node]
+    if isinstance(node, str):
+        return html.escape(node, quote=False)
     return float(f"{node:.5g}") if isinstance(node, float) else node
 
 
@@ -121,7 +125,7 @@ def page(sections: Sequence[Section]) -> str:
     drawn = [(section, figures(section)) for section in sections]
     environment = Environment(loader=PackageLoader("dfl_experiments.report", "."), autoescape=True, trim_blocks=True)
     functions = (
-        by_row, command, configuration, methods_of, not_begun, numbers,
+        by_row, command, configuration, methods_of, mixed_note, not_begun, numbers,
         ours_and_paper, paired_table, row, rule,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}

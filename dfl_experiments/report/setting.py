@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from dfl_experiments.configuration.composition import PLACES, compose, group_options, plain, quoted, scientific
+from dfl_experiments.configuration.composition import (
+    FULLY_CONNECTED,
+    PLACES,
+    compose,
+    group_options,
+    plain,
+    quoted,
+    scientific,
+)
 
 NAMED = (*PLACES, "optimizer", "protocol")  # what a run's configuration has a name for
 # what a cell's runs may differ in: the axes of its grid, what its place in the table says, and what changes no number
@@ -21,6 +29,7 @@ NOT_A_DIFFERENCE = {
     "alignment.every",
     "alignment.quantities",
     "memory_format",
+    "protocol.stop_collapsed",
 }
 NOT_A_DIFFERENCE |= {f"{place}.name" for place in PLACES}
 LONGEST_NAME = 90
@@ -69,6 +78,12 @@ def options_told(method: str) -> tuple[str, list[str]]:
     return name, options
 
 
+def rule_of(method: str) -> str:
+    """Return the method without the shape of its B, which is a choice within a rule and not another rule."""
+    name, options = options_told(method)
+    return ", ".join([name, *(option for option in options if not option.startswith("feedback="))])
+
+
 def words_of(settings: Sequence[Setting]) -> list[str]:
     """The `words` of each setting of a report, made different where they are not."""
     counts = Counter(setting.words for setting in settings)
@@ -110,8 +125,13 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def compared(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """What settings differ in, with dotted keys: all that decides a run's numbers, and its protocol's options."""
-    options = {key: value for key, value in plain(cfg)["protocol"].items() if not isinstance(value, Mapping)}
+    recorded = plain(cfg)
+    options = {key: value for key, value in recorded["protocol"].items() if not isinstance(value, Mapping)}
     values = flat(scientific(cfg) | {"protocol": options})
+    # The digest leaves out a B in the shape of a convolution, which is not every rule's default; tables name it.
+    shape = recorded["method"].get("feedback")
+    if shape is not None and recorded["model"]["name"] not in FULLY_CONNECTED:
+        values["method.feedback"] = shape
     return {key: value for key, value in values.items() if key not in NOT_A_DIFFERENCE}
 
 

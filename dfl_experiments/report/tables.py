@@ -1,18 +1,18 @@
 """The tables of a report, as text in several formats."""
 
-import csv
-import io
 import math
+import re
 import statistics
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
-from dfl_experiments.report.cells import Entry, Section, by_row, methods_of
+from dfl_experiments.configuration.composition import FULLY_CONNECTED
+from dfl_experiments.report.cells import Entry, Section, by_row, mean, methods_of
 from dfl_experiments.report.findings import REFERENCES, Finding, findings, judged
 from dfl_experiments.report.paper import PAPER, TITLES
 from dfl_experiments.report.runs import Cell
+from dfl_experiments.running.run_directory import csv_text
 
 FORMATS = {
     "ours": ".2%", "±": ".2%", "n": "d", "paper": ".2%", "difference": "+.2%", "at best val.": ".2%",
@@ -20,13 +20,11 @@ FORMATS = {
 }  # fmt: skip
 COLUMNS = (*Cell._fields, *FORMATS, "grid", "runs", "device")
 MISSING = "–"
+SHAPES = (
+    " On images and tokens B has the shape of a convolution in DFA, LAS and LTAS, and is dense in other direct rules, "
+    "unless a method's name says otherwise."
+)
 PAIRED = "Differences in accuracy, in points, seed by seed, with 95 % intervals (Student's t, n seeds)."
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """None of nothing, and where one of them is."""
-    present = [value for value in values if value is not None]
-    return statistics.fmean(present) if present and len(present) == len(values) else None
 
 
 def degrees(cosine: float | None) -> float | None:
@@ -59,7 +57,7 @@ def row(entry: Entry, missing: str = MISSING) -> dict[str, str]:
         missing if value is None else f"{value:{FORMATS[name]}}".rstrip("%") for name, value in numbers(entry).items()
     ]
     devices = ", ".join(sorted({str(run.result.get("device")) for run in entry.shown})) or missing
-    state = ", ".join(filter(None, [entry.state, entry.lost]))
+    state = ", ".join(filter(None, [entry.state, entry.lost, "mixed" * bool(entry.mixed)]))
     return dict(zip(COLUMNS, [*entry.cell, *shown, entry.grid, state, devices], strict=True))
 
 
@@ -101,7 +99,15 @@ def rule(section: Section) -> str:
         "epoch with the best validation accuracy. Grid: how many of the points in conf/experiment/ have finished. "
         "Angle: of layer 1's error signal with BP's, in degrees, from the mean cosine of the last epoch. "
         "Hours: of training, mean of the point's runs."
+        + SHAPES
+        * any(entry.cell.model not in FULLY_CONNECTED for entry in entries)
     )
+
+
+def mixed_note(entries: Sequence[Entry]) -> str:
+    """What the runs of one cell differ in, over a table; empty if in nothing."""
+    found = sorted(set[str]().union(*(entry.mixed for entry in entries)))
+    return f"Mixed: the runs of such a cell differ in version or device ({', '.join(found)})." if found else ""
 
 
 def not_begun(section: Section, name: str) -> str:
@@ -159,6 +165,27 @@ FOUND = (
 )
 
 
+# what Markdown obeys within a line; a link's text needs no more than its end changed, and a word may hold a _
+OBEYED = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
+
+
+def markdown(text: str) -> str:
+    """Escape what Markdown would obey in a text."""
+    return OBEYED.sub(r"\\\g<0>", text)
+
+
+def table(lines: Sequence[Iterable[str]], style: str) -> str:
+    """Lay out lines, the heading first, in one of tabulate's styles."""
+    clean = markdown if style == "github" else str
+    texts = [[clean(text) for text in line] for line in lines]
+    return tabulate(texts, "firstrow", tablefmt=style, disable_numparse=True) + "\n"
+
+
+def lines_of(rows: Sequence[dict[str, str]]) -> list[Iterable[str]]:
+    """The keys of equal rows as a heading, then their texts."""
+    return [rows[0], *(row.values() for row in rows)]
+
+
 def without_empty_columns(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """Rows of a text without the columns that have nothing to say in any of them."""
     empty = {name for name in rows[0] if all(row[name] == MISSING for row in rows)}
@@ -171,7 +198,7 @@ def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequenc
     figures: what stands at the end of each section.
     """
     heading, subheading = ("# {}\n", "## {}\n") if style == "github" else ("{}\n" + "=" * 72 + "\n", "{}\n")
-    table = partial(tabulate, tablefmt=style, disable_numparse=True)
+    clean = markdown if style == "github" else str
     parts = []
     said: set[str] = set()
 
@@ -181,17 +208,19 @@ def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequenc
         return [f"{note}\n"] * new
 
     for index, section in enumerate(sections):
-        parts.append(heading.format(section.setting.title))
+        parts.append(heading.format(clean(section.setting.title)))
         parts += once(rule(section)) if section.chosen else [f"{rule(section)}\n"]
         for name, title in TITLES.items():
             entries, missing = section.tables[name], not_begun(section, name)
             if entries or missing:
                 parts.append(subheading.format(title))
             if entries:
-                parts.append(table(wide(entries), "firstrow") + "\n")
-                parts.append(table(without_empty_columns([row(entry) for entry in entries]), "keys") + "\n")
+                parts.append(table(wide(entries), style))
+                parts.append(table(lines_of(without_empty_columns([row(entry) for entry in entries])), style))
+            if note := mixed_note(entries):
+                parts.append(f"{note}\n")
             if rows := paired_table([entry for entry in entries if entry.best]):
-                parts += [*once(PAIRED), table(rows, "keys") + "\n"]
+                parts += [*once(PAIRED), table(lines_of(rows), style)]
             if missing:
                 parts.append(f"{missing}\n")
         parts += figures[index : index + 1]
@@ -201,20 +230,18 @@ def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequenc
 def answers(sections: Sequence[Section], style: str = "simple") -> str:
     """The findings for a person; empty where there is nothing to compare."""
     rows = found_table(findings(sections))
-    return f"{tabulate(rows, 'keys', tablefmt=style, disable_numparse=True)}\n\n{FOUND}\n" if rows else ""
+    return f"{table(lines_of(rows), style)}\n{FOUND}\n" if rows else ""
 
 
 def as_csv(sections: Sequence[Section]) -> str:
     """Every entry of every table as one row; accuracies in percent, empty where there is none."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "smoke", "protocol", "differences", *COLUMNS])
+    rows: list[Iterable[str]] = [["table", "smoke", "protocol", "differences", *COLUMNS]]
     for section in sections:
         smoke, protocol, differences = section.setting
         for name, entries in section.tables.items():
             setting = (name, "smoke" if smoke else "", protocol, "; ".join(differences))
-            writer.writerows([*setting, *row(entry, missing="").values()] for entry in entries)
-    return text.getvalue()
+            rows += [[*setting, *row(entry, missing="").values()] for entry in entries]
+    return csv_text(rows)
 
 
 def as_latex(sections: Sequence[Section]) -> str:

@@ -5,20 +5,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, resident, split
-from dfl_experiments.data.packs import load_known
+from dfl_experiments.data.packs import load_known, test_images_in_training
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
-from dfl_experiments.errors import UserError
+from dfl_experiments.errors import UserError, reason
 from dfl_experiments.optimizers import OptimizerFactory
 from dfl_experiments.running.device import ALL_THREADS, choose_device, layout_of, set_up
+from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
 
 
@@ -26,13 +28,13 @@ from dfl_experiments.running.run_directory import epoch_columns, iteration_colum
 class Parts:
     """Everything that the epochs need.
 
-    data: the digest of the data set; train_size: images to train on; memory_format: as used; step: calls like
-    `Learner.step`.
+    origin: what result.json says of the data set and of one's own code; train_size: images to train on; memory_format:
+    as used; step: calls like `Learner.step`.
     """
 
     settings: Settings
     device: torch.device
-    data: str
+    origin: dict[str, Any]
     batches: Batches
     validation: EvaluationBatches
     test: EvaluationBatches
@@ -61,6 +63,8 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     dataset = settings.dataset
     source, data_dir = components["dataset.source"].build(), Path(settings.data_dir)
     arrays, data = load_known(dataset.name, source, data_dir)
+    seen = test_images_in_training(dataset.name, arrays)
+    origin = {"data": data, "code": code_of(components), "test_images_in_training": seen}
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed)
     train, held_out = (index.numpy() for index in indices)
     loss = LOSSES[settings.loss]
@@ -89,7 +93,7 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     if device.type == "cuda" and settings.cuda_graph:
         step = CapturedStep(learner, settings.batch_size, device)
     return Parts(
-        settings, device, data, batches, validation, test, len(train), arrays.num_classes, layout, schedule, learner,
+        settings, device, origin, batches, validation, test, len(train), arrays.num_classes, layout, schedule, learner,
         step,
     )  # fmt: skip
 
@@ -102,7 +106,5 @@ def check_batches(net: BlockNet, train_size: int, batch_size: int) -> None:
     try:
         copy.deepcopy(net).train()(torch.zeros(1, *net.input_shape))
     except ValueError as error:  # PyTorch's word for it
-        raise UserError(
-            f"batch_size={batch_size}: of {train_size} training images the last batch holds one, which batch "
-            "normalisation cannot work with on planes of one pixel; choose another batch_size or limit"
-        ) from error
+        told = f"the last batch of {train_size} images holds one ({reason(error)}); choose another batch_size or limit"
+        raise UserError(f"batch_size={batch_size}: {told}") from error

@@ -4,47 +4,25 @@ Hydra lets a callback's errors pass with a warning, but not its SystemExit.
 """
 
 import shutil
+import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from dfl_experiments.configuration.composition import AUTO, literal, quoted
+from dfl_experiments.configuration.composition import AUTO, literal, plain, quoted
 from dfl_experiments.configuration.recorded import with_recorded
-from dfl_experiments.configuration.refusals import MISTAKES, one_line
+from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import Configuration, check
-from dfl_experiments.errors import Fault, UserError
+from dfl_experiments.errors import UserError
 from dfl_experiments.running.locks import refuse_links
 from dfl_experiments.running.summary import COMMAND, Sweep, summary
 from dfl_experiments.running.sweep import check_sweep
 from dfl_experiments.running.workers import QUEUE
-
-
-def refuse(error: BaseException) -> NoReturn:
-    """Print the error's one line and leave the process with its code, 2 unless the machine is to blame."""
-    print(f"dfl-train: error: {one_line(error)}", file=sys.stderr)
-    raise SystemExit(getattr(error, "exit_code", 2)) from None
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """A mistake inside ends the process in one line, any other error with its traceback."""
-    try:
-        yield
-    except MISTAKES as error:
-        refuse(error)
-    except OSError as error:
-        refuse(Fault(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
-    except Exception as error:
-        traceback.print_exc()
-        raise SystemExit(1) from error
 
 
 def check_run(cfg: DictConfig) -> Configuration:
@@ -71,6 +49,7 @@ def refuse_chdir(cfg: DictConfig) -> None:
 
 def made(folder: Path, key: str) -> None:
     """Make the folder. Raises `UserError`, naming the key that it comes from, where that cannot be."""
+    Checks.made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -87,11 +66,14 @@ def pin(config: DictConfig, sweep: Sweep) -> None:
 
 
 class Checks(Callback):
-    """command: what this process is known by; checked, sweep: what was found, for the job and for its end; ending:
-    whether a signal has asked for that."""
+    """command: what this process is known by; checked, sweep: what was found, for the job and for its end; begun:
+    whether there may be something to save; stopped_by: the signal that has asked for the end; made: the
+    folders made for a run or a sweep, the innermost first."""
 
     command: ClassVar[str] = ""
-    ending: ClassVar[bool] = False
+    begun: ClassVar[bool] = False
+    stopped_by: ClassVar[int | None] = None
+    made: ClassVar[list[Path]] = []
     checked: ClassVar[Configuration | None] = None
     sweep: ClassVar[Sweep | None] = None
 
@@ -100,6 +82,7 @@ class Checks(Callback):
         with refusing():
             HydraConfig.instance().set_config(config)
             Checks.checked = check_run(config)
+            Checks.begun = True
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a sweep with a wrong job before anything of it begins."""
@@ -113,14 +96,26 @@ class Checks(Callback):
                 from dfl_experiments.running.slurm import watch
 
                 watch()
+            if sweep.launcher == "ray":
+                import ray
+
+                before = signal.getsignal(signal.SIGTERM)
+                ray.init(**plain(config.hydra.launcher.ray.init))
+                signal.signal(signal.SIGTERM, before)  # Ray's own aborts this process three seconds later
             Checks.sweep = sweep  # only now is there something to sum up
+            Checks.begun = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Keep no configuration of a job that is done: Hydra keeps what each returns to the end of a sweep."""
         job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Sum up, and let the exit code say whether every point has its result."""
+        """Sum up, and let the exit code say whether every point has its result.
+
+        Hydra 1.4 calls this of a sweep that an error or a signal ends as well, whose exit code `train.main` knows.
+        """
+        if sys.exc_info()[1] is not None:
+            return
         with refusing():
             sweep, Checks.sweep = Checks.sweep, None
             if sweep is not None and (code := summary(sweep)):

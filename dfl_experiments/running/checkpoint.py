@@ -1,7 +1,13 @@
-"""`last.pt`: everything needed to go on as if nothing had happened, written so that a reader never sees half of it."""
+"""`last.pt`: everything needed to go on as if nothing had happened, written so that a reader never sees half of it.
 
+At its end, where `torch.load` does not look, stands SHA-256 of all before it: PyTorch checks no sums of its own.
+"""
+
+import hashlib
 import logging
+import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +17,15 @@ import torch
 from dfl_experiments.engine.learner import Learner
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.running.run_directory import LAST, PREVIOUS, fsync_folder, synced
+from dfl_experiments.seal import opened, sha256_of
 
 if TYPE_CHECKING:
     from dfl_experiments.running.epochs import State
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
+DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
 KEYS = {"format", "science", "epoch", "batch", "net", "method", "optimizers", "random", "training", "threads"}
 
 
@@ -71,16 +79,17 @@ def save(run_dir: Path, state: dict[str, Any]) -> None:
     """Write the state to `last.pt`, keeping the one before as `previous.pt`. Raises OSError where that fails."""
     new = run_dir / f".{LAST}.new"
     try:
-        try:
-            with new.open("wb") as file:
-                torch.save(state, file)
-                synced(file)
-        except RuntimeError as error:  # torch.save's word for a write that failed
-            raise OSError(f"{run_dir / LAST}: cannot be written ({reason(error)})") from error
+        with new.open("w+b") as file:
+            torch.save(state, file)
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
+            synced(file)
         if (run_dir / LAST).exists():
             (run_dir / LAST).replace(run_dir / PREVIOUS)
         new.replace(run_dir / LAST)
         fsync_folder(run_dir)
+    except RuntimeError as error:  # torch.save's word for a write that failed
+        raise OSError(f"{run_dir / LAST}: cannot be written ({reason(error)})") from error
     finally:
         new.unlink(missing_ok=True)
 
@@ -91,18 +100,37 @@ def discard(run_dir: Path, *names: str) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
+def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Remove the checkpoints that a run with this configuration has no use for once it has ended."""
+    keeps = (config.get("checkpoint") or {}).get("keep", True)
+    discard(run_dir, *([PREVIOUS] if keeps else [LAST, PREVIOUS]))
+
+
 def read(path: Path, science: str | None = None) -> dict[str, Any]:
-    """The state of one file; nothing in it is executed. Raises `UserError` if it is damaged or of another run."""
+    """The state of one file; nothing in it is executed.
+
+    science: of the run that is to go on from it, whose tables must be as it left them. Raises `UserError` if the file
+    or a table is damaged or of another run.
+    """
+    with opened(path) as file:
+        length = max(os.fstat(file.fileno()).st_size - DIGEST_LENGTH, 0)
+        file.seek(length)
+        if sha256_of(path, length).hexdigest().encode() != file.read():
+            raise UserError(f"{path}: is damaged, or of an earlier version")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler say
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
-    if not isinstance(state, dict) or not set(state) >= KEYS:
+    if not isinstance(state, dict) or not set(state) >= KEYS or not isinstance(state["threads"], int):
         raise UserError(f"{path}: is no checkpoint of a run")
     if state["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: has format {state['format']}, this version reads {CHECKPOINT_FORMAT}")
     if science is not None and state["science"] != science:
         raise UserError(f"{path}: belongs to a run with another configuration ({state['science']}, not {science})")
+    for name, digest in state["training"]["digests"].items() if science is not None else ():
+        table, length = path.with_name(f"{name}.csv"), state["training"]["lengths"][name]
+        if not table.exists() or sha256_of(table, length).hexdigest() != digest:
+            raise UserError(f"{table}: missing, or not as it was at the checkpoint {path.name}")
     return state
 
 
@@ -111,18 +139,16 @@ def load(run_dir: Path, science: str | None = None) -> dict[str, Any]:
 
     Raises `UserError`, naming both files and what to do, where neither serves.
     """
-    found, problems = None, []
+    problems = []
     for name in (LAST, PREVIOUS):
-        if not (run_dir / name).exists():
-            problems.append(f"{run_dir / name}: missing")
-            continue
         try:
             found = read(run_dir / name, science)
-            break
+        except FileNotFoundError:
+            problems.append(f"{run_dir / name}: missing")
         except UserError as error:
             problems.append(str(error))
-    if found is None:
-        raise UserError(f"{'; '.join(problems)}; remove both to start the run anew")
-    if problems:
-        log.warning("%s; going on from %s", problems[0], PREVIOUS)
-    return found
+        else:
+            if problems:
+                log.warning("%s; going on from %s", problems[0], name)
+            return found
+    raise UserError(f"{'; '.join(problems)}; remove {LAST} and {PREVIOUS} to start the run anew")

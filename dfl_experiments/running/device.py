@@ -5,6 +5,7 @@ import ctypes
 import logging
 import os
 import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precisio
     wins = precision != "float32" or (device.type == "cpu" and min(kernels) > 3)
     is_last = wins and device.type != "mps" if name == "auto" else name == "channels_last"
     return torch.channels_last if is_last else torch.contiguous_format
+
+
+@contextlib.contextmanager
+def usual_torch() -> Iterator[None]:
+    """Compute in float32 and with gradients, whatever the caller has set for work of its own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def set_up(device: torch.device, precision: Precision, seed: int, deterministic: bool, threads: int) -> None:

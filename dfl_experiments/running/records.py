@@ -7,8 +7,6 @@ from torch import Tensor
 
 from dfl_experiments.running.run_directory import Row, iteration_columns
 
-HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}  # of `test_accuracy`
-
 
 def iteration_rows(values: Tensor, numbers: list[str], epoch: int) -> list[Row]:
     """The rows of iterations.csv that an epoch's values make. values: (iterations, numbers), on the CPU."""
@@ -33,13 +31,16 @@ def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tenso
     return found
 
 
+def by_layer(row: dict[str, Any], quantity: str) -> dict[str, Any]:
+    """One quantity of a row of epochs.csv, by layer number."""
+    return {name.removeprefix(f"{quantity}/"): x for name, x in row.items() if name.startswith(f"{quantity}/")}
+
+
 def reported_accuracies(epochs: list[tuple[float | None, float]]) -> dict[str, Any]:
     """`test_accuracy` of result.json, from the validation and test accuracy of every epoch.
 
     The first of equally good epochs counts.
     """
-    if not epochs:
-        return {"last": None, "at_best_validation": None, "best": None, "best_epoch": None}
     chosen = max(epochs, key=lambda pair: pair[0] if pair[0] is not None else -1.0)
     tests = [test for _, test in epochs]
     return {

@@ -4,26 +4,31 @@ import copy
 import errno
 import logging
 import math
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from dfl_experiments.configuration.composition import AUTO, names_of, science
 from dfl_experiments.configuration.schema import Configuration, Settings
-from dfl_experiments.errors import Fault, UserError, reason
+from dfl_experiments.data.packs import digest
+from dfl_experiments.errors import Fault, UserError, of_the_system, reason
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.build import Parts, build
-from dfl_experiments.running.device import ALL_THREADS
+from dfl_experiments.running.device import ALL_THREADS, usual_torch
 from dfl_experiments.running.epochs import State, train
-from dfl_experiments.running.locks import Busy, locked
-from dfl_experiments.running.provenance import device_name, git_commit, versions
+from dfl_experiments.running.locks import locked
+from dfl_experiments.running.provenance import code_of, device_name, git_commit, versions
 from dfl_experiments.running.result import DONE, read_result, status_left, write_config, write_result
 from dfl_experiments.running.run_directory import CONFIG, LAST, PREVIOUS, RESULT, record_overrides
 from dfl_experiments.running.signals import Stop
-from dfl_experiments.running.summary import write_outcome
+from dfl_experiments.running.summary import four_digits, write_outcome
 from dfl_experiments.running.tracking import make_whole, rows_apart, track
 
 log = logging.getLogger(__name__)
@@ -49,7 +54,7 @@ def explained(error: BaseException, settings: Settings, run_dir: Path, started: 
         operator = text.split(" does not have")[0]
         return Fault(f"deterministic=true: {operator} has no deterministic form on device={settings.device}")
     if isinstance(error, OSError):
-        told = f"{error.filename}: {error.strerror}" if error.strerror and error.filename else text
+        told = of_the_system(error)
         if error.errno == errno.ENOSPC:
             told += f"; make room, and the run goes on from its last checkpoint (resume={run_dir}, or the sweep again)"
         return Fault(told)
@@ -77,12 +82,13 @@ def rehearse(parts: Parts) -> None:
 def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop) -> State:
     """Where to begin: at the checkpoint, if the run goes on; otherwise what the directory holds is given up now.
 
-    Raises `UserError` where the checkpoint is of other data, and `Interrupted` where a signal has come before that.
+    Raises `UserError` where the checkpoint is of other data or code, `Interrupted` where a signal has come before.
     """
     net, method = parts.learner.net, parts.learner.method
     made_by = {key: result[key] for key in ("versions", "git_commit")}
-    result |= {
-        "data": parts.data,
+    if saved is not None:
+        refuse_changes(run_dir, saved["training"], parts.origin)
+    result |= parts.origin | {
         "input_shape": list(net.input_shape),
         "num_classes": parts.num_classes,
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -90,17 +96,21 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         "device": device_name(parts.device),
         "memory_format": "channels_last" if parts.memory_format == torch.channels_last else "contiguous",
     }
-    state = State(data=parts.data, made_by=[made_by])
+    state = State(data=result["data"], code=result["code"], made_by=[made_by])
     if saved is not None:
-        state = State(saved["epoch"], **saved["training"])
-        if state.data != parts.data:
-            raise UserError(f"{run_dir}: its data have changed since the checkpoint ({state.data}, now {parts.data})")
-        checkpoint.restore(parts.learner, saved)
+        try:
+            state = TypeAdapter(State).validate_python(State(saved["epoch"], **saved["training"]))
+            checkpoint.restore(parts.learner, saved)
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            told = f"holds a wrong value ({reason(error)}); force=true starts anew"
+            raise UserError(f"{run_dir / LAST}: {told}") from error
         log.info("going on after epoch %d, batch %d", saved["epoch"], saved["batch"])
         go_on_under(state, made_by)
         result["earlier"] = state.made_by[:-1]
     else:
-        if status_left(run_dir) is not None:
+        if any((run_dir / name).exists() for name in (RESULT, LAST, PREVIOUS)):
             rehearse(parts)
         stop.check()
         checkpoint.discard(run_dir)
@@ -122,6 +132,7 @@ def go_on_under(state: State, made_by: dict[str, Any]) -> None:
         state.made_by[-1:] = [before | {"epochs": state.epoch}, made_by]
 
 
+@usual_torch()
 def run(
     configuration: Configuration,
     run_dir: Path,
@@ -156,7 +167,7 @@ def run(
                     train(parts, state, run_dir, configuration.science, tracker, stop)
                     result |= state.result | (state.end or {"status": "finished"})
                     conclude(run_dir, result, started=True)  # before W&B has its time, which a signal may cut short
-                    checkpoint.discard(run_dir, *([PREVIOUS] if settings.checkpoint.keep else [LAST, PREVIOUS]))
+                    checkpoint.discard_spent(run_dir, result["config"])
                 except BaseException as error:
                     result |= state.result | failure(error)
                     raise
@@ -165,7 +176,7 @@ def run(
     except BaseException as error:
         told = explained(error, settings, run_dir, started=state is not None)
         if result["status"] not in DONE:
-            with suppress(OSError):  # of a full disk: the error itself is to be told
+            with suppress(OSError, UserError):  # of a full disk, or a damaged result: the error itself is to be told
                 conclude(run_dir, result | failure(told), started=state is not None)
         if told is error:
             raise
@@ -180,47 +191,73 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
     resume=auto a run there goes on, if it is of the same configuration, and otherwise one begins.
     """
     settings = configuration.settings
-    try:
-        with locked(run_dir):
-            status = status_left(run_dir)
-            go_on = status is not None if settings.resume == AUTO else settings.resume is not None
-            if go_on and settings.resume == AUTO:
-                same_configuration(configuration, run_dir, read_result(run_dir))
-            if not go_on and status is not None and not settings.force:
-                raise UserError(
-                    f"{run_dir}: holds a run already ({status}); resume={run_dir} goes on, force=true starts anew"
-                )
-            if go_on and status is None:
-                raise UserError(f"resume={run_dir}: left no checkpoint; repeat={run_dir} starts it anew")
-            if go_on and status in DONE:
-                log.info("%s: %s already", run_dir, status)
-                result = read_result(run_dir) or {}
-                make_whole(settings.tracking, run_dir, result, None)
-                return result
-            if not go_on:
-                record_overrides(run_dir, overrides)
+    is_new = not run_dir.is_dir() or (run_dir.absolute() != Path.cwd() and set(os.listdir(run_dir)) <= {"run.log"})
+    with locked(run_dir):
+        status = None if settings.force and settings.resume is None else status_left(run_dir)
+        go_on = status is not None if settings.resume == AUTO else settings.resume is not None
+        if not go_on and status is not None:
+            told = f"holds a run already ({status}); resume={run_dir} goes on, force=true starts anew"
+            raise UserError(f"{run_dir}: {told}")
+        if go_on and (before := found_done(configuration, run_dir)):
+            return before
+        if go_on and status is None:
+            raise UserError(f"resume={run_dir}: left no checkpoint; repeat={run_dir} starts it anew")
+        if not go_on:
+            record_overrides(run_dir, overrides)
+        try:
             result = run(configuration, run_dir, go_on=go_on)
-    except Busy as busy:
-        raise UserError(str(busy)) from None
+        except UserError as error:
+            if is_new and error.exit_code == 2 and not (run_dir / "epochs.csv").exists():
+                shutil.rmtree(run_dir, ignore_errors=True)  # it was refused, and nothing has been trained
+            raise
     summarise(result, run_dir)
     return result
 
 
-def same_configuration(configuration: Configuration, run_dir: Path, before: dict[str, Any] | None) -> None:
-    """Raise `UserError` where the result that the directory holds is of a run with another configuration."""
-    if before is not None and science(before["config"]) != configuration.science:
+def found_done(configuration: Configuration, run_dir: Path, group: str | None = None) -> dict[str, Any] | None:
+    """Return the result of the run that a directory holds, mirrored, where it has ended; None where it has not.
+
+    group: see `run`. Raises `UserError` where that run has another configuration, other data or other code.
+    """
+    before = read_result(run_dir)
+    if before is None:
+        return None
+    settings, status = configuration.settings, status_left(run_dir)
+    if science(before["config"]) != configuration.science:
         raise UserError(f"{run_dir}: holds a run with another configuration; force=true replaces it")
+    if status is None:  # it begins anew, with its code mended perhaps
+        return None
+    source = configuration.components["dataset.source"].build()
+    data = digest(settings.dataset.name, source, Path(settings.data_dir))
+    refuse_changes(run_dir, before, {"data": data, "code": code_of(configuration.components)})
+    if status not in DONE:
+        return None
+    log.info("%s: %s already, accuracy %s", run_dir, status, four_digits(before["accuracy"]))
+    checkpoint.discard_spent(run_dir, before["config"])
+    make_whole(settings.tracking, run_dir, before, group)
+    return before
+
+
+def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `UserError` where data or one's own code are others than a result, or a checkpoint's state, recorded."""
+    recorded, present = ({"data": one.get("data"), **one.get("code", {})} for one in (before, now))
+    for name, value in present.items():
+        if None not in (value, recorded.get(name)) and value != recorded[name]:
+            changed = f"holds a run on other data or code: {name} {recorded[name]}, now {value}"
+            advice = "force=true replaces it, a new sweep= or hydra.run.dir= keeps both"
+            raise UserError(f"{run_dir.name}: {changed}; {advice}")
 
 
 def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:
     """Leave the result; of a run that could not start, only where that takes nothing from the one before."""
-    before = read_result(run_dir)
-    if started or before is None:
+    before = None if started else read_result(run_dir)
+    result["finished_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+    if not (run_dir / CONFIG).exists():
+        write_config(run_dir, result["config"])
+    if before is None:
         write_result(run_dir, result)
     elif before["status"] not in DONE:  # the part before keeps its numbers, and this is why it did not go on
         write_result(run_dir, before | {key: result[key] for key in ("status", "reason")})
-    if not (run_dir / CONFIG).exists():
-        write_config(run_dir, result["config"])
 
 
 def summarise(result: dict[str, Any], run_dir: Path) -> None:

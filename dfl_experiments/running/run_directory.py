@@ -2,8 +2,11 @@
 
 import contextlib
 import csv
+import hashlib
+import io
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -11,12 +14,16 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from dfl_experiments.errors import UserError
+from dfl_experiments.measured import STABILITY
+from dfl_experiments.seal import opened, sha256_of
 
 EPOCH_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
     "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
+HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}  # of `test_accuracy`
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
+FORMULA = re.compile(r"[=@]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)")  # -0.3 is none
 Row = dict[str, float | int | None]
 
 
@@ -26,14 +33,11 @@ def iteration_columns(numbers: Iterable[str]) -> list[str]:
 
 
 def epoch_columns(depth: int, more: Sequence[str] = ()) -> list[str]:
-    """`EPOCH_COLUMNS`, then for every hidden layer i the mean of its `cosine_sample/i` over the epoch, `cosine/i`, and
-    of more quantities, `weight_cosine_mean/i` for one: W&B keeps no two series of one name apart."""
-    return [*EPOCH_COLUMNS, *(f"{name}/{i}" for name in ("cosine", *map(mean_of, more)) for i in range(1, depth))]
-
-
-def mean_of(quantity: str) -> str:
-    """What the mean over an epoch is called."""
-    return f"{quantity}_mean"
+    """`EPOCH_COLUMNS`, then for every hidden layer i the mean of its `cosine_sample/i` over the epoch, `cosine/i`, what
+    `STABILITY` names, and the means of more quantities, `weight_cosine_mean/i` for one: W&B keeps no two series of one
+    name apart."""
+    names = ("cosine", *STABILITY, *(f"{quantity}_mean" for quantity in more))
+    return [*EPOCH_COLUMNS, *(f"{name}/{i}" for name in names for i in range(1, depth))]
 
 
 def cell(value: float | int | None) -> str:
@@ -43,53 +47,56 @@ def cell(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.9g}"
 
 
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Write rows as CSV, with a ' before each text that a spreadsheet would take for a formula."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        writer.writerow(f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row)
+    return text.getvalue()
+
+
 class Table:
-    """A CSV file that only grows. Rows reach the file at every `extend`."""
+    """A CSV file that only grows. Rows reach the file, and its `sha256`, at every `extend`."""
 
     def __init__(self, path: Path, columns: Iterable[str], length: int | None = None) -> None:
         """length: bytes of an existing file to go on after, what is behind them being cut off; None starts anew.
 
-        Raises `UserError` for a file that is missing or shorter, or whose columns are others, as an earlier version's.
+        Raises `UserError` for a file whose columns are others, as an earlier version's.
         """
-        self.columns = list(columns)
-        self._path = path
-        if length is not None and (not path.is_file() or path.stat().st_size < length):
-            raise UserError(
-                f"{path}: missing, or shorter than the checkpoint says; remove {LAST} and {PREVIOUS} to start anew"
-            )
-        if length is not None and header(path) != self.columns:
-            raise UserError(f"{path}: has other columns than this version writes; force=true runs anew")
-        self._file = path.open("w" if length is None else "a", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        self.path, self.columns = path, list(columns)
         if length is None:
-            self._writer.writerow(self.columns)
-            self._file.flush()
+            path.unlink(missing_ok=True)
+            self.sha256 = hashlib.sha256()
+            self._append([self.columns])
+        elif header(path) != self.columns:
+            raise UserError(f"{path}: has other columns than this version writes; force=true runs anew")
         else:
-            self._file.truncate(length)
+            os.truncate(path, length)
+            self.sha256 = sha256_of(path)
+
+    def _append(self, rows: Iterable[Sequence[str]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        content = text.getvalue().encode()
+        with naming(self.path), self.path.open("ab") as file:
+            file.write(content)
+        self.sha256.update(content)
 
     def sync(self) -> int:
         """Have the rows on the disk, and return the length of the file in bytes."""
-        with naming(self._path):
-            return synced(self._file)
+        with naming(self.path), self.path.open("ab") as file:
+            return synced(file)
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Append rows; a column that a row lacks stays empty."""
-        with naming(self._path):
-            self._writer.writerows([cell(row.get(column)) for column in self.columns] for row in rows)
-            self._file.flush()
-
-    def __enter__(self) -> "Table":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # rows that a full disk did not take: `extend` has said so
-            self._file.close()
+        self._append([cell(row.get(column)) for column in self.columns] for row in rows)
 
 
 def header(path: Path) -> list[str]:
     """The names of a CSV file's columns."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return next(csv.reader(file), [])
+    with opened(path) as file:
+        return next(csv.reader([file.readline().decode(errors="replace")]), [])
 
 
 @contextlib.contextmanager

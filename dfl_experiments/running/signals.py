@@ -5,8 +5,10 @@ import threading
 from types import FrameType
 from typing import Any
 
-REQUEUE = getattr(signal, "SIGUSR2", None)
-ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+REQUEUE = signal.SIGUSR2
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# what a scheduler sends some time before the end, and the system at a limit of CPU time
+WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -15,11 +17,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it: 130 after SIGINT, 143 after SIGTERM."""
-        return 128 + self.signum
 
 
 class Kept:
@@ -34,18 +31,26 @@ class Kept:
 
 
 def handle(handler: Any) -> dict[int, Any]:
-    """Have a handler for every signal that asks for the end, and return those before.
+    """Set a handler for every signal that asks for the end, and return the handlers before.
 
-    One that is ignored stays so: a script's background job has no SIGINT, and nohup's has no SIGHUP.
+    A signal that is ignored stays ignored: a script's background job has no SIGINT, and nohup's has no SIGHUP. One of
+    `WARNING` is left to a library that has a handler of its own for it.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
     heard = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
+    heard += [signum for signum in WARNING if is_free(signum)]
     return {signum: signal.signal(signum, handler) for signum in heard}
 
 
+def is_free(signum: int) -> bool:
+    """Whether nobody but this package has a handler for a signal."""
+    handler = signal.getsignal(signum)
+    return handler == signal.SIG_DFL or str(getattr(handler, "__module__", "")).startswith("dfl_experiments.")
+
+
 class Stop:
-    """Inside the block SIGINT, SIGTERM, SIGHUP and a scheduler's own signal are noted, to be looked at after each step.
+    """Inside the block the signals that ask for the end are noted, to be looked at after each step.
 
     A second SIGINT ends the process at once, as SIGINT does elsewhere. A library that queues jobs again (submitit) has
     a handler of its own for SIGUSR2, which gets its signal once the run is safe (see `pass_on`), also where SIGTERM
@@ -58,14 +63,14 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         self._before = handle(self._note)
-        if self._before and REQUEUE is not None and callable(signal.getsignal(REQUEUE)):
+        if self._before and REQUEUE not in self._before and callable(signal.getsignal(REQUEUE)):
             self._before[REQUEUE] = signal.signal(REQUEUE, self._note)
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.requested is not None:
             raise KeyboardInterrupt
-        if self.requested != REQUEUE or REQUEUE is None:
+        if self.requested != REQUEUE:
             self.requested = signum
 
     def check(self) -> None:
@@ -83,5 +88,5 @@ class Stop:
 
 def pass_on(stop: KeyboardInterrupt) -> None:
     """Give the signal that a run has obeyed to the handler of a library that was there before, if there is one."""
-    if isinstance(stop, Interrupted) and stop.signum == REQUEUE and callable(signal.getsignal(stop.signum)):
+    if isinstance(stop, Interrupted) and stop.signum == REQUEUE and not is_free(REQUEUE):
         signal.raise_signal(stop.signum)

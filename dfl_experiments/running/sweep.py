@@ -8,22 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from dfl_experiments.configuration.composition import point_name
-from dfl_experiments.configuration.grids import sweep_points
-from dfl_experiments.configuration.refusals import MISTAKES, one_line
+from dfl_experiments.configuration.grids import BASIC, sweep_points
+from dfl_experiments.configuration.refusals import MISTAKES, one_line, uncomposed
 from dfl_experiments.configuration.schema import Configuration, check
-from dfl_experiments.configuration.sweep_loader import use_quick_compositions, validate_no_more
-from dfl_experiments.data.packs import digest
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.locks import Busy, locked, refuse_links
-from dfl_experiments.running.result import DONE, read_result, status_left
+from dfl_experiments.running.result import status_left
 from dfl_experiments.running.run_directory import record_overrides
-from dfl_experiments.running.summary import Point, Sweep, four_digits, has_begun, write_outcome
-from dfl_experiments.running.tracking import make_whole
-from dfl_experiments.running.workers import BUSY, call_no_success
+from dfl_experiments.running.summary import Point, Sweep, has_begun, write_outcome
+from dfl_experiments.running.workers import BUSY, call_no_success, check_launcher
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +40,14 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     one folder.
     """
     params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
-    grid = sweep_points([*(f"{key}={value}" for key, value in params), *cfg.hydra.overrides.task])
     sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher"))
-    is_grid = sweeper == "basic"
+    check_launcher(launcher, cfg.hydra.launcher)
+    grid = sweep_points([*(f"{key}={value}" for key, value in params), *cfg.hydra.overrides.task], sweeper)
+    is_grid = sweeper == BASIC
     jobs = list(itertools.islice(grid, None if is_grid else 1))
     if many := len(jobs) > MANY_JOBS:
         print(f"checking {len(jobs)} jobs", flush=True)
-    compose = use_quick_compositions()
+    loader = GlobalHydra.instance().config_loader()
     chosen = {key: unresolved(cfg, key) for key in OF_THE_COMMAND}
     runs: dict[str, str] = {}
     folders: dict[str, str] = {}
@@ -56,9 +55,9 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     for number, overrides in enumerate(tqdm(jobs, "checking", unit="job", leave=False, disable=None if many else True)):
         job = " ".join(overrides)
         try:
-            one = compose(cfg, overrides)
+            one = loader.load_sweep_config(cfg, overrides)
             with open_dict(one.hydra.job):
-                one.hydra.job.num = one.hydra.job.id = number
+                one.hydra.job.num, one.hydra.job.id = number, str(number)
             for key, value in chosen.items():
                 if unresolved(one, key) != value:
                     raise UserError(f"{key}: differs from job to job; such a choice is for a command of its own")
@@ -66,10 +65,12 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
             settings = configuration.settings
             if settings.resume is not None or settings.repeat is not None:
                 raise UserError("resume and repeat are for a single run; a sweep started again goes on by itself")
+            if not is_grid and not settings.validation_fraction:
+                raise UserError(f"validation_fraction=0: hydra/sweeper={sweeper} chooses by validation accuracy")
             digest_of_run, folder = configuration.science, subdir(one, configuration)
             refuse_links(sweep.folder / folder)
-        except MISTAKES as error:
-            raise UserError(f"{one_line(error)} (in the job {job})") from error
+        except (*MISTAKES, ValueError) as error:
+            raise UserError(f"{one_line(uncomposed(error, overrides))} (in the job {job})") from error
         for key, seen in ((digest_of_run, runs), (folder, folders)):
             if key in seen:
                 what = "are the same run" if seen is runs else f"would write to {folder} (hydra.sweep.subdir)"
@@ -77,8 +78,6 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
             seen[key] = job
         if is_grid:
             sweep.points[folder] = Point(job, digest_of_run)
-    if is_grid:
-        validate_no_more()
     return sweep
 
 
@@ -105,18 +104,27 @@ def run_point(
     `device`). A point that fails leaves its `result.json` and says so in one line, and the sweep goes on; None is
     returned.
     """
-    from dfl_experiments.running.run import failure, summarise
+    from dfl_experiments.running.device import device_of_job, threads_of_job
+    from dfl_experiments.running.run import failure, found_done, run, summarise
 
     try:
         with BUSY, locked(run_dir, command):
             try:
-                result = _run_unless_done(check(cfg), run_dir, overrides, command, number, at_once)
+                configuration = check(cfg)
+                settings = configuration.settings
+                anew = settings.force and not has_begun(run_dir, command)  # a job that is queued again goes on
+                if not anew and (before := found_done(configuration, run_dir, settings.sweep)):
+                    return before["accuracy"]
+                record_overrides(run_dir, overrides)
+                result = run(
+                    configuration, run_dir, settings.sweep,
+                    go_on=not anew and status_left(run_dir) is not None, command=command,
+                    device=device_of_job(settings.device, number), threads=threads_of_job(at_once),
+                )  # fmt: skip
             except BaseException as error:
                 with suppress(OSError):  # of a full disk: the error itself is to be told
                     write_outcome(run_dir, command, **failure(error))
                 raise
-            if result is None:
-                return (read_result(run_dir) or {}).get("accuracy")
             write_outcome(run_dir, command, result["status"], result["reason"])
         (run_dir / TRACEBACK).unlink(missing_ok=True)
         summarise(result, run_dir)
@@ -131,29 +139,3 @@ def run_point(
         log.error("%s: failed: %s", run_dir.name, one_line(error))
         call_no_success()
     return None
-
-
-def _run_unless_done(
-    configuration: Configuration, run_dir: Path, overrides: Sequence[str], command: str, number: int, at_once: int
-) -> dict[str, Any] | None:
-    from dfl_experiments.running.device import device_of_job, threads_of_job
-    from dfl_experiments.running.run import run, same_configuration
-
-    settings = configuration.settings
-    before, status = read_result(run_dir), status_left(run_dir)
-    anew = settings.force and not has_begun(run_dir, command)  # a job that is queued again goes on
-    if before is not None and not anew:
-        same_configuration(configuration, run_dir, before)
-        source = configuration.components["dataset.source"].build()
-        data = digest(settings.dataset.name, source, Path(settings.data_dir))
-        if None not in (data, before.get("data")) and data != before["data"]:
-            raise UserError(f"{run_dir}: holds a run on other data, which have changed; force=true replaces it")
-        if status in DONE:
-            log.info("%s: %s already, accuracy %s", run_dir.name, status, four_digits(before["accuracy"]))
-            make_whole(settings.tracking, run_dir, before, settings.sweep)
-            return None
-    record_overrides(run_dir, overrides)
-    return run(
-        configuration, run_dir, settings.sweep, go_on=status is not None and not anew, command=command,
-        device=device_of_job(settings.device, number), threads=threads_of_job(at_once),
-    )  # fmt: skip

@@ -35,25 +35,14 @@ unreachable: set[str] = set()  # modes that W&B could not be started in, in this
 
 
 class Tracker:
-    """Where a run's numbers go beside the local files. This one sends them nowhere."""
-
-    def log(self, rows: Iterable[Row]) -> None:
-        """Rows of iterations.csv or epochs.csv."""
-
-    def summarise(self, result: Mapping[str, Any]) -> None:
-        """The content of result.json."""
-
-
-class WandbTracker(Tracker):
     """Sends rows as they stand in the CSV files, those of some seconds together, and the result as the run's summary.
 
     Where W&B fails, one warning says so, and from then on nothing is sent: training and the local files go on.
     """
 
     def __init__(self, run: Any, tables: Iterable[Sequence[str]], every: int) -> None:
-        """tables: the columns of each whose rows are to come, the first of them the one that counts its rows.
-
-        every: of so many iterations only the first is sent.
+        """run: W&B's, None for nobody's. tables: the columns of each whose rows are to come, the first of them the one
+        that counts its rows. every: of so many iterations only the first is sent.
         """
         self._run, self._every = run, every
         self._waiting: list[Row] = []
@@ -68,6 +57,7 @@ class WandbTracker(Tracker):
                     self._run.define_metric(column, step_metric=step)
 
     def log(self, rows: Iterable[Row]) -> None:
+        """Rows of iterations.csv or epochs.csv."""
         if self._run is None:  # W&B has failed, and nothing is to wait for it
             return
         self._waiting += [row for row in rows if (int(row.get("iteration") or 1) - 1) % self._every == 0]
@@ -77,10 +67,12 @@ class WandbTracker(Tracker):
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, []
         for row in waiting:
-            self._run.log({key: _as_written(value) for key, value in row.items() if cell(value)})
+            texts = {key: cell(value) for key, value in row.items()}  # as they are written
+            self._run.log({key: float(text) for key, text in texts.items() if text})
         self._sent = time.monotonic()
 
     def summarise(self, result: Mapping[str, Any]) -> None:
+        """The content of result.json."""
         self._guarded(self._send)
         self._guarded(
             lambda: self._run.summary.update({key: value for key, value in result.items() if key != "config"})
@@ -102,11 +94,6 @@ class WandbTracker(Tracker):
             give_up(error)
 
 
-def _as_written(value: float | int | None) -> float | int:
-    assert value is not None
-    return value if isinstance(value, int) else float(cell(value))
-
-
 def give_up(error: Exception) -> None:
     """One warning, and W&B's service ended."""
     log.warning("W&B has failed (%s); the local files stay complete", reason(error))
@@ -119,12 +106,6 @@ def end_service() -> None:
 
     with suppress(Exception):
         wandb.teardown(exit_code=1)
-
-
-def previous_id(run_dir: Path) -> str | None:
-    """The id of the latest W&B run in a run directory."""
-    folders = sorted(run_dir.glob("wandb/*run-*"), key=lambda folder: folder.name.partition("run-")[2])
-    return folders[-1].name.rpartition("-")[2] if folders else None
 
 
 def rows_written(run_dir: Path, lengths: Mapping[str, int | None]) -> Iterator[Row]:
@@ -149,15 +130,11 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
 
     names = names_of(config)
     smoke = ["smoke"] if config.get("smoke") else []
-    run_id = (previous_id(run_dir) if go_on else None) or secrets.token_hex(4)
+    before = [folder.name.partition("run-")[2] for folder in run_dir.glob("wandb/*run-*") if go_on]
+    run_id = max(before).rpartition("-")[2] if before else secrets.token_hex(4)
     for variable in ONE_RUN_S:
         os.environ.pop(variable, None)
-    last: Exception | None = None
-    for mode in dict.fromkeys([tracking.mode, "offline"]):
-        if mode in unreachable:
-            continue
-        if last is not None:
-            log.warning("W&B cannot be reached (%s); kept offline, for `wandb sync`", reason(last))
+    for mode in dict.fromkeys(["offline" if tracking.mode in unreachable else tracking.mode, "offline"]):
         try:
             run = wandb.init(
                 mode=mode,
@@ -175,16 +152,17 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
                 settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_START),
             )
         except Exception as error:  # wandb's own, and what its service and the file system raise
-            last = error
-            if mode == "online":
-                unreachable.add(mode)
+            if mode == "offline":
+                give_up(error)
+                return None
+            unreachable.add(mode)
+            log.warning("W&B cannot be reached (%s); kept offline, for `wandb sync`", reason(error))
             end_service()  # to which the id is in use now
             continue
         for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
             if not folder.samefile(Path(run.dir).parent):
                 shutil.rmtree(folder, ignore_errors=True)
         return run
-    give_up(last or RuntimeError())
     return None
 
 
@@ -211,15 +189,12 @@ def track(
     """A tracker for one job, its run ended when the block is left: as failed if an exception leaves it.
 
     tracking: with `rows_apart` settled; config: the resolved configuration, nested; tables: the columns of each, see
-    `WandbTracker`; group: the sweep the job belongs to; written: of a run that goes on, the tables' lengths, see
+    `Tracker`; group: the sweep the job belongs to; written: of a run that goes on, the tables' lengths, see
     `rows_written`.
     """
     (run_dir / MIRRORED).unlink(missing_ok=True)
     run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, written is not None)
-    if run is None:
-        yield Tracker()
-        return
-    tracker = WandbTracker(run, tables.values(), tracking.every or 1)
+    tracker = Tracker(run, tables.values(), tracking.every or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
     # not `with run`: that prints the traceback of every exception, an interruption too

@@ -4,10 +4,14 @@ import logging
 import os
 import platform
 import signal
+import subprocess
 import threading
 import time
 from contextlib import suppress
 
+from omegaconf import DictConfig
+
+from dfl_experiments.errors import UserError
 from dfl_experiments.running.locks import HOLDER, alive, holder_of
 from dfl_experiments.running.signals import Interrupted, Kept, handle
 from dfl_experiments.running.summary import Sweep
@@ -22,15 +26,32 @@ LONGEST_GRACE = 3600.0
 def at_work(sweep: Sweep) -> set[int]:
     """The other processes on this machine that are at work on the sweep's points for this command."""
     names = list(sweep.points) or [path.parent.name for path in sweep.folder.glob(f"*/{HOLDER}")]
-    holders = filter(None, (holder_of(sweep.folder / name) for name in names))
+    holders = []
+    for name in names:
+        with suppress(UserError):  # nobody of this command leaves a damaged one
+            holders.append(holder_of(sweep.folder / name))
     ours = (platform.node(), sweep.command)
-    return {holder.pid for holder in holders if (holder.host, holder.command) == ours} - {os.getpid()}
+    return {holder.pid for holder in holders if holder and (holder.host, holder.command) == ours} - {os.getpid()}
+
+
+def check_launcher(launcher: str, node: DictConfig) -> None:
+    """Raise `UserError` for options of a launcher under which no job would run, or none would be saved in time."""
+    if node.get("n_jobs") == 0:
+        raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs at once, or -1 for one per core")
+    if launcher == QUEUE and node.timeout_min * 60 <= node.signal_delay_s:
+        raise UserError(
+            f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than hydra.launcher.signal_delay_s="
+            f"{node.signal_delay_s} seconds, the time before its end at which a job is told to save"
+        )
 
 
 def wind_down(sweep: Sweep) -> None:
     """Ask every process at work on a point to save it and end, and wait until they have; a queue's jobs stay in it."""
     if sweep.launcher == QUEUE:
-        print("\ndfl-train: what has not ended stays in the queue (squeue shows it, scancel takes it out)", flush=True)
+        command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING", f"--name={sweep.name}"]
+        with suppress(OSError):
+            if subprocess.run(command, capture_output=True).stdout.strip():
+                print("\ndfl-train: what has not ended stays in the queue (squeue shows it, scancel takes it out)")
         return
     asked: set[int] = set()
     while pids := at_work(sweep):
@@ -50,7 +71,9 @@ def enter(command: str, launcher: str, number: int) -> bool:
     Returns whether the point is to be begun: not when a signal has come already.
     """
     if handle(Kept.keep).get(signal.SIGTERM) != Kept.keep and launcher in LOCAL:
-        threading.Thread(target=_end_with, args=(parent_of(command),), daemon=True).start()
+        parent = int(command[1:].partition("-")[0])
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    logging.raiseExceptions = False
     for handler in logging.root.handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setFormatter(logging.Formatter(f"#{number} %(message)s"))
@@ -70,16 +93,6 @@ def leave_to_the_queue(stop: KeyboardInterrupt, launcher: str) -> None:
 def call_no_success() -> None:
     """Of a point that failed or was interrupted: have submitit, whose job returns nevertheless, not log a success."""
     logging.getLogger("submitit").setLevel(logging.WARNING)
-
-
-def command_id(name: str) -> str:
-    """What the processes of a command know it by: its process, which they end with, and a name of its own."""
-    return f"c{os.getpid()}-{name}"
-
-
-def parent_of(command: str) -> int:
-    """The process of a command."""
-    return int(command[1:].partition("-")[0])
 
 
 def _end_with(parent: int) -> None:

@@ -1,6 +1,7 @@
 """A refusal leaves files as they were, a configuration from elsewhere calls nothing, a misfit is found in time."""
 
 import itertools
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -131,7 +132,10 @@ def test_a_file_that_would_grow_without_end_is_refused_at_once(bomb, stranger, m
     Path("theirs/config.yaml").write_text(BOMBS[bomb])
     for key in ("repeat", "resume"):
         assert "theirs/config.yaml" in refusal([f"{key}=theirs"], monkeypatch, capsys)
-    Path("theirs/result.json").write_text('{"status": "failed", "config": ' + '{"a": ' * 900 + "1" + "}" * 901)
+    result = json.loads(Path("theirs/result.json").read_text())
+    del result["seal"]
+    text = json.dumps(result).replace('"smoke": null', '"smoke": ' + '{"a": ' * 900 + "1" + "}" * 900)
+    Path("theirs/result.json").write_text(text)
     assert "more than 20 levels" in dfl_report(Path(), "theirs").stderr
     Path("theirs/result.json").write_text("[" * 50_000)
     assert "left out: theirs" in dfl_report(Path(), "theirs").stderr
@@ -252,3 +256,24 @@ def test_what_torch_cannot_make_is_named_with_its_options():
     node = {"_target_": "dfl_experiments.models.fc", "widths": [4], "activation": "relu"}
     with pytest.raises(UserError, match=r"model: cannot be built with widths=\[4\], .* \(.*negative dimension"):
         component(node, "model").build(input_shape=(1, 8, -8), num_classes=10)
+
+
+SLIPS = {
+    "name: bad\n_target_: [\n": "line 2: _target_: [",
+    "name: bad\n\t_target_: x\n": "line 2: _target_: x",
+    "name: bad\nname: worse\n": "line 2: name: worse",
+    "name: a: b\n": "line 1: name: a: b",
+    'name: "bad\n\n\n': 'line 1: name: "bad',
+}
+
+
+@pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("text", SLIPS)
+def test_a_slip_in_a_file_of_one_s_own_is_one_line_with_its_place(text, sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "conf" / "method" / "bad.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    said = refusal([*sweep, "method=bad", "--config-dir", "conf"], monkeypatch, capsys)
+    assert said.startswith(f"dfl-train: error: {path}, {SLIPS[text]}")
+    assert said.count("\n") == 1

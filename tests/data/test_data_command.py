@@ -69,7 +69,7 @@ def test_data_too_large_for_the_memory_are_one_line(monkeypatch, capsys, mnist):
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "prepare", "dataset=mnist", f"data_dir={mnist}")
     assert caught.value.code == 1
-    assert capsys.readouterr().err == "dfl-data: the data do not fit into memory (12 GiB)\n"
+    assert capsys.readouterr().err == "dfl-data: error: the data do not fit into memory (12 GiB)\n"
 
 
 def test_the_examples_of_the_help_can_be_typed():

@@ -42,17 +42,31 @@ def write_packs(data_dir: Path, **channels: int) -> Path:
 
 
 def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **result: Any) -> Path:  # noqa: B006
-    """A copy of a run directory that says something else: config's dotted keys, and keys of result.json."""
+    """A copy of a run directory that says something else: config's dotted keys, and keys of result.json.
+
+    It has no seal, as a run of before there were any, and says what its configuration says only there.
+    """
     shutil.copytree(source, destination)
     content = json.loads((destination / "result.json").read_text())
+    for key in ("seal", "seed", "method", "model", "dataset", "augmentation", "protocol"):
+        content.pop(key, None)
     for key, value in config.items():
         node = content["config"]
         *path, last = key.split(".")
         for name in path:
             node = node[name]
         node[last] = value
+    if "epochs" in config:
+        content["epochs"] = config["epochs"]
+        (destination / "epochs.csv").unlink()
     content |= result
     (destination / "result.json").write_text(json.dumps(content))
+    if isinstance(result.get("test_accuracy"), dict) and (destination / "epochs.csv").exists():
+        with (destination / "epochs.csv").open(newline="") as file:
+            names, *rows = csv.reader(file)
+        rows[content["epochs"] - 1][names.index("test_accuracy")] = str(content["test_accuracy"]["last"])
+        with (destination / "epochs.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([names, *rows])
     return destination
 
 

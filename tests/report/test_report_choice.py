@@ -1,5 +1,9 @@
 """A report shows the right grid point of every cell and every gap, and mixes nothing with smoke."""
 
+import csv
+import io
+import os
+import shutil
 import statistics
 from dataclasses import replace
 
@@ -8,9 +12,11 @@ from processes import dfl_train
 from report_helpers import GRID, altered, dfl_report, entries, finished, only_entry, results, told
 
 from dfl_experiments.report.cells import sections
+from dfl_experiments.report.commands import command
 from dfl_experiments.report.paper import PAPER
 from dfl_experiments.report.runs import read_runs
 from dfl_experiments.report.setting import setting_of, words_of
+from dfl_experiments.report.tables import ours_and_paper
 
 
 @pytest.mark.parametrize("method", ["bp", "dfa", "las"])
@@ -92,6 +98,26 @@ def test_a_point_of_which_a_seed_diverged_comes_last(finished_point, tmp_path):
     assert (entry.best.lr, entry.state, entry.grid) == (1e-3, "2 finished, 1 diverged", "2 of 4")
 
 
+def test_a_run_that_collapsed_is_counted_as_such_and_its_point_comes_last(finished_point, tmp_path):
+    for seed, status in enumerate(("finished", "collapsed", "finished")):
+        said = finished(0.8 + 0.1 * (seed == 2), 1e-2, seed, stop_collapsed=seed < 2)
+        altered(finished_point, tmp_path / str(seed), **said, status=status)
+    entry = only_entry(tmp_path)
+    assert [run.collapsed for run in entry.shown] == [False, True, False]
+    assert ours_and_paper(entry).startswith("85.00 ± 7.07")
+    assert entry.lost == "1 of 3 collapsed"
+    assert ["stop_collapsed=false" in command(run) for run in entry.shown] == [False, False, True]
+    altered(finished_point, tmp_path / "other", **finished(0.5, 1e-3, 0))
+    assert only_entry(tmp_path).best.lr == 1e-3
+
+
+def test_a_cell_whose_runs_all_collapsed_is_not_missing(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "a", **finished(0.12, 1e-2, 0), status="collapsed")
+    entry = only_entry(tmp_path)
+    assert "1 of 1 collapsed" in ours_and_paper(entry)
+    assert (entry.alive, entry.state) == ([], "1 collapsed")
+
+
 def test_a_seed_counts_once_however_often_its_alignment_was_measured(finished_point, tmp_path):
     altered(finished_point, tmp_path / "a", **finished(0.9, 1e-3, 0))
     altered(finished_point, tmp_path / "b", **finished(0.9, 1e-3, 0, **{"alignment.every": 10}))
@@ -153,3 +179,39 @@ def test_runs_on_other_images_of_one_name_share_no_table(finished_point, tmp_pat
         for words, section in found.items()
     }
     assert sizes == {"data=aa": 2, "data=bb": 1, "": 1}
+
+
+def test_of_two_runs_of_one_seed_the_one_that_finished_last_is_shown_whatever_the_files_say(finished_point, tmp_path):
+    ends = {"a": "2026-01-02T00:00:00.000+00:00", "b": "2026-01-01T00:00:00.000+00:00", "c": None}
+    for number, (name, end) in enumerate(ends.items()):
+        altered(finished_point, tmp_path / "runs" / name, **finished(0.7 + number / 10, 1e-3, 0), finished_at=end)
+    for newest in ends:
+        for name in ends:
+            os.utime(tmp_path / "runs" / name / "result.json", (0, name == newest))
+            os.utime(tmp_path / "runs" / name / "config.yaml", (0, name == newest))
+        done = dfl_report(tmp_path, "runs", "--format", "csv")
+        (row,) = (row for row in csv.DictReader(io.StringIO(done.stdout)) if row["n"] != "0")
+        assert (row["ours"], row["n"]) == ("70.00", "1")
+        told = [line for line in done.stderr.splitlines() if "runs/a is shown, not runs/" in line]
+        assert len(told) == len(done.stderr.splitlines()) == 2
+    shutil.rmtree(tmp_path / "runs" / "c")
+    altered(tmp_path / "runs" / "a", tmp_path / "runs" / "d")  # a copy says nothing new
+    shutil.rmtree(tmp_path / "runs" / "b")
+    assert dfl_report(tmp_path, "runs").stderr == ""
+
+
+def test_runs_of_one_cell_that_were_made_otherwise_have_a_footnote(finished_point, tmp_path):
+    made = [("a" * 40, "2.11.0", "cuda (NVIDIA H200)"), ("a" * 40, "2.14.1", "cpu (x86_64, 1 threads)")]
+    for seed, (commit, torch, device) in enumerate([*made, made[0]]):
+        where = {"git_commit": commit, "versions": {"torch": torch}, "device": device}
+        altered(finished_point, tmp_path / "one" / str(seed), **finished(0.9, 1e-3, seed), **where)
+        altered(finished_point, tmp_path / "two" / str(seed), **finished(0.9, 1e-3, seed), **where | {"device": "cpu"})
+    note = "Mixed: the runs of such a cell differ in version or device "
+    for kind in ("terminal", "markdown"):
+        (line,) = (line for line in dfl_report(tmp_path, "one", "--format", kind).stdout.splitlines() if note in line)
+        devices = ", ".join(sorted(f"device {one[2]}" for one in made))
+        assert line == f"{note}({devices}, torch 2.11.0, torch 2.14.1)."
+    assert "3 finished, mixed" in dfl_report(tmp_path, "one", "--format", "csv").stdout
+    assert f"{note}(torch 2.11.0, torch 2.14.1)." in dfl_report(tmp_path, "two").stdout
+    shutil.rmtree(tmp_path / "one" / "1")
+    assert "ixed" not in dfl_report(tmp_path, "one").stdout

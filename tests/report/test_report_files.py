@@ -7,13 +7,10 @@ from report_helpers import altered, dfl_report, finished, only_entry
 
 from dfl_experiments.report.runs import read_runs
 
-DAMAGES = {
-    "a broken number": lambda run: (run / "epochs.csv").write_text((run / "epochs.csv").read_text() + "4,9.1e-"),
-    "zero bytes": lambda run: (run / "epochs.csv").write_bytes(b"epoch,test_accuracy\n1,\0\0\0"),
-    "no table": lambda run: (run / "epochs.csv").unlink(),
+HARMLESS = {
+    "a line too many that breaks off": lambda table: table.write_text(table.read_text() + "4,9.1e-"),
+    "no table": lambda table: table.unlink(),
 }
-
-
 FOREIGN = {
     "a number for a group": ({"dataset": 3}, {}),
     "an interpolation": ({"dataset.name": "${foo.bar}"}, {}),
@@ -37,10 +34,10 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_table_spoils_no_report(damage, finished_point, tmp_path):
+@pytest.mark.parametrize("change", HARMLESS)
+def test_a_table_that_lacks_nothing_is_read(change, finished_point, tmp_path):
     altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
-    DAMAGES[damage](altered(finished_point, tmp_path / "runs" / "bad", **finished(0.9, 1e-3, 1)))
+    HARMLESS[change](altered(finished_point, tmp_path / "runs" / "changed", **finished(0.9, 1e-3, 1)) / "epochs.csv")
     done = dfl_report(tmp_path, "runs", "--format", "html")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -78,13 +75,13 @@ def test_a_mistake_is_one_line(reported, arguments, words):
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_grows_and_files_that_break_off_can_be_read(finished_point, tmp_path):
+def test_a_run_that_grows_can_be_read(finished_point, tmp_path):
     shutil.copytree(finished_point, tmp_path / "runs" / "point")
     (tmp_path / "runs" / "other").mkdir()
     (tmp_path / "runs" / "other" / "config.yaml").write_text("of: something else")
     half = (tmp_path / "runs" / "point" / "epochs.csv").read_text()[:-9]
     (tmp_path / "runs" / "point" / "epochs.csv").write_text(half)
-    (tmp_path / "runs" / "point" / "result.json").write_text('{"status": "fini')
+    (tmp_path / "runs" / "point" / "result.json").unlink()
     (run,) = read_runs([tmp_path / "runs"])
     assert run.status == "interrupted"
-    assert len(run.epochs["test_accuracy"]) in (2, 3)
+    assert len(run.epochs["test_accuracy"]) == 2

@@ -51,9 +51,14 @@ def test_of_tied_points_the_one_with_the_lower_validation_loss_is_shown(finished
     for name, lr, loss in (("a", 1e-3, low), ("b", 1e-2, high)):
         said = finished(0.9, lr, 0, **{"protocol.accuracy": epoch})
         altered(finished_point, tmp_path / name, **said, validation_loss=loss)
-        (tmp_path / name / "epochs.csv").write_text(
-            f"epoch,validation_loss,validation_accuracy\n1,{loss},0.9\n2,9,0.9\n"
-        )
+        with (tmp_path / name / "epochs.csv").open() as file:
+            rows = [*csv.DictReader(file)]
+        for row, value in zip(rows, (loss, 9, 9), strict=True):
+            row |= {"validation_loss": value, "validation_accuracy": 0.9}
+        with (tmp_path / name / "epochs.csv").open("w") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     entry = only_entry(tmp_path)
     assert entry.best.lr == (1e-2 if low > high else 1e-3)
     assert entry.grid == "2 of 4, tied"

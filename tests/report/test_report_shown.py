@@ -6,6 +6,7 @@ import re
 import time
 from urllib.parse import unquote
 
+import matplotlib
 import pytest
 from PIL import Image
 from report_helpers import altered, browser, dfl_report, entries, finished, told
@@ -42,9 +43,11 @@ def markdown_page(reported, tmp_path_factory):
     return page, folder
 
 
-def test_every_figure_is_written_the_same_each_time(reported, markdown_page, tmp_path):
+def test_every_figure_is_written_the_same_each_time(reported, markdown_page, tmp_path, monkeypatch):
     _, first = markdown_page
-    done = dfl_report(reported, "outputs", "--figures", tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "none that there is")
+    with matplotlib.rc_context({"font.size": 30, "savefig.bbox": "tight"}):  # as somebody's matplotlibrc may say
+        done = dfl_report(reported, "outputs", "--figures", tmp_path)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in first.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == names

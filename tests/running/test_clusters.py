@@ -83,6 +83,10 @@ def test_what_slurm_ends_or_queues_again_is_saved_first(slurm, tmp_path):
     until(lambda: ask(slurm, "squeue", "-h", "-r", "-o", "%T").split() == ["PENDING"] * 2, process, tmp_path)
     ask(slurm, "scancel", "--name=grid")
     assert process.wait(timeout=120) == 1
+    said = output(tmp_path)
+    assert "dfl-train: error: hydra/launcher=submitit_slurm: " in said
+    assert "Traceback" not in said
+    assert "stays in the queue" not in said  # which is empty
     assert {row["status"] for row in points(tmp_path).values()} == {"interrupted"}
     assert {row["reason"] for row in points(tmp_path).values()} == {"Interrupted SIGTERM", "Interrupted SIGUSR2"}
     before = {path: path.read_text() for path in folder.glob("*/epochs.csv")}
@@ -95,6 +99,15 @@ def test_what_slurm_ends_or_queues_again_is_saved_first(slurm, tmp_path):
     assert ask(slurm, "squeue", "-h", "-o", "%j").split() == ["grid", "grid"]
     ask(slurm, "scancel", "--name=grid")
     assert all(path.read_text().startswith(text) for path, text in before.items())
+
+
+def test_a_time_limit_that_leaves_no_time_to_save_is_refused(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra [slurm] is not installed")
+    process = start(tmp_path, {}, *SLURM, "seed=0,1", "hydra.launcher.timeout_min=2")
+    assert process.wait(timeout=120) == 2
+    (line,) = output(tmp_path).splitlines()
+    assert line.startswith("dfl-train: error: hydra.launcher.timeout_min=2: ")
+    assert "hydra.launcher.signal_delay_s=120" in line
 
 
 @pytest.fixture
@@ -114,7 +127,7 @@ def test_ray_joins_a_cluster_that_is_there_leaves_results_here_and_loses_nothing
     folder = tmp_path / "outputs" / "grid"
     until(lambda: len(list(folder.glob("*/epochs.csv"))) == 2, process, tmp_path)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 143
     assert {row["status"] for row in points(tmp_path).values()} == {"interrupted"}
     assert len(list(folder.glob("*/last.pt"))) == 2
     other = start(tmp_path, ray, *join, "epochs=2", "hydra.sweep.dir=elsewhere")

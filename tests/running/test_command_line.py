@@ -147,7 +147,7 @@ def test_the_wheel_works_from_any_directory(tmp_path):
     assert "digits, none, fc, dfa: 1 finished" in (elsewhere / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_an_interrupted_run_keeps_what_it_knew(stop, code, tmp_path):
     command = [sys.executable, "-m", "dfl_experiments.train", "epochs=100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -120,19 +122,47 @@ def foreign(path):
     torch.save({"weights": torch.zeros(3)}, path)
 
 
+def rewritten(path, **changes):
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint.save(Path(place), checkpoint.read(path) | changes)
+        shutil.move(Path(place) / "last.pt", path)
+
+
 def another_run(path):
-    torch.save(checkpoint.read(path) | {"science": "00000000"}, path)
+    rewritten(path, science="00000000")
 
 
 def another_format(path):
-    torch.save(checkpoint.read(path) | {"format": 99}, path)
+    rewritten(path, format=99)
+
+
+def without_a_digest(path):
+    torch.save(checkpoint.read(path), path)
+
+
+def a_flipped_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def missing(path):
     path.unlink()
 
 
-DAMAGE = [truncated, garbage, empty, exploit, exploit_of_torch, foreign, another_run, another_format, missing]
+DAMAGE = [
+    truncated,
+    garbage,
+    empty,
+    exploit,
+    exploit_of_torch,
+    foreign,
+    another_run,
+    another_format,
+    without_a_digest,
+    a_flipped_bit,
+    missing,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
@@ -155,15 +185,29 @@ def test_two_damaged_checkpoints_are_a_clear_error(damage, interrupted):
     line = last_line(interrupted)
     assert line.startswith("dfl-train: error: ")
     assert "last.pt" in line
-    assert "remove both" in line
+    assert "remove last.pt and previous.pt" in line
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not (interrupted / "executed").exists()
+
+
+WRONG = {"epoch": "two", "threads": "many", "training": {"rows": 3}, "net": {}, "optimizers": [1], "random": {}}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_in_a_checkpoint_is_one_line(key, interrupted):
+    for name in ("last.pt", "previous.pt"):
+        path = interrupted / "here" / name
+        torch.save(checkpoint.read(path) | {key: WRONG[key]}, path)
+    assert ended(forked(interrupted, "resume=here")) == 2
+    assert last_line(interrupted).startswith("dfl-train: error: ")
+    assert "here/last.pt: " in last_line(interrupted)
+    assert "Traceback" not in (interrupted / "output.txt").read_text()
 
 
 def test_a_table_shorter_than_the_checkpoint_says_is_a_clear_error(interrupted):
     (interrupted / "here" / "iterations.csv").write_text("iteration\n")
     assert ended(forked(interrupted, "resume=here")) == 2
-    assert "iterations.csv: missing, or shorter" in last_line(interrupted)
+    assert "iterations.csv: missing, or not as it was at the checkpoint" in last_line(interrupted)
 
 
 def test_out_of_memory_names_the_batch_size(tmp_path):

@@ -19,7 +19,7 @@ from dfl_experiments.running import checkpoint
 KINDS = ("bp", "las", "kp", "brsf", "wm", "fdfa")
 KILLS = 30 // len(KINDS)
 OPTIONS = ("epochs=5", "limit=500", "threads=1", "tracking=disabled", "checkpoint.every_seconds=0.003")
-TIMES = ("seconds", "samples_per_second")
+TIMES = ("seconds", "samples_per_second", "finished_at", "seal")
 
 
 def command(folder, *options):

@@ -12,12 +12,14 @@ from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import Fault
 from dfl_experiments.running.device import cores, device_of_job, threads_of_job
 from dfl_experiments.running.run import explained
-from dfl_experiments.running.signals import Interrupted, Stop, pass_on
+from dfl_experiments.running.signals import ENDING, WARNING, Interrupted, Stop, pass_on
+
+SIGNALS = [*ENDING, *WARNING]
 
 
 @pytest.mark.parametrize("looks", [True, False])
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_latest(signum, code, looks):
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_latest(signum, looks):
     before, reached = signal.getsignal(signum), []
 
     def steps():
@@ -32,7 +34,7 @@ def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_late
     with pytest.raises(Interrupted) as end:
         steps()
     assert len(reached) == (1 if looks else 2)
-    assert end.value.exit_code == code
+    assert end.value.signum == signum
     assert signal.getsignal(signum) is before
 
 
@@ -68,6 +70,18 @@ def test_a_scheduler_s_handler_gets_its_signal_once_the_run_is_safe_whatever_com
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def test_a_signal_that_another_library_has_a_use_for_is_left_to_it():
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: calls.append(_[0]))
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            stop.check()
+        assert calls == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_signal_that_is_ignored_stays_so():

@@ -72,10 +72,10 @@ def test_numbers_show_while_a_run_is_under_way(tmp_path):
 
 def signal_at_the_end():
     """In the process that runs: SIGTERM comes while W&B is given the end of the run."""
-    from dfl_experiments.running.tracking import WandbTracker
+    from dfl_experiments.running.tracking import Tracker
 
-    finish = WandbTracker.finish
-    WandbTracker.finish = lambda *arguments: (signal.raise_signal(signal.SIGTERM), finish(*arguments))[1]
+    finish = Tracker.finish
+    Tracker.finish = lambda *arguments: (signal.raise_signal(signal.SIGTERM), finish(*arguments))[1]
 
 
 def test_a_signal_while_w_and_b_gets_the_rest_leaves_a_finished_run_finished(tmp_path):

@@ -1,0 +1,84 @@
+"""The seal of a run: SHA-256 of the files that it left and of its `result.json`, kept there and checked by readers."""
+
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from dfl_experiments.errors import UserError, reason
+
+RESULT = "result.json"
+SEALED = ("config.yaml", "epochs.csv", "iterations.csv")
+
+
+def opened(path: Path) -> BufferedReader:
+    """Open a file for reading. Raises `UserError` for a link, a folder, and a pipe, at which a reader would wait."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise UserError(f"{path}: a symbolic link, a pipe or a folder in place of a file")
+    return path.open("rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds. Raises as `opened` does."""
+    with opened(path) as file:
+        return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the mapping that a JSON file holds, None where there is no file. Raises `UserError` for anything else."""
+    if not os.path.lexists(path):
+        return None
+    content = read_bytes(path)
+    try:
+        found = dict(json.loads(content))
+        json.dumps(found, allow_nan=False)
+        return found
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+
+
+def sha256_of(path: Path, length: int = sys.maxsize) -> "hashlib._Hash":
+    """Return SHA-256 of a file, or of its first bytes. Raises as `opened` does."""
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        while part := file.read(min(length, 2**20)):
+            digest.update(part)
+            length -= len(part)
+    return digest
+
+
+def own_digest(result: Mapping[str, Any]) -> str:
+    """Return SHA-256 of a result as canonical JSON, with the other digests of its seal."""
+    others = {name: digest for name, digest in result["seal"].items() if name != RESULT}
+    return hashlib.sha256(json.dumps({**result, "seal": others}, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result, as JSON has it, with a seal of itself and of the files in its run directory."""
+    content = json.loads(json.dumps(result))
+    content["seal"] = {name: sha256_of(run_dir / name).hexdigest() for name in SEALED if (run_dir / name).exists()}
+    content["seal"][RESULT] = own_digest(content)
+    return content
+
+
+def read_sealed(run_dir: Path) -> dict[str, Any] | None:
+    """Return the content of `result.json`; None where there is none.
+
+    An absent file was not kept, a result of before has no seal. Raises `UserError`, naming the file, where one is not
+    what the run left.
+    """
+    result = read_json(run_dir / RESULT)
+    if result is None or "seal" not in result:
+        return result
+    seal = result["seal"]
+    if not isinstance(seal, dict) or seal.get(RESULT) != own_digest(result):
+        raise UserError(f"{run_dir / RESULT}: is damaged, it is not what its run wrote")
+    for path in map(run_dir.joinpath, SEALED):
+        if path.exists() and sha256_of(path).hexdigest() != seal.get(path.name):
+            raise UserError(f"{path}: is damaged, it is not what the run of {RESULT} wrote")
+    return result

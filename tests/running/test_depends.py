@@ -1,0 +1,185 @@
+"""What a result depends on beside its configuration: one's own code, the data, the version of all the rest."""
+
+import csv
+import importlib
+import io
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import dfl_train
+from report_helpers import dfl_report
+
+from dfl_experiments.configuration.components import named
+from dfl_experiments.running.provenance import component_code
+from dfl_experiments.running.result import read_result, write_result
+
+SMALL = ("model.widths=[16,16]", "epochs=1", "limit=64", "tracking=disabled", "alignment.every=0")
+RULE = """
+from dfl_experiments.methods import Direct
+
+class Mine(Direct):
+    def source(self, error, target):
+        return error
+"""
+YAML = """
+name: mine
+_target_: my_rules.Mine
+init: ${protocol.dfa_init}
+top: ${protocol.dfa_top}
+"""
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """`dfl-train` in a folder whose modules can be imported, with a rule that is there called mine."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    write(tmp_path, {"conf/method/mine.yaml": YAML})
+    return partial(dfl_train, tmp_path, "--config-dir", "conf", "plugins=[my_rules]")
+
+
+def tables(folder):
+    return list(csv.DictReader(io.StringIO(dfl_report(folder, "outputs", "--format", "csv").stdout)))
+
+
+def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(own, tmp_path):
+    write(tmp_path, {"my_rules.py": RULE})
+    sweep = ("--multirun", "method=mine", "sweep=grid", *SMALL)
+    assert own(*sweep, "seed=0").returncode == 0
+    assert own("method=mine", *SMALL, "hydra.run.dir=here").returncode == 0
+    (tmp_path / "here" / "result.json").unlink()  # as if it had been killed
+    write(tmp_path, {"my_rules.py": RULE + "# another rule\n"})
+    again = own(*sweep, "seed=0,1")
+    assert again.returncode == 1
+    (told,) = (line for line in again.stdout.splitlines() if "failed: " in line)
+    assert "other data or code: method my_rules " in told
+    resumed = own("resume=here")
+    assert resumed.returncode == 2
+    assert "other data or code: method my_rules " in resumed.stderr
+    assert len(resumed.stderr.splitlines()) == 1
+    assert [(row["method"][:19], row["n"]) for row in tables(tmp_path)] == [("mine, code=my_rules", "1")] * 2
+    assert own(*sweep, "seed=0,1", "force=true").returncode == 0
+    write(tmp_path, {"my_rules.py": RULE})  # as it was: the refusal has changed nothing
+    assert own("resume=here").returncode == 0
+    assert [(row["method"], row["n"]) for row in tables(tmp_path)] == [("mine", "2")]
+
+
+@pytest.mark.parametrize(
+    ("target", "files", "changed"),
+    [
+        ("rules_a.Mine", {"rules_a.py": RULE}, "rules_a.py"),
+        ("rules_b.Mine", {"rules_b/__init__.py": RULE, "rules_b/more/helper.py": ""}, "rules_b/more/helper.py"),
+        ("rules_c.deep.Mine", {"rules_c/deep.py": RULE, "rules_c/helper.py": ""}, "rules_c/helper.py"),
+        ("rules_d.Mine", {"rules_d.py": "from base_d import Mine", "base_d.py": RULE}, "base_d.py"),
+    ],
+)
+def test_a_rule_is_known_by_every_file_of_its_packages_and_by_nothing_else(
+    target, files, changed, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    write(tmp_path, files)
+
+    def known_by():
+        for name in [name for name in sys.modules if name.startswith((target.partition(".")[0], "base_d"))]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        return component_code(target, named(target))
+
+    first = known_by()
+    write(tmp_path, {"notes.py": "", "rules_b/notes.txt": "", "rules_c/.#helper.py": ""})
+    assert known_by() == first
+    write(tmp_path, {changed: files[changed] + "# another rule\n"})
+    assert known_by() != first
+
+
+def test_only_code_that_is_used_counts_and_a_run_that_recorded_none_may_be_of_the_same(own, tmp_path):
+    write(tmp_path, {"my_rules.py": RULE})
+    sweep = ("--multirun", "sweep=grid", "method=dfa,mine", *SMALL)
+    assert own(*sweep).returncode == 0
+    results = {read_result(path.parent)["method"]: path.parent for path in tmp_path.glob("outputs/grid/*/result.json")}
+    assert read_result(results["dfa"])["code"] == {}
+    assert list(read_result(results["mine"])["code"]) == ["method"]
+    write_result(results["mine"], {k: v for k, v in read_result(results["mine"]).items() if k != "code"})
+    write(tmp_path, {"my_rules.py": RULE + "# another rule\n"})
+    again = own(*sweep)
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count("finished already") == 2
+
+
+def test_a_rule_that_failed_may_be_mended(own, tmp_path):
+    write(tmp_path, {"my_rules.py": RULE.replace("return error", "return slip")})
+    sweep = ("--multirun", "sweep=grid", "method=mine", *SMALL)
+    assert own(*sweep).returncode == 1
+    write(tmp_path, {"my_rules.py": RULE})
+    assert own(*sweep).returncode == 0
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_an_installed_rule_is_known_by_its_version_and_an_editable_one_by_its_code(editable, own, tmp_path):
+    record = "" if editable else "my_rules.py,,\n"
+    metadata = {
+        "METADATA": "Name: my-rules\nVersion: 1.2\n",
+        "RECORD": f"{record}x.pth,,\n",
+        "top_level.txt": "my_rules",
+    }
+    info = {f"my_rules-1.2.dist-info/{name}": text for name, text in metadata.items()}
+    write(tmp_path, {"my_rules.py": RULE, **info})
+    assert own("method=mine", *SMALL, "hydra.run.dir=here").returncode == 0
+    code = read_result(tmp_path / "here")["code"]["method"]
+    assert (code == "my-rules 1.2") != editable
+
+
+def test_the_code_of_a_notebook_is_unknown_which_is_said_once(tmp_path):
+    text = f"""{RULE}
+import dfl_experiments as dfl
+node = "{{name: mine, _target_: __main__.Mine, init: kaiming, top: direct}}"
+for seed in 0, 1:
+    cfg = dfl.compose(["plugins=[__main__]", f"~method", f"+method={{node}}", f"seed={{seed}}", *{SMALL}])
+    print(dfl.run(cfg, f"run{{seed}}")["code"])
+"""
+    done = subprocess.run([sys.executable, "-"], input=text, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("{}") == 2
+    assert done.stderr.count("__main__: has no file") == 1
+
+
+def test_a_sweep_says_once_which_other_versions_its_finished_points_are_of(tmp_path):
+    sweep = ("--multirun", "sweep=grid", "seed=0,1", *SMALL)
+    assert dfl_train(tmp_path, *sweep).returncode == 0
+    again = dfl_train(tmp_path, *sweep)
+    assert "done before" not in again.stdout
+    for path in tmp_path.glob("outputs/grid/*/result.json"):
+        result = read_result(path.parent)
+        write_result(path.parent, result | {"versions": result["versions"] | {"torch": "1.0"}})
+    again = dfl_train(tmp_path, *sweep)
+    assert again.returncode == 0
+    (told,) = (line for line in again.stdout.splitlines() if "done before" in line)
+    assert "torch 1.0" in told
+    assert "commit" not in told
+    assert "done before" not in dfl_train(tmp_path, *sweep, "force=true").stdout
+
+
+def test_test_images_that_are_also_training_images_are_counted(tmp_path):
+    place = tmp_path / "data" / "mnist"
+    place.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), np.uint8)
+    parts = {"train": images[:30], "test": np.concatenate([images[28:], images[28:29]])}
+    for split, part in parts.items():
+        np.save(place / f"{split}_images.npy", part)
+        np.save(place / f"{split}_labels.npy", np.arange(len(part)) % 2)
+    (place / "classes.json").write_text(json.dumps(["a", "b"]))
+    done = dfl_train(tmp_path, "dataset=mnist", "data_dir=data", *SMALL, "hydra.run.dir=here")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 of 13 test images are also training images") == 1
+    assert read_result(tmp_path / "here")["test_images_in_training"] == 3
