@@ -97,8 +97,10 @@ class BlockNet(nn.Module):
             self.train(training)
 
     def output_shapes(self) -> list[torch.Size]:
-        """The shape of one sample's h_1 … h_{L-1}. Raises `UserError` for one that is not as `Block` says, or that
-        does not stay as it is behind a cut."""
+        """Return the shape of one sample's h_1 … h_{L-1}.
+
+        Raises `UserError` for a shape that `Block` does not allow, and for a block that changes its input in place.
+        """
         shapes = [h.shape[1:] for h in self.probe(range(1, self.depth)).outputs if h is not None]
         for i, shape in enumerate(shapes, start=1):
             if not 1 <= len(shape) <= LONGEST_SHAPE:

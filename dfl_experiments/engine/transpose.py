@@ -30,7 +30,7 @@ def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
 
 
 def pads_with_zeros(layer: WeightLayer) -> bool:
-    """Return whether a convolution's padding is zeros, and so many pixels on both sides of an axis."""
+    """Return whether a convolution pads with zeros, and with a given number of them."""
     return not isinstance(layer, nn.Linear) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
@@ -113,7 +113,7 @@ class Crossing(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, transpose: Transpose, k: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.transpose, ctx.k = transpose, k
-        # not a view, which `ReLU(inplace=True)` could not change: no weight layer needs its output's values again
+        # A view could not be changed by `ReLU(inplace=True)`. No weight layer reads its output's values again.
         return output.data
 
     @staticmethod

@@ -14,6 +14,7 @@ feedback is the transpose of the pooled map itself, as BP's signal is.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from dfl_experiments.ranges import FeedbackInit, LocalPooling
 
 @dataclass(frozen=True)
 class Axis:
-    """A convolution along one axis: zeros before the first position and after the last, for one."""
+    """A convolution along one axis. before, after: zeros of padding at its two ends."""
 
     kernel: int
     stride: int
@@ -51,8 +52,8 @@ class LocalModule(nn.Module):
     On an image that a linear layer reads behind a global average pooling, B̄ is (K, C, 1, 1), and the same average is
     all the pooling there is. On tokens (T, C), B̄ is (K, C) and y = B̄ · mean_t h, whatever reads them: the 1×1
     convolution that a layer along the channels is, behind the network's own average. A `dense` one is a matrix on
-    whatever h_i there is, flattened; so is one whose reader is no convolution of images padded with zeros, or is not
-    there (None).
+    whatever h_i there is, flattened. So is one on an image without a reader (None), or whose reader is neither linear
+    nor a convolution that pads with zeros.
     """
 
     weight: nn.Parameter
@@ -81,7 +82,9 @@ class LocalModule(nn.Module):
             weight = torch.empty(num_classes, self.shape[1])
         else:
             channels, height, width = self.shape
-            self.axes = rows, columns = axes
+            rows, columns = axes
+            if isinstance(reader, nn.Conv2d):
+                self.geometry: Any = (reader.stride, reader.padding, reader.dilation)
             self.register_buffer("rows", rows.windows(height).to(like), persistent=False)
             self.register_buffer("columns", columns.windows(width).to(like), persistent=False)
             if self.linear:  # the 1/(H W) of the network's own pooling, in both directions
@@ -142,10 +145,7 @@ class LocalModule(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """y = Bᵀ h (Eq. 19), or pool(conv(h; B̄)).  h: (N, *shape) -> (N, K)."""
         if self.pooling == "max" and not self.linear:
-            rows, columns = self.axes
-            padded = F.pad(h, (columns.before, columns.after, rows.before, rows.after))
-            dilation = (rows.dilation, columns.dilation)
-            return F.conv2d(padded, self.weight, None, (rows.stride, columns.stride), 0, dilation).amax((2, 3))
+            return F.conv2d(h, self.weight, None, *self.geometry).amax((2, 3))
         return self._product(self.features(h))
 
     def _product(self, features: Tensor) -> Tensor:

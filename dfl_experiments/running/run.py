@@ -245,7 +245,7 @@ def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, A
         if None not in (value, recorded.get(name)) and value != recorded[name]:
             changed = f"holds a run on other data or code: {name} {recorded[name]}, now {value}"
             advice = "force=true replaces it, a new sweep= or hydra.run.dir= keeps both"
-            raise UserError(f"{run_dir.name}: {changed}; {advice}")
+            raise UserError(f"{run_dir.absolute().name}: {changed}; {advice}")
 
 
 def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:
