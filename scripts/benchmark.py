@@ -1,11 +1,12 @@
-"""The one place where time is judged: every method beside plain PyTorch, interleaved, in one process.
+"""Measure the speed of every method and of plain PyTorch, taking turns in one process.
 
     python scripts/benchmark.py [--quick] [--device cpu|cuda] [--threads 1] [--models fc-mnist,conv3,…]
                                 [--methods bp,fa,…|all] [--precisions float32,bfloat16] [--out FILE]
     python scripts/benchmark.py --sweep 1000
 
-Prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random: their content
-changes no time. Contenders of one table take turns step by step, so that what else the machine does hits all alike.
+It prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random, because
+their content does not change the time. The contenders of a table take turns step by step, so that other load on the
+machine affects all of them equally.
 """
 
 import argparse
@@ -37,23 +38,24 @@ ADAM_BYTES = 32  # per weight: gradient written and read; weight and both moment
 def contenders_of(
     model: str, methods: Sequence[str], device: torch.device, precision: str
 ) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
-    """A step of every contender on a model, and how many weights those whose floor is known train."""
+    """Return a step of every contender on a model, and the number of trained weights of those with a known floor."""
     x, target = random_batch(MODELS[model][2], CLASSES, BATCH, device)
     plain = plain_steps(model, device, precision)
     steps: dict[str, Callable[[], object]] = {name: partial(step, x, target) for name, step in plain.items()}
     weights = {"plain": 0}
     for method in methods:
         try:
-            one = learner(method, model, device, precision)
+            trainer = learner(method, model, device, precision)
         except UserError as error:
             print(f"{method} on {model}: {error}")
             continue
-        trained = [*one.parameters, *(p for p in one.method.parameters() if p.requires_grad)]
-        weights[method] = sum(p.numel() for p in trained)
-        x = x.contiguous(memory_format=layout_of("auto", one.net, device, one.precision))  # as the data come
-        steps[method] = partial(one.step, x, target)
+        feedback = [p for p in trainer.method.parameters() if p.requires_grad]
+        weights[method] = sum(p.numel() for p in [*trainer.parameters, *feedback])
+        layout = layout_of("auto", trainer.net, device, trainer.precision)
+        x = x.contiguous(memory_format=layout)  # as the data of a run
+        steps[method] = partial(trainer.step, x, target)
         if method != "bp":
-            steps[f"{method} + alignment"] = partial(one.step, x, target, align=True)
+            steps[f"{method} + alignment"] = partial(trainer.step, x, target, align=True)
         if device.type == "cuda":
             captured = CapturedStep(learner(method, model, device, precision), BATCH, device)
             steps[f"{method} captured"] = partial(captured, x, target)
@@ -76,18 +78,19 @@ def contenders_of(
 def step_times(
     model: str, methods: Sequence[str], rounds: int, instances: int, device: torch.device, precision: str
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds per step of every contender, and its operations and bytes of weights.
+    """Return for every contender the milliseconds per step, the operations and the bytes of the weights.
 
-    instances: how many times all are made anew, for where the allocator puts a small network's weights moves its time
-    by some per cent; the median over all is taken.
+    rounds: steps of each contender.
+    instances: how often all contenders are made anew. The addresses of a small network's weights change its time by
+        several per cent, so the median over the instances counts.
     """
-    found: list[dict[str, float]] = []
+    times: list[dict[str, float]] = []
     for _ in range(instances):
         steps, weights = contenders_of(model, methods, device, precision)
-        found.append(medians(steps, rounds // instances, device))
-    result = {name: {"ms": statistics.median(times[name] for times in found) * 1e3} for name in steps}
+        times.append(medians(steps, rounds // instances, device))
+    result = {name: {"ms": statistics.median(of_instance[name] for of_instance in times) * 1e3} for name in steps}
     for name, step in steps.items():
-        if "compiled" not in name and "captured" not in name:  # whose tensors cannot be watched
+        if "compiled" not in name and "captured" not in name:  # their tensors cannot be watched
             result[name]["peak_mb"] = peak_mb(step, device)
     for name, count in weights.items():
         with FlopCounterMode(display=False) as counter:
@@ -97,9 +100,9 @@ def step_times(
 
 
 def rates(device: torch.device, precision: str) -> dict[str, float]:
-    """The most that this machine's matrix product, convolution and copy reach: operations and bytes per second.
+    """Return the highest rates of this machine: operations per second of products and convolutions, bytes of copies.
 
-    In sizes and memory formats that the models have, and in larger ones: a floor is to be what nothing beats.
+    The sizes and memory formats are those of the models, and larger ones, so that the floor is a true lower bound.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     contenders: dict[str, Callable[[], object]] = {}
@@ -130,7 +133,7 @@ def rates(device: torch.device, precision: str) -> dict[str, float]:
 
 
 def show_steps(model: str, precision: str, steps: dict[str, dict[str, float]], rate: dict[str, float]) -> None:
-    """One model's table. / plain: the best of plain PyTorch's ways."""
+    """Print the table of a model. Column "/ plain": time relative to the fastest variant of plain PyTorch."""
     best_plain = min(values["ms"] for name, values in steps.items() if name.startswith("plain"))
     print(f"\n{model}, {precision}, batch {BATCH}")
     print(
@@ -153,15 +156,17 @@ def show_steps(model: str, precision: str, steps: dict[str, dict[str, float]], r
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the tables, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; takes under a minute")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--models", default="", help=f"of {', '.join(MODELS)} (default: all, with --quick the first)")
-    parser.add_argument("--methods", default=",".join(PAPER), help="beside BP, or all (default: %(default)s)")
+    parser.add_argument(
+        "--models", default="", help=f"any of {', '.join(MODELS)} (default: all; the first with --quick)"
+    )
+    parser.add_argument("--methods", default=",".join(PAPER), help="methods beside BP, or all (default: %(default)s)")
     parser.add_argument("--precisions", default="float32", help="float32, bfloat16, tf32 (default: %(default)s)")
-    parser.add_argument("--sweep", type=int, metavar="N", help="time a sweep of so many points of the digits, no more")
+    parser.add_argument("--sweep", type=int, metavar="N", help="measure only a sweep of N points on the digits")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"))
     options = parser.parse_args()
     if options.sweep:
@@ -169,18 +174,18 @@ def main() -> None:
         return
     device = torch.device(options.device)
     models = options.models.split(",") if options.models else list(MODELS)[: 1 if options.quick else None]
-    asked = group_options("method") if options.methods == "all" else options.methods.split(",")
-    methods = ["bp", *(method for method in asked if method != "bp")]
+    names = group_options("method") if options.methods == "all" else options.methods.split(",")
+    methods = ["bp", *(method for method in names if method != "bp")]
     precisions = options.precisions.split(",")
-    # it serves plain PyTorch as well
+    # the same settings as in a run, for plain PyTorch too
     as_a_run = partial(set_up, device, seed=0, deterministic=False, threads=options.threads)
     rate = {}
     for precision in precisions:
         as_a_run(precision)
         rate[precision] = rates(device, precision)
-    for precision, found in rate.items():
-        gflops = {name: round(found[name] / 1e9) for name in ("product", "convolution")}
-        print(f"{device_name(device)}, {precision}: Gflop/s {gflops}, copy {found['bytes_per_s'] / 1e9:.1f} GB/s")
+    for precision, best in rate.items():
+        gflops = {name: round(best[name] / 1e9) for name in ("product", "convolution")}
+        print(f"{device_name(device)}, {precision}: Gflop/s {gflops}, copy {best['bytes_per_s'] / 1e9:.1f} GB/s")
     report: dict[str, Any] = {
         "device": device_name(device), "machine": platform.platform(), "versions": versions(),
         "git_commit": git_commit(), "rates": rate, "steps": {}, "epochs": {},
@@ -189,7 +194,7 @@ def main() -> None:
         rounds, instances = {"fc-mnist": (350, 7), "fc-cifar10": (18, 3)}.get(model, (12, 1))
         if options.quick:
             rounds, instances = rounds // 2, min(instances, 3)
-        if device.type == "cuda":  # whose allocator matters less, and whose compiler takes longer
+        if device.type == "cuda":  # addresses matter less, and compilation takes longer
             rounds, instances = min(rounds, 20), 1
         for precision in precisions:
             as_a_run(precision)
@@ -201,12 +206,12 @@ def main() -> None:
         print("whole epochs of las, ms an image: ", {name: round(value, 4) for name, value in times.items()})
         print(f"  published way / here {times['published way'] / times['here']:.2f}", end="")
         print(f", evaluation {times['evaluation'] / times['here']:.0%} of as many images' training")
-    report["augmentation_us_per_image"] = found = augmentation_times(256 if options.quick else 2048, 3)
-    print("\nrandaugment_cutout_flip, µs per image: ", {name: round(value, 1) for name, value in found.items()})
-    print(f"  {found['image by image'] / found['whole batches']:.1f} × faster")
-    report["tracking_s"] = found = tracking_times(6400 if options.quick else 60000, options.device, options.threads)
-    print("\none epoch of las on FC-MNIST, s: ", {name: round(value, 2) for name, value in found.items()})
-    print(f"  offline / disabled {found['offline'] / found['disabled']:.3f}")
+    report["augmentation_us_per_image"] = times = augmentation_times(256 if options.quick else 2048, 3)
+    print("\nrandaugment_cutout_flip, µs per image: ", {name: round(value, 1) for name, value in times.items()})
+    print(f"  {times['image by image'] / times['whole batches']:.1f} × faster")
+    report["tracking_s"] = times = tracking_times(6400 if options.quick else 60000, options.device, options.threads)
+    print("\none epoch of las on FC-MNIST, s: ", {name: round(value, 2) for name, value in times.items()})
+    print(f"  offline / disabled {times['offline'] / times['disabled']:.3f}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{options.out}")

@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: makes or reuses .venv and installs the project into it, with the extras in $1.
-# PYTHON names the interpreter to make it with (default: the first of python3, python3.13, … that is new enough).
+# The scripts beside this file source it. It makes or reuses .venv, and installs the project into it, with the extras in $1.
+# PYTHON is the interpreter for .venv (default: the first of python3, python3.13, … that is new enough).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,7 @@ install_project() {
         echo "making .venv with $("$python" --version)"
         "$python" -m venv .venv
     fi
-    # installing anew is slow and changes nothing while pyproject.toml stays as it is
+    # installing again is slow, and needed only when pyproject.toml has changed
     stamp=.venv/.installed-${extras:-plain}
     if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
         echo "installing dfl-experiments${extras:+ with the extra \"$extras\"} (PyTorch is large: this can take some minutes)"
@@ -31,12 +31,12 @@ install_project() {
     fi
 }
 
-reproduce() { # target, then the script's own arguments
+reproduce() { # arguments: the target, then the arguments of the script
     local python extras
     python=.venv/bin/python
     [ -x "$python" ] || python=$(find_python)
     case " $* " in *" -h "* | *" --help "*) exec "$python" scripts/reproduce_arguments.py "$@" ;; esac
-    extras=$("$python" scripts/reproduce_arguments.py "$@")  # a mistake is refused before minutes of installing
+    extras=$("$python" scripts/reproduce_arguments.py "$@")  # refuse a mistake before the installation, which takes minutes
     install_project "$extras"
     exec .venv/bin/python scripts/reproduce.py "$@"
 }

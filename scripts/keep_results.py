@@ -1,10 +1,10 @@
-"""Copy what a report needs of finished runs, and nothing large: a folder small enough to be kept with the code.
+"""Copy the parts of finished runs that a report needs, in a folder small enough to keep with the code.
 
     python scripts/keep_results.py outputs/fc_table outputs/reference/fc_table
 
-Of every run directory `result.json`, `epochs.csv` and `config.yaml` are taken, once they are verified; the copies get a
-seal of their own. `dfl-report` reads the copy as it reads the original, and `dfl-train repeat=<copy>` runs it anew. The
-data's place, which is of this machine only, becomes the default one.
+It verifies `result.json`, `epochs.csv` and `config.yaml` of every run directory, copies them, and seals the copies.
+`dfl-report` reads a copy as it reads the original, and `dfl-train repeat=<copy>` runs it again. `data_dir`, which holds
+for this machine only, is set to its default.
 """
 
 import argparse
@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.runs import run_folders
+from dfl_experiments.report.frame import run_folders
 from dfl_experiments.running.result import DONE, read_epochs, read_result, write_config, write_result
 
 
 def keep(source: Path, destination: Path) -> int:
-    """Copy every finished run below a folder, and return how many there were."""
+    """Copy every finished run below a folder, and return their number."""
     count = 0
     for folder in run_folders(source):
         try:
@@ -30,27 +30,27 @@ def keep(source: Path, destination: Path) -> int:
         if result is None or result["status"] not in DONE:
             print(f"left out, not finished: {folder}")
             continue
-        place = destination / folder.relative_to(source)
-        place.mkdir(parents=True, exist_ok=True)
+        copy = destination / folder.relative_to(source)
+        copy.mkdir(parents=True, exist_ok=True)
         config = {**result["config"], "data_dir": "data"}
-        write_config(place, config)
-        (place / "epochs.csv").unlink(missing_ok=True)
+        write_config(copy, config)
+        (copy / "epochs.csv").unlink(missing_ok=True)
         if (folder / "epochs.csv").exists():
-            shutil.copyfile(folder / "epochs.csv", place / "epochs.csv")
-        write_result(place, {**result, "config": config})
+            shutil.copyfile(folder / "epochs.csv", copy / "epochs.csv")
+        write_result(copy, {**result, "config": config})
         count += 1
     return count
 
 
 def main() -> None:
-    """Read the command line and copy."""
+    """Read the command line, and copy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
-    asked = parser.parse_args()
-    if not asked.source.is_dir():
-        raise SystemExit(f"error: {asked.source}: no such folder")
-    print(f"{keep(asked.source, asked.destination)} runs kept in {asked.destination}")
+    options = parser.parse_args()
+    if not options.source.is_dir():
+        raise SystemExit(f"error: {options.source}: no such folder")
+    print(f"{keep(options.source, options.destination)} runs kept in {options.destination}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmark measures with: clocks, contenders that take turns, memory, whole processes."""
+"""Measure times and memory for the benchmark: of contenders that take turns, and of whole processes."""
 
 import itertools
 import os
@@ -32,22 +32,23 @@ def medians(
     of: Callable[[list[float]], float] = statistics.median,
     calls: int = 10,
 ) -> dict[str, float]:
-    """Seconds per call of each contender, the contenders taking turns.
+    """Return the seconds per call of each contender. The contenders take turns.
 
-    of: what is made of a contender's times. calls: how many at once a GPU is asked for, as in training.
+    of: function that summarises a contender's times.
+    calls: number of calls that a GPU gets at once, as in training.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     on_gpu = device.type == "cuda"
     for index in range(rounds + 2):
         for name, call in contenders.items():
             seconds = gpu_seconds(call, calls) if on_gpu else cpu_seconds(call)
-            if index >= 2:  # of warm-up
+            if index >= 2:  # after two rounds of warm-up
                 times[name].append(seconds)
     return {name: of(values) for name, values in times.items()}
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    """Of a call; with one thread, those that it computed: what else the machine does meanwhile does not count."""
+    """Return the seconds of a call; with one thread, its CPU time, which other load does not change."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     call()
@@ -55,7 +56,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def gpu_seconds(call: Callable[[], object], calls: int) -> float:
-    """Of one of so many calls in a row, by the GPU's own events."""
+    """Return the mean seconds of several calls in a row, by the GPU's events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -66,7 +67,10 @@ def gpu_seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:
-    """The method, model and optimizer that a configuration names, for images of this shape, as a run has them."""
+    """Return the learner that a run with this configuration has.
+
+    shape: of one image. classes: their number.
+    """
     torch.manual_seed(0)
     loss, components, precision = LOSSES[cfg.settings.loss], cfg.components, cfg.settings.precision
     net = components["model"].build(input_shape=shape, num_classes=classes)
@@ -77,12 +81,12 @@ def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device:
 
 
 def random_batch(shape: tuple[int, ...], classes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random images and labels: their content changes no time."""
+    """Return random images and labels, whose content does not change the time."""
     return torch.randn(size, *shape, device=device), torch.randint(classes, (size,), device=device)
 
 
 class Live(TorchDispatchMode):
-    """The bytes of all tensors made inside that are alive, and their peak."""
+    """A context that counts the bytes of the live tensors made inside it, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self.seen.add(tensor.untyped_storage())  # it was there before, and so is what only looks at it
+                self.seen.add(tensor.untyped_storage())  # it existed before, and so did the storage of its views
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
@@ -103,12 +107,12 @@ class Live(TorchDispatchMode):
         return result
 
     def free(self, size: int) -> None:
-        """Called when a storage goes."""
+        """Subtract the size of a storage that is freed."""
         self.bytes -= size
 
 
 def peak_mb(call: Callable[[], object], device: torch.device) -> float:
-    """Megabytes that a call adds at its peak: on a CPU of tensors, on a GPU of all that its allocator gives."""
+    """Return the megabytes that a call adds at its peak: of tensors on a CPU, of allocated memory on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -122,9 +126,9 @@ def peak_mb(call: Callable[[], object], device: torch.device) -> float:
 
 
 def sweep_times(points: int) -> dict[str, float]:
-    """Of a sweep of the digits by the basic launcher: seconds to its first result, seconds a point, growth.
+    """Return for a sweep on the digits the seconds to its first result, seconds per point, and memory per point.
 
-    A tenth of the points, and all: the process's largest size grows by what a point leaves behind.
+    The memory per point is the difference in peak size between a sweep of a tenth of the points and one of all.
     """
     seeds = [f"seed=range({count})" for count in (max(1, points // 10), points)]
     one_step = ("limit=64", "smoke=64", "epochs=1", "threads=1", "tracking=disabled", "checkpoint.keep=false")

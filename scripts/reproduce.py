@@ -1,4 +1,4 @@
-"""What the `reproduce_*.sh` scripts do; `reproduce_arguments.py` says what."""
+"""Run the experiments of the paper, as the `reproduce_*.sh` scripts ask; see `reproduce_arguments.py`."""
 
 import argparse
 import contextlib
@@ -23,65 +23,65 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.running.device import choose_device
 
 EXPERIMENTS = {"alignment_figure": ("alignment_figure",), **TABLES}
-SMOKE = {"smoke": "128", "epochs": "1"}  # images of each kind, and epochs
-SIZES = {  # images to train on, their shape, classes
+SMOKE = {"smoke": "128", "epochs": "1"}
+SIZES = {  # training images, their shape, classes
     "mnist": (60_000, (1, 28, 28), 10),
     "cifar10": (50_000, (3, 32, 32), 10),
     "cifar100": (50_000, (3, 32, 32), 100),
     "tinyimagenet": (100_000, (3, 64, 64), 200),
 }
-BESIDE_STEPS = 1.15  # evaluation and augmentation
-MOST_JOBS_AT_ONCE = 500  # SLURM takes arrays of up to 1,000
+BESIDE_STEPS = 1.15  # factor for evaluation and augmentation
+MOST_JOBS_AT_ONCE = 500  # SLURM accepts arrays of up to 1,000
 
 
 def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid | None:
-    """The part of a grid that --only leaves; None if nothing is left."""
+    """Return the part of a grid that --only selects, or None for an empty part."""
     axes = dict(grid.axes)
-    for place in PLACES:
-        wanted = [word for word in only if word in choices[place]]
+    for group in PLACES:
+        wanted = [word for word in only if word in choices[group]]
         if not wanted:
             continue
-        if place in axes:
-            axes[place] = [value for value in axes[place] if value in wanted]
-        elif grid.fixed[place] not in wanted:
+        if group in axes:
+            axes[group] = [value for value in axes[group] if value in wanted]
+        elif grid.fixed[group] not in wanted:
             return None
     return Grid(grid.experiment, axes, grid.fixed) if all(axes.values()) else None
 
 
 def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
-    """Sweep name and grid of every call. Raises `UserError` for a word that names nothing."""
+    """Return the sweep name and the grid of every call. Raises `UserError` for an unknown word in --only."""
     grids = [
         (sweep, grid_of(name))
         for sweep in (EXPERIMENTS if target == "all" else [target])
         for name in EXPERIMENTS[sweep]
     ]
-    choices: dict[str, set[str]] = {place: set() for place in PLACES}
+    choices: dict[str, set[str]] = {group: set() for group in PLACES}
     for _, grid in grids:
-        for place in PLACES:
-            choices[place] |= set(grid.axes.get(place) or [grid.fixed[place]])
+        for group in PLACES:
+            choices[group] |= set(grid.axes.get(group) or [grid.fixed[group]])
     for word in only:
         if not any(word in values for values in choices.values()):
             raise UserError(f"--only {word}: there are {', '.join(sorted(set().union(*choices.values())))}")
-    found = [(sweep, one) for sweep, grid in grids if (one := narrowed(grid, only, choices))]
-    if not found:
-        raise UserError(f"--only {','.join(only)}: no cell is all of these")
-    return found
+    selected = [(sweep, part) for sweep, grid in grids if (part := narrowed(grid, only, choices))]
+    if not selected:
+        raise UserError(f"--only {','.join(only)}: no cell has all of these")
+    return selected
 
 
 def launcher_options(launcher: str, jobs: int | None) -> list[str]:
-    """What makes Hydra start the jobs that way, so many at once."""
+    """Return the overrides for a launcher. jobs: number of jobs at once, or None for the default."""
     if launcher == "joblib":
         return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs or 2}"]
-    if launcher == "slurm":  # the time limit is this project's default, a day; what meets it is queued again
+    if launcher == "slurm":  # a job at its time limit, by default a day, is queued again
         batch = f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}"
         return ["hydra/launcher=submitit_slurm", f"hydra.launcher.array_parallelism={jobs or 100}", batch]
-    if launcher == "ray":  # without a number, as many as there are cores
+    if launcher == "ray":  # by default as many jobs as cores
         return ["hydra/launcher=ray", *([f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else [])]
     return []
 
 
 def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[int]) -> list[str]:
-    """The arguments of one call of `dfl-train`."""
+    """Return the arguments of one call of `dfl-train`."""
     fixed = {**(SMOKE if asked.smoke else {}), **({"epochs": str(asked.epochs)} if asked.epochs else {})}
     return [
         "--multirun",
@@ -97,22 +97,23 @@ def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[
 
 
 def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
-    """Every call in order: one seed of everything before the next, save on a cluster, where all wait in one queue."""
-    each = range(asked.seeds)
-    together = [[seed] for seed in each] if asked.launcher in ("basic", "joblib") else [[*each]]
-    found = []
-    for seeds in together:
+    """Return every call in order: all grids for one seed, then for the next; on a cluster all seeds at once."""
+    seeds_of_calls = [[seed] for seed in range(asked.seeds)]
+    if asked.launcher not in ("basic", "joblib"):
+        seeds_of_calls = [[*range(asked.seeds)]]
+    result = []
+    for seeds in seeds_of_calls:
         for sweep, grid in chosen(asked.target, asked.only):
-            if asked.smoke:  # every cell, but one point of its grid
+            if asked.smoke:  # one point of the grid for every cell
                 sweep = f"{sweep}-smoke"
                 grid = replace(grid, axes={key: v if key in PLACES else v[:1] for key, v in grid.axes.items()})
-            found.append((grid, arguments_of(asked, sweep, grid, seeds)))
-    return found
+            result.append((grid, arguments_of(asked, sweep, grid, seeds)))
+    return result
 
 
 def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> float:
-    """How long a run would take on this machine's device, from two steps of its size with random images."""
-    cfg = check(compose([f"experiment={experiment}", *(f"{place}={point[place]}" for place in PLACES), *overrides]))
+    """Return the estimated seconds of a run on this machine, from two steps with random images."""
+    cfg = check(compose([f"experiment={experiment}", *(f"{group}={point[group]}" for group in PLACES), *overrides]))
     count, shape, classes = SIZES[point["dataset"]]
     learner = learner_of(cfg, shape, classes, choose_device(cfg.settings.device))
     batch = random_batch(shape, classes, cfg.settings.batch_size, learner.device)
@@ -124,16 +125,23 @@ def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> 
 
 
 def single_valued(overrides: list[str]) -> tuple[list[str], int]:
-    """Of the user's overrides those with one value, and how many runs the others make of one. Hydra's own are none."""
-    parsed = [one for one in OverridesParser.create().parse_overrides(overrides) if not one.is_hydra_override()]
-    sweeps = [one for one in parsed if one.is_sweep_override()]
-    times = math.prod(len(list(one.sweep_iterator())) for one in sweeps)
-    return [str(one.input_line) for one in parsed if not one.is_sweep_override()], times
+    """Return the overrides with one value, and the number of combinations of the others. Hydra's own do not count."""
+    single, combinations = [], 1
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_hydra_override():
+            continue
+        if override.is_sweep_override():
+            combinations *= len(list(override.sweep_iterator()))
+        else:
+            single.append(str(override.input_line))
+    return single, combinations
 
 
 def dry_run(asked: argparse.Namespace) -> None:
-    """Print what would be run, and about how long it would take here."""
-    kinds: dict[tuple[str, ...], tuple[dict[str, str], int]] = {}  # a point of each, and how many runs it stands for
+    """Print the runs, and an estimate of their time on this machine."""
+    kinds: dict[
+        tuple[str, ...], tuple[dict[str, str], int]
+    ] = {}  # of each kind of run: a point, and the number of runs
     fixed, times = single_valued(asked.overrides)
     fixed = [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed
     for grid, arguments in calls(asked):
@@ -142,42 +150,43 @@ def dry_run(asked: argparse.Namespace) -> None:
         repeats = (seeds.count(",") + 1) * times
         for point in grid.points():
             print("   ", " ".join(f"{key}={value}" for key, value in point.items()))
-            kind = (grid.experiment, *(point[place] for place in PLACES))
+            kind = (grid.experiment, *(point[group] for group in PLACES))
             kinds[kind] = (point, kinds.get(kind, (point, 0))[1] + repeats)
     print(f"\n{sum(count for _, count in kinds.values())} runs", flush=True)
     if not asked.smoke:
         print(f"timing 2 steps of each of {len(kinds)} kinds of run", file=sys.stderr)
         total = sum(count * seconds_of(point, kind[0], fixed) for kind, (point, count) in kinds.items())
         hours = float(f"{BESIDE_STEPS * total / 3600:.2g}")
-        print(f"about {hours:,g} hours on this machine, one after the other: from 2 steps of every kind of run")
+        print(f"about {hours:,g} hours on this machine, one run after the other (from 2 steps of every kind of run)")
 
 
 def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
-    """The tables on the terminal, then everything else into a folder of its own."""
+    """Print the tables, and write a report in all formats into a folder."""
     folders = [str(Path("outputs", sweep)) for sweep in dict.fromkeys(sweeps) if Path("outputs", sweep).is_dir()]
     if not folders:
-        print("no report: no run has left a folder in outputs/")
+        print("no report: no run has a folder in outputs/")
         return
-    place = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
-    shutil.rmtree(place, ignore_errors=True)  # of an earlier report nothing stays beside this one
+    target = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
+    shutil.rmtree(target, ignore_errors=True)  # delete an earlier report
     from dfl_experiments.report.dfl_report import main as dfl_report
 
     written = {"markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "html": "report.html"}
-    with contextlib.suppress(SystemExit):  # of a report that cannot be made: it has said why
-        dfl_report(folders)
+    asked_for = [*folders, "--paper"]
+    with contextlib.suppress(SystemExit):  # a report that fails has printed the reason
+        dfl_report(asked_for)
         for kind, name in written.items():
-            figures = ["--figures", str(place / "figures")] if kind == "markdown" else []
-            dfl_report([*folders, "--format", kind, "--out", str(place / name), *figures])
+            figures = ["--figures", str(target / "figures")] if kind == "html" else []
+            dfl_report([*asked_for, "--format", kind, "--out", str(target / name), *figures])
 
 
 def finish(child: subprocess.Popen[bytes]) -> int:
-    """Wait for a process that this one's signals have reached, or are passed on to, and return its exit code.
+    """Wait for a process, pass signals on to it, and return its exit code.
 
-    `dfl-train` ends by itself, after its checkpoint: a wait that is interrupted must not kill it.
+    `dfl-train` ends by itself after a checkpoint, so an interrupted wait must not kill it.
     """
 
     def pass_on(signum: int, _: object) -> None:
-        if signum == signal.SIGTERM:  # of SIGINT a terminal tells both
+        if signum == signal.SIGTERM:  # a terminal sends SIGINT to both processes
             child.send_signal(signum)
 
     before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -189,31 +198,31 @@ def finish(child: subprocess.Popen[bytes]) -> int:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """All calls, then the report; the worst exit code."""
+    """Make all calls, then the report, and return the highest exit code."""
     codes, sweeps = [0], []
     for _, arguments in calls(asked):
         sweeps.append(next(argument for argument in arguments if argument.startswith("sweep=")).partition("=")[2])
         print("dfl-train", *arguments, flush=True)
         codes.append(finish(subprocess.Popen([sys.executable, "-m", "dfl_experiments.train", *arguments])))
-        if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # refused, or stopped
+        if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # refused or stopped
             break
     report(asked, sweeps)
     return max(code if code >= 0 else 128 - code for code in codes)
 
 
 def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse an override of what the script says to `dfl-train` itself, which the report would know nothing of."""
-    given, asked.overrides = asked.overrides, []
+    """Refuse an override of a key that the script sets itself, because the report does not know of it."""
+    overrides, asked.overrides = asked.overrides, []
     own = {argument.partition("=")[0] for _, arguments in calls(asked) for argument in arguments}
-    asked.overrides = given
-    for override in given:
+    asked.overrides = overrides
+    for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key in own or key.startswith("hydra.sweep."):
-            parser.error(f"{override}: the script sets {key} itself; --help shows what it can be told")
+            parser.error(f"{override}: the script sets {key} itself; --help lists its options")
 
 
 def main() -> None:
-    """Read the command line and do as it says."""
+    """Read the command line, and run or print the calls."""
     parser, asked = read_arguments()
     try:
         check_overrides(asked, parser)

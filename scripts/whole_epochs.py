@@ -1,4 +1,4 @@
-"""Whole epochs timed: augmentation, tracking, and LAS from images to weights beside the published way of working."""
+"""Measure whole epochs: augmentation, tracking, and LAS with data, here and as in the published code."""
 
 import json
 import tempfile
@@ -24,7 +24,7 @@ from dfl_experiments.running.tracking import track
 
 
 def augmentation_times(count: int, rounds: int) -> dict[str, float]:
-    """Microseconds per image of randaugment_cutout_flip: whole batches, and torchvision's pipeline image by image."""
+    """Return microseconds per image of randaugment_cutout_flip on whole batches, and of torchvision image by image."""
     from torchvision import transforms
     from torchvision.transforms.functional import to_pil_image
 
@@ -44,7 +44,10 @@ def augmentation_times(count: int, rounds: int) -> dict[str, float]:
 
 
 def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
-    """Seconds of an epoch of FC on MNIST-sized images with alignment at every iteration: W&B off and offline."""
+    """Return the seconds of an FC epoch with alignment at every iteration, with W&B disabled and offline.
+
+    images: number of training images, of the size of MNIST.
+    """
     random = np.random.default_rng(0)
     times: dict[str, list[float]] = {"disabled": [], "offline": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -60,22 +63,22 @@ def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
             run_dir = Path(tempfile.mkdtemp(dir=folder))
             parts, state = build(cfg), State()
             with track(cfg.settings.tracking, run_dir, cfg.values, parts.columns, None) as tracker:
-                start = time.perf_counter()  # W&B has threads and a process of its own
-                train(parts, state, run_dir, cfg.science, tracker, Stop())
+                start = time.perf_counter()  # wall time, because W&B has threads and a process of its own
+                train(parts, state, run_dir, cfg.config_digest, tracker, Stop())
                 times[mode].append(time.perf_counter() - start)
     return {mode: min(values) for mode, values in times.items()}
 
 
 def epoch_times(model: str, images: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds per image of an epoch of LAS, data included, in the published way and here; and of an evaluation."""
+    """Return milliseconds per image of a LAS epoch with data, as published and here, and of an evaluation."""
     shape = MODELS[model][2]
     random = np.random.default_rng(0)
     arrays = random.integers(0, 256, (images, *shape), np.uint8), random.integers(0, CLASSES, images)
     pictures = [(to_picture(image), int(label)) for image, label in zip(*arrays, strict=True)]
     published = PublishedLas(learner("bp", model, device).net, pictures, BATCH)
-    one = learner("las", model, device)
-    layout = layout_of("auto", one.net, device, one.precision)
-    step = CapturedStep(one, BATCH, device) if device.type == "cuda" else one.step
+    trainer = learner("las", model, device)
+    layout = layout_of("auto", trainer.net, device, trainer.precision)
+    step = CapturedStep(trainer, BATCH, device) if device.type == "cuda" else trainer.step
     x, labels = (torch.from_numpy(array).to(device) for array in arrays)
     normalise = Normalise([0.5], [0.25])
     batches = Batches(x, labels, normalise, Augmentation(), BATCH, 0, device, memory_format=layout)
@@ -88,14 +91,14 @@ def epoch_times(model: str, images: int, device: torch.device) -> dict[str, floa
     @torch.no_grad()
     def evaluate() -> None:
         for x, _ in evaluation:
-            one.net(x)
+            trainer.net(x)
 
     contenders = {"published way": published.epoch, "here": epoch, "evaluation": evaluate}
     return {name: seconds / images * 1e3 for name, seconds in medians(contenders, 3, device, calls=1).items()}
 
 
 def to_picture(image: np.ndarray) -> Any:
-    """A PIL image of (C, H, W)."""
+    """Return a PIL image. image: (C, H, W) uint8."""
     from PIL import Image
 
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))

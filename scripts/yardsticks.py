@@ -1,4 +1,4 @@
-"""What the engine is measured against: plain PyTorch at its best, and the published way of working, from scratch."""
+"""Implement what the engine is compared with: plain PyTorch at its fastest, and LAS as in published code."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ Step = Callable[[Tensor, Tensor], object]
 def learner(
     method: str, model: str, device: torch.device, precision: str = "float32", memory_format: str = "auto"
 ) -> Learner:
-    """A method on a model of the paper's size."""
+    """Return a learner for a method on a model of the paper's size."""
     name, dataset, shape = MODELS[model]
     choices = [f"method={method}", f"model={name}", f"dataset={dataset}", f"precision={precision}"]
     choices += [f"memory_format={memory_format}"]
@@ -38,7 +38,7 @@ def learner(
 
 
 def plain(model: str, device: torch.device, precision: str, channels_last: bool, compiled: bool) -> Step:
-    """The same net as people write it: nn.Sequential, loss.backward(), a fused optimizer."""
+    """Return a training step of the same net in plain PyTorch: nn.Sequential, loss.backward(), a fused optimizer."""
     blocks = learner("bp", model, device).net
     net = nn.Sequential(*(nn.Sequential(*block.children()) for block in blocks.blocks), blocks.head)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -59,10 +59,10 @@ def plain(model: str, device: torch.device, precision: str, channels_last: bool,
 
 
 def plain_steps(model: str, device: torch.device, precision: str) -> dict[str, Step]:
-    """Plain PyTorch in every way that may be the fastest: both memory formats, eager and, with a compiler, compiled."""
+    """Return the variants of plain PyTorch: both memory formats, eager and, if a compiler is installed, compiled."""
     layouts = {"plain": False} if model.startswith("fc") else {"plain": False, "plain channels-last": True}
     compiler = device.type == "cuda" or shutil.which("g++") is not None
-    torch.compiler.reset()  # what was compiled before counts towards a limit, beyond which nothing more is
+    torch.compiler.reset()  # earlier compilations count towards a limit
     return {
         name + " compiled" * compiled: plain(model, device, precision, channels_last, compiled)
         for name, channels_last in layouts.items()
@@ -71,7 +71,7 @@ def plain_steps(model: str, device: torch.device, precision: str) -> dict[str, S
 
 
 def captured_plain(step: Step, device: torch.device) -> Step:
-    """A plain step as one CUDA graph, batch copied in, as the engine's is."""
+    """Return a plain step as one CUDA graph, into which batches are copied as in the engine."""
 
     class Plain:
         optimizers = ()
@@ -79,15 +79,15 @@ def captured_plain(step: Step, device: torch.device) -> Step:
         def step(self, x: Tensor, target: Tensor, align: bool) -> object:
             return step(x, target)
 
-    one: Any = Plain()
-    return CapturedStep(one, BATCH, device)
+    trainer: Any = Plain()
+    return CapturedStep(trainer, BATCH, device)
 
 
 class PublishedLas:
-    """LAS as published code goes about it: images one by one, two forward passes, a convolution for every local module.
+    """LAS as in published code: images one by one, two forward passes, a convolution for every local module.
 
-    Each image is a picture that torchvision's transforms turn into a tensor, a `DataLoader` makes batches. The first
-    pass trains the local modules on what it gives, the second the weights, with every block's h detached from the next.
+    torchvision's transforms turn each picture into a tensor; a `DataLoader` makes batches. The first pass trains the
+    local modules, the second the weights, with every h detached before the next block.
     """
 
     def __init__(self, net: BlockNet, pictures: list[tuple[Any, int]], batch: int) -> None:
@@ -101,12 +101,12 @@ class PublishedLas:
         self.local_optimizer = torch.optim.Adam(self.locals.parameters(), 1e-4)
 
     def epoch(self) -> None:
-        """Every image once."""
+        """Train on every image once."""
         for x, target in self.data:
             self.step(x.to(self.device), target.to(self.device))
 
     def step(self, x: Tensor, target: Tensor) -> None:
-        """One batch, in two passes."""
+        """Train on one batch, in two passes."""
         with torch.no_grad():
             *outputs, logits = self.pass_through(x)
         self.local_optimizer.zero_grad()
@@ -124,7 +124,7 @@ class PublishedLas:
         self.optimizer.step()
 
     def pass_through(self, x: Tensor) -> Iterator[Tensor]:
-        """h_1 … h_{L-1} and the logits, no h that has a local module connected with the next."""
+        """Yield h_1 … h_{L-1} and the logits. An h with a local module is detached before the next block."""
         for i, block in enumerate(self.blocks):
             h = block(x)
             yield h
@@ -145,7 +145,7 @@ class _Pictures(torch.utils.data.Dataset):
 
 
 def local_module(net: BlockNet, i: int) -> nn.Module:
-    """A copy of what reads h_i, with as many outputs as there are classes."""
+    """Return a copy of the layer that reads h_i, with an output for each class."""
     reader = net.weight_layers(i)[0]
     if isinstance(reader, nn.Linear):
         return nn.Linear(reader.in_features, CLASSES, bias=False)
@@ -154,18 +154,18 @@ def local_module(net: BlockNet, i: int) -> nn.Module:
 
 
 def predicted(module: nn.Module, h: Tensor) -> Tensor:
-    """Its output, averaged over an image."""
+    """Return the output of a local module, averaged over an image."""
     y = module(h)
     return y.mean((2, 3)) if y.dim() == 4 else y
 
 
 @torch.no_grad()
 def sent_back(module: Any, error: Tensor, h: Tensor) -> Tensor:
-    """The error through its transpose, repeated over an image; shaped like h."""
+    """Return the error after the transpose of a local module, repeated over an image, in the shape of h."""
     if isinstance(module, nn.Linear):
         return error @ module.weight
     (size, _), (stride, _), (padding, _) = module.kernel_size, module.stride, module.padding
     height, width = ((length + 2 * padding - size) // stride + 1 for length in h.shape[2:])
     planes = error[:, :, None, None].expand(-1, -1, height, width)
-    left = [h.shape[2 + k] - ((n - 1) * stride - 2 * padding + size) for k, n in enumerate((height, width))]
-    return F.conv_transpose2d(planes, module.weight, None, stride, padding, output_padding=left)
+    rest = [h.shape[2 + k] - ((n - 1) * stride - 2 * padding + size) for k, n in enumerate((height, width))]
+    return F.conv_transpose2d(planes, module.weight, None, stride, padding, output_padding=rest)

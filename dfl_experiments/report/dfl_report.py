@@ -1,118 +1,210 @@
-"""The console script `dfl-report`: what the runs in some folders amount to, beside the paper."""
+"""Show what the runs in some folders amount to: a table of methods, figures, details."""
 
 import argparse
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import shlex
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.run_directory import naming
+from dfl_experiments.running.run_directory import csv_text, naming
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dfl_experiments.report.figures import Drawing
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "html", "commands")
-STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs", "html": "html"}  # tabulate's
 EPILOG = """examples:
-  dfl-report outputs/fc_table                              the tables, here and now, whatever is still missing
-  dfl-report outputs/fc_table outputs/cnn_table --format html --out report.html
-  dfl-report outputs/fc_table --format commands            the best run of every cell, as a dfl-train command line
-  dfl-report outputs/batches --across batch_size           one table with a column for every value that was swept
-  dfl-report outputs/alignment_figure --figures figures    every figure as PNG and PDF, its numbers as CSV
+  dfl-report outputs/lr_grid                               the table of methods, and what stands behind it
+  dfl-report outputs/lr_grid --format html --figures f     report.html, and every figure as PNG and PDF in f/
+  dfl-report outputs/lr_grid --card las                    the audit of one rule
+  dfl-report outputs/fc_table --paper                      beside the paper's accuracies, and what is missing
 """
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, read."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         "dfl-report", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="run directories, or folders that hold some")
-    parser.add_argument("--format", choices=FORMATS, default="terminal", help="of the tables (default: terminal)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there (html: default report.html)")
-    parser.add_argument("--across", metavar="KEY", help="one table, with a column for every value of this key")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write every figure there, as PNG, PDF and CSV")
-    return parser.parse_args(given)
+    add = parser.add_argument
+    formats = (
+        "terminal (default), markdown, csv (one row for each method), latex (booktabs), html (a page), or "
+        "commands (what repeats the runs of each chosen grid point)"
+    )
+    add("folders", nargs="+", type=Path, help="run directories, or folders that hold some")
+    add("--format", choices=FORMATS, default="terminal", metavar="FORMAT", help=formats)
+    add("--out", type=Path, metavar="FILE", help="write there (html: default report.html)")
+    add("--figures", type=Path, metavar="FOLDER", help="write every figure there, as PNG and PDF")
+    add("--paper", action="store_true", help="show the paper's accuracies, and what is missing of them")
+    add("--card", metavar="RULE", help="show the audit of one rule, such as las, and nothing else")
+    return parser.parse_args(words)
 
 
 def report(asked: argparse.Namespace) -> None:
-    """Read the runs and write what is asked for. Raises `UserError` and OSError, and what a missing extra raises."""
+    """Read the runs and write what is asked for. Raises `UserError` and OSError."""
+    from dfl_experiments.report.frame import runs as read_runs
+
+    runs = read_runs(*asked.folders)
+    rules = sorted(set(runs.rule))
+    if asked.card and asked.card not in rules:
+        raise UserError(f"--card {asked.card}: no run of this rule here; there is {', '.join(rules)}")
+    drawings = []
+    if asked.figures or asked.format == "html":
+        from dfl_experiments.report.figures import figures
+
+        drawings = figures(runs)
+    if asked.figures:
+        save_all(drawings, asked.figures)
+    if asked.format == "csv":
+        write(csv_of(runs), asked.out)
+    elif asked.format == "commands":
+        write(commands(runs), asked.out)
+    elif asked.format == "latex":
+        write(latex(runs, asked.paper), asked.out)
+    elif asked.format == "html":
+        write(html(runs, asked, drawings), asked.out or Path("report.html"))
+    else:
+        write(text(runs, asked, drawings), asked.out)
+    if asked.figures:
+        print(f"{len(drawings)} figures in {asked.figures}")
+
+
+def save_all(drawings: "Iterable[Drawing]", folder: Path, endings: Sequence[str] = ("png", "pdf")) -> None:
+    """Write every figure to a folder."""
+    from dfl_experiments.report.style import save
+
+    for drawing in drawings:
+        for ending in endings:
+            save(drawing.figure, folder / f"{drawing.name}.{ending}")
+
+
+def parts(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> Iterator[tuple[str, Any]]:
+    """Yield the parts of the report, each with its kind: of every section the answer, figures, then the details."""
     from dfl_experiments.report import tables
-    from dfl_experiments.report.cells import sections
-    from dfl_experiments.report.commands import across, commands
-    from dfl_experiments.report.runs import read_runs
-    from dfl_experiments.report.setting import words_of
+    from dfl_experiments.report.paper import missing, published
 
-    if asked.format == "html":
-        asked.out = asked.out or Path("report.html")
-    runs = read_runs(asked.folders)
-    if asked.across:
-        if asked.figures:
-            raise UserError("--across: has no figures")
-        write(as_table(across(runs, asked.across), asked.format), asked.out)
+    paper = published() if asked.paper else None
+    columns: set[str] = set()
+    for title, section in tables.sections(runs).items():
+        if asked.card and asked.card not in set(section.rule):
+            continue
+        answer = tables.answer(section, paper)
+        yield "heading", title
+        yield "table", answer.only(asked.card) if asked.card else answer
+        columns.update(answer.frame.columns)
+        for drawing in drawings:
+            if drawing.section == title:
+                yield "figure", drawing
+        for table in tables.details(section):
+            shown = table.only(asked.card) if asked.card else table
+            if len(shown.frame):
+                columns.update(shown.frame.columns)
+                yield "details", shown
+        yield "notes", tables.notes(section)
+    if asked.paper:
+        yield "heading", "Not there yet, of the paper's tables"
+        yield "items", missing(runs)
+    yield "heading", "How the numbers are computed"
+    yield "items", tables.methods_text(columns, bool(runs.smoke.any()))
+
+
+def html(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
+    """Return the report as a page, its figures in it."""
+    from dfl_experiments.report import page
+
+    return page.page(getattr(page, kind)(content) for kind, content in parts(runs, asked, drawings))
+
+
+def text(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
+    """Return the report for a terminal or in Markdown."""
+    from dfl_experiments.report import tables
+
+    is_markdown = asked.format == "markdown"
+    clean = tables.markdown if is_markdown else str
+    lines: list[str] = []
+    for kind, content in parts(runs, asked, drawings):
+        if kind == "heading":
+            lines.append(f"## {clean(content)}\n" if is_markdown else f"{content}\n{72 * '='}\n")
+        elif kind == "figure":
+            lines.append(picture(asked.figures / f"{content.name}.png", asked.out))
+        elif kind == "notes":
+            lines += [f"{clean(note)}\n" for note in content]
+        elif kind == "items" and is_markdown:
+            lines += [*(f"- {item}" for item in content), ""]
+        elif kind == "items":
+            lines += [*(textwrap.fill(item, 100, initial_indent="- ", subsequent_indent="  ") for item in content), ""]
+        else:
+            lines.append(tables.write(content, "github" if is_markdown else "simple") + "\n")
+            lines += [f"{clean(content.caption)}\n"] if content.caption else []
+    return "\n".join(lines)
+
+
+def picture(file: Path, page: Path | None) -> str:
+    """Return the line with which a Markdown page shows an image."""
+    path = os.path.relpath(file, page.parent if page else Path())
+    return f"![{file.stem}]({quote(Path(path).as_posix())})\n"
+
+
+def latex(runs: "pd.DataFrame", with_paper: bool) -> str:
+    """Return the answer of every section as a LaTeX table; needs the package booktabs."""
+    from dfl_experiments.report import tables
+    from dfl_experiments.report.paper import published
+
+    texts = []
+    for title, section in tables.sections(runs).items():
+        table = tables.answer(section, published() if with_paper else None)
+        caption = tables.latex(f"{title}. Test accuracy, mean ± sd over n seeds. {table.caption}")
+        body = tables.write(table, "latex_booktabs")
+        texts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n")
+    return "\n".join(texts)
+
+
+def csv_of(runs: "pd.DataFrame") -> str:
+    """Return one row for each method of each setting: numbers, accuracies as fractions."""
+    from dfl_experiments.report.tables import compared_cells, ordered
+
+    frame = ordered(compared_cells(runs))
+    rows = frame.astype(object).where(frame.notna(), None)
+    return csv_text([list(rows.columns), *rows.to_numpy().tolist()])
+
+
+def commands(runs: "pd.DataFrame") -> str:
+    """Return what repeats every run of the chosen grid points, with its accuracy beside it."""
+    from dfl_experiments.report.choose import choose
+    from dfl_experiments.report.tables import ordered
+
+    lines = []
+    for run in ordered(choose(runs)).itertuples():
+        words = ["dfl-train", f"repeat={Path(run.folder).resolve()}"]
+        if run.plugins:
+            words.append(f"plugins=[{','.join(run.plugins)}]")
+        lines.append(f"{shlex.join(words)}  # {run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %\n")
+    return "".join(lines)
+
+
+def write(content: str, path: Path | None) -> None:
+    """Write a text to a file and print its path, or print the text."""
+    if path is None:
+        print(content.rstrip("\n"))
         return
-    found = sections(runs)
-    images: list[list[Path]] = [[] for _ in found]  # of each section's figures
-    if asked.figures:
-        os.environ["MPLBACKEND"] = "agg"  # another one may not be installed, and is not needed to write files
-        from dfl_experiments.report.figures import write_figures
-
-        words = words_of([section.setting for section in found])
-        images = [write_figures(section, asked.figures, those) for section, those in zip(found, words, strict=True)]
-    if asked.format == "html":
-        from dfl_experiments.report.page import page
-
-        text = page(found)
-    elif asked.format == "markdown":
-        answers = tables.answers(found, "github")
-        parts = [f"# Answers\n\n{answers}"] if answers else []
-        shown = [pictures(those, asked.out) for those in images]
-        text = "\n".join([*parts, tables.as_text(found, "github", shown)])
-    elif asked.format == "terminal":
-        text = "\n".join([tables.as_text(found), tables.answers(found)]).rstrip("\n") + "\n"
-    else:
-        text = {"csv": tables.as_csv, "latex": tables.as_latex, "commands": commands}[asked.format](found)
-    write(text, asked.out)
-    if asked.figures:
-        print(f"{sum(map(len, images))} figures in {asked.figures}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8", errors="replace")
+    print(path)
 
 
-def write(text: str, place: Path | None) -> None:
-    """Write a text to a file, or print it."""
-    if place:
-        with naming(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(text, encoding="utf-8", errors="replace")
-        print(place)
-    else:
-        print(text, end="")
-
-
-def as_table(lines: list[list[str]], kind: str) -> str:
-    """Lines, the heading first, in one of `FORMATS`."""
-    from dfl_experiments.report.tables import table
-    from dfl_experiments.running.run_directory import csv_text
-
-    if kind == "csv":
-        return csv_text(lines)
-    if kind not in STYLES:
-        raise UserError(f"--across: goes with --format {', '.join([*STYLES, 'csv'])}")
-    return table(lines, STYLES[kind])
-
-
-def pictures(images: Iterable[Path], page: Path | None) -> str:
-    """Image files as a Markdown page at that place shows them."""
-    start = page.parent if page else Path()
-    links = [(path.stem, quote(Path(os.path.relpath(path, start)).as_posix())) for path in images]
-    return "\n".join(f"![{name}]({link})\n" for name, link in links)
-
-
-def main(given: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake ends in one line and exit code 2."""
     with refusing("dfl-report"):
-        try:
-            report(arguments(given))
-        except ModuleNotFoundError as error:
-            raise UserError(f'{error.name} is missing: pip install "dfl-experiments[report]"') from error
+        logging.basicConfig(format="dfl-report: %(message)s", force=True)
+        report(arguments(words))
 
 
 if __name__ == "__main__":

@@ -1,170 +1,220 @@
-"""The figures of a report as PNG and PDF files, and the numbers they show as CSV."""
+"""The figures of a report: curves, intervals, rates, and accuracy against alignment."""
 
-import math
-import textwrap
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib import style
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import offset_copy
+from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
-from dfl_experiments.report.cells import Section
-from dfl_experiments.report.outcomes import figures
-from dfl_experiments.report.panels import Bars, Curves, Figure, HeatMap, Points
-from dfl_experiments.report.setting import file_name
-from dfl_experiments.running.run_directory import csv_text, naming
+from dfl_experiments.report import compare
+from dfl_experiments.report.choose import choose
+from dfl_experiments.report.frame import ENDED, ROW, distinct, layer_names
+from dfl_experiments.report.lines import draw
+from dfl_experiments.report.style import (
+    FAMILY_COLOURS,
+    family_of,
+    look_of,
+    method_name,
+    method_order,
+    row_title,
+    styled,
+)
+from dfl_experiments.report.tables import sections
 
-PANELS_A_ROW = 3
-LABEL_GAP = 0.05  # of an axis' height, between two labels at the ends of curves
-LABELS_A_PANEL = 12  # that have room in one of the usual height
-CHARACTERS_AN_INCH, OF_A_NOTE = 11, 15
-DASHES: dict[str, Any] = {
-    "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 2)),
-}  # fmt: skip
-MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "x"}
-STYLE: Any = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
-    "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 13, "pdf.fonttype": 42,
-    "text.parse_math": False,  # a $ in a name is a $
-}  # fmt: skip
+FEWEST_RULES = 8  # that accuracy is drawn against alignment for
+MOST_LINES = 6  # with names of their own
+LABEL_GAP = 0.05  # of the axis, between two names
 
 
-def spread(positions: Sequence[float] | np.ndarray, gap: float, bottom: float, top: float) -> np.ndarray:
-    """The positions, moved apart as little as it takes for neighbours to be a gap from one another.
+class Drawing(NamedTuple):
+    """A figure of a report."""
 
-    All lie between bottom and top, unless there are more than fit: then they reach above it.
+    section: str
+    """The title of the section that it belongs to."""
+    name: str
+    """For its file."""
+    figure: Figure
+
+
+def figures(runs: pd.DataFrame) -> list[Drawing]:
+    """Return the figures of every section, row by row; none of runs that have no epoch behind them."""
+    drawings = []
+    for section, part in sections(runs).items():
+        for _, row in part.groupby(ROW, sort=True):
+            if not row.done_epochs.any():
+                continue
+            title = row_title(row.iloc[0])
+            for kind, figure in figures_of_row(row, title):
+                lay_out(figure)
+                name = re.sub(r"[^\w.]+", "-", f"{title}-{kind}".lower()).strip("-")
+                drawings.append(Drawing(section, name[:150], figure))
+    return drawings
+
+
+def lay_out(figure: Figure) -> None:
+    """Lay a figure out once, not again for each file that it is written to."""
+    with styled():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def figures_of_row(row: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure]]:
+    """Yield the figures of a row by kind; those that its runs say nothing for are left out."""
+    with styled():
+        figures = {"differences": differences(row, title), "rates": rates(row, title)}
+    figures["learning"] = draw(shown_runs(row), what=["accuracy", "loss"], by="epoch")
+    aligned = at_common_rate(row)
+    if len(aligned):
+        figures["alignment"] = draw(aligned, what=["alignment"], by="epoch")
+    with styled():
+        figures["alignment-accuracy"] = accuracy_against_alignment(row, title)
+    for kind, figure in figures.items():
+        if figure is not None:
+            yield kind, figure
+
+
+def shown_runs(row: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at the chosen grid points, or all of them while none has ended."""
+    chosen = choose(row)
+    return chosen if len(chosen) else row
+
+
+def at_common_rate(row: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with an alignment at one grid point, because angles need equal rates.
+
+    It is the point that the most methods have; of several, the one that the most methods are shown at.
     """
-    moved = np.array(positions, dtype=float)
+    measured = compare.cosines(row)
+    names = layer_names(measured, "cosine")
+    measured = measured[measured[names].notna().any(axis=1)]
+    if measured.empty:
+        return measured
+    counts = measured.groupby(["lr", "weight_decay"]).method.nunique()
+    point = ["lr", "weight_decay"]
+    shown_at = shown_runs(row).groupby(point).method.nunique().reindex(counts.index, fill_value=0)
+    lr, decay = shown_at[counts == counts.max()].idxmax()
+    return measured[(measured.lr == lr) & (measured.weight_decay == decay)]
+
+
+def differences(row: pd.DataFrame, title: str) -> Figure | None:
+    """Draw every method's difference from BP with its interval; None where there is no interval."""
+    frame = compare.against(choose(row), "bp").dropna(subset=["low"]).sort_values("difference")
+    if frame.empty:
+        return None
+    figure = Figure(figsize=(6.4, 1.5 + 0.28 * len(frame)), layout="constrained")
+    axes = figure.subplots()
+    points = 100 * frame[["difference", "low", "high"]]
+    for height, method in enumerate(frame.method):
+        difference, low, high = points.iloc[height]
+        color = look_of(method).colour
+        axes.plot([low, high], [height, height], color=color, linewidth=2)
+        axes.plot(difference, height, "o", color=color)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(frame)), frame.method.map(method_name))
+    axes.set_ylim(-0.7, len(frame) - 0.3)
+    axes.set(xlabel="test accuracy minus BP's, points (95 % intervals that hold together)", title=title)
+    width = (points.high - points.low).median()
+    lowest, *others = points.difference
+    if lowest < 10 * min(*others, -width, 0):
+        axes.set_xscale("symlog", linthresh=max(width, 1))  # one far outlier would squeeze all others
+    return figure
+
+
+def rates(row: pd.DataFrame, title: str) -> Figure | None:
+    """Draw accuracy over the learning rate, with the points at which runs fail; None of fewer than two rates."""
+    ended = distinct(row[row.status.isin(ENDED) | row.fails])
+    all_rates = sorted(ended.lr.unique())
+    if len(all_rates) < 2:
+        return None
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    groups = ended.groupby(["method", "lr"])
+    accuracies = 100 * groups.accuracy.mean()
+    fails = groups.fails.any()
+    methods = sorted(ended.method.unique(), key=method_order)
+    is_named = len(methods) <= MOST_LINES
+    for method in methods:
+        look = look_of(method)
+        label = method_name(method) if is_named else None
+        axes.plot(accuracies[method], "o", color=look.colour, linestyle=look.dash, label=label)
+        axes.plot(accuracies[method][fails[method]], "x", color="black", markersize=9)
+    if not is_named:
+        add_families(axes, methods)
+    axes.set(xscale="log", xlabel="learning rate (×: a run fails)", ylabel="test accuracy, %", title=title)
+    axes.set_xticks(all_rates, [f"{lr:g}" for lr in all_rates])
+    axes.minorticks_off()
+    axes.set_ylim(*without_outliers(accuracies))
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def without_outliers(values: pd.Series) -> tuple[float, float]:
+    """Return the limits of an axis that shows all values but those far from the others; the tables name these."""
+    low, high = values.quantile(0.25), values.quantile(0.75)
+    reach = 5 * max(high - low, 0.1)
+    shown = values[values.between(low - reach, high + reach)]
+    margin = 0.08 * max(shown.max() - shown.min(), 0.1)
+    return float(shown.min() - margin), float(shown.max() + margin)
+
+
+def add_families(axes: Axes, methods: list[str]) -> None:
+    """Name the families of the methods in the legend, by their colours."""
+    for family in dict.fromkeys(map(family_of, methods)):
+        axes.plot([], color=FAMILY_COLOURS[family], label=family.replace(", B ", ",\nB "))
+
+
+def accuracy_against_alignment(row: pd.DataFrame, title: str) -> Figure | None:
+    """Draw every rule's accuracy against layer 1's cosine, at the rate that the most rules have.
+
+    Rules are near copies of one another, so a correlation over them is shown by its points and has no interval. None of
+    fewer than 8 rules.
+    """
+    measured = at_common_rate(row)
+    if measured.empty or "cosine/1" not in measured:
+        return None
+    means = measured.groupby("method")[["cosine/1", "accuracy"]].mean().dropna().sort_values("accuracy")
+    if len(means) < FEWEST_RULES:
+        return None
+    correlation = means["cosine/1"].corr(means.accuracy, method="spearman")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    accuracies = 100 * means.accuracy
+    low, high = without_outliers(accuracies)
+    axes.set_ylim(low, high)
+    shares = ((accuracies - low) / (high - low)).clip(0, 1)
+    heights = spread(shares.to_numpy(), LABEL_GAP)
+    for method, height in zip(means.index, heights, strict=True):
+        color = look_of(method).colour
+        point = (means["cosine/1"][method], accuracies[method])
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+        axes.plot(*point, "o", color=color)
+        axes.annotate(
+            method_name(method),
+            xy=point,
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            color=color,
+            arrowprops=line,
+            annotation_clip=True,
+        )
+    axes.set_title(f"{title}: Spearman's ρ {correlation:+.2f} over {len(means)} rules")
+    axes.set_xlabel(f"cosine of layer 1 with BP, last epoch, lr {measured.lr.iloc[0]:g}")
+    axes.set_ylabel("test accuracy, %")
+    add_families(axes, list(means.index))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Return heights between 0 and 1, moved apart as little as it takes to be a gap from one another."""
+    moved = np.array(heights, dtype=float)
     order = moved.argsort(kind="stable")
-    stacked = gap * np.arange(len(moved))  # without these heights neighbours need only keep their order
-    highest = max(bottom, top - stacked[-1])
-    moved[order] = isotonic_regression(moved[order] - stacked).x.clip(bottom, highest) + stacked
+    stacked = gap * np.arange(len(moved))  # without these, neighbours need only keep their order
+    moved[order] = isotonic_regression(moved[order] - stacked).x.clip(0, max(0, 1 - stacked[-1])) + stacked
     return moved
-
-
-def draw_curves(axes: Axes, panel: Curves) -> None:
-    """Lines with their names at their right ends, and the range over seeds as a shade."""
-    ends = []
-    for one in panel.series:
-        y, colour = np.array(one.y, dtype=float), one.look.colour
-        marker = MARKERS[one.look.marker] if len(one.x) == 1 else None
-        axes.plot(one.x, y, color=colour, linestyle=DASHES[one.look.dash], linewidth=1.8, marker=marker)
-        if one.low:
-            low, high = np.array(one.low, dtype=float), np.array(one.high, dtype=float)
-            axes.fill_between(one.x, low, high, color=colour, alpha=0.2, linewidth=0)
-        last = np.flatnonzero(~np.isnan(y))[-1]
-        ends.append((one.x[last], y[last]))
-    if panel.y_range:
-        axes.set_ylim(*panel.y_range)
-    if panel.log:
-        axes.set_yscale("log")
-    heights = axes.transScale.transform(ends)[:, 1]
-    bottom, top = axes.transScale.transform([(1, y) for y in axes.get_ylim()])[:, 1]
-    gap = min(LABEL_GAP, 1 / len(ends)) * (top - bottom)
-    places = spread(heights, gap, bottom + gap / 2, top - gap / 2)
-    scaled = axes.transLimits + axes.transAxes  # what takes heights to the paper
-    beside = offset_copy(scaled, axes.get_figure(root=True), x=16, units="points")
-    for one, end, place in zip(panel.series, ends, places, strict=True):
-        line = {"arrowstyle": "-", "color": one.look.colour, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)}
-        look: Any = {"color": one.look.colour, "va": "center", "fontweight": "bold", "annotation_clip": False}
-        axes.annotate(one.look.name, end, (end[0], place), textcoords=beside, arrowprops=line, **look)
-    axes.set(xlabel=panel.x, ylabel=panel.y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-
-
-def draw_points(axes: Axes, panel: Points) -> None:
-    """Runs as points, and which are whose beside them."""
-    for one in panel.series:
-        look: Any = {"color": one.look.colour, "marker": MARKERS[one.look.marker], "label": one.look.name}
-        axes.scatter(one.x, np.array(one.y, dtype=float), s=22, alpha=0.8, **look)
-    axes.set(xlabel=panel.x, ylabel=panel.y)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-
-
-def draw_heat_map(axes: Axes, panel: HeatMap) -> None:
-    """A coloured field for every grid point, with its number; the chosen one framed."""
-    low, high = panel.scale
-    colours = Normalize(low - 0.01, high + 0.01)
-    values = np.array(panel.values, dtype=float)
-    image = axes.imshow(values, cmap="cividis", norm=colours, aspect="auto")
-    axes.grid(False)
-    for (i, j), value in np.ndenumerate(values):
-        red, green, blue, _ = (1, 1, 1, 1) if math.isnan(value) else image.cmap(colours(value))
-        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-        axes.text(j, i, panel.labels[i][j], ha="center", va="center", color="white" if dark else "black")
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
-    for i, j in panel.chosen:
-        axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, fill=False, color="#D55E00", linewidth=3))
-    for axis, (name, ticks) in ((axes.xaxis, panel.across), (axes.yaxis, panel.down)):
-        axis.set_ticks(range(len(ticks)), ticks)
-        axis.set_label_text(name)
-
-
-def draw_bars(axes: Axes, panel: Bars) -> None:
-    """A bar a name, the number at its end."""
-    bars = axes.barh(panel.names, panel.values, color=panel.colours)
-    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.grid(False)
-    axes.set(xlabel=panel.x)
-
-
-DRAW: dict[type, Any] = {Curves: draw_curves, Points: draw_points, HeatMap: draw_heat_map, Bars: draw_bars}
-
-
-def canvas_of(figure: Figure, heading: str) -> Canvas:
-    """The figure on a canvas of its own, which no window shows. heading: stands under its title."""
-    count = len(figure.panels)
-    columns = 2 if count == 4 else min(count, PANELS_A_ROW)
-    rows = math.ceil(count / columns)
-    bars = isinstance(figure.panels[0], Bars)
-    width, height = (7.5, 4.6) if count == 1 else (4.6 * columns, (2.6 if bars else 3.6) * rows + 0.9)
-    most = max(len(panel.series) if isinstance(panel, Curves | Points) else 0 for panel in figure.panels)
-    most = max(most, *(len(panel.down[1]) if isinstance(panel, HeatMap) else 0 for panel in figure.panels))
-    height += 0.25 * rows * max(0, most - LABELS_A_PANEL)
-    canvas = Canvas(figsize=(width, height), dpi=150, layout="constrained")
-    lines = [textwrap.fill(text, int(CHARACTERS_AN_INCH * width)) for text in (figure.title, heading)]
-    canvas.suptitle("\n".join(lines), fontsize=11)
-    for place, panel in enumerate(figure.panels, start=1):
-        axes = canvas.add_subplot(rows, columns, place)
-        if count > 1 or not isinstance(panel, Curves | Points):
-            axes.set_title(textwrap.fill(panel.title, int(CHARACTERS_AN_INCH * 0.9 * width / columns)))
-        DRAW[type(panel)](axes, panel)
-    canvas.supxlabel(textwrap.fill(figure.note, int(OF_A_NOTE * width)), fontsize=8, color="#606060")
-    return canvas
-
-
-def write_numbers(figure: Figure, path: str) -> None:
-    """What the figure's panels show, a number a row."""
-    rows: list[list[str | None]] = [["panel", "series", "x", "y", "low", "high"]]
-    for panel in figure.panels:
-        for row in panel.rows():
-            texts = [f"{value:.6g}" if isinstance(value, int | float) else value for value in row]
-            rows.append([panel.title, *texts])
-    Path(path).write_text(csv_text(rows), encoding="utf-8", newline="")
-
-
-def write_figures(section: Section, folder: Path, words: str) -> list[Path]:
-    """Every figure of a section as PNG, PDF and CSV in a folder, words in their names; the paths of the PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    # a user's matplotlibrc has no say
-    with style.context(STYLE, after_reset=True):
-        for figure in figures(section):
-            path = folder / file_name([figure.name, *filter(None, [words])])
-            canvas = canvas_of(figure, section.setting.title)
-            with naming(path):
-                canvas.savefig(f"{path}.png")
-                canvas.savefig(f"{path}.pdf", metadata={"CreationDate": None})  # the same runs give the same file
-                write_numbers(figure, f"{path}.csv")
-            written.append(Path(f"{path}.png"))
-    return written

@@ -1,27 +1,37 @@
-"""What the paper reports: 69 accuracies in two tables (Yang, Lee, Park: *Direct Feedback Learning With Local Alignment
-Support*, IEEE Access, 2024). Its captions are swapped, so they go by "FC table" and "CNN table" here."""
+"""Read what the paper reports: 69 accuracies in two tables.
 
-import csv
+Source: Yang, Lee, Park: "Direct Feedback Learning With Local Alignment Support", IEEE Access, 2024. The captions of its
+two tables are swapped, so they go by "fc" and "cnn" here.
+"""
+
 from pathlib import Path
 
-from dfl_experiments.report.runs import Cell
+import pandas as pd
 
-TITLES = {"fc": "FC table", "cnn": "CNN table", "other": "Other runs, in no table of the paper's"}
-METHODS = ("bp", "shallow", "dfa", "las", "ltas")
+from dfl_experiments.report.frame import conf_values
+from dfl_experiments.report.style import method_name, title_of
 
-
-def published() -> dict[str, dict[Cell, float]]:
-    """The accuracy of every cell, a fraction, by table."""
-    tables: dict[str, dict[Cell, float]] = {"fc": {}, "cnn": {}}
-    with Path(__file__).with_name("paper_tables.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            tables[row["table"]][Cell(*(row[name] for name in Cell._fields))] = float(row["accuracy"])
-    return tables
+ROWS = ["dataset", "augmentation", "model"]
 
 
-PAPER = published()
+def published() -> pd.DataFrame:
+    """Return the published accuracies as fractions, with the settings that a run must have to stand beside one."""
+    frame = pd.read_csv(Path(__file__).with_name("paper_tables.csv"))
+    frame["epochs"] = [int(conf_values("dataset", name)["epochs"]) for name in frame.dataset]
+    return frame.assign(optimizer="adam", setting="", smoke=False).rename(columns={"accuracy": "published"})
 
 
-def table_of(cell: Cell) -> str:
-    """The table that a cell's row belongs to: "fc", "cnn", or "other"."""
-    return next((name for name, cells in PAPER.items() if any(cell[:3] == other[:3] for other in cells)), "other")
+def missing(runs: pd.DataFrame) -> list[str]:
+    """Return a line for each row of the paper's tables that is not complete: which methods are missing."""
+    keys = [*ROWS, "method", "epochs", "optimizer", "setting"]
+    mine = runs.loc[~runs.smoke, keys].drop_duplicates()
+    paper = published().merge(mine, on=keys, how="left", indicator="source")
+    lines = []
+    for _, row in paper.groupby(ROWS, sort=False):
+        absent = row.method[row.source == "left_only"]
+        if absent.empty:
+            continue
+        names = ", ".join(map(method_name, absent))
+        state = "not begun" if len(absent) == len(row) else f"missing {names}"
+        lines.append(f"{title_of(row.iloc[0])} ({row.epochs.iloc[0]} epochs): {state}")
+    return lines

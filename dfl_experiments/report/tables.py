@@ -1,264 +1,375 @@
-"""The tables of a report, as text in several formats."""
+"""The tables of a report: frames of texts, and how they are written in each format."""
 
 import math
 import re
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
-from dfl_experiments.configuration.composition import FULLY_CONNECTED
-from dfl_experiments.report.cells import Entry, Section, by_row, mean, methods_of
-from dfl_experiments.report.findings import REFERENCES, Finding, findings, judged
-from dfl_experiments.report.paper import PAPER, TITLES
-from dfl_experiments.report.runs import Cell
-from dfl_experiments.running.run_directory import csv_text
+from dfl_experiments.report import compare
+from dfl_experiments.report.choose import cells, choose
+from dfl_experiments.report.frame import CELL, ENDED, ROW, distinct, layer_names, option_names
+from dfl_experiments.report.style import IN_WORDS, method_name, method_order, title_of
 
-FORMATS = {
-    "ours": ".2%", "±": ".2%", "n": "d", "paper": ".2%", "difference": "+.2%", "at best val.": ".2%",
-    "angle": ".0f", "lr": "g", "weight decay": "g", "hours": ".2f",
-}  # fmt: skip
-COLUMNS = (*Cell._fields, *FORMATS, "grid", "runs", "device")
-MISSING = "–"
-SHAPES = (
-    " On images and tokens B has the shape of a convolution in DFA, LAS and LTAS, and is dense in other direct rules, "
-    "unless a method's name says otherwise."
-)
-PAIRED = "Differences in accuracy, in points, seed by seed, with 95 % intervals (Student's t, n seeds)."
-
-
-def degrees(cosine: float | None) -> float | None:
-    """The angle that has this cosine."""
-    return None if cosine is None else math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
-
-
-def numbers(entry: Entry) -> dict[str, float | None]:
-    """What stands under the columns in `FORMATS`, accuracies as fractions; None where there is nothing to say."""
-    runs, best = entry.counted, entry.best
-    accuracies = [run.accuracy for run in runs]
-    ours = mean(accuracies)
-    return {
-        "ours": ours,
-        "±": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "n": len(runs),
-        "paper": entry.paper,
-        "difference": None if ours is None or entry.paper is None else ours - entry.paper,
-        "at best val.": mean([(run.result.get("test_accuracy") or {}).get("at_best_validation") for run in runs]),
-        "angle": degrees(mean([(run.result.get("cosine") or {}).get("1") for run in runs])),
-        "lr": best.lr if best else None,
-        "weight decay": best.weight_decay if best else None,
-        "hours": mean([float(run.result["seconds"]) / 3600 for run in runs]),
-    }
-
-
-def row(entry: Entry, missing: str = MISSING) -> dict[str, str]:
-    """What stands under `COLUMNS`, accuracies in percent."""
-    shown = [
-        missing if value is None else f"{value:{FORMATS[name]}}".rstrip("%") for name, value in numbers(entry).items()
-    ]
-    devices = ", ".join(sorted({str(run.result.get("device")) for run in entry.shown})) or missing
-    state = ", ".join(filter(None, [entry.state, entry.lost, "mixed" * bool(entry.mixed)]))
-    return dict(zip(COLUMNS, [*entry.cell, *shown, entry.grid, state, devices], strict=True))
+NONE = "–"
+# What Markdown obeys within a line. Of a link the end is enough, and a word may hold a _.
+OBEYED = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
+SHOWN = 5e-5  # half of the last digit that an accuracy is shown with
+SECTION = ["smoke", "dataset", "model", "augmentation"]
+# What stands once, at the end of a report: a sentence for each column that a table has.
+METHODS = {
+    "accuracy, %": (
+        "Accuracy: on the test set, in percent, as the protocol reports it: mean over n seeds ± sample standard "
+        "deviation. Each method is shown at its best learning rate, chosen on the validation split (on the test "
+        "set where nothing is held out, which flatters it). A rate with a failing run is chosen last."
+    ),
+    "n": (
+        "Failing runs: a run fails if it diverges, collapses (no unit of the last hidden layer is active) or fails "
+        "to learn (it ends at chance, or a fifth under its own best test accuracy). A method with failing runs "
+        "ranks below all others; its numbers are of the runs that did not fail."
+    ),
+    "minus BP": (
+        "Minus BP, minus DFA: differences of the means in points, with 95 % intervals by Dunnett's comparison: all "
+        "intervals of a setting hold together with 95 % probability. A difference is real where its interval "
+        "excludes 0. (W) marks Welch's t, for a method whose seeds scatter over 3 times as much as the others'. An "
+        "interval needs 2 runs of both methods, and 6 more runs than methods."
+    ),
+    "depth utility, %": (
+        "Depth utility: (accuracy − Shallow) / (BP − Shallow), each at its own best rate. 0 %: no better than not "
+        "training the lower layers; 100 %: BP. Intervals by Fieller's theorem, from 3 seeds on. A setting cannot "
+        "rank rules where BP is not above Shallow."
+    ),
+    "layer 1": (
+        "Cosines: of the applied error signal with BP's, mean of the last epoch. They depend on the learning rate: "
+        "compare within one rate. There is none where the signal is BP's by construction, or where over half of "
+        "the samples have no signal."
+    ),
+    "dead, worst layer": (
+        "Dead: share of ReLU units that are 0 for all images. A run is unstable with over 95 % dead units in the "
+        "last hidden layer, or where a layer's activations (rms) grew 50-fold since the first epoch."
+    ),
+}
+SMOKE = "A smoke run is a trial of the pipeline on a few images, no result."
 
 
-def ours_and_paper(entry: Entry) -> str:
-    """Our mean and deviation in percent, or else in a word why there are none; the paper's number in brackets.
+class Table(NamedTuple):
+    """A table of a report."""
 
-    Runs that collapsed are counted beside it.
+    title: str
+    frame: pd.DataFrame
+    """Its texts by column."""
+    caption: str = ""
+    """One line under it; empty for none."""
+    best: Sequence[bool] = ()
+    """Which rows are marked."""
+
+    def only(self, rule: str) -> "Table":
+        """Return the table with the rows of one rule, without marks."""
+        name = method_name(rule)
+        is_shown = self.frame.method.str.partition(", ")[0] == name
+        return Table(self.title, self.frame[is_shown], self.caption)
+
+
+def sections(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the runs of each net and data set by title, smoke runs last."""
+    return {title_of(part.iloc[0]): part for _, part in runs.groupby(SECTION, sort=True)}
+
+
+def ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of methods by setting, and within it in the order of families."""
+    order = frame.assign(order=frame.method.map(method_order))
+    return order.sort_values([*ROW, "order"], kind="stable")[frame.columns]
+
+
+def with_settings(frame: pd.DataFrame, runs: pd.DataFrame, columns: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Return a table's texts: what differs between its rows, the method, then the columns that say something.
+
+    frame: a row for each of the table. runs: those behind it, which have the options of their settings as columns.
     """
-    text = row(entry, missing="")
-    statuses = {run.status for run in entry.runs}
-    why = next((s for s in ("running", "interrupted", "failed", "diverged", "stopped") if s in statuses), "missing")
-    spread = f" ± {text['±']}" if text["±"] else ""
-    paper = f" ({text['paper']})" if text["paper"] else ""
-    lost = f", {entry.lost}" if entry.lost else ""
-    return f"{text['ours'] or why}{spread}{paper}{lost}"
+    shown = pd.DataFrame(index=frame.index)
+    for key in ROW:
+        if key != "setting" and frame[key].nunique() > 1:
+            in_words = IN_WORDS.get(key, {})
+            shown[key] = [in_words.get(value, str(value)) for value in frame[key]]
+    names = option_names(runs)
+    options = runs.drop_duplicates(CELL).set_index(CELL)[names]
+    of_rows = frame[CELL].join(options, on=CELL)
+    shown[names] = of_rows[names].replace("", NONE)
+    shown["method"] = frame.method.map(method_name)
+    for name, texts in columns.items():
+        if set(texts) != {NONE}:
+            shown[name] = list(texts)
+    return shown
 
 
-def seeds_behind(entries: Sequence[Entry]) -> str:
-    """How many seeds the numbers are of: "2", or "1 to 3"."""
-    counts = [len(entry.counted) for entry in entries if entry.best] or [0]
-    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+def answer(runs: pd.DataFrame, paper: pd.DataFrame | None = None) -> Table:
+    """Return the table of methods: accuracy, differences from BP and DFA with intervals, depth utility; best first.
 
-
-def rule(section: Section) -> str:
-    """How the numbers of a section were come by."""
-    entries = section.chosen
-    if not entries:
-        return "No run has finished."
-    reported = " or ".join(sorted({run.reported for entry in entries for run in entry.runs}))
-    chosen = "on the test set itself, as these runs hold no validation split out, which flatters it"
-    if all(entry.on_validation for entry in entries):
-        chosen = "on the validation split"
-    return (
-        f"Test accuracy in percent {reported}: mean over n seeds, ± sample standard deviation. Runs that collapsed "
-        "(end at chance, or a fifth under their best test accuracy) are counted apart. Of a cell's grid points "
-        f"the best one is shown, chosen {chosen}: any two are compared by their means over the seeds that both have "
-        "finished; a point of which a run diverged, failed or was stopped comes last; of tied ones, marked so, the "
-        "one with the lower validation loss is shown where it was recorded. At best val.: test accuracy at each run's "
-        "epoch with the best validation accuracy. Grid: how many of the points in conf/experiment/ have finished. "
-        "Angle: of layer 1's error signal with BP's, in degrees, from the mean cosine of the last epoch. "
-        "Hours: of training, mean of the point's runs."
-        + SHAPES
-        * any(entry.cell.model not in FULLY_CONNECTED for entry in entries)
+    paper: published accuracies, see `paper.published`; shown beside runs of the same length and settings.
+    """
+    frame = compared_cells(runs)
+    frame["has_no_result"] = frame.n == 0
+    frame["is_failing"] = frame.failing > 0
+    frame["falling"] = -frame.accuracy
+    frame = frame.sort_values([*ROW, "has_no_result", "is_failing", "falling"], kind="stable", ignore_index=True)
+    frame["ranked"] = frame.accuracy.mask(frame.is_failing)
+    rows = frame.groupby(ROW).ranked
+    is_best = (frame.ranked > rows.transform("max") - SHOWN) & (rows.transform("count") > 1)
+    columns = {
+        "lr": numbers(frame.lr, "g"),
+        "weight decay": numbers(frame.weight_decay.replace(0, math.nan), "g"),
+        "n": [str(value) for value in frame.n],
+        "accuracy, %": [accuracy_text(row) for row in frame.itertuples()],
+        "minus BP": [interval_text(*row) for row in frame[bars("bp")].to_numpy()],
+        "minus DFA": [interval_text(*row) for row in frame[bars("dfa")].to_numpy()],
+        "depth utility, %": [utility_text(row) for row in frame.itertuples()],
+    }
+    if paper is not None:
+        keys = ["dataset", "model", "augmentation", "method", "epochs", "optimizer", "setting"]
+        published = frame.merge(paper, on=keys, how="left").published
+        columns["paper, %"] = numbers(100 * published, ".2f")
+        columns["minus paper"] = numbers(100 * (frame.accuracy - published), "+.2f")
+    return Table(
+        "Methods",
+        with_settings(frame, runs, columns),
+        f"{verdict(frame, is_best)} {answer_caption(frame)}".strip(),
+        list(is_best),
     )
 
 
-def mixed_note(entries: Sequence[Entry]) -> str:
-    """What the runs of one cell differ in, over a table; empty if in nothing."""
-    found = sorted(set[str]().union(*(entry.mixed for entry in entries)))
-    return f"Mixed: the runs of such a cell differ in version or device ({', '.join(found)})." if found else ""
-
-
-def not_begun(section: Section, name: str) -> str:
-    """The rows of a table of the paper that have no run, in a line; empty if there are none, or no table is begun."""
-    if not (section.tables["fc"] or section.tables["cnn"]):
+def verdict(frame: pd.DataFrame, is_best: pd.Series) -> str:
+    """Return what the marks mean and, of a table with one setting, which methods cannot be told from BP."""
+    if not is_best.any():
         return ""
-    begun = by_row(section.tables[name])
-    rows = dict.fromkeys(" ".join(cell[:3]) for cell in PAPER.get(name, {}) if cell[:3] not in begun)
-    return f"Not begun: {'; '.join(rows)}." if rows else ""
+    text = "The mark: highest accuracy of its setting."
+    if len(frame[ROW].drop_duplicates()) > 1:
+        return text
+    is_open = (frame.low_bp <= 0) & (frame.high_bp >= 0)
+    names = ", ".join(map(method_name, frame.method[is_open]))
+    if names:
+        return f"{text} Not distinguished from BP by these runs: {names}."
+    return f"{text} All differences from BP are real." if frame.low_bp.notna().any() else text
 
 
-def wide(entries: Sequence[Entry]) -> list[list[str]]:
-    """A table in the paper's layout, its heading first: ours, with the paper's number in brackets."""
-    methods = methods_of(entries)
-    lines = [["dataset", "augmentation", "model", *methods]]
-    for key, cells in by_row(entries).items():
-        lines.append([*key, *(ours_and_paper(cells[method]) if method in cells else "" for method in methods)])
-    return lines
+def compared_cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return every cell with its differences from BP and DFA and its depth utility, as numbers."""
+    chosen = choose(runs)
+    frame = cells(runs, chosen)
+    utility = compare.depth_utility(chosen)
+    frame = frame.merge(utility.rename(columns={"low": "utility_low", "high": "utility_high"}), on=CELL, how="left")
+    for control in ("bp", "dfa"):
+        differences = compare.against(chosen, control).set_axis([*CELL, *bars(control)], axis="columns")
+        frame = frame.merge(differences, on=CELL, how="left")
+    return frame
 
 
-def paired_table(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """Every method's accuracy minus BP's and DFA's, in points, seed by seed; empty where nothing can be compared."""
-    rows = []
-    for key, cells in by_row(entries).items():
-        for method, entry in cells.items():
-            others = [name for name in REFERENCES if name in cells and name != method]
-            told = {name: judged(entry, cells[name]) for name in others}
-            if any(text != MISSING for text in told.values()):
-                shown = {f"minus {name}": told.get(name, MISSING) for name in REFERENCES}
-                rows.append({**dict(zip(Cell._fields, [*key, method], strict=True)), **shown})
-    return rows
+def bars(control: str) -> list[str]:
+    """Return the names of the columns with the differences from a control."""
+    return [f"{name}_{control}" for name in ("difference", "low", "high", "test")]
 
 
-def found_table(found: Sequence[Finding]) -> list[dict[str, str]]:
-    """The claims with their verdicts."""
-    return [
-        {
-            "claim": one.claim,
-            "where": one.where,
-            "found": one.found,
-            "n": str(one.n),
-            "verdict": one.verdict,
-        }
-        for one in found
-    ]
+def answer_caption(frame: pd.DataFrame) -> str:
+    """Return the length of the runs where all have one, and the noise floor of their accuracies."""
+    parts = []
+    if frame.epochs.nunique() == 1:
+        parts.append(f"{frame.epochs.iloc[0]} epochs")
+    counted = frame[frame.n > 0]
+    floors = []
+    for row in counted[~counted.smoke].itertuples():
+        floor = compare.noise_floor(row.accuracy, compare.TEST_IMAGES.get(row.dataset))
+        floors.append(100 * floor)
+    if any(floors):
+        low, high = f"{min(floors):.2f}", f"{max(floors):.2f}"
+        span = low if low == high else f"{low} to {high}"
+        parts.append(f"noise floor √(p(1−p)/N) of one accuracy: {span} points")
+    single = (counted.n < 2).sum()
+    if single:
+        parts.append(f"{single} of {len(frame)} rows have one seed and no interval")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-FOUND = (
-    "Mean difference over n seeds, paired by seed, and its 95 % interval (Student's t): supported or contradicted "
-    "where that leaves out zero and n is at least 3. Accuracies are compared at each method's chosen grid point, with "
-    "the rates where they differ; alignment, of the last epoch, at equal learning rates. For a rank correlation n is "
-    "the number of rules, each with its mean over the seeds, and the interval a bootstrap over them. Where a run "
-    "of a chosen point collapsed (ends at chance, or a fifth under its best test accuracy), no difference is judged. "
-    "Nothing is corrected for how many claims there are."
-)
+def numbers(values: pd.Series, style: str) -> list[str]:
+    """Return numbers as texts, a dash for NaN."""
+    return [NONE if math.isnan(value) else f"{value:{style}}" for value in values]
 
 
-# what Markdown obeys within a line; a link's text needs no more than its end changed, and a word may hold a _
-OBEYED = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
+def accuracy_text(row: Any) -> str:
+    """Return a cell's accuracy: "98.64 ± 0.07", "66.56 (1 of 3; 2 fail)", "fails: 3 of 3", or how its runs stand."""
+    if row.n == 0:
+        return row.states
+    if row.failing == row.ended:
+        return f"fails at this rate: {row.failing} of {row.ended}"
+    text = f"{100 * row.accuracy:.2f}"
+    if row.n > 1:
+        text += f" ± {100 * row.sd:.2f}"
+    if row.failing:
+        text += f" ({row.n} of {row.ended}; {row.failing} failed)"
+    return text
+
+
+def interval_text(value: float, low: float, high: float, test: str = "", style: str = "+.2f") -> str:
+    """Return "+0.12 [-0.10, +0.34]" from fractions, in points; without the interval where there is none."""
+    if math.isnan(value):
+        return NONE
+    text = f"{100 * value:{style}}"
+    if not math.isnan(low):
+        text += f" [{100 * low:{style}}, {100 * high:{style}}]"
+    return f"{text} (W)" if test == "Welch" else text
+
+
+def utility_text(row: Any) -> str:
+    """Return a cell's depth utility in percent, or that its setting cannot rank."""
+    if row.ranks is False or row.ranks is np.False_:
+        return "cannot rank"
+    return interval_text(row.utility, row.utility_low, row.utility_high, style=".0f")
+
+
+def rates(runs: pd.DataFrame) -> Table | None:
+    """Return accuracy by learning rate and weight decay; None where no method has two points."""
+    ended = distinct(runs[runs.status.isin(ENDED) | runs.fails])
+    if ended.groupby(CELL)[["lr", "weight_decay"]].nunique().max(axis=None) in (1, math.nan):
+        return None
+    has_decay = ended.weight_decay.any()
+    rows = ordered(ended.drop_duplicates(CELL)).set_index(CELL, drop=False)
+    columns = {}
+    for (lr, decay), point in sorted(ended.groupby(["lr", "weight_decay"]), reverse=True, key=lambda group: group[0]):
+        name = f"lr {lr:g}, decay {decay:g}" if has_decay else f"lr {lr:g}"
+        texts = {key: point_text(same) for key, same in point.groupby(CELL)}
+        columns[name] = [texts.get(key, NONE) for key in rows.index]
+    shown = with_settings(rows.reset_index(drop=True), runs, columns)
+    return Table("Rates", shown, "Accuracy in percent (n seeds) at each point of the grid.")
+
+
+def point_text(point: pd.DataFrame) -> str:
+    """Return the accuracy at a grid point: "98.3 (3)", "66.6 (1 of 3)", "fails (3 of 3)"."""
+    alive = point[~point.fails]
+    if alive.empty:
+        return f"fails ({len(point)} of {len(point)})"
+    count = f"{len(alive)} of {len(point)}" if len(alive) < len(point) else str(len(alive))
+    return f"{100 * alive.accuracy.mean():.2f} ({count})"
+
+
+def alignment(runs: pd.DataFrame) -> Table | None:
+    """Return the cosine with BP of every layer, by learning rate; None where nothing was measured."""
+    frame = compare.alignment(runs)
+    if frame.empty:
+        return None
+    frame = ordered(frame).sort_values([*ROW, "lr"], kind="stable")
+    columns = {"lr": numbers(frame.lr, "g"), "n": [str(n) for n in frame.n]}
+    for name in layer_names(frame, "cosine"):
+        layer = name.removeprefix("cosine/")
+        columns[f"layer {layer}"] = numbers(frame[name], "+.2f")
+    columns["no signal"] = list(frame.no_signal.replace("", NONE))
+    caption = "Cosine with BP's error signal."
+    if frame.no_signal.any():
+        caption += " No signal: layers where over half of the samples have none."
+    return Table("Alignment", with_settings(frame, runs, columns), caption)
+
+
+def stability(runs: pd.DataFrame) -> Table | None:
+    """Return how near the runs are to a collapse, at each method's shown point; None where it was not measured."""
+    frame = ordered(cells(runs, choose(runs)))
+    frame = frame[frame.n > 0]
+    measured = layer_names(frame, "dead") + layer_names(frame, "activation_rms")
+    if frame[measured].isna().all(axis=None):
+        return None
+    columns = {
+        "lr": numbers(frame.lr, "g"),
+        "dead, worst layer": largest(frame, "dead", ".0%"),
+        "activation rms, worst layer": largest(frame, "activation_rms", ".3g"),
+    }
+    if "norm_ratio/1" in frame:
+        columns["‖δ₁‖/‖δ₁ of BP‖"] = numbers(frame["norm_ratio/1"], ".2g")
+    columns["unstable runs"] = [unstable_text(row) for row in frame.itertuples()]
+    columns["failing runs"] = [f"{row.failing} of {row.ended}" for row in frame.itertuples()]
+    return Table("Stability", with_settings(frame, runs, columns), "After the last epoch.")
+
+
+def largest(frame: pd.DataFrame, quantity: str, style: str) -> list[str]:
+    """Return a quantity's largest value over the layers, and which layer has it, of each row."""
+    texts = []
+    for _, row in frame[layer_names(frame, quantity)].iterrows():
+        values = row.dropna()
+        text = NONE
+        if len(values):
+            layer = values.idxmax().partition("/")[2]
+            text = f"{values.max():{style}} (layer {layer})"
+        texts.append(text)
+    return texts
+
+
+def unstable_text(row: Any) -> str:
+    """Return how many runs of a cell were unstable, and where the first of them was."""
+    text = f"{row.unstable_runs} of {row.ended}"
+    return f"{text}: {row.unstable}" if row.unstable_runs else text
+
+
+def details(runs: pd.DataFrame) -> list[Table]:
+    """Return the tables that stand behind the answer: rates, alignment and stability, as far as there are runs."""
+    return [table for table in (rates(runs), alignment(runs), stability(runs)) if table is not None]
+
+
+def notes(runs: pd.DataFrame) -> list[str]:
+    """Return what a reader must know of a section: runs without a result, and cells of mixed origin."""
+    texts = []
+    unfinished = runs[~runs.status.isin(ENDED)]
+    for status, part in unfinished.groupby("status"):
+        methods = sorted(part.method.unique(), key=method_order)
+        names = ", ".join(map(method_name, methods))
+        text = f"{len(part)} {status}: {names}"
+        reasons = sorted(set(part.reason) - {""})
+        if reasons:
+            rest = ", …" if len(reasons) > 1 else ""
+            text += f" ({reasons[0]}{rest})"
+        texts.append(f"{text}.")
+    mixed = "; ".join(cells(runs, choose(runs)).mixed)
+    origins = sorted(set(mixed.split("; ")) - {""})
+    if origins:
+        texts.append(f"Mixed: some methods' runs differ in version or device ({', '.join(origins)}).")
+    return texts
+
+
+def methods_text(columns: Collection[str], has_smoke: bool) -> list[str]:
+    """Return the sentences on how the numbers of these columns are computed."""
+    sentences = [sentence for column, sentence in METHODS.items() if column in columns]
+    return [*sentences, SMOKE] if has_smoke else sentences
+
+
+def write(table: Table, style: str) -> str:
+    """Return a table as text: style is simple (for a terminal), github, latex_booktabs or html."""
+    clean, mark, kind = STYLES[style]
+    cells_of = table.frame.map(clean)
+    if len(table.best):
+        marked = cells_of.method.map(mark.format)
+        cells_of["method"] = cells_of.method.mask(table.best, marked)
+    heads = cells_of.columns if style == "github" else map(clean, cells_of.columns)
+    text = tabulate(cells_of.to_numpy().tolist(), list(heads), kind, disable_numparse=True)
+    if style == "latex_booktabs":
+        for rule in ("toprule", "midrule", "bottomrule"):
+            text = text.replace(r"\hline", rf"\{rule}", 1)
+    return text
 
 
 def markdown(text: str) -> str:
-    """Escape what Markdown would obey in a text."""
+    """Escape what Markdown would obey in a line of text."""
     return OBEYED.sub(r"\\\g<0>", text)
 
 
-def table(lines: Sequence[Iterable[str]], style: str) -> str:
-    """Lay out lines, the heading first, in one of tabulate's styles."""
-    clean = markdown if style == "github" else str
-    texts = [[clean(text) for text in line] for line in lines]
-    return tabulate(texts, "firstrow", tablefmt=style, disable_numparse=True) + "\n"
+def latex(text: str) -> str:
+    """Escape what LaTeX would obey in a text."""
+    symbols = {"±": r"$\pm$", "−": "$-$", "–": "--", "‖": r"$\|$", "δ": r"$\delta$", "₁": "$_1$"}
+    return text.translate(str.maketrans(LATEX_ESCAPE_RULES | symbols))
 
 
-def lines_of(rows: Sequence[dict[str, str]]) -> list[Iterable[str]]:
-    """The keys of equal rows as a heading, then their texts."""
-    return [rows[0], *(row.values() for row in rows)]
-
-
-def without_empty_columns(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of a text without the columns that have nothing to say in any of them."""
-    empty = {name for name in rows[0] if all(row[name] == MISSING for row in rows)}
-    return [{name: text for name, text in row.items() if name not in empty} for row in rows]
-
-
-def as_text(sections: Sequence[Section], style: str = "simple", figures: Sequence[str] = ()) -> str:
-    """All tables for a person, style being one of tabulate's: "simple" for a terminal, "github" for Markdown.
-
-    figures: what stands at the end of each section.
-    """
-    heading, subheading = ("# {}\n", "## {}\n") if style == "github" else ("{}\n" + "=" * 72 + "\n", "{}\n")
-    clean = markdown if style == "github" else str
-    parts = []
-    said: set[str] = set()
-
-    def once(note: str) -> list[str]:
-        new = note not in said
-        said.add(note)
-        return [f"{note}\n"] * new
-
-    for index, section in enumerate(sections):
-        parts.append(heading.format(clean(section.setting.title)))
-        parts += once(rule(section)) if section.chosen else [f"{rule(section)}\n"]
-        for name, title in TITLES.items():
-            entries, missing = section.tables[name], not_begun(section, name)
-            if entries or missing:
-                parts.append(subheading.format(title))
-            if entries:
-                parts.append(table(wide(entries), style))
-                parts.append(table(lines_of(without_empty_columns([row(entry) for entry in entries])), style))
-            if note := mixed_note(entries):
-                parts.append(f"{note}\n")
-            if rows := paired_table([entry for entry in entries if entry.best]):
-                parts += [*once(PAIRED), table(lines_of(rows), style)]
-            if missing:
-                parts.append(f"{missing}\n")
-        parts += figures[index : index + 1]
-    return "\n".join(parts)
-
-
-def answers(sections: Sequence[Section], style: str = "simple") -> str:
-    """The findings for a person; empty where there is nothing to compare."""
-    rows = found_table(findings(sections))
-    return f"{table(lines_of(rows), style)}\n{FOUND}\n" if rows else ""
-
-
-def as_csv(sections: Sequence[Section]) -> str:
-    """Every entry of every table as one row; accuracies in percent, empty where there is none."""
-    rows: list[Iterable[str]] = [["table", "smoke", "protocol", "differences", *COLUMNS]]
-    for section in sections:
-        smoke, protocol, differences = section.setting
-        for name, entries in section.tables.items():
-            setting = (name, "smoke" if smoke else "", protocol, "; ".join(differences))
-            rows += [[*setting, *row(entry, missing="").values()] for entry in entries]
-    return csv_text(rows)
-
-
-def as_latex(sections: Sequence[Section]) -> str:
-    """Tables in the paper's layout, the paper's numbers in brackets beside ours; needs the package booktabs."""
-    escapes = str.maketrans(LATEX_ESCAPE_RULES | {"±": r"$\pm$"})
-    parts = []
-    for section in sections:
-        for name, title in TITLES.items():
-            entries = section.tables[name]
-            if not entries:
-                continue
-            escaped = [[text.translate(escapes) for text in line] for line in wide(entries)]
-            body = tabulate(escaped, "firstrow", tablefmt="latex_raw", disable_numparse=True)
-            for line in ("toprule", "midrule", "bottomrule"):
-                body = body.replace(r"\hline", rf"\{line}", 1)
-            n = seeds_behind(entries)
-            caption = f"{title}; {section.setting.title}. {rule(section)} Here n = {n}. In brackets: the paper."
-            caption = caption.translate(escapes)
-            parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n")
-    return "\n".join(parts)
+# How cells are escaped, how the best method is marked, and tabulate's name of the format.
+STYLES: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "simple": (str, "{} *", "simple"),
+    "github": (markdown, "**{}**", "github"),
+    "latex_booktabs": (latex, r"\textbf{{{}}}", "latex_raw"),
+    "html": (escape, "<b>{}</b>", "unsafehtml"),
+}

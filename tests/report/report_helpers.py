@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ import pytest
 from processes import dfl_train, ended, forked
 from sklearn.datasets import load_digits
 
-from dfl_experiments.report.cells import sections
 from dfl_experiments.report.dfl_report import main
-from dfl_experiments.report.runs import read_runs
 
 SMALL = ("model.widths=[16,16]", "tracking=disabled", "threads=1", "sweep=grid")
 GRID = ("--multirun", "experiment=fc_mnist", "epochs=3", *SMALL)
@@ -70,6 +67,13 @@ def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **resu
     return destination
 
 
+def finished(accuracy, lr, seed, **config):
+    """What `altered` is to say of a run."""
+    made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
+    told = {"last": accuracy, "best": accuracy, "at_best_validation": accuracy, "best_epoch": 1}
+    return made | {"validation_accuracy": accuracy, "test_accuracy": told}
+
+
 @contextlib.contextmanager
 def browser(width: int = 1280, dark: bool = False) -> Iterator[Any]:
     """Chromium without a window; skips, saying so, where there is none."""
@@ -111,16 +115,11 @@ def dfl_report(folder, *arguments):
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-@cache
-def told(folder, kind="terminal"):
-    """What `dfl-report` prints of the runs in a folder, which stay as they are."""
-    done = dfl_report(folder, "outputs", "--format", kind)
+def csv_rows(folder, *arguments):
+    """The rows of `dfl-report --format csv` on a folder's outputs, or on what the arguments name."""
+    done = dfl_report(folder, *(arguments or ["outputs"]), "--format", "csv")
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def entries(folder):
-    return list(csv.DictReader(io.StringIO(told(folder, "csv"))))
+    return list(csv.DictReader(io.StringIO(done.stdout)))
 
 
 @pytest.fixture(scope="session")
@@ -157,29 +156,11 @@ def finished_point(reported):
     return next(path.parent for path in sorted((reported / "outputs" / "grid").glob("bp-*seed0*/result.json")))
 
 
-@pytest.fixture(scope="session")
-def reported_page(reported):
-    done = dfl_report(reported, "outputs", "--format", "html", "--out", "report.html")
-    assert done.returncode == 0, done.stderr
-    return reported / "report.html"
-
-
 def results(folder, method, lr, smoke=None):
+    """The results of a grid's runs of one method and rate."""
     found = [json.loads(path.read_text()) for path in (folder / "outputs" / "grid").glob("*/result.json")]
     return [
         result
         for result in found
         if (result["method"], result["config"]["optimizer"]["lr"], result["config"]["smoke"]) == (method, lr, smoke)
     ]
-
-
-def finished(accuracy, lr, seed, **config):
-    """What `altered` is to say of a run."""
-    made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
-    told = {"last": accuracy, "best": accuracy, "at_best_validation": accuracy, "best_epoch": 1}
-    return made | {"validation_accuracy": accuracy, "test_accuracy": told}
-
-
-def only_entry(folder):
-    (section,) = sections(read_runs([folder]))
-    return next(entry for entry in section.tables["fc"] if entry.runs)

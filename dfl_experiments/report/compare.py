@@ -1,0 +1,285 @@
+"""Comparisons of methods within one row of a table: intervals, depth utility, and whether the row can rank rules."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from dfl_experiments.report.choose import counted
+from dfl_experiments.report.frame import POINT, ROW, distinct, layer_names
+
+LEVEL = 0.95
+FEWEST_DEGREES = 6  # of freedom of a pooled variance
+LARGEST_RATIO = 3.0  # of a rule's standard deviation to the pooled one of the others
+FEWEST_SEEDS = 3  # for the interval of a ratio
+HALF = 0.5  # of a layer's samples
+NOISE_FLOORS = 3.0  # that a difference of single runs must exceed
+# Test images of data sets that every run evaluates whole.
+TEST_IMAGES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000}
+
+
+class Estimate(NamedTuple):
+    """A value with the interval that covers it with probability `LEVEL`; NaN for low and high where there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def verdict(self) -> int | None:
+        """1 or -1 where the interval excludes zero, 0 where it includes zero, None without an interval."""
+        if math.isnan(self.low):
+            return None
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def around(value: float, half: float) -> Estimate:
+    """Return a value with the interval that reaches `half` to both sides."""
+    return Estimate(value, value - half, value + half)
+
+
+def samples_of(runs: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return each method's accuracies, one for each seed, of the methods without a failing run. runs: of one row."""
+    samples = {}
+    for method, cell in runs.groupby("method", sort=False):
+        values = cell.accuracy.dropna().to_numpy()
+        if len(values) and not cell.fails.any():
+            samples[str(method)] = values
+    return samples
+
+
+def against(chosen: pd.DataFrame, control: str) -> pd.DataFrame:
+    """Compare every method of each row with a control by Dunnett's many-to-one comparison.
+
+    d = mean(method) − mean(control), with the interval d ± c s √(1/n + 1/n₀): s² is the variance pooled over all
+    methods of the row, c Dunnett's two-sided critical value, so that all intervals of a row cover with probability
+    `LEVEL` together. Methods with at least 2 runs and none that fails take part, where the control has 2 and s² at
+    least 6 degrees of freedom. A method whose standard deviation exceeds 3 × that of the others is compared by Welch's
+    t instead (`test` = "Welch").
+
+    Args:
+        chosen: the runs to compare, see `choose.choose`: one grid point for each method.
+        control: a method's name, such as "bp".
+
+    Returns:
+        One row for each method with `ROW`, `method`, `difference`, `low`, `high` (fractions of 1) and `test`.
+
+    Source: Dunnett, "A multiple comparison procedure for comparing several treatments with a control", 1955.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for key, row in chosen.groupby(ROW, sort=False):
+        samples = samples_of(row)
+        if control in samples:
+            for method, (estimate, test) in dunnett(samples, control).items():
+                rows.append((*key, method, *estimate, test))
+    return pd.DataFrame(rows, columns=[*ROW, "method", "difference", "low", "high", "test"])
+
+
+def dunnett(samples: Mapping[str, np.ndarray], control: str) -> dict[str, tuple[Estimate, str]]:
+    """Return each method's difference from the control, and the test that gave its interval: Dunnett, Welch or none."""
+    reference = samples[control]
+    repeated = {method: values for method, values in samples.items() if len(values) > 1}
+    odd = [method for method in repeated if method != control and is_odd(method, repeated)]
+    pooled = {method: values for method, values in repeated.items() if method not in odd}
+    variance, degrees = pooled_variance(pooled.values())
+    has_intervals = control in pooled and degrees >= FEWEST_DEGREES and variance > 0
+    sizes = sorted(len(values) for method, values in pooled.items() if method != control)
+    critical = math.nan
+    if has_intervals and sizes:
+        critical = critical_value(tuple(sizes), len(reference))
+    differences = {}
+    for method, values in samples.items():
+        if method == control:
+            continue
+        difference = float(values.mean() - reference.mean())
+        estimate, test = Estimate(difference), ""
+        if has_intervals and method in odd:
+            estimate, test = welch(values, reference), "Welch"
+        elif has_intervals and method in pooled:
+            half = critical * standard_error(variance, values, reference)
+            estimate, test = around(difference, half), "Dunnett"
+        differences[method] = (estimate, test)
+    return differences
+
+
+def is_odd(method: str, samples: Mapping[str, np.ndarray]) -> bool:
+    """Return whether a method's standard deviation exceeds 3 × the pooled one of the others."""
+    variance, _ = pooled_variance(values for name, values in samples.items() if name != method)
+    return bool(samples[method].std(ddof=1) > LARGEST_RATIO * math.sqrt(variance))
+
+
+def pooled_variance(samples: Iterable[np.ndarray]) -> tuple[float, int]:
+    """Return the pooled variance s² = Σ (x − mean)² / Σ (n − 1) and its degrees of freedom; 0 and 0 of single runs."""
+    squares, degrees = 0.0, 0
+    for values in samples:
+        squares += float(((values - values.mean()) ** 2).sum())
+        degrees += len(values) - 1
+    return (squares / degrees if degrees else 0.0), degrees
+
+
+def standard_error(variance: float, first: np.ndarray, second: np.ndarray) -> float:
+    """Return the standard error s √(1/n + 1/n₀) of a difference of two means."""
+    return math.sqrt(variance * (1 / len(first) + 1 / len(second)))
+
+
+def student(degrees: float) -> float:
+    """Return the two-sided critical value of Student's t at `LEVEL`."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, degrees))
+
+
+@cache
+def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
+    """Return Dunnett's two-sided critical value for groups of these sizes. It depends on nothing else.
+
+    SciPy computes it by quasi-Monte-Carlo integration, here from a fixed random state.
+    """
+    groups = [np.arange(size, dtype=float) for size in sizes]
+    reference = np.arange(control_size, dtype=float)
+    generator = np.random.default_rng(0)
+    interval = stats.dunnett(*groups, control=reference, rng=generator).confidence_interval(LEVEL)
+    half = (interval.high[0] - interval.low[0]) / 2
+    variance, _ = pooled_variance([*groups, reference])
+    return float(half / standard_error(variance, groups[0], reference))
+
+
+def welch(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Return mean(first) − mean(second) with the interval of Welch's t; without one of fewer than 2 values."""
+    return contrast([first, second], [1.0, -1.0])
+
+
+def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimate:
+    """Return Σ w_k mean(x_k) with an interval, the variances being unequal.
+
+    Its standard error is √(Σ w_k² s_k²/n_k), its degrees of freedom Welch and Satterthwaite's. There is no interval
+    where a sample has fewer than 2 values, or where no sample varies.
+    """
+    n = np.array([len(values) for values in samples])
+    means = np.array([values.mean() for values in samples])
+    value = float(means @ weights)
+    if n.min() < 2:
+        return Estimate(value)
+    variances = np.array([values.var(ddof=1) for values in samples])
+    parts = np.square(weights) * variances / n
+    variance = parts.sum()
+    if variance == 0:
+        return Estimate(value)
+    degrees = variance**2 / (parts**2 / (n - 1)).sum()
+    half = student(degrees) * math.sqrt(variance)
+    return around(value, half)
+
+
+def depth_utility(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Return what training the lower blocks adds, for each method of a row that has BP and Shallow.
+
+    utility = (accuracy − accuracy_Shallow) / (accuracy_BP − accuracy_Shallow): 0 for a method that is no better than
+    not training the lower blocks, 1 for BP; each at its own best rate, as `choose.choose` gives the runs. Fieller's
+    interval from the pooled variance of the row, from 3 seeds on. `ranks` is False where BP − Shallow is not above zero
+    with its interval (of single runs: not above 3 noise floors); then there is no utility. None of the three may have a
+    failing run.
+
+    Source: Fieller, "Some problems in interval estimation", 1954.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for key, row in chosen.groupby(ROW, sort=False):
+        samples = samples_of(row)
+        bp, shallow = samples.get("bp"), samples.get("shallow")
+        if bp is None or shallow is None:
+            continue
+        dataset = row.dataset.iloc[0]
+        ranks = can_rank(samples, TEST_IMAGES.get(dataset))
+        for method, values in samples.items():
+            if method in ("bp", "shallow"):
+                continue
+            utility = Estimate(math.nan)
+            if ranks:
+                utility = fieller(values, bp, shallow, samples.values())
+            rows.append((*key, method, *utility, ranks))
+    return pd.DataFrame(rows, columns=[*ROW, "method", "utility", "low", "high", "ranks"])
+
+
+def can_rank(samples: Mapping[str, np.ndarray], test_images: int | None) -> bool:
+    """Return whether BP is more accurate than Shallow by more than chance, so that there is room for a rank."""
+    bp, shallow = samples["bp"], samples["shallow"]
+    variance, degrees = pooled_variance(samples.values())
+    if min(len(bp), len(shallow)) < 2:
+        half = NOISE_FLOORS * noise_floor(bp.mean(), test_images)
+    else:
+        half = student(degrees) * standard_error(variance, bp, shallow)
+    return bool(bp.mean() - shallow.mean() > half)
+
+
+def noise_floor(accuracy: float, test_images: int | None) -> float:
+    """Return the standard deviation √(p(1−p)/N) of an accuracy p on N test images; 0 for an unknown N."""
+    return math.sqrt(accuracy * (1 - accuracy) / test_images) if test_images else 0.0
+
+
+def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, all_samples: Iterable[np.ndarray]) -> Estimate:
+    """Return (values − shallow) / (bp − shallow), of means, with Fieller's interval from the pooled variance."""
+    top = float(values.mean() - shallow.mean())
+    bottom = float(bp.mean() - shallow.mean())
+    ratio = top / bottom
+    variance, degrees = pooled_variance(all_samples)
+    fewest = min(len(values), len(bp), len(shallow))
+    if fewest < FEWEST_SEEDS or variance == 0:
+        return Estimate(ratio)
+    t = student(degrees)
+    var_top = variance * (1 / len(values) + 1 / len(shallow))
+    var_bottom = variance * (1 / len(bp) + 1 / len(shallow))
+    covariance = variance / len(shallow)
+    g = t**2 * var_bottom / bottom**2
+    if g >= 1:
+        return Estimate(ratio)
+    centre = ratio - g * covariance / var_bottom
+    spread = var_top - 2 * ratio * covariance + ratio**2 * var_bottom
+    spread -= g * (var_top - covariance**2 / var_bottom)
+    half = t / abs(bottom) * math.sqrt(max(spread, 0.0))
+    low = (centre - half) / (1 - g)
+    high = (centre + half) / (1 - g)
+    return Estimate(ratio, low, high)
+
+
+def cosines(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs whose alignment says something, without cosines that say nothing.
+
+    Left out are BP, Shallow and runs that fail. A cosine is NaN where the signal is BP's by construction, and where
+    over half of a layer's samples have no signal at this grid point; `no_signal` names these layers.
+    """
+    kept = counted(distinct(runs))
+    kept = kept[~kept.fails & ~kept.rule.isin(["bp", "shallow"])].assign(no_signal="")
+    for name in layer_names(kept, "cosine"):
+        layer = name.removeprefix("cosine/")
+        is_exact = kept.exact_layers.map(lambda layers, layer=layer: layer in layers)
+        is_silent = share_without_signal(kept, layer) > HALF
+        kept[name] = kept[name].mask(is_exact | is_silent)
+        kept["no_signal"] += np.where(is_silent, f", {layer}", "")
+    kept["no_signal"] = kept.no_signal.str.removeprefix(", ")
+    return kept
+
+
+def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
+    """Return the share of a layer's samples in the last epoch whose signal, or BP's, is zero: means of a grid point."""
+    if f"zeros/{layer}" not in kept:
+        return pd.Series(0.0, kept.index)
+    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)  # of an epoch
+    measured = images / kept.measured_every.clip(lower=1)
+    share = kept[f"zeros/{layer}"] / measured
+    return share.groupby([kept[key] for key in POINT]).transform("mean")
+
+
+def alignment(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean cosine of every layer in the last epoch, for each method at each learning rate.
+
+    The rate moves the cosine as much as the rule does: compare within one rate. See `cosines` for what is left out.
+    """
+    kept = cosines(runs)
+    names = layer_names(kept, "cosine")
+    points = kept.groupby(POINT, sort=False)
+    means = points[names].mean()
+    means["n"] = points.size()
+    means["no_signal"] = points.no_signal.first()
+    has_cosine = means[names].notna().any(axis="columns")
+    return means[has_cosine | (means.no_signal != "")].reset_index()

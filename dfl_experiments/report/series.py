@@ -1,0 +1,135 @@
+"""Measured values of runs over iterations or epochs, and their means over seeds."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from dfl_experiments.errors import UserError
+from dfl_experiments.report.frame import curves
+
+MOST_POINTS = 500  # of a line
+
+
+class Quantity(NamedTuple):
+    """Something that `draw` can show."""
+
+    columns: tuple[str, ...]
+    """In epochs.csv, with /i for hidden layer i; a second one is of the validation set."""
+    title: str
+    """Above a panel."""
+    axis: str
+    """Beside its y axis."""
+    scale: float = 1
+    """What the values are multiplied with."""
+
+
+WHAT = {
+    "loss": Quantity(("train_loss", "validation_loss"), "Training loss", "loss"),
+    "accuracy": Quantity(("test_accuracy", "validation_accuracy"), "Test accuracy", "accuracy (%)", 100),
+    "alignment": Quantity(("cosine",), "Alignment", "cosine of δ with BP's"),
+    "norm": Quantity(("norm_ratio",), "Size of the error signal", "‖δ‖ / ‖δ of BP‖"),
+    "rms": Quantity(("activation_rms",), "Activations", "root mean square of h"),
+    "dead": Quantity(("dead",), "Dead units", "share of units (%)", 100),
+}
+BY_ITERATION = ("loss", "alignment", "norm")  # the others are measured once an epoch
+
+
+def axis_of(frame: pd.DataFrame, names: Sequence[str], by: str | None, notes: list[str]) -> str:
+    """Return iteration where every run has iterations.csv and something asked for is in it, else epoch."""
+    lacking = sum(not (Path(folder) / "iterations.csv").exists() for folder in frame.folder)
+    if by == "epoch" or not set(names) & set(BY_ITERATION):
+        notes.append("By epoch.")
+        return "epoch"
+    if lacking:
+        runs = "no run has" if lacking == len(frame) else f"{lacking} of {len(frame)} runs have no"
+        notes.append(f"By epoch: {runs} iterations.csv.")
+        return "epoch"
+    return "iteration"
+
+
+def measured(frame: pd.DataFrame, names: Sequence[str], by: str, smooth: int | None, notes: list[str]) -> pd.DataFrame:
+    """Return the measured values of the runs, as `long` has them. By iteration, those of an epoch are at its end."""
+    epochs = curves(frame)
+    if by == "epoch":
+        table = long(epochs, "epoch", names)
+    else:
+        iterations = with_names_of_epochs(curves(frame, "iterations"))
+        ends = iterations.groupby(["folder", "epoch"], as_index=False).iteration.max()
+        once = epochs.columns.difference(iterations.columns).union(["folder", "epoch"])
+        by_epoch = long(epochs[once].merge(ends, on=["folder", "epoch"]), "iteration", names)
+        table = pd.concat([smoothed(long(iterations, "iteration", names), smooth, notes), by_epoch])
+    if table.empty:
+        raise UserError("nothing to draw: no run has a row of this yet")
+    return table
+
+
+def with_names_of_epochs(iterations: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of iterations with the names that epochs.csv has, and with the ratio of the two norms."""
+    table = iterations.rename(columns=lambda name: name.replace("cosine_sample/", "cosine/"))
+    table = table.rename(columns={"loss": "train_loss"})
+    for name in table.columns:
+        if name.startswith("norm_bp/"):
+            layer = name.removeprefix("norm_bp/")
+            table[f"norm_ratio/{layer}"] = table[f"norm/{layer}"] / table[name]
+    return table
+
+
+def long(table: pd.DataFrame, x: str, names: Sequence[str]) -> pd.DataFrame:
+    """Return one row per measured value: folder, x, value, what, layer (0: none), whether on the validation set."""
+    empty = {"folder": "", "x": 0.0, "value": 0.0, "raw": 0.0, "what": "", "layer": 0, "is_validation": False}
+    parts = [pd.DataFrame([empty]).iloc[:0]]
+    for column in table:
+        quantity, _, layer = column.partition("/")
+        for name in names:
+            if quantity in WHAT[name].columns:
+                part = table[["folder", x, column]].set_axis(["folder", "x", "value"], axis="columns")
+                part = part[np.isfinite(part.value)]
+                part["value"] *= WHAT[name].scale
+                is_validation = quantity.startswith("validation")
+                parts.append(part.assign(raw=math.nan, what=name, layer=int(layer or 0), is_validation=is_validation))
+    return pd.concat(parts, ignore_index=True)
+
+
+def smoothed(table: pd.DataFrame, smooth: int | None, notes: list[str]) -> pd.DataFrame:
+    """Return the values as running means, at most `MOST_POINTS` a line, with those measured as `raw`."""
+    groups = table.groupby(["folder", "what", "layer"], sort=False)
+    index = groups.cumcount()
+    size = groups.value.transform("size")
+    window = (size // 40).clip(lower=1) if smooth is None else size.clip(smooth, smooth)
+    if window.max() > 1:
+        notes.append(f"Running mean of {span(window)} measured iterations.")
+    means = groups.value.transform(lambda values: running_mean(values, window[values.index[0]]))
+    table = table.assign(raw=table.value, value=means)
+    step = (size - 1) // MOST_POINTS + 1
+    is_last = index == size - 1
+    return table[is_last | (index % step == 0)]
+
+
+def running_mean(values: pd.Series, window: int) -> pd.Series:
+    """Return the mean of the `window` values around each one, of fewer at the two ends."""
+    return values.rolling(window, center=True, min_periods=1).mean() if window > 1 else values
+
+
+def over_seeds(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return mean, low and high over the runs of each line, where all that measured a quantity have a value."""
+    table = table.merge(frame[["folder", "line"]], on="folder")
+    curve = ["line", "what", "layer", "is_validation"]
+    values = table.groupby([*curve, "x"], as_index=False).agg(
+        mean=("value", "mean"),
+        low=("value", "min"),
+        high=("value", "max"),
+        raw=("raw", "first"),
+        runs=("value", "size"),
+    )
+    values["raw"] = values.raw.where(values.runs == 1)
+    return values[values.runs == values.groupby(curve).runs.transform("max")]
+
+
+def span(numbers: pd.Series) -> str:
+    """Return the range of numbers in words: "2 to 5", or "2" where all are the same."""
+    low, high = numbers.min(), numbers.max()
+    return f"{low} to {high}" if low < high else str(low)

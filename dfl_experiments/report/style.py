@@ -1,0 +1,196 @@
+"""Looks and words of every figure and table: colours of the methods, names as a paper prints them, files."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dfl_experiments.errors import UserError
+from dfl_experiments.running.run_directory import naming
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; each shows on white and on black
+GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = "#767676", "#D55E00", "#0072B2", "#CC79A7", "#009E73", "#A69500"
+TEXT_GREY = "#505050"
+PALETTE = (BLUE, ORANGE, GREEN, PINK, OLIVE, GREY)
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (9, 2)))
+FAMILIES = {
+    "backpropagation": ("bp", "shallow"),
+    "direct, B fixed": ("dfa", "sdfa", "bdfa", "shared", "drtp"),
+    "direct, B learns": ("las", "ltas", "dkp", "fdfa", "adfa"),
+    "through every layer, B fixed or signs of W": ("fa", "usf", "brsf", "frsf"),
+    "through every layer, B learns": ("kp", "wm", "pfa"),
+}
+OTHER = "with options of its own"
+FAMILY_COLOURS = dict(zip([*FAMILIES, OTHER], (GREY, ORANGE, BLUE, PINK, GREEN, OLIVE), strict=True))
+RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
+IN_WORDS = {
+    "dataset": {
+        "mnist": "MNIST",
+        "fashion_mnist": "Fashion-MNIST",
+        "cifar10": "CIFAR-10",
+        "cifar100": "CIFAR-100",
+        "tinyimagenet": "Tiny ImageNet",
+    },
+    "model": {
+        "fc": "fully connected net",
+        "fc_ln": "fully connected net with LN",
+        "conv3": "Conv3",
+        "conv3_bn": "Conv3+BN",
+        "conv3_gn": "Conv3+GN",
+        "resnet18": "ResNet-18",
+        "mixer": "MLP-Mixer",
+    },
+    "augmentation": {
+        "none": "no augmentation",
+        "flip": "flips",
+        "randaugment_cutout_flip": "RandAugment, Cutout and flips",
+    },
+    "optimizer": {"adam": "Adam", "sgd": "SGD"},
+}
+# None: no date and no version, so that the same runs give the same file
+METADATA: dict[str, Any] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None, "Creator": None},
+}
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.titlesize": 12,
+    "font.size": 9,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "dfl",
+    "text.parse_math": False,  # a $ in a name is a $
+}
+
+
+class Look(NamedTuple):
+    """A line's colour and dash, in matplotlib's words."""
+
+    colour: str
+    dash: Any = "-"
+
+
+def method_name(method: str) -> str:
+    """Return a method as papers print it: "LAS, held=2" for "las, held=2"."""
+    rule, comma, options = method.partition(", ")
+    return RULES.get(rule, rule.upper()) + comma + options
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """Return the sort key of a method: the paper's five first, then family by family, then a user's own."""
+    rules = ["bp", "shallow", "dfa", "las", "ltas"]
+    for members in FAMILIES.values():
+        rules += [rule for rule in members if rule not in rules]
+    rule = method.partition(", ")[0]
+    return (rules.index(rule) if rule in rules else len(rules)), method
+
+
+def family_of(method: str) -> str:
+    """Return a method's family, `OTHER` for one with options of its own. The shape of its B is no such option."""
+    rule, *options = method.split(", ")
+    if all(option.startswith("feedback=") for option in options):
+        for family, members in FAMILIES.items():
+            if rule in members:
+                return family
+    return OTHER
+
+
+def look_of(method: str) -> Look:
+    """Return a method's look, the same in every figure: its family's colour, and a dash."""
+    rule = method.partition(", ")[0]
+    family = family_of(method)
+    members = FAMILIES.get(family, ())
+    dash = members.index(rule) if members else sum(method.encode()) % len(DASHES)
+    return Look(FAMILY_COLOURS[family], DASHES[dash])
+
+
+def gradient(index: int, count: int) -> Look:
+    """Return the look of a line out of `count` ordered ones, from the first, dark, to the last, light."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return Look(to_hex(colormaps["viridis"](0.85 * index / max(1, count - 1))))
+
+
+def words(column: str, value: Any) -> str:
+    """Return what a column says of a run, as a label: "lr 0.001", "20 epochs", "LAS", "widths [8,8]"."""
+    if column == "method":
+        return method_name(value)
+    if column in IN_WORDS:
+        return IN_WORDS[column].get(value, str(value))
+    if column == "epochs":
+        return f"{value} epoch" if value == 1 else f"{value} epochs"
+    if column == "smoke":
+        return "smoke test" if value else ""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if column in ("precision", "origin") or not text:
+        return text
+    name = column.rpartition(".")[2].replace("_", " ")
+    return f"{name} {text}"
+
+
+def title_of(row: Mapping[str, Any]) -> str:
+    """Return the net and the data set of a run in words: "Conv3 on CIFAR-10". A user's own names stay as they are."""
+    title = f"{words('model', row['model'])} on {words('dataset', row['dataset'])}"
+    if row["augmentation"] != "none":
+        title += f" with {words('augmentation', row['augmentation'])}"
+    if row["smoke"]:
+        title += " (smoke test, no result)"
+    return title[0].upper() + title[1:]
+
+
+def row_title(row: Mapping[str, Any]) -> str:
+    """Return a row of a table in words: "CIFAR-10, Conv3+BN, 5 epochs"."""
+    parts = [words(column, row[column]) for column in ("dataset", "model", "epochs")]
+    if row["precision"] != "float32":
+        parts.append(words("precision", row["precision"]))
+    if row["optimizer"] != "adam":
+        parts.append(words("optimizer", row["optimizer"]))
+    if row["protocol"] != "fair":
+        parts.append(words("protocol", row["protocol"]))
+    parts += [row["setting"], words("smoke", row["smoke"])]
+    return ", ".join(filter(None, parts))
+
+
+def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
+    """Write the title above a figure, and below it a caption of the notes, each once."""
+    width = figure.get_figwidth()
+    caption = " ".join(dict.fromkeys(notes))
+    figure.suptitle("\n".join(wrap(title, int(9 * width))))
+    figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in this project's style, whatever a user's matplotlibrc says."""
+    from matplotlib import style
+
+    with style.context(STYLE, after_reset=True):
+        yield
+
+
+def ending_of(path: Path) -> str:
+    """Return the format that a file's ending names. Raises `UserError` for one that no figure is written in."""
+    ending = path.suffix[1:].lower()
+    if ending not in METADATA:
+        raise UserError(f"{path}: a figure's file ends in .png, .pdf or .svg")
+    return ending
+
+
+def save(figure: "Figure", path: Path, dpi: int = 150) -> None:
+    """Write a figure to a file, in the format of its ending. The same runs give the same bytes."""
+    ending = ending_of(path)
+    with naming(path), styled():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format=ending, dpi=dpi, metadata=METADATA[ending])

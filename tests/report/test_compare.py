@@ -1,0 +1,132 @@
+"""Comparisons: intervals from known numbers, depth utility, and the cosines that say something."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from dfl_experiments.report import compare
+from dfl_experiments.report.compare import Estimate, contrast, critical_value, dunnett, fieller, welch
+from dfl_experiments.report.frame import ROW, runs
+
+ROOT = Path(__file__).resolve().parents[2]
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return runs(ROOT / "outputs" / "reference")
+
+
+@pytest.mark.parametrize(
+    ("method", "difference", "low", "high"),
+    [
+        ("sdfa", -0.50, -0.72, -0.28), ("fa", -0.41, -0.63, -0.19), ("shallow", -0.31, -0.53, -0.09),
+        ("dfa", -0.28, -0.50, -0.06), ("las", -0.07, -0.29, 0.15), ("ltas", 0.02, -0.20, 0.24),
+    ],
+)  # fmt: skip
+def test_dunnett_s_intervals_on_mnist_are_the_published_ones(kept, method, difference, low, high):
+    at_rate = kept[(kept.dataset == "mnist") & (kept.epochs == 20) & (kept.lr == 1e-3)]
+    found = compare.against(at_rate, "bp").set_index("method").loc[method]
+    assert 100 * found.difference == pytest.approx(difference, abs=0.006)
+    assert (100 * found.low, 100 * found.high) == pytest.approx((low, high), abs=0.012)
+    assert found.test == "Dunnett"
+
+
+def test_dunnett_s_interval_is_scipy_s():
+    samples = {name: RANDOM.normal(shift, 1, 4) for name, shift in (("bp", 0), ("dfa", 1), ("las", 2))}
+    result = stats.dunnett(samples["dfa"], samples["las"], control=samples["bp"], rng=np.random.default_rng(1))
+    interval = result.confidence_interval(0.95)
+    found = dunnett(samples, "bp")
+    assert [found[name][0].low for name in ("dfa", "las")] == pytest.approx(list(interval.low), abs=0.01)
+    assert [found[name][0].high for name in ("dfa", "las")] == pytest.approx(list(interval.high), abs=0.01)
+
+
+def test_of_one_rule_dunnett_s_critical_value_is_student_s():
+    assert critical_value((5,), 5) == pytest.approx(stats.t.ppf(0.975, 8), abs=2e-3)
+
+
+def test_who_takes_part_in_a_comparison():
+    few = {"bp": np.array([0.9, 0.91]), "dfa": np.array([0.8, 0.82]), "las": np.array([0.85])}
+    assert all(math.isnan(estimate.low) for estimate, _ in dunnett(few, "bp").values())  # 2 degrees of freedom
+    steady = {name: np.array([0.9, 0.901, 0.902]) for name in ("bp", "dfa", "las", "ltas")}
+    found = dunnett(steady | {"fa": np.array([0.5, 0.7, 0.9]), "kp": np.array([0.9])}, "bp")
+    assert {method: test for method, (_, test) in found.items()} == {
+        "dfa": "Dunnett", "las": "Dunnett", "ltas": "Dunnett", "fa": "Welch", "kp": "",
+    }  # fmt: skip
+    equal = {name: np.array([0.9, 0.9, 0.9]) for name in ("bp", "dfa", "las", "ltas")}
+    assert all(math.isnan(estimate.low) for estimate, _ in dunnett(equal, "bp").values())
+
+
+def test_welch_s_interval_is_scipy_s_and_a_contrast_of_two_is_welch_s():
+    first, second = RANDOM.normal(0, 1, 5), RANDOM.normal(1, 3, 4)
+    interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    found = welch(first, second)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert contrast([first, second, second, second], [1, -1, 1, -1]).value == pytest.approx(found.value)
+    assert math.isnan(welch(first[:1], second).low)
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-0.1, 0.1, 0)])
+def test_a_verdict_is_whether_the_interval_excludes_zero(low, high, verdict):
+    assert Estimate((low + high) / 2, low, high).verdict == verdict
+    assert Estimate(0.1, math.nan, math.nan).verdict is None
+
+
+def test_fieller_s_limits_are_where_the_ratio_is_just_not_rejected():
+    groups = [RANDOM.normal(mean, 0.4, 4) for mean in (95.0, 97.0, 92.0)]
+    values, bp, shallow = groups
+    found = fieller(values, bp, shallow, groups)
+    variance, degrees = compare.pooled_variance(groups)
+    t = stats.t.ppf(0.975, degrees)
+    for limit in (found.low, found.high):
+        difference = values.mean() - shallow.mean() - limit * (bp.mean() - shallow.mean())
+        error = math.sqrt(variance * (1 / 4 + limit**2 / 4 + (1 - limit) ** 2 / 4))
+        assert abs(difference) / error == pytest.approx(t)
+    assert found.low < found.value < found.high
+
+
+def test_depth_utility_has_bp_at_one_shallow_at_zero_and_says_where_nothing_can_be_ranked(kept):
+    frame = compare.depth_utility(kept[(kept.epochs == 10) & (kept.lr == 1e-4)])
+    cifar100 = frame[(frame.dataset == "cifar100") & (frame.model == "fc")].set_index("method").utility
+    assert cifar100["las"] == pytest.approx((31.15 - 24.98) / (31.96 - 24.98), abs=2e-3)
+    assert cifar100["dfa"] < 0 < cifar100["ltas"] < cifar100["las"] < 1
+    on_conv3 = frame[(frame.dataset == "cifar100") & (frame.model == "conv3")]
+    assert set(on_conv3.method) == {"las"}  # DFA and LTAS fail there
+    mnist = compare.depth_utility(kept[(kept.dataset == "mnist") & (kept.epochs == 100) & (kept.lr == 1e-3)])
+    assert not mnist.ranks.any()
+    assert mnist.utility.isna().all()
+
+
+def test_single_runs_must_differ_by_three_noise_floors_to_rank():
+    floor = compare.noise_floor(0.9, 10_000)
+    assert floor == pytest.approx(0.003)
+    for lead, ranks in ((2.9 * floor, False), (3.1 * floor, True)):
+        samples = {"bp": np.array([0.9]), "shallow": np.array([0.9 - lead])}
+        assert compare.can_rank(samples, 10_000) is ranks
+
+
+def point(**columns):
+    """A frame with one run of DFA."""
+    names = dict.fromkeys(ROW, "") | {"smoke": False, "epochs": 2, "method": "dfa", "rule": "dfa", "lr": 1e-3}
+    row = names | {"weight_decay": 0.0, "seed": 0, "status": "finished", "fails": False, "folder": "a"}
+    row |= {"finished_at": "", "accuracy": 0.5, "validation_accuracy": 0.5, "exact_layers": ("2",), "done_epochs": 2}
+    row |= {"images_per_second": 100.0, "seconds": 4.0, "measured_every": 2, "cosine/1": 0.3, "cosine/2": 1.0}
+    return pd.DataFrame([row | columns])
+
+
+@pytest.mark.parametrize(("zeros", "cosine"), [(49.0, 0.3), (51.0, None)])
+def test_no_cosine_is_shown_where_most_samples_have_no_signal(zeros, cosine):
+    """Of 200 images an epoch every second batch is measured: 100."""
+    (row,) = compare.alignment(point(**{"zeros/1": zeros})).to_dict("records")
+    assert row["no_signal"] == ("" if cosine else "1")
+    assert math.isnan(row["cosine/1"]) if cosine is None else row["cosine/1"] == cosine
+    assert math.isnan(row["cosine/2"])  # BP's own by construction
+
+
+@pytest.mark.parametrize("change", [{"rule": "bp"}, {"rule": "shallow"}, {"fails": True}])
+def test_runs_whose_alignment_says_nothing_are_left_out(change):
+    assert compare.alignment(point(**change)).empty

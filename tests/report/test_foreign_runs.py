@@ -1,0 +1,124 @@
+"""Somebody else's run directories: what is none of ours is named and left out, and nothing obeys their texts."""
+
+import csv
+import io
+import re
+import subprocess
+
+import pytest
+from report_helpers import altered, dfl_report, finished
+
+from dfl_experiments.report.frame import runs
+from dfl_experiments.running.run_directory import csv_text
+
+HARMLESS = {
+    "a line too many that breaks off": lambda table: table.write_text(table.read_text() + "4,9.1e-"),
+    "no table": lambda table: table.unlink(),
+}
+FOREIGN = {
+    "a number for a group": ({"dataset": 3}, {}),
+    "an interpolation": ({"dataset.name": "${foo.bar}"}, {}),
+    "a script for a name": ({"method.name": "<!--<script>"}, {}),
+    "a list for a status": ({}, {"status": ["finished"]}),
+    "a text for an accuracy": ({}, {"accuracy": "0.9"}),
+    "an accuracy of 98 %": ({}, {"accuracy": 98.0}),
+    "a number for accuracies": ({}, {"test_accuracy": 0.9}),
+    "a number for cosines": ({}, {"cosine": 1}),
+    "a number for layers": ({}, {"cosine_by_construction": 2}),
+    "a number for a commit": ({}, {"git_commit": 1234}),
+    "a list for a reason": ({}, {"reason": []}),
+    "a text for seconds": ({}, {"seconds": "fast"}),
+    "a number for versions": ({}, {"versions": 3}),
+    "no learning rate": ({"optimizer": {"name": "adam"}}, {}),
+    "no epochs": ({"epochs": None}, {}),
+    "an unknown headline": ({"protocol.accuracy": "best"}, {}),
+    "no throughput": ({}, {"samples_per_second": None}),
+    "no accuracy": ({}, {"accuracy": None}),
+    "a word for a seed": ({"seed": "one"}, {}),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_a_table_that_lacks_nothing_is_read(change, finished_point, tmp_path):
+    altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
+    HARMLESS[change](altered(finished_point, tmp_path / "runs" / "changed", **finished(0.9, 1e-3, 1)) / "epochs.csv")
+    done = dfl_report(tmp_path, "runs", "--format", "html")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_directory_that_is_none_of_ours_is_named_and_left_out(what, finished_point, tmp_path):
+    altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
+    config, result = FOREIGN[what]
+    altered(finished_point, tmp_path / "runs" / "bad", {"seed": 1, **config}, **result)
+    done = dfl_report(tmp_path, "runs", "--format", "html")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("dfl-report: left out: runs/bad (")
+
+
+def test_a_weight_decay_of_none_is_zero(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "a", {"optimizer.weight_decay": None})
+    assert list(runs(tmp_path).weight_decay) == [0.0]
+
+
+FORMULA = "=HYPERLINK(1)"
+HOSTILE = {
+    "a line break": {"loss": "x\ntouch here\n#"},
+    "a terminal's escapes": {"loss": "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"},
+    "a formula": {"loss": FORMULA, "method": {"name": "las", "=1+1": "+1+1", "@x": "-1+1"}},
+    "HTML": {"loss": "<img src=x onerror=alert(1)>", "precision": "<script>alert(1)</script>"},
+    "Markdown": {"loss": "![x](http://example.org) | `a` | **b** | [c][d] _e_"},
+    "mathematics": {"loss": "$\\frac{$ $x_{$"},
+    "a key of Hydra's": {"hydra/callbacks": {"mine": {"_target_": "os.system", "command": "touch here"}}},
+    "a key with a line break": {"mine\ntouch here\n": 1, "alignment": {"every": 1, "x\ntouch here": 1}},
+    "a substitution": {"loss": "$(touch here)`touch here`'; touch here; '"},
+}
+NUMBER = re.compile(r"[+-]\d+(\.\d+)?")
+
+
+@pytest.fixture(params=HOSTILE)
+def hostile(request, finished_point, tmp_path):
+    """A folder with a run whose files hold such texts."""
+    said = {"device": FORMULA + "\n\x1b[2J", "data": "<b>x</b>\n", "git_commit": "\x1b[2J"}
+    altered(finished_point, tmp_path / "foreign" / "run", HOSTILE[request.param], **said)
+    return tmp_path
+
+
+def printed(folder, *arguments):
+    done = dfl_report(folder, "foreign", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+    return done.stdout
+
+
+def test_no_shell_and_no_terminal_obeys_a_foreign_text(hostile):
+    assert "here" not in [line.split(" ")[0] for line in printed(hostile).splitlines()]
+    commands = printed(hostile, "--format", "commands")
+    assert all(line.startswith("dfl-train repeat=") for line in commands.splitlines())
+    script = f"dfl_train() {{ :; }}\n{commands.replace('dfl-train', 'dfl_train')}"
+    subprocess.run(["sh", "-c", script], cwd=hostile, check=True)
+    assert [path.name for path in hostile.iterdir()] == ["foreign"]
+
+
+def test_no_spreadsheet_obeys_a_foreign_text(hostile):
+    for row in csv.reader(io.StringIO(printed(hostile, "--format", "csv"))):
+        assert [cell for cell in row if cell[:1] in set("=+-@") and not NUMBER.fullmatch(cell)] == []
+
+
+def test_a_number_is_no_formula():
+    cells = ["-0.3", "+1e-5", -0.3, "=1", "-x", "+1+1", "@a", "a=b"]
+    assert csv_text([cells]) == "-0.3,+1e-5,-0.3,'=1,'-x,'+1+1,'@a,a=b\n"
+
+
+def test_no_page_obeys_a_foreign_text(hostile, finished_point):
+    altered(finished_point, hostile / "foreign" / "usual")  # beside which what differs is shown
+    printed(hostile, "--figures", "figures")
+    text = printed(hostile, "--format", "markdown").partition("## How the numbers")[0]
+    for syntax in ("<", "`", "**b", "](", "][", " _e"):
+        assert not re.search(rf"(?<!\\){re.escape(syntax)}", text)
+    page = dfl_report(hostile, "foreign", "--format", "html")
+    assert page.returncode == 0
+    text = (hostile / "report.html").read_text()
+    assert not re.search(r"<img src=x|<script>alert|<b>x", text)

@@ -1,0 +1,188 @@
+"""The table of runs, and which grid point of a cell it shows."""
+
+import csv
+import os
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from report_helpers import altered, csv_rows, dfl_report, finished, results
+
+from dfl_experiments.report.choose import cells, choose
+from dfl_experiments.report.frame import curves, distinct, runs
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = Path(__file__).with_name("kept_cells.csv")
+
+
+def shown(folder):
+    """The cells of the runs in a folder, an entry for each."""
+    frame = runs(folder)
+    return list(cells(frame, choose(frame)).itertuples())
+
+
+def test_the_kept_runs_have_the_cells_that_were_published():
+    """kept_cells.csv was written by the report before it was rebuilt, with its own rules of choice and of failing."""
+    fields = ["dataset", "model", "augmentation", "epochs", "optimizer", "precision", "method"]
+    found = {tuple(getattr(cell, name) for name in fields): cell for cell in shown(ROOT / "outputs" / "reference")}
+    with KEPT.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["n"] != "0"]
+    assert len(rows) == 73
+    for row in rows:
+        options = dict(part.partition("=")[::2] for part in row["differences"].split("; ") if part)
+        method = row["method"].replace("held", "fixed_blocks")
+        method += ", init=default" if options.get("protocol.dfa_init") == "default" else ""
+        names = [row["dataset"], row["model"], row["augmentation"], int(options.get("epochs", 100))]
+        cell = found[*names, options.get("optimizer", "adam"), options.get("precision", "float32"), method]
+        failed = re.search(r"(\d+) of \d+ collapsed", row["runs"])
+        spread = f"{100 * cell.sd:.2f}" if cell.n > 1 else ""
+        numbers = [f"{100 * cell.accuracy:.2f}", spread, str(cell.n), f"{cell.lr:g}", f"{cell.weight_decay:g}"]
+        assert numbers == [row["ours"], row["±"], row["n"], row["lr"], row["weight decay"]]
+        assert (cell.failing, f"{cell.hours:.2f}") == (int(failed[1]) if failed else 0, row["hours"])
+
+
+@pytest.mark.parametrize("method", ["bp", "dfa", "las"])
+def test_a_cell_shows_the_point_that_is_best_on_the_validation_split(reported, method):
+    (row,) = (row for row in csv_rows(reported) if row["method"] == method and row["smoke"] == "False")
+    points = {lr: results(reported, method, lr) for lr in (1e-2, 1e-3)}
+    best = max(points, key=lambda lr: statistics.fmean(run["validation_accuracy"] for run in points[lr]))
+    accuracies = [run["test_accuracy"]["last"] for run in points[best]]
+    assert (float(row["lr"]), row["n"]) == (best, "2")
+    assert float(row["accuracy"]) == pytest.approx(statistics.fmean(accuracies))
+    assert float(row["sd"]) == pytest.approx(statistics.stdev(accuracies))
+
+
+def test_what_was_killed_or_diverged_is_shown_as_such(reported):
+    states = {row["method"]: row["states"] for row in csv_rows(reported) if row["smoke"] == "False"}
+    assert states["las"] == "4 finished, 1 diverged"
+    assert states["ltas"] == "1 interrupted"
+
+
+def test_a_point_with_few_seeds_decides_nothing_about_the_others(finished_point, tmp_path):
+    for seed, (good, other) in enumerate([(0.970, 0.972), (0.99, 0.95), (0.99, 0.95)]):
+        altered(finished_point, tmp_path / f"a{seed}", **finished(good, 1e-3, seed))
+        altered(finished_point, tmp_path / f"b{seed}", **finished(other, 3e-4, seed))
+    altered(finished_point, tmp_path / "c", **finished(0.5, 2e-3, 0))
+    (cell,) = shown(tmp_path)
+    assert (cell.lr, cell.n, cell.points) == (1e-3, 3, 3)
+
+
+@pytest.mark.parametrize("epoch", ["last", "best_validation"])
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.1), (0.1, 0.3)])
+def test_of_tied_points_the_one_with_the_lower_validation_loss_is_shown(finished_point, tmp_path, low, high, epoch):
+    for name, lr, loss in (("a", 1e-3, low), ("b", 1e-2, high)):
+        told = finished(0.9, lr, 0, **{"protocol.accuracy": epoch})
+        place = altered(finished_point, tmp_path / name, **told, validation_loss=loss)
+        rows = pd.read_csv(place / "epochs.csv")
+        rows.validation_loss, rows.validation_accuracy = [loss, 9.0, 9.0], 0.9
+        rows.to_csv(place / "epochs.csv", index=False)
+    (cell,) = shown(tmp_path)
+    assert cell.lr == (1e-3 if low < high else 1e-2)
+
+
+@pytest.mark.parametrize("status", ["diverged", "collapsed", "stopped"])
+def test_a_point_with_a_failing_run_comes_last(finished_point, tmp_path, status):
+    altered(finished_point, tmp_path / "a", **finished(0.97, 1e-2, 0))
+    altered(finished_point, tmp_path / "b", **finished(0.97, 1e-2, 1), status=status)
+    (cell,) = shown(tmp_path)
+    assert (cell.lr, cell.n) == (1e-2, 1)
+    altered(finished_point, tmp_path / "c", **finished(0.9, 1e-3, 0))
+    (cell,) = shown(tmp_path)
+    assert (cell.lr, cell.failing) == (1e-3, 0)
+
+
+def test_runs_that_fail_are_counted_apart_and_the_text_says_so(finished_point, tmp_path):
+    for seed, status in enumerate(("finished", "collapsed", "finished")):
+        altered(finished_point, tmp_path / str(seed), **finished(0.8 + 0.1 * (seed == 2), 1e-2, seed), status=status)
+    (cell,) = shown(tmp_path)
+    assert (cell.n, cell.ended, cell.failing, cell.accuracy) == (2, 3, 1, pytest.approx(0.85))
+    assert "85.00 ± 7.07 (2 of 3; 1 failed)" in dfl_report(tmp_path, ".").stdout
+    for seed in (0, 2):
+        shutil.rmtree(tmp_path / str(seed))
+    assert "fails at this rate: 1 of 1" in dfl_report(tmp_path, ".").stdout
+
+
+@pytest.mark.parametrize(("last", "best", "fails"), [(0.79, 0.99, True), (0.81, 0.99, False), (0.11, 0.11, True)])
+def test_a_run_fails_to_learn_a_fifth_under_its_best_or_at_chance(finished_point, tmp_path, last, best, fails):
+    told = finished(last, 1e-2, 0)
+    told["test_accuracy"]["best"] = best
+    altered(finished_point, tmp_path / "run", **told)
+    assert list(runs(tmp_path).failed_to_learn) == [fails]
+
+
+def test_a_seed_counts_once_and_the_run_that_measured_alignment_counts(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "a", **finished(0.9, 1e-3, 0))
+    altered(finished_point, tmp_path / "b", **finished(0.9, 1e-3, 0, **{"alignment.every": 0}))
+    frame = distinct(runs(tmp_path))
+    assert list(frame.folder) == [str(tmp_path / "a")]
+
+
+def test_of_two_runs_of_one_seed_the_one_that_finished_last_is_shown_whatever_the_files_say(finished_point, tmp_path):
+    ends = {"a": "2026-01-02T00:00:00.000+00:00", "b": "2026-01-01T00:00:00.000+00:00", "c": None}
+    for number, (name, end) in enumerate(ends.items()):
+        altered(finished_point, tmp_path / "runs" / name, **finished(0.7 + number / 10, 1e-3, 0), finished_at=end)
+    for newest in ends:
+        for name in ends:
+            os.utime(tmp_path / "runs" / name / "result.json", (0, name == newest))
+        done = dfl_report(tmp_path, "runs")
+        assert "70.00" in done.stdout
+        assert done.stderr.count("runs/a is shown, not runs/") == len(done.stderr.splitlines()) == 2
+
+
+def test_settings_are_told_apart_by_what_differs_and_only_by_that(finished_point, tmp_path):
+    changes = {"a": {}, "b": {"batch_size": 32}, "c": {"model.widths": [8, 8]}}
+    for name, config in changes.items():
+        altered(finished_point, tmp_path / name, **finished(0.9, 1e-3, 0, **config))
+    frame = runs(tmp_path).set_index("folder")
+    assert frame.loc[str(tmp_path / "b"), "setting"] == "batch_size=32, model.widths=[16,16]"
+    assert frame.loc[str(tmp_path / "c"), "setting"] == "batch_size=64, model.widths=[8,8]"
+    assert sorted(frame["batch_size"]) == ["32", "64", "64"]
+    assert len(shown(tmp_path)) == 3
+    assert runs(tmp_path / "a").setting.tolist() == [""]
+    text = dfl_report(tmp_path, ".").stdout
+    assert re.search(r"^batch_size +model\.widths +method", text, re.M)
+
+
+def test_an_option_of_the_method_goes_with_its_name(finished_point, tmp_path):
+    las = {"name": "las", "local_target": "logits", "init": "product"}
+    for name, options in (("a", {}), ("b", {"init": "default"}), ("c", {"clip": 3})):
+        altered(finished_point, tmp_path / name, **finished(0.9, 1e-3, 0, method={**las, **options}))
+    assert sorted(runs(tmp_path).method) == ["las", "las, clip=3", "las, init=default"]
+
+
+def test_runs_on_other_images_of_one_name_share_no_row(finished_point, tmp_path):
+    for number, data in enumerate(("aa", "aa", "bb", None)):
+        altered(finished_point, tmp_path / str(number), **finished(0.9, 1e-3, number), data=data)
+    assert sorted(cell.n for cell in shown(tmp_path)) == [1, 1, 2]
+
+
+def test_smoke_runs_stand_by_themselves(reported):
+    text = dfl_report(reported, "outputs").stdout
+    real, smoke = text.split("(smoke test, no result)")
+    assert "LAS" in real
+    assert "DFA" in smoke.partition("How the numbers")[0]
+    assert "LAS" not in smoke.partition("How the numbers")[0]
+
+
+def test_a_run_that_still_trains_has_its_curve(finished_point, tmp_path):
+    shutil.copytree(finished_point, tmp_path / "runs" / "point")
+    half = (tmp_path / "runs" / "point" / "epochs.csv").read_text()[:-9]
+    (tmp_path / "runs" / "point" / "epochs.csv").write_text(half)
+    (tmp_path / "runs" / "point" / "result.json").unlink()
+    frame = runs(tmp_path / "runs")
+    assert list(frame.status) == ["interrupted"]
+    assert list(curves(frame).epoch) == [1, 2]
+
+
+def test_runs_of_one_cell_that_were_made_otherwise_are_named(finished_point, tmp_path):
+    made = [("a" * 40, "2.11.0", "cuda (NVIDIA H200)"), ("a" * 40, "2.14.1", "cpu (x86_64, 1 threads)")]
+    for seed, (commit, torch, device) in enumerate(made):
+        where = {"git_commit": commit, "versions": {"torch": torch}, "device": device}
+        altered(finished_point, tmp_path / "one" / str(seed), **finished(0.9, 1e-3, seed), **where)
+    note = "Mixed: some methods' runs differ in version or device (device cpu (x86_64, 1 threads), device cuda"
+    assert note in dfl_report(tmp_path, "one").stdout
+    shutil.rmtree(tmp_path / "one" / "1")
+    assert "Mixed" not in dfl_report(tmp_path, "one").stdout

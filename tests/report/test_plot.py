@@ -1,0 +1,188 @@
+"""Curves of runs: what a line is, what tells lines apart, what is drawn; and the command, from arguments to a file."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from processes import dfl_train
+
+from dfl_experiments.report import dfl_plot
+from dfl_experiments.report.figures import spread
+from dfl_experiments.report.frame import runs, with_key
+from dfl_experiments.report.lines import ceiling, draw, evenly, lines_of, with_lines
+from dfl_experiments.report.series import BY_ITERATION, WHAT, over_seeds, running_mean
+from dfl_experiments.report.style import look_of, title_of, words
+
+ITERATIONS = [("iteration", what) for what in BY_ITERATION]  # 4 in an epoch; the others are measured at its end
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """A sweep of two methods, two rates and two seeds; and a run of another length."""
+    folder = tmp_path_factory.mktemp("plot")
+    small = ("model.widths=[8,8]", "tracking=disabled", "threads=1", "limit=200")
+    grid = ("--multirun", "method=bp,dfa", "optimizer.lr=1e-3,1e-2", "seed=0,1", "epochs=2", "hydra.sweep.dir=grid")
+    alone = ("method=las", "optimizer.lr=1e-3", "epochs=3", "hydra.run.dir=alone")
+    for arguments in (grid, alone):
+        done = dfl_train(folder, *arguments, *small)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def texts(figure):
+    """Return every text of a figure that is not empty."""
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text()]
+
+
+def labels(frame, color=None, facet=None):
+    """Return the labels of a frame's lines."""
+    notes = []
+    keys = [key for key in (color, facet) if key]
+    return sorted(lines_of(with_lines(frame, keys, notes), color, facet, notes).label)
+
+
+def test_a_running_mean_is_the_mean_of_the_values_around():
+    values = pd.Series([0.0, 3.0, 6.0, 0.0])
+    assert running_mean(values, 3).tolist() == [1.5, 3.0, 2.0 + 1.0, 3.0]
+    assert running_mean(values, 1).tolist() == values.tolist()
+
+
+def test_a_line_is_the_mean_over_seeds_with_their_range():
+    rows = [("a", 1, 2.0), ("a", 2, 4.0), ("b", 1, 6.0), ("b", 2, 5.0), ("b", 3, 9.0)]  # b has gone on for longer
+    table = pd.DataFrame(rows, columns=["folder", "x", "value"])
+    table = table.assign(raw=np.nan, what="loss", layer=0, is_validation=False)
+    values = over_seeds(table, pd.DataFrame({"folder": ["a", "b"], "line": [0, 0]}))
+    assert values[["x", "mean", "low", "high"]].values.tolist() == [[1, 4.0, 2.0, 6.0], [2, 4.5, 4.0, 5.0]]
+
+
+def test_labels_say_what_differs_and_nothing_else(outputs):
+    frame = runs(outputs / "grid")
+    assert labels(frame) == ["BP, lr 0.001", "BP, lr 0.01", "DFA, lr 0.001", "DFA, lr 0.01"]
+    assert labels(frame, facet="lr") == ["BP", "BP", "DFA", "DFA"]
+    assert labels(frame[frame.lr == 0.01]) == ["BP", "DFA"]
+    assert labels(frame[frame.rule == "bp"]) == ["lr 0.001", "lr 0.01"]
+    assert labels(frame[(frame.rule == "bp") & (frame.lr == 0.01)]) == [""]  # seeds are one line
+    assert labels(runs(outputs / "alone", outputs / "grid").query("lr == 0.001"))[-1] == "LAS, 3 epochs"
+
+
+def test_folders_tell_apart_runs_that_nothing_else_does(outputs, tmp_path):
+    shutil.copytree(outputs / "alone", tmp_path / "again")
+    assert labels(runs(outputs / "alone", tmp_path / "again")) == sorted([outputs.name, tmp_path.name])
+    shutil.copytree(outputs / "alone", tmp_path / "once")
+    assert labels(runs(tmp_path)) == ["again", "once"]
+
+
+def test_a_key_that_does_not_differ_is_read_from_the_configuration(outputs):
+    frame = with_key(runs(outputs / "grid"), "batch_size")
+    assert set(frame.batch_size) == {64}
+    assert set(with_key(frame, "model.widths")["model.widths"]) == {"[8,8]"}
+
+
+def test_no_outlier_sets_an_axis():
+    usual = [np.linspace(2.3, 0.1 * place, 50) for place in range(3)]
+    assert ceiling([*usual, np.array([2.3, 1e6])], 4) == 2.3
+    assert ceiling([np.array([2.0, *[0.01] * 99])], 4) == 2  # a start is no outlier
+    assert ceiling([np.array([2.0, *[0.01] * 50, 1e6, *[0.01] * 50])], 4) == 2  # a peak is
+    assert ceiling([np.zeros(3), np.zeros(3), np.ones(3)], 4) == 1
+
+
+def test_labels_at_line_ends_do_not_overlap():
+    heights = spread(np.array([0.5, 0.5, 0.51, 1.0]), 0.1)
+    assert np.diff(np.sort(heights)).min() >= 0.1 - 1e-9
+    assert (heights >= 0).all()
+    assert (heights <= 1).all()
+    assert spread(np.array([0.2, 0.9]), 0.1).tolist() == [0.2, 0.9]
+
+
+def test_thinning_keeps_both_ends():
+    assert evenly(10, 4) == [0, 3, 6, 9]
+    assert evenly(3, 4) == [0, 1, 2]
+
+
+def test_names_are_in_words():
+    row = {"model": "conv3_bn", "dataset": "cifar10", "augmentation": "none", "smoke": False}
+    assert title_of(row) == "Conv3+BN on CIFAR-10"
+    assert title_of(row | {"model": "own_net", "dataset": "own_data"}) == "Own_net on own_data"
+    assert words("model.widths", "[32,32]") == "widths [32,32]"
+    assert words("method", "brsf, feedback=full") == "brSF, feedback=full"
+    assert look_of("las, held=2").colour != look_of("las").colour == look_of("ltas").colour
+
+
+def test_the_caption_says_how_the_lines_came_about(outputs):
+    grid = texts(draw(runs(outputs / "grid"), smooth=2))
+    assert any("Mean over 2 seeds" in text and "Running mean of 2" in text for text in grid)
+    assert {"Training loss", "Test accuracy", "Alignment, layer 1", "iteration"} <= set(grid)
+
+
+@pytest.mark.parametrize("by", ["iteration", "epoch"])
+@pytest.mark.parametrize("what", WHAT)
+def test_each_quantity_is_drawn_by_itself(what, by, outputs):
+    figure = draw(runs(outputs / "grid"), what=[what], by=by)
+    lines = [line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")]
+    assert len(lines) in (4, 8)  # a line for each method and rate, in a panel for each layer
+    assert {len(line.get_xdata()) for line in lines} == {8 if (by, what) in ITERATIONS else 2}
+
+
+def test_epochs_are_drawn_where_a_run_has_no_iterations(outputs, tmp_path):
+    for name in ("grid", "alone"):
+        shutil.copytree(outputs / name, tmp_path / name)
+    (tmp_path / "alone" / "iterations.csv").unlink()
+    shown = texts(draw(runs(tmp_path)))
+    assert "epoch" in shown
+    assert any("1 of 9 runs have no iterations.csv" in text for text in shown)
+
+
+def test_a_run_that_is_still_training_is_drawn(outputs, tmp_path):
+    shutil.copytree(outputs / "alone", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    for name in ("epochs.csv", "iterations.csv"):
+        content = (tmp_path / "run" / name).read_text()
+        (tmp_path / "run" / name).write_text(content[:-5])  # a line that is not whole
+    figure = draw(runs(tmp_path), by="epoch", what=["loss"])
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 2]  # on the validation set, and loss
+    assert any("Not finished: 1 interrupted" in text for text in texts(figure))
+
+
+def test_the_command_writes_the_same_file_again_and_needs_no_torch(outputs, tmp_path):
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    program = "import sys; from dfl_experiments.console import plot; plot(); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", program, "grid", "alone", "--facet", "optimizer.lr", "--out", first]
+    done = subprocess.run(command, cwd=outputs, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{first}\n", "")
+    dfl_plot.main([str(outputs / "grid"), str(outputs / "alone"), "--facet", "lr", "--out", str(second)])
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_single_folder_gets_its_plot(outputs, capsys):
+    dfl_plot.main([str(outputs / "alone"), "--what", "alignment,norm,rms,dead", "--log", "--dpi", "50"])
+    path = outputs / "alone" / "plot.png"
+    assert capsys.readouterr().out == f"{path}\n"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+REFUSED = {
+    "nowhere": "nowhere: no such folder",
+    "empty": "empty: no run directory there",
+    "grid --what lossy": "what=lossy: no such quantity; there are loss, accuracy",
+    "grid --what alignment --layer 1,7": "layer=7: alignment was not measured there; there are 1, 2",
+    "grid --what loss --layer 1": "layer=1: what is drawn has no layers",
+    "grid --facet optimizr.lr": "optimizr.lr: no run has this key; did you mean lr?",
+    "grid --color lrr": "lrr: no run has this key; did you mean lr?",
+    "grid --out plot.jpg": "plot.jpg: a figure's file ends in .png, .pdf or .svg",
+    "grid --by epoch --smooth 9": "smooth=9: averages iterations, but epochs are drawn",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_a_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsys):
+    (outputs / "empty").mkdir(exist_ok=True)
+    monkeypatch.chdir(outputs)
+    with pytest.raises(SystemExit) as end:
+        dfl_plot.main(arguments.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith(f"dfl-plot: error: {REFUSED[arguments]}")
+    assert error.count("\n") == 1

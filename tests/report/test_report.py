@@ -1,0 +1,137 @@
+"""`dfl-report` on real small runs: every format, the page in a browser, the paper only where it is asked for."""
+
+import re
+
+import pytest
+from report_helpers import altered, browser, csv_rows, dfl_report, finished
+
+from dfl_experiments.configuration.composition import compose, group_options, plain
+from dfl_experiments.report.paper import published
+from dfl_experiments.report.style import FAMILIES, look_of
+
+
+def test_every_format_holds_the_same_numbers(reported, tmp_path):
+    numbers = [f"{100 * float(row['accuracy']):.2f}" for row in csv_rows(reported) if row["n"] != "0"]
+    assert len(numbers) == 4
+    for kind in ("terminal", "markdown", "latex", "html"):
+        done = dfl_report(reported, "outputs", "--format", kind, "--out", tmp_path / kind)
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / kind).read_text()
+        assert all(number in text for number in numbers), kind
+    assert r"\begin{tabular}" in (tmp_path / "latex").read_text()
+    assert r"\toprule" in (tmp_path / "latex").read_text()
+
+
+def test_the_best_method_is_marked(reported):
+    rows = [row for row in csv_rows(reported) if row["smoke"] == "False" and row["n"] != "0" and row["failing"] == "0"]
+    best = max(rows, key=lambda row: float(row["accuracy"]))["method"]
+    text = dfl_report(reported, "outputs").stdout.partition("smoke test")[0]
+    assert f"{best.upper()} *" in text
+    assert f"**{best.upper()}**" in dfl_report(reported, "outputs", "--format", "markdown").stdout
+
+
+def test_figures_are_written_the_same_each_time_and_a_markdown_page_shows_them(reported, tmp_path):
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        asked = ("--format", "markdown", "--out", folder / "page.md", "--figures", folder / "all figures")
+        done = dfl_report(reported, "outputs", *asked)
+        assert done.returncode == 0, done.stderr
+    first, second = (sorted((tmp_path / name / "all figures").iterdir()) for name in ("a", "b"))
+    assert [path.name for path in first] == [path.name for path in second]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(first, second, strict=True))
+    kinds = {path.stem.rpartition("epochs-")[2] for path in first}
+    assert {"alignment", "learning", "rates"} <= kinds
+    shown = re.findall(r"!\[[^]]+\]\(all%20figures/(\S+)\)", (tmp_path / "a" / "page.md").read_text())
+    assert sorted(shown) == sorted(path.name for path in first if path.suffix == ".png")
+
+
+def test_the_paper_is_shown_only_where_it_is_asked_for_and_never_beside_runs_of_another_length(
+    reported, finished_point, tmp_path
+):
+    assert "paper" not in dfl_report(reported, "outputs").stdout
+    text = dfl_report(reported, "outputs", "--paper").stdout
+    assert "minus paper" not in text  # of 3 epochs
+    assert "Conv3 on CIFAR-10 with flips (300 epochs): not begun" in text
+    whole = {"epochs": 100, "model.widths": [1024, 1024]}
+    altered(finished_point, tmp_path / "a", **finished(0.98, 1e-3, 0, **whole))
+    text = dfl_report(tmp_path, "a", "--paper").stdout
+    expected = published().query("dataset == 'mnist' and method == 'bp'").published.item()
+    assert re.search(rf"98\.00 +{100 * expected:.2f} +{98 - 100 * expected:+.2f}", text)
+    assert "(100 epochs): missing Shallow, DFA, LAS, LTAS" in text
+
+
+def test_a_card_shows_one_rule(reported):
+    text = dfl_report(reported, "outputs", "--card", "las").stdout
+    assert "LAS" in text
+    assert "dead, worst layer" in text
+    assert "unstable runs" in text
+    assert not re.search(r"^DFA|^BP", text, re.M)
+    done = dfl_report(reported, "outputs", "--card", "kp")
+    assert done.returncode == 2
+    assert done.stderr.endswith("--card kp: no run of this rule here; there is bp, dfa, las, ltas\n")
+
+
+def test_commands_repeat_the_shown_runs(reported):
+    lines = dfl_report(reported, "outputs", "--format", "commands").stdout.splitlines()
+    assert all(line.startswith(f"dfl-train repeat={reported}/outputs/grid/") for line in lines)
+    assert sum("# las, seed" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["data"], "data: no run directory there"),
+        (["outputs", "--format", "pdf"], "invalid choice: 'pdf'"),
+        (["outputs", "--out", "data"], "data: Is a directory"),
+    ],
+)
+def test_a_mistake_is_one_line(reported, arguments, words):
+    done = dfl_report(reported, *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_every_method_looks_unlike_every_other():
+    methods = [method for members in FAMILIES.values() for method in members]
+    assert set(methods) == {*group_options("method")}
+    assert len({look_of(method) for method in methods}) == len(methods)
+
+
+def test_alignment_is_drawn_at_one_learning_rate(finished_point, tmp_path):
+    for method, lr, accuracy in (("dfa", 1e-3, 0.8), ("dfa", 1e-4, 0.9), ("las", 1e-3, 0.9), ("las", 1e-4, 0.8)):
+        told = finished(accuracy, lr, 0, method=plain(compose([f"method={method}"]))["method"])
+        altered(finished_point, tmp_path / f"{method}{lr}", **told, cosine_by_construction=["2"])
+    from dfl_experiments.report.figures import at_common_rate
+    from dfl_experiments.report.frame import runs
+
+    shown = at_common_rate(runs(tmp_path))
+    assert shown.lr.nunique() == 1
+    assert set(shown.method) == {"dfa", "las"}
+
+
+def test_the_page_in_a_browser(reported, tmp_path):
+    page = tmp_path / "report.html"
+    assert dfl_report(reported, "outputs", "--format", "html", "--out", page).returncode == 0
+    assert not re.search(r'(src|href)="(?!#|data:)', page.read_text())
+    with browser() as window:
+        window.get(page.as_uri())
+        table = window.find_element("css selector", "table")
+
+        def column(name):
+            heads = [head.text.rstrip(" ↕") for head in table.find_elements("css selector", "th")]
+            place = heads.index(name) + 1
+            return [cell.text for cell in table.find_elements("css selector", f"tbody td:nth-child({place})")]
+
+        assert {"BP", "DFA", "LAS"} <= set(column("method"))
+        window.execute_script("arguments[0].click()", table.find_elements("css selector", "th")[0])
+        assert column("method") == sorted(column("method"))
+        assert len(window.find_elements("css selector", "figure svg")) >= 3
+        resources = window.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+        assert not [name for name in resources if name.startswith("http")]
+        assert window.get_log("browser") == []
+    with browser(width=390, dark=True) as window:
+        window.get(page.as_uri())
+        assert window.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert window.get_log("browser") == []
