@@ -1,4 +1,4 @@
-"""What an option may be, as types that pydantic checks: ranges of numbers, and names to choose from."""
+"""Types of options that pydantic checks: ranges of numbers, and choices of names."""
 
 from typing import Annotated, Literal
 
@@ -6,16 +6,16 @@ from pydantic import Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LARGEST_COSINE = 1.01  # with what rounding adds in low precision
+LARGEST_COSINE = 1.01  # low precision rounds above 1
 Cosine = Annotated[float, Field(ge=-LARGEST_COSINE, le=LARGEST_COSINE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Size = Annotated[int, Field(ge=0, lt=2**31)]
-# not Literal[1, 2], which true would fit as well
+# not Literal[1, 2], which accepts true
 Passes = Annotated[int, Field(ge=1, le=2)]
-# larger ones are slips of the finger, and would be found out by a machine that runs out of memory
+# larger values are typing mistakes that would exhaust the memory
 Depth = Annotated[int, Field(gt=0, le=1000)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=1000)]
@@ -23,10 +23,12 @@ Widths = Annotated[list[Width], Field(min_length=1, max_length=1000)]
 MAGNITUDE_BINS = 31  # RandAugment's
 Magnitude = Annotated[int, Field(ge=0, lt=MAGNITUDE_BINS)]
 
-# what a protocol says and a method or a model does
+# choices of protocols, methods and models
+ValidationSplit = Literal["random", "stratified"]
 Downsampling = Literal["max_pool", "stride"]
 FeedbackInit = Literal["product", "kaiming", "default", "zeros"]
 FeedbackShape = Literal["conv", "dense"]
+WeightInit = Literal["default", "xavier", "kaiming", "orthogonal"]
 SequentialInit = Literal["default", "kaiming", "xavier", "copy"]
 Magnitudes = Literal["uniform", "batch", "fixed"]
 Scale = Literal["weights", "xavier", "fan_out"]
@@ -36,7 +38,7 @@ LocalReduction = Literal["sum", "half_sum", "mean"]
 Skip = Literal["cut", "leak"]
 Top = Literal["backprop", "direct"]
 
-# what a run says and the engine does
+# choices of the engine
 LossName = Literal["cross_entropy", "squared_error"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]

@@ -1,1 +1,1 @@
-"""From a command line to one composed and checked configuration of a run, or to those of a sweep's points."""
+"""Turn a command line into one composed and checked configuration of a run, or of every point of a sweep."""

@@ -1,4 +1,4 @@
-"""The configuration as Hydra composes it, its plain values, and the names that follow from what a run computes."""
+"""Compose a configuration with Hydra, turn it into plain values, and name a run by what it computes."""
 
 import hashlib
 import json
@@ -13,30 +13,35 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from dfl_experiments.configuration.history import with_recorded_names, without_unrecorded_options
 from dfl_experiments.errors import printable
 
-# `conf/` is inside an installed wheel, and beside the package in a checkout.
-_HERE = Path(__file__).resolve().parent.parent
-CONF_DIR = next((path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()), _HERE.parent / "conf")
-PLACES = ("dataset", "augmentation", "model", "method")  # what names a cell of a table
-FULLY_CONNECTED = ("fc", "fc_ln")  # models of conf/ whose hidden layers are vectors
-LONGEST = 200  # bytes of names in a folder's name
-# how Hydra 1.4 says what 1.5 will want and 1.3 does not know
+# An installed wheel has `conf/` inside the package, a checkout has it beside the package.
+_PACKAGE = Path(__file__).resolve().parent.parent
+_CONF_DIRS = (_PACKAGE / "conf", _PACKAGE.parent / "conf")
+CONF_DIR = next((path for path in _CONF_DIRS if path.is_dir()), _CONF_DIRS[-1])
+PLACES = ("dataset", "augmentation", "model", "method")  # the groups that identify a cell of a table
+LONGEST = 200  # bytes of the names in a folder's name
+# Hydra 1.4 warns of changes in 1.5; code that also runs on 1.3 cannot follow them.
 MIGRATION = "register_new_resolver|The version_base parameter|ConfigStore config|hydra.utils.instantiate.. resolved"
 warnings.filterwarnings("ignore", MIGRATION)
-AUTO = "auto"  # of resume: go on if there is something to go on from
-# what changes where or how a run is watched, not what it computes; and stop_collapsed, which changes no number of a run
-# that learns: the points of sweeps from before there was the option keep their names
-NOT_SCIENTIFIC = (
+AUTO = "auto"  # value of `resume`: continue if there is a checkpoint
+# Options that do not change what a run computes. `stop_collapsed` changes no value of a run that learns, and the points
+# of sweeps recorded before the option existed keep their names.
+NOT_IN_DIGEST = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
     "repeat", "force", "stop_collapsed",
 )  # fmt: skip
+NOT_IN_DATASET_DIGEST = ("epochs", "fc_widths")  # they act through `epochs` and `model.widths`
 
 
 def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
-    """The configuration that `dfl-train` would compose from these overrides, with Hydra's own node or without."""
+    """Return the configuration that `dfl-train` composes from these overrides.
+
+    hydra: keep Hydra's own node.
+    """
     application = GlobalHydra.instance()
-    outer, application.hydra = application.hydra, None  # of a caller that is a Hydra application itself
+    outer, application.hydra = application.hydra, None  # the caller may itself be a Hydra application
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             return hydra_compose("config", overrides, return_hydra_config=hydra)
@@ -45,56 +50,54 @@ def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
 
 
 def group_options(group: str) -> list[str]:
-    """The choices that conf/ has for a group."""
+    """Return the options that conf/ has for a group."""
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as resolved dictionaries, lists and scalars, without Hydra's own node."""
-    names = [str(key) for key in cfg if key != "hydra"]  # before a job Hydra's node cannot be resolved
-    values = {name: cfg[name] for name in names}
-    return {
-        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        for key, value in values.items()
-    }
+    """Return a configuration as resolved dictionaries, lists and scalars, without Hydra's own node."""
+    result: dict[str, Any] = {}
+    for key in cfg:
+        if key != "hydra":  # Hydra's node cannot be resolved before a job
+            value = cfg[str(key)]
+            is_node = OmegaConf.is_config(value)
+            result[str(key)] = OmegaConf.to_container(value, resolve=True) if is_node else value
+    return result
 
 
 def names_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """What the data set, augmentation, model, method and protocol of a configuration are called."""
+    """Return the names of a configuration's data set, augmentation, model, method and protocol."""
     return {group: str(values[group]["name"]) for group in (*PLACES, "protocol")}
 
 
-def scientific(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The values that decide what a run computes and what it is called by."""
+def result_options(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that decide what a run computes, and its names."""
     values = plain(cfg)
-    kept = {key: value for key, value in values.items() if key not in NOT_SCIENTIFIC}
-    # Runs of before the option existed are contiguous. A fully connected net has one format, and one shape of B.
-    is_flat = kept["model"]["name"] in FULLY_CONNECTED
-    if kept.get("memory_format") == "contiguous" or is_flat:
-        kept.pop("memory_format", None)
-    kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in ("epochs", "fc_widths")}
-    # options that there have not always been, at what every run had without them: a sweep of before keeps its names
-    added = [("alignment", "quantities", []), ("method", "feedback", "conv")]
-    if is_flat:
-        added.append(("method", "feedback", "dense"))
-    if kept["model"]["name"] in ("conv3", "conv3_bn"):
-        added.append(("model", "activation", "relu"))
-    for group, option, value in added:
-        if kept[group].get(option) == value:
-            kept[group] = {key: other for key, other in kept[group].items() if key != option}
-    # the rest of a protocol acts through the other groups
-    kept["protocol"] = {key: values["protocol"][key] for key in ("name", "accuracy")}
-    return kept
+    decisive = {key: value for key, value in values.items() if key not in NOT_IN_DIGEST}
+    dataset = values["dataset"].items()
+    decisive["dataset"] = {key: value for key, value in dataset if key not in NOT_IN_DATASET_DIGEST}
+    decisive = without_unrecorded_options(decisive)
+    # The other options of a protocol act through the other groups.
+    decisive["protocol"] = {key: values["protocol"][key] for key in ("name", "accuracy")}
+    return decisive
 
 
-def science(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """A digest of everything in a configuration that decides what a run computes; 0 and 0.0 are one number."""
-    values = changed(scientific(cfg), lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
+def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """Return a digest of everything in a configuration that decides what a run computes.
+
+    A recorded configuration has the same digest as today's, although its options may have older names.
+    """
+    values = changed(with_recorded_names(result_options(cfg)), _one_type_of_number)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def _one_type_of_number(value: Any) -> Any:
+    """Return 0 for 0.0: they are one number, and YAML may write it either way."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested mappings and lists with every key and every other scalar in them changed."""
+    """Apply a function to every key and every scalar of nested mappings and lists."""
     if isinstance(value, Mapping):
         return {change(key): changed(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -103,35 +106,35 @@ def changed(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def harmless(value: Any) -> Any:
-    """Make every text in nested values printable: whatever somebody else's files hold can be shown."""
-    return changed(value, lambda x: printable(x) if isinstance(x, str) else x)
+    """Make every text in nested values printable: files of other people may hold control characters."""
+    return changed(value, lambda item: printable(item) if isinstance(item, str) else item)
 
 
 def literal(text: str) -> str:
-    """A text as OmegaConf has it, where one that looks like an interpolation stands for itself."""
+    """Escape a text for OmegaConf, so that no part of it is an interpolation."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def quoted(text: str) -> str:
-    """A text as the value of an override of Hydra's, whatever it holds."""
+    """Quote a text as the value of a Hydra override, whatever it contains."""
     text = re.sub(r"(\\*)'", r"\1\1\'", literal(text))
     return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
 
 
 def as_values(values: Mapping[str, Any]) -> DictConfig:
-    """A configuration of values only: none of its texts is an interpolation."""
-    found: Any = OmegaConf.create(changed(values, lambda x: literal(x) if isinstance(x, str) else x))
-    return found
+    """Return a configuration of values only: none of its texts is an interpolation."""
+    config: Any = OmegaConf.create(changed(values, lambda item: literal(item) if isinstance(item, str) else item))
+    return config
 
 
 def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """A sweep point's folder: names people look for, then a digest of everything scientific."""
+    """Return the name of a sweep point's folder: method, model, data set, augmentation, seed and `config_digest`."""
     names = "-".join(str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation"))
-    return f"{shortened(names)}-seed{cfg['seed']}-{science(cfg)}"
+    return f"{shortened(names)}-seed{cfg['seed']}-{config_digest(cfg)}"
 
 
 def shortened(names: str) -> str:
-    """Names as the part of a folder's name that there is room for: file systems allow 255 bytes."""
+    """Shorten names to `LONGEST` bytes: file systems allow 255 for a folder's name."""
     return names.encode()[:LONGEST].decode(errors="ignore")
 
 
@@ -145,6 +148,6 @@ def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
 
 
 def register_resolvers() -> None:
-    """`${point:}`, the name of the point that the surrounding configuration describes, and a single run's directory."""
+    """Register `${point:}`, the name of a sweep point's folder, and `${run_dir:}`, the directory of a single run."""
     OmegaConf.register_new_resolver("point", lambda *, _root_: point_name(_root_), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)

@@ -1,4 +1,4 @@
-"""Grids: the one that an experiment of conf/ is, and the points of any command line."""
+"""List the points of grids: of an experiment in conf/, and of a command line."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,49 +17,55 @@ TABLES = {
     "fc_table": ("fc_mnist", "fc_cifar"),
     "cnn_table": ("cnn_cifar", "cnn_shallow", "cnn_tinyimagenet"),
 }
-BASIC = "basic"  # Hydra's own sweeper, of grids
+BASIC = "basic"  # Hydra's own sweeper, for grids
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An experiment's points. axes: the values of each; fixed: the places of a table that have one value only."""
+    """The grid of an experiment."""
 
     experiment: str
+    """Its name in conf/experiment/."""
     axes: dict[str, list[str]]
+    """The values of every swept key."""
     fixed: dict[str, str]
+    """The value of every group in `PLACES` that is not swept."""
 
     def points(self) -> Iterator[dict[str, str]]:
-        """Every point, its fixed places included."""
+        """Yield every point: a value for each swept key and each fixed group."""
         for values in itertools.product(*self.axes.values()):
             yield {**self.fixed, **dict(zip(self.axes, values, strict=True))}
 
 
 def grid_of(experiment: str) -> Grid:
-    """The grid that conf/experiment/ has under this name."""
+    """Return the grid of an experiment in conf/experiment/."""
     node: Any = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
     axes = {key: str(value).split(",") for key, value in node.hydra.sweeper.params.items()}
     cfg = compose([f"experiment={experiment}"])
-    return Grid(experiment, axes, {place: str(cfg[place].name) for place in PLACES if place not in axes})
+    fixed = {group: str(cfg[group].name) for group in PLACES if group not in axes}
+    return Grid(experiment, axes, fixed)
 
 
 @cache
 def points_per_cell() -> dict[tuple[str, ...], int]:
-    """How many grid points the experiments give each cell of the tables, seeds not counted."""
+    """Return how many grid points each cell of the tables has, without seeds."""
     counts: dict[tuple[str, ...], int] = {}
     for experiment in itertools.chain(*TABLES.values()):
         for point in grid_of(experiment).points():
-            cell = tuple(point[place] for place in PLACES)
+            cell = tuple(point[group] for group in PLACES)
             counts[cell] = counts.get(cell, 0) + 1
     return counts
 
 
 def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
-    """The override list of every job of a grid, as `a=1,2 b=3` names them; the later of two for one key counts.
+    """Return the override list of every job of a grid, such as `a=1,2 b=3`.
 
-    Continuous ranges are left out: a sweeper such as Optuna's chooses from them as it goes. Raises `UserError` for a
-    range that Hydra's basic sweeper is given, and for a choice of nothing.
+    Of two overrides for a key the later counts. Continuous ranges are omitted: a sweeper such as Optuna draws from them
+    during the sweep.
+    texts: the overrides. sweeper: name of Hydra's sweeper.
+    Raises `UserError` for a range with Hydra's basic sweeper, and for an empty choice.
     """
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which knows what glob(*) chooses from
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # the loader resolves glob(*)
     choices: dict[str, list[str]] = {}
     for override in parser.parse_overrides(list(texts)):
         key = override.get_key_element()
@@ -68,7 +74,7 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
         elif override.is_discrete_sweep():
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not choices[key]:
-                raise UserError(f"{override.input_line}: there is no such choice, so the sweep has no job")
+                raise UserError(f"{override.input_line}: matches nothing, so the sweep has no job")
         elif sweeper == BASIC:
             raise UserError(f"{override.input_line}: a range to choose from needs hydra/sweeper=optuna")
     return (list(point) for point in itertools.product(*choices.values()))

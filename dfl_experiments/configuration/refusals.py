@@ -1,4 +1,4 @@
-"""What is said of a mistake in a configuration: which key, which value, and what there is to choose from."""
+"""Messages for a mistake in a configuration: the key, the value, and the choices, in one line."""
 
 import difflib
 import re
@@ -18,26 +18,28 @@ from pydantic import ValidationError
 from yaml import MarkedYAMLError, YAMLError
 
 from dfl_experiments.configuration.composition import group_options
+from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
-INTERNAL = ("hydra", "name", "_target_")  # keys that nobody is offered
+INTERNAL = ("hydra", "name", "_target_")  # keys that no message offers
+MOST_GUESSES = 3
 
 
 def refuse(error: BaseException, program: str = "dfl-train") -> NoReturn:
-    """Print the error's one line and leave the process with its code, 2 unless the machine is to blame."""
+    """Print the error in one line and exit: with code 2 for a mistake, with 1 for a fault of the machine."""
     print(f"{program}: error: {one_line(error)}", file=sys.stderr)
     raise SystemExit(getattr(error, "exit_code", 2)) from None
 
 
 @contextmanager
 def refusing(program: str = "dfl-train") -> Iterator[None]:
-    """A mistake inside ends the process in one line, any other error with its traceback."""
+    """Turn errors inside into an exit: a mistake with one line, any other error with its traceback."""
     try:
         yield
     except MISTAKES as error:
         refuse(error, program)
-    except BrokenPipeError:  # nobody reads what is printed any more
+    except BrokenPipeError:  # the reader of the output has left
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         refuse(Fault(of_the_system(error)), program)
@@ -47,30 +49,30 @@ def refusing(program: str = "dfl-train") -> Iterator[None]:
 
 
 def uncomposed(error: Exception, overrides: Iterable[str]) -> Exception:
-    """An error in composing these overrides, as a mistake in them."""
+    """Return the error of a failed composition as a mistake in the overrides."""
     if isinstance(error, MISTAKES):
         return error
     for override in overrides:
         group, _, value = override.partition("=")
         options = group_options(group)
         if options and not isinstance(yaml.safe_load(value), str):
-            return UserError(f"{override}: is no choice of the group; there are {', '.join(options)}")
+            return UserError(f"{override}: is no option of the group; there are {', '.join(options)}")
     return UserError(f"{reason(error)} (in {' '.join(overrides)})")
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line, which Hydra, OmegaConf and YAML spread over several."""
-    if isinstance(error, MISTAKES) and (ours := in_our_words(error)):
-        return ours
+    """Return the message of an error in one line; Hydra, OmegaConf and YAML use several."""
+    if isinstance(error, MISTAKES) and (message := in_our_words(error)):
+        return message
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {' '.join(str(error.__cause__).split())}"
-    # OmegaConf names the key last, among its types
+    # OmegaConf writes the key last, among its types; here it comes first.
     return clipped(re.sub(r"^(.*?) full_key: (\S+)( .*)?$", r"\2: \1", text))
 
 
 def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The full name of every key of nested mappings, `a` and `a.b`, without Hydra's own and the program's own."""
+    """Return the full names of all keys of nested mappings, such as `a` and `a.b`, without `INTERNAL` ones."""
     keys = []
     for key, value in node.items():
         if key not in INTERNAL:
@@ -81,74 +83,89 @@ def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def did_you_mean(key: str, names: Iterable[str]) -> str:
-    """What to add to a message about a wrong key: the names it looks like, or nothing.
+    """Return the end of a message about an unknown key: "; did you mean …?", or nothing.
 
-    Last parts are compared: the same one in another place (`lr` for `optimizer.lr`), or else a similar word.
+    The last parts of names are compared: the same word in another group (`lr` for `optimizer.lr`), else the same
+    initials (`learning_rate` for `lr`), else a similar word. Names of the key's group come first, then short ones.
     """
+    group, _, last = key.lower().rpartition(".")
+    if renamed := (RENAMED | MOVED).get(key):
+        return f"; did you mean {renamed}?"
+    words = {name: name.rpartition(".")[2] for name in names if name != key}
+    short = _initials(last) if "_" in last else last
+    similar = difflib.get_close_matches(last, words.values(), n=1, cutoff=0.65)
+    guesses = [name for name, word in words.items() if word == last]
+    if not guesses and len(short) > 1:
+        guesses = [name for name, word in words.items() if short in (word, _initials(word))]
+    if not guesses:
+        guesses = [name for name, word in words.items() if word in similar]
+    of_the_group = [name for name in guesses if name.rpartition(".")[0] == group]
+    highest = min((name.count(".") for name in guesses), default=0)
+    guesses = (of_the_group or [name for name in guesses if name.count(".") == highest])[:MOST_GUESSES]
+    return f"; did you mean {' or '.join(guesses)}?" if guesses else ""
 
-    def initials(word: str) -> str:
-        return "".join(part[:1] for part in word.split("_"))
 
-    place, _, last = key.lower().rpartition(".")
-    lasts = {name: name.rpartition(".")[2] for name in names if name != key}
-    short = initials(last) if "_" in last else last  # learning_rate is lr, and wd is weight_decay
-    similar = difflib.get_close_matches(last, lasts.values(), n=1, cutoff=0.65)
-    found = (
-        [name for name, word in lasts.items() if word == last]
-        or [name for name, word in lasts.items() if len(short) > 1 and short in (word, initials(word))]
-        or [name for name, word in lasts.items() if word in similar]
-    )
-    found = [name for name in found if name.rpartition(".")[0] == place] or found
-    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
+def _initials(word: str) -> str:
+    return "".join(part[:1] for part in word.split("_"))
 
 
 def in_our_words(error: BaseException | None) -> str | None:
-    """What Hydra's refusal leaves out, as a line: of a key or an option that does not exist, those there are; of a
-    value that it cannot read, how it is quoted. None for other errors.
+    """Return a message that adds to Hydra's what there is to choose from; None for other errors.
+
+    For an unknown key or option it lists the known ones, for an unreadable value it says how to quote it.
     """
     if isinstance(error, MarkedYAMLError):
         return yaml_line(error)
     if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
-        if not value or set(value) & set("'\"[]{}"):
-            return None
-        return f"""quote a value that has more than letters, digits and -_./ in it: "{key}='{value}'\""""
+        return _how_to_quote(str(error.override))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         there = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
         return f"{group}={name}: {there} (--config-dir names a folder with options of your own)"
     cause = error.__cause__ if isinstance(error, HydraException) else error
-    if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not OmegaConf.is_dict(cause.parent_node):
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(cause.parent_node):
+        return _unknown_key(cause)
+    return None
+
+
+def _how_to_quote(override: str) -> str | None:
+    key, _, value = override.partition("=")
+    if not value or set(value) & set("'\"[]{}"):
         return None
-    keys = ", ".join(str(key) for key in cause.parent_node if key not in INTERNAL)
-    everything: Any = OmegaConf.to_container(cause.parent_node._get_root(), resolve=False)
-    key = str(cause.full_key)
-    more = f"; +{key}=… passes its constructor one more" if "_target_" in cause.parent_node else ""
-    return f"{key}: no such option; there are {keys}{more}{did_you_mean(key, flat_keys(everything))}"
+    return f"""quote a value that has more than letters, digits and -_./ in it: "{key}='{value}'\""""
+
+
+def _unknown_key(error: Any) -> str:
+    known = ", ".join(str(key) for key in error.parent_node if key not in INTERNAL)
+    everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
+    key = str(error.full_key)
+    hint = f"; +{key}=… passes its constructor one more" if "_target_" in error.parent_node else ""
+    return f"{key}: no such option{did_you_mean(key, flat_keys(everything))}; there are {known}{hint}"
 
 
 def yaml_line(error: MarkedYAMLError) -> str | None:
-    """The line of a file that YAML cannot be read from, and why; None where no file is named."""
+    """Return a message with the file, the line and the reason of a YAML error; None where no file is named."""
     mark = error.problem_mark or error.context_mark
     if mark is None or not Path(mark.name).is_file():
         return None
     lines = Path(mark.name).read_text(encoding="utf-8", errors="replace").splitlines()[: mark.line + 1]
-    while lines and not lines[-1].strip():  # the end of the file is where a bracket was not closed
+    while lines and not lines[-1].strip():  # an unclosed bracket is reported at the end of the file
         lines.pop()
     return f"{mark.name}, line {len(lines)}: {clipped(lines[-1] if lines else '', 100)} ({error.problem})"
 
 
 def refusal(error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()) -> UserError:
-    """The first thing that pydantic found, told of a key by its full name.
+    """Return pydantic's first error as a `UserError` with the full name of the key.
 
-    where: what its keys lie in; options: those of the innermost model that holds an unknown one; names: all there are.
+    where: the group that was validated. options: the known options there, for a message about an unknown one.
+    names: all keys of the configuration, for a guess.
     """
     first = error.errors()[0]
     key = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
     if first["type"] == "extra_forbidden":
-        return UserError(f"{key}: no such option; there are {', '.join(options) or 'none'}{did_you_mean(key, names)}")
+        return UserError(f"{key}: no such option{did_you_mean(key, names)}; there are {', '.join(options) or 'none'}")
     if first["type"] == "missing":
         return UserError(f"{key}: missing; set {key}=…")
-    if first["type"] == "value_error":  # a check of ours, which has said it all
+    if first["type"] == "value_error":  # of our own validators, whose message is complete
         return UserError(str(first["ctx"]["error"]))
     return UserError(f"{key}={shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}")

@@ -1,6 +1,6 @@
-"""The options of a run, typed and in range, and the one object that a checked configuration is from then on.
+"""Check the options of a run: their types, their ranges, and whether they fit together.
 
-Options of a method, model, optimizer, augmentation or source are their constructors' own: `components` checks those.
+The options of a method, model, optimizer, schedule, augmentation or source are checked in `components`.
 """
 
 from collections.abc import Mapping
@@ -14,50 +14,52 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
-from dfl_experiments.configuration.composition import CONF_DIR, group_options, plain, science
+from dfl_experiments.configuration.composition import CONF_DIR, config_digest, group_options, plain
+from dfl_experiments.configuration.history import given
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
 from dfl_experiments.measured import EXTRA_QUANTITIES
 
-GROUPS = ("method", "model", "augmentation", "optimizer")  # those whose options are their target's own
+GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")  # groups whose options `components` checks
 
 
 class Options(BaseModel):
-    """A part of the configuration: nothing unknown, nothing converted."""
+    """A part of the configuration. It refuses unknown options, and converts no types."""
 
     model_config = STRICT
 
 
 class Alignment(Options):
-    """every: iterations between two measurements, 0 for none; quantities: what is measured beside the δ-cosine."""
+    """The measurement of alignment."""
 
     every: ranges.Size
+    """Iterations between two measurements; 0 for none."""
     quantities: list[str]
+    """Extra quantities, from `measured.EXTRA_QUANTITIES`."""
 
     @field_validator("quantities")
     @classmethod
     def _known_and_each_once(cls, quantities: list[str]) -> list[str]:
-        said, there = f"alignment.quantities={shown(quantities)}", ", ".join(EXTRA_QUANTITIES)
+        option = f"alignment.quantities={shown(quantities)}"
         for name in quantities:
             if name not in EXTRA_QUANTITIES:
-                raise UserError(f"{said}: there is no {shown(name)}; there are {there}")
+                raise UserError(f"{option}: there is no {shown(name)}; there are {', '.join(EXTRA_QUANTITIES)}")
             if quantities.count(name) > 1:
-                raise UserError(f"{said}: names {name} twice")
+                raise UserError(f"{option}: names {name} twice")
         return quantities
 
 
 class Checkpoint(Options):
-    """every_seconds: between two checkpoints within an epoch; epochs end with one where that costs little time.
-
-    keep: the last one, when the run has come to its end.
-    """
+    """The checkpoints of a run."""
 
     every_seconds: ranges.NonNegative
+    """Seconds between two checkpoints within an epoch. An epoch also ends with one, unless that takes too long."""
     keep: bool
+    """Keep the last checkpoint when the run has finished."""
 
 
 class Tracking(Options):
-    """Where W&B keeps a run, and of how many iterations it gets one (see conf/tracking)."""
+    """The options of W&B (see conf/tracking)."""
 
     mode: Literal["offline", "online", "disabled"]
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
@@ -67,24 +69,44 @@ class Tracking(Options):
 
 
 class Dataset(Options):
-    """A data set's source, its normalisation, and what the paper does with it (see conf/dataset)."""
+    """A data set: its source, its normalisation, and the paper's settings for it (see conf/dataset)."""
 
     name: Name
     source: dict[str, Any]
     mean: Annotated[list[ranges.Finite], Field(min_length=1)]
     std: Annotated[list[ranges.Positive], Field(min_length=1)]
+    standardise: bool = True
+    """Standardise float features on the training split; `mean` and `std` are those of uint8 images."""
     epochs: ranges.Count
     fc_widths: ranges.Widths
 
     @model_validator(mode="after")
     def _as_many(self) -> Self:
         if len(self.mean) != len(self.std):
-            raise UserError(f"dataset.std={shown(self.std)}: not as long as dataset.mean, which has {len(self.mean)}")
+            raise UserError(
+                f"dataset.std={shown(self.std)}: needs as many values as dataset.mean, which has {len(self.mean)}"
+            )
         return self
 
 
+class Model(Options):
+    """The options that every model has (see conf/model); the others are those of its function."""
+
+    init: ranges.WeightInit = "default"
+
+
+class Optimizer(Options):
+    """The options that every optimizer has (see conf/optimizer); the others are those of its class."""
+
+    clip_norm: ranges.Positive | None = None
+    feedback: dict[str, Any] = Field(default_factory=dict)
+
+
+SHARED: dict[str, type[Options]] = {"model": Model, "optimizer": Optimizer}
+
+
 class Protocol(Options):
-    """Every choice in which the paper's text, its published code and this project differ (see conf/protocol)."""
+    """The choices in which the paper's text, its published code and this project differ (see conf/protocol)."""
 
     name: Name
     conv3_downsampling: ranges.Downsampling
@@ -107,7 +129,7 @@ class Protocol(Options):
 
 
 class Settings(Options):
-    """The run-level options of conf/config.yaml."""
+    """The options of conf/config.yaml that belong to the run as a whole."""
 
     dataset: Dataset
     protocol: Protocol
@@ -127,6 +149,7 @@ class Settings(Options):
     limit: ranges.Count | None
     smoke: ranges.Count | None
     validation_fraction: ranges.Fraction
+    validation_split: ranges.ValidationSplit
     stop_untrainable: bool
     stop_collapsed: bool
     alignment: Alignment
@@ -139,7 +162,7 @@ class Settings(Options):
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if self.force and self.resume is not None:
-            raise UserError("force=true: begins anew, resume goes on; choose one")
+            raise UserError("force=true: begins anew, but resume continues a run; choose one")
         if self.protocol.accuracy == "best_validation" and not self.validation_fraction:
             raise UserError("protocol.accuracy='best_validation': needs a validation split; set validation_fraction")
         return self
@@ -147,60 +170,70 @@ class Settings(Options):
 
 @dataclass(frozen=True)
 class Configuration:
-    """A run, composed and checked: nobody composes or checks it again.
-
-    values: all of it, resolved and plain, as config.yaml records it; settings: the run-level options; components: what
-    is built, by its place: method, model, augmentation, optimizer and dataset.source.
-    """
+    """The checked configuration of a run."""
 
     values: dict[str, Any]
+    """The whole configuration, resolved and plain, as config.yaml records it."""
     settings: Settings
+    """The options of the run as a whole."""
     components: dict[str, Component]
+    """By key: `GROUPS`, dataset.source, and optimizer.feedback where B's optimizer differs from W's."""
+    weight_init: ranges.WeightInit
+    """`model.init`."""
+    clip_norm: float | None
+    """`optimizer.clip_norm`."""
 
     @property
-    def science(self) -> str:
-        """A digest of everything that decides what the run computes."""
-        return science(self.values)
+    def config_digest(self) -> str:
+        """Return a digest of everything that decides what the run computes."""
+        return config_digest(self.values)
 
 
 def _options_beside(key: tuple[Any, ...]) -> list[str]:
-    """The options that there are where this key is."""
-    model: Any = Settings
+    """Return the known options of the group that a key belongs to. key: its parts."""
+    fields: dict[str, Any] = dict(Settings.model_fields)
     for part in key[:-1]:
-        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", ()) else None
-    return [*(GROUPS if len(key) == 1 else ()), *getattr(model, "model_fields", ())]
+        field = fields.get(part)
+        fields = dict(getattr(field.annotation, "model_fields", {})) if field else {}
+    return [*(GROUPS if len(key) == 1 else ()), *fields]
 
 
 def _kind(source: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the options that identify the data set of a source."""
     return source.get("_target_"), source.get("classes")
 
 
 @cache
 def sources() -> dict[tuple[Any, Any], str]:
-    """The data sets of conf/, by what their sources are."""
-    nodes: Any = {name: OmegaConf.load(CONF_DIR / "dataset" / f"{name}.yaml") for name in group_options("dataset")}
-    return {_kind(node.source): name for name, node in nodes.items()}
+    """Return the names of the data sets in conf/, by the `_kind` of their sources."""
+    name_of = {}
+    for name in group_options("dataset"):
+        node: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{name}.yaml")
+        name_of[_kind(node.source)] = name
+    return name_of
 
 
-def named_as_it_is(dataset: Dataset) -> None:
-    """Raise `UserError` for a data set under the name of another one, which tables would show it as."""
+def check_name(dataset: Dataset) -> None:
+    """Raise `UserError` for a data set with the name of another one: tables would show it under that name."""
     known = sources()
     own = known.get(_kind(dataset.source))
-    if dataset.name != own and (own not in (None, "folder") or dataset.name in known.values()):
-        raise UserError(f"dataset.name={shown(dataset.name)}: is not what this source is; choose one with dataset=…")
+    if dataset.name != own and (own not in (None, "folder", "arrays") or dataset.name in known.values()):
+        raise UserError(
+            f"dataset.name={shown(dataset.name)}: is not the name of this source; choose a data set with dataset=…"
+        )
 
 
 def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
-    """The checked configuration.
+    """Return the checked configuration of a composed one. Nothing is written.
 
-    Raises `UserError`, one line naming the key, the value and the choices; nothing is read or written.
+    Raises `UserError` with the key, the value and the choices, in one line.
     """
     values = plain(cfg)
     every_key = flat_keys(values)
     for group in (*GROUPS, "dataset"):
         node = values.get(group)
         if not isinstance(node, Mapping) or "name" not in node:
-            what = "missing" if node is None else f"is no choice of the group but {shown(node)}"
+            what = "missing" if node is None else f"{shown(node)} is no option of the group"
             raise UserError(f"{group}: {what}; choose with {group}=…, there are {', '.join(group_options(group))}")
     try:
         settings = Settings.model_validate({key: value for key, value in values.items() if key not in GROUPS})
@@ -211,7 +244,22 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
             import_module(plugin)
         except ImportError as error:
             raise UserError(f"plugins=[{plugin}]: cannot be imported ({error})") from error
-    nodes = {**{group: values[group] for group in GROUPS}, "dataset.source": settings.dataset.source}
-    components = {place: component(node, place, settings.plugins, every_key) for place, node in nodes.items()}
-    named_as_it_is(settings.dataset)
-    return Configuration(values, settings, components)
+    nodes = {group: dict(values[group]) for group in GROUPS}
+    shared: dict[str, Any] = {}
+    for group, kind in SHARED.items():
+        options = {name: nodes[group].pop(name) for name in kind.model_fields if name in nodes[group]}
+        try:
+            shared[group] = kind.model_validate(options)
+        except ValidationError as error:
+            raise refusal(error, group, list(kind.model_fields), every_key) from None
+    if own := given(shared["optimizer"].feedback):
+        nodes["optimizer.feedback"] = own if "_target_" in own else nodes["optimizer"] | own
+    nodes["dataset.source"] = settings.dataset.source
+    components = {}
+    for key, node in nodes.items():
+        components[key] = component(node, key, settings.plugins, every_key)
+    warmup = components["schedule"].options.get("warmup", 0)
+    if warmup >= settings.epochs:
+        raise UserError(f"schedule.warmup={warmup}: must be shorter than epochs={settings.epochs}")
+    check_name(settings.dataset)
+    return Configuration(values, settings, components, shared["model"].init, shared["optimizer"].clip_norm)

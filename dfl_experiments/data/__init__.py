@@ -1,1 +1,1 @@
-"""Where images come from, how they are kept, augmented and cut into batches."""
+"""Data sets: sources, packed arrays, augmentation and batches."""

@@ -1,6 +1,6 @@
-"""What a pack's files were when they were written: a format version, and each file's length and CRC-32.
+"""Record the format version of a pack, and the length and CRC-32 of each of its files.
 
-The record tells our own packs from arrays that somebody brought: those have none, and are never written over.
+Only packs that this program wrote have a record. Arrays without one are the user's own, and are never overwritten.
 """
 
 import zlib
@@ -13,36 +13,41 @@ from pydantic import BaseModel, ValidationError
 from dfl_experiments.errors import UserError, reason
 
 RECORD = "checksums.json"
-PIECE = 2**20  # bytes that are read at once: they stay in the processor's cache
+PIECE = 2**20  # bytes per read: they stay in the processor's cache
 
 
 class Record(BaseModel):
-    """format: of the packed files; files: the `bytes` and the `crc32` of each, by name."""
+    """The content of `checksums.json`."""
 
     format: Literal[1] = 1
+    """Version of the pack's layout."""
     files: dict[str, dict[str, int]]
+    """For each file name: its length as `bytes`, and its `crc32`."""
 
 
 def damaged(path: Path, why: str, own: bool = True) -> UserError:
-    """The error for one of a folder's files, in a line that says what to do. own: whether it is a pack of our own."""
+    """Return the error for a damaged file, which says what to do.
+
+    own: the folder is a pack of this program, which can be made again.
+    """
     again = f"delete {path.parent} to have it packed anew, or " if own else ""
-    return UserError(f"{path}: unreadable or damaged ({why}); {again}put a whole copy there")
+    return UserError(f"{path}: unreadable or damaged ({why}); {again}put an undamaged copy there")
 
 
 class Summed:
-    """A file to write to, with the CRC-32 of what it was given, whatever the disk kept of it."""
+    """A writable file with the CRC-32 of the bytes passed to it, which may differ from those that the disk keeps."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.crc32 = file, 0
 
     def write(self, piece: bytes) -> None:
-        """Raises OSError."""
+        """Write bytes. Raises OSError."""
         self.file.write(piece)
         self.crc32 = zlib.crc32(piece, self.crc32)
 
 
 def read_record(folder: Path) -> Record | None:
-    """The folder's record, None where there is none. Raises `UserError` for one that cannot be read."""
+    """Return the folder's record, or None where there is none. Raises `UserError` for an unreadable one."""
     path = folder / RECORD
     try:
         return Record.model_validate_json(path.read_bytes())
@@ -53,7 +58,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def crc32_of(path: Path) -> int:
-    """The CRC-32 of a file. Raises `UserError` where it cannot be read."""
+    """Return the CRC-32 of a file. Raises `UserError` where it cannot be read."""
     value = 0
     try:
         with path.open("rb") as file:
@@ -65,7 +70,8 @@ def crc32_of(path: Path) -> int:
 
 
 def verify(folder: Path, record: Record, names: Iterable[str]) -> None:
-    """Compare the files with their checksums. Raises `UserError` naming the first that is not as recorded."""
+    """Compare files with their checksums. Raises `UserError` for the first that differs."""
     for name in names:
-        if record.files.get(name, {}).get("crc32") != crc32_of(folder / name):
+        recorded = record.files.get(name, {})
+        if recorded.get("crc32") != crc32_of(folder / name):
             raise damaged(folder / name, f"it does not have the CRC-32 in {RECORD}")

@@ -1,4 +1,4 @@
-"""Image files, in a folder or in an archive, decoded by a few threads."""
+"""Decode image files of a folder or an archive, with a few threads."""
 
 import io
 import os
@@ -14,34 +14,38 @@ from tqdm.contrib.concurrent import thread_map
 from dfl_experiments.errors import UserError, reason
 
 THREADS = min(8, os.cpu_count() or 1)
-NOT_IMAGES_OF_ONE_S_OWN = ("@eaDir", "__MACOSX")  # folders of thumbnails and the like, which systems make
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # of thumbnails and the like, made by operating systems
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Files under one root: `names` are relative, with slashes and sorted; `label` says where the root is."""
+    """The files under one root folder, on disk or in an archive."""
 
     label: str
+    """Path of the root, for messages."""
     names: list[str]
+    """Paths relative to the root, with slashes, sorted."""
     read: Callable[[str], bytes]
+    """Function that returns the content of a file by its name."""
 
     def lines(self, name: str) -> list[str]:
-        """A text file's lines. Raises `UserError` for one that is no text or cannot be read."""
+        """Return the lines of a text file. Raises `UserError` for one that is no text or cannot be read."""
         try:
             return self.read(name).decode().splitlines()
-        except Exception as error:  # of a damaged archive zipfile raises nearly anything
+        except Exception as error:  # zipfile raises errors of many types for a damaged archive
             raise UserError(f"{self.label}/{name}: cannot be read as text ({reason(error)})") from error
 
 
-def is_ones_own(name: str) -> bool:
-    """Whether a folder's name is none that a system makes for itself."""
-    return not name.startswith(".") and name not in NOT_IMAGES_OF_ONE_S_OWN
+def is_user_folder(name: str) -> bool:
+    """Return whether a folder is neither hidden nor made by an operating system."""
+    return not name.startswith(".") and name not in SYSTEM_FOLDERS
 
 
 def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
-    """The files of a folder, or of some folders inside it, links followed; what begins with a dot is left out.
+    """Return the files of a folder, links followed, without hidden ones.
 
-    Raises `UserError` for what cannot be looked into, a link to nowhere, and one that leads back to where it lies.
+    inside: subfolders to read in place of the whole folder.
+    Raises `UserError` for a folder that cannot be read, a broken link, and a link to a folder that contains it.
     """
 
     def refuse(error: OSError) -> None:
@@ -49,41 +53,45 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
 
     names = []
     for start in inside:
-        for place, folders, files in os.walk(root / start, onerror=refuse, followlinks=True):
-            if any(os.path.samefile(place, parent) for parent in Path(place).parents):
-                raise UserError(f"{place}: a link back to a folder that it lies in; delete it")
-            folders[:] = [name for name in folders if is_ones_own(name)]
-            for path in (Path(place, name) for name in files if not name.startswith(".")):
+        for folder, subfolders, files in os.walk(root / start, onerror=refuse, followlinks=True):
+            if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
+                raise UserError(f"{folder}: a link back to a folder that it lies in; delete it")
+            subfolders[:] = filter(is_user_folder, subfolders)
+            for name in files:
+                path = Path(folder, name)
+                if name.startswith("."):
+                    continue
                 if not os.path.isfile(path):
-                    raise UserError(f"{path}: neither a file nor a folder (a link to nowhere?); delete it")
+                    raise UserError(f"{path}: neither a file nor a folder (a broken link?); delete it")
                 names.append(path.relative_to(root).as_posix())
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
 
 def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
-    """The members of an archive below its folder `inner`, read in place: nothing is ever extracted."""
+    """Return the files below the folder `inner` of an archive. They are read in place, not extracted."""
     prefix = f"{inner}/"
     names = {name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)}
     return Tree(f"{archive.filename}:{inner}", sorted(names), lambda name: archive.read(prefix + name))
 
 
 def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray:
-    """One image as (C, H, W) uint8; with a size, scaled to cover a square of it and cropped around the centre.
+    """Return one image as (C, H, W) uint8, turned as its EXIF data say, on a white background.
 
-    It is turned as its camera says, and what is transparent shows white.
-    Raises `UserError` for a file that is no image, and for one with several frames or more than 8 bits per channel.
+    channels: 1 (grey) or 3 (RGB).
+    size: side of a square that the scaled image covers, cropped around its centre; None keeps the image's size.
+    Raises `UserError` for a file that is no image, has several frames or more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:
             mode = image.mode
-            # cameras put a preview behind the picture (MPO), which is no frame of it
+            # cameras add a preview to the picture (MPO), which does not count as a frame
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
             decoded = ImageOps.exif_transpose(image)
             if decoded.has_transparency_data:
                 decoded = decoded.convert("RGBA")
                 decoded = Image.alpha_composite(Image.new("RGBA", decoded.size, "white"), decoded)
             decoded = decoded.convert("RGB" if channels == 3 else "L")
-    except Exception as error:  # of a damaged file Pillow and zipfile raise nearly anything
+    except Exception as error:  # Pillow and zipfile raise errors of many types for a damaged file
         raise UserError(f"{tree.label}/{name}: cannot be read as an image ({reason(error)})") from error
     if mode.startswith(("I", "F")):
         raise UserError(f"{tree.label}/{name}: more than 8 bits per channel; convert it first")
@@ -95,16 +103,17 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
 
 
 def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = None) -> np.ndarray:
-    """All the named images, (N, C, H, W) uint8. Raises `UserError` where two of them differ in size."""
+    """Return the named images, (N, C, H, W) uint8. Raises `UserError` where two of them differ in size."""
     first = pixels(tree, names[0], channels, size)
     images = np.empty((len(names), *first.shape), np.uint8)
 
     def fill(index: int) -> None:
         image = pixels(tree, names[index], channels, size)
         if image.shape != first.shape:
+            sizes = [f"{width}x{height}" for _, height, width in (first.shape, image.shape)]
             raise UserError(
-                f"{tree.label}: {names[0]} is {first.shape[2]}x{first.shape[1]}, {names[index]} is "
-                f"{image.shape[2]}x{image.shape[1]}; all need one size (dataset=folder: dataset.source.size=64)"
+                f"{tree.label}: {names[0]} is {sizes[0]}, {names[index]} is {sizes[1]}; all need one size "
+                "(dataset=folder: dataset.source.size=64)"
             )
         images[index] = image
 

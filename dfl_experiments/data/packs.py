@@ -1,4 +1,4 @@
-"""Data sets as arrays on disk, packed once from their raw form and mapped into memory after that."""
+"""Pack a data set once, from its raw form into arrays on disk, and map the arrays into memory after that."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -15,50 +16,55 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.lib.format import open_memmap
 
 from dfl_experiments.data.checksums import RECORD, Record, Summed, crc32_of, damaged, read_record, verify
-from dfl_experiments.data.sources import Arrays, Source, expanded
+from dfl_experiments.data.sources import Arrays, Source, expanded, kind_of
 from dfl_experiments.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 CLASSES = "classes.json"
-# what `Arrays` has, in its order
+# one file for each field of `Arrays`, in its order
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", CLASSES)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether the folder holds a whole set of arrays, packed or brought.
+    """Return whether the folder holds all arrays of a data set, packed or the user's own.
 
-    Raises `UserError` where it has a part of somebody's own arrays, and where the record is damaged.
+    Raises `UserError` where the user's own arrays are incomplete, and where the record is damaged.
     """
-    # isfile, unlike Path.is_file, also says no where looking is not permitted
+    # unlike Path.is_file, isfile returns False where access is not permitted
     missing = [name for name in FILES if not os.path.isfile(folder / name)]
-    # what has a record is our own: a part of it is what an interrupted run left
-    if read_record(folder) is None and missing and any(os.path.lexists(folder / name) for name in FILES):
+    # an incomplete folder with a record comes from an interrupted run, and is packed again
+    has_any = any(os.path.lexists(folder / name) for name in FILES)
+    if read_record(folder) is None and missing and has_any:
         raise UserError(f"{folder}: incomplete, without {', '.join(missing)}; add what is missing, or delete {folder}")
     return not missing
 
 
-def load(name: str, source: Source, data_dir: Path, download: bool = True) -> Arrays:
-    """The data set, mapped from `data_dir`/<cache name>; packed there first where it is not, by one process at a time.
+def load_pack(name: str, source: Source, data_dir: Path, download: bool = True) -> Arrays:
+    """Return the data set, mapped from `data_dir`/<cache name>; pack it there first if need be.
 
-    Raises `UserError` where the raw form is neither there nor can be fetched, where files are damaged, do not fit
-    together or are a part of what somebody brought, and where what is to be packed cannot be written.
+    Only one process packs at a time.
+    download: fetch the raw form if it is absent.
+    Raises `UserError` where the raw form is absent and cannot be fetched, where files are damaged, incomplete or do not
+    fit together, and where the pack cannot be written.
     """
-    return load_known(name, source, data_dir, download)[0]
+    return load_with_digest(name, source, data_dir, download)[0]
 
 
-def load_known(name: str, source: Source, data_dir: Path, download: bool = True) -> tuple[Arrays, str]:
-    """As `load`, with the digest that the data set's images, labels and classes are known by."""
+def load_with_digest(name: str, source: Source, data_dir: Path, download: bool = True) -> tuple[Arrays, str]:
+    """Return the data set as `load_pack` does, and the digest of its images, labels and classes."""
     data_dir = expanded(data_dir, "data_dir")
     cache = source.cache_name(name)
     if cache is None:
         arrays = source.read(data_dir, download)
+        check_arrays(arrays, [f"dataset {name}: {part}" for part in source.PARTS])
         *parts, classes = vars(arrays).values()
         sums = [zlib.crc32(part.tobytes()) for part in parts]
         return arrays, _short([*sums, zlib.crc32(json.dumps(classes).encode())])
     folder = data_dir / cache
     if not is_packed(folder):
-        with locked(data_dir, cache):
-            # another process may have packed it while this one waited
+        with lock_pack(data_dir, cache):
+            # another process may have packed it while this process waited
             if not is_packed(folder):
                 log.info("preparing %s in %s", name, folder)
                 pack(read_raw(name, source, folder, download), folder)
@@ -66,18 +72,18 @@ def load_known(name: str, source: Source, data_dir: Path, download: bool = True)
 
 
 def test_images_in_training(name: str, arrays: Arrays) -> int:
-    """Count the test images that are, byte for byte, also training images, and warn of them."""
-    known = {hash(image.tobytes()) for image in arrays.train_images}
-    count = sum(hash(image.tobytes()) in known for image in arrays.test_images)
+    """Count the test images that equal a training image byte for byte, and warn of them."""
+    training = {hash(image.tobytes()) for image in arrays.train_images}
+    count = sum(hash(image.tobytes()) in training for image in arrays.test_images)
     if count:
-        log.warning("%s: %d of %d test images are also training images", name, count, len(arrays.test_images))
+        log.warning("%s: %d of %d test samples are also training samples", name, count, len(arrays.test_images))
     return count
 
 
 def digest(name: str, source: Source, data_dir: Path) -> str | None:
-    """The digest of a data set, packed first if need be; None where it is not here.
+    """Return the digest of a data set, packed first if need be; None where the data set is absent.
 
-    The files of a pack of our own are not read for it. Raises `UserError` as `load` does for what cannot be used.
+    A pack's digest comes from its record, without reading its arrays. Raises `UserError` as `load_pack` does.
     """
     data_dir = expanded(data_dir, "data_dir")
     cache = source.cache_name(name)
@@ -85,22 +91,26 @@ def digest(name: str, source: Source, data_dir: Path) -> str | None:
         return digest_of(data_dir / cache)
     if cache is not None and not any(os.path.exists(path) for path in source.locations(data_dir)):
         return None
-    return load_known(name, source, data_dir, download=False)[1]
+    return load_with_digest(name, source, data_dir, download=False)[1]
 
 
 def digest_of(folder: Path) -> str:
-    """The digest of packed arrays, from the sums in their record, or of somebody's own from the files."""
+    """Return the digest of packed arrays, from the checksums in their record; without a record, from the files."""
     record = read_record(folder)
-    sums = [record.files.get(file, {}).get("crc32", 0) if record else crc32_of(folder / file) for file in FILES]
-    return _short(sums)
+    if record is None:
+        return _short([crc32_of(folder / file) for file in FILES])
+    return _short([record.files.get(file, {}).get("crc32", 0) for file in FILES])
 
 
 def _short(sums: list[int]) -> str:
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 
-def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:
-    """The lock to pack under, held until its context ends. Raises `UserError` where it cannot be written."""
+def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
+    """Acquire the lock for packing into `data_dir`/`cache`; the end of the returned context releases it.
+
+    Raises `UserError` where the lock file cannot be written.
+    """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(data_dir / f".{cache}.lock")
@@ -109,35 +119,38 @@ def locked(data_dir: Path, cache: str) -> AcquireReturnProxy:
         except Timeout as busy:
             log.info("waiting: %s", busy)
             return lock.acquire()
-    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
         raise UserError(f"data_dir={data_dir}: {cache} cannot be packed there ({reason(error)})") from error
 
 
 def read_raw(name: str, source: Source, folder: Path, download: bool) -> Arrays:
-    """The raw form, or a `UserError` that says what is missing, where it was looked for and how to get it."""
+    """Read a source. Raises `UserError` that says what is missing, the paths that were tried, and how to get it."""
     try:
         return source.read(folder.parent, download)
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:
-        places = " or ".join(str(path) for path in source.locations(folder.parent))
+        paths = " or ".join(str(path) for path in source.locations(folder.parent))
         raise UserError(
-            f"dataset {name}: neither packed in {folder} nor readable from {places} ({reason(error)}); run "
-            f"`dfl-data prepare dataset={name}` where there is a network, or set data_dir or DFL_DATA_DIR to its place"
+            f"dataset {name}: neither packed in {folder} nor readable from {paths} ({reason(error)}); run "
+            f"`dfl-data prepare dataset={name}` where there is a network, or set data_dir or DFL_DATA_DIR to its folder"
         ) from error
 
 
 def pack(arrays: Arrays, folder: Path) -> None:
-    """Write the arrays beside the folder and rename them into it. Raises `UserError`, as `check` or for the disk."""
-    check(arrays, folder)
+    """Write the arrays beside the folder, then rename them into it.
+
+    Raises `UserError` as `check_arrays` does, and where the disk cannot hold them.
+    """
+    check_arrays(arrays, [str(folder / file) for file in FILES])
     temporary = folder.with_name(f".{folder.name}.partial")
     record = Record(files={})
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
+        shutil.rmtree(temporary, ignore_errors=True)  # the remains of an interrupted run
         temporary.mkdir()
         for name, part in zip(FILES, vars(arrays).values(), strict=True):
             with (temporary / name).open("wb") as file:
-                # np.save, given a path or a file, does not notice a disk that is full at the very end
+                # given a path or a file, np.save does not notice a disk that gets full at the very end
                 summed = Summed(file)
                 if name == CLASSES:
                     summed.write(json.dumps(part).encode())
@@ -145,8 +158,8 @@ def pack(arrays: Arrays, folder: Path) -> None:
                     np.save(summed, part)
             record.files[name] = {"bytes": (temporary / name).stat().st_size, "crc32": summed.crc32}
         (temporary / RECORD).write_text(record.model_dump_json(indent=1))
-        # File by file: the folder may hold an unfinished pack, or be the raw one where case makes no difference.
-        # While the list of classes is absent nothing is packed, and the record says that the arrays are ours.
+        # Rename file by file: the folder may hold an unfinished pack, or the raw form where file names ignore case.
+        # While the list of classes is absent, the folder does not count as packed; the record marks it as a pack.
         folder.mkdir(exist_ok=True)
         (folder / CLASSES).unlink(missing_ok=True)
         for name in (RECORD, *FILES):
@@ -158,9 +171,9 @@ def pack(arrays: Arrays, folder: Path) -> None:
 
 
 def open_packed(folder: Path) -> Arrays:
-    """Packed arrays, mapped read-only, every byte of them verified where there is a record to verify them with.
+    """Return packed arrays, mapped read-only. Where a record exists, every byte is verified.
 
-    Raises `UserError` naming the file that is damaged, and what to do.
+    Raises `UserError` with the damaged file and what to do.
     """
     record = read_record(folder)
     if record is not None:
@@ -168,37 +181,59 @@ def open_packed(folder: Path) -> Arrays:
     parts: list[Any] = []
     for path in (folder / name for name in FILES):
         try:
-            text = path.name == CLASSES
-            parts.append(json.loads(path.read_text("utf-8-sig")) if text else open_memmap(path, mode="r"))
+            if path.name == CLASSES:
+                parts.append(json.loads(path.read_text("utf-8-sig")))
+            else:
+                parts.append(open_memmap(path, mode="r"))
         except (OSError, ValueError, EOFError) as error:
             raise damaged(path, reason(error), own=record is not None) from error
     arrays = Arrays(*parts)
-    check(arrays, folder)
+    check_arrays(arrays, [str(folder / file) for file in FILES])
     return arrays
 
 
-def check(arrays: Arrays, folder: Path) -> None:
-    """Raise `UserError`, naming the file, unless types, lengths, shapes and labels fit together."""
+def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
+    """Raise `UserError`, naming the part, unless types, lengths, shapes, values and labels fit together.
 
-    def demand(fits: bool, file: str, what: str) -> None:
+    names: of the parts, in the order of `FILES`.
+    """
+
+    def demand(fits: bool, name: str, message: str) -> None:
         if not fits:
-            raise UserError(f"{folder / file}: {what}")
+            raise UserError(f"{name}: {message}")
 
-    classes, shape = arrays.classes, arrays.train_images.shape[1:]
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    demand(named, CLASSES, 'must be a list of class names, as ["cats", "dogs"]')
-    demand(len(set(classes)) == len(classes) > 1, CLASSES, "must name two classes at least, and none of them twice")
-    for split in ("train", "test"):
-        images, file = getattr(arrays, f"{split}_images"), f"{split}_images.npy"
-        fits = images.dtype == np.uint8 and images.ndim == 4 and images.size > 0
-        demand(fits, file, f"must be uint8 (N, C, H, W), is {images.dtype} {images.shape}")
-        channels, height, width = images.shape[1:]
-        turned = width in (1, 3, 4) and channels > 4 and height > 4
-        demand(not turned, file, f"{images.shape} is (N, H, W, C); save images.transpose(0, 3, 1, 2), (N, C, H, W)")
-        demand(images.shape[1:] == shape, file, f"images of {images.shape[1:]}, those of train_images.npy are {shape}")
-        labels, file = getattr(arrays, f"{split}_labels"), f"{split}_labels.npy"
-        fits = labels.shape == (len(images),) and labels.dtype.kind in "iu"
-        demand(fits, file, f"must be {len(images)} integers, is {labels.dtype} {labels.shape}")
-        fits = 0 <= labels.min() <= labels.max() < len(classes)
-        names = f"0 to {len(classes) - 1}, one for each name of {CLASSES}"
-        demand(fits, file, f"labels must be {names}; they go from {labels.min()} to {labels.max()}")
+    classes = arrays.classes
+    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    demand(are_names, names[4], 'must be a list of class names, as ["cats", "dogs"]')
+    demand(len(set(classes)) == len(classes) > 1, names[4], "must name two classes at least, and none of them twice")
+    expected = f"{kind_of(arrays.train_images)} of {arrays.shape}"
+    for place, split in enumerate(("train", "test")):
+        samples, labels = getattr(arrays, f"{split}_images"), getattr(arrays, f"{split}_labels")
+        samples_name, labels_name = names[2 * place : 2 * place + 2]
+        check_samples(samples, samples_name)
+        found = f"{kind_of(samples)} of {samples.shape[1:]}"
+        demand(found == expected, samples_name, f"{found}, those of {Path(names[0]).name} are {expected}")
+        fits = labels.shape == (len(samples),) and labels.dtype.kind in "iu"
+        demand(fits, labels_name, f"must be {len(samples)} integers, is {labels.dtype} {labels.shape}")
+        lowest, highest = labels.min(), labels.max()
+        fits = 0 <= lowest <= highest < len(classes)
+        allowed = f"0 to {len(classes) - 1}, one for each class"
+        demand(fits, labels_name, f"labels must be {allowed}; they go from {lowest} to {highest}")
+
+
+def check_samples(samples: np.ndarray, name: str) -> None:
+    """Raise `UserError` unless an array holds samples of one of the three kinds, with values that can be used."""
+    kind, shape, problem = kind_of(samples), samples.shape, ""
+    if not kind or samples.size == 0:
+        problem = "must be uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
+        problem += f", is {samples.dtype} {shape}"
+    elif kind == "images" and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
+        problem = f"{shape} is (N, H, W, C); save images.transpose(0, 3, 1, 2), (N, C, H, W)"
+    elif kind == "tokens" and samples.min() < 0:
+        problem = f"tokens must be 0 or more, the smallest is {samples.min()}"
+    # NaN passes through min and max, and fails the comparison
+    elif kind == "features" and not -LARGEST <= samples.min() <= samples.max() <= LARGEST:
+        place = np.argwhere(~(np.abs(samples) <= LARGEST))[0].tolist()
+        problem = f"holds {samples[tuple(place)]} at {place}; values must be finite in float32"
+    if problem:
+        raise UserError(f"{name}: {problem}")

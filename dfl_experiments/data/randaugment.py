@@ -1,7 +1,7 @@
-"""RandAugment over whole batches: one independent draw per image, one call per operation.
+"""Apply RandAugment (Cubuk et al., 2020) to whole batches: one independent draw per image, one call per operation.
 
-The operations, their magnitudes and their signs are those of `torchvision.transforms.RandAugment` with nearest
-interpolation and black outside the image (Cubuk et al., 2020), on uint8 tensors and equal to the last bit.
+Operations, magnitudes and signs equal those of `torchvision.transforms.RandAugment`, bit for bit, on uint8 tensors with
+nearest interpolation and black outside the image.
 """
 
 import math
@@ -18,7 +18,7 @@ SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness"
 OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 STRAIGHT = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
 
-# What moves pixels about. Each is applied once, to an image of positions (see `_origins`).
+# Operations that move pixels. Each is applied once, to an image of positions (see `_origins`).
 GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "ShearX": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [_angle(v), 0.0]}, center=[0, 0]),
     "ShearY": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [0.0, _angle(v)]}, center=[0, 0]),
@@ -26,7 +26,7 @@ GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "TranslateY": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [0, int(v)]}),
     "Rotate": lambda image, v: F.rotate(image, v),
 }
-# What gives each of the 256 levels a new one, whatever lies around it.
+# Operations that map each of the 256 levels to another, independent of the pixels around it.
 LEVELS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Brightness": lambda levels, v: F.adjust_brightness(levels, 1.0 + v),
     "Posterize": lambda levels, v: F.posterize(levels, int(v)),
@@ -39,73 +39,82 @@ def _angle(shear: float) -> float:
 
 
 def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
-    """The strength of an operation at one of the `BINS`, without its sign: a slope, pixels, degrees, a factor, …"""
+    """Return the absolute strength of an operation: a slope, pixels, degrees or a factor, as the operation has it.
+
+    bin_: one of the `BINS`, from 0. height, width: of the image in pixels.
+    """
     if operation == "Posterize":
         return float(8 - round(bin_ / ((BINS - 1) / 4)))
     if operation == "Solarize":
         return torch.linspace(255.0, 0.0, BINS)[bin_].item()
-    top = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0}
-    top |= {"TranslateX": 150.0 / 331.0 * width, "TranslateY": 150.0 / 331.0 * height}
-    top |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
-    return torch.linspace(0.0, top.get(operation, 0.0), BINS)[bin_].item()
+    largest = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0}
+    largest["TranslateX"] = 150.0 / 331.0 * width
+    largest["TranslateY"] = 150.0 / 331.0 * height
+    largest |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
+    return torch.linspace(0.0, largest.get(operation, 0.0), BINS)[bin_].item()
 
 
 @lru_cache(maxsize=256)
 def _origins(operation: str, value: float, height: int, width: int, device: torch.device) -> Tensor:
-    """Where each pixel comes from: 1 + the place in the flat image, 0 outside.  (height * width,) int64."""
-    places = torch.arange(1.0, height * width + 1).reshape(1, 1, height, width)
-    return GEOMETRY[operation](places, value).flatten().long().to(device, non_blocking=True)
+    """Return the origin of each pixel: 1 + its position in the flat image, 0 outside. (height · width,) int64."""
+    positions = torch.arange(1.0, height * width + 1).reshape(1, 1, height, width)
+    return GEOMETRY[operation](positions, value).flatten().long().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
 def _levels(operation: str, value: float, device: torch.device) -> Tensor:
-    """What each grey level becomes.  (256,) uint8."""
+    """Return the new level of each grey level, (256,) uint8."""
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256)
     return LEVELS[operation](levels, value).flatten().to(device, non_blocking=True)
 
 
 def _move(images: Tensor, origins: Tensor) -> Tensor:
+    """Return images whose pixels come from `origins`, (H · W,). images: (N, C, H, W)."""
     planes = torch.nn.functional.pad(images.flatten(2).flatten(0, 1), (1, 0))
     return planes.gather(1, origins.expand(len(planes), -1)).view_as(images)
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Every pixel through its plane's table.  tables: (256,) or (N * C, 256)."""
+    """Map every pixel with the table of its plane. tables: (256,) or (N · C, 256)."""
     planes = images.flatten(2).flatten(0, 1)
     return tables.expand(len(planes), 256).gather(1, planes.long()).view_as(images)
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Histogram equalisation of every plane by itself, all histograms at once.  (N, C, H, W) uint8."""
+    """Equalise the histogram of every plane by itself. images: (N, C, H, W) uint8."""
     planes = images.flatten(2).flatten(0, 1).long()
-    one = torch.ones((), dtype=torch.int64, device=images.device)
+    ones = torch.ones((), dtype=torch.int64, device=images.device).expand_as(planes)
     counts = torch.zeros(len(planes), 256, dtype=torch.int64, device=images.device)
-    counts.scatter_add_(1, planes, one.expand_as(planes))
+    counts.scatter_add_(1, planes, ones)
     brightest = counts.gather(1, planes.amax(1, keepdim=True))
     step = (planes.shape[1] - brightest) // 255
     below = torch.nn.functional.pad(counts.cumsum(1)[:, :-1], (1, 0))
     tables = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
     tables[:, 0] = 0
-    # too few pixels for a step of at least one: the plane stays as it is
+    # a plane with too few pixels for a step of at least one does not change
     levels = torch.arange(256, device=images.device)
     return _look_up(images, torch.where(step == 0, levels, tables).to(torch.uint8))
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
-    """factor * image + (1 - factor) * its blur by [1 1 1; 1 5 1; 1 1 1] / 13 inside the border.  (N, C, H, W)."""
+    """Return factor · image + (1 - factor) · blur, with the blur [1 1 1; 1 5 1; 1 1 1] / 13 inside the border.
+
+    images: (N, C, H, W) uint8.
+    """
     if min(images.shape[-2:]) <= 2:
         return images
-    # Sums of whole numbers: they do not depend on the order, and a thirteenth of one is never halfway between two.
+    # Sums of integers do not depend on their order, and a thirteenth of one never lies halfway between two integers.
     x = images.to(torch.int16)
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[..., 1:-1, 1:-1]
+    columns = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    total = columns + 4 * x[..., 1:-1, 1:-1]
     blurred = images.float()
     blurred[..., 1:-1, 1:-1] = total.float().div_(13).round_()
     return images.float().mul_(factor).add_(blurred.mul_(1.0 - factor)).clamp_(0, 255).to(torch.uint8)
 
 
 def apply(operation: str, images: Tensor, value: float) -> Tensor:
-    """One operation at one signed magnitude on every image.  (N, C, H, W) uint8 -> the same."""
+    """Apply one operation to every image, (N, C, H, W) uint8. value: its signed magnitude."""
     if operation in GEOMETRY:
         return _move(images, _origins(operation, value, *images.shape[-2:], images.device))
     if operation in LEVELS:
@@ -127,29 +136,37 @@ def apply(operation: str, images: Tensor, value: float) -> Tensor:
 
 
 class RandAugment:
-    """`rounds` operations per image, each drawn uniformly from `OPERATIONS` with a sign of its own."""
+    """A sequence of `rounds` operations per image, each drawn uniformly from `OPERATIONS` with a sign of its own.
+
+    bin_: magnitude of all operations, one of the `BINS`, from 0.
+    """
 
     def __init__(self, rounds: int, bin_: int) -> None:
         self.rounds = rounds
         self.bin = bin_
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """For each round and image 2 * operation + (1 if its magnitude is negative).  (rounds, count), on the CPU."""
+        """Draw a code for each round and image, (rounds, count): 2 · operation, plus 1 for a negative magnitude."""
         return torch.randint(2 * len(OPERATIONS), (self.rounds, count), generator=generator)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """The drawn operations, round after round.  images: (N, C, H, W) uint8, on any device; left as they are."""
+        """Apply the drawn operations, round after round.
+
+        images: (N, C, H, W) uint8, on any device; not changed. draws: as `draw` returns them.
+        """
         for draw in draws:
-            # the groups' sizes are known on the CPU: nothing waits for the device
+            # the sizes of the groups are known on the CPU, so nothing waits for the device
             sizes = draw.bincount(minlength=2 * len(OPERATIONS)).tolist()
             order = draw.argsort(stable=True)
-            groups = images.index_select(0, order.to(images.device, non_blocking=True)).split(sizes)
+            back = order.argsort().to(images.device, non_blocking=True)
+            order = order.to(images.device, non_blocking=True)
+            groups = images.index_select(0, order).split(sizes)
             changed = [self.change(code, group) for code, group in enumerate(groups) if len(group)]
-            images = torch.cat(changed).index_select(0, order.argsort().to(images.device, non_blocking=True))
+            images = torch.cat(changed).index_select(0, back)
         return images
 
     def change(self, code: int, images: Tensor) -> Tensor:
-        """The operation and the sign that a draw's code stands for."""
+        """Apply the operation and the sign that a drawn code stands for."""
         operation = OPERATIONS[code // 2]
         value = magnitude(operation, self.bin, *images.shape[-2:])
         return apply(operation, images, -value if code % 2 and operation in SIGNED else value)

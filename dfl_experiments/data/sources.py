@@ -1,6 +1,7 @@
-"""The raw form of each data set: what all sources promise, and those that libraries already read."""
+"""Sources of data sets in their raw form: the contract, and the data sets that torchvision downloads."""
 
 import contextlib
+import gzip
 import hashlib
 import io
 import pickle
@@ -10,62 +11,77 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from dfl_experiments.errors import UserError
 
-SILENCE = 20.0  # seconds without an answer after which a download is given up
+SILENCE = 20.0  # seconds without an answer after which a download fails
+
+
+def kind_of(samples: np.ndarray) -> str:
+    """Return what samples are, by type and number of axes: images, features, tokens, or "" for none of them."""
+    code, axes = samples.dtype.str[1:], samples.ndim
+    if code == "u1" and axes == 4:
+        return "images"
+    if code in ("f4", "f8") and axes > 1:
+        return "features"
+    return "tokens" if code in ("i4", "i8") and axes == 2 else ""
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """A data set in memory, or mapped into it.
-
-    images: (N, C, H, W) uint8. labels: (N,) integers that index `classes`.
-    """
+    """A data set in memory, or in memory-mapped files."""
 
     train_images: np.ndarray
+    """Images (N, C, H, W) uint8, features (N, …) float32 or float64, or tokens (N, T) int32 or int64."""
     train_labels: np.ndarray
+    """(N,) integers, indices of `classes`."""
     test_images: np.ndarray
+    """As `train_images`."""
     test_labels: np.ndarray
+    """As `train_labels`."""
     classes: list[str]
+    """K names, in the order of the labels."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        channels, height, width = self.train_images.shape[1:]
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of one sample, (C, H, W) of an image."""
+        return self.train_images.shape[1:]
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Return K, the number of classes."""
         return len(self.classes)
 
 
 class Source(ABC):
-    """Where a data set comes from, before it is packed into arrays."""
+    """A data set in its raw form, before it is packed into arrays."""
+
+    PARTS: ClassVar = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+    """What messages call the fields of `Arrays` where the data set is not packed."""
 
     @abstractmethod
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """The data set from its raw form in `data_dir`, fetched first if it is not there and `download` is set.
+        """Return the data set, read from its raw form in `data_dir`.
 
-        Raises `UserError` for a mistake in the files that it can name, and OSError, RuntimeError or ValueError where
-        they are absent, cannot be fetched or are damaged.
+        download: fetch the raw form first if it is absent.
+        Raises `UserError` for a mistake in the files that the message can name, and OSError, RuntimeError or
+        ValueError where they are absent, damaged or cannot be fetched.
         """
 
     @abstractmethod
     def locations(self, data_dir: Path) -> list[Path]:
-        """Where the raw form is looked for; any one of them is enough."""
+        """Return the paths of the raw form; one of them is enough."""
 
     def cache_name(self, name: str) -> str | None:
-        """The folder of `data_dir` that holds the packed arrays, or None where packing is not worth it."""
+        """Return the folder of `data_dir` for the packed arrays, or None for a data set that is not packed."""
         return name
 
 
 def expanded(path: str | Path, key: str) -> Path:
-    """A path with `~` replaced by the home. Raises `UserError` where there is no such home."""
+    """Replace `~` in a path. Raises `UserError`, which names the option `key`, where there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -73,7 +89,10 @@ def expanded(path: str | Path, key: str) -> Path:
 
 
 def official(path: Path, md5: str) -> bytes:
-    """A published file's content. Raises `UserError` where it is not what was published, OSError where it is absent."""
+    """Return the content of a published file.
+
+    md5: of the published content. Raises `UserError` for other content, OSError where the file is absent.
+    """
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise UserError(f"{path}: damaged or altered, it is not the published file; delete it to have it fetched again")
@@ -82,7 +101,7 @@ def official(path: Path, md5: str) -> bytes:
 
 @contextlib.contextmanager
 def quiet_download() -> Iterator[None]:
-    """Give up on a silent network, and keep progress bars to terminals."""
+    """Limit the wait for an answer to `SILENCE`, and show progress bars in terminals only."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
@@ -95,33 +114,43 @@ def quiet_download() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-class Digits(Source):
-    """8x8 handwritten digits, bundled: 1,437 to train on and 360 to test, stratified by class.
+def fetch(url: str, path: Path, md5: str) -> None:
+    """Download a published file; an unfinished one does not get the file's name. Raises OSError or RuntimeError."""
+    from torchvision.datasets.utils import download_url
 
-    The test part of *Optical Recognition of Handwritten Digits* (Alpaydin and Kaynak, UCI, 1998, CC BY 4.0), as
-    scikit-learn has it; the 17 grey levels are spread over 0..255.
+    part = path.with_name(f"{path.name}.part")
+    with quiet_download():
+        download_url(url, path.parent, part.name, md5)
+    part.rename(path)
+
+
+class Digits(Source):
+    """Bundled handwritten digits, 1x8x8: 1,437 training and 360 test images, stratified by class.
+
+    Source: the test part of *Optical Recognition of Handwritten Digits* (Alpaydin and Kaynak, UCI, 1998, CC BY 4.0), as
+    in scikit-learn. Its 17 grey levels are scaled to 0 … 255.
     """
 
     FILE = Path(__file__).with_name("digits.npz")
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """A split that is always the same."""
+        """Return the digits, always with the same split."""
         with np.load(self.FILE) as parts:
             return Arrays(**parts, classes=[str(digit) for digit in range(10)])
 
     def locations(self, data_dir: Path) -> list[Path]:
-        """Nowhere in `data_dir`: it is part of this package."""
+        """Return no path: the digits are part of this package."""
         return []
 
     def cache_name(self, name: str) -> str | None:
-        """Never packed."""
+        """Return None: the digits are not packed."""
         return None
 
 
 class Mnist(Source):
-    """MNIST in the four files of its authors, as torchvision unpacks them."""
+    """MNIST in the four files of its authors, as unpacked by torchvision."""
 
-    # torchvision knows the checksums of the packed files only
+    # torchvision has the checksums of the compressed files only
     FILES: ClassVar = {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -130,39 +159,72 @@ class Mnist(Source):
     }
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """60,000 and 10,000 images of 1x28x28. Raises `UserError` for a file that is not the published one."""
+        """Return 60,000 training and 10,000 test images, 1x28x28.
+
+        Raises `UserError` for a file that is not the published one.
+        """
         from torchvision.datasets import MNIST
 
         (raw,) = self.locations(data_dir)
         if download and not all((raw / name).exists() for name in self.FILES):
             with quiet_download():
                 MNIST(data_dir, download=True)
-        contents = [np.frombuffer(official(raw / name, md5), np.uint8) for name, md5 in self.FILES.items()]
-        # after a header of 16 bytes, or of 8
-        images = [content[16:].reshape(-1, 1, 28, 28) for content in contents[::2]]
-        labels = [content[8:].astype(np.int64) for content in contents[1::2]]
-        return Arrays(images[0], labels[0], images[1], labels[1], [str(digit) for digit in range(10)])
+        files = [official(raw / name, md5) for name, md5 in self.FILES.items()]
+        return of_idx_files(files, [str(digit) for digit in range(10)])
 
     def locations(self, data_dir: Path) -> list[Path]:
-        """torchvision's folder."""
+        """Return torchvision's folder."""
         return [data_dir / "MNIST" / "raw"]
 
 
+class FashionMnist(Source):
+    """Fashion-MNIST in the four compressed files of its authors, whose checksums torchvision has."""
+
+    def read(self, data_dir: Path, download: bool) -> Arrays:
+        """Return 60,000 training and 10,000 test images, as `Mnist` does."""
+        from torchvision.datasets import FashionMNIST
+
+        (raw,) = self.locations(data_dir)
+        files = []
+        for name, md5 in FashionMNIST.resources:
+            if download and not (raw / name).exists():
+                fetch(f"{FashionMNIST.mirrors[0]}{name}", raw / name, md5)
+            files.append(gzip.decompress(official(raw / name, md5)))
+        return of_idx_files(files, FashionMNIST.classes)
+
+    def locations(self, data_dir: Path) -> list[Path]:
+        """Return torchvision's folder."""
+        return [data_dir / "FashionMNIST" / "raw"]
+
+
+def of_idx_files(files: list[bytes], classes: list[str]) -> Arrays:
+    """Return the images, 1x28x28, and the labels of four files of MNIST's form."""
+    contents = [np.frombuffer(file, np.uint8) for file in files]
+    # the header of an image file has 16 bytes, that of a label file 8
+    images = [content[16:].reshape(-1, 1, 28, 28) for content in contents[::2]]
+    labels = [content[8:].astype(np.int64) for content in contents[1::2]]
+    return Arrays(images[0], labels[0], images[1], labels[1], classes)
+
+
 class Cifar(Source):
-    """CIFAR-10 or CIFAR-100 (fine labels) in the pickled batches of their authors, as torchvision keeps them."""
+    """CIFAR-10 or CIFAR-100 (fine labels) in the pickled batches of their authors, as stored by torchvision."""
 
     def __init__(self, classes: Literal[10, 100]) -> None:
         self.classes = classes
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """50,000 and 10,000 images of 3x32x32. Raises `UserError` for a file that is not the published one."""
+        """Return 50,000 training and 10,000 test images, 3x32x32.
+
+        Raises `UserError` for a file that is not the published one.
+        """
         from torchvision.datasets import CIFAR10, CIFAR100
         from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
         published = {10: CIFAR10, 100: CIFAR100}[self.classes]
-        splits, meta = (published.train_list, published.test_list), published.meta
+        splits = (published.train_list, published.test_list)
+        meta = published.meta
         folder = data_dir / published.base_folder
-        files = {name: md5 for split in splits for name, md5 in split} | {meta["filename"]: meta["md5"]}
+        files = dict([*splits[0], *splits[1], (meta["filename"], meta["md5"])])
         damaged = [name for name, md5 in files.items() if not check_integrity(folder / name, md5)]
         if download and damaged:
             try:
@@ -173,15 +235,21 @@ class Cifar(Source):
                     if (folder / name).exists():
                         official(folder / name, files[name])
                 raise
-        batches = {name: pickle.loads(official(folder / name, md5), encoding="latin1") for name, md5 in files.items()}
-        key = {10: "labels", 100: "fine_labels"}[self.classes]
-        train, test = ([batches[name] for name, _ in split] for split in splits)
-        images = [np.concatenate([batch["data"] for batch in split]).reshape(-1, 3, 32, 32) for split in (train, test)]
-        labels = [np.concatenate([batch[key] for batch in split]).astype(np.int64) for split in (train, test)]
-        return Arrays(images[0], labels[0], images[1], labels[1], batches[meta["filename"]][meta["key"]])
+        contents = {}
+        for name, md5 in files.items():
+            contents[name] = pickle.loads(official(folder / name, md5), encoding="latin1")
+        label_key = {10: "labels", 100: "fine_labels"}[self.classes]
+        arrays: dict[str, Any] = {"classes": contents[meta["filename"]][meta["key"]]}
+        for part, split in zip(("train", "test"), splits, strict=True):
+            batches = [contents[name] for name, _ in split]
+            images = np.concatenate([batch["data"] for batch in batches])
+            labels = np.concatenate([batch[label_key] for batch in batches])
+            arrays[f"{part}_images"] = images.reshape(-1, 3, 32, 32)
+            arrays[f"{part}_labels"] = labels.astype(np.int64)
+        return Arrays(**arrays)
 
     def locations(self, data_dir: Path) -> list[Path]:
-        """torchvision's folder, or the archive that it unpacks."""
+        """Return torchvision's folder, and the archive that it unpacks."""
         names = {
             10: ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
             100: ("cifar-100-python", "cifar-100-python.tar.gz"),

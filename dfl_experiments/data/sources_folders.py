@@ -1,4 +1,4 @@
-"""Data sets that are trees of image files: TinyImageNet, and a user's own folder."""
+"""Sources that are trees of image files: TinyImageNet, and a folder of one's own images."""
 
 import hashlib
 import logging
@@ -12,38 +12,41 @@ from typing import Literal
 
 import numpy as np
 
-from dfl_experiments.data.decoding import Tree, decode, folder_tree, is_ones_own, zip_tree
-from dfl_experiments.data.sources import Arrays, Source, expanded, quiet_download
+from dfl_experiments.data.decoding import Tree, decode, folder_tree, is_user_folder, zip_tree
+from dfl_experiments.data.sources import Arrays, Source, expanded, fetch
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
 log = logging.getLogger(__name__)
-DECODING = "turned, on white"  # how images are decoded: packs from before it was so are packed anew
+DECODING = "turned, on white"  # version of the decoding: packs of another version are made anew
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-# (file, class) of the training and of the test images, and the classes in the order of their labels
 Listing = tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]
+"""(file, class) of the training images, the same of the test images, and the classes in the order of the labels."""
 
 
 def arrays_of(tree: Tree, listing: Listing, channels: int, size: int | None = None) -> Arrays:
-    """The listed images, decoded. Raises `UserError` for one that cannot be, or that differs from the first in size."""
+    """Decode the listed images.
+
+    channels, size: see `pixels`. Raises `UserError` for an image that cannot be decoded, or that differs in size.
+    """
     train, test, classes = listing
-    number = {name: label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     images = decode(tree, [file for file, _ in train + test], channels, size)
-    labels = np.array([number[name] for _, name in train + test], np.int64)
+    labels = np.array([label_of[name] for _, name in train + test], np.int64)
     n = len(train)
     return Arrays(images[:n], labels[:n], images[n:], labels[n:], classes)
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's composed form."""
+    """Return a name in Unicode's composed form."""
     return unicodedata.normalize("NFC", name)
 
 
 class TinyImageNet(Source):
-    """200 classes of 64x64 images; the labelled `val` split is the test set. Grey files become RGB.
+    """TinyImageNet: 200 classes of 64x64 images, grey ones as RGB. The labelled `val` split is the test set.
 
-    Read from the official archive in place, or from its unpacked folder if there is one.
+    It is read from its unpacked folder if there is one, else from the official archive in place.
     """
 
     NAME = "tiny-imagenet-200"
@@ -52,102 +55,106 @@ class TinyImageNet(Source):
     MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
     def locations(self, data_dir: Path) -> list[Path]:
-        """The unpacked folder, then the archive."""
+        """Return the paths of the unpacked folder and of the archive."""
         return [data_dir / self.NAME, data_dir / f"{self.NAME}.zip"]
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """100,000 and 10,000 images of 3x64x64 where the data set is complete. Raises `UserError` for missing parts."""
-        from torchvision.datasets.utils import download_url
-
+        """Return 100,000 training and 10,000 test images, 3x64x64. Raises `UserError` for missing parts."""
         folder, archive = self.locations(data_dir)
         if folder.is_dir():
             return self.arrays(folder_tree(folder))
         if download and not archive.exists():
-            part = archive.with_name(f"{archive.name}.part")
-            with quiet_download():
-                download_url(self.URL, data_dir, part.name, self.MD5)
-            part.rename(archive)
+            fetch(self.URL, archive, self.MD5)
         try:
             opened = zipfile.ZipFile(archive)
         except OSError:
             raise
-        except Exception as error:  # of a damaged archive zipfile raises nearly anything
+        except Exception as error:  # zipfile raises errors of many types for a damaged archive
             raise UserError(f"{archive}: damaged or incomplete ({error}); delete it and fetch it again") from error
         with opened:
             return self.arrays(zip_tree(opened, self.NAME))
 
     def arrays(self, tree: Tree) -> Arrays:
-        """The files' content. Raises `UserError` for missing parts."""
+        """Return the images and labels of a tree. Raises `UserError` for missing parts."""
         arrays = arrays_of(tree, self.listing(tree), channels=3)
-        words = tree.lines("words.txt") if "words.txt" in tree.names else []
-        first_word = {wnid: line.split(",")[0] for wnid, _, line in (row.partition("\t") for row in words)}
-        return replace(arrays, classes=[f"{wnid} {first_word.get(wnid, '')}".strip() for wnid in arrays.classes])
+        first_word = {}
+        for row in tree.lines("words.txt") if "words.txt" in tree.names else []:
+            wnid, _, words = row.partition("\t")
+            first_word[wnid] = words.split(",")[0]
+        classes = [f"{wnid} {first_word.get(wnid, '')}".strip() for wnid in arrays.classes]
+        return replace(arrays, classes=classes)
 
     def listing(self, tree: Tree) -> Listing:
-        """The images that the data set's own lists name. Raises `UserError` where lists and images do not agree."""
+        """Return the images that the data set's lists name. Raises `UserError` where lists and images differ."""
         names = set(tree.names)
-        # file, class, and a box that nobody needs
+        # a row has the file, the class and a bounding box, which is not used
         rows = [f"{line}\t".split("\t") for line in tree.lines(self.LABELS) if line.strip()]
         images = [name for name in tree.names if re.fullmatch(r"(train/\w+|val)/images/[^/]+\.JPEG", name)]
         train = [(name, name.split("/")[1]) for name in images if name.startswith("train/")]
         test = sorted((f"val/images/{file}", wnid) for file, wnid, *_ in rows)
         listed = {name for name, _ in test}
-        # the published folder has a list of every class's training images
+        # the published folder lists the training images of every class
         for file in filter(re.compile(r"train/(\w+)/\1_boxes\.txt").fullmatch, names):
-            listed |= {f"{Path(file).parent}/images/{line.split()[0]}" for line in tree.lines(file) if line.strip()}
+            folder = f"{Path(file).parent}/images"
+            listed |= {f"{folder}/{line.split()[0]}" for line in tree.lines(file) if line.strip()}
         if absent := sorted(listed - names):
-            raise UserError(f"{tree.label}: incomplete, {absent[0]} is not there")
+            raise UserError(f"{tree.label}: incomplete, {absent[0]} is missing")
         if [name for name, _ in test] != [name for name in images if name.startswith("val/")]:
             raise UserError(f"{tree.label}/{self.LABELS}: damaged, it must have one line for every image of val/images")
-        trained, tested = ({wnid for _, wnid in split} for split in (train, test))
-        wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else sorted(trained)
-        if not sorted(wnids) == sorted(trained) == sorted(tested):
+        trained = sorted({wnid for _, wnid in train})
+        tested = sorted({wnid for _, wnid in test})
+        wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else trained
+        if not sorted(wnids) == trained == tested:
             raise UserError(f"{tree.label}: train/, {self.LABELS} and wnids.txt do not agree on the classes")
         return train, test, wnids
 
 
 class Folder(Source):
-    """A user's own images: `path`/train/<class>/… and `path`/test/<class>/… (or val), at any depth below a class.
+    """A folder of one's own images: `path`/train/<class>/… and `path`/test/<class>/…, at any depth below a class.
 
-    With both test and val, test is used. Classes are in alphabetical order. Files that do not have the suffix of an
-    image are passed over.
+    val/ may stand for test/; of both, test/ is used. Classes are sorted by name. Files without the suffix of an image
+    are ignored.
+
+    size: None where all images have one size; otherwise they are scaled and cropped to size x size pixels.
+    channels: 1 (grey) or 3 (RGB).
     """
 
     def __init__(self, path: str, size: Count | None = None, channels: Literal[1, 3] = 3) -> None:
-        """size: None where all images have one size; otherwise they are scaled and cropped to size x size."""
         if path in ("", "???"):
-            raise UserError("dataset.source.path: missing; it names the folder that has train/ and test/ in it")
+            raise UserError("dataset.source.path: missing; set it to the folder that contains train/ and test/")
         self.path = Path(os.path.realpath(expanded(path, "dataset.source.path")))
         self.size, self.channels = size, channels
 
     def locations(self, data_dir: Path) -> list[Path]:
-        """The folder itself."""
+        """Return the folder itself."""
         return [self.path]
 
     def cache_name(self, name: str) -> str:
-        """The name with a hash of the folder's path, the options and the listing: a changed folder is packed anew.
+        """Return the name with a hash of the path, the options and the listing: a changed folder is packed anew.
 
-        Raises `UserError` as `listing` does: no start goes by a pack whose folder has become a bad one.
+        Raises `UserError` as `listing` does, also where a pack exists whose folder is no longer valid.
         """
         _, (train, test, _) = self.listing()
-        files = ((file, os.stat(self.path / file)) for file, _ in train + test)
-        lines = (f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in files)
-        text = "\n".join([DECODING, str(self.path), str(self.size), str(self.channels), *lines])
+        lines = [DECODING, str(self.path), str(self.size), str(self.channels)]
+        for file, _ in train + test:
+            status = os.stat(self.path / file)
+            lines.append(f"{file} {status.st_size} {status.st_mtime_ns}")
+        text = "\n".join(lines)
         return f"{name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:12]}"
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """Raises `UserError` as `listing` does, and for an image that cannot be decoded or is of another size."""
+        """Return the decoded images. Raises `UserError` as `listing` and `arrays_of` do."""
         tree, listing = self.listing()
         used = {file for file, _ in listing[0] + listing[1]}
         if others := [name for name in tree.names if name not in used]:
-            log.warning("%s: %d files are passed over, such as %s", self.path, len(others), others[0])
+            log.warning("%s: %d files are ignored, such as %s", self.path, len(others), others[0])
         return arrays_of(tree, listing, self.channels, self.size)
 
     def listing(self) -> tuple[Tree, Listing]:
-        """All files of the two splits, and the images among them by class.
+        """Return all files of the two splits, and the images among them by class.
 
-        Raises `UserError` for a missing folder or split, fewer than two classes, one without images in a split, and an
-        image without a class.
+        Raises `UserError` for a missing folder or split, for fewer than two classes, for a class without images in a
+        split, and for an image without a class.
         """
         if not os.path.isdir(self.path):
             raise UserError(f"dataset.source.path={self.path}: no such folder")
@@ -156,11 +163,13 @@ class Folder(Source):
             raise UserError(f"{self.path}: needs train/ and test/ (or val/) with a folder for each class in them")
         tree = folder_tree(self.path, splits)
         folders = (path for split in splits for path in (self.path / split).iterdir() if path.is_dir())
-        # one name in two normal forms, as systems write them, is one class
-        classes = sorted({composed(folder.name) for folder in folders if is_ones_own(folder.name)})
+        # operating systems write a name in different normal forms, which count as one class
+        classes = sorted({composed(folder.name) for folder in folders if is_user_folder(folder.name)})
         if len(classes) < 2:
             raise UserError(f"{self.path / 'train'}: needs a folder for each of two classes at least, has {classes}")
-        groups: dict[tuple[str, str], list[tuple[str, str]]] = {(split, x): [] for split in splits for x in classes}
+        groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for split in splits:
+            groups |= {(split, name): [] for name in classes}
         for file in tree.names:
             if file.lower().endswith(SUFFIXES):
                 split, name, *inner = file.split("/")
@@ -170,5 +179,8 @@ class Folder(Source):
         for (split, name), images in groups.items():
             if not images:
                 raise UserError(f"{self.path}/{split}/{name}/: no images of this class ({' '.join(SUFFIXES)})")
-        train, test = ([row for name in classes for row in groups[split, name]] for split in splits)
+        train, test = [], []
+        for name in classes:
+            train += groups[splits[0], name]
+            test += groups[splits[1], name]
         return tree, (train, test, classes)

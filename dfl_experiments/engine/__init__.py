@@ -1,1 +1,1 @@
-"""What the mathematics needs, and nothing else: it knows no configuration, no particular method, model or data set."""
+"""The mathematics of training. It knows no configuration, and no particular method, model or data set."""

@@ -1,6 +1,6 @@
-"""Networks as a chain of blocks, and their forward pass, cut where a method says.
+"""Networks as chains of blocks, with a forward pass that a method can cut.
 
-Notation, throughout the package: h_0 = x; a_i = pre_i(h_{i-1}), h_i = post_i(a_i) for i = 1 … L-1; logits
+Notation of the whole package: h_0 = x; a_i = pre_i(h_{i-1}) and h_i = post_i(a_i) for i = 1 … L-1; logits
 a_L = head(h_{L-1}).
 """
 
@@ -10,22 +10,23 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call
 
 from dfl_experiments.engine.trace import Segment, Trace
 from dfl_experiments.engine.transpose import Transpose, WeightLayer, is_weight_layer
 from dfl_experiments.errors import UserError, clipped
 
-LONGEST_SHAPE = 3
-KEEP_ZEROS = ("torch.nn.modules.pooling", "torch.nn.modules.flatten")  # modules whose layers give 0 where they read 0
+LONGEST_SHAPE = 3  # (C, H, W)
+KEEP_ZEROS = ("torch.nn.modules.pooling", "torch.nn.modules.flatten")  # modules whose layers map zeros to zeros
 
 
 class Block(nn.Module):
-    """h = post(pre(x)): what lies between two feedback boundaries.
+    """The map h = post(pre(x)) between two feedback boundaries. A sample's h is (d,), tokens (T, C) or (C, H, W).
 
-    One sample's h is a vector (d,), tokens (T, C) or an image (C, H, W).
-    `pre` ends at the block's last pre-activation a, where its error signal δ = ∂ℒ/∂a lives; `post` is the rest
-    (activation, pooling, flattening). With `leak`, `pre` is called as `pre(x, shortcut)` and at a cut the second
-    argument still carries the gradient of the block above into the block below (spec: ResNet18's skip, as published).
+    pre: ends at the block's last pre-activation a, where its error signal is δ = ∂ℒ/∂a.
+    post: the rest: activation, pooling, flattening.
+    leak: `pre` is called as `pre(x, shortcut)`, and at a cut the gradient of `shortcut` still flows into the block
+        below (ResNet18's skip, as in the published code).
     """
 
     def __init__(self, pre: nn.Module, post: nn.Module, leak: bool = False) -> None:
@@ -35,28 +36,33 @@ class Block(nn.Module):
         self.leak = leak
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, *h_{i-1}) -> (N, *h_i)."""
+        """Return h_i, (N, *h_i). x: h_{i-1}, (N, *h_{i-1})."""
         return self.post(self.pre(x))
 
 
 class BlockNet(nn.Module):
-    """a_L = head(h_{L-1}), h_i = block_i(h_{i-1}): a model is a function that returns one of these."""
+    """The network h_i = block_i(h_{i-1}), a_L = head(h_{L-1}), which every model function returns.
+
+    input_shape: of one sample of x.
+    example: one sample to try the net on, (1, *h_0); None for zeros of the parameters' type. Tokens need one.
+    """
 
     def __init__(self, *blocks: Block, head: nn.Module, input_shape: Sequence[int]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.head = head
         self.input_shape = tuple(input_shape)
-        # of every block and of the head: asked for at every step
+        self.example: Tensor | None = None
+        # parameters of every block and of the head, cached because every step needs them
         self.weights = [list(module.parameters()) for module in (*blocks, head)]
 
     @property
     def depth(self) -> int:
-        """L, the number of layers or blocks, head included."""
+        """Return L, the number of blocks including the head."""
         return len(self.blocks) + 1
 
     def forward(self, x: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """The logits a_L. x: (N, *h_0) -> (N, K). watch: called with i and h_i, as each is computed."""
+        """Return the logits a_L, (N, K). x: (N, *h_0). watch: function that is called with i and every h_i."""
         for i, block in enumerate(self.blocks, start=1):
             x = block(x)
             if watch is not None:
@@ -64,7 +70,7 @@ class BlockNet(nn.Module):
         return self.head(x)
 
     def ends_in_relu(self, i: int) -> bool:
-        """Whether the last layer of block i is a ReLU, but for pooling and flattening."""
+        """Return whether the last layer of block i, apart from pooling and flattening, is a ReLU."""
         layers = [self.blocks[i - 1].post]
         while layers:
             layer = layers.pop()
@@ -75,29 +81,43 @@ class BlockNet(nn.Module):
         return False
 
     def weight_layers(self, i: int) -> list[WeightLayer]:
-        """Those of block i+1 (of the head for i = L-1), in the order in which it has them."""
+        """Return the weight layers that read h_i: of block i+1, or of the head for i = L-1, in module order."""
         module = self.head if i == self.depth - 1 else self.blocks[i]
         return [layer for layer in module.modules() if is_weight_layer(layer)]
 
+    def reader(self, i: int) -> WeightLayer | None:
+        """Return the weight layer whose shape a B on h_i has: the first that reads h_i; None without one."""
+        return next(iter(self.weight_layers(i)), None)
+
+    def blank(self, count: int = 1) -> Tensor:
+        """Return samples to try the net on, (count, *h_0)."""
+        like = next(self.parameters())
+        if self.example is not None:
+            return self.example.expand(count, *self.input_shape).to(like.device)
+        return torch.zeros(count, *self.input_shape, dtype=like.dtype, device=like.device)
+
     @torch.no_grad()
     def probe(self, cuts: Collection[int] = ()) -> Trace:
-        """A kept trace of one blank image, from a forward pass that leaves the net as it was.
+        """Return a kept trace of one blank sample, without a change to the net. cuts: see `trace`.
 
-        Raises `UserError` where no image gets through: a kernel or a pooling is larger than what is left of it, or two
-        layers do not fit together. cuts: see `trace`.
+        Raises `UserError` where the forward pass fails: a kernel is larger than its input, or two layers do not fit.
         """
-        training, parameter = self.training, next(self.parameters())
-        x = torch.zeros(1, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
+        training = {module: module.training for module in self.modules()}
+        x = self.blank()
         try:
-            return self.eval().trace(x, cuts, keep=True)
-        except (RuntimeError, ValueError) as error:
-            shape = "x".join(str(length) for length in self.input_shape)
-            raise UserError(f"model: images of {shape} do not get through it ({clipped(str(error), 200)})") from error
+            with torch.random.fork_rng(devices=[]):
+                return self.eval().trace(x, cuts, keep=True)
+        except (RuntimeError, ValueError, IndexError) as error:
+            what, reason = f"input shape {self.input_shape}", clipped(str(error), 200)
+            if not x.is_floating_point():
+                what += f" of integers up to {x.max()}"
+            raise UserError(f"model: the forward pass fails for {what} ({reason})") from error
         finally:
-            self.train(training)
+            for module, mode in training.items():
+                module.training = mode
 
     def output_shapes(self) -> list[torch.Size]:
-        """Return the shape of one sample's h_1 … h_{L-1}.
+        """Return the shapes of h_1 … h_{L-1} for one sample.
 
         Raises `UserError` for a shape that `Block` does not allow, and for a block that changes its input in place.
         """
@@ -108,8 +128,33 @@ class BlockNet(nn.Module):
         return shapes
 
     def parameters_above(self, i: int) -> list[nn.Parameter]:
-        """The weights of every block above h_i and of the head."""
+        """Return the parameters of every block above h_i and of the head."""
         return [p for weights in self.weights[i:] for p in weights]
+
+    def parameters_below_delta(self, i: int) -> list[nn.Parameter]:
+        """Return the parameters of block i up to where δ_i is measured, its pre-activation a_i."""
+        return list(self.blocks[i - 1].get_submodule("pre").parameters())
+
+    def replay(self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]) -> Tensor:
+        """Return the logits of another forward pass, which changes no buffer.
+
+        trace: of the first forward pass.
+        replace: function that returns what block i+1 reads, from i and h_i, which is None below the first replaced.
+        """
+        h: Tensor | None = None
+        for i, module in enumerate((*self.blocks, self.head)):
+            h = replace(i, h) if i > 0 else None
+            if h is not None:
+                h = functional_call(module, self._copies(module), (h,))
+        assert h is not None, "some h_i is replaced"
+        return h
+
+    @staticmethod
+    def _copies(module: nn.Module) -> dict[str, Tensor]:
+        # Copies of the buffers, which batch normalisation changes; and contiguous parameters, because PyTorch 2.11 has
+        # no forward derivative of group normalisation with others.
+        copies: dict[str, Tensor] = {name: p.contiguous() for name, p in module.named_parameters()}
+        return copies | {name: b.clone() for name, b in module.named_buffers()}
 
     def trace(
         self,
@@ -119,13 +164,15 @@ class BlockNet(nn.Module):
         keep: bool = False,
         transpose: Transpose | None = None,
     ) -> Trace:
-        """One forward pass that keeps what the error signals need.
+        """Run the forward pass, and keep what the error signals need.
 
-        cuts: boundaries i behind which block i+1 reads a detached h_i. frozen: how many of the lowest blocks learn
-        nothing, and so need no graph; there is a cut above them. With `keep`, every block's graph reaches its input.
-        transpose: what signals pass the weight layers through, in W's place.
+        x: (N, *h_0).
+        cuts: boundaries i; block i+1 reads a detached h_i.
+        frozen: number of the lowest blocks that do not learn. They get no graph, and a cut above them.
+        keep: keep the graph of every block for a later reader, down to the block's input.
+        transpose: feedback weights that replace Wᵀ in the backward pass.
         """
-        trace = Trace(frozenset({*cuts, frozen} - {0}), keep, transpose)
+        trace = Trace(frozenset({*cuts, frozen} - {0}), keep, x, transpose)
         with nullcontext() if transpose is None else transpose.installed():
             self._run(trace, x, frozen)
         return trace
@@ -139,7 +186,7 @@ class BlockNet(nn.Module):
                 if i - 1 in trace.cuts:
                     first, leak = i, None
                     read = (h.detach().requires_grad_(keep),)
-                    # a block that learns nothing receives nothing, through a leak neither
+                    # frozen blocks get no gradient, not even through a leak
                     if getattr(module, "leak", False) and i - 1 > frozen:
                         leak = h.detach().requires_grad_()
                         read = (*read, leak)
@@ -155,12 +202,12 @@ class BlockNet(nn.Module):
                 if module is self.head:
                     h = trace.logits = a
                 else:
-                    if keep and a._base is not None:  # changed in place by `post`, a view would be no part of the graph
+                    if keep and a._base is not None:  # a view that `post` changes in place would leave the graph
                         a = a.clone()
                     if keep and a.requires_grad:
                         trace.preactivations.append(get_gradient_edge(a))
                     h = module.post(a)
-                    if h is a:  # two places all the same: h_i is where the signal enters, a_i where δ_i is
+                    if h is a:  # two tensors are needed: the signal enters at h_i, and δ_i is read at a_i
                         h = a.view_as(a)
                     trace.outputs.append(h if keep or i in trace.cuts else None)
                 if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:

@@ -1,4 +1,4 @@
-"""Find the weights through which hidden values pass: a sequential rule must replace all of them, or refuse the net."""
+"""Find the weights that multiply hidden values. A sequential rule must replace all of them, or refuse the net."""
 
 import copy
 import re
@@ -12,47 +12,50 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.transpose import Transpose, WeightLayer, transposed
 from dfl_experiments.errors import UserError
 
-# Operations in which a parameter meets hidden values unit by unit, as a bias, a norm's scale or a position embedding.
+# Operations that combine a parameter with one hidden unit at a time: a bias, a norm's scale, a position embedding.
 UNIT_BY_UNIT = {
     "Add", "Sub", "Rsub", "Maximum", "Minimum", "Clamp", "ClampMin", "ClampMax", "Where", "Cat", "Stack", "Copy",
     "CopySlices", "PreluKernel", "NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm",
     "MiopenBatchNorm", "FusedRmsNorm",
 }  # fmt: skip
-# So do these, where the parameter has one axis, as a layer's scale. One with more axes counts as a matrix.
+# These operations do so if the parameter has one axis, as a layer scale. One with more axes counts as a matrix.
 SCALING = {"Mul", "Div", "Addcmul", "Addcdiv", "Lerp", "Pow"}
 
 
-def places_to_replace(net: BlockNet) -> list[int]:
-    """Return which of a net's weight layers an error signal passes on its way down, counted over all blocks.
+def layers_to_replace(net: BlockNet) -> list[int]:
+    """Return the indices of the weight layers that an error signal passes, counted over all blocks.
 
-    A copy of the net is probed in evaluation and in training mode. Raises `UserError` for a net in which hidden values
-    meet another parameter in a matrix product, a convolution or an operation that is not known: the signal would pass
-    it as in backpropagation.
+    A copy of the net runs in evaluation and in training mode.
+    Raises `UserError` where another parameter meets hidden values in a matrix product, a convolution or an unknown
+    operation: there the signal would be that of backpropagation.
     """
-    like = next(net.parameters())
-    twin = copy.deepcopy(net).requires_grad_(True)  # a frozen weight is met as well
+    twin = copy.deepcopy(net).requires_grad_(True)  # frozen weights must be found too
     learns = {p: q.requires_grad for p, q in zip(twin.parameters(), net.parameters(), strict=True)}
     layers = [layer for i in range(twin.depth) for layer in twin.weight_layers(i)]
     probe = Transpose(layers, lambda k, signal, x: x)
     passed: set[int] = set()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for training in (False, True):
-            # Two images: batch normalisation refuses a single one where planes have one pixel.
-            x = torch.zeros(2, *net.input_shape, dtype=like.dtype, device=like.device, requires_grad=True)
+            # two samples, because batch normalisation refuses a single one where planes have one pixel
+            x = net.blank(2)
+            x.requires_grad_(x.is_floating_point())
             with probe.installed():
                 logits = twin.train(training)(x)
-            passed |= set(_passed(twin, logits, learns, layers))
+            passed |= set(_passed(twin, x, logits, learns, layers))
     return sorted(passed)
 
 
 def _passed(
-    net: BlockNet, logits: Tensor, learns: Mapping[nn.Parameter, bool], layers: list[WeightLayer]
+    net: BlockNet, x: Tensor, logits: Tensor, learns: Mapping[nn.Parameter, bool], layers: list[WeightLayer]
 ) -> Iterator[int]:
-    """Yield the places of the layers whose input a signal goes on from. Raises `UserError` for another weight."""
-    hidden: set[Any] = set()  # nodes that depend on the net's input, and are no functions of parameters alone
-    trained: set[Any] = set()  # nodes that depend on a parameter that learns: an error signal passes them
+    """Yield the indices of the layers that pass a signal on to their input. Raises `UserError` for another weight.
+
+    learns: for each parameter, whether the net trains it. layers: all weight layers.
+    """
+    hidden: set[Any] = set()  # nodes that depend on the net's input
+    trained: set[Any] = set()  # nodes that depend on a trained parameter, so that an error signal passes them
     made_of: dict[Any, list[nn.Parameter]] = {}  # the parameters of every node that is not hidden
-    for node in _from_the_leaves(logits.grad_fn):
+    for node in from_the_leaves(logits.grad_fn):
         children = [child for child, _ in node.next_functions if child is not None]
         below = set(children)
         kind = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
@@ -64,27 +67,33 @@ def _passed(
                 check_transpose(layers[node.k], node.saved_tensors[0])
                 yield node.k
         elif parameters and below & hidden & trained and _mixes(kind, parameters):
-            raise refusal(net, max(parameters, key=torch.numel), kind)
+            raise not_replaceable(net, max(parameters, key=torch.numel), kind)
         if below & trained or any(learns[p] for p in parameters):
             trained.add(node)
-        if below & hidden or not (below or parameters):
+        # hidden values of tokens begin where the input itself is looked up
+        is_look_up = kind == "Embedding" and _start(node._saved_indices) == _start(x)
+        if below & hidden or not (below or parameters) or is_look_up:
             hidden.add(node)
         made_of[node] = parameters
     if logits.grad_fn not in hidden:
-        raise UserError("model: its output has no gradient by the image, so the weights in between cannot be found")
+        raise UserError("model: its output has no gradient by its input, so its weights cannot be found")
+
+
+def _start(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _mixes(kind: str, parameters: list[nn.Parameter]) -> bool:
-    """Return whether an operation with these parameters may compute a unit from several hidden units."""
+    """Return whether an operation with these parameters may combine several hidden units into one."""
     if kind in SCALING:
-        return any(sum(size > 1 for size in p.shape) > 1 for p in parameters)
+        return any(p.squeeze().dim() > 1 for p in parameters)
     return kind not in UNIT_BY_UNIT
 
 
 def check_transpose(layer: WeightLayer, x: Tensor) -> None:
-    """Raise `UserError` for a layer whose own vector-Jacobian product is not `transposed` with its weight.
+    """Raise `UserError` for a layer whose vector-Jacobian product differs from `transposed` with its own weight.
 
-    Such a layer has a hook, a method or a forward pass of its own in place of its class's. x: an input of it.
+    Such a layer has a hook or a method that replaces the one of its class. x: an input of the layer.
     """
     start = torch.ones_like(x).requires_grad_()
     output = layer(start)
@@ -98,8 +107,8 @@ def check_transpose(layer: WeightLayer, x: Tensor) -> None:
         )
 
 
-def _from_the_leaves(root: Any) -> Iterator[Any]:
-    """Yield every node below the root, each after those that it depends on."""
+def from_the_leaves(root: Any) -> Iterator[Any]:
+    """Yield every node below the root, each after the nodes that it depends on."""
     seen: set[Any] = set()
     stack = [(root, False)]
     while stack:
@@ -112,8 +121,9 @@ def _from_the_leaves(root: Any) -> Iterator[Any]:
             stack.extend((child, False) for child, _ in node.next_functions)
 
 
-def refusal(net: nn.Module, weight: nn.Parameter, kind: str) -> UserError:
-    """Return the error that names a weight which no B can replace. kind: of the operation that it is used in."""
+def not_replaceable(net: nn.Module, weight: nn.Parameter, kind: str) -> UserError:
+    """Return the error for a weight that no B can replace. kind: of the operation that uses the weight."""
+    net = getattr(net, "module", net)  # a user's module has its own names
     name = next(name for name, p in net.named_parameters() if p is weight)
     owner = type(net.get_submodule(name.rpartition(".")[0])).__name__
     return UserError(

@@ -1,7 +1,7 @@
-"""The whole training step as one CUDA graph: one launch in place of the hundreds that keep a small network waiting.
+"""Replay the whole training step as one CUDA graph: one launch in place of hundreds, which slow a small network.
 
-Forward pass, local modules, error signals, alignment and both optimizers are recorded once and replayed on the next
-batch copied to where the recorded one lay. The learning rate lives on the device, so a change of it needs no new graph.
+The graph holds forward pass, local modules, error signals, alignment and both optimizers. Each batch is copied into the
+tensors of the recorded batch. The learning rate is a tensor on the device, so it can change without a new graph.
 """
 
 import logging
@@ -14,32 +14,35 @@ from dfl_experiments.engine.learner import Learner
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 3  # eager steps before a capture: optimizers make their state, libraries choose their kernels
+WARM_UP = 3  # eager steps before a capture, in which optimizers make their state and libraries choose kernels
 
 
 def renew_generator(device: torch.device) -> None:
-    """Let the device's default generator draw on, which a capture that fails leaves waiting for the capture's end."""
-    left = torch.cuda.default_generators[device.index]
+    """Renew the state of the device's default generator, which a failed capture leaves unusable."""
+    default = torch.cuda.default_generators[device.index]
     fresh = torch.Generator(device)
-    fresh.set_state(left.get_state())
-    left.graphsafe_set_state(fresh.graphsafe_get_state())
+    fresh.set_state(default.get_state())
+    default.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A captured step, where it reads its batch from and where it leaves its row."""
+    """A captured step with its fixed tensors."""
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
+    """(N, *h_0), input of the graph."""
     target: Tensor
+    """(N,), input of the graph."""
     row: Tensor
+    """The step's metrics, output of the graph."""
 
 
 class CapturedStep:
-    """Calls like `Learner.step`, and gives the same to rounding: eagerly at first, then as a replayed CUDA graph.
+    """A replacement for `Learner.step` with equal results up to rounding: first eager, then a replayed CUDA graph.
 
-    A batch of any other size than `batch_size` stays eager, and so does every step after a capture that fails, which
-    one warning tells. Steps that measure alignment and steps that do not are recorded apart.
+    Batches of another size than `batch_size` run eagerly. So do all steps after a failed capture, with one warning.
+    Steps with and without a measurement of alignment have a graph each.
     """
 
     def __init__(self, learner: Learner, batch_size: int, device: torch.device) -> None:
@@ -51,7 +54,7 @@ class CapturedStep:
         self.failed = False
 
     def __call__(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
-        """x: (N, *h_0), target: (N,), on the device. The row is overwritten by the next call."""
+        """Run one step and return its metrics; the next call overwrites them. Arguments: see `Learner.step`."""
         if self.failed or len(target) != self.batch_size:
             return self.learner.step(x, target, align)
         if align not in self.recordings:
@@ -68,7 +71,7 @@ class CapturedStep:
         return recording.row
 
     def _warm_up(self, x: Tensor, target: Tensor, align: bool) -> Tensor:
-        # beside the main stream, as the capture will be: some libraries keep their workspaces by stream
+        # on the stream of the later capture, because some libraries keep a workspace for each stream
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
@@ -81,20 +84,20 @@ class CapturedStep:
         graph, x, target = torch.cuda.CUDAGraph(), x.clone(), target.clone()
         main = torch.cuda.current_stream()
         try:
-            # other threads, W&B's say, may go on using the device meanwhile
+            # other threads, for example of W&B, may use the device meanwhile
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 row = self.learner.step(x, target, align)
         finally:
-            torch.cuda.set_stream(main)  # where a capture that fails does not return
+            torch.cuda.set_stream(main)  # a failed capture does not restore it
         return Recording(graph, x, target, row)
 
     def _give_up(self, error: RuntimeError, x: Tensor, target: Tensor, align: bool) -> Tensor:
         self.failed = True
-        self.recordings.clear()  # with the memory that a recording of the other kind holds
+        self.recordings.clear()  # releases the memory of the other graph
         torch.cuda.synchronize()
         renew_generator(self.stream.device)
         for optimizer in self.learner.optimizers:
-            optimizer.zero_grad()  # gradients that were recorded, never computed
+            optimizer.zero_grad()  # the gradients were recorded, but never computed
         reason = str(error).strip().partition("\n")[0]
         log.warning("the step cannot be captured as a CUDA graph and stays eager: %s", reason)
         return self.learner.step(x, target, align)

@@ -1,10 +1,11 @@
-"""One minibatch: the six stops every method and every model shares."""
+"""Train one minibatch, in the six stages that all methods and models share."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dfl_experiments.engine.alignment import measure, quantity_names
 from dfl_experiments.engine.blocknet import BlockNet
@@ -15,11 +16,14 @@ from dfl_experiments.ranges import Precision
 
 
 class Learner:
-    """A network, a method and their two optimizers, of the same kind and hyper-parameters.
+    """A network, a method and their two optimizers, of the same kind and hyper-parameters by default.
 
-    numbers: the names of what a step returns, in its order: the one place where that is known. more: what is measured
-    beside the δ-cosine (see `quantities.MORE`).
-    precision: "bfloat16" computes the forward and backward pass under autocast, weights and loss staying as they are.
+    precision: "bfloat16" runs the forward and backward pass under autocast; weights and loss keep their type.
+    extra_quantities: names from `measured.EXTRA_QUANTITIES` to measure beside the δ-cosine.
+    feedback_optimizer: makes the optimizer of B; by default `optimizer` does.
+    clip_norm: largest norm of W's gradient, over all trained parameters; None for no limit.
+    rates: learning rates of the two optimizers, before the schedule.
+    metric_names: names of the values that `step` returns, in order.
     """
 
     def __init__(
@@ -29,19 +33,24 @@ class Learner:
         loss: OutputLoss,
         optimizer: OptimizerFactory,
         precision: Precision = "float32",
-        more: Sequence[str] = (),
+        extra_quantities: Sequence[str] = (),
+        feedback_optimizer: OptimizerFactory | None = None,
+        clip_norm: float | None = None,
     ) -> None:
-        self.net, self.method, self.loss, self.precision, self.more = net, method, loss, precision, more
+        self.net, self.method, self.loss, self.precision = net, method, loss, precision
+        self.extra_quantities, self.clip_norm = extra_quantities, clip_norm
         self.device = next(net.parameters()).device
-        self.numbers = ["loss", "correct", *quantity_names(net.depth, more)]
-        self.parameters = net.parameters_above(max(method.frozen, method.held))
+        self.metric_names = ["loss", "correct", *quantity_names(net.depth, extra_quantities)]
+        self.parameters = net.parameters_above(max(method.frozen, method.fixed_blocks))
         self.optimizer = optimizer.make(self.parameters)
-        feedback = [p for p in method.parameters() if p.requires_grad]
-        self.feedback_optimizer = optimizer.make(feedback) if feedback else None
+        self.feedback = [p for p in method.parameters() if p.requires_grad]
+        of_feedback = feedback_optimizer or optimizer
+        self.feedback_optimizer = of_feedback.make(self.feedback) if self.feedback else None
+        self.rates = (optimizer.lr, of_feedback.lr)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The network's optimizer, and the local modules' where there are any."""
+        """Return the network's optimizer, and that of the feedback weights if they learn."""
         return [self.optimizer, *([self.feedback_optimizer] if self.feedback_optimizer else [])]
 
     def _update_feedback(self) -> None:
@@ -49,33 +58,43 @@ class Learner:
             self.feedback_optimizer.step()
             self.feedback_optimizer.zero_grad()
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of both optimizers, in place where a captured step reads it on the device."""
-        for optimizer in self.optimizers:
+    def set_lr(self, lr: float, feedback_lr: float | None = None) -> None:
+        """Set the learning rates of W and B (by default the same), in place where a captured step reads a tensor."""
+        for optimizer, value in zip(self.optimizers, (lr, lr if feedback_lr is None else feedback_lr), strict=False):
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
+                    group["lr"].fill_(value)
                 else:
-                    group["lr"] = lr
+                    group["lr"] = value
+
+    def _clip(self) -> None:
+        """Scale W's gradient down to `clip_norm`, and with it what a method has made from it in the backward pass."""
+        if self.clip_norm is None:
+            return
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        scaled = [*self.parameters, *(self.feedback if self.method.follows_backward else ())]
+        clip_grads_with_norm_(scaled, self.clip_norm, norm)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of a forward pass in this learner's precision."""
+        """Return the context of a forward pass in this learner's precision."""
         if self.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """ℒ and e, never in less than float32."""
+        """Return ℒ and e, in float32 or more. logits: (N, K). target: (N,)."""
         return self.loss.value_and_error(precise(logits), target)
 
     def step(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
-        """Forward with the current weights → update every B → form every δ_i with the updated B → update all W, b.
+        """Train on one minibatch, in the order of the paper's Algorithms 1 and 2.
 
-        Where a method `sends_first`, B is updated after the signals are sent.
+        Forward pass → update every B → form every δ_i with the updated B → clip the gradient → update all W, b.
+        If the method `sends_first`, B is updated after the signals are formed.
 
-        x: (N, *h_0), target: labels (N,). With `align`, the applied signals are compared with BP's on the same trace,
-        which changes no weight. The order is that of the paper's Algorithms 1 and 2. Returns the step's `numbers`,
-        still on the device, in one tensor; those of alignment are NaN where it is not measured.
+        x: (N, *h_0).
+        target: labels, (N,).
+        align: compare the applied signals with those of BP on the same trace. It changes no weight.
+        Returns the values of `metric_names` in one tensor on the device; NaN for alignment that is not measured.
         """
         with self.autocast():
             trace = self.net.trace(x, self.method.cuts, self.method.frozen, align, self.method.transpose)
@@ -85,9 +104,10 @@ class Learner:
             self._update_feedback()
         deltas = trace.backward(self.method.signal, error, target)
         if align:
-            measured = measure(self.net, self.method, trace, deltas, error, self.more, last=True).to(loss)
+            measured = measure(self.net, self.method, trace, deltas, error, self.extra_quantities, last=True).to(loss)
         else:
-            measured = loss.new_full((len(self.numbers) - 2,), torch.nan)
+            measured = loss.new_full((len(self.metric_names) - 2,), torch.nan)
+        self._clip()
         self.method.follow(self.optimizer.param_groups[0]["lr"])
         if self.method.sends_first:
             self._update_feedback()

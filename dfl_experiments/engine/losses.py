@@ -1,4 +1,4 @@
-"""Output losses as pairs of a value and the error e = ∂ℒ/∂a_L that every feedback signal is made from."""
+"""Output losses, with the error e = ∂ℒ/∂a_L from which every feedback signal is formed."""
 
 from abc import ABC, abstractmethod
 
@@ -8,23 +8,26 @@ from torch.nn import functional as F
 
 
 def precise(values: Tensor) -> Tensor:
-    """The values in no less than float32: of a confident sample's error bfloat16 would leave nothing."""
+    """Return the values in float32 or more: bfloat16 would round the error of a confident sample to zero."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class OutputLoss(ABC):
-    """A loss of the logits a_L (N, K) and class labels (N,), meaned over the batch."""
+    """A loss ℒ of logits and class labels, averaged over the batch."""
 
     @abstractmethod
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """ℒ, a scalar, and e = ∂ℒ/∂a_L, (N, K), which carries the mean's factor 1/N."""
+        """Return ℒ, a scalar, and e = ∂ℒ/∂a_L, (N, K), with the factor 1/N of the average.
+
+        logits: a_L, (N, K). target: labels, (N,).
+        """
 
 
 class CrossEntropy(OutputLoss):
-    """ℒ = -(1/N) Σ log softmax(a_L)[y*],  e = (softmax(a_L) - y*) / N.
+    """The cross-entropy ℒ = -(1/N) Σ log softmax(a_L)[y*], with e = (softmax(a_L) - y*) / N.
 
-    e's components sum to zero, and its target's is formed as minus the sum of the others: once a probability rounds to
-    1 in float32, p - 1 would be exactly 0, and the sample's signal would point elsewhere.
+    The components of e sum to zero. The target's component is computed as minus the sum of the others: where its
+    probability p rounds to 1 in float32, p - 1 would be 0, and the signal would have another direction.
     """
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,7 @@ class CrossEntropy(OutputLoss):
 
 
 class SquaredError(OutputLoss):
-    """ℒ = (1/2N) Σ ‖a_L - y*‖² with y* one-hot,  e = (a_L - y*) / N."""
+    """The squared error ℒ = (1/2N) Σ ‖a_L - y*‖² with y* one-hot, and e = (a_L - y*) / N."""
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         difference = logits.detach() - F.one_hot(target, logits.shape[1])

@@ -1,4 +1,4 @@
-"""What a method is: where the graph is cut, which signals start autograd there, and what a layer transposes with."""
+"""The contract of a learning rule."""
 
 from torch import Tensor, nn
 
@@ -8,77 +8,85 @@ from dfl_experiments.engine.trace import Trace
 from dfl_experiments.engine.transpose import Transpose
 from dfl_experiments.errors import UserError
 
-WeightPair = tuple[Tensor, Tensor]  # a B and what BP has in its place, of one shape
+WeightPair = tuple[Tensor, Tensor]  # a B and the weights that it replaces, of one shape
 
 
 class Method(nn.Module):
-    """The contract of a learning rule: where the graph is cut, which error signals start autograd there, and what a
-    layer transposes with on the way back.
+    """A learning rule: where the graph is cut, which error signals start autograd there, and what replaces Wᵀ.
 
-    A subclass sets the attributes below in its constructor, overrides `signal` if it cuts, and `adapt` or `follow` if
-    it learns feedback weights. Parameters of the method itself (its B) get an optimizer of the network's kind and
-    hyper-parameters.
+    A subclass sets the attributes below in its constructor. It overrides `signal` if it cuts, and `adapt` or `follow`
+    if it learns feedback weights. The method's own parameters (B) get an optimizer of the network's kind and
+    hyper-parameters, unless `optimizer.feedback` says otherwise.
 
-    On a GPU a whole step is captured as a CUDA graph and replayed: Python runs once, for the capture. So what a method
-    does in a step reads no value from the device (no `.item()`, no `if` on a tensor), draws random numbers from the
-    device's default generator only, and keeps no Python state that changes from step to step: what changes lies in
-    tensors, and is changed in place. `tests/engine/test_step.py` holds every method to it, one's own too.
+    On a GPU a whole step is captured as a CUDA graph and replayed, so Python runs for the capture only. In a step, a
+    method must not read a value from the device (no `.item()`, no `if` on a tensor); it draws random numbers from the
+    device's default generator only; and it keeps what changes from step to step in tensors, which it changes in place.
+    `tests/engine/test_step.py` checks this for every method, also for methods of other packages.
 
-    cuts: boundaries i (1 … L-1) behind which no gradient flows down; there h_i gets its signal from `signal`.
-    frozen: how many of the lowest blocks get no signal at all, and stay as they were initialised.
-    held: how many of the lowest blocks keep their weights although signals come: a control, whose alignment says what B
-    does alone.
-    exact_from: the lowest layer from which on δ_i is BP's own by construction: 1 is BP itself, L says of no hidden
-    layer that it is. It is what the measure of alignment goes by.
-    transpose: what signals pass the weight layers through where it is not W.
-    sends_first: whether the optimizer of B steps after the signals are sent, not before they are formed.
+    net: to train. num_classes: K. loss: of the logits.
+    Raises `UserError` for a network without a hidden block, or with another output than (N, K).
     """
 
     cuts: frozenset[int] = frozenset()
+    """Boundaries i in 1 … L-1 where no gradient flows down; there h_i gets its gradient from `signal`."""
     frozen: int = 0
-    held: int = 0
+    """Number of the lowest blocks that get no signal, and keep their initial weights."""
+    fixed_blocks: int = 0
+    """Number of the lowest blocks that get signals, but keep their weights: a control that shows what B does alone."""
     exact_from: int
+    """Lowest layer whose error signal equals BP's by construction (1: all layers; L: no hidden layer)."""
     transpose: Transpose | None = None
+    """Feedback weights that replace Wᵀ in the backward pass; None for Wᵀ."""
     sends_first: bool = False
+    """Update B after the signals are formed, not before."""
+    follows_backward: bool = False
+    """`.grad` of B comes from W's gradient in the backward pass, before `follow`: clip it by the same factor."""
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
-        """Raises `UserError` for a network that no method can train: on images of this shape, or for these classes."""
         super().__init__()
         if net.depth < 2:
             raise UserError("model: a network needs at least one hidden block")
         shape = tuple(net.probe().logits.shape)
         if shape != (1, num_classes):
-            raise UserError(f"model: gives {shape} for one image, not (1, {num_classes}), a value per class")
+            raise UserError(
+                f"model: its output for one image is {shape}, must be (1, {num_classes}), a value per class"
+            )
         self.depth = self.exact_from = net.depth
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """Learn from the forward pass, before any error signal is formed. error: e, (N, K); target: labels (N,).
+        """Learn from the forward pass, before any error signal is formed.
 
-        Fill `.grad` of the method's own parameters, whose optimizer then steps, or change its buffers in place. The
-        trace is a constant here: nothing of the network may change.
+        Set `.grad` of the method's own parameters, for their optimizer, or change its buffers in place. The network
+        must not change.
+
+        error: e, (N, K). target: labels, (N,).
         """
 
     def follow(self, lr: float | Tensor) -> None:
-        """Learn from the backward pass, whose gradients are in `.grad` of the network's parameters.
+        """Learn from the backward pass: its gradients are in `.grad` of the network's parameters, clipped if asked.
 
-        Called before the network's optimizer steps, and before that of B where the method `sends_first`. lr: theirs.
+        The network's optimizer steps afterwards, and so does that of B if the method `sends_first`.
+
+        lr: the current learning rate.
         """
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
-        """The gradient at block output h_i, shaped like it. error: e, (N, K); target: labels, (N,).
+        """Return the gradient at the block output h_i, in its shape.
 
-        Asked for at every cut above the frozen blocks, from the highest down, each when what is above it is done.
+        It is called for every cut above the frozen blocks, from the highest down. The blocks above are done by then.
+
+        error: e, (N, K). target: labels, (N,).
         """
         raise LookupError(f"{type(self).__name__} cuts behind block {i} and has no signal for it")
 
     def weight_pairs(self, i: int) -> list[WeightPair]:
-        """What `alignment.quantities` compares: every B that h_i gets its signal through, beside what BP has there."""
+        """Return every B through which h_i gets its signal, each with the weights that it replaces."""
         return []
 
     def feedback_norm(self, i: int) -> Tensor | None:
-        """Return ‖B‖, the Frobenius norm of the B through which e itself comes to h_i; None where no e does."""
+        """Return ‖B‖ (Frobenius) where h_i receives B e; None where it receives another signal."""
         return None
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
-        """The logits as the local module on h_i predicts them, (N, K); None where there is none."""
+        """Return the local module's prediction of the logits from h_i, (N, K); None without a module."""
         return None

@@ -1,4 +1,4 @@
-"""Another transpose on the way back: a weight layer's error signal goes through B where backpropagation takes W."""
+"""Replace Wᵀ by feedback weights in the backward pass of weight layers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,14 +14,14 @@ from dfl_experiments.errors import UserError
 WeightLayer = (
     nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # whose weight is (C_in, C_out / groups, …)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # with a weight (C_in, C_out / groups, …)
 Carry = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
-    """Return whether the module is a `WeightLayer`: linear in its input, with a `weight` parameter of its own.
+    """Return whether the module is a `WeightLayer`: linear in its input, with its own parameter `weight`.
 
-    A subclass with a forward pass of its own is none, nor is a layer whose weight is computed from other parameters.
+    A subclass with another forward pass does not count, nor a layer whose weight is computed from other parameters.
     """
     if not isinstance(module, WeightLayer):
         return False
@@ -30,20 +30,21 @@ def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
 
 
 def pads_with_zeros(layer: WeightLayer) -> bool:
-    """Return whether a convolution pads with zeros, and with a given number of them."""
+    """Return whether a layer is a convolution that pads with a number of zeros, not "same" or "valid"."""
     return not isinstance(layer, nn.Linear) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient at a layer's input, had the layer this weight: its vector-Jacobian product with B for W.
+    """Return the layer's vector-Jacobian product with B in place of W: the signal at its input.
 
-    weight: B, in W's shape. signal: the gradient at the layer's output. x: its input; only its shape counts, as the
-    layer is linear.
+    weight: B, in the shape of W.
+    signal: at the layer's output.
+    x: the layer's input, of which only the shape matters, because the layer is linear.
     """
-    weight = weight.detach().to(signal.dtype)  # under autocast as W is
+    weight = weight.detach().to(signal.dtype)  # autocast converts W in the same way
     if isinstance(layer, nn.Linear):
         return signal @ weight
-    if isinstance(layer, nn.Conv2d) and pads_with_zeros(layer):  # without a forward pass
+    if isinstance(layer, nn.Conv2d) and pads_with_zeros(layer):  # faster, because it needs no forward pass
         padding: Any = layer.padding
         return conv2d_input(x.shape, weight, signal, layer.stride, padding, layer.dilation, layer.groups)
     parameters = {name: p.detach().to(signal.dtype) for name, p in layer.named_parameters()}
@@ -55,11 +56,12 @@ def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) ->
 
 
 class Transpose:
-    """What carries error signals from the output of every weight layer that receives hidden values to its input.
+    """The feedback weights that replace Wᵀ in the layers that read hidden values.
 
-    layers: these layers, in the order in which the net has them. carry(k, g, x): the signal at the input x of
-    layers[k], given the signal g at its output; x's values may be looked at, and B is read when the signal passes, not
-    when the graph is built. With `exact`, the same graph transposes with W and is backpropagation's.
+    layers: these layers, in the order of the net.
+    carry(k, g, x): returns the signal at the input x of layers[k] from the signal g at its output. It is called in the
+        backward pass, and so uses B as it is then.
+    exact: use Wᵀ, so that the same graph computes the signals of backpropagation.
     """
 
     def __init__(self, layers: Sequence[WeightLayer], carry: Carry) -> None:
@@ -67,17 +69,18 @@ class Transpose:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the graph of a forward pass that is made meanwhile go through `carry`."""
+        """Make forward passes inside this context record graphs that call `carry`."""
         with ExitStack() as stack:
             for k, layer in enumerate(self.layers):
                 inputs: list[Tensor] = []
-                stack.enter_context(layer.register_forward_pre_hook(_take(inputs), with_kwargs=True))
-                stack.enter_context(layer.register_forward_hook(self._give(k, inputs)))
+                stack.enter_context(layer.register_forward_pre_hook(_detach_input(inputs), with_kwargs=True))
+                # before the hook of a boundary, whose h_i is then behind the crossing
+                stack.enter_context(layer.register_forward_hook(self._give(k, inputs), prepend=True))
             yield
 
     @contextmanager
     def backprop(self) -> Iterator[None]:
-        """Have signals that pass meanwhile transposed with W."""
+        """Make signals pass Wᵀ inside this context."""
         self.exact = True
         try:
             yield
@@ -88,32 +91,34 @@ class Transpose:
         return lambda layer, args, output: Crossing.apply(output, inputs.pop(), self, k)
 
     def send(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
-        """The signal at the input x of layers[k]."""
+        """Return the signal at the input x of layers[k] from the signal at its output."""
         layer = self.layers[k]
         return transposed(layer, layer.weight, signal, x) if self.exact else self.carry(k, signal, x)
 
 
-def _take(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:
-    def take(layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+def _detach_input(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:
+    """Return a hook that appends a layer's input to `inputs`, and passes it on detached."""
+
+    def detach(layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
         if len(args) != 1 or kwargs:
             raise UserError(
                 f"model: {layer} is called with more than its input, and FA and its descendants cannot transpose it; "
                 "call it with one positional argument, or choose another method"
             )
         inputs.append(args[0])
-        return (args[0].detach(),), {}  # the layer's own node then computes the gradients of W and b, and none of x
+        return (args[0].detach(),), {}  # so the layer's node computes gradients of W and b, but not of x
 
-    return take
+    return detach
 
 
 class Crossing(torch.autograd.Function):
-    """y, unchanged; its gradient goes on into the layer's own node, and by `Transpose.send` to the layer's input."""
+    """The identity of a layer's output. Its gradient goes to the layer's node, and by `Transpose.send` to the input."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, transpose: Transpose, k: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.transpose, ctx.k = transpose, k
-        # A view could not be changed by `ReLU(inplace=True)`. No weight layer reads its output's values again.
+        # Not a view, which `ReLU(inplace=True)` could not change. No weight layer needs the values of its output later.
         return output.data
 
     @staticmethod

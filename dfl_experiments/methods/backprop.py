@@ -1,4 +1,4 @@
-"""Backpropagation, and its restriction to the two layers at the top."""
+"""Backpropagation, and its restriction to the two highest layers."""
 
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
@@ -6,7 +6,7 @@ from dfl_experiments.engine.method import Method
 
 
 class Backprop(Method):
-    """δ_i = (W_{i+1}ᵀ δ_{i+1}) ⊙ f'(a_i) for every i (Eqs. 6-7)."""
+    """Backpropagation (BP): δ_i = (W_{i+1}ᵀ δ_{i+1}) ⊙ f'(a_i) for every i (Eqs. 6-7)."""
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
         super().__init__(net, num_classes, loss)
@@ -14,7 +14,7 @@ class Backprop(Method):
 
 
 class Shallow(Method):
-    """δ_{L-1} = (W_Lᵀ e) ⊙ f'(a_{L-1}); every block below stays as it was initialised."""
+    """Shallow: δ_{L-1} = (W_Lᵀ e) ⊙ f'(a_{L-1}); every block below keeps its initial weights."""
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
         super().__init__(net, num_classes, loss)

@@ -1,4 +1,4 @@
-"""BDFA: direct feedback through a B of one magnitude and two signs (Han and Yoo, 2019)."""
+"""BDFA: direct feedback through a B with one magnitude and two signs (Han and Yoo, 2019)."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -12,12 +12,14 @@ from dfl_experiments.methods.direct import Direct
 
 
 class BinaryDirectFeedback(Direct):
-    """δ_i = (B_{i+1} e) ⊙ f'(a_i), with B = c_i sign(B°) and sign(0) = +1.
+    """Binary DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), with B = c_i sign(B°) and sign(0) = +1.
 
-    B°: the B that DFA would have started with, whose root mean square is c_i, so that the norm of B is kept; the
-    paper's c_i could not be read. `convolutions`: "backprop", as its abstract has it: only dense layers receive B e,
-    and convolutions learn by backpropagation from the lowest of them; or "direct", like the others. Of a net without
-    hidden dense layers, all blocks receive B e.
+    B° is the initial B of DFA. c_i is its root mean square, which keeps the norm of B; the paper's c_i is not known.
+
+    convolutions: "backprop": only hidden dense layers receive B e, and the convolutions learn by backpropagation from
+        the lowest of them, as in the paper's abstract; without hidden dense layers, all blocks receive B e.
+        "direct": convolutions receive B e too.
+    options: see `Direct`.
     """
 
     def __init__(
@@ -36,8 +38,12 @@ class BinaryDirectFeedback(Direct):
             weight.copy_(torch.where(weight < 0, -size, size))
 
     def boundaries(self, net: BlockNet, shapes: Sequence[torch.Size]) -> Collection[int]:
-        """The hidden layers that are dense, or all of them."""
+        """Return the hidden layers that receive B e: the dense ones, or all."""
         every = super().boundaries(net, shapes)
-        layers = {i: net.weight_layers(i - 1) for i in every}
-        dense = [i for i in every if all(isinstance(layer, nn.Linear) for layer in layers[i])]
+        dense = [i for i in every if are_dense(net.weight_layers(i - 1))]
         return dense if self.convolutions == "backprop" and dense else every
+
+
+def are_dense(layers: Sequence[nn.Module]) -> bool:
+    """Return whether all layers are linear layers."""
+    return all(isinstance(layer, nn.Linear) for layer in layers)

@@ -1,4 +1,4 @@
-"""What all direct methods share: at a cut h_i receives B_{i+1} s, and they differ in where B comes from and in s."""
+"""The base of all direct methods: at a cut, h_i receives B_{i+1} s."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -15,12 +15,15 @@ from dfl_experiments.ranges import FeedbackInit, FeedbackShape, LocalPooling, Si
 
 
 class Direct(Method):
-    """δ_i = (B_{i+1} s) ⊙ f'(a_i), with s = e and a fixed B unless a subclass says otherwise.
+    """A direct method: δ_i = (B_{i+1} s) ⊙ f'(a_i). A subclass may replace s = e and the fixed B.
 
-    `init`: where every B starts (see `LocalModule.initialise`; "product" means "default" in a net whose products are no
-    matrices). `feedback`: B has the shape of a "conv" on an image-shaped h_i, or is "dense", a matrix (K, C·H·W).
-    `local_pooling`: of an image-shaped local module. `top` says what h_{L-1} receives: "backprop", W_Lᵀ e, or "direct",
-    B_L s: without it local modules sit on h_1 … h_{L-2} only. `held`: so many of the lowest blocks keep their weights.
+    init: initial value of every B (see `LocalModule.initialise`); "product" becomes "default" in a net without
+        `Products`.
+    feedback: shape of B on an image-shaped h_i: "conv", that of a convolution, or "dense", a matrix (K, C·H·W).
+    local_pooling: of the local module on an image-shaped h_i.
+    top: what h_{L-1} receives: "backprop", W_Lᵀ e, with B on h_1 … h_{L-2} only; or "direct", B_L s.
+    fixed_blocks: number of the lowest blocks that keep their weights.
+    Raises `UserError` where `fixed_blocks` is larger than the number of hidden blocks.
     """
 
     def __init__(
@@ -32,61 +35,65 @@ class Direct(Method):
         feedback: FeedbackShape = "conv",
         local_pooling: LocalPooling = "average",
         top: Top = "backprop",
-        held: Size = 0,
+        fixed_blocks: Size = 0,
     ) -> None:
         super().__init__(net, num_classes, loss)
-        if held >= self.depth:
-            raise UserError(f"method.held={held}: the model has {self.depth - 1} hidden blocks")
-        self.held = held
+        if fixed_blocks >= self.depth:
+            raise UserError(
+                f"method.fixed_blocks={fixed_blocks}: must be at most {self.depth - 1}, the number of hidden blocks"
+            )
+        self.fixed_blocks = fixed_blocks
         self.exact_from = self.depth if top == "direct" else self.depth - 1
         shapes = net.output_shapes()
         self.cuts = frozenset(self.boundaries(net, shapes))
         self.products = Products(net, shapes)
         self.local_modules: dict[int, LocalModule] = {}
         for i in sorted(self.cuts):
-            reader = next(iter(net.weight_layers(i)), None)
-            module = LocalModule(reader, shapes[i - 1], num_classes, local_pooling, feedback == "dense")
+            reader = net.reader(i)
+            dense = feedback == "dense" or reader is None
+            module = LocalModule(reader, shapes[i - 1], num_classes, local_pooling, dense)
             module.to(next(net.parameters())).initialise(init, self.products.above(i))
             self.local_modules[i] = module.requires_grad_(False)
         self.feedback = nn.ModuleList(self.local_modules.values())
 
     def boundaries(self, net: BlockNet, shapes: Sequence[torch.Size]) -> Collection[int]:
-        """The i whose h_i, of these shapes, receive B_{i+1} s."""
+        """Return the i whose h_i receive B_{i+1} s. shapes: of h_1 … h_{L-1} for one sample."""
         return range(1, self.exact_from)
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:
-        """s, (N, K). error: e, (N, K); target: labels, (N,)."""
+        """Return s, (N, K). error: e, (N, K). target: labels, (N,)."""
         return error
 
     def learn(self, trace: Trace, local_error: Callable[[Tensor], Tensor]) -> None:
-        """Leave in `.grad` of every B that learns the gradient h_i εᵀ of its y_i. local_error: y_i -> ε, (N, K)."""
+        """Set `.grad` to h_i εᵀ for every B that learns. local_error: function that returns ε, (N, K), from y_i."""
         for i, module in self.local_modules.items():
             if module.weight.requires_grad:
                 module.learn(trace.output(i), local_error)
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
-        """B_{i+1} s, with B as it is now."""
+        """Return B_{i+1} s with the current B, in the shape of h_i."""
         return self.local_modules[i].feedback(self.source(error, target))
 
     def weight_pairs(self, i: int) -> list[WeightPair]:
-        """B_{i+1}ᵀ and W_L … W_{i+1}, both (K, d_i), where the net's products are matrices."""
+        """Return B_{i+1}ᵀ and W_L … W_{i+1}, both (K, d_i), in a net with `Products`."""
         product = self.products.above(i) if i in self.local_modules else None
-        return [] if product is None else [(self.local_modules[i].weight, self.local_modules[i].in_place(product))]
+        return [] if product is None else [(self.local_modules[i].weight, self.local_modules[i].as_weight(product))]
 
     def feedback_norm(self, i: int) -> Tensor | None:
-        """Return ‖B_{i+1}‖ where h_i has a B."""
+        """Return ‖B_{i+1}‖ where h_i has a B, else None."""
         return self.local_modules[i].norm() if i in self.local_modules else None
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
-        """y_i of the local module that sits on h_i."""
+        """Return y_i of the local module on h_i, (N, K); None without a module."""
         return self.local_modules[i](trace.output(i)) if i in self.local_modules else None
 
 
 class Products:
-    """W_L … W_{i+1}, (K, d_i), in nets where they are the transposed Jacobian products up to activation functions.
+    """The products W_L … W_{i+1}, (K, d_i), of a net where they equal the Jacobian of a_L by h_i without activations.
 
-    That is where every hidden layer is a vector and every block has one matrix, that of a linear layer. On token states
-    of a residual net W_L alone is: the products of the residual path.
+    dense: every hidden layer is a vector, and every block has one matrix, that of a linear layer.
+    residual: every hidden layer is tokens of one width; the residual path alone has the product W_L.
+    Other nets have no such products.
     """
 
     def __init__(self, net: BlockNet, shapes: Sequence[torch.Size]) -> None:
@@ -101,7 +108,7 @@ class Products:
 
     @torch.no_grad()
     def above(self, i: int) -> Tensor | None:
-        """The product above h_i at the current weights; None where there is none."""
+        """Return the product above h_i at the current weights; None in a net without products."""
         if not self.dense and not self.residual:
             return None
         product = self.layers[-1].weight

@@ -1,4 +1,4 @@
-"""Direct feedback with B fixed (DFA) or trained by a local loss (LAS, LTAS)."""
+"""DFA, with a fixed B, and LAS and LTAS, with a B that a local loss trains."""
 
 from typing import Any, Literal
 
@@ -12,12 +12,15 @@ from dfl_experiments.ranges import LocalReduction
 
 
 class DirectFeedback(Direct):
-    """DFA (`local_target` null, Eqs. 15-18), LAS ("logits", Eqs. 19-24) and LTAS ("labels", Eqs. 25-27).
+    """DFA (Eqs. 15-18), LAS (Eqs. 19-24) and LTAS (Eqs. 25-27): δ_i = (B_{i+1} e) ⊙ f'(a_i).
 
-    LAS descends ℒ_i = ‖y_i - a_L‖², summed over classes and meaned over the batch (`local_reduction` "sum", Eq. 20), or
-    half of it ("half_sum", the step of Eq. 21 and Algorithm 1), or meaned over both ("mean"). LTAS descends the
-    network's own loss at y_i: cross-entropy of softmax(y_i), or ½‖y_i - y*‖². The B of the highest layer is fixed
-    where `top` is "direct".
+    With `top` "direct", the B of the highest layer is fixed.
+
+    local_target: what trains B. None: nothing (DFA). "logits": ℒ_i = ‖y_i - a_L‖², averaged over the batch (LAS).
+        "labels": the network's own loss at y_i (LTAS), the cross-entropy of softmax(y_i) or ½‖y_i - y*‖².
+    local_reduction: of LAS's loss over the classes: "sum" (Eq. 20), "half_sum", half of it (the step of Eq. 21 and
+        Algorithm 1), or "mean".
+    options: see `Direct`.
     """
 
     def __init__(
@@ -37,13 +40,12 @@ class DirectFeedback(Direct):
             module.requires_grad_(local_target is not None and i < self.depth - 1)
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """∂ℒ_i/∂B of every local module: h_i (y_i - a_L)ᵀ or h_i (softmax(y_i) - y*)ᵀ, times the reduction's factor,
-        left in `.grad`: `Learner.step` then updates B with it."""
+        """Set `.grad` of every B to ∂ℒ_i/∂B = h_i (∂ℒ_i/∂y_i)ᵀ, with which `Learner.step` then updates B."""
         if self.local_target is not None:
             self.learn(trace, lambda y: self._local_error(y, trace.logits.detach(), target))
 
     def _local_error(self, y: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """∂ℒ_i/∂y_i, (N, K), formed in no less than float32."""
+        """Return ∂ℒ_i/∂y_i, (N, K), computed in float32 or more: a factor times y_i - a_L, or softmax(y_i) - y*."""
         if self.local_target == "labels":
             error = self.loss.value_and_error(precise(y), target)[1]
         else:

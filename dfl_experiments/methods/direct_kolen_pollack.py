@@ -1,4 +1,4 @@
-"""DKP: direct feedback whose B learns like the weights above (Webster et al., 2021)."""
+"""DKP: direct feedback whose B learns as the weights above it do (Webster et al., 2021)."""
 
 from typing import Any
 
@@ -13,10 +13,12 @@ from dfl_experiments.ranges import NonNegative
 
 
 class DirectKolenPollack(Direct):
-    """δ_i = (B_{i+1} e) ⊙ f'(a_i), then B_{i+1} ← (1 - ηλ) B_{i+1} - η h_iᵀ e, by an optimizer of B's own.
+    """Direct Kolen-Pollack: δ_i = (B_{i+1} e) ⊙ f'(a_i), then B_{i+1} ← (1 - ηλ) B_{i+1} - η h_iᵀ e.
 
-    That is LTAS with the network's error in place of the local one; at h_{L-1} it is the Kolen-Pollack rule. `decay`:
-    λ, decoupled from the optimizer's kind; the optimizer's own weight_decay acts on B as on W.
+    It is LTAS with the network's error e in place of the local error. At h_{L-1} it is the Kolen-Pollack rule.
+
+    decay: λ ≥ 0, independent of the optimizer; the optimizer's own weight_decay acts on B as it does on W.
+    options: see `Direct`.
     """
 
     sends_first = True
@@ -27,12 +29,12 @@ class DirectKolenPollack(Direct):
         self.feedback.requires_grad_(True)
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """∂/∂B of ⟨e, y_i⟩, the gradient h_i eᵀ of a linear local module, left in `.grad`."""
+        """Set `.grad` of every B to h_i eᵀ, the gradient of ⟨e, y_i⟩."""
         self.learn(trace, lambda y: error.to(y.dtype))
 
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
-        """The decay, after the signals are sent. lr: η."""
+        """Let every B decay. lr: η."""
         if self.decay:
             for module in self.local_modules.values():
                 module.weight.mul_(1 - lr * self.decay)

@@ -1,4 +1,4 @@
-"""FA: feedback alignment, through a B that is drawn once and stays (Lillicrap et al., 2016)."""
+"""FA: feedback alignment, through a random fixed B (Lillicrap et al., 2016)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from dfl_experiments.ranges import SequentialInit
 
 
 class FeedbackAlignment(Sequential):
-    """δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i) with a fixed B at every weight layer.
+    """Feedback alignment: δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i), with a fixed B at every weight layer.
 
-    `init`: "default", from the distribution that W starts from, fresh; "kaiming" or "xavier", uniform, as Frenkel et
-    al. and BioTorch draw it; "copy": B starts as W, as in Nøkland's published code.
+    init: "default": drawn from the initial distribution of W. "kaiming" or "xavier": uniform, as in Frenkel et al. and
+        in BioTorch. "copy": the initial W, as in Nøkland's published code.
     """
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, init: SequentialInit) -> None:
@@ -22,12 +22,12 @@ class FeedbackAlignment(Sequential):
         self.feedback.requires_grad_(False)
 
     def feedback_weight(self, k: int) -> Tensor:
-        """The B of layers[k]."""
+        """Return the B of layers[k]."""
         return self.feedback[k]
 
 
 def drawn(weight: Tensor, init: SequentialInit) -> Tensor:
-    """A B of W's shape, drawn as `init` says."""
+    """Return a B in the shape of W. weight: W. init: see `FeedbackAlignment`."""
     start = torch.empty_like(weight, requires_grad=False)
     if init == "copy":
         return start.copy_(weight.detach())

@@ -1,4 +1,4 @@
-"""ADFA: direct feedback whose B follows the product of the weights above (Yang's reading of Baldi et al., 2018)."""
+"""ADFA: direct feedback whose B follows the product of the weights above (Baldi et al., 2018, as read by Yang)."""
 
 from typing import Any
 
@@ -14,20 +14,23 @@ from dfl_experiments.ranges import Probability
 
 
 class ProductDirectFeedback(Direct):
-    """B_{i+1} ← B_{i+1} + ρ (W_{i+1}ᵀ … W_Lᵀ - B_{i+1}) at every step, before δ_i = (B_{i+1} e) ⊙ f'(a_i) is sent.
+    """Adaptive DFA: B_{i+1} ← B_{i+1} + ρ (W_{i+1}ᵀ … W_Lᵀ - B_{i+1}), then δ_i = (B_{i+1} e) ⊙ f'(a_i).
 
-    `rate`: ρ; 0 is DFA, and 1 is backpropagation where the net is linear. It transports weights: a control, not a
-    rule for hardware. Raises `UserError` for any net but one of linear layers.
+    It copies the forward weights, so it is a control and no rule for hardware.
+
+    rate: ρ in [0, 1]; 0 is DFA, and 1 is backpropagation in a linear net.
+    options: see `Direct`.
+    Raises `UserError` for a net that is not fully connected.
     """
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, rate: Probability, **options: Any) -> None:
         super().__init__(net, num_classes, loss, **options)
         self.rate = rate
         if not self.products.dense:
-            raise UserError("method: B follows the product of the weights above, which only a fully connected net has")
+            raise UserError("method: B follows the product of the weights above, so the net must be fully connected")
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """Move every B towards the product of today's weights."""
+        """Move every B towards the product of the current weights."""
         with torch.autocast(error.device.type, enabled=False):
             for i, module in self.local_modules.items():
                 product = self.products.above(i)

@@ -1,4 +1,4 @@
-"""KP: B learns by the gradients of W, so that the two come to agree (Kolen and Pollack, 1994; Akrout et al., 2019)."""
+"""KP: B learns with the gradients of W, so that the two converge (Kolen and Pollack, 1994; Akrout et al., 2019)."""
 
 from typing import Any
 
@@ -12,11 +12,14 @@ from dfl_experiments.ranges import NonNegative
 
 
 class KolenPollack(FeedbackAlignment):
-    """With the B that sent the signals: W ← (1 - ηλ) W - η g, B ← (1 - ηλ) B - η g (Akrout et al., Eqs. 16-17).
+    """Kolen-Pollack: W ← (1 - ηλ) W - η g and B ← (1 - ηλ) B - η g, with W's gradient g (Akrout et al., Eqs. 16-17).
 
-    B has an optimizer of its own, of W's kind and hyper-parameters, which is given W's gradient: where they start alike
-    they stay so, and without weight decay their difference stays. `decay`: λ, decoupled from the optimizer's kind, on W
-    and B of all layers but the first: it shrinks the difference by exactly 1 - ηλ a step.
+    The optimizer of B has W's kind and hyper-parameters, and gets W's gradient. So a B equal to W stays equal, and
+    without decay their difference is constant.
+
+    decay: λ ≥ 0, independent of the optimizer, on W and B of all layers but the first. It multiplies the difference by
+        exactly 1 - ηλ in every step.
+    options: see `FeedbackAlignment`.
     """
 
     sends_first = True
@@ -28,9 +31,10 @@ class KolenPollack(FeedbackAlignment):
 
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
-        """Give every B its W's gradient, and let both decay. lr: η."""
+        """Set `.grad` of every B to the gradient of its W, and let both decay. lr: η."""
         for layer, feedback in zip(self.layers, self.feedback, strict=True):
             feedback.grad = layer.weight.grad
         if self.decay:
-            for weight in {*self.feedback, *(layer.weight for layer in self.layers)}:  # one that two layers share, once
+            # a set, so that a weight that two layers share decays once
+            for weight in {*self.feedback, *(layer.weight for layer in self.layers)}:
                 weight.mul_(1 - lr * self.decay)

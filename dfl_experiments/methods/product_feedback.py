@@ -12,19 +12,22 @@ from dfl_experiments.ranges import Count
 
 
 class ProductFeedback(Sequential):
-    """δ_i = (δ_{i+1} P R) ⊙ f'(a_i): P (d_out, m) is fixed, R (m, d_in) has an optimizer of its own and R.grad = Pᵀ g.
+    """Product feedback alignment: δ_i = (δ_{i+1} P R) ⊙ f'(a_i), with a fixed P and a learned R.
 
-    g is W's gradient, (d_out, d_in), and d_in = C·k² of a convolution. `expansion`: m = expansion · d_out; above 1, P
-    and R are Xavier-uniform, P with gain √((1 + 1/expansion)/2), so that P Pᵀ ≈ 1; at 1, P is orthogonal, and W - P R
-    shrinks by 1 - ηλ a step under SGD with weight decay λ.
+    P is (d_out, m), R is (m, d_in); d_in = C·k² for a convolution. The gradient of R is Pᵀ g, with W's gradient g.
+
+    expansion: m / d_out. Above 1, P and R are Xavier-uniform, P with gain √((1 + 1/expansion)/2), so that P Pᵀ ≈ 1.
+        At 1, P is orthogonal, and SGD with weight decay λ multiplies W - P R by 1 - ηλ in every step.
+    Raises `UserError` for layers that share a weight, and for transposed convolutions.
     """
 
     sends_first = True
+    follows_backward = True
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, expansion: Count) -> None:
         super().__init__(net, num_classes, loss)
         if len({layer.weight for layer in self.layers}) < len(self.layers):
-            raise UserError("model: two layers share one weight, which PFA has no two R for; choose fa or kp")
+            raise UserError("model: two layers share a weight, but PFA needs an R for each layer; choose fa or kp")
         self.feedback = nn.ParameterList()
         for k, layer in enumerate(self.layers):
             if isinstance(layer, TRANSPOSED):
@@ -39,22 +42,22 @@ class ProductFeedback(Sequential):
             self.feedback.append(nn.init.xavier_uniform_(torch.empty(expansion * rows, columns).to(layer.weight)))
 
     def feedback_weight(self, k: int) -> Tensor:
-        """P R, in the shape of the weight of layers[k]."""
+        """Return P R, in the shape of the weight of layers[k]."""
         return (self.get_buffer(f"fixed_{k}") @ self.feedback[k]).view_as(self.layers[k].weight)
 
     def carry(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
-        """The signal at the input x of layers[k]; of a linear one by way of δ P, which gives R.grad = (δ P)ᵀ x too."""
+        """Return the signal at the input x of layers[k]. For a linear layer, also set R.grad = (δ P)ᵀ x."""
         if not isinstance(self.layers[k], nn.Linear):
             return super().carry(k, signal, x)
-        inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)  # far fewer operations than P R
-        learnt = self.feedback[k]
-        gradient = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(learnt.dtype)
-        learnt.grad = gradient if learnt.grad is None else learnt.grad + gradient  # of a layer that is called twice
-        return inner @ learnt.to(inner.dtype)
+        inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)  # δ P, much cheaper than P R
+        r = self.feedback[k]
+        gradient = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(r.dtype)
+        r.grad = gradient if r.grad is None else r.grad + gradient  # a layer may be called twice
+        return inner @ r.to(inner.dtype)
 
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
-        """Pᵀ g of the R of convolutions. lr: η, of no use here."""
+        """Set `.grad` of R to Pᵀ g for convolutions. lr: η, not used."""
         for k, (layer, feedback) in enumerate(zip(self.layers, self.feedback, strict=True)):
             if not isinstance(layer, nn.Linear) and layer.weight.grad is not None:
                 feedback.grad = self.get_buffer(f"fixed_{k}").T @ layer.weight.grad.flatten(1)

@@ -1,4 +1,4 @@
-"""Direct feedback through the top of one matrix that all layers share (Launay et al., 2019)."""
+"""Direct feedback through the first rows of one shared matrix (Launay et al., 2019)."""
 
 from typing import Any, Literal
 
@@ -10,11 +10,13 @@ from dfl_experiments.methods.direct import Direct
 
 
 class SharedDirectFeedback(Direct):
-    """δ_i = (B_{i+1} e) ⊙ f'(a_i), with B_{i+1} the first d_i rows of one S, (d_max, K), scaled.
+    """DFA with a shared matrix: δ_i = (B_{i+1} e) ⊙ f'(a_i), with B_{i+1} the scaled first d_i rows of S, (d_max, K).
 
-    `scale`: "layerwise", as first published: S ~ N(0, 1/(d_max K)), then times √(d_max/d_i), so that B_{i+1} √d_i is
-    the same in all layers where they overlap; or "global", as in the authors' code of 2020: S ~ U[-1, 1)/√d_max.
-    A B in the shape of a convolution counts C·k² rows.
+    A convolutional B has C·k² rows.
+
+    scale: "layerwise", as first published: S ~ N(0, 1/(d_max K)), times √(d_max/d_i), so that the layers have the same
+        B_{i+1} √d_i in their common rows. "global", as in the authors' code of 2020: S ~ U[-1, 1)/√d_max.
+    options: see `Direct`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""uSF, brSF and frSF: signals pass through the signs of the weights (Liao et al., 2016; Xiao et al., 2019)."""
+"""uSF, brSF and frSF: feedback through the signs of the weights (Liao et al., 2016; Xiao et al., 2019)."""
 
 from torch import Tensor
 
@@ -11,12 +11,12 @@ from dfl_experiments.ranges import Magnitudes, Scale
 
 
 class SignSymmetry(Sequential):
-    """δ_i = (δ_{i+1} V_{i+1}) ⊙ f'(a_i), with V = M ⊙ sign(W) of today's W.
+    """Sign symmetry: δ_i = (δ_{i+1} V_{i+1}) ⊙ f'(a_i), with V = M ⊙ sign(W) at the current W.
 
-    `magnitudes`: M is one number s ("uniform", uSF), is drawn anew for every batch ("batch", brSF) or once ("fixed",
-    frSF): uniformly from 0, as Liao et al. [from memory], or |N| where `normal`. `scale`: s, or M's root mean square:
-    W's at the start ("weights"); √(2/(fan_in + fan_out)) ("xavier", BioTorch); or √(2/(k² C_out)) of a convolution and
-    1/√d_in of a linear layer ("fan_out", Xiao et al.).
+    magnitudes: M is one number s ("uniform", uSF), or is drawn for every batch ("batch", brSF) or once ("fixed", frSF).
+    scale: s, the root mean square of M. "weights": that of the initial W. "xavier": √(2/(fan_in + fan_out)), as in
+        BioTorch. "fan_out": √(2/(k² C_out)) for a convolution, 1/√d_in for a linear layer, as in Xiao et al.
+    normal: draw M as |N(0, s²)|; else uniformly from [0, √3 s], as in Liao et al. [from memory].
     """
 
     def __init__(
@@ -26,33 +26,34 @@ class SignSymmetry(Sequential):
         self.magnitudes, self.normal = magnitudes, normal
         self.scales = [root_mean_square(layer, scale) for layer in self.layers]
         for k, layer in enumerate(self.layers):
-            rows = layer.weight.detach().flatten(1)  # two dimensions: drawn alike in every memory format
+            rows = layer.weight.detach().flatten(1)  # two dimensions, so that every memory format draws the same M
             shape = (1, 1) if magnitudes == "uniform" else rows.shape
             self.register_buffer(f"magnitude_{k}", rows.new_full(shape, self.scales[k]))
         if magnitudes != "uniform":
             self.draw()
 
     def draw(self) -> None:
-        """Every M anew, in place: a step that has been captured goes on reading it."""
+        """Draw every M anew, in place, because a captured step reads the same tensors."""
         for k, s in enumerate(self.scales):
             magnitude = self.get_buffer(f"magnitude_{k}")
             magnitude.normal_(0, s).abs_() if self.normal else magnitude.uniform_(0, 3**0.5 * s)
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """brSF's new M."""
+        """Draw a new M for every batch, with `magnitudes` "batch"."""
         if self.magnitudes == "batch":
             self.draw()
 
     def feedback_weight(self, k: int) -> Tensor:
-        """V = M ⊙ sign(W)."""
+        """Return V = M ⊙ sign(W), in the shape of W."""
         rows = self.layers[k].weight.detach().flatten(1)
         return rows.sign().mul_(self.get_buffer(f"magnitude_{k}")).view_as(self.layers[k].weight)
 
 
 def root_mean_square(layer: WeightLayer, scale: Scale) -> float:
-    """Return that of M for a layer."""
+    """Return the root mean square of M for a layer. scale: see `SignSymmetry`."""
     weight = layer.weight.detach()
-    fan_out, fan_in = (weight.shape[i] * weight[0, 0].numel() for i in (0, 1))
+    kernel_size = weight[0, 0].numel()
+    fan_out, fan_in = weight.shape[0] * kernel_size, weight.shape[1] * kernel_size
     if isinstance(layer, TRANSPOSED):
         fan_out, fan_in = fan_in, fan_out
     return {

@@ -12,11 +12,15 @@ from dfl_experiments.ranges import Count
 
 
 class SparseDirectFeedback(Direct):
-    """δ_i = (B_{i+1} e) ⊙ f'(a_i), with s of the K entries of B for each hidden unit, the others zero.
+    """Sparse DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), where s of the K entries of B for each hidden unit are not zero.
 
-    `nonzeros`: s, 1 in the paper, where a unit hears of one class's error. Positions are drawn for every unit, without
-    replacement. `scale`: the entries left are those of the dense B ("dense"), or drawn anew from U(±(K s)^¼ / √d_i),
-    as the published code draws them ("published"). At s = K and "dense" it is DFA.
+    The positions are random for every unit. With s = K and `scale` "dense" it is DFA.
+
+    nonzeros: s; 1 in the paper, where each unit receives the error of one class.
+    scale: the entries that are not zero are those of a dense B ("dense"), or U(±(K s)^¼ / √d_i) as in the published
+        code ("published").
+    options: see `Direct`.
+    Raises `UserError` where s > K.
     """
 
     def __init__(
@@ -30,9 +34,9 @@ class SparseDirectFeedback(Direct):
     ) -> None:
         super().__init__(net, num_classes, loss, **options)
         if nonzeros > num_classes:
-            raise UserError(f"method.nonzeros={nonzeros}: there are {num_classes} classes, with an error each")
+            raise UserError(f"method.nonzeros={nonzeros}: must be at most the number of classes, {num_classes}")
         for module in self.local_modules.values():
-            weight = module.weight.data  # (K, …), all units of h_i behind it
+            weight = module.weight.data  # (K, …), with all units of h_i in the other dimensions
             if scale == "published":
                 bound = (num_classes * nonzeros) ** 0.25 * weight[0].numel() ** -0.5
                 weight.uniform_(-bound, bound)

@@ -1,4 +1,4 @@
-"""DRTP: hidden layers learn from the label alone (Frenkel et al., 2021); and its sibling, from the error's sign."""
+"""DRTP, where hidden layers learn from the label alone, and sDFA, from the error's sign (Frenkel et al., 2021)."""
 
 from typing import Any, Literal
 
@@ -12,12 +12,16 @@ from dfl_experiments.methods.direct import Direct
 
 
 class TargetProjection(Direct):
-    """δ_i = (B_{i+1} s) ⊙ f'(a_i), with a fixed B and s = -y*/N ("target", DRTP) or sign(e)/N ("error_sign", sDFA).
+    """Target projection: δ_i = (B_{i+1} s) ⊙ f'(a_i), with a fixed B and s = -y*/N (DRTP) or sign(e)/N (sDFA).
 
-    -y*/N stands for e = (softmax(a_L) - y*)/N: its entry at the label has e's sign. It never vanishes, and units that
-    do not saturate, like ReLU, grow without bound; the authors' are tanh [from memory], which the protocols choose
-    where a net leaves its activation open. Theirs is +B y* without 1/N: a symmetric B absorbs the sign, SGD's learning
-    rate the N. Raises `UserError` for "target" with another loss than cross-entropy, whose e has any sign there.
+    -y*/N replaces e = (softmax(a_L) - y*)/N; at the label both are negative. This signal never vanishes, so units that
+    do not saturate, such as ReLU, grow without bound. The authors use tanh [from memory], and so do the protocols where
+    a net has a choice of activation. The authors' signal is +B y* without 1/N: a symmetric B absorbs the sign, and
+    SGD's learning rate absorbs N.
+
+    projected: "target" (DRTP) or "error_sign" (sDFA).
+    options: see `Direct`.
+    Raises `UserError` for "target" with another loss than cross-entropy: its e may be positive at the label.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class TargetProjection(Direct):
         self.projected = projected
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:
-        """s, (N, K). error: e, (N, K); target: labels, (N,)."""
+        """Return s, (N, K). error: e, (N, K). target: labels, (N,)."""
         if self.projected == "target":
             return F.one_hot(target, error.shape[1]).to(error) / -len(target)
         return error.sign() / len(target)

@@ -1,4 +1,4 @@
-"""WM: B learns W from noise that is sent through the layers (Akrout et al., 2019)."""
+"""WM: weight mirror, where B learns W from noise sent through the layers (Akrout et al., 2019)."""
 
 from typing import Annotated, Any
 
@@ -14,11 +14,14 @@ from dfl_experiments.ranges import Probability
 
 
 class WeightMirror(FeedbackAlignment):
-    """B ← (1 - ρ) B + ρ (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) at every step, with y = ξ Wᵀ and ξ ~ N(0, 1), (M, d_in), per layer.
+    """Weight mirror: B ← (1 - ρ) B + ρ (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) in every step, with y = ξ Wᵀ and ξ ~ N(0, 1), (M, d_in).
 
-    B here in W's shape; Eq. 7 of the paper, with the normaliser that makes E[B] = W. Neither bias nor activation nor
-    padding takes part: a convolution's mirror is on patches, d_in = C·k². `samples`: M. `rate`: ρ; null for
-    0.08 (M - 1)/(d_in + 1), with which the cosine of B and a W at rest comes to 0.98.
+    This is Eq. 7 of the paper, normalised so that E[B] = W; B has the shape of W. Bias, activation and padding are not
+    used: for a convolution ξ are patches, with d_in = C·k².
+
+    samples: M.
+    rate: ρ; None for 0.08 (M - 1)/(d_in + 1), with which the cosine of B and a constant W converges to 0.98.
+    options: see `FeedbackAlignment`.
     """
 
     def __init__(
@@ -35,17 +38,19 @@ class WeightMirror(FeedbackAlignment):
 
     @torch.no_grad()
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """Mirror every layer once, in no less than float32."""
+        """Update the B of every layer, in float32 or more."""
         with torch.autocast(error.device.type, enabled=False):
             for layer, feedback in zip(self.layers, self.feedback, strict=True):
                 weight = layer.weight.flatten(1)
                 noise = torch.randn(self.samples, weight.shape[1], dtype=weight.dtype, device=weight.device)
-                rate = min(1.0, 0.08 * (self.samples - 1) / (weight.shape[1] + 1)) if self.rate is None else self.rate
+                rate = self.rate
+                if rate is None:
+                    rate = min(1.0, 0.08 * (self.samples - 1) / (weight.shape[1] + 1))
                 feedback.lerp_(mirrored(weight, noise).view_as(feedback), rate)
 
 
 def mirrored(weight: Tensor, noise: Tensor) -> Tensor:
-    """(y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) with y = ξ Wᵀ, shaped like W, (d_out, d_in). noise: ξ, (M, d_in)."""
+    """Return (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) with y = ξ Wᵀ, (d_out, d_in). weight: W, (d_out, d_in). noise: ξ, (M, d_in)."""
     centred = noise - noise.mean(0)
     y = noise @ weight.T
     return (y - y.mean(0)).T @ centred / (len(noise) - 1)

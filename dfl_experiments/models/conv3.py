@@ -1,4 +1,4 @@
-"""Conv3 and Conv3+BN: three convolution blocks, then three linear layers (Crafton et al., 2019)."""
+"""Conv3 and its variants with normalisation: three convolutions, then three linear layers (Crafton et al., 2019)."""
 
 from typing import Annotated
 
@@ -11,9 +11,12 @@ from dfl_experiments.ranges import Activation, Downsampling, Passes, Width, Widt
 
 
 def normalisation(channels: int, updates: int) -> nn.BatchNorm2d:
-    """BN whose running statistics r ← (1-m) r + m s move as if `updates` forward passes had seen the same batch.
+    """Return a batch normalisation whose statistics change as after several forward passes over the same batch.
 
-    n passes over one batch s give r ← (1-m)ⁿ r + (1 - (1-m)ⁿ) s, which is one pass with momentum 1 - (1-m)ⁿ; m = 0.1.
+    One pass is r ← (1-m) r + m s, with the running statistics r, those of the batch s, and m = 0.1. n passes are one
+    pass with momentum 1 - (1-m)ⁿ.
+
+    updates: n.
     """
     return nn.BatchNorm2d(channels, momentum=1 - 0.9**updates)
 
@@ -29,10 +32,13 @@ def conv3(
     layer_norm: bool = False,
     activation: Activation = "relu",
 ) -> BlockNet:
-    """Blocks [conv 5×5, pad 2 (+ BN); ReLU; max-pool 3×3, stride 2, pad 1], then flattened to widths-K.
+    """Return blocks [conv 5×5, pad 2 (+ norm); activation; max-pool 3×3, stride 2, pad 1], then linear layers to K.
 
-    downsampling: "max_pool" as in the published code, "stride" as in the text (convolution of stride 2, no pooling).
-    batch_norm_updates: see `normalisation`. layer_norm: over a sample's whole plane and all its channels, (C, H, W).
+    input_shape: (C, H, W). num_classes: K.
+    channels: of each convolution. widths: of the hidden linear layers.
+    downsampling: "max_pool", as in the published code; "stride", as in the text: a convolution of stride 2, no pooling.
+    batch_norm_updates: see `normalisation`.
+    layer_norm: normalise over (C, H, W) of each sample.
     """
     planes, height, width = input_shape
     pooled = downsampling == "max_pool"

@@ -1,4 +1,4 @@
-"""Fully connected network."""
+"""Fully connected networks."""
 
 import math
 from itertools import pairwise
@@ -17,7 +17,10 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 
 
 def dense_blocks(widths: list[int], activation: Activation = "relu", layer_norm: bool = False) -> list[Block]:
-    """Blocks [a_i = W_i h_{i-1} + b_i, h_i = f(a_i)] for widths [d_0, d_1, …]; with LN, a_i = LN(W_i h_{i-1} + b_i)."""
+    """Return blocks a_i = W_i h_{i-1} + b_i, h_i = f(a_i); with layer_norm, a_i = LN(W_i h_{i-1} + b_i).
+
+    widths: [d_0, d_1, …].
+    """
     blocks = []
     for d, width in pairwise(widths):
         layer: nn.Module = nn.Linear(d, width)
@@ -29,7 +32,11 @@ def dense_blocks(widths: list[int], activation: Activation = "relu", layer_norm:
 def fc(
     input_shape: tuple[int, ...], num_classes: int, widths: Widths, activation: Activation, layer_norm: bool = False
 ) -> BlockNet:
-    """d_0-widths-K (paper: 784-1024-1024-10 and 3072-4096-4096-4096-K, ReLU). "identity" makes it linear."""
+    """Return the network d_0-widths-K (paper: 784-1024-1024-10 and 3072-4096-4096-4096-K, ReLU).
+
+    input_shape: of one sample, flattened to d_0. num_classes: K.
+    activation: f; "identity" makes the network linear.
+    """
     first, *rest = dense_blocks([math.prod(input_shape), *widths], activation, layer_norm)
     first.pre = nn.Sequential(nn.Flatten(), first.pre)
     return BlockNet(first, *rest, head=nn.Linear(widths[-1], num_classes), input_shape=input_shape)

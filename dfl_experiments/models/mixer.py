@@ -11,7 +11,7 @@ Cuts = Literal["simple", "full"]
 
 
 class Patches(nn.Module):
-    """Every patch of p × p pixels as a vector: (N, planes, H, W) -> (N, T, C), T = ⌈H/p⌉ ⌈W/p⌉, zeros at the border."""
+    """The embedding of patches of p × p pixels, zeros at the border: (N, planes, H, W) -> (N, ⌈H/p⌉ ⌈W/p⌉, C)."""
 
     def __init__(self, planes: int, height: int, width: int, patch: int, channels: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Patches(nn.Module):
 
 
 class Mixing(nn.Module):
-    """h + W_2 GELU(W_1 LN(h) + b_1) + b_2, along the channels or along the tokens of every sample. (N, T, C)."""
+    """The residual layer h + W_2 GELU(W_1 LN(h) + b_1) + b_2 along the channels or the tokens, on (N, T, C)."""
 
     def __init__(self, channels: int, mixed: int, width: int, along_tokens: bool) -> None:
         super().__init__()
@@ -33,12 +33,13 @@ class Mixing(nn.Module):
         self.along_tokens = along_tokens
 
     def forward(self, h: Tensor) -> Tensor:
-        read = self.norm(h)
-        return h + (self.mlp(read.mT).mT if self.along_tokens else self.mlp(read))
+        normalised = self.norm(h)
+        mixed = self.mlp(normalised.mT).mT if self.along_tokens else self.mlp(normalised)
+        return h + mixed
 
 
 class TokenMean(nn.Module):
-    """(N, T, C) -> (N, C)."""
+    """The mean over tokens: (N, T, C) -> (N, C)."""
 
     def forward(self, h: Tensor) -> Tensor:
         return h.mean(1)
@@ -54,10 +55,14 @@ def mixer(
     channel_width: Width,
     cuts: Cuts,
 ) -> BlockNet:
-    """Block 1 embeds patches; each of `layers` mixes along tokens, then along channels; head: LN, mean, linear.
+    """Return an MLP-Mixer: patches, layers that mix along tokens, then along channels; head: LN, mean, linear.
 
-    cuts: feedback boundaries after every layer ("simple") or after every mixing ("full"). h_i, and a_i with it, is the
-    whole stream, skip included: (N, T, C).
+    h_i = a_i is the whole residual stream, (N, T, C).
+
+    input_shape: (C, H, W). num_classes: K.
+    patch: side in pixels. channels: C of the tokens.
+    layers: their number. token_width, channel_width: hidden widths of the two mixings.
+    cuts: feedback boundaries after every layer ("simple") or after every mixing ("full").
     """
     patches = Patches(*input_shape, patch, channels)
     blocks = [Block(patches, nn.Identity())]

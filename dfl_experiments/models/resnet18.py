@@ -1,4 +1,6 @@
-"""ResNet18 (He et al., 2016) with feedback boundaries at the stem's and at every stage's output."""
+"""ResNet18 (He et al., 2016), with feedback boundaries after the stem and after every stage."""
+
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +11,10 @@ from dfl_experiments.ranges import Depth, Passes, Skip, Widths
 
 
 class Residual(nn.Module):
-    """The sum a = BN(conv(ReLU(BN(conv(x))))) + shortcut(x) of a basic block, before its ReLU."""
+    """The sum a = BN(conv(ReLU(BN(conv(x))))) + shortcut(x) of a basic block, before its ReLU.
+
+    planes, out: channels of the input and of the output. updates: see `normalisation`.
+    """
 
     def __init__(self, planes: int, out: int, stride: int, updates: int) -> None:
         super().__init__()
@@ -25,12 +30,12 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(planes, out, 1, stride, bias=False), normalisation(out, updates))
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
-        """x: what the branch reads; skipped: what the shortcut reads, if not the same tensor. Both (N, C, H, W)."""
+        """Return a. x: input of the branch. skipped: input of the shortcut; None for x. Both (N, C, H, W)."""
         return self.branch(x) + self.shortcut(x if skipped is None else skipped)
 
 
 class Stage(nn.Module):
-    """Basic blocks up to the last one's sum, the stage's pre-activation; every inner sum is followed by its ReLU."""
+    """A chain of basic blocks with ReLU between them. Its output is the last sum, the stage's pre-activation."""
 
     def __init__(self, *residuals: Residual) -> None:
         super().__init__()
@@ -52,17 +57,20 @@ def resnet18(
     skip: Skip,
     batch_norm_updates: Passes,
     batch_norm_updates_top: Passes | None = None,
+    stem: Literal["7x7", "3x3"] = "7x7",
 ) -> BlockNet:
-    """Stem 7×7 stride 2 + BN + ReLU, no max-pool; a stage of `residuals` blocks per entry of `channels`; average pool.
+    """Return a ResNet18: stem (convolution, BN, ReLU, no max-pool), one stage for each width, average, linear.
 
-    batch_norm_updates: see `normalisation`; batch_norm_updates_top: of the last stage, where it is not the same.
-    skip: whether the shortcut across a boundary is "cut" like the branch, or "leak"s BP's signal past the direct one.
+    input_shape: (C, H, W). num_classes: K.
+    channels: of the stages. residuals: basic blocks per stage.
+    skip: at a boundary, "cut" the shortcut as the branch, or let it "leak" the gradient of the stage above.
+    batch_norm_updates: see `normalisation`. batch_norm_updates_top: of the last stage; None for the same.
+    stem: its convolution, "7x7" with stride 2 or "3x3" with stride 1.
     """
     planes = channels[0]
-    stem = nn.Sequential(
-        nn.Conv2d(input_shape[0], planes, 7, 2, 3, bias=False), normalisation(planes, batch_norm_updates)
-    )
-    blocks = [Block(stem, nn.ReLU())]
+    kernel, stride, padding = (7, 2, 3) if stem == "7x7" else (3, 1, 1)
+    convolution = nn.Conv2d(input_shape[0], planes, kernel, stride, padding, bias=False)
+    blocks = [Block(nn.Sequential(convolution, normalisation(planes, batch_norm_updates)), nn.ReLU())]
     for index, out in enumerate(channels):
         is_top = index == len(channels) - 1
         updates = batch_norm_updates_top or batch_norm_updates if is_top else batch_norm_updates

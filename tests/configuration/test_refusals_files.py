@@ -82,7 +82,7 @@ STRANGERS = {
         {"plugins": ["stranger"], "method": {"name": "las", "_target_": "stranger.Method"}},
         "method._target_=stranger.Method",
     ),
-    "an interpolation": ({"data_dir": "${oc.env:HOME}"}, "holds an interpolation"),
+    "an interpolation": ({"data_dir": "${oc.env:HOME}"}, "has an interpolation"),
 }
 
 
@@ -114,7 +114,7 @@ def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(strang
     Path("theirs/result.json").unlink()
     done = dfl_report(Path(), "theirs")
     assert done.returncode == 2
-    assert "holds an interpolation" in done.stderr
+    assert "has an interpolation" in done.stderr
     assert not Path("touched").exists()
 
 
@@ -208,7 +208,7 @@ def test_a_kernel_larger_than_the_images_is_refused_before_training(valid_conv, 
         line = refusal(
             [*valid_conv, *QUICK, f"method={method}", "model.kernel=9", "hydra.run.dir=here"], monkeypatch, capsys
         )
-        assert "images of 1x8x8" in line
+        assert "input shape (1, 8, 8)" in line
         assert "9 x 9" in line
     assert not [name for name in ("last.pt", "iterations.csv", "epochs.csv") if (tmp_path / "here" / name).exists()]
 
@@ -245,8 +245,8 @@ def test_a_network_that_no_method_can_train_is_the_user_s_mistake():
     for wrong, words in (
         (net(), "at least one hidden block"),
         (net(hidden, outputs=7), r"\(1, 7\).*\(1, 10\)"),
-        (net(Block(nn.AvgPool2d(9), nn.ReLU())), "images of 1x8x8"),
-        (net(Block(nn.AvgPool2d(2), nn.ReLU())), "images of 1x8x8"),
+        (net(Block(nn.AvgPool2d(9), nn.ReLU())), r"input shape \(1, 8, 8\)"),
+        (net(Block(nn.AvgPool2d(2), nn.ReLU())), r"input shape \(1, 8, 8\)"),
     ):
         with pytest.raises(UserError, match=words):
             Backprop(wrong, 10, LOSSES["cross_entropy"])

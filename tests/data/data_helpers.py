@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from dfl_experiments.data.packs import load
+from dfl_experiments.data.packs import load_pack
 from dfl_experiments.data.sources import Arrays, Source
 from dfl_experiments.data.sources_folders import TinyImageNet
 from dfl_experiments.errors import UserError
@@ -137,7 +137,7 @@ def refused(name: str, source: Source, data_dir: Path, message: str, **options) 
     """Check that loading raises one line that matches, and writes nothing; the line."""
     before = contents(data_dir)
     with pytest.raises(UserError, match=message) as caught:
-        load(name, source, data_dir, **options)
+        load_pack(name, source, data_dir, **options)
     assert "\n" not in str(caught.value)
     assert contents(data_dir) == before
     return str(caught.value)

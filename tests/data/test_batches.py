@@ -92,7 +92,7 @@ def test_normalise(mean, std):
 
 
 def test_normalise_refuses_what_does_not_fit():
-    with pytest.raises(UserError, match="3 values, the images 1 channels"):
+    with pytest.raises(UserError, match="3 values, but the images have 1 channels"):
         Normalise([0.5] * 3, [0.25] * 3)(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
 
 

@@ -9,14 +9,14 @@ import pytest
 from data_helpers import Made, equal, flip, refused
 
 from dfl_experiments.data import checksums
-from dfl_experiments.data.packs import CLASSES, FILES, is_packed, load
+from dfl_experiments.data.packs import CLASSES, FILES, is_packed, load_pack
 from dfl_experiments.errors import UserError
 
 
 @pytest.fixture
 def packed(tmp_path) -> Path:
     """A data_dir with a pack of our own."""
-    load("made", Made(), tmp_path)
+    load_pack("made", Made(), tmp_path)
     return tmp_path
 
 
@@ -32,11 +32,11 @@ def test_a_pack_has_a_record_and_is_not_packed_again(packed):
     contents = {name: (packed / "made" / name).read_bytes() for name in FILES}
     expected = {name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in contents.items()}
     assert record == {"format": 1, "files": expected}
-    assert equal(load("made", Made(classes=["other", "names"]), packed), Made().arrays)
+    assert equal(load_pack("made", Made(classes=["other", "names"]), packed), Made().arrays)
 
 
 def test_brought_arrays_need_no_record_and_are_left_alone(brought):
-    assert equal(load("made", Made(classes=["other", "names"]), brought), Made().arrays)
+    assert equal(load_pack("made", Made(classes=["other", "names"]), brought), Made().arrays)
     assert sorted(path.name for path in (brought / "made").iterdir()) == sorted(FILES)
 
 
@@ -48,7 +48,7 @@ def test_an_altered_byte_is_found(packed, name, place):
     assert f"delete {packed / 'made'} to have it packed anew" in message
     for file in FILES:
         (packed / "made" / file).unlink()
-    assert equal(load("made", Made(), packed), Made().arrays)
+    assert equal(load_pack("made", Made(), packed), Made().arrays)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -58,7 +58,7 @@ def test_a_truncated_file_is_found(packed, name, length):
     file.write_bytes(file.read_bytes()[:length])
     refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(it does not have the CRC-32 .*\); delete ")
     (packed / "made" / checksums.RECORD).unlink()
-    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(.*\); .*put a whole copy there")
+    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(.*\); .*put an undamaged copy there")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -95,19 +95,20 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("train_images", IMAGES.astype(float), r"must be uint8 \(N, C, H, W\), is float64 \(4, 1, 2, 2\)"),
+        ("test_images", IMAGES.astype(float), r"features of \(1, 2, 2\), those of train_images.npy are images of"),
+        ("train_images", IMAGES.astype(np.int8), r"must be uint8 images \(N, C, H, W\), .*, is int8 \(4, 1, 2, 2\)"),
         ("train_images", IMAGES.astype(np.int64), "must be uint8"),
-        ("train_images", IMAGES[:, 0], r"must be uint8 \(N, C, H, W\), is uint8 \(4, 2, 2\)"),
+        ("train_images", IMAGES[:, 0], r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(4, 2, 2\)"),
         ("test_images", IMAGES[:0], "must be uint8"),
         ("test_images", IMAGES[..., :0], r"must be uint8 .*, is uint8 \(4, 1, 2, 0\)"),
-        ("train_images", np.uint8(3), r"must be uint8 \(N, C, H, W\), is uint8 \(\)"),
+        ("train_images", np.uint8(3), r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(\)"),
         ("train_images", np.zeros((4, 8, 8, 3), np.uint8), r"\(4, 8, 8, 3\) is \(N, H, W, C\); save images.transpose"),
         ("train_images", np.zeros((4, 48, 64, 3), np.uint8), r"\(4, 48, 64, 3\) is \(N, H, W, C\)"),
         ("train_images", np.zeros((4, 48, 64, 1), np.uint8), r"\(4, 48, 64, 1\) is \(N, H, W, C\)"),
         (
             "test_images",
             np.zeros((2, 1, 3, 2), np.uint8),
-            r"images of \(1, 3, 2\), those of train_images.npy are \(1, 2, 2\)",
+            r"images of \(1, 3, 2\), those of train_images.npy are images of \(1, 2, 2\)",
         ),
         ("test_images", np.zeros((2, 3, 2, 2), np.uint8), r"images of \(3, 2, 2\), those of"),
         ("test_images", IMAGES[:1], "test_labels.npy: must be 1 integers"),
@@ -119,7 +120,7 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
         (
             "test_labels",
             np.array([0, 2]),
-            "labels must be 0 to 1, one for each name of classes.json; they go from 0 to 2",
+            "labels must be 0 to 1, one for each class; they go from 0 to 2",
         ),
         ("train_labels", np.array([0, 1, -1, 0]), "labels must be 0 to 1, .*; they go from -1 to 1"),
         ("classes", [], "must name two classes at least"),
@@ -131,7 +132,7 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(brought, tmp_path, part, value, message):
-    assert load("made", Made(), brought).shape == (1, 2, 2)
+    assert load_pack("made", Made(), brought).shape == (1, 2, 2)
     file = CLASSES if part == "classes" else f"{part}.npy"
     message = message if ".npy: " in message else f"{file}: {message}"
     refused("made", Made(**{part: value}), tmp_path / "bad", message)
@@ -172,7 +173,7 @@ def test_a_file_where_the_folder_would_be(tmp_path):
 
 
 def test_one_pixel_and_two_classes_are_enough(tmp_path):
-    arrays = load("made", Made(train_images=IMAGES[..., :1, :1], test_images=IMAGES[:2, :, :1, :1]), tmp_path)
+    arrays = load_pack("made", Made(train_images=IMAGES[..., :1, :1], test_images=IMAGES[:2, :, :1, :1]), tmp_path)
     assert (arrays.shape, arrays.num_classes) == ((1, 1, 1), 2)
     assert is_packed(tmp_path / "made")
 
@@ -180,8 +181,8 @@ def test_one_pixel_and_two_classes_are_enough(tmp_path):
 def test_somebody_s_list_of_classes_may_begin_with_a_mark_and_is_never_to_be_deleted(brought):
     classes = brought / "made" / CLASSES
     classes.write_bytes(b"\xef\xbb\xbf" + classes.read_bytes())
-    assert load("made", Made(), brought).num_classes == 2
+    assert load_pack("made", Made(), brought).num_classes == 2
     classes.write_text("[")
     with pytest.raises(UserError, match=r"classes\.json: unreadable or damaged") as told:
-        load("made", Made(), brought)
+        load_pack("made", Made(), brought)
     assert "delete" not in str(told.value)

@@ -12,7 +12,7 @@ from PIL import Image
 from processes import dfl_train
 
 from dfl_experiments import train
-from dfl_experiments.data.packs import load
+from dfl_experiments.data.packs import load_pack
 from dfl_experiments.data.sources_folders import Folder, TinyImageNet
 
 
@@ -139,7 +139,7 @@ def test_bad_folders(folder, tmp_path, case):
 
 @pytest.mark.parametrize("case", ["class in test only", "one class", "a link to nowhere", "images without classes"])
 def test_a_folder_that_has_become_bad_is_refused_although_it_is_packed(folder, tmp_path, case):
-    load("folder", Folder(str(folder)), tmp_path / "data")
+    load_pack("folder", Folder(str(folder)), tmp_path / "data")
     FOLDERS[case][0](folder)
     refused("folder", Folder(str(folder)), tmp_path / "data", FOLDERS[case][1])
 
@@ -152,13 +152,13 @@ TINY = {
     "labels cut before a class": (shorten(LABELS, 14), "do not agree on the classes"),
     "an image twice": (append(LABELS, "val_0.JPEG\tn01\t0\t0\t1\t1\n"), f"{LABELS}: damaged, it must have one line"),
     "no text": (write(LABELS, b"\xff\xfe\x00"), f"{LABELS}: cannot be read as text"),
-    "no validation image": (remove("val/images/val_3.JPEG"), "incomplete, val/images/val_3.JPEG is not there"),
+    "no validation image": (remove("val/images/val_3.JPEG"), "incomplete, val/images/val_3.JPEG is missing"),
     "an image too many": (image("val/images/x.JPEG", 64, 64), f"{LABELS}: damaged, it must have one line"),
     "no training images": (
         remove("train"),
         "do not agree on the classes",
     ),
-    "a training image fewer": (remove(IMAGE), f"incomplete, {IMAGE} is not there"),
+    "a training image fewer": (remove(IMAGE), f"incomplete, {IMAGE} is missing"),
     "a class without training images": (remove("train/n01"), "do not agree on the classes"),
     "a class too few": (write("wnids.txt", b"n02\n"), "wnids.txt do not agree on the classes"),
     "a class twice": (append("wnids.txt", "n01\n"), "wnids.txt do not agree on the classes"),

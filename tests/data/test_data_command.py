@@ -7,8 +7,8 @@ import sys
 import pytest
 from data_helpers import Made, flip
 
+from dfl_experiments import dfl_data
 from dfl_experiments.configuration.composition import compose
-from dfl_experiments.data import dfl_data
 from dfl_experiments.data.packs import is_packed, pack
 
 pytestmark = pytest.mark.usefixtures("clean_logging")
@@ -27,9 +27,11 @@ def test_list_and_prepare(monkeypatch, capsys, mnist):
         return dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
 
     expected = {
+        "arrays": "unset",
         "cifar10": "absent",
         "cifar100": "absent",
         "digits": "bundled",
+        "fashion_mnist": "absent",
         "folder": "unset",
         "mnist": "raw",
         "tinyimagenet": "absent",
@@ -65,7 +67,7 @@ def test_data_too_large_for_the_memory_are_one_line(monkeypatch, capsys, mnist):
     def too_large(*arguments, **options):
         raise MemoryError("12 GiB")
 
-    monkeypatch.setattr(dfl_data, "load", too_large)
+    monkeypatch.setattr(dfl_data, "load_pack", too_large)
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "prepare", "dataset=mnist", f"data_dir={mnist}")
     assert caught.value.code == 1

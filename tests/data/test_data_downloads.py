@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from data_helpers import equal, forked, killed, md5, write_cifar, write_mnist, write_tiny
-from torchvision.datasets import CIFAR100, MNIST
+from torchvision.datasets import CIFAR100, MNIST, FashionMNIST
 
 from dfl_experiments.data import sources
-from dfl_experiments.data.packs import load
-from dfl_experiments.data.sources import Cifar, Mnist, Source
+from dfl_experiments.data.packs import load_pack
+from dfl_experiments.data.sources import Cifar, FashionMnist, Mnist, Source
 from dfl_experiments.data.sources_folders import TinyImageNet
 from dfl_experiments.errors import UserError
 
@@ -78,14 +78,24 @@ def server(monkeypatch):
 
 def publish_mnist(server: Server, monkeypatch, place: Path) -> Source:
     files = write_mnist(place, 200)
-    for name in files:
-        packed = place / f"{name}.gz"
-        packed.write_bytes(gzip.compress((place / "MNIST" / "raw" / name).read_bytes()))
-        server.files[packed.name] = packed.read_bytes()
-    monkeypatch.setattr(MNIST, "mirrors", [f"{server.url}/"])
-    monkeypatch.setattr(MNIST, "resources", [(name, md5(place / name)) for name in server.files])
+    publish_compressed(server, monkeypatch, place, MNIST)
     monkeypatch.setattr(Mnist, "FILES", files)
     return Mnist()
+
+
+def publish_fashion_mnist(server: Server, monkeypatch, place: Path) -> Source:
+    write_mnist(place, 200)
+    publish_compressed(server, monkeypatch, place, FashionMNIST)
+    return FashionMnist()
+
+
+def publish_compressed(server: Server, monkeypatch, place: Path, published: type[MNIST]) -> None:
+    for name, _ in published.resources:
+        packed = place / name
+        packed.write_bytes(gzip.compress((place / "MNIST" / "raw" / packed.stem).read_bytes()))
+        server.files[packed.name] = packed.read_bytes()
+    monkeypatch.setattr(published, "mirrors", [f"{server.url}/"])
+    monkeypatch.setattr(published, "resources", [(name, md5(place / name)) for name in server.files])
 
 
 def publish_cifar100(server: Server, monkeypatch, place: Path) -> Source:
@@ -111,7 +121,12 @@ def publish_tinyimagenet(server: Server, monkeypatch, place: Path) -> Source:
     return TinyImageNet()
 
 
-PUBLISH = {"mnist": publish_mnist, "cifar100": publish_cifar100, "tinyimagenet": publish_tinyimagenet}
+PUBLISH = {
+    "mnist": publish_mnist,
+    "fashion_mnist": publish_fashion_mnist,
+    "cifar100": publish_cifar100,
+    "tinyimagenet": publish_tinyimagenet,
+}
 FAULTS = ("half", "half in pieces", "half and silence", "silent", "altered", "rubbish", "missing")
 
 
@@ -125,7 +140,7 @@ def published(request, server, monkeypatch, tmp_path) -> tuple[str, Source]:
 def fails(name: str, source: Source, data_dir: Path, download: bool = True) -> None:
     """Check that there is no data set to load, which is one line."""
     with pytest.raises(UserError) as caught:
-        load(name, source, data_dir, download)
+        load_pack(name, source, data_dir, download)
     line = str(caught.value)
     assert "\n" not in line
     assert f"dataset {name}: neither packed in {data_dir / name} nor readable from {data_dir}" in line
@@ -139,16 +154,16 @@ def test_a_download_that_fails_is_done_anew(server, published, tmp_path, fault):
     fails(name, source, data_dir)
     fails(name, source, data_dir, download=False)  # what was left is not taken for whole
     server.mode = "whole"
-    expected = load(name, source, tmp_path / "elsewhere")
+    expected = load_pack(name, source, tmp_path / "elsewhere")
     assert len(expected.train_labels) > 6
-    assert equal(load(name, source, data_dir), expected)
+    assert equal(load_pack(name, source, data_dir), expected)
 
 
 def test_a_process_killed_in_a_download(server, published, tmp_path):
     (name, source), data_dir = published, tmp_path / "data"
-    expected = load(name, source, tmp_path / "elsewhere")
+    expected = load_pack(name, source, tmp_path / "elsewhere")
     server.mode = "half and silence"
-    child = forked(lambda: load(name, source, data_dir))
+    child = forked(lambda: load_pack(name, source, data_dir))
     until = time.monotonic() + 2
     while not any(path.stat().st_size for path in data_dir.rglob("*") if path.is_file()) and time.monotonic() < until:
         time.sleep(0.01)
@@ -157,16 +172,16 @@ def test_a_process_killed_in_a_download(server, published, tmp_path):
     assert any(path.stat().st_size for path in data_dir.rglob("*") if path.is_file())
     fails(name, source, data_dir, download=False)
     server.mode = "whole"
-    assert equal(load(name, source, data_dir), expected)
+    assert equal(load_pack(name, source, data_dir), expected)
 
 
 def test_a_process_killed_at_any_moment_of_downloading_and_packing(server, published, tmp_path):
     name, source = published
-    expected = load(name, source, tmp_path / "elsewhere")
+    expected = load_pack(name, source, tmp_path / "elsewhere")
     for moment in itertools.count(1):
         data_dir = tmp_path / f"{moment}"
-        ended = not killed(lambda data_dir=data_dir: load(name, source, data_dir), moment)
-        assert equal(load(name, source, data_dir), expected)
+        ended = not killed(lambda data_dir=data_dir: load_pack(name, source, data_dir), moment)
+        assert equal(load_pack(name, source, data_dir), expected)
         if ended:
             break
     assert moment > 20

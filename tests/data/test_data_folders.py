@@ -9,20 +9,20 @@ import pytest
 from data_helpers import equal, write_image
 from PIL import Image
 
-from dfl_experiments.data.packs import load
+from dfl_experiments.data.packs import load_pack
 from dfl_experiments.data.sources_folders import Folder
 from dfl_experiments.errors import UserError
 
 
 def test_folder(folder, tmp_path, caplog):
-    arrays = load("folder", Folder(str(folder)), tmp_path / "data")
+    arrays = load_pack("folder", Folder(str(folder)), tmp_path / "data")
     assert arrays.classes == ["cats", "dogs"]
     assert arrays.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert arrays.test_labels.tolist() == [0, 1]
     with Image.open(folder / "train" / "dogs" / "deeper" / "2.png") as image:
         assert np.array_equal(arrays.train_images[5], np.asarray(image).transpose(2, 0, 1))
-    assert load("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
-    assert f"{folder}: 1 files are passed over, such as train/cats/notes.txt" in caplog.text
+    assert load_pack("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
+    assert f"{folder}: 1 files are ignored, such as train/cats/notes.txt" in caplog.text
 
 
 def test_folder_scales_to_one_size(folder, tmp_path):
@@ -40,11 +40,11 @@ def test_val_serves_where_there_is_no_test(folder, tmp_path):
 def test_altered_folder_is_packed_anew(folder):
     source, data_dir = Folder(str(folder)), folder
     first = source.cache_name("folder")
-    load("folder", source, data_dir)
+    load_pack("folder", source, data_dir)
     assert source.cache_name("folder") == first  # although the pack lies inside the folder
     write_image(folder / "train" / "cats" / "new.png", 1)
     assert source.cache_name("folder") != first
-    assert len(load("folder", source, data_dir).train_labels) == 7
+    assert len(load_pack("folder", source, data_dir).train_labels) == 7
     assert Folder(str(folder), channels=1).cache_name("folder") != source.cache_name("folder")
 
 
@@ -74,16 +74,16 @@ def test_every_mode_becomes_the_same_channels(folder, tmp_path):
     with contextlib.suppress(OSError):  # no valid UTF-8, which not every file system takes
         os.rename(folder / "test/cats/a.png", os.fsencode(folder) + b"/test/cats/\xff.png")
     os.symlink(folder / "train" / "dogs" / "deeper", folder / "train" / "cats" / "linked")
-    arrays = load("folder", Folder(str(folder)), tmp_path / "data")
+    arrays = load_pack("folder", Folder(str(folder)), tmp_path / "data")
     assert arrays.train_labels.tolist() == [0] * 11 + [1] * 3
-    assert load("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
+    assert load_pack("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
 
 
 def test_one_pixel_is_an_image(tmp_path):
     for split in ("train", "test"):
         for label in ("a", "b"):
             write_image(tmp_path / split / label / "x.png", 1, (1, 1))
-    assert load("folder", Folder(str(tmp_path)), tmp_path / "data").shape == (3, 1, 1)
+    assert load_pack("folder", Folder(str(tmp_path)), tmp_path / "data").shape == (3, 1, 1)
 
 
 def test_a_photograph_is_turned_as_its_camera_says_and_what_is_transparent_is_white(folder, tmp_path):

@@ -14,7 +14,7 @@ from data_helpers import Made, equal, forked, killed, refused
 from filelock import FileLock, Timeout
 
 from dfl_experiments.data import checksums, packs
-from dfl_experiments.data.packs import CLASSES, FILES, is_packed, load, pack
+from dfl_experiments.data.packs import CLASSES, FILES, is_packed, load_pack, pack
 from dfl_experiments.data.sources import Cifar, Mnist
 from dfl_experiments.data.sources_folders import Folder, TinyImageNet
 from dfl_experiments.errors import UserError
@@ -24,7 +24,7 @@ def test_missing_data_is_one_line(offline, tmp_path, capsys):
     for name, source in (("mnist", Mnist()), ("cifar100", Cifar(100)), ("tinyimagenet", TinyImageNet())):
         for download in (True, False):
             with pytest.raises(UserError) as caught:
-                load(name, source, tmp_path, download)
+                load_pack(name, source, tmp_path, download)
             message = str(caught.value)
             assert "\n" not in message
             assert name in message
@@ -44,7 +44,7 @@ def test_unfinished_pack_is_not_used(mnist, left):
     (mnist / ".mnist.partial").mkdir()
     (mnist / ".mnist.partial" / "train_images.npy").write_text("half")
     assert not is_packed(folder)
-    arrays = load("mnist", Mnist(), mnist)
+    arrays = load_pack("mnist", Mnist(), mnist)
     assert equal(arrays, Mnist().read(mnist, False))
     assert not (mnist / ".mnist.partial").exists()
 
@@ -57,9 +57,9 @@ def test_interrupted_pack_leaves_nothing_to_be_used(mnist, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(packs.np, "save", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            load("mnist", Mnist(), mnist)
+            load_pack("mnist", Mnist(), mnist)
     assert not is_packed(mnist / "mnist")
-    assert len(load("mnist", Mnist(), mnist).train_labels) == 12
+    assert len(load_pack("mnist", Mnist(), mnist).train_labels) == 12
 
 
 def test_interrupted_renames_leave_nothing_to_be_used(mnist, monkeypatch):
@@ -75,7 +75,7 @@ def test_interrupted_renames_leave_nothing_to_be_used(mnist, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        load("mnist", Mnist(), mnist)
+        load_pack("mnist", Mnist(), mnist)
     assert (folder / "train_images.npy").exists()
     assert not is_packed(folder)
 
@@ -92,9 +92,9 @@ def test_packing_killed_at_any_moment_is_done_anew(folder, tmp_path, before):
             data_dir.mkdir()
             pack(Made().arrays, packed)
             (packed / FILES[0]).unlink()
-        ended = not killed(lambda data_dir=data_dir: load("folder", source, data_dir), moment)
+        ended = not killed(lambda data_dir=data_dir: load_pack("folder", source, data_dir), moment)
         unfinished += not is_packed(packed)
-        assert equal(load("folder", source, data_dir), expected)
+        assert equal(load_pack("folder", source, data_dir), expected)
         assert sorted(path.name for path in packed.iterdir()) == sorted([*FILES, checksums.RECORD])
         assert not list(data_dir.glob("*.partial/*"))
     assert unfinished > 20
@@ -103,24 +103,24 @@ def test_packing_killed_at_any_moment_is_done_anew(folder, tmp_path, before):
 def test_two_processes_at_once(folder, tmp_path):
     code = (
         "import sys, logging, zlib; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
-        "from dfl_experiments.data.packs import load\n"
+        "from dfl_experiments.data.packs import load_pack\n"
         "from dfl_experiments.data.sources_folders import Folder\n"
         "source = Folder(sys.argv[1]); print('ready', flush=True)\n"
-        "arrays = load('folder', source, Path(sys.argv[2]))\n"
+        "arrays = load_pack('folder', source, Path(sys.argv[2]))\n"
         "*parts, classes = vars(arrays).values(); print(*(zlib.crc32(part.tobytes()) for part in parts), classes)"
     )
     data_dir = tmp_path / "data"
     arguments = [sys.executable, "-c", code, str(folder), str(data_dir)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    with packs.locked(data_dir, Folder(str(folder)).cache_name("folder")):
+    with packs.lock_pack(data_dir, Folder(str(folder)).cache_name("folder")):
         processes = [subprocess.Popen(arguments, **pipes) for _ in range(2)]
         for process in processes:
             assert process.stdout.readline() == "ready\n"
         time.sleep(0.3)  # both have found nothing packed, and wait
     results = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    *parts, classes = vars(load("folder", Folder(str(folder)), data_dir)).values()
+    *parts, classes = vars(load_pack("folder", Folder(str(folder)), data_dir)).values()
     expected = [zlib.crc32(part.tobytes()) for part in parts]
     assert [out for out, _ in results] == [f"{' '.join(map(str, expected))} {classes}\n"] * 2
     assert sum(err.count("preparing folder") for _, err in results) == 1
@@ -132,7 +132,7 @@ def test_a_killed_process_s_lock_is_free(folder, tmp_path):
     cache = source.cache_name("folder")
     for moment in range(1, 100):
         # stopped, not killed: what it holds, it goes on holding
-        child = forked(lambda: load("folder", source, data_dir), moment, signal.SIGSTOP)
+        child = forked(lambda: load_pack("folder", source, data_dir), moment, signal.SIGSTOP)
         os.waitpid(child, os.WUNTRACED)
         half = (data_dir / f".{cache}.partial" / "train_labels.npy").exists()
         try:
@@ -146,11 +146,11 @@ def test_a_killed_process_s_lock_is_free(folder, tmp_path):
             break
     assert half
     assert not is_packed(data_dir / cache)
-    assert equal(load("folder", source, data_dir), source.read(data_dir, False))
+    assert equal(load_pack("folder", source, data_dir), source.read(data_dir, False))
 
 
 def test_lock_ends_with_its_context(tmp_path):
-    held = packs.locked(tmp_path, "made")
+    held = packs.lock_pack(tmp_path, "made")
     with held, pytest.raises(Timeout):
         FileLock(tmp_path / ".made.lock").acquire(timeout=0)
     FileLock(tmp_path / ".made.lock").acquire(timeout=0).lock.release()
@@ -159,9 +159,9 @@ def test_lock_ends_with_its_context(tmp_path):
 def test_data_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^data_dir=.*file.*: mnist cannot be packed there"):
-        load("mnist", Mnist(), tmp_path / "file" / "inside")
+        load_pack("mnist", Mnist(), tmp_path / "file" / "inside")
     with pytest.raises(UserError, match=r"^data_dir=~nobody-at-all/x: there is no such home"):
-        load("mnist", Mnist(), Path("~nobody-at-all/x"))
+        load_pack("mnist", Mnist(), Path("~nobody-at-all/x"))
 
 
 def test_a_disk_without_room(folder, tmp_path):
@@ -172,4 +172,4 @@ def test_a_disk_without_room(folder, tmp_path):
         refused("folder", Folder(str(folder)), data_dir, r"data/folder-\w+: cannot be written")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(load("folder", Folder(str(folder)), data_dir).train_labels) == 6
+    assert len(load_pack("folder", Folder(str(folder)), data_dir).train_labels) == 6

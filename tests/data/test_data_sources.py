@@ -15,14 +15,14 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.batches import Normalise
-from dfl_experiments.data.packs import load
+from dfl_experiments.data.packs import load_pack
 from dfl_experiments.data.sources import Cifar, Digits, Mnist, Source
 from dfl_experiments.data.sources_folders import TinyImageNet
 from dfl_experiments.errors import UserError
 
 
 def test_digits_need_nothing_and_write_nothing(tmp_path):
-    arrays = load("digits", Digits(), tmp_path / "nowhere")
+    arrays = load_pack("digits", Digits(), tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     assert arrays.shape == (1, 8, 8)
     assert arrays.num_classes == 10
@@ -30,11 +30,11 @@ def test_digits_need_nothing_and_write_nothing(tmp_path):
     assert arrays.train_images.dtype == np.uint8
     assert arrays.train_images.max() == 255
     assert np.bincount(arrays.test_labels).min() >= 34
-    assert equal(arrays, load("digits", Digits(), tmp_path))
+    assert equal(arrays, load_pack("digits", Digits(), tmp_path))
 
 
 def test_digits_are_those_of_scikit_learn(tmp_path):
-    arrays, theirs = load("digits", Digits(), tmp_path), load_digits()
+    arrays, theirs = load_pack("digits", Digits(), tmp_path), load_digits()
     images = np.concatenate([arrays.train_images, arrays.test_images])
     labels = np.concatenate([arrays.train_labels, arrays.test_labels])
     ours = sorted(zip(images.reshape(-1, 64).tolist(), labels.tolist(), strict=True))
@@ -44,7 +44,7 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
 
 def test_packed_mnist_equals_torchvision(data_dir, tmp_path):
     (tmp_path / "MNIST").symlink_to(data_dir / "MNIST")
-    arrays = load("mnist", Mnist(), tmp_path, download=False)
+    arrays = load_pack("mnist", Mnist(), tmp_path, download=False)
     assert isinstance(arrays.train_images, np.memmap)
     for train, images, labels in (
         (True, arrays.train_images, arrays.train_labels),
@@ -56,13 +56,13 @@ def test_packed_mnist_equals_torchvision(data_dir, tmp_path):
 
 
 def test_packed_cifar_is_used_as_it_is(data_dir):
-    arrays = load("cifar10", Cifar(10), data_dir, download=False)
+    arrays = load_pack("cifar10", Cifar(10), data_dir, download=False)
     assert arrays.shape == (3, 32, 32)
     assert np.bincount(arrays.train_labels).tolist() == [5000] * 10
 
 
 def test_present_mnist_needs_no_network(offline, mnist):
-    arrays = load("mnist", Mnist(), mnist)
+    arrays = load_pack("mnist", Mnist(), mnist)
     assert len(arrays.train_labels) == 12
     assert arrays.classes == [str(digit) for digit in range(10)]
 
@@ -83,7 +83,7 @@ def test_another_data_set_in_mnist_s_place(tmp_path):
 @pytest.mark.parametrize(("classes", "published"), [(10, CIFAR10), (100, CIFAR100)])
 def test_cifar_equals_torchvision(offline, tmp_path, monkeypatch, classes, published):
     write_cifar(tmp_path, published, monkeypatch)
-    arrays = load("cifar", Cifar(classes), tmp_path)
+    arrays = load_pack("cifar", Cifar(classes), tmp_path)
     for train, images, labels in (
         (True, arrays.train_images, arrays.train_labels),
         (False, arrays.test_images, arrays.test_labels),
@@ -137,7 +137,7 @@ def test_tinyimagenet_archive_equals_folder(archive, tmp_path):
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(tmp_path)
     unpacked = TinyImageNet().read(tmp_path, download=False)
-    assert equal(load("tinyimagenet", TinyImageNet(), archive.parent, download=False), unpacked)
+    assert equal(load_pack("tinyimagenet", TinyImageNet(), archive.parent, download=False), unpacked)
 
 
 def test_archive_members_outside_are_never_extracted(archive):
@@ -183,7 +183,7 @@ def test_tinyimagenet_without_lists_of_classes(tiny):
 
 def test_real_tinyimagenet(data_dir, tmp_path):
     (tmp_path / TinyImageNet.NAME).symlink_to(data_dir / TinyImageNet.NAME)
-    arrays = load("tinyimagenet", TinyImageNet(), tmp_path, download=False)
+    arrays = load_pack("tinyimagenet", TinyImageNet(), tmp_path, download=False)
     assert arrays.num_classes == 200
     assert arrays.shape == (3, 64, 64)
     assert len(np.unique(np.bincount(arrays.train_labels))) == 1
@@ -191,7 +191,7 @@ def test_real_tinyimagenet(data_dir, tmp_path):
 
 @pytest.mark.parametrize("name", group_options("dataset"))
 def test_configured_data_sets(name, tmp_path):
-    cfg = compose([f"dataset={name}", *([f"dataset.source.path={tmp_path}"] if name == "folder" else [])])
+    cfg = compose([f"dataset={name}", *([f"dataset.source.path={tmp_path}"] if name in ("arrays", "folder") else [])])
     assert isinstance(check(cfg).components["dataset.source"].build(), Source)
     assert cfg.dataset.name == name
     x = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))

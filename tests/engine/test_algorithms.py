@@ -5,6 +5,9 @@ import pytest
 import torch
 from conftest import CLASSES, Tiny, roundoff
 
+from dfl_experiments.configuration.composition import compose
+from dfl_experiments.configuration.schema import check
+
 RATE, STEPS = 0.1, 5
 
 
@@ -66,8 +69,8 @@ def test_steps_equal_the_transcription(method, protocol, coefficient):
 
 
 def test_the_learning_rate_falls_at_the_paper_s_fractions():
-    schedule = Tiny("bp", "fc", "optimizer.lr=1.0").schedule
-    rates = [schedule.lr_at(epoch, 100) for epoch in range(1, 101)]
+    schedule = check(compose([])).components["schedule"].build()
+    rates = [schedule.factors(epoch, 100, 1)[0] for epoch in range(1, 101)]
     changes = [epoch for epoch in range(1, 100) if rates[epoch] != rates[epoch - 1]]
     assert changes == [50, 75, 89, 94]
     assert rates[-1] == pytest.approx(0.25**4)

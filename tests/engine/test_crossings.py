@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from dfl_experiments.engine.alignment import backprop_deltas, measure
 from dfl_experiments.engine.blocknet import Block, BlockNet
+from dfl_experiments.engine.crossings import layers_to_replace
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
 from dfl_experiments.methods import DirectFeedback, FeedbackAlignment, KolenPollack, ProductFeedback
@@ -273,7 +274,7 @@ def test_a_weight_that_two_layers_share_decays_once():
     method.follow(0.1)
     for b, layer, difference in zip(method.feedback, method.layers, before, strict=True):
         torch.testing.assert_close((b - layer.weight).detach(), 0.9 * difference)
-    with pytest.raises(UserError, match="share one weight"):
+    with pytest.raises(UserError, match="share a weight"):
         ProductFeedback(net, 4, CROSS_ENTROPY, expansion=2)
 
 
@@ -317,7 +318,7 @@ def test_kolen_pollack_stays_backprop_where_it_starts_so(kind):
     net = net_of(REPLACED[kind])
     method = KolenPollack(net, 4, CROSS_ENTROPY, decay=0.0, init="copy").double()
     t = Tiny("kp", "fc")  # its optimizer
-    optimizer, feedback = t.schedule.make(list(net.parameters())), t.schedule.make(list(method.parameters()))
+    optimizer, feedback = t.optimizer.make(list(net.parameters())), t.optimizer.make(list(method.parameters()))
     x, target = batch()
     for _ in range(3):
         trace = net.trace(x, transpose=method.transpose)
@@ -328,3 +329,31 @@ def test_kolen_pollack_stays_backprop_where_it_starts_so(kind):
         optimizer.step()
     for b, layer in zip(method.feedback, method.layers, strict=True):
         torch.testing.assert_close(b, layer.weight)
+
+
+class LookUp(nn.Module):
+    """Tokens, looked up and mixed with rows of another table, or of constant indices."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.table, self.rows, self.own = nn.Embedding(7, PLANES), nn.Embedding(PLANES, PLANES), own
+
+    def forward(self, x):
+        h = self.table(x[:, 1:])
+        places = self.rows(torch.arange(h.shape[1]))
+        return (h @ places.mT if self.own else h + places).flatten(1)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["added", "multiplied"])
+def test_a_look_up_of_the_input_needs_no_b_and_a_table_s_rows_as_a_matrix_are_refused(own):
+    width = 3 * (3 if own else PLANES)
+    blocks = Block(nn.Sequential(LookUp(own), nn.Linear(width, 5)), nn.ReLU()), Block(nn.Linear(5, 6), nn.ReLU())
+    net = BlockNet(*blocks, head=nn.Linear(6, 4), input_shape=(4,)).double()
+    net.example = torch.full((1, 4), 6)
+    if own:
+        with pytest.raises(
+            UserError, match=r"^model: blocks\.0\.pre\.0\.rows\.weight of Embedding meets hidden values"
+        ):
+            FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
+    else:
+        assert layers_to_replace(net) == [0, 1, 2]

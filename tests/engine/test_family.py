@@ -11,7 +11,7 @@ from dfl_experiments.engine.alignment import backprop_deltas
 from dfl_experiments.engine.blocknet import Block, BlockNet
 from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
-from dfl_experiments.engine.quantities import MORE
+from dfl_experiments.engine.quantities import FUNCTIONS
 from dfl_experiments.methods import Direct, Sequential, SignSymmetry
 from dfl_experiments.methods.local_module import LocalModule
 from dfl_experiments.methods.weight_mirror import mirrored
@@ -217,7 +217,8 @@ def test_binary_feedback_has_two_values_and_keeps_the_norm(model):
         close(module.weight.norm(), other.weight.norm())
         assert torch.equal(module.weight > 0, other.weight >= 0)
     dense = Tiny("bdfa", model).method.cuts
-    assert dense == ({4} if model.startswith("conv3") else t.method.cuts - ({1} if model == "mixer" else set()))
+    patches = {1} if model in ("mixer", "vit") else set()
+    assert dense == ({4} if model.startswith("conv3") else t.method.cuts - patches)
 
 
 @EVERY_MODEL
@@ -345,8 +346,8 @@ def test_a_prediction_s_cosine_does_not_depend_on_its_size_and_nothing_has_none(
     for size in (1.0, 1e-12, 0.0):
         t = Tiny("dfa", "fc")
         t.method.feedback[0].weight.data.mul_(size)
-        learner = Learner(t.net, t.method, t.loss, t.schedule, more=["output_cosine"])
-        found.append(dict(zip(learner.numbers, learner.step(t.x, t.target, True), strict=True))["output_cosine/1"])
+        learner = Learner(t.net, t.method, t.loss, t.optimizer, extra_quantities=["output_cosine"])
+        found.append(dict(zip(learner.metric_names, learner.step(t.x, t.target, True), strict=True))["output_cosine/1"])
     close(found[0], found[1])
     assert found[2].isnan()
 
@@ -356,14 +357,14 @@ def test_what_is_measured_beside_the_cosine_is_what_its_name_says(method):
     t = Tiny(method, "fc", "++method.init=kaiming") if method != "bp" else Tiny(method, "fc")
     bp = Tiny("bp", "fc")
     bp.net.load_state_dict(t.net.state_dict())
-    t.learner = Learner(t.net, t.method, t.loss, t.schedule, more=list(MORE))
+    t.learner = Learner(t.net, t.method, t.loss, t.optimizer, extra_quantities=list(FUNCTIONS))
     weights = [t.net.weight_layers(i)[0].weight.detach().clone() for i in range(4)]
-    found = dict(zip(t.learner.numbers, t.learner.step(t.x, t.target, align=True), strict=True))
+    found = dict(zip(t.learner.metric_names, t.learner.step(t.x, t.target, align=True), strict=True))
     trace, _, _ = bp.backward()
     gradients = [torch.cat([p.grad.flatten() for p in b.parameters()]) for b in bp.net.blocks]
     own = Tiny(method, "fc", "++method.init=kaiming") if method == "las" else None
     if method == "bp":
-        assert all(found[f"{name}/1"].isnan() for name in MORE if name != "gradient_cosine")
+        assert all(found[f"{name}/1"].isnan() for name in FUNCTIONS if name != "gradient_cosine")
         close(found["gradient_cosine/1"], torch.tensor(1.0).double())
         return
     if method == "fa":

@@ -9,7 +9,7 @@ from conftest import BATCH, CLASSES, CROSS, SHAPE, Tiny, assert_near, roundoff
 from processes import dfl_train
 
 from dfl_experiments.engine import cuda_graph
-from dfl_experiments.engine.alignment import gram
+from dfl_experiments.engine.alignment import signal_products
 from dfl_experiments.engine.cuda_graph import WARM_UP, CapturedStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -84,13 +84,13 @@ def test_measuring_alignment_in_a_captured_step_changes_no_weight(method, model)
 def test_long_signals_are_compared_as_on_the_cpu():
     signals = torch.randn(2, 5, 3 * 2**14 + 7, generator=torch.Generator().manual_seed(0))
     for delta, reference in (signals, (None, signals[1]), (signals[1], signals[1])):
-        there = gram(None if delta is None else delta.cuda(), reference.cuda())
-        assert_near(there.cpu(), gram(delta, reference), 2 * roundoff(signals.shape[2]))
+        there = signal_products(None if delta is None else delta.cuda(), reference.cuda())
+        assert_near(there.cpu(), signal_products(delta, reference), 2 * roundoff(signals.shape[2]))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd"])
 def test_a_captured_step_follows_the_learning_rate(optimizer):
-    t = Tiny("las", "fc", f"optimizer={optimizer}", device="cuda")
+    t = Tiny("las", "fc", f"optimizer={optimizer}", "optimizer.clip_norm=1e-3", device="cuda")
     step = CapturedStep(t.learner, BATCH, torch.device("cuda"))
     *first, (x, target) = batches(WARM_UP + 2, "cuda")
     for batch in first:

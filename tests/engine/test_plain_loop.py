@@ -19,7 +19,7 @@ class PlainLoop:
         copies = [p.detach().clone().requires_grad_() for p in parts.learner.net.parameters()]
         self.weights, self.biases = copies[0::2], copies[1::2]
         self.feedback = [p.detach().clone().requires_grad_() for p in parts.learner.method.parameters()]
-        lr = parts.schedule.lr_at(1, 1)
+        lr = parts.learner.rates[0]
         self.optimizer = torch.optim.Adam(copies, lr, foreach=False, fused=False)
         self.local = torch.optim.Adam(self.feedback, lr, foreach=False, fused=False) if self.feedback else None
 
@@ -63,7 +63,7 @@ def test_an_epoch_of_mnist_equals_a_plain_loop_s(method, data_dir):
     plain = PlainLoop(parts)
     expected = torch.tensor([plain.step(method, x, target) for x, target in parts.batches.epoch(1)])
     rows = torch.stack([parts.step(x, target, True) for x, target in parts.batches.epoch(1)])
-    columns = dict(zip(parts.learner.numbers, rows.T, strict=True))
+    columns = dict(zip(parts.learner.metric_names, rows.T, strict=True))
     losses, cosines = columns["loss"], columns["cosine_sample/1"]
     # to rounding at first; then the rounding of 844 steps of Adam adds up
     torch.testing.assert_close(losses[:20], expected[:20, 0], rtol=1e-4, atol=1e-5)

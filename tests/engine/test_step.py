@@ -13,7 +13,7 @@ from measuring import peak_mb
 from processes import dfl_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfl_experiments.engine.alignment import by_dots, by_products, compare, gram, only_rounding
+from dfl_experiments.engine.alignment import by_dots, by_products, compare, only_rounding, signal_products
 from dfl_experiments.engine.losses import CrossEntropy
 from dfl_experiments.methods import SignSymmetry, WeightMirror
 
@@ -79,11 +79,11 @@ def test_a_step_s_numbers_are_there_under_their_names(method, model):
     t = Tiny(method, model)
     trace = t.net.trace(t.x)
     loss, _ = t.loss.value_and_error(trace.logits, t.target)
-    found = dict(zip(t.learner.numbers, t.learner.step(t.x, t.target, align=True), strict=True))
+    found = dict(zip(t.learner.metric_names, t.learner.step(t.x, t.target, align=True), strict=True))
     assert torch.equal(found["loss"], loss)
     assert found["correct"] == (trace.logits.argmax(1) == t.target).sum()
     assert found[f"cosine_sample/{t.net.depth - 1}"] <= 1 + 1e-12
-    unmeasured = dict(zip(t.learner.numbers, t.learner.step(t.x, t.target), strict=True))
+    unmeasured = dict(zip(t.learner.metric_names, t.learner.step(t.x, t.target), strict=True))
     assert {name for name, value in unmeasured.items() if not value.isnan()} == {"loss", "correct"}
 
 
@@ -118,7 +118,7 @@ def test_cosines_of_confident_samples_are_in_float32_what_they_are_in_float64(me
         if isinstance(t.method, SignSymmetry | WeightMirror):
             t.method.adapt = lambda *args: None  # what it draws would be another's in float32
         rates = t.learner.step(t.x.to(dtype), target, align=True)
-        told.append([rates[t.learner.numbers.index(f"cosine_sample/{i}")].item() for i in range(1, t.net.depth)])
+        told.append([rates[t.learner.metric_names.index(f"cosine_sample/{i}")].item() for i in range(1, t.net.depth)])
     assert told[1] == pytest.approx(told[0], abs=1e-3, nan_ok=True)
 
 
@@ -141,7 +141,7 @@ def test_signals_that_are_nothing_but_rounding_are_left_out_and_counted(method, 
     for weight in weights:
         weight.data.abs_()  # all signs alike: B e = c Σ e, which is zero in exact arithmetic
     t.learner.loss = Unsummed()
-    row = dict(zip(t.learner.numbers, t.learner.step(t.x.to(dtype), t.target, align=True).tolist(), strict=True))
+    row = dict(zip(t.learner.metric_names, t.learner.step(t.x.to(dtype), t.target, align=True).tolist(), strict=True))
     layers = range(1, t.net.depth if method == "usf" else t.net.depth - 1)  # bdfa's highest signal is BP's
     for i in layers:
         assert 0 <= row[f"norm/{i}"] < 1e-4 * row[f"norm_bp/{i}"]
@@ -153,7 +153,7 @@ def test_signals_that_are_nothing_but_rounding_are_left_out_and_counted(method, 
 def test_no_sample_with_a_signal_of_its_own_is_left_out(method, model):
     t = Tiny(method, model)
     trace, deltas, error = t.backward()
-    grams = torch.stack([gram(delta, delta) for delta in deltas if delta is not None])
+    grams = torch.stack([signal_products(delta, delta) for delta in deltas if delta is not None])
     is_rounding = only_rounding(t.method, trace, error, grams)
     assert not (is_rounding & (grams[..., 0, 0] > 1e-20)).any()
 
@@ -174,10 +174,10 @@ def test_alignment_of_bfloat16_signals_is_that_of_their_values():
     reference = delta + 0.02 * noise
     delta[:257] = 0
     none = torch.zeros(300, dtype=torch.bool)
-    told = compare(gram(delta, reference)[None], none)
+    told = compare(signal_products(delta, reference)[None], none)
     assert told.dtype == torch.float64
     assert told[0, 4] == 257
-    torch.testing.assert_close(told, compare(gram(delta.double(), reference.double())[None], none))
+    torch.testing.assert_close(told, compare(signal_products(delta.double(), reference.double())[None], none))
 
 
 def test_products_of_long_signals_are_the_same_dot_by_dot():

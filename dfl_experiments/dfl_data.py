@@ -1,4 +1,4 @@
-"""The console script `dfl-data`: fetch and pack data sets ahead of a run, and show which are there."""
+"""The console script `dfl-data`: fetch and pack data sets before a run, and list those in data_dir."""
 
 import logging
 import os
@@ -12,21 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import check
-from dfl_experiments.data.packs import CLASSES, is_packed, load, open_packed
+from dfl_experiments.data.packs import CLASSES, is_packed, load_pack, open_packed
 from dfl_experiments.data.sources import Arrays, Source, expanded
 from dfl_experiments.errors import Fault, UserError, printable, reason
 
 EPILOG = """examples:
-  dfl-data list                                        what is there, in data_dir
+  dfl-data list                                        the state of every data set in data_dir
   dfl-data prepare dataset=mnist                       download if need be, and pack
-  dfl-data prepare dataset=cifar10 data_dir=/data      somewhere else (as does the variable DFL_DATA_DIR)
+  dfl-data prepare dataset=cifar10 data_dir=/data      in another folder (or set the variable DFL_DATA_DIR)
   dfl-data prepare dataset=folder dataset.source.path=$HOME/photos dataset.source.size=64
 """
 NO_SIZES = ("", "", "", "")
 
 
-def asked(cfg: DictConfig) -> tuple[str, Source, Path]:
-    """Name and source of the data set that a configuration names, and data_dir. Raises `UserError`."""
+def data_set_of(cfg: DictConfig) -> tuple[str, Source, Path]:
+    """Return the name and the source of a configuration's data set, and data_dir. Raises `UserError`."""
     configuration = check(cfg)
     settings = configuration.settings
     source: Source = configuration.components["dataset.source"].build()
@@ -34,30 +34,33 @@ def asked(cfg: DictConfig) -> tuple[str, Source, Path]:
 
 
 def row(overrides: list[str]) -> tuple[str, ...]:
-    """One data set's line of the list: name, state, train, test, shape, classes, place."""
+    """Return a data set's row of the table: name, state, train, test, shape, classes, where."""
     cfg = compose(overrides)
     if unset := sorted(OmegaConf.missing_keys(cfg.dataset)):
         return cfg.dataset.name, "unset", *NO_SIZES, f"needs {', '.join(unset)}"
-    name, source, data_dir = asked(cfg)
+    name, source, data_dir = data_set_of(cfg)
     cache = source.cache_name(name)
     try:
         if cache is not None and not is_packed(data_dir / cache):
-            found = next((path for path in source.locations(data_dir) if os.path.exists(path)), None)
-            return name, "raw" if found else "absent", *NO_SIZES, str(found or data_dir)
-        sizes = sizes_of(load(name, source, data_dir, download=False))
+            raw = next((path for path in source.locations(data_dir) if os.path.exists(path)), None)
+            return name, "raw" if raw else "absent", *NO_SIZES, str(raw or data_dir)
+        sizes = sizes_of(load_pack(name, source, data_dir, download=False))
     except UserError as error:
         return name, "damaged", *NO_SIZES, str(error)
-    return name, "packed" if cache else "bundled", *sizes, str(data_dir / cache if cache else "dfl-experiments")
+    if cache is None:
+        own = source.locations(data_dir)
+        return name, "unpacked" if own else "bundled", *sizes, str(own[0]) if own else "dfl-experiments"
+    return name, "packed", *sizes, str(data_dir / cache)
 
 
 def sizes_of(arrays: Arrays) -> tuple[str, ...]:
-    """Images to train on and to test, their shape, and the number of classes."""
+    """Return the numbers of training and test images, the shape of an image, and the number of classes."""
     shape = "x".join(str(length) for length in arrays.shape)
     return str(len(arrays.train_labels)), str(len(arrays.test_labels)), shape, str(arrays.num_classes)
 
 
 def packs_beside(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The lines of whole packs in a folder that are none of the data sets shown: those of one's own images."""
+    """Yield the rows of complete packs in a folder that are not shown yet: packs of one's own images."""
     for folder in sorted(path.parent for path in data_dir.glob(f"*/{CLASSES}")):
         with suppress(UserError):
             if folder.name not in shown and is_packed(folder):
@@ -65,35 +68,40 @@ def packs_beside(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ..
 
 
 def show(choices: list[list[str]], beside: Path | None = None) -> None:
-    """Print a table of data sets, each chosen by its overrides, and of packs in a folder. Raises `UserError`."""
+    """Print a table of data sets.
+
+    choices: overrides for each data set. beside: folder whose other packs are shown too. Raises `UserError`.
+    """
     rows = [("name", "state", "train", "test", "shape", "classes", "where"), *(row(choice) for choice in choices)]
     if beside is not None:
         rows += packs_beside(beside, [name for name, *_ in rows])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for line in rows:
-        print(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
+    for cells in rows:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        print(printable("  ".join(padded).rstrip()))
 
 
 def main() -> None:
-    """Run the script: a user's mistake ends it with one line on stderr and the status 2."""
+    """Run the script. A user's mistake ends it with one line on stderr and exit code 2."""
     layout = RawDescriptionHelpFormatter
     parser = ArgumentParser("dfl-data", description=__doc__, epilog=EPILOG, formatter_class=layout)
-    parser.add_argument("command", choices=("prepare", "list"), help="fetch and pack one data set, or show all or one")
+    parser.add_argument("command", choices=("prepare", "list"), help="fetch and pack one data set; list one or all")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for dfl-train")
     arguments = parser.parse_args()
     overrides, names = arguments.overrides, group_options("dataset")
-    named = any(override.startswith("dataset=") for override in overrides)
+    is_named = any(override.startswith("dataset=") for override in overrides)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with refusing("dfl-data"):
-        if arguments.command == "prepare" and not named:
+        if arguments.command == "prepare" and not is_named:
             raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(names)}")
         try:
             if arguments.command == "prepare":
-                load(*asked(compose(overrides)))
-            if named:
+                load_pack(*data_set_of(compose(overrides)))
+            if is_named:
                 show([overrides])
             else:
-                show([[f"dataset={name}", *overrides] for name in names], asked(compose(overrides))[2])
+                _, _, data_dir = data_set_of(compose(overrides))
+                show([[f"dataset={name}", *overrides] for name in names], data_dir)
         except MemoryError as error:
             raise Fault(f"the data do not fit into memory ({reason(error)})") from error
 

@@ -1,0 +1,49 @@
+"""A source that is one .npz file of one's own arrays."""
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from dfl_experiments.data.sources import Arrays, Source, expanded
+from dfl_experiments.errors import UserError, reason
+
+
+class ArrayFile(Source):
+    """An .npz file with X_train, y_train, X_test and y_test, as `numpy.savez` writes it. It is not packed.
+
+    X: see `Arrays`; images (N, H, W) have one channel. y: class labels from 0 to the largest of y_train.
+    """
+
+    PARTS = ("X_train", "y_train", "X_test", "y_test", "y_train")
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(os.path.realpath(expanded(path, "dataset.source.path")))
+
+    def locations(self, data_dir: Path) -> list[Path]:
+        """Return the file."""
+        return [self.path]
+
+    def cache_name(self, name: str) -> str | None:
+        """Return None: the file is read as it is."""
+        return None
+
+    def read(self, data_dir: Path, download: bool) -> Arrays:
+        """Return the arrays. Raises `UserError` for a file without them, and for labels that are no classes."""
+        names = self.PARTS[:4]
+        try:
+            with zipfile.ZipFile(self.path), np.load(self.path) as file:
+                parts = [file[name] for name in names]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            needed = f"must be an .npz file with {', '.join(names)}"
+            raise UserError(f"dataset.source.path={self.path}: {needed} ({reason(error)})") from error
+        train, train_labels, test, test_labels = parts
+        if train.dtype == test.dtype == np.uint8 and train.ndim == test.ndim == 3:
+            train, test = train[:, None], test[:, None]
+        largest = int(train_labels.max(initial=0)) if train_labels.dtype.kind in "iu" else 1
+        if largest > len(train):
+            problem = f"has the label {largest}; labels must be classes, numbered from 0 without large gaps"
+            raise UserError(f"{self.path}: y_train: {problem}")
+        return Arrays(train, train_labels, test, test_labels, [str(label) for label in range(largest + 1)])

@@ -1,0 +1,71 @@
+"""Vision Transformer (Dosovitskiy et al., 2021), whose attention is built from linear layers."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfl_experiments.engine.blocknet import Block, BlockNet
+from dfl_experiments.models.mixer import Patches, TokenMean
+from dfl_experiments.ranges import Depth, Width
+
+
+class Tokens(nn.Module):
+    """The embedding of patches (see `Patches`), plus a learnt position for each: (N, planes, H, W) -> (N, T, C)."""
+
+    def __init__(self, patches: Patches, channels: int) -> None:
+        super().__init__()
+        self.patches = patches
+        self.positions = nn.Parameter(torch.empty(patches.tokens, channels).normal_(std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches(x) + self.positions
+
+
+class Attention(nn.Module):
+    """Self-attention softmax(Q Kᵀ/√d) V of every head, with d = ⌈C/heads⌉, then a linear layer, on (N, T, C)."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = heads * -(-channels // heads)
+        self.query, self.key, self.value = (nn.Linear(channels, inner) for _ in range(3))
+        self.output = nn.Linear(inner, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        query, key, value = (self.split(layer(h)) for layer in (self.query, self.key, self.value))
+        weighted = F.softmax(query @ key.mT / query.shape[-1] ** 0.5, dim=-1) @ value
+        return self.output(weighted.transpose(1, 2).flatten(2))
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """Return the tokens of every head, (N, heads, T, d)."""
+        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    """A layer h' = h + Attention(LN(h)); h' + W_2 GELU(W_1 LN(h') + b_1) + b_2, on (N, T, C)."""
+
+    def __init__(self, channels: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(channels), Attention(channels, heads))
+        layers = [nn.Linear(channels, width), nn.GELU(), nn.Linear(width, channels)]
+        self.mlp = nn.Sequential(nn.LayerNorm(channels), *layers)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.attention(h)
+        return h + self.mlp(h)
+
+
+def vit(
+    input_shape: tuple[int, int, int], num_classes: int, patch: Width, width: Width, depth: Depth, heads: Width
+) -> BlockNet:
+    """Return a Vision Transformer: patches with positions, then `depth` encoder layers; head: LN, mean, linear.
+
+    h_i = a_i is the whole residual stream, (N, T, C), after the embedding and after every layer.
+
+    input_shape: (C, H, W). num_classes: K.
+    patch: side in pixels. width: C of the tokens; the hidden layer has 4 C. heads: of the attention.
+    """
+    blocks = [Block(Tokens(Patches(*input_shape, patch, width), width), nn.Identity())]
+    blocks += [Block(Encoder(width, heads, 4 * width), nn.Identity()) for _ in range(depth)]
+    head = nn.Sequential(nn.LayerNorm(width), TokenMean(), nn.Linear(width, num_classes))
+    return BlockNet(*blocks, head=head, input_shape=input_shape)

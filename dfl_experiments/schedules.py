@@ -1,0 +1,83 @@
+"""Schedules of the learning rate. A schedule gives the factor that multiplies the optimizers' rates."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dfl_experiments.errors import UserError
+from dfl_experiments.ranges import Fraction, NonNegative, Probability
+
+Decay = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(ABC):
+    """The factor of the learning rate over a run: η_t = η · factor(t) · min(1, (t + Δ) / warmup).
+
+    t is the number of epochs done, and Δ the time for which a rate is kept, in epochs.
+    """
+
+    warmup: NonNegative = 0.0
+    """Epochs in which the rate rises linearly to its full value; 0: none."""
+    per: Literal["epoch", "iteration"] = "epoch"
+    """Where the rate may change: at the start of an epoch (Δ = 1), or at every iteration (Δ = 1 / batches)."""
+
+    def __post_init__(self) -> None:
+        if self.per == "epoch" and 0 < self.warmup <= 1:
+            raise UserError(f"schedule.warmup={self.warmup}: one epoch or less needs schedule.per=iteration")
+
+    def factors(self, epoch: int, epochs: int, batches: int) -> list[float]:
+        """Return the factor for each batch of an epoch, counted from 1. epochs: of the run. batches: per epoch."""
+        changes = 1 if self.per == "epoch" else batches
+        factors = []
+        for index in range(changes):
+            done = epoch - 1 + index / changes
+            rise = min(1.0, (done + 1 / changes) / self.warmup) if self.warmup else 1.0
+            factors.append(self.factor(done, epochs) * rise)
+        return factors * (batches // changes)
+
+    @abstractmethod
+    def factor(self, done: float, epochs: int) -> float:
+        """Return the factor without the rise of the warm-up. done: epochs done, t. epochs: of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Schedule):
+    """Multiply the rate by `decay` at each milestone. Without milestones it is constant."""
+
+    milestones: list[Fraction]
+    """Fractions of all epochs after which the rate falls."""
+    decay: Decay
+    """Factor at each milestone."""
+
+    def factor(self, done: float, epochs: int) -> float:
+        """Return decay^(number of milestones reached)."""
+        return self.decay ** sum(done >= milestone * epochs for milestone in self.milestones)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Schedule):
+    """Let the rate fall along half a cosine, from the end of the warm-up to the end of the run."""
+
+    final: Probability = 0.0
+    """Factor at the end of the run."""
+
+    def factor(self, done: float, epochs: int) -> float:
+        """Return final + (1 - final) · (1 + cos πp) / 2, with the part p of the way."""
+        p = max(0.0, done - self.warmup) / (epochs - self.warmup)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * p)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(Schedule):
+    """Multiply the rate by `decay` in every epoch after the warm-up."""
+
+    decay: Decay
+    """Factor of an epoch."""
+
+    def factor(self, done: float, epochs: int) -> float:
+        """Return decay^(epochs since the warm-up)."""
+        return self.decay ** max(0.0, done - self.warmup)

@@ -1,0 +1,397 @@
+"""Arrays of one's own: what may lie in the .npz, what reaches the net, and what is refused."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import dfl_train, ended, forked
+
+from dfl_experiments.configuration.composition import compose, config_digest, point_name
+from dfl_experiments.data.augmentation import Augmentation
+from dfl_experiments.data.batches import Batches, Normalise, preparation, split
+from dfl_experiments.data.packs import load_pack
+from dfl_experiments.data.sources import Digits
+from dfl_experiments.data.sources_arrays import ArrayFile
+from dfl_experiments.errors import UserError
+from dfl_experiments.running.checkpoint import load_checkpoint
+from dfl_experiments.running.result import read_result
+
+QUIET = ("tracking=disabled", "threads=1", "alignment.every=0", "hydra.run.dir=here")
+NPZ = ("dataset=arrays", "dataset.source.path=data.npz")
+RANDOM = np.random.default_rng(0)
+
+
+def write(folder: Path, **changed) -> Path:
+    """An .npz file: 240 and 60 samples of three classes with 12 features; `changed` parts differ, None: absent."""
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 3, 300)
+    centres = random.normal(size=(3, 12))
+    # features of many sizes: as given, the large ones hide the others
+    features = (centres[labels] + random.normal(size=(300, 12)) / 2) * 10.0 ** np.arange(-4, 8) + 7
+    good = {"X_train": features[:240], "y_train": labels[:240], "X_test": features[240:], "y_test": labels[240:]}
+    parts = {name: part for name, part in (good | changed).items() if part is not None}
+    np.savez(folder / "data.npz", **parts)
+    return folder / "data.npz"
+
+
+def reshaped(folder: Path, *shape: int, dtype: type = np.float64) -> None:
+    """The same features in another shape and type."""
+    with np.load(write(folder)) as parts:
+        samples = {name: parts[name].reshape(-1, *shape).astype(dtype) for name in ("X_train", "X_test")}
+    write(folder, **samples)
+
+
+def trained(folder: Path, *arguments: str) -> dict:
+    """The result of a run in `folder`/here."""
+    done = dfl_train(folder, *NPZ, *QUIET, *arguments)
+    assert done.returncode == 0, done.stderr
+    result = read_result(folder / "here")
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (3, 2, 2), (1, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_float_features_of_any_shape_are_learnt(tmp_path, shape, dtype):
+    reshaped(tmp_path, *shape, dtype=dtype)
+    rate = ("optimizer.lr=3e-3", "epochs=5", "dataset.fc_widths=[64,64]")
+    result = trained(tmp_path, *rate)
+    assert result["input_shape"] == list(shape)
+    if len(shape) == 1:  # with more axes a feature is a channel, of places with many sizes
+        assert result["accuracy"] > 0.8
+
+
+def test_digits_as_features_reach_what_they_reach_as_images(tmp_path):
+    digits = load_pack("digits", Digits(), tmp_path)
+    images = {"X_train": digits.train_images, "X_test": digits.test_images}
+    labels = {"y_train": digits.train_labels, "y_test": digits.test_labels}
+    options = ("epochs=10", "method=bp", "dataset.fc_widths=[64,64]", "optimizer.lr=1e-3")
+    found = {}
+    normalise = Normalise([0.5], [0.25])
+    floats = {name: normalise(torch.from_numpy(part)).flatten(1).numpy() for name, part in images.items()}
+    raw = {name: part.reshape(len(part), -1).astype(float) for name, part in images.items()}
+    planes = {name: part[:, 0] for name, part in images.items()}
+    kinds = {
+        "images": (images, ()),
+        "planes": (planes, ()),
+        "normalised": (floats, ("dataset.standardise=false",)),
+        "raw": (raw, ()),
+    }
+    for name, (samples, more) in kinds.items():
+        write(tmp_path, **samples, **labels)
+        found[name] = trained(tmp_path, *options, *more, "force=true")
+    assert found["images"]["accuracy"] > 0.93
+    assert found["planes"]["accuracy"] == found["images"]["accuracy"]
+    assert found["planes"]["input_shape"] == [1, 8, 8]
+    # the same numbers by another path
+    assert found["normalised"]["validation_loss"] == pytest.approx(found["images"]["validation_loss"], rel=1e-3)
+    assert found["raw"]["accuracy"] > found["images"]["accuracy"] - 0.03
+
+
+MODEL = """
+import torch
+from torch import Tensor, nn
+from dfl_experiments.engine.blocknet import Block, BlockNet
+
+class LookUp(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.int64, x.dtype
+        return super().forward(x).flatten(1)
+
+def tokens(input_shape: tuple[int, ...], num_classes: int, vocabulary: int) -> BlockNet:
+    first = Block(nn.Sequential(LookUp(vocabulary, 8), nn.Linear(8 * input_shape[0], 32)), nn.ReLU())
+    return BlockNet(first, head=nn.Linear(32, num_classes), input_shape=input_shape)
+"""
+
+
+@pytest.fixture
+def token_model(tmp_path, monkeypatch) -> tuple[str, ...]:
+    """Tokens whose first one decides the class, and the options for a model that looks them up."""
+    tokens = np.random.default_rng(2).integers(0, 20, (600, 6)).astype(np.int32)
+    labels = (tokens[:, 0] > 9).astype(np.uint8)
+    write(tmp_path, X_train=tokens[:500], y_train=labels[:500], X_test=tokens[500:], y_test=labels[500:])
+    (tmp_path / "my_tokens.py").write_text(MODEL)
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "look_up.yaml").write_text(
+        "name: look_up\n_target_: my_tokens.tokens\nvocabulary: 20\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "--config-dir", "conf", "plugins=[my_tokens]", "model=look_up"
+
+
+@pytest.mark.parametrize(("method", "precision"), [("las", "bfloat16"), ("fa", "float32"), ("dfa", "float32")])
+def test_tokens_reach_the_net_as_integers(tmp_path, token_model, method, precision):
+    options = (f"method={method}", f"precision={precision}", "epochs=15", "optimizer.lr=1e-2", "alignment.every=5")
+    result = trained(tmp_path, *token_model, *options)
+    assert result["accuracy"] > 0.8
+    assert result["input_shape"] == [6]
+
+
+def test_tokens_beyond_the_vocabulary_and_nets_without_one_are_refused(tmp_path, token_model):
+    for options in ((*token_model, "model.vocabulary=19"), ("model=fc",)):
+        done = dfl_train(tmp_path, *NPZ, *QUIET, *options)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "the forward pass fails for input shape (6,) of integers up to 19 (" in done.stderr
+        assert not (tmp_path / "here").exists()
+
+
+def spoilt(place: tuple[int, ...], value: float, dtype: type = np.float64) -> np.ndarray:
+    samples = np.ones((240, 12), dtype)
+    samples[place] = value
+    return samples
+
+
+LABELS = np.arange(240) % 3
+PICTURES = np.zeros((240, 8, 8, 3), np.uint8)
+REFUSED = {
+    "no part": ({"X_test": None}, (), "X_test is not a file in the archive"),
+    "not a number": ({"X_train": spoilt((17, 3), np.nan)}, (), "X_train: holds nan at [17, 3]"),
+    "infinite": ({"X_train": spoilt((0, 0), np.inf, np.float32)}, (), "X_train: holds inf at [0, 0]"),
+    "beyond float32": ({"X_train": spoilt((2, 0), 1e39)}, (), "X_train: holds 1e+39 at [2, 0]"),
+    "one axis": ({"X_train": np.ones(240)}, (), "X_train: must be uint8 images (N, C, H, W), float32 features"),
+    "text": ({"X_train": np.array([["a"]] * 240)}, (), "int64 tokens (N, T), is <U1 (240, 1)"),
+    "small integers": ({"X_train": np.ones((240, 12), np.int8)}, (), "is int8 (240, 12)"),
+    "half": ({"X_train": np.ones((240, 12), np.float16)}, (), "is float16 (240, 12)"),
+    "objects": ({"X_train": np.array([{}] * 240)}, (), "Object arrays cannot be loaded"),
+    "empty": ({"X_test": np.ones((0, 12))}, (), "X_test: must be"),
+    "channels last": ({"X_train": PICTURES}, (), "X_train: (240, 8, 8, 3) is (N, H, W, C)"),
+    "negative tokens": ({"X_train": np.full((240, 12), -1)}, (), "X_train: tokens must be 0 or more"),
+    "other kind": ({"X_test": np.ones((60, 12), int)}, (), "X_test: tokens of (12,), those of"),
+    "other shape": ({"X_test": np.ones((60, 11))}, (), "features of (11,), those of"),
+    "too few labels": ({"y_train": LABELS[:9]}, (), "y_train: must be 240 integers, is int64 (9,)"),
+    "targets of a regression": ({"y_train": LABELS / 2}, (), "y_train: must be 240 integers, is float64"),
+    "one-hot labels": ({"y_train": np.eye(3, dtype=int)[LABELS]}, (), "is int64 (240, 3)"),
+    "a negative label": ({"y_train": LABELS - 1}, (), "labels must be 0 to 1, one for each class; they go from -1"),
+    "a label outside": ({"y_test": LABELS[:60] + 1}, (), "y_test: labels must be 0 to 2"),
+    "years for labels": ({"y_train": LABELS + 2000}, (), "y_train: has the label 2002"),
+    "one class": ({"y_train": LABELS * 0, "y_test": LABELS[:60] * 0}, (), "y_train: must name two classes at least"),
+    "a net for images": ({}, ("model=conv3",), "model=conv3: needs samples with 3 axes, but they are (12,)"),
+    "a mixer": ({}, ("model=mixer",), "model=mixer: needs samples with 3 axes, but they are (12,)"),
+    "augmentation": ({}, ("augmentation=crop_flip",), "augmentation=crop_flip: needs uint8 images (N, C, H, W) larger"),
+    "flips": ({}, ("augmentation=flip",), "augmentation=flip: needs uint8 images (N, C, H, W), but"),
+    "another name": ({}, ("dataset.name=mnist",), "dataset.name='mnist': is not the name of this source"),
+    "absent": ({}, ("dataset.source.path=none.npz",), "No such file"),
+    "no archive": ({}, ("dataset.source.path=words.npz",), "File is not a zip file"),
+    "no path": ({}, ("dataset.source.path=???",), "dataset.source.path: missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_one_line_before_training(tmp_path, case):
+    changed, options, message = REFUSED[case]
+    write(tmp_path, **changed)
+    (tmp_path / "words.npz").write_text("words")
+    done = dfl_train(tmp_path, *NPZ, *QUIET, *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_class_without_training_samples_and_any_kind_of_integer_are_allowed(tmp_path):
+    write(tmp_path, y_train=(LABELS * 2).astype(np.uint8), y_test=(LABELS[:60] + 1).astype(np.int16))
+    assert trained(tmp_path, "epochs=1")["num_classes"] == 5
+
+
+def test_an_npz_is_read_as_it_is(tmp_path):
+    path = write(tmp_path)
+    arrays = load_pack("arrays", ArrayFile(str(path)), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    with np.load(path) as parts:
+        assert np.array_equal(arrays.train_images, parts["X_train"])
+        assert np.array_equal(arrays.test_labels, parts["y_test"])
+    assert arrays.classes == ["0", "1", "2"]
+
+
+SOURCE = """
+import numpy as np
+from dfl_experiments.data.sources import Arrays, Source
+
+class Noise(Source):
+    def __init__(self, kind: str, is_packed: bool) -> None:
+        self.kind, self.is_packed = kind, is_packed
+
+    def cache_name(self, name):
+        return name if self.is_packed else None
+
+    def locations(self, data_dir):
+        return []
+
+    def read(self, data_dir, download):
+        labels = np.arange(200) % 2
+        samples = np.random.default_rng(0).normal(size=(200, 3, 16, 16)) + labels[:, None, None, None]
+        if self.kind == "tokens":
+            samples = (samples * 50).astype(np.int32)[:, 0, 0] % 9
+        if self.kind == "gaps":
+            samples[7, 0, 0, 1] = np.nan
+        return Arrays(samples, labels, samples[:50], labels[:50], ["no", "yes"])
+"""
+
+
+DATASET = """
+name: mine
+source: {_target_: my_source.Noise, kind: floats, is_packed: true}
+mean: [0.5]
+std: [0.25]
+epochs: 3
+fc_widths: [32]
+"""
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "unpacked"])
+def test_a_source_of_one_s_own_returns_any_of_them(tmp_path, token_model, is_packed):
+    (tmp_path / "my_source.py").write_text(SOURCE)
+    (tmp_path / "conf" / "dataset").mkdir()
+    (tmp_path / "conf" / "dataset" / "mine.yaml").write_text(DATASET)
+    mine = ("--config-dir", "conf", "plugins=[my_source,my_tokens]", "dataset=mine", "data_dir=.", *QUIET)
+
+    def run(kind: str, *options: str) -> tuple[int, str]:
+        source = (f"dataset.source.kind={kind}", f"dataset.source.is_packed={is_packed}", "force=true")
+        done = dfl_train(tmp_path, *mine, *source, *options)
+        return done.returncode, done.stderr
+
+    place = "mine/train_images.npy" if is_packed else "dataset mine: train_images"
+    code, line = run("gaps")
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"{place}: holds nan at [7, 0, 0, 1]; values must be finite" in line
+    small = (
+        "model.channels=[4,4,4]",
+        "model.widths=[16]",
+        "memory_format=channels_last",
+        "optimizer.lr=1e-2",
+        "epochs=12",
+    )
+    assert run("floats", "model=conv3", *small) == (0, "")
+    assert (tmp_path / "mine" / "train_images.npy").exists() == is_packed
+    result = read_result(tmp_path / "here")
+    assert (result["input_shape"], result["accuracy"] > 0.9) == ([3, 16, 16], True)
+    assert run("tokens", "dataset.name=words", "model=look_up", "model.vocabulary=9") == (0, "")
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((30, 4), 0), ((30, 5, 4), (0, 1)), ((30, 4, 2, 3), (0, 2, 3))], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_standardised_features_have_mean_0_and_deviation_1(shape, axes, dtype):
+    training = (RANDOM.normal(size=shape) * 1e-3 + 1e3).astype(dtype)
+    prepared = preparation(training, True)(training)
+    assert prepared.dtype == np.float32
+    assert np.abs(prepared.mean(axes, np.float64)).max() < 1e-5
+    assert np.abs(prepared.std(axes, np.float64) - 1).max() < 1e-5
+    assert np.array_equal(preparation(training, False)(training), training.astype(np.float32))
+
+
+def test_constant_features_become_0_and_others_use_the_training_samples_alone():
+    training = RANDOM.normal(size=(50, 3))
+    training[:, 0], training[:, 1] = 0.1, 0
+    prepare = preparation(training, True)
+    assert np.abs(prepare(training)[:, :2]).max() < 1e-12
+    other = RANDOM.normal(size=(7, 3)) + 5
+    expected = (other[:, 2] - training[:, 2].mean()) / training[:, 2].std()
+    np.testing.assert_allclose(prepare(other)[:, 2], expected, rtol=1e-6)
+    images = RANDOM.integers(0, 256, (3, 1, 2, 2)).astype(np.uint8)
+    assert preparation(images, True)(images) is images
+
+
+def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
+    write(tmp_path)
+    options = (*NPZ, *QUIET[:3], "epochs=30", "checkpoint.every_seconds=0.003", "dataset.fc_widths=[32,32]")
+    assert dfl_train(tmp_path, *options, "hydra.run.dir=whole").returncode == 0
+    pid = forked(tmp_path, *options, "hydra.run.dir=broken")
+    until = time.monotonic() + 60
+    while not (tmp_path / "broken" / "last.pt").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    assert dfl_train(tmp_path, "resume=broken").returncode == 0
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert (broken / "iterations.csv").read_bytes() == (whole / "iterations.csv").read_bytes()
+    torch.testing.assert_close(load_checkpoint(broken)["net"], load_checkpoint(whole)["net"], rtol=0, atol=0)
+    with np.load(tmp_path / "data.npz") as parts:
+        write(tmp_path, X_train=parts["X_train"] + 1)
+    changed = dfl_train(tmp_path, "resume=broken")
+    assert changed.returncode == 2
+    assert "holds a run on other data or code: data " in changed.stderr
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.37])
+@pytest.mark.parametrize("sizes", [(50, 30, 20), (1, 1, 98), (7, 0, 13, 1), (3,) * 40], ids=str)
+def test_a_stratified_split_keeps_every_class_s_share_to_within_one_sample(sizes, fraction):
+    labels = RANDOM.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    train, held_out = split(len(labels), fraction, 3, labels)
+    assert len(held_out) == round(len(labels) * fraction)
+    assert torch.equal(torch.cat([train, held_out]).sort().values, torch.arange(len(labels)))
+    counts = np.bincount(labels[held_out.numpy()], minlength=len(sizes))
+    assert np.abs(counts - np.array(sizes) * fraction).max() <= 1
+    again, other = (split(len(labels), fraction, seed, labels)[0] for seed in (3, 4))
+    assert torch.equal(again, train)
+    assert not torch.equal(other, train)
+    # both parts stay shuffled: `limit` takes the first
+    order = torch.cat(split(len(labels), 0.0, 3)).tolist()
+    assert [order.index(i) for i in train] == sorted(order.index(i) for i in train)
+
+
+def test_the_split_is_an_option_that_names_and_digests_recorded_before_do_not_notice():
+    before = compose([])
+    assert before.validation_split == "random"
+    stratified = compose(["validation_split=stratified"])
+    assert config_digest(stratified) != config_digest(before)
+    del before.validation_split
+    assert point_name(before) == point_name(compose([]))
+
+
+def crop_flipped(images: torch.Tensor, generator: torch.Generator, crop: int, flip: float) -> torch.Tensor:
+    """One image at a time, with the decisions of a whole batch: pad by reflection, cut out, flip."""
+    count = len(images)
+    tops, lefts = (torch.randint(-crop, crop + 1, (count,), generator=generator) + crop for _ in range(2))
+    flips = torch.rand(count, generator=generator) < flip
+    height, width = images.shape[2:]
+    results = []
+    for image, top, left, is_flipped in zip(images, tops, lefts, flips, strict=True):
+        padded = torch.nn.functional.pad(image.float(), [crop] * 4, mode="reflect")
+        cut = padded[:, top : top + height, left : left + width]
+        results.append(cut.flip(-1) if is_flipped else cut)
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 9, 5)], ids=str)
+def test_crop_flip_equals_one_image_at_a_time(shape):
+    images = torch.randint(256, (200, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    before = images.clone()
+    augmentation = Augmentation(crop=4, flip=0.5)
+    for seed in range(3):
+        found = augmentation(images, lambda given: given.float(), torch.Generator().manual_seed(seed))
+        assert torch.equal(found, crop_flipped(images, torch.Generator().manual_seed(seed), 4, 0.5))
+    assert torch.equal(images, before)
+
+
+def test_crop_flip_is_a_function_of_seed_epoch_and_batch():
+    images = torch.randint(256, (2500, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+    def batches(seed: int) -> Batches:
+        augmentation = Augmentation(crop=4, flip=0.5)
+        normalise = Normalise([0.5], [0.25])
+        return Batches(images, torch.arange(2500), normalise, augmentation, 64, seed, torch.device("cpu"))
+
+    whole = list(batches(0).epoch(2))
+    for (x, labels), (y, others) in zip(whole[35:], batches(0).epoch(2, start_batch=35), strict=True):
+        assert torch.equal(labels, others)
+        assert torch.equal(x, y)
+    assert not torch.equal(whole[0][0], next(batches(1).epoch(2))[0])
+    assert not torch.equal(whole[0][0], next(batches(0).epoch(3))[0])
+
+
+def test_images_must_be_larger_than_the_crop():
+    with pytest.raises(UserError, match=r"^augmentation=crop_flip: needs uint8 images .* larger than crop=4"):
+        Augmentation(crop=4).check((1, 4, 9), True, "crop_flip")
+    Augmentation(crop=4).check((1, 5, 9), True, "crop_flip")
+
+
+def test_images_are_cropped_and_flipped_from_the_command_line(tmp_path):
+    options = ("augmentation=crop_flip", "validation_split=stratified", "epochs=1", "limit=300")
+    done = dfl_train(tmp_path, *QUIET, *options)
+    assert done.returncode == 0, done.stderr
+    assert dfl_train(tmp_path, "repeat=here", "hydra.run.dir=there").returncode == 0
+    rows = [(tmp_path / name / "iterations.csv").read_bytes() for name in ("here", "there")]
+    assert rows[0] == rows[1]

@@ -1,0 +1,404 @@
+"""The laws of feedback learning over nets that were not written as chains of blocks, and what is refused of them."""
+
+import copy
+
+import pytest
+import torch
+from conftest import METHODS, tiny_configuration
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import DenseNet, ResNet, VisionTransformer, densenet121, resnet18, vgg11_bn
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import VGG, make_layers
+
+import dfl_experiments as dfl
+from dfl_experiments.engine.alignment import backprop_deltas
+from dfl_experiments.engine.initialise import initialise
+from dfl_experiments.engine.learner import Learner
+from dfl_experiments.engine.losses import LOSSES
+from dfl_experiments.engine.module_net import ModuleNet
+from dfl_experiments.errors import UserError
+from dfl_experiments.methods import Sequential
+
+CLASSES, BATCH = 4, 5
+
+
+class Recurrent(nn.Module):
+    """A GRU that returns its last hidden state."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(width, hidden, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(x)[0][:, -1]
+
+
+def vgg() -> nn.Module:
+    with torch.device("meta"):  # its own classifier has a hundred million weights
+        net = VGG(nn.Identity(), init_weights=False)
+    net.features = make_layers([5, "M", 6, "M", 7], batch_norm=True)
+    net.avgpool = nn.AdaptiveAvgPool2d(2)
+    hidden = [nn.Linear(28, 9), nn.ReLU(True), nn.Dropout(), nn.Linear(9, 8), nn.ReLU(True), nn.Dropout()]
+    net.classifier = nn.Sequential(*hidden, nn.Linear(8, CLASSES))
+    return net
+
+
+def resnet() -> nn.Module:
+    net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+    net.conv1, net.bn1 = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+    for k, (below, width) in enumerate([(5, 5), (5, 6), (6, 7)], start=1):
+        shortcut = None
+        if k > 1:
+            shortcut = nn.Sequential(nn.Conv2d(below, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+        first = BasicBlock(below, width, 1 + (k > 1), shortcut)
+        setattr(net, f"layer{k}", nn.Sequential(first, BasicBlock(width, width)))
+    net.layer4, net.fc = nn.Sequential(BasicBlock(7, 7)), nn.Linear(7, CLASSES)
+    return net
+
+
+def densenet() -> nn.Module:
+    return DenseNet(4, (2, 2, 2), num_init_features=6, bn_size=2, num_classes=CLASSES)
+
+
+def transformer() -> nn.Module:
+    return VisionTransformer(8, 4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=CLASSES)
+
+
+def gru() -> nn.Module:
+    layers = [nn.Embedding(11, 6), Recurrent(6, 7), nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, CLASSES)]
+    return nn.Sequential(*layers)
+
+
+def layers() -> nn.Module:
+    """Boundaries that are weight layers themselves."""
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 8), nn.Linear(8, CLASSES))
+
+
+IMAGE, TOKENS = torch.zeros(1, 3, 16, 16), torch.zeros(1, 5, dtype=torch.long)
+NETS = {"vgg": vgg, "resnet": resnet, "densenet": densenet, "transformer": transformer, "gru": gru}
+EXAMPLES = dict.fromkeys(NETS, IMAGE) | {"transformer": torch.zeros(1, 3, 8, 8), "gru": TOKENS}
+EVERY_NET = pytest.mark.parametrize("name", NETS)
+
+
+class Case:
+    """A tiny float64 module as a net, with a method and a batch."""
+
+    def __init__(self, name: str, method: str, *overrides: str) -> None:
+        torch.manual_seed(3)
+        configuration = tiny_configuration(method, "fc", "dataset.fc_widths=[1,1,1]", *overrides)
+        self.loss = LOSSES["cross_entropy"]
+        make, example = (layers, torch.zeros(1, 6)) if name == "layers" else (NETS[name], EXAMPLES[name])
+        self.net = ModuleNet(make().double(), "auto", example)
+        for p in self.net.parameters():  # torchvision's heads start at zero
+            if not p.any():
+                p.data.normal_(std=0.1)
+        self.method = configuration.components["method"].build(net=self.net, num_classes=CLASSES, loss=self.loss)
+        self.optimizer = configuration.components["optimizer"].build()
+        self.learner = Learner(self.net, self.method, self.loss, self.optimizer)
+        self.x = self.net.blank(BATCH)
+        if self.x.is_floating_point():
+            self.x = torch.randn_like(self.x)
+        else:
+            self.x = torch.randint_like(self.x, 11)
+        self.target = torch.randint(CLASSES, (BATCH,))
+
+    def trace(self, keep: bool = False):
+        torch.manual_seed(5)  # of dropout
+        return self.net.trace(self.x, self.method.cuts, self.method.frozen, keep, self.method.transpose)
+
+    def backward(self, keep: bool = True):
+        """Return the trace, the applied signals and the error."""
+        trace = self.trace(keep)
+        _, error = self.loss.value_and_error(trace.logits, self.target)
+        return trace, trace.backward(self.method.signal, error, self.target), error
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad.clone() for p in self.net.parameters()]
+
+
+def autograd(case: Case, x: torch.Tensor) -> list[torch.Tensor]:
+    """The gradients of the module itself, without a net around it."""
+    module = copy.deepcopy(case.net.module)
+    torch.manual_seed(5)
+    logits = module(x)
+    _, error = case.loss.value_and_error(logits, case.target)
+    logits.backward(error)
+    return [p.grad for p in module.parameters()]
+
+
+@EVERY_NET
+@pytest.mark.parametrize("keep", [False, True])
+def test_backprop_through_the_trace_is_plain_autograd(name, keep):
+    case = Case(name, "bp")
+    expected = autograd(case, case.x)
+    _, deltas, _ = case.backward(keep)
+    for found, gradient in zip(case.gradients(), expected, strict=True):
+        assert torch.equal(found, gradient)
+    assert len(deltas) == keep * (case.net.depth - 1)
+
+
+@EVERY_NET
+def test_with_every_boundary_cut_backprop_s_signals_give_its_gradients(name):
+    case = Case(name, "bp")
+    expected = autograd(case, case.x)
+    torch.manual_seed(5)
+    trace = case.net.trace(case.x, range(1, case.net.depth), keep=True)
+    assert len(trace.segments) == case.net.depth
+    _, error = case.loss.value_and_error(trace.logits, case.target)
+    signals = dict(enumerate(backprop_deltas(trace, error), start=1))
+    deltas = trace.backward(lambda i, *_: signals[i], error, case.target)
+    for i, delta in enumerate(deltas, start=1):
+        assert torch.equal(delta, signals[i])
+    for found, gradient in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-15)
+
+
+WEIGHTS = {"transformer": "in_proj_weight of MultiheadAttention", "gru": "_l0 of GRU"}
+PAIRS = [(name, method) for name in NETS for method in METHODS if method != "adfa"]
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_a_rule_trains_every_weight_and_measures_alignment_or_is_refused(name, method):
+    if name in WEIGHTS and issubclass(tiny_configuration(method, "fc").components["method"].target, Sequential):
+        with pytest.raises(UserError, match=WEIGHTS[name]):
+            Case(name, method)
+        return
+    case = Case(name, method)
+    before = copy.deepcopy(case.net.state_dict())
+    case.learner.step(case.x, case.target)  # FDFA's B sends nothing at first
+    row = case.learner.step(case.x, case.target, align=True)
+    alignment = row[2:].view(case.net.depth - 1, 5)
+    silent = torch.arange(case.net.depth - 1) < case.method.frozen
+    assert torch.equal(alignment[:, 0].isnan(), silent)
+    exact = torch.arange(1, case.net.depth) >= case.method.exact_from
+    torch.testing.assert_close(alignment[exact, 0], torch.ones(int(exact.sum()), dtype=torch.float64))
+    trained = {id(p) for p in case.learner.parameters}
+    for key, p in case.net.module.named_parameters():
+        assert torch.equal(p, before[key]) == (id(p) not in trained), key
+    if isinstance(case.method, Sequential):
+        assert not torch.allclose(alignment[~exact, 0], torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "densenet", "layers"])
+def test_feedback_alignment_with_the_net_s_own_weights_is_backprop(name):
+    case = Case(name, "fa", "method.init=copy")
+    expected = autograd(case, case.x)
+    trace, deltas, error = case.backward()
+    for found, gradient in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-15)
+    for delta, reference in zip(deltas, backprop_deltas(trace, error), strict=True):
+        torch.testing.assert_close(delta, reference, rtol=1e-9, atol=1e-15)
+
+
+def test_feedback_has_the_shape_of_the_only_layer_that_reads_h_else_it_is_dense():
+    shapes = {}
+    for name in NETS:
+        modules = Case(name, "dfa", "method.top=direct").method.local_modules
+        shapes[name] = [tuple(module.weight.shape[1:]) for module in modules.values()]
+    assert shapes["vgg"] == [(5, 3, 3), (6, 3, 3), (28,), (9,), (8,)]
+    assert shapes["resnet"] == [
+        (5, 3, 3),
+        (5, 3, 3),
+        (5 * 8 * 8,),
+        (6, 3, 3),
+        (6 * 4 * 4,),
+        (7, 3, 3),
+        (7, 3, 3),
+        (7, 1, 1),
+    ]
+    assert shapes["transformer"] == [(8,), (8,), (8,)]  # one for all tokens
+    assert shapes["gru"] == [(5 * 6,), (7,), (9,)]
+
+
+def test_a_head_that_starts_at_zero_does_not_make_feedback_zero():
+    net = ModuleNet(transformer(), "auto", EXAMPLES["transformer"])
+    assert not net.module.heads.head.weight.any()
+    method = tiny_configuration("dfa", "fc", "method.init=product").components["method"]
+    modules = method.build(net=net, num_classes=CLASSES, loss=LOSSES["cross_entropy"]).local_modules
+    assert all(module.weight.any() for module in modules.values())
+
+
+@EVERY_NET
+def test_forward_direct_feedback_has_the_jacobian_s_tangents(name):
+    case = Case(name, "fdfa")
+    case.net.train(name == "transformer")  # without dropout; in evaluation its attention has no derivative
+    trace = case.net.trace(case.x, case.method.cuts, keep=True)
+    with torch.no_grad():
+        noise, tangent = case.method.tangents(trace)
+    assert sorted(noise) == sorted(case.method.cuts)
+    logits = case.net.trace(case.x, keep=True)
+    expected = torch.zeros_like(tangent)
+    for k in range(CLASSES):
+        for i, p in noise.items():
+            e = F.one_hot(torch.full((BATCH,), k), CLASSES).to(tangent)
+            (jacobian,) = torch.autograd.grad(logits.logits, logits.preactivations[i - 1], e, retain_graph=True)
+            expected[:, k] += (jacobian * p).flatten(1).sum(1)
+    torch.testing.assert_close(tangent, expected)
+
+
+@EVERY_NET
+def test_weights_are_saved_and_loaded_as_those_of_the_module(name):
+    case, module = Case(name, "bp"), NETS[name]().double()
+    state = case.net.state_dict()
+    assert list(state) == list(module.state_dict())
+    module.load_state_dict(state)
+    case.net.load_state_dict(module.state_dict())
+    module.eval()
+    assert torch.equal(case.net.eval()(case.x), module(case.x))
+
+
+@EVERY_NET
+def test_a_survey_changes_neither_the_module_nor_the_random_numbers(name):
+    torch.manual_seed(0)
+    module = NETS[name]().double()
+    frozen = next(module.parameters()).requires_grad_(False)
+    module.train()
+    next(module.children()).eval()
+    modes = [one.training for one in module.modules()]
+    state, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    net = ModuleNet(module, "auto", EXAMPLES[name])
+    net.probe()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [one.training for one in module.modules()] == modes
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert not frozen.requires_grad
+    assert all(p is not frozen for p in net.parameters_above(0))
+
+
+@pytest.mark.parametrize("method", ["bp", "shallow", "dfa", "las", "fa"])
+def test_frozen_weights_stay_and_alignment_is_measured_above_them(method):
+    case = Case("vgg", method)
+    for p in case.net.parameters_above(0)[:4]:
+        p.requires_grad_(False)
+    case.learner = Learner(case.net, case.method, case.loss, case.optimizer)
+    before = copy.deepcopy(case.net.state_dict())
+    row = case.learner.step(case.x, case.target, align=True)
+    case.learner.step(case.x, case.target)
+    assert row[2:].view(-1, 5)[case.method.frozen :, 0].isfinite().all()
+    for key, p in case.net.module.named_parameters():
+        assert p.requires_grad or torch.equal(p, before[key])
+
+
+def test_activations_that_are_watched_are_the_boundaries_outputs():
+    case = Case("vgg", "bp")
+    case.net.eval()
+    watched = {}
+    assert torch.equal(case.net(case.x, watched.setdefault), case.net.module(case.x))
+    assert [h.shape[1:] for h in watched.values()] == case.net.output_shapes()
+    assert torch.equal(watched[1], case.net.module.features[:4](case.x))
+    assert [case.net.ends_in_relu(i) for i in range(1, case.net.depth)] == [True] * (case.net.depth - 1)
+    assert not Case("gru", "bp").net.ends_in_relu(3)
+
+
+RESNET = ["maxpool", "layer1.0", "layer1", "layer2.0", "layer2", "layer3.0", "layer3", "layer4.0", "avgpool"]
+AUTOMATIC = {
+    "vgg11_bn": [*(f"features.{i}" for i in (3, 7, 10, 14, 17, 21, 24)), "avgpool", "classifier.2", "classifier.5"],
+    "resnet18": RESNET,
+    "densenet121": [
+        "features.pool0",
+        *(f"features.transition{i}{end}" for i in (1, 2, 3) for end in (".relu", "")),
+        "features.denseblock4",
+    ],
+    "transformer": ["encoder.dropout", "encoder.layers.encoder_layer_0", "encoder"],
+    "gru": ["0", "1", "3"],
+}
+BUILDERS = {"vgg11_bn": vgg11_bn, "resnet18": resnet18, "densenet121": densenet121}
+
+
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_automatic_boundaries(name):
+    module = (BUILDERS | NETS)[name]()
+    example = (EXAMPLES | dict.fromkeys(BUILDERS, torch.zeros(1, 3, 32, 32)))[name]
+    net = ModuleNet(module, "auto", example)
+    assert net.boundaries == AUTOMATIC[name]
+    valid = dfl.boundaries(module, example)
+    assert [one for one in valid if one in net.boundaries] == net.boundaries
+    assert sum(len(block) for block in net.weights) == len(list(module.parameters()))
+
+
+class Shared(nn.Module):
+    """A net with everything that no boundary may have."""
+
+    def __init__(self, drops: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Linear(4, 4) for _ in range(4))
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.first.weight
+        self.relu, self.unused, self.skip = nn.ReLU(), nn.Linear(4, 4), nn.Identity()
+        self.pair, self.changed, self.trained = nn.GRU(4, 4), nn.ReLU(inplace=True), nn.Identity()
+        self.drops = drops
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.relu(self.first(x))
+        h = self.pair(h)[0]
+        h = self.relu(self.tied(h))
+        h = h + self.second(self.skip(h))
+        h = self.changed(self.third(h))
+        if not self.training:
+            h = self.trained(h)
+        return self.last(h)
+
+
+REFUSALS = {
+    "nothing": "there is no such submodule; there are tied, changed",
+    "relu": "it is called 2 times in a forward pass, must be called once",
+    "unused": "it is called 0 times in a forward pass, must be called once",
+    "trained": "it is called 0 times",
+    "skip": "a path goes round it",
+    "pair": "its output is not one tensor",
+    "first": "the blocks below and above it share the weight first.weight",
+    "third": "its output is changed in place afterwards; the next boundary is changed",
+    "last": "no weight is above it",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_submodule_that_is_no_boundary_is_refused_by_name(name):
+    with pytest.raises(UserError, match=f"model.boundaries: {name}: {REFUSALS[name]}"):
+        ModuleNet(Shared(), [name], torch.zeros(1, 4))
+
+
+def test_boundaries_without_a_weight_between_them_are_refused():
+    with pytest.raises(UserError, match=r"features.2, features.3: there is no weight between them"):
+        ModuleNet(vgg(), ["features.3", "features.2"], IMAGE)
+
+
+def test_a_module_that_cannot_be_a_net_is_refused():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(UserError, match="its output must be one tensor"):
+        ModuleNet(Pair(4, 4), "auto", torch.zeros(1, 4))
+    with pytest.raises(UserError, match=r"the forward pass fails for input shape \(3,\)"):
+        ModuleNet(nn.Linear(4, 4), "auto", torch.zeros(1, 3))
+    with pytest.raises(UserError, match="is compiled; pass the module itself"):
+        ModuleNet(torch.compile(nn.Linear(4, 4)), "auto", torch.zeros(1, 4))
+    with pytest.raises(UserError, match="no submodule is a boundary between two weights"):
+        ModuleNet(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "auto", torch.zeros(1, 4))
+
+
+def test_a_boundary_that_is_skipped_in_training_is_refused_then():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    wrapped = ModuleNet(net, ["1"], torch.zeros(1, 4))
+    net[1] = nn.Tanh()
+    with pytest.raises(UserError, match="model: 1 is not called in this forward pass"):
+        wrapped.trace(torch.zeros(2, 4))
+
+
+def test_a_copy_is_a_net_of_its_own():
+    case = Case("vgg", "dfa")
+    other = copy.deepcopy(case.net)
+    trace = other.trace(case.x, case.method.cuts)
+    assert len(trace.segments) == len(case.method.cuts) + 1
+    assert trace.segments[0].parameters[0] is next(other.module.parameters())
+
+
+def test_weights_of_a_module_are_drawn_anew():
+    net = Case("vgg", "bp").net
+    before = copy.deepcopy(net.state_dict())
+    initialise(net, "orthogonal")
+    assert not torch.equal(net.state_dict()["classifier.3.weight"], before["classifier.3.weight"])
+    assert torch.equal(net.state_dict()["features.1.weight"], before["features.1.weight"])

@@ -1,0 +1,141 @@
+"""A rule in a plain PyTorch loop: bitwise backpropagation, the same weights as dfl-train, accumulation."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dfl_experiments as dfl
+from dfl_experiments.configuration.components import component
+from dfl_experiments.configuration.composition import compose, group_options, plain
+from dfl_experiments.engine.learner import Learner
+from dfl_experiments.engine.losses import LOSSES
+from dfl_experiments.errors import UserError
+from dfl_experiments.models import fc
+
+INPUTS = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(12) % 3
+
+
+def module():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def rule_of(name, net, **options):
+    torch.manual_seed(2)
+    return dfl.rule(name, net, INPUTS[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1), lr=0.1, **options)
+
+
+def gradients(net):
+    return [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda y, t: F.mse_loss(y, F.one_hot(t, 3).float())])
+def test_bp_with_a_loss_is_loss_backward_bit_for_bit(loss):
+    net, twin = module(), module()
+    value = rule_of("bp", net).backward(INPUTS, LABELS, loss=loss)
+    expected = loss(twin(INPUTS), LABELS)
+    expected.backward()
+    assert torch.equal(value, expected.detach())
+    assert all(map(torch.equal, gradients(net), gradients(twin)))
+
+
+def test_las_in_a_plain_loop_is_dfl_train_s_step():
+    torch.manual_seed(1)
+    net = fc((20,), 3, [16, 16], "relu")
+    torch.manual_seed(1)
+    twin = fc((20,), 3, [16, 16], "relu")
+    rule = dfl.rule("las", net, INPUTS[:1], optimizer=lambda p: torch.optim.Adam(p, 1e-3))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    method = component(plain(compose(["method=las"]))["method"], "method").build(
+        net=twin, num_classes=3, loss=LOSSES["cross_entropy"]
+    )
+    adam = dfl.compose(["optimizer.lr=1e-3"]).components["optimizer"].build()
+    learner = Learner(twin, method, LOSSES["cross_entropy"], adam)
+    for _ in range(50):
+        optimizer.zero_grad()
+        rule.backward(INPUTS, LABELS)
+        optimizer.step()
+        learner.step(INPUTS, LABELS)
+    for mine, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa", "las", "ltas", "dkp", "fa", "kp", "sdfa"])
+def test_four_micro_batches_are_one_step_on_the_summed_gradient(name):
+    net, twin = module(), module()
+    whole, parts = rule_of(name, twin), rule_of(name, net)
+    for part in range(4):
+        rows = slice(3 * part, 3 * part + 3)
+        parts.backward(INPUTS[rows], LABELS[rows], step_feedback=False)
+    whole.backward(INPUTS, LABELS, step_feedback=False)
+    for mine, other in zip(gradients(net), gradients(twin), strict=True):
+        assert torch.allclose(mine, 4 * other, atol=1e-6)
+    mine, other = ([p.grad for p in rule.method.parameters() if p.grad is not None] for rule in (parts, whole))
+    for one, another in zip(mine, other, strict=True):
+        assert torch.allclose(one, 4 * another, atol=1e-6)
+
+
+def test_alignment_has_names_and_changes_nothing():
+    net = module()
+    rule = rule_of("dfa", net, boundaries=["1", "3"])
+    rule.backward(INPUTS, LABELS)
+    before, weights = gradients(net), [p.clone() for p in net.parameters()]
+    found = rule.alignment(INPUTS, LABELS)
+    assert list(found) == ["1", "3"]
+    assert -1 <= found["1"]["cosine_sample"] < 1
+    assert found["3"]["cosine_sample"] == pytest.approx(1)  # BP's own signal
+    assert all(map(torch.equal, before, gradients(net)))
+    assert all(map(torch.equal, weights, net.parameters()))
+
+
+def test_regression_works_with_a_loss_of_one_s_own():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+    targets = torch.stack([INPUTS[:, 0], INPUTS[:, 1] * 0.5], 1)
+    rule = dfl.rule("dfa", net, INPUTS[:1])
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        losses.append(rule.backward(INPUTS, targets, loss=F.mse_loss).item())
+        optimizer.step()
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_rule_goes_on_from_its_state():
+    net = module()
+    rule = rule_of("ltas", net)
+    rule.backward(INPUTS, LABELS)
+    twin = rule_of("ltas", net, init="zeros")
+    twin.load_state_dict(rule.state_dict())
+    assert all(map(torch.equal, rule.method.parameters(), twin.method.parameters()))
+
+
+@pytest.mark.parametrize("name", group_options("method"))
+def test_every_rule_trains_in_a_plain_loop(name):
+    net = module()
+    rule = rule_of(name, net)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(rule.backward(INPUTS, LABELS).item())
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_what_is_missing_or_impossible_is_refused():
+    with pytest.raises(UserError, match="its B learns; pass its optimizer"):
+        dfl.rule("las", module(), INPUTS[:1])
+    with pytest.raises(UserError, match="pass lr="):
+        dfl.rule("kp", module(), INPUTS[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1), decay=0.1)
+    with pytest.raises(UserError, match="did you mean las"):
+        dfl.rule("lass", module(), INPUTS[:1])
+    rule = rule_of("dfa", module())
+    with torch.autocast("cpu", torch.float16), pytest.raises(UserError, match="float16"):
+        rule.backward(INPUTS, LABELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rule.backward(INPUTS, LABELS).dtype == torch.float32
