@@ -8,9 +8,12 @@ From Python, say in a notebook:
     result = dfl.run(configuration, "outputs/mine")            # trains, and gives the content of result.json
     columns = dfl.read_rows("outputs/mine", "iterations")      # pandas.DataFrame(columns) makes a table of them
     net = dfl.load_net("outputs/mine")                         # the trained network, a torch.nn.Module
+    runs = dfl.runs("outputs/mine")                            # a DataFrame, one row for each run
+    figure = dfl.draw(runs, what=["alignment"])                # their curves
 """
 
 import sys
+from importlib import import_module
 from typing import Any
 
 if sys.platform == "win32":
@@ -18,13 +21,22 @@ if sys.platform == "win32":
     raise SystemExit(2)
 
 __version__ = "0.1.0"
-__all__ = ["compose", "load_net", "read_rows", "run"]
+# in which module each name is: they bring torch or pandas along, which are slow to import
+NAMES = {
+    **dict.fromkeys(["compose", "load_net", "load_run", "read_rows", "run"], "api"),
+    **dict.fromkeys(["curves", "runs"], "report.frame"),
+    "boundaries": "engine.module_net",
+    "draw": "report.lines",
+    "rule": "own_loop",
+}
+__all__ = ["boundaries", "compose", "curves", "draw", "load_net", "load_run", "read_rows", "rule", "run", "runs"]
 
 
 def __getattr__(name: str) -> Any:
-    # only when one of them is asked for: they bring torch along, which is slow to import
-    if name in __all__:
-        from dfl_experiments import notebook
-
-        return getattr(notebook, name)
+    if name in NAMES:
+        return getattr(import_module(f"dfl_experiments.{NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,4 +1,4 @@
-"""The seal of a run: SHA-256 of the files that it left and of its `result.json`, kept there and checked by readers."""
+"""The seal of a run: SHA-256 of its files and of `result.json`, stored in `result.json` and checked by every reader."""
 
 import hashlib
 import json
@@ -17,33 +17,33 @@ SEALED = ("config.yaml", "epochs.csv", "iterations.csv")
 
 
 def opened(path: Path) -> BufferedReader:
-    """Open a file for reading. Raises `UserError` for a link, a folder, and a pipe, at which a reader would wait."""
+    """Open a file for reading. Raises `UserError` for a link, a folder, or a pipe, which would block the reader."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise UserError(f"{path}: a symbolic link, a pipe or a folder in place of a file")
     return path.open("rb")
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what a file holds. Raises as `opened` does."""
+    """Return a file's content. Raises as `opened` does."""
     with opened(path) as file:
         return file.read()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the mapping that a JSON file holds, None where there is no file. Raises `UserError` for anything else."""
+    """Return the mapping in a JSON file, None if there is no file. Raises `UserError` for any other content."""
     if not os.path.lexists(path):
         return None
     content = read_bytes(path)
     try:
-        found = dict(json.loads(content))
-        json.dumps(found, allow_nan=False)
-        return found
+        values = dict(json.loads(content))
+        json.dumps(values, allow_nan=False)
+        return values
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def sha256_of(path: Path, length: int = sys.maxsize) -> "hashlib._Hash":
-    """Return SHA-256 of a file, or of its first bytes. Raises as `opened` does."""
+    """Return the SHA-256 of a file, or of its first `length` bytes. Raises as `opened` does."""
     digest = hashlib.sha256()
     with opened(path) as file:
         while part := file.read(min(length, 2**20)):
@@ -53,13 +53,13 @@ def sha256_of(path: Path, length: int = sys.maxsize) -> "hashlib._Hash":
 
 
 def own_digest(result: Mapping[str, Any]) -> str:
-    """Return SHA-256 of a result as canonical JSON, with the other digests of its seal."""
+    """Return the SHA-256 of a result as canonical JSON, with the other digests of its seal."""
     others = {name: digest for name, digest in result["seal"].items() if name != RESULT}
     return hashlib.sha256(json.dumps({**result, "seal": others}, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result, as JSON has it, with a seal of itself and of the files in its run directory."""
+    """Return a result with the seal of itself and of the files in its run directory."""
     content = json.loads(json.dumps(result))
     content["seal"] = {name: sha256_of(run_dir / name).hexdigest() for name in SEALED if (run_dir / name).exists()}
     content["seal"][RESULT] = own_digest(content)
@@ -67,10 +67,10 @@ def sealed(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(run_dir: Path) -> dict[str, Any] | None:
-    """Return the content of `result.json`; None where there is none.
+    """Return the content of `result.json`, None if there is none.
 
-    An absent file was not kept, a result of before has no seal. Raises `UserError`, naming the file, where one is not
-    what the run left.
+    A sealed file may be missing, since not every file is kept. A result without a seal is accepted: early versions
+    wrote none. Raises `UserError`, with the file's name, if a file has changed since the run.
     """
     result = read_json(run_dir / RESULT)
     if result is None or "seal" not in result:

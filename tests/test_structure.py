@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dfl_experiments"
-GROUND = {"console", "errors", "measured", "ranges", "optimizers", "seal"}
-# what each room may import beside the ground and itself; an entrypoint may import all that it starts
+GROUND = {"console", "errors", "measured", "ranges", "optimizers", "schedules", "seal"}
+# what each room may import beside the ground and itself
 ALLOWED = {
     "engine": set(),
     "methods": {"engine"},
@@ -22,7 +22,6 @@ ALLOWED = {
     "running": {"configuration", "data", "engine"},
     "report": {"configuration", "running"},
 }
-ENTRYPOINTS = {"dfl_data.py": {"configuration"}}
 
 
 def rooms_imported(path):
@@ -37,7 +36,7 @@ def test_imports_point_one_way(room):
     files = list((PACKAGE / room).glob("*.py"))
     assert files
     for path in files:
-        allowed = ALLOWED[room] | GROUND | {room} | ENTRYPOINTS.get(path.name, set())
+        allowed = ALLOWED[room] | GROUND | {room}
         assert set(rooms_imported(path)) <= allowed, path
 
 
@@ -74,10 +73,15 @@ def test_the_top_level_is_what_it_is_said_to_be():
     assert top == files | {"conf", "dfl_experiments", "scripts", "tests", "outputs"}
 
 
+def prose():
+    """The README and the user guide."""
+    return (ROOT / "README.md").read_text() + (ROOT / ".github" / "GUIDE.md").read_text()
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The files that the README shows, in a folder of their own, on the path; and how it calls them."""
-    text = (ROOT / "README.md").read_text()
+    """The files that the README and the guide show, in a folder of their own, on the path; and how it calls them."""
+    text = prose()
     blocks = re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", text, re.S)
     assert sorted(Path(name).name for name, _ in blocks) == ["clipped.yaml", "conv2.yaml", "my_rules.py"]
     assert sum(content.count("\n") + 1 for _, content in blocks) < 60
@@ -112,7 +116,7 @@ def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_p
         command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
         return subprocess.run(command, cwd=own, capture_output=True, text=True, timeout=280)
 
-    text = (ROOT / "README.md").read_text()
+    text = prose()
     asked = re.search(r"dfl-train (--config-dir my_conf .*)", text)[1].replace('"', "").split()
     done = dfl_train(*asked, "epochs=2", "tracking=disabled", "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
@@ -125,10 +129,11 @@ def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_p
 
 
 def test_the_readme_s_python_gives_what_it_says(tmp_path):
-    (code,) = re.findall(r"```python\n(import dfl_experiments as dfl.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = re.findall(r"```python\n(import dfl_experiments as dfl\n\nconfiguration.*?)```", prose(), re.S)
     check = """
 assert result["status"] == "finished" and result["epochs"] == 3
-assert len(table) == 63 and 0.5 < table["cosine_sample/1"].mean() < 1
+assert len(table["loss"]) == 63 and 0.5 < table["cosine_sample/1"].mean() < 1
+assert len(runs) == 1 and figure.axes
 import torch
 assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 """

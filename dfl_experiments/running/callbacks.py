@@ -1,6 +1,6 @@
-"""What Hydra calls before a run or a sweep begins and after a sweep: the check of all of it, and the summary.
+"""Hydra's callbacks: check a run or a sweep before it begins, and sum up a sweep at its end.
 
-Hydra lets a callback's errors pass with a warning, but not its SystemExit.
+Hydra turns an error of a callback into a warning, but lets its SystemExit pass.
 """
 
 import shutil
@@ -20,13 +20,16 @@ from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.locks import refuse_links
-from dfl_experiments.running.summary import COMMAND, Sweep, summary
-from dfl_experiments.running.sweep import check_sweep
+from dfl_experiments.running.outcome import COMMAND, Sweep
+from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan
+from dfl_experiments.running.point_counter import PointCounter
+from dfl_experiments.running.summary import print_summary
+from dfl_experiments.running.sweep import check_job, check_sweep
 from dfl_experiments.running.workers import QUEUE
 
 
-def check_run(cfg: DictConfig) -> Configuration:
-    """The checked configuration of a single run, for which there is a device and a directory. Raises `UserError`."""
+def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
+    """Return the checked configuration of a single run, and its directory. Raises `UserError`."""
     from dfl_experiments.running.device import choose_device
 
     refuse_chdir(cfg)
@@ -34,21 +37,19 @@ def check_run(cfg: DictConfig) -> Configuration:
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
     if configuration.settings.resume == AUTO and not any(flag.startswith("hydra.run.dir=") for flag in flags):
-        raise UserError("resume=auto: name the run directory that is to be gone on in, hydra.run.dir=…")
+        raise UserError("resume=auto needs hydra.run.dir=<directory>")
     choose_device(configuration.settings.device)
-    made(run_dir, "hydra.run.dir")
-    refuse_links(run_dir)
-    return configuration
+    return configuration, run_dir
 
 
 def refuse_chdir(cfg: DictConfig) -> None:
-    """Raise `UserError` where jobs would run in another folder, in which a relative data_dir is another one."""
+    """Raise `UserError` if jobs would change the folder, in which a relative data_dir is another one."""
     if cfg.hydra.job.chdir:
         raise UserError("hydra.job.chdir=true: a run stays in the folder that it is started in")
 
 
-def made(folder: Path, key: str) -> None:
-    """Make the folder. Raises `UserError`, naming the key that it comes from, where that cannot be."""
+def make_folder(folder: Path, key: str) -> None:
+    """Make a folder, and remember it in `Checks.made`. Raises `UserError`, with the option's name, if that fails."""
     Checks.made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,66 +58,97 @@ def made(folder: Path, key: str) -> None:
 
 
 def pin(config: DictConfig, sweep: Sweep) -> None:
-    """Have every job, wherever and whenever a launcher composes it, find the sweep's folder and the command's id."""
+    """Pass the sweep's folder and the command's id to every job, whenever its launcher composes it."""
     with read_write(config.hydra):
         config.hydra.sweep.dir = literal(str(sweep.folder))
-        given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+        overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
         pinned = [f"hydra.sweep.dir={quoted(str(sweep.folder))}", f"++hydra.job.env_set.{COMMAND}={sweep.command}"]
-        config.hydra.overrides.hydra = given + pinned
+        config.hydra.overrides.hydra = overrides + pinned
 
 
 class Checks(Callback):
-    """command: what this process is known by; checked, sweep: what was found, for the job and for its end; begun:
-    whether there may be something to save; stopped_by: the signal that has asked for the end; made: the
-    folders made for a run or a sweep, the innermost first."""
+    """Check a run or a sweep before it begins, and print the summary of a sweep."""
 
     command: ClassVar[str] = ""
+    """Id of this process, known to its jobs."""
+    is_dry: ClassVar[bool] = False
+    """Whether to list the runs and start none."""
     begun: ClassVar[bool] = False
+    """Whether a run or sweep has started, so that there may be something to save."""
     stopped_by: ClassVar[int | None] = None
+    """The signal that asked for the end."""
     made: ClassVar[list[Path]] = []
+    """Folders made for the run or sweep, the innermost first."""
     checked: ClassVar[Configuration | None] = None
+    """Checked configuration of a single run."""
     sweep: ClassVar[Sweep | None] = None
+    """The sweep, from its check to its summary."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a wrong run before its directory is made."""
         with refusing():
             HydraConfig.instance().set_config(config)
-            Checks.checked = check_run(config)
+            Checks.checked, run_dir = check_run(config)
+            if Checks.is_dry:
+                configuration = Checks.checked
+                planned = PlannedRun(run_dir, str(run_dir), [])
+                show_plan([planned], configuration.settings.force, lambda overrides: configuration)
+                raise SystemExit(0)
+            make_folder(run_dir, "hydra.run.dir")
+            refuse_links(run_dir)
             Checks.begun = True
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse a sweep with a wrong job before anything of it begins."""
+        """Refuse a sweep with a wrong job before any job begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
             refuse_chdir(config)
             sweep = check_sweep(config, Checks.command)
-            made(sweep.folder, "hydra.sweep.dir")
+            if Checks.is_dry:
+                print(f"sweep {sweep.name}, in {sweep.folder}")
+                if not sweep.points:
+                    print("  its sweeper chooses the points one after another")
+                show_plan(planned_runs(sweep), sweep.force, lambda overrides: check_job(config, overrides)[0])
+                raise SystemExit(0)
+            make_folder(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)
+            PointCounter(sweep.folder, sweep.command).start(len(sweep.points))
             if sweep.launcher == QUEUE and shutil.which("sbatch"):
                 from dfl_experiments.running.slurm import watch
 
                 watch()
             if sweep.launcher == "ray":
-                import ray
-
-                before = signal.getsignal(signal.SIGTERM)
-                ray.init(**plain(config.hydra.launcher.ray.init))
-                signal.signal(signal.SIGTERM, before)  # Ray's own aborts this process three seconds later
-            Checks.sweep = sweep  # only now is there something to sum up
+                start_ray(config)
+            Checks.sweep = sweep  # from here on there is something to sum up
             Checks.begun = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Keep no configuration of a job that is done: Hydra keeps what each returns to the end of a sweep."""
+        """Drop the configuration of a finished job: Hydra keeps what each job returns until the sweep ends."""
         job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Sum up, and let the exit code say whether every point has its result.
+        """Print the summary, and end the process with code 1 unless every point has its result.
 
-        Hydra 1.4 calls this of a sweep that an error or a signal ends as well, whose exit code `train.main` knows.
+        Hydra 1.4 also calls this for a sweep that an error or a signal ended; `train.main` handles those.
         """
         if sys.exc_info()[1] is not None:
             return
         with refusing():
             sweep, Checks.sweep = Checks.sweep, None
-            if sweep is not None and (code := summary(sweep)):
+            if sweep is not None and (code := sum_up(sweep)):
                 raise SystemExit(code)
+
+
+def start_ray(config: DictConfig) -> None:
+    """Start or join a Ray cluster, and keep this process's handler of SIGTERM: Ray's own aborts after three seconds."""
+    import ray
+
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(**plain(config.hydra.launcher.ray.init))
+    signal.signal(signal.SIGTERM, before)
+
+
+def sum_up(sweep: Sweep) -> int:
+    """Stop counting, print the summary of a sweep, and return the exit code."""
+    PointCounter(sweep.folder, sweep.command).remove()
+    return print_summary(sweep)

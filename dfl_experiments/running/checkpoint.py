@@ -1,6 +1,6 @@
-"""`last.pt`: everything needed to go on as if nothing had happened, written so that a reader never sees half of it.
+"""`last.pt`: everything needed to continue a run bit for bit. A reader never sees a half-written file.
 
-At its end, where `torch.load` does not look, stands SHA-256 of all before it: PyTorch checks no sums of its own.
+The last 64 bytes are the SHA-256 of all bytes before them, because `torch.load` verifies no checksum.
 """
 
 import hashlib
@@ -29,23 +29,25 @@ DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
 KEYS = {"format", "science", "epoch", "batch", "net", "method", "optimizers", "random", "training", "threads"}
 
 
-def taken(learner: Learner, science: str, state: "State") -> dict[str, Any]:
-    """Weights, buffers, every B, both optimizers, all random states, and where the training is.
+def snapshot(learner: Learner, config_digest: str, state: "State") -> dict[str, Any]:
+    """Return weights, buffers, every B, both optimizers, all random states, and the position in training.
 
-    science: the digest of what the run computes. The order of the data needs no state: it is a function of the seed,
-    the epoch and the batch.
+    The order of the data needs no entry: it is a function of the seed, the epoch and the batch.
+
+    config_digest: digest of the run's configuration.
     """
     name, keys, *rest = np.random.get_state()
     rows = None if state.rows is None else state.rows.cpu().clone()
+    training = {key: value for key, value in vars(state).items() if key != "epoch"}
     return {
         "format": CHECKPOINT_FORMAT,
-        "science": science,
+        "science": config_digest,
         "epoch": state.epoch,
         "batch": 0 if rows is None else len(rows),
         "net": learner.net.state_dict(),
         "method": learner.method.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
-        "training": {key: value for key, value in vars(state).items() if key != "epoch"} | {"rows": rows},
+        "training": training | {"rows": rows},
         "threads": torch.get_num_threads(),
         "random": {
             "python": random.getstate(),
@@ -56,18 +58,13 @@ def taken(learner: Learner, science: str, state: "State") -> dict[str, Any]:
     }
 
 
-def restore(learner: Learner, state: dict[str, Any]) -> None:
-    """Put the learner and all random numbers where the state was taken. Learning rates are left to the schedule."""
-    learner.net.load_state_dict(state["net"])
-    learner.method.load_state_dict(state["method"])
-    for optimizer, saved in zip(learner.optimizers, state["optimizers"], strict=True):
-        # what belongs to the device, not to the run: a learning rate that a captured step reads, and its flag
-        own = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, values in zip(optimizer.param_groups, own, strict=True):
-            for key, value in values.items():
-                group[key] = value
-    states = state["random"]
+def restore(learner: Learner, saved: dict[str, Any]) -> None:
+    """Set the learner and all random number generators to a snapshot. The schedule sets the learning rates later."""
+    learner.net.load_state_dict(saved["net"])
+    learner.method.load_state_dict(saved["method"])
+    for optimizer, state in zip(learner.optimizers, saved["optimizers"], strict=True):
+        restore_optimizer(optimizer, state)
+    states = saved["random"]
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -75,12 +72,24 @@ def restore(learner: Learner, state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def save(run_dir: Path, state: dict[str, Any]) -> None:
-    """Write the state to `last.pt`, keeping the one before as `previous.pt`. Raises OSError where that fails."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Set an optimizer to its saved state, but keep the options that belong to the device.
+
+    These are the learning rate, a tensor that a captured step reads, and the flag `capturable`.
+    """
+    kept: list[dict[str, Any]] = []
+    kept += [{key: group[key] for key in ("lr", "capturable") if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        group.update(values)
+
+
+def save_checkpoint(run_dir: Path, saved: dict[str, Any]) -> None:
+    """Write a snapshot to `last.pt`, and keep the earlier file as `previous.pt`. Raises OSError if that fails."""
     new = run_dir / f".{LAST}.new"
     try:
         with new.open("w+b") as file:
-            torch.save(state, file)
+            torch.save(saved, file)
             file.seek(0)
             file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
             synced(file)
@@ -88,61 +97,70 @@ def save(run_dir: Path, state: dict[str, Any]) -> None:
             (run_dir / LAST).replace(run_dir / PREVIOUS)
         new.replace(run_dir / LAST)
         fsync_folder(run_dir)
-    except RuntimeError as error:  # torch.save's word for a write that failed
+    except RuntimeError as error:  # raised by torch.save if a write failed
         raise OSError(f"{run_dir / LAST}: cannot be written ({reason(error)})") from error
     finally:
         new.unlink(missing_ok=True)
 
 
-def discard(run_dir: Path, *names: str) -> None:
-    """Remove checkpoints; all of them unless named."""
+def discard_checkpoints(run_dir: Path, *names: str) -> None:
+    """Remove the named checkpoints, or all if none is named."""
     for name in names or (LAST, PREVIOUS):
         (run_dir / name).unlink(missing_ok=True)
 
 
 def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Remove the checkpoints that a run with this configuration has no use for once it has ended."""
+    """Remove the checkpoints that a run with this configuration does not keep after its end."""
     keeps = (config.get("checkpoint") or {}).get("keep", True)
-    discard(run_dir, *([PREVIOUS] if keeps else [LAST, PREVIOUS]))
+    discard_checkpoints(run_dir, *([PREVIOUS] if keeps else [LAST, PREVIOUS]))
 
 
-def read(path: Path, science: str | None = None) -> dict[str, Any]:
-    """The state of one file; nothing in it is executed.
+def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, Any]:
+    """Return the snapshot in one file. No code in the file is executed.
 
-    science: of the run that is to go on from it, whose tables must be as it left them. Raises `UserError` if the file
-    or a table is damaged or of another run.
+    config_digest: of the run that continues from it; the CSV files beside it are then compared with their digests.
+    Raises `UserError` if the file or a table is damaged or belongs to another run.
     """
+    refuse_damaged(path)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+    if not isinstance(saved, dict) or not set(saved) >= KEYS or not isinstance(saved["threads"], int):
+        raise UserError(f"{path}: is no checkpoint of a run")
+    if saved["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: has format {saved['format']}, this version reads {CHECKPOINT_FORMAT}")
+    if config_digest is None:
+        return saved
+    if saved["science"] != config_digest:
+        digests = f"{saved['science']}, not {config_digest}"
+        raise UserError(f"{path}: belongs to a run with another configuration ({digests})")
+    training = saved["training"]
+    for name, digest in training["digests"].items():
+        table, length = path.with_name(f"{name}.csv"), training["lengths"][name]
+        if not table.exists() or sha256_of(table, length).hexdigest() != digest:
+            raise UserError(f"{table}: missing, or changed since the checkpoint {path.name}")
+    return saved
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raise `UserError` if a checkpoint does not end with the SHA-256 of its content."""
     with opened(path) as file:
         length = max(os.fstat(file.fileno()).st_size - DIGEST_LENGTH, 0)
         file.seek(length)
         if sha256_of(path, length).hexdigest().encode() != file.read():
             raise UserError(f"{path}: is damaged, or of an earlier version")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler say
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
-    if not isinstance(state, dict) or not set(state) >= KEYS or not isinstance(state["threads"], int):
-        raise UserError(f"{path}: is no checkpoint of a run")
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: has format {state['format']}, this version reads {CHECKPOINT_FORMAT}")
-    if science is not None and state["science"] != science:
-        raise UserError(f"{path}: belongs to a run with another configuration ({state['science']}, not {science})")
-    for name, digest in state["training"]["digests"].items() if science is not None else ():
-        table, length = path.with_name(f"{name}.csv"), state["training"]["lengths"][name]
-        if not table.exists() or sha256_of(table, length).hexdigest() != digest:
-            raise UserError(f"{table}: missing, or not as it was at the checkpoint {path.name}")
-    return state
 
 
-def load(run_dir: Path, science: str | None = None) -> dict[str, Any]:
-    """The state of `last.pt`, or with a warning of `previous.pt` where that is missing or damaged.
+def load_checkpoint(run_dir: Path, config_digest: str | None = None) -> dict[str, Any]:
+    """Return the snapshot in `last.pt`, or with a warning the one in `previous.pt` if the newer file is unusable.
 
-    Raises `UserError`, naming both files and what to do, where neither serves.
+    Raises `UserError`, with both files and the remedy, if neither can be used.
     """
     problems = []
     for name in (LAST, PREVIOUS):
         try:
-            found = read(run_dir / name, science)
+            saved = read_checkpoint(run_dir / name, config_digest)
         except FileNotFoundError:
             problems.append(f"{run_dir / name}: missing")
         except UserError as error:
@@ -150,5 +168,5 @@ def load(run_dir: Path, science: str | None = None) -> dict[str, Any]:
         else:
             if problems:
                 log.warning("%s; going on from %s", problems[0], name)
-            return found
+            return saved
     raise UserError(f"{'; '.join(problems)}; remove {LAST} and {PREVIOUS} to start the run anew")

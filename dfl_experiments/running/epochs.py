@@ -1,4 +1,4 @@
-"""The epochs of a run, from wherever its last checkpoint left it."""
+"""Train the epochs of a run, from its last checkpoint on."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +11,8 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from dfl_experiments.measured import STABILITY
-from dfl_experiments.running import checkpoint
 from dfl_experiments.running.build import Parts
+from dfl_experiments.running.checkpoint import save_checkpoint, snapshot
 from dfl_experiments.running.progress import Progress
 from dfl_experiments.running.records import by_layer, iteration_rows, per_layer, reported_accuracies
 from dfl_experiments.running.run_directory import HEADLINES, Table
@@ -20,127 +20,175 @@ from dfl_experiments.running.signals import Interrupted, Stop
 from dfl_experiments.running.stability import Activations, instability, norm_ratios
 from dfl_experiments.running.tracking import Tracker
 
-UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 6, 1.15  # the published code's epoch 5, which it counts from 0
-SHARE_OF_WRITING = 0.05  # of the time, at most, for the checkpoints at the ends of epochs
+UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 6, 1.15  # epoch 5 of the published code, which counts from 0
+SHARE_OF_WRITING = 0.05  # largest share of the time for checkpoints at the ends of epochs
 
 
 @dataclass
 class State:
-    """Where a run is, beside its weights.
-
-    epoch: epochs done; rows: of the batches done of the next one; initial: test accuracy before the first; end: status
-    and reason of a run that ends early; lengths: of the CSV files, in bytes, at the last checkpoint; digests: SHA-256
-    of so much of them; accuracies: (validation, test) of every epoch; first_row: of epochs.csv, of the first; result:
-    what result.json says so far; data: the data set's digest; code: see `code_of`; made_by: the versions and the
-    commit, and before them those that an earlier part was made with, with its number of epochs.
-    """
+    """Position of a run in its training, beside the weights; saved in every checkpoint."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
         arbitrary_types_allowed=True, strict=True, revalidate_instances="always"
     )
     epoch: int = 0
+    """Epochs done."""
     rows: Tensor | None = None
+    """Metrics of the batches done of the next epoch, (batches, metric_names)."""
     seconds: float = 0.0
+    """Training time of the epochs done."""
     epoch_seconds: float = 0.0
+    """Training time of the next epoch so far."""
     initial: float | None = None
+    """Test accuracy before the first epoch."""
     end: dict[str, str] | None = None
+    """Status and reason of a run that ends early."""
     lengths: dict[str, int | None] = field(default_factory=lambda: {"iterations": None, "epochs": None})
+    """Bytes of the CSV files at the last checkpoint."""
     digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of these bytes."""
     accuracies: list[tuple[float | None, float]] = field(default_factory=list)
+    """Validation and test accuracy of every epoch."""
     first_row: dict[str, Any] = field(default_factory=dict)
+    """First row of epochs.csv."""
     result: dict[str, Any] = field(default_factory=dict)
+    """Entries of result.json so far."""
     data: str | None = None
+    """Digest of the data set."""
     code: dict[str, str] = field(default_factory=dict)
+    """Identity of the user's own code, see `code_of`."""
     made_by: list[dict[str, Any]] = field(default_factory=list)
+    """Versions and commit of every part of a resumed run; all but the last with their number of epochs."""
 
 
-class Files:
-    """The CSV files and the checkpoints of a run under way."""
+class RunFiles:
+    """The CSV files and the checkpoints of a run."""
 
-    def __init__(self, parts: Parts, state: State, run_dir: Path, science: str) -> None:
-        self.parts, self.state, self.run_dir, self.science = parts, state, run_dir, science
-        self.written, self.cost = time.perf_counter(), 0.0
+    def __init__(self, parts: Parts, state: State, run_dir: Path, config_digest: str) -> None:
+        """Open the tables, continuing where the state's checkpoint was written."""
+        self.parts, self.state, self.run_dir, self.config_digest = parts, state, run_dir, config_digest
+        self.written, self.seconds_to_write = time.perf_counter(), 0.0
         self.tables = {
             name: Table(run_dir / f"{name}.csv", columns, state.lengths[name])
             for name, columns in parts.columns.items()
         }
 
     def save(self) -> None:
-        """Write a checkpoint, after the rows that it presupposes."""
+        """Write a checkpoint, after flushing the tables that belong to it."""
         start = time.perf_counter()
         self.state.lengths = {name: table.sync() for name, table in self.tables.items()}
         self.state.digests = {name: table.sha256.hexdigest() for name, table in self.tables.items()}
-        checkpoint.save(self.run_dir, checkpoint.taken(self.parts.learner, self.science, self.state))
+        save_checkpoint(self.run_dir, snapshot(self.parts.learner, self.config_digest, self.state))
         self.written = time.perf_counter()
-        self.cost = self.written - start
+        self.seconds_to_write = self.written - start
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last checkpoint."""
+        return time.perf_counter() - self.written
 
 
-def train(parts: Parts, state: State, run_dir: Path, science: str, tracker: Tracker, stop: Stop) -> None:
-    """All epochs that are left; the state is brought up to date as they pass.
+def train(
+    parts: Parts,
+    state: State,
+    run_dir: Path,
+    config_digest: str,
+    tracker: Tracker,
+    stop: Stop,
+    is_quiet: bool = False,
+) -> None:
+    """Train the remaining epochs, and update the state.
 
-    The rows of an epoch are written when it ends, and a checkpoint there and every so many seconds. No value is looked
-    at on the device within an epoch. Raises `Interrupted`, after a checkpoint, when a signal has asked for the end.
+    An epoch's rows are written at its end. A checkpoint is written there and every `checkpoint.every_seconds`. Within
+    an epoch no value is read from the device, except for the progress on a CPU.
+
+    is_quiet: see `Progress`.
+    Raises `Interrupted`, after a checkpoint, if a signal has asked for the end.
     """
-    settings, learner, batches = parts.settings, parts.learner, parts.batches
-    every, numbers = settings.alignment.every, learner.numbers
-    progress = Progress(settings.epochs, len(batches), numbers, peek=parts.device.type == "cpu")
-    files = Files(parts, state, run_dir, science)
+    settings = parts.settings
+    metric_names, peek = parts.learner.metric_names, parts.device.type == "cpu"
+    progress = Progress(settings.epochs, parts.train_size, settings.batch_size, metric_names, peek, is_quiet)
+    files = RunFiles(parts, state, run_dir, config_digest)
     try:
         if state.initial is None:
-            state.initial = evaluate(parts, parts.test, stop.check)[1] if settings.stop_untrainable else 0.0
+            is_needed = settings.stop_untrainable
+            state.initial = evaluate(parts, parts.test, stop.raise_if_asked)[1] if is_needed else 0.0
         while state.epoch < settings.epochs and state.end is None:
-            epoch, done, before = state.epoch + 1, state.rows, state.epoch_seconds
-            lr = parts.schedule.lr_at(epoch, settings.epochs)
-            learner.set_lr(lr)
-            learner.net.train()
-            rows = torch.empty(len(batches), len(numbers), device=parts.device)
-            start_batch = 0 if done is None else len(done)
-            if done is not None:
-                rows[:start_batch] = done
-            progress.begin(epoch, start_batch)
-            iteration, start = (epoch - 1) * len(batches) + start_batch, time.perf_counter()
-            for index, (x, target) in enumerate(batches.epoch(epoch, start_batch), start_batch):
-                rows[index] = parts.step(x, target, every > 0 and iteration % every == 0)
-                iteration += 1
-                progress.step(len(target), rows[index])
-                state.rows, state.epoch_seconds = rows[: index + 1], before + time.perf_counter() - start
-                if time.perf_counter() - files.written >= settings.checkpoint.every_seconds:
-                    files.save()
-                stop.check()
-            state.rows = values = rows.cpu()
-            state.epoch_seconds = before + time.perf_counter() - start
-
-            columns = dict(zip(numbers, values.T, strict=True))
-            row, has_collapsed = epoch_row(parts, state, columns, lr, stop.check)
-            for name, those in (("iterations", iteration_rows(values, numbers, epoch)), ("epochs", [row])):
-                files.tables[name].extend(those)
-                tracker.log(those)
-            progress.end(row, parts.train_size)
-            close_epoch(parts, state, columns, row, has_collapsed)
-            is_last = epoch == settings.epochs or state.end is not None
-            is_due = (time.perf_counter() - files.written) * SHARE_OF_WRITING >= files.cost
-            if settings.checkpoint.keep if is_last else is_due:
-                files.save()
-            stop.check()
+            factors = parts.schedule.factors(state.epoch + 1, settings.epochs, len(parts.batches))
+            lr = parts.learner.rates[0] * factors[0]
+            train_batches(parts, state, factors, files, progress, stop)
+            end_epoch(parts, state, lr, files, progress, tracker, stop)
     except Interrupted:
         files.save()
         raise
 
 
+def train_batches(
+    parts: Parts, state: State, factors: list[float], files: RunFiles, progress: Progress, stop: Stop
+) -> None:
+    """Train the rest of an epoch with the factors of its rates; leave its metrics in `state.rows`, on the CPU."""
+    settings, learner, batches = parts.settings, parts.learner, parts.batches
+    every, epoch, seconds_before = settings.alignment.every, state.epoch + 1, state.epoch_seconds
+    learner.net.train()
+    rows = torch.empty(len(batches), len(learner.metric_names), device=parts.device)
+    start_batch = 0
+    if state.rows is not None:
+        start_batch = len(state.rows)
+        rows[:start_batch] = state.rows
+    progress.begin(epoch, learner.rates[0] * factors[0], start_batch)
+    iteration, start = state.epoch * len(batches) + start_batch, time.perf_counter()
+    for index, (x, target) in enumerate(batches.epoch(epoch, start_batch), start_batch):
+        if index == start_batch or factors[index] != factors[index - 1]:
+            learner.set_lr(*(rate * factors[index] for rate in learner.rates))
+        rows[index] = parts.step(x, target, every > 0 and iteration % every == 0)
+        iteration += 1
+        state.rows = rows[: index + 1]
+        state.epoch_seconds = seconds_before + time.perf_counter() - start
+        progress.step(state.rows)
+        if files.age >= settings.checkpoint.every_seconds:
+            files.save()
+        stop.raise_if_asked()
+    state.rows = rows.cpu()
+    state.epoch_seconds = seconds_before + time.perf_counter() - start
+
+
+def end_epoch(
+    parts: Parts, state: State, lr: float, files: RunFiles, progress: Progress, tracker: Tracker, stop: Stop
+) -> None:
+    """Evaluate the epoch whose batches are trained, write its rows, update the state, and save a checkpoint if due."""
+    settings, metric_names, values = parts.settings, parts.learner.metric_names, state.rows
+    assert values is not None
+    columns = dict(zip(metric_names, values.T, strict=True))
+    row, has_collapsed = epoch_row(parts, state, columns, lr, stop.raise_if_asked)
+    rows = {"iterations": iteration_rows(values, metric_names, row["epoch"]), "epochs": [row]}
+    for name in rows:
+        files.tables[name].extend(rows[name])
+        tracker.log(rows[name])
+    progress.end(row)
+    close_epoch(parts, state, columns, row, has_collapsed)
+    is_last = state.epoch == settings.epochs or state.end is not None
+    is_due = files.age * SHARE_OF_WRITING >= files.seconds_to_write
+    if settings.checkpoint.keep if is_last else is_due:
+        files.save()
+    stop.raise_if_asked()
+
+
 def epoch_row(
     parts: Parts, state: State, columns: dict[str, Tensor], lr: float, check: Callable[[], None]
 ) -> tuple[dict[str, Any], bool]:
-    """The row of epochs.csv for the epoch whose batches are done, and whether the net has collapsed.
+    """Return the epoch's row of epochs.csv, and whether the network has collapsed.
 
-    columns: what the epoch's steps returned, by name. check: called before every batch of the evaluation.
+    columns: the epoch's metrics by name, (iterations,) each.
+    check: called before every batch of the evaluation.
     """
     activations = Activations(parts.learner.net)
     held_out = len(parts.validation) > 0
     validation_loss, validation = evaluate(parts, parts.validation, check, activations) if held_out else (None, None)
     test_loss, test = evaluate(parts, parts.test, check, None if held_out else activations)
     stability, has_collapsed = activations.measured()
-    sizes = torch.full_like(columns["loss"], parts.settings.batch_size)
-    sizes[-1] = parts.train_size - parts.settings.batch_size * (len(sizes) - 1)
+    batch_size = parts.settings.batch_size
+    sizes = torch.full_like(columns["loss"], batch_size)
+    sizes[-1] = parts.train_size - batch_size * (len(sizes) - 1)
     row = {
         "epoch": state.epoch + 1,
         "lr": lr,
@@ -153,17 +201,19 @@ def epoch_row(
         "seconds": state.epoch_seconds,
         **stability,
     }
-    names = {"cosine_sample": "cosine", "norm_ratio": "norm_ratio"} | {q: f"{q}_mean" for q in parts.learner.more}
+    names = {"cosine_sample": "cosine", "norm_ratio": "norm_ratio"}
+    names |= {quantity: f"{quantity}_mean" for quantity in parts.learner.extra_quantities}
     columns = columns | norm_ratios(columns)
     for quantity, name in names.items():
-        row |= {f"{name}/{i}": value for i, value in per_layer(columns, quantity, torch.mean).items()}
+        means = per_layer(columns, quantity, torch.mean)
+        row |= {f"{name}/{i}": value for i, value in means.items()}
     return row, has_collapsed
 
 
 def close_epoch(
     parts: Parts, state: State, columns: dict[str, Tensor], row: dict[str, Any], has_collapsed: bool
 ) -> None:
-    """Bring the state up to date with an epoch whose row is written, and settle whether it is the last."""
+    """Add an epoch to the state, and decide whether the run ends early."""
     settings, learner = parts.settings, parts.learner
     epoch, top = row["epoch"], learner.net.depth - 1
     state.accuracies.append((row["validation_accuracy"], row["test_accuracy"]))
@@ -185,8 +235,8 @@ def close_epoch(
     trained = nn.ModuleList([learner.net, learner.method])
     state.end = early_end(columns["loss"], epoch, trained, accuracies["best"], state.initial or 0.0)
     if state.end is None and has_collapsed and settings.stop_collapsed:
-        told = f"no unit of layer {top} is active for any image whose error is not zero"
-        state.end = {"status": "collapsed", "reason": f"after epoch {epoch}: {told}"}
+        cause = f"no unit of layer {top} is active for any image whose error is not zero"
+        state.end = {"status": "collapsed", "reason": f"after epoch {epoch}: {cause}"}
     state.epoch, state.rows, state.epoch_seconds = epoch, None, 0.0
 
 
@@ -197,7 +247,11 @@ def evaluate(
     check: Callable[[], None] = lambda: None,
     activations: Activations | None = None,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy over a set of images. check: called before every batch. activations: take in its h_i."""
+    """Return mean loss and accuracy over a set of images.
+
+    check: called before every batch.
+    activations: collect the statistics of h_i here.
+    """
     learner = parts.learner
     net = learner.net.eval()
     sums = []
@@ -209,25 +263,29 @@ def evaluate(
         value, error = learner.value_and_error(logits, target)
         if activations is not None:
             activations.add_error(error)
-        sums.append(torch.stack([value * len(target), (logits.argmax(1) == target).sum()]))
+        correct = (logits.argmax(1) == target).sum()
+        sums.append(torch.stack([value * len(target), correct]))
         count += len(target)
     # summed on the CPU: not every device has float64
-    summed, correct = torch.stack(sums).cpu().double().sum(0).tolist()
-    return summed / count, correct / count
+    loss, hits = torch.stack(sums).cpu().double().sum(0).tolist()
+    return loss / count, hits / count
 
 
 def early_end(losses: Tensor, epoch: int, trained: nn.Module, best: float, initial: float) -> dict[str, str] | None:
-    """Why a run ends after this epoch, before its last: NaN or Inf, or untrainable by the published code's rule.
+    """Return status and reason of a run that ends early, because of NaN or Inf or by the published code's rule.
 
-    losses: of the epoch's iterations; best, initial: test accuracies.
+    losses: of the epoch's iterations.
+    best, initial: test accuracies.
     """
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         iteration = (epoch - 1) * len(losses) + bad[0].item() + 1
-        return {"status": "diverged", "reason": f"the loss is NaN or Inf from iteration {iteration} on"}
+        cause = f"the loss is NaN or Inf from iteration {iteration} on"
+        return {"status": "diverged", "reason": cause}
     if not all(p.isfinite().all() for p in trained.parameters()):
-        return {"status": "diverged", "reason": f"a weight is NaN or Inf after iteration {epoch * len(losses)}"}
+        cause = f"a weight is NaN or Inf after iteration {epoch * len(losses)}"
+        return {"status": "diverged", "reason": cause}
     if epoch >= UNTRAINABLE_EPOCH and best < UNTRAINABLE_FACTOR * initial:
-        told = f"best test accuracy {best:.4f} < {UNTRAINABLE_FACTOR} × the initial {initial:.4f}"
-        return {"status": "stopped", "reason": f"after epoch {epoch}: {told}"}
+        cause = f"best test accuracy {best:.4f} < {UNTRAINABLE_FACTOR} × the initial {initial:.4f}"
+        return {"status": "stopped", "reason": f"after epoch {epoch}: {cause}"}
     return None

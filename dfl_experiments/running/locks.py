@@ -1,4 +1,4 @@
-"""The lock on a run directory: one process at a time, and who that is."""
+"""The lock on a run directory: one process at a time, and which process that is."""
 
 import json
 import os
@@ -14,16 +14,32 @@ from dfl_experiments.errors import Fault, UserError, reason
 from dfl_experiments.running.run_directory import write_atomically
 from dfl_experiments.seal import read_json
 
-HOLDER = ".running"  # beside the lock, for those who only look
+HOLDER = ".running"  # beside the lock: read by processes that do not take the lock
 
 
 class Busy(UserError):
     """Another process is at work in the run directory."""
 
 
+class Holder(NamedTuple):
+    """A process at work in a run directory."""
+
+    host: str
+    """Name of its machine."""
+    pid: int
+    """Its process ID there."""
+    command: str | None
+    """Id of the sweep's command that it works for; None for a single run."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} is at work on it"
+
+
 def refuse_links(run_dir: Path) -> None:
-    """Raise `UserError` for a run directory with a symbolic link in it: a run would write to what that points to; or
-    with a pipe, at which it would wait."""
+    """Raise `UserError` if a run directory holds a symbolic link or a pipe.
+
+    A run would write through the link to another file, and would wait at the pipe.
+    """
     with suppress(FileNotFoundError, NotADirectoryError):
         for item in os.scandir(run_dir):
             if not item.is_dir(follow_symlinks=False) and not item.is_file(follow_symlinks=False):
@@ -31,74 +47,71 @@ def refuse_links(run_dir: Path) -> None:
 
 
 @contextmanager
-def locked(run_dir: Path, command: str | None = None) -> Iterator[None]:
-    """Hold the run directory, which is made if need be. Raises `Busy` while another process does, and `Fault` where the
-    file cannot be locked.
+def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
+    """Hold the lock of a run directory inside the block; make the directory if it does not exist.
 
-    command: what the sweep that it is held for is known by. The lock is the system's own and ends with its process,
-    however that ends; where the file system has none, it is the file, which a process that was killed leaves behind.
-    What a killed process had not written to its end is removed.
+    The operating system releases the lock when the process ends, however it ends. On a file system without locks, the
+    lock is the file itself, and a killed process leaves it behind. Half-written files of a killed process are removed.
+
+    command: id of the sweep's command that the run belongs to.
+    Raises `Busy` if another process holds the lock, `Fault` if the file cannot be locked.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run_dir / ".lock").acquire(blocking=False)
     except Timeout:
-        holder = holder_of(run_dir)
-        elsewhere = holder is not None and holder.host != platform.node()
-        advice = f"; if that has ended, remove {run_dir / '.lock'}" if elsewhere else ""
-        raise Busy(f"{run_dir}: {holder or 'another process is at work there'}{advice}") from None
+        raise Busy(busy_message(run_dir)) from None
     except (OSError, NotImplementedError) as error:
-        advice = "" if isinstance(error, PermissionError) else "; choose a place on another file system"
+        advice = "" if isinstance(error, PermissionError) else "; choose a folder on another file system"
         raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)}){advice}") from error
     with lock:
         for path in run_dir.glob(".*.new"):
             path.unlink()
         note = run_dir / HOLDER
-        me = Holder(platform.node(), os.getpid(), command)
-        write_atomically(note, json.dumps(me._asdict()))
+        holder = Holder(platform.node(), os.getpid(), command)
+        write_atomically(note, json.dumps(holder._asdict()))
         try:
             yield
         finally:
             note.unlink(missing_ok=True)
 
 
-class Holder(NamedTuple):
-    """A process at work in a run directory. command: what the sweep that it does this for is known by."""
-
-    host: str
-    pid: int
-    command: str | None
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} is at work on it"
+def busy_message(run_dir: Path) -> str:
+    """Return the line that says which process holds a run directory."""
+    holder = holder_of(run_dir)
+    message = f"{run_dir}: {holder or 'another process is at work there'}"
+    if holder is not None and holder.host != platform.node():
+        message += f"; if that process has ended, remove {run_dir / '.lock'}"
+    return message
 
 
 def holder_of(run_dir: Path) -> Holder | None:
-    """Who is at work in a run directory, as far as can be told without taking its lock; None if nobody is.
+    """Return the process that works in a run directory, None if there is none. The lock is not taken.
 
-    Of a process on this machine it is known whether it still lives; of another machine's what it left is believed.
-    Raises `UserError` where that is damaged.
+    For this host the process ID is checked; for other hosts the file is trusted.
+    Raises `UserError` if the file is damaged.
     """
-    held = read_json(run_dir / HOLDER)
-    if held is None:
+    content = read_json(run_dir / HOLDER)
+    if content is None:
         return None
     try:
-        found = Holder(str(held["host"]), int(held["pid"]), held.get("command"))
+        holder = Holder(str(content["host"]), int(content["pid"]), content.get("command"))
     except (KeyError, ValueError, TypeError, OverflowError):
-        found = None
-    if found is None or not 0 < found.pid < 2**31:
+        holder = None
+    if holder is None or not 0 < holder.pid < 2**31:
         raise UserError(f"{run_dir / HOLDER}: names no process")
-    return None if found.host == platform.node() and not alive(found.pid) else found
+    has_ended = holder.host == platform.node() and not alive(holder.pid)
+    return None if has_ended else holder
 
 
 def alive(pid: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+    """Return whether a process with this ID runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it lives, and is somebody else's
+    except PermissionError:  # it runs, and belongs to another user
         pass
-    with suppress(OSError):  # where the system tells: one that has ended and that nobody has asked for
+    with suppress(OSError):  # a zombie has ended; /proc tells, where there is one
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of a run on the screen: a bar on a terminal, elsewhere a line from time to time and at epoch ends."""
 
 import logging
 import math
@@ -10,81 +10,119 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from dfl_experiments.running.point_counter import duration
+
 log = logging.getLogger(__name__)
 
+SECONDS_TO_FIRST_LINE = 5.0
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
+GROWTH = 0.05  # lines of a long run are this share of its time apart
 
 
 class Progress:
-    """epoch, loss, accuracy, layer-1 cosine and samples per second.
+    """Show epoch, batch, loss, accuracy, learning rate, images/s and the time left of the run.
 
-    Values are read from the device only where that does not make it wait (`peek`: on a CPU), otherwise the last epoch's
-    are shown.
+    Within an epoch, loss and accuracy are means over its training batches so far. They are read from the device only if
+    that makes it wait for nothing (`peek`: on a CPU).
     """
 
-    def __init__(self, epochs: int, batches: int, numbers: Sequence[str], peek: bool) -> None:
-        """numbers: the names of a step's."""
-        self.epochs, self.batches, self.peek = epochs, batches, peek
-        self.places = {name: place for place, name in enumerate(numbers)}
-        self.terminal = sys.stderr.isatty()
-        self.shown: dict[str, str] = {}
-        self._last_line = self._last_look = time.perf_counter()
-        self._epoch = self._batch = self._samples = 0
-        self._bar: tqdm | None = None
+    def __init__(
+        self, epochs: int, images: int, batch_size: int, metric_names: Sequence[str], peek: bool, is_quiet: bool = False
+    ) -> None:
+        """Prepare for a run.
 
-    def begin(self, epoch: int, done: int = 0) -> None:
-        """Start epoch 1 … epochs, of which so many batches are done."""
-        self._epoch, self._batch, self._samples, self._start = epoch, done, 0, time.perf_counter()
-        if self.terminal:
+        images: number of training images.
+        metric_names: names of a step's metrics, in order.
+        peek: whether loss and accuracy are read within an epoch.
+        is_quiet: in a sweep; print no line in the first seconds, and none for the first and last epoch.
+        """
+        self.epochs, self.images, self.batch_size = epochs, images, batch_size
+        self.batches = math.ceil(images / batch_size)
+        self.loss_index, self.correct_index = metric_names.index("loss"), metric_names.index("correct")
+        self.peek, self.is_quiet = peek, is_quiet
+        self.is_terminal = sys.stderr.isatty()
+        self.lr = math.nan
+        self._epoch = self._batch = self._steps = 0
+        self._bar: tqdm | None = None
+        self._start = self._last_line = self._last_end = self._last_look = time.perf_counter()
+        if not is_quiet:
+            self._last_line -= SECONDS_BETWEEN_LINES - SECONDS_TO_FIRST_LINE
+
+    def begin(self, epoch: int, lr: float, batch: int = 0) -> None:
+        """Start an epoch, counted from 1, in which so many batches are done already."""
+        self._epoch, self._batch, self.lr = epoch, batch, lr
+        self._first_batch, self._epoch_start = batch, time.perf_counter()
+        if self.is_terminal:
             self._bar = tqdm(
                 total=self.batches,
-                initial=done,
-                desc=f"epoch {epoch}/{self.epochs}",
+                initial=batch,
+                desc=f"epoch {epoch}/{self.epochs} batch",
                 leave=False,
                 dynamic_ncols=True,
-                bar_format="{desc}{postfix} {bar} {n_fmt}/{total_fmt} {remaining}",
+                bar_format="{desc} {n_fmt}/{total_fmt}{postfix} {bar}",
             )
-            self._bar.set_postfix(self.shown)
 
-    def step(self, samples: int, row: Tensor) -> None:
-        """One batch is done; row is that of `Learner.step`."""
-        self._samples += samples
+    def step(self, rows: Tensor) -> None:
+        """Count a batch.
+
+        rows: (batches done of this epoch, metric_names).
+        """
         self._batch += 1
-        now = time.perf_counter()
+        self._steps += 1
         if self._bar is not None:
             self._bar.update()
+        now = time.perf_counter()
         if now - self._last_look < SECONDS_BETWEEN_LOOKS:
             return
         self._last_look = now
+        is_due = self._bar is None and self._is_due(self._last_line)
+        if self._bar is None and not is_due:
+            return
+        values = {}
         if self.peek:
-            self._show(row[self.places["loss"]].item(), row[self.places["cosine_sample/1"]].item())
-        self.shown.pop("test acc", None)  # of the epoch before
-        self.shown["images/s"] = f"{self._samples / (now - self._start):.0f}"
+            loss = rows[:, self.loss_index].mean().item()
+            correct = rows[:, self.correct_index].sum().item()
+            images = min(len(rows) * self.batch_size, self.images)
+            values["loss"] = f"{loss:.4f}"
+            values["accuracy"] = f"{correct / images:.4f}"
+        images = (self._batch - self._first_batch) * self.batch_size
+        text = self._text(values, images / (now - self._epoch_start))
         if self._bar is not None:
-            self._bar.set_postfix(self.shown)
-        elif now - self._last_line > SECONDS_BETWEEN_LINES:
-            self._line(f" batch {self._batch}/{self.batches}")
+            self._bar.set_postfix_str(text)
+        else:
+            self._last_line = now
+            log.info("epoch %d/%d batch %d/%d  %s", self._epoch, self.epochs, self._batch, self.batches, text)
 
-    def _show(self, loss: float, cosine: float) -> None:
-        self.shown["loss"] = f"{loss:.4f}"
-        if not math.isnan(cosine):
-            self.shown["cosine/1"] = f"{cosine:.3f}"
-
-    def end(self, row: Mapping[str, Any], samples: int) -> None:
-        """The epoch is done; row is that of epochs.csv, of so many images."""
+    def end(self, row: Mapping[str, Any]) -> None:
+        """End the epoch with its row of epochs.csv."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self.shown = {}
-        self._show(row["train_loss"], row.get("cosine/1", math.nan))
-        self.shown["test acc"] = f"{row['test_accuracy']:.4f}"
-        self.shown["images/s"] = f"{samples / row['seconds']:.0f}"
-        is_due = time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES
-        if self.terminal or is_due or self._epoch in (1, self.epochs):
-            self._line()
+        is_edge = not self.is_quiet and (self.is_terminal or self._epoch in (1, self.epochs))
+        if not is_edge and not self._is_due(self._last_end):
+            return
+        self._last_line = self._last_end = time.perf_counter()
+        values = {"loss": f"{row['train_loss']:.4f}", "accuracy": f"{row['train_accuracy']:.4f}"}
+        values["test accuracy"] = f"{row['test_accuracy']:.4f}"
+        cosine = row.get("cosine/1", math.nan)
+        if not math.isnan(cosine):
+            values["cosine/1"] = f"{cosine:.3f}"
+        log.info("epoch %d/%d  %s", self._epoch, self.epochs, self._text(values, self.images / row["seconds"]))
 
-    def _line(self, batch: str = "") -> None:
-        self._last_line = time.perf_counter()
-        values = "  ".join(f"{name} {value}" for name, value in self.shown.items())
-        log.info("epoch %d/%d%s  %s", self._epoch, self.epochs, batch, values)
+    def _is_due(self, last: float) -> bool:
+        """Return whether enough time has passed since the last line; the gap grows with the run."""
+        now = time.perf_counter()
+        gap = max(SECONDS_BETWEEN_LINES, GROWTH * (now - self._start))
+        return now - last > gap
+
+    def _text(self, values: Mapping[str, str], images_per_second: float) -> str:
+        """Return the values with the learning rate, the speed and the time left."""
+        parts = [f"{name} {value}" for name, value in values.items()]
+        parts.append(f"{images_per_second:.0f} images/s")
+        steps_left = (self.epochs - self._epoch + 1) * self.batches - self._batch
+        if steps_left > 0 and self._steps > 0:
+            seconds_per_step = (time.perf_counter() - self._start) / self._steps
+            parts.append(f"{duration(seconds_per_step * steps_left)} left")
+        parts.append(f"lr {self.lr:.3g}")  # last: a narrow terminal cuts the end
+        return "  ".join(parts)

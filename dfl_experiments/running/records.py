@@ -1,4 +1,4 @@
-"""What an epoch leaves of its numbers: the rows of the CSV files, and what result.json says so far."""
+"""Results of one epoch: the rows of the CSV files, and the entries of result.json."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,44 +8,58 @@ from torch import Tensor
 from dfl_experiments.running.run_directory import Row, iteration_columns
 
 
-def iteration_rows(values: Tensor, numbers: list[str], epoch: int) -> list[Row]:
-    """The rows of iterations.csv that an epoch's values make. values: (iterations, numbers), on the CPU."""
-    told = set(iteration_columns(numbers))
-    return [
-        {"iteration": (epoch - 1) * len(values) + index, "epoch": epoch}
-        | {name: value for name, value in zip(numbers, row, strict=True) if name in told}
-        for index, row in enumerate(values.tolist(), start=1)
-    ]
+def iteration_rows(values: Tensor, metric_names: list[str], epoch: int) -> list[Row]:
+    """Return the rows of iterations.csv for one epoch.
+
+    values: (iterations, metric_names), on the CPU.
+    """
+    columns = set(iteration_columns(metric_names))
+    rows: list[Row] = []
+    for index, numbers in enumerate(values.tolist(), start=1):
+        row: Row = {"iteration": (epoch - 1) * len(values) + index, "epoch": epoch}
+        for name, number in zip(metric_names, numbers, strict=True):
+            if name in columns:
+                row[name] = number
+        rows.append(row)
+    return rows
 
 
 def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
-    """One quantity of every layer over an epoch's measured iterations, by layer number; empty if there is none.
+    """Return one quantity by layer number, reduced over an epoch's measured iterations; empty if not measured.
 
-    Values that are not a number, because a signal was zero for the whole batch, are left out; NaN if all are.
+    NaN values, from batches where a signal was zero, are left out; NaN if no value is left.
     """
-    found = {}
+    values = {}
     for name, column in columns.items():
         kind, _, layer = name.partition("/")
-        if kind == quantity and not (columns[f"zeros/{layer}"].isnan()).all():
-            found[layer] = float(reduce(column[~column.isnan()]))
-    return found
+        if kind != quantity:
+            continue
+        is_measured = not columns[f"zeros/{layer}"].isnan().all()
+        if is_measured:
+            numbers = column[~column.isnan()]
+            values[layer] = float(reduce(numbers))
+    return values
 
 
 def by_layer(row: dict[str, Any], quantity: str) -> dict[str, Any]:
-    """One quantity of a row of epochs.csv, by layer number."""
-    return {name.removeprefix(f"{quantity}/"): x for name, x in row.items() if name.startswith(f"{quantity}/")}
+    """Return one quantity of a row of epochs.csv by layer number."""
+    prefix = f"{quantity}/"
+    names = [name for name in row if name.startswith(prefix)]
+    return {name.removeprefix(prefix): row[name] for name in names}
 
 
 def reported_accuracies(epochs: list[tuple[float | None, float]]) -> dict[str, Any]:
-    """`test_accuracy` of result.json, from the validation and test accuracy of every epoch.
+    """Return `test_accuracy` of result.json. Of equally good epochs the first counts.
 
-    The first of equally good epochs counts.
+    epochs: validation and test accuracy of every epoch.
     """
-    chosen = max(epochs, key=lambda pair: pair[0] if pair[0] is not None else -1.0)
+    held_out = [-1.0 if validation is None else validation for validation, _ in epochs]
     tests = [test for _, test in epochs]
+    chosen = held_out.index(max(held_out))
+    best = max(tests)
     return {
         "last": tests[-1],
-        "at_best_validation": chosen[1] if chosen[0] is not None else None,
-        "best": max(tests),
-        "best_epoch": tests.index(max(tests)) + 1,
+        "at_best_validation": None if epochs[chosen][0] is None else tests[chosen],
+        "best": best,
+        "best_epoch": tests.index(best) + 1,
     }

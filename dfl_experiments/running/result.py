@@ -1,4 +1,4 @@
-"""`result.json`: what a run says of itself, the one schema that it is read through, and the status that follows."""
+"""`result.json`: its schema, reading, writing, and the status of a run that follows from it."""
 
 import csv
 import json
@@ -22,42 +22,60 @@ from dfl_experiments.running.locks import holder_of
 from dfl_experiments.running.run_directory import CONFIG, EPOCH_COLUMNS, HEADLINES, LAST, PREVIOUS, write_atomically
 from dfl_experiments.seal import RESULT, read_bytes, read_sealed, sealed
 
-DONE = ("finished", "diverged", "collapsed", "stopped")  # statuses that running it again would end in again
+DONE = ("finished", "diverged", "collapsed", "stopped")  # statuses of ended runs: running again gives the same
 Layer = Annotated[str, Field(pattern=r"^\d{1,4}$")]
 
 
 class Accuracies(BaseModel):
-    """On the test set: after the last epoch, after that with the best validation accuracy, and at best."""
+    """Test accuracies of a run."""
 
     model_config = ConfigDict(strict=True)
     last: Share | None = None
+    """After the last epoch."""
     at_best_validation: Share | None = None
+    """After the epoch with the best validation accuracy."""
     best: Share | None = None
+    """Best of all epochs, chosen on the test set itself."""
     best_epoch: Size | None = None
+    """Epoch of `best`."""
 
 
 class Result(BaseModel):
-    """What is read of a result.json by any program here; a finished run has all the numbers that a report shows."""
+    """The entries of result.json that this package reads; other entries are allowed. A layer is named by its number."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     status: Literal["finished", "diverged", "collapsed", "stopped", "failed", "interrupted"]
     config: dict[str, Any]
+    """The resolved configuration."""
     reason: str | None = None
+    """Reason of a status other than finished."""
     epochs: Size = 0
+    """Epochs trained."""
     accuracy: Share | None = None
+    """The test accuracy that the protocol reports."""
     test_accuracy: Accuracies | None = None
     validation_accuracy: Share | None = None
+    """After the last epoch, as the loss."""
     validation_loss: NonNegative | None = None
     cosine: dict[Layer, Cosine | None] = {}
+    """Mean of `cosine_sample` over the last epoch."""
     zeros: dict[Layer, NonNegative | None] = {}
+    """Samples of the last epoch whose signal is zero."""
     activation_rms: dict[Layer, NonNegative | None] = {}
+    """Root mean square of the activations, after the last epoch."""
     dead: dict[Layer, Share | None] = {}
+    """Share of dead units, after the last epoch."""
     norm_ratio: dict[Layer, NonNegative | None] = {}
+    """Mean of ‖δ_i‖/‖δ_i^BP‖ over the last epoch."""
     unstable: dict[str, Any] | None = None
+    """The first sign of instability, see `stability.instability`."""
     cosine_by_construction: list[Layer] = []
+    """Layers whose signal equals BP's by construction."""
     seconds: NonNegative | None = None
+    """Time of training, without evaluation."""
     samples_per_second: NonNegative | None = None
-    input_shape: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None
+    """Training images per second of training."""
+    input_shape: Annotated[list[Size], Field(min_length=1)] | None = None
     num_classes: Size | None = None
     data: str | None = None
     device: str | None = None
@@ -68,36 +86,42 @@ class Result(BaseModel):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        config, tests = self.config, self.test_accuracy or Accuracies()
+        config, accuracies = self.config, self.test_accuracy or Accuracies()
         if too_deep(config):
             raise UserError(f"config: has more than {DEEPEST} levels")
         names = {**names_of(config), "seed": config["seed"]}
-        if any(value != names[key] for key, value in (self.model_extra or {}).items() if key in names):
-            raise UserError("names, seed: are not those of the configuration")
+        for key, value in (self.model_extra or {}).items():
+            if key in names and value != names[key]:
+                raise UserError("names, seed: differ from those in the configuration")
         has_numbers = None not in (self.accuracy, self.seconds, self.samples_per_second)
         if self.status in ("finished", "collapsed") and not has_numbers:
             raise UserError(f"accuracy, seconds or samples_per_second: missing in a {self.status} run")
         if self.status == "finished" and self.epochs != config["epochs"]:
             raise UserError(f"epochs={self.epochs}: a finished run has {config['epochs']}")
-        if tests.best is not None:
-            highest = max(value or 0.0 for value in (tests.last, tests.at_best_validation))
-            headline = getattr(tests, HEADLINES[config["protocol"]["accuracy"]])
-            if highest > tests.best or self.accuracy != headline or not 1 <= (tests.best_epoch or 0) <= self.epochs:
-                raise UserError("accuracy, test_accuracy: contradict one another")
+        if accuracies.best is not None:
+            highest = max(accuracies.last or 0.0, accuracies.at_best_validation or 0.0)
+            reported = getattr(accuracies, HEADLINES[config["protocol"]["accuracy"]])
+            is_epoch = 1 <= (accuracies.best_epoch or 0) <= self.epochs
+            if highest > accuracies.best or self.accuracy != reported or not is_epoch:
+                raise UserError("accuracy, test_accuracy: contradict each other")
         return self
 
 
-def too_deep(value: Any, left: int = DEEPEST) -> bool:
-    """Return whether lists and mappings lie deeper in one another than in any configuration."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left < 0 or any(too_deep(part, left - 1) for part in parts)
+def too_deep(value: Any, depth: int = DEEPEST) -> bool:
+    """Return whether lists and mappings are nested deeper than in any configuration."""
+    parts: Any = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list):
+        parts = value
+    return depth < 0 or any(too_deep(part, depth - 1) for part in parts)
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """Return the content of `result.json`, verified; None where there is none.
+    """Return the verified content of `result.json`, None if there is none.
 
-    Raises `UserError`, naming the file, for one that is damaged, that contradicts itself or is none of a run, and where
-    a file beside it is not what the run left.
+    Raises `UserError`, with the file's name, if it is damaged, contradicts itself or belongs to no run, or if a file
+    beside it has changed since the run.
     """
     content = read_sealed(run_dir)
     if content is not None:
@@ -105,16 +129,19 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
             Result.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{run_dir / RESULT}: {refusal(error, '', [])}") from None
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:  # of a foreign configuration
-            raise UserError(f"{run_dir / RESULT}: is of no run ({type(error).__name__}: {reason(error)})") from None
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:  # a foreign configuration
+            problem = f"{type(error).__name__}: {reason(error)}"
+            raise UserError(f"{run_dir / RESULT}: is of no run ({problem})") from None
     return content
 
 
 def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """Return the columns of `epochs.csv` by name, None for what was not measured or is infinite.
+    """Return the columns of `epochs.csv` by name, with None for values that are infinite or not measured.
 
-    A last line that is not whole is left out. result: the run's, empty where there is none yet. Raises `UserError`,
-    naming the file, for columns, numbers and counts of rows that no such run has.
+    An incomplete last line is left out.
+
+    result: content of result.json, empty if there is none yet.
+    Raises `UserError`, with the file's name, for columns, numbers or row counts that the run cannot have written.
     """
     path, epochs = run_dir / "epochs.csv", result.get("epochs", 0)
     if not os.path.lexists(path):
@@ -124,19 +151,25 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
         names, *rows = [*csv.reader(content.decode().split("\n")[:-1])] or [[]]
         if not rows and not epochs:
             return {}
-        found = {name: _numbers(name, cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
-        needed = {*EPOCH_COLUMNS, *(f"cosine/{layer}" for layer in result.get("cosine", ()))} - {"validation_loss"}
-        if missing := needed - found.keys():
+        columns = {}
+        for name, cells in zip(names, zip(*rows, strict=True), strict=True):
+            columns[name] = _numbers(name, cells)
+        cosines = [f"cosine/{layer}" for layer in result.get("cosine", ())]
+        needed = {*EPOCH_COLUMNS, *cosines} - {"validation_loss"}
+        if missing := needed - columns.keys():
             raise UserError(f"has no column {', '.join(sorted(missing))}")
         is_done = result.get("status") in DONE
-        if len(rows) < epochs or (is_done and len(rows) > epochs) or found["epoch"] != [*range(1, len(rows) + 1)]:
+        is_counted = columns["epoch"] == [*range(1, len(rows) + 1)]
+        if len(rows) < epochs or (is_done and len(rows) > epochs) or not is_counted:
             raise UserError(f"has other rows than those of {epochs} epochs")
-        tests, last = found["test_accuracy"], (result.get("test_accuracy") or {}).get("last")
-        if last is not None and not math.isclose(tests[epochs - 1] or 0.0, last, rel_tol=1e-6):
-            raise UserError(f"has another test accuracy than {RESULT}, {last:g}, after epoch {epochs}")
+        last = (result.get("test_accuracy") or {}).get("last")
+        if last is not None:
+            written = columns["test_accuracy"][epochs - 1] or 0.0
+            if not math.isclose(written, last, rel_tol=1e-6):
+                raise UserError(f"has another test accuracy than {RESULT}, {last:g}, after epoch {epochs}")
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: is damaged ({reason(error)})") from None
-    return found
+    return columns
 
 
 def _numbers(name: str, cells: Sequence[str]) -> list[float | None]:
@@ -150,33 +183,33 @@ def _numbers(name: str, cells: Sequence[str]) -> list[float | None]:
     values = [float(cell) if cell else None for cell in cells]
     for value in values:
         if value is not None and not low <= value <= high:
-            raise UserError(f"{name}={value:g}, where it is from {low:g} to {high:g}")
+            raise UserError(f"{name}={value:g}: must be from {low:g} to {high:g}")
     return [None if value is None or math.isinf(value) else value for value in values]
 
 
 def made_with(result: Mapping[str, Any]) -> set[str]:
-    """Name the commit, in short, and the version of torch that a run was made with."""
-    commit, torch = result.get("git_commit") or "unknown", result.get("versions", {}).get("torch", "unknown")
-    return {f"commit {commit[:7]}{commit[40:]}", f"torch {torch}"}
+    """Return the commit, shortened, and the torch version that a run was made with."""
+    commit = result.get("git_commit") or "unknown"
+    version = result.get("versions", {}).get("torch", "unknown")
+    # behind the 40 digits of a commit there may be "+changes"
+    return {f"commit {commit[:7]}{commit[40:]}", f"torch {version}"}
 
 
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, atomically, with the seal of all that the run leaves.
-
-    NaN and Inf become null, as JSON has no word for them.
-    """
+    """Write `result.json`, atomically, with the seal of the run's files. NaN and Inf, unknown to JSON, become null."""
     finite = changed(result, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
-    text = json.dumps(sealed(run_dir, finite), indent=2, ensure_ascii=False)
+    content = sealed(run_dir, finite)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(run_dir / RESULT, text + "\n")
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved configuration to `config.yaml`: values, whatever they look like."""
+    """Write the resolved configuration to `config.yaml`; a text that looks like an interpolation stays a text."""
     write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(as_values(config)))
 
 
 def status_left(run_dir: Path) -> str | None:
-    """The status that a run left here, "interrupted" if it was killed; None where there is nothing to go on from."""
+    """Return the status of the run in a directory, "interrupted" if it was killed; None if nothing can be continued."""
     result = read_result(run_dir)
     if result is not None and result["status"] in DONE:
         return result["status"]
@@ -185,18 +218,24 @@ def status_left(run_dir: Path) -> str | None:
     return None
 
 
-def status_of(run_dir: Path) -> tuple[str, float | None, str]:
-    """Status, accuracy and reason of a run as its directory tells them, which is only looked at; "damaged" and why."""
+def read_status(run_dir: Path) -> tuple[str, str, dict[str, Any] | None]:
+    """Return status, reason and result.json of a run, without taking its lock; "damaged" and why if unreadable."""
     if not run_dir.is_dir():
-        return "not started", None, ""
+        return "not started", "", None
     try:
         result = read_result(run_dir)
         if result is None or result["status"] not in DONE:
             if holder := holder_of(run_dir):
-                return "running", None, str(holder)
-            result = read_result(run_dir)  # it may have ended between the two looks
+                return "running", str(holder), None
+            result = read_result(run_dir)  # the run may have ended since the first look
     except (UserError, OSError) as error:
-        return "damaged", None, str(error)
+        return "damaged", str(error), None
     if result is None:
-        return "interrupted", None, "its process ended without a word"
-    return result["status"], result.get("accuracy"), result.get("reason") or ""
+        return "interrupted", "its process ended without a word", None
+    return result["status"], result.get("reason") or "", result
+
+
+def status_of(run_dir: Path) -> tuple[str, float | None, str]:
+    """Return status, accuracy and reason of a run, see `read_status`."""
+    status, reason, result = read_status(run_dir)
+    return status, (result or {}).get("accuracy"), reason

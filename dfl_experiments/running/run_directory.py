@@ -1,4 +1,4 @@
-"""The run directory: the local files that are the source of truth, and the records they are made of."""
+"""The run directory: names of its files, columns of its tables, and safe writing."""
 
 import contextlib
 import csv
@@ -7,13 +7,14 @@ import io
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from dfl_experiments.errors import UserError
+from dfl_experiments.errors import UserError, printable
 from dfl_experiments.measured import STABILITY
 from dfl_experiments.seal import opened, sha256_of
 
@@ -21,34 +22,38 @@ EPOCH_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
     "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
-HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}  # of `test_accuracy`
+# key of test_accuracy that each choice of protocol.accuracy reports
+HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
-FORMULA = re.compile(r"[=@]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)")  # -0.3 is none
+FORMULA = re.compile(r"[=@]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)")  # a negative number such as -0.3 is no formula
 Row = dict[str, float | int | None]
 
 
-def iteration_columns(numbers: Iterable[str]) -> list[str]:
-    """`iteration, epoch`, then what is told of every iteration among the numbers of a step."""
-    return ["iteration", "epoch", *(name for name in numbers if name != "correct" and not name.startswith("zeros/"))]
+def iteration_columns(metric_names: Iterable[str]) -> list[str]:
+    """Return the columns of iterations.csv: `iteration, epoch`, then a step's metrics without `correct` and `zeros`."""
+    metrics = [name for name in metric_names if name != "correct" and not name.startswith("zeros/")]
+    return ["iteration", "epoch", *metrics]
 
 
-def epoch_columns(depth: int, more: Sequence[str] = ()) -> list[str]:
-    """`EPOCH_COLUMNS`, then for every hidden layer i the mean of its `cosine_sample/i` over the epoch, `cosine/i`, what
-    `STABILITY` names, and the means of more quantities, `weight_cosine_mean/i` for one: W&B keeps no two series of one
-    name apart."""
-    names = ("cosine", *STABILITY, *(f"{quantity}_mean" for quantity in more))
+def epoch_columns(depth: int, extra_quantities: Sequence[str] = ()) -> list[str]:
+    """Return the columns of epochs.csv: `EPOCH_COLUMNS`, then several columns for every hidden layer i.
+
+    These are `cosine/i`, the epoch's mean of `cosine_sample/i`; the measures in `STABILITY`; and for every extra
+    quantity its mean, as `weight_cosine_mean/i`: W&B would mix two series of one name.
+    """
+    names = ("cosine", *STABILITY, *(f"{quantity}_mean" for quantity in extra_quantities))
     return [*EPOCH_COLUMNS, *(f"{name}/{i}" for name in names for i in range(1, depth))]
 
 
 def cell(value: float | int | None) -> str:
-    """A number as it stands in a CSV file: nine significant digits, which hold a float32; empty where not measured."""
+    """Format a number for a CSV file: nine significant digits, enough for a float32; empty if not measured."""
     if value is None or math.isnan(value):
         return ""
     return str(value) if isinstance(value, int) else f"{value:.9g}"
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Write rows as CSV, with a ' before each text that a spreadsheet would take for a formula."""
+    """Format rows as CSV, with a ' before each text that a spreadsheet would read as a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
@@ -57,12 +62,13 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
 
 class Table:
-    """A CSV file that only grows. Rows reach the file, and its `sha256`, at every `extend`."""
+    """A CSV file that only grows. Every `extend` writes to the file and updates its `sha256`."""
 
     def __init__(self, path: Path, columns: Iterable[str], length: int | None = None) -> None:
-        """length: bytes of an existing file to go on after, what is behind them being cut off; None starts anew.
+        """Start a new file, or continue an existing one.
 
-        Raises `UserError` for a file whose columns are others, as an earlier version's.
+        length: bytes of the existing file to keep, the rest is cut off; None starts anew.
+        Raises `UserError` if the existing file has other columns, as one of an earlier version.
         """
         self.path, self.columns = path, list(columns)
         if length is None:
@@ -84,24 +90,24 @@ class Table:
         self.sha256.update(content)
 
     def sync(self) -> int:
-        """Have the rows on the disk, and return the length of the file in bytes."""
+        """Flush the rows to the disk, and return the length of the file in bytes."""
         with naming(self.path), self.path.open("ab") as file:
             return synced(file)
 
     def extend(self, rows: Iterable[Row]) -> None:
-        """Append rows; a column that a row lacks stays empty."""
+        """Append rows. A column that a row lacks stays empty."""
         self._append([cell(row.get(column)) for column in self.columns] for row in rows)
 
 
 def header(path: Path) -> list[str]:
-    """The names of a CSV file's columns."""
+    """Return the column names of a CSV file."""
     with opened(path) as file:
         return next(csv.reader([file.readline().decode(errors="replace")]), [])
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an error in writing name the file."""
+    """Add the file's name to an error raised in writing it."""
     try:
         yield
     except OSError as error:
@@ -109,14 +115,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def synced(file: IO[Any]) -> int:
-    """Have everything written to an open file on the disk, and return its length in bytes."""
+    """Flush an open file to the disk, and return its length in bytes."""
     file.flush()
     os.fsync(file.fileno())
     return os.fstat(file.fileno()).st_size
 
 
 def fsync_folder(folder: Path) -> None:
-    """Have the names of a folder's files on the disk, where the system can."""
+    """Flush the names of a folder's files to the disk, if the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -126,8 +132,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text to a file: a reader sees the old one or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # two commands of one sweep write its summary
+    """Write a text to a file so that a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # two commands of one sweep may write its summary
     try:
         with naming(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -139,6 +145,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def record_overrides(run_dir: Path, overrides: Sequence[str]) -> None:
-    """What the command line said, beside the run; Hydra would write it before the directory is locked."""
+    """Write the command line's overrides beside the run. Hydra would do so before the directory is locked."""
     (run_dir / ".hydra").mkdir(exist_ok=True)
     write_atomically(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+
+
+def as_argument(folder: Path) -> str:
+    """Return a folder as an argument of a shell command, relative to the current folder where it lies in that."""
+    path = folder.absolute()
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    text = str(path)
+    if text.startswith("-"):  # it would be read as an option
+        text = f"./{text}"
+    return shlex.quote(text)
+
+
+def plot_line(folder: Path) -> str:
+    """Return the line that says how to plot a run or a sweep."""
+    return printable(f"plot it: dfl-plot {as_argument(folder)}")

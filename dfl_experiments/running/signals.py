@@ -1,4 +1,4 @@
-"""Signals that end a run between two steps, so that what it has done is safe."""
+"""Signals that end a run between two steps, so that its work is saved first."""
 
 import signal
 import threading
@@ -7,12 +7,12 @@ from typing import Any
 
 REQUEUE = signal.SIGUSR2
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# what a scheduler sends some time before the end, and the system at a limit of CPU time
+# sent by a scheduler some time before the end, and by the system at a limit of CPU time
 WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked for the end; in the midst of training a checkpoint is written on the way out."""
+    """A signal asked the run to end; during training a checkpoint is written first."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -20,41 +20,41 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Kept:
-    """The signal that has come to a launcher's process, which it obeys when it next trains, and from then on."""
+    """Pending signal of a launcher's process, handled at the next safe point of training."""
 
     signum: int | None = None
+    """The signal's number; it stays until the process ends."""
 
     @classmethod
     def keep(cls, signum: int, frame: FrameType | None = None) -> None:
-        """A signal handler: nothing is interrupted, wherever it falls."""
+        """Remember the signal, as a signal handler. Nothing is interrupted."""
         cls.signum = signum
 
 
 def handle(handler: Any) -> dict[int, Any]:
-    """Set a handler for every signal that asks for the end, and return the handlers before.
+    """Set a handler for every signal that asks for the end, and return the earlier handlers by signal.
 
-    A signal that is ignored stays ignored: a script's background job has no SIGINT, and nohup's has no SIGHUP. One of
-    `WARNING` is left to a library that has a handler of its own for it.
+    A signal that is ignored stays ignored: a script's background job ignores SIGINT, and nohup ignores SIGHUP. A signal
+    of `WARNING` is left alone if another library has set a handler for it.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    heard = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
-    heard += [signum for signum in WARNING if is_free(signum)]
-    return {signum: signal.signal(signum, handler) for signum in heard}
+    signals = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
+    signals += [signum for signum in WARNING if is_free(signum)]
+    return {signum: signal.signal(signum, handler) for signum in signals}
 
 
 def is_free(signum: int) -> bool:
-    """Whether nobody but this package has a handler for a signal."""
+    """Return whether no library but this package has set a handler for a signal."""
     handler = signal.getsignal(signum)
     return handler == signal.SIG_DFL or str(getattr(handler, "__module__", "")).startswith("dfl_experiments.")
 
 
 class Stop:
-    """Inside the block the signals that ask for the end are noted, to be looked at after each step.
+    """Inside the block, note the signals that ask for the end; `raise_if_asked` acts on them after each step.
 
-    A second SIGINT ends the process at once, as SIGINT does elsewhere. A library that queues jobs again (submitit) has
-    a handler of its own for SIGUSR2, which gets its signal once the run is safe (see `pass_on`), also where SIGTERM
-    comes with it.
+    A second SIGINT ends the process at once. A library that queues jobs again (submitit) handles SIGUSR2 itself: its
+    handler is called by `pass_on`, once the run is saved, even if SIGTERM arrives together with SIGUSR2.
     """
 
     def __init__(self) -> None:
@@ -73,20 +73,20 @@ class Stop:
         if self.requested != REQUEUE:
             self.requested = signum
 
-    def check(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
+    def raise_if_asked(self) -> None:
+        """Raise `Interrupted` if a signal has arrived."""
         if self.requested is not None:
             raise Interrupted(self.requested)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        # one that came after the last look at it, or that another error overtook
+        # a signal that arrived after the last check, or together with another error
         if kind is None or not issubclass(kind, KeyboardInterrupt):
-            self.check()
+            self.raise_if_asked()
 
 
 def pass_on(stop: KeyboardInterrupt) -> None:
-    """Give the signal that a run has obeyed to the handler of a library that was there before, if there is one."""
+    """Call another library's handler for the signal that ended a run, if it has one for SIGUSR2."""
     if isinstance(stop, Interrupted) and stop.signum == REQUEUE and not is_free(REQUEUE):
         signal.raise_signal(stop.signum)

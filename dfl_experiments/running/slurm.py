@@ -1,4 +1,4 @@
-"""A SLURM without accounting, as small clusters have it: its controller is asked how jobs are, in place of `sacct`."""
+"""Job states on a SLURM cluster without accounting: they are read from `squeue` instead of `sacct`."""
 
 import itertools
 import subprocess
@@ -6,11 +6,11 @@ import subprocess
 from submitit.slurm import slurm
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
-LOOKS = 60  # seconds between two, at most: the controller forgets a job that has ended after some minutes
+SECONDS_BETWEEN_QUERIES = 60  # the controller forgets an ended job after some minutes
 
 
 class QueueWatcher(slurm.SlurmInfoWatcher):
-    """Where submitit learns the state of its jobs: without accounting it would wait for a cancelled one for ever."""
+    """Ask `squeue` for job states; with `sacct` missing, submitit would wait for a cancelled job for ever."""
 
     def _make_command(self) -> list[str] | None:
         command = super()._make_command()
@@ -20,16 +20,19 @@ class QueueWatcher(slurm.SlurmInfoWatcher):
         return ["squeue", "--states=all", "--array", "--format=%i|%T|%N", f"--jobs={ids}"]
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """The state of every job that the controller has told of."""
+        """Return the state of every job in the output of `squeue`, by job ID."""
         text = string if isinstance(string, str) else string.decode()
         jobs = super().read_info(text.replace("JOBID|STATE|NODELIST", "JobID|State|NodeList", 1))
-        # the controller has words for a job on its way that submitit would take for its end
-        return {job: told if told["State"] in ENDED else told | {"State": "RUNNING"} for job, told in jobs.items()}
+        for info in jobs.values():
+            # squeue has states of unfinished jobs that submitit would read as ended
+            if info["State"] not in ENDED:
+                info["State"] = "RUNNING"
+        return jobs
 
 
 def watch() -> None:
-    """Have submitit's jobs watched in the way that this cluster has."""
+    """Choose how submitit watches its jobs: with `sacct` if the cluster has accounting, else with `squeue`."""
     try:
         subprocess.run(["sacct", "--noheader"], capture_output=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        slurm.SlurmJob.watcher = QueueWatcher(delay_s=LOOKS)
+        slurm.SlurmJob.watcher = QueueWatcher(delay_s=SECONDS_BETWEEN_QUERIES)

@@ -1,185 +1,196 @@
-"""How the points of a sweep ended: what this command's jobs did, or found done, and never what merely lies there."""
+"""The end of a sweep: `summary.csv` with a row per point, and on the terminal one row per setting, over its seeds."""
 
-import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mean, stdev
+from typing import Any
 
-from dfl_experiments.configuration.composition import harmless, science
-from dfl_experiments.configuration.recorded import read_yaml
-from dfl_experiments.errors import UserError, printable
-from dfl_experiments.running.result import DONE, made_with, read_epochs, read_result, status_of
-from dfl_experiments.running.run_directory import CONFIG, csv_text, write_atomically
-from dfl_experiments.seal import read_json
+from dfl_experiments.configuration.composition import NOT_IN_DIGEST
+from dfl_experiments.errors import printable
+from dfl_experiments.running.outcome import Ending, Sweep, ending, objective, other_versions, others, overrides_of
+from dfl_experiments.running.result import DONE
+from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
 
-OUTCOME = ".outcome"  # of the last command that was at work in the directory
-COMMAND = "DFL_COMMAND"  # the variable that a job finds its command's id in
 ROWS_SHOWN = 50
-
-
-class Point(NamedTuple):
-    """A job of the sweep. overrides: what it was asked for, in one line; science: the digest of what it computes."""
-
-    overrides: str
-    science: str
+COMPARED = ("protocol", "stop_collapsed")  # in NOT_IN_DIGEST, but a sweep may compare their values
 
 
 @dataclass
-class Sweep:
-    """The sweep of this process: its folder and name, its points by their folders' names, none where they are chosen as
-    it goes. command: what its jobs know it by; launcher: Hydra's name for what starts them; force: whether what was
-    there before counts for nothing."""
+class Setting:
+    """Points of a sweep that differ in nothing but the seed."""
 
-    folder: Path
-    name: str
-    command: str
-    launcher: str
-    force: bool
-    points: dict[str, Point] = field(default_factory=dict)
+    values: list[str]
+    """Values of the keys that differ between settings."""
+    endings: list[Ending]
+    """How its points ended."""
 
+    def numbers(self, name: str) -> list[float]:
+        """Return one result of every finished point that has it."""
+        values = [end.result.get(name) for end in self.endings if end.is_finished]
+        return [value for value in values if value is not None]
 
-class Ending(NamedTuple):
-    """How a point ended, a row of summary.csv."""
+    def rank(self) -> tuple[bool, float]:
+        """Return the sort key: settings without a collapse first, then by validation accuracy, else test accuracy."""
+        has_collapsed = any(end.status in DONE and not end.is_finished for end in self.endings)
+        accuracies = self.numbers("validation_accuracy") or self.numbers("accuracy")
+        return has_collapsed, -mean(accuracies or [0.0])
 
-    point: str
-    status: str
-    accuracy: float | None
-    reason: str
-    overrides: str
-
-
-def write_outcome(run_dir: Path, command: str, status: str, reason: str | None = None) -> None:
-    """Note what a command's job did here: "running" once it has given up what was there before."""
-    begun = status == "running" or has_begun(run_dir, command)
-    outcome = {"command": command, "begun": begun, "status": status, "reason": reason or ""}
-    write_atomically(run_dir / OUTCOME, json.dumps(outcome))
-
-
-def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """What `write_outcome` noted last; nothing where there is none."""
-    with suppress(UserError):
-        found = read_json(run_dir / OUTCOME) or {}
-        return found if {"command", "begun", "status", "reason"} <= found.keys() else {}
-    return {}
+    def row(self) -> list[str]:
+        """Return the cells after the swept values: n, accuracies, and the cosine of layer 1."""
+        finished = [end for end in self.endings if end.is_finished]
+        count = str(len(finished))
+        if len(finished) < len(self.endings):
+            count += f" of {len(self.endings)}"
+        cosines = [end.result.get("cosine", {}).get("1") for end in finished]
+        cosines = [cosine for cosine in cosines if cosine is not None]
+        return [
+            count,
+            with_deviation(self.numbers("accuracy")),
+            with_deviation(self.numbers("validation_accuracy")),
+            f"{mean(cosines):.3f}" if cosines else "-",
+        ]
 
 
-def has_begun(run_dir: Path, command: str) -> bool:
-    """Whether the run that is here is one of this command's, whose force=true has been obeyed."""
-    outcome = read_outcome(run_dir)
-    return outcome.get("command") == command and outcome["begun"]
-
-
-def ending(sweep: Sweep, name: str) -> Ending:
-    """How a point of the sweep ended."""
-    run_dir, point = sweep.folder / name, sweep.points[name]
-    outcome = read_outcome(run_dir)
-    status, accuracy, reason = status_of(run_dir)
-    if outcome.get("command") == sweep.command:
-        told = outcome["status"], outcome["reason"]
-        if told[0] == "interrupted" and status in DONE and (outcome["begun"] or not sweep.force):
-            told = status, reason  # the signal came when all was done
-        if told[0] != "running" and told != (status, reason):
-            (status, reason), accuracy = told, None
-    elif status not in ("running", "not started", "damaged"):
-        result = read_result(run_dir)
-        if result is not None and science(result["config"]) != point.science:
-            status, accuracy, reason = "not started", None, "the run there has another configuration"
-        elif sweep.force:
-            status, accuracy, reason = "not started", None, "the run there is an earlier one"
-    return Ending(*harmless([name, status, accuracy, reason, point.overrides]))
-
-
-def others(sweep: Sweep) -> Iterator[Ending]:
-    """The points of the sweep's folder that this command did not name."""
-    for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
-        if run_dir.name not in sweep.points:
-            yield Ending(*harmless([run_dir.name, *status_of(run_dir), " ".join(overrides_of(run_dir))]))
-
-
-def overrides_of(run_dir: Path) -> list[str]:
-    """What the command line said that made a run; nothing where that cannot be read."""
-    try:
-        return [str(override) for override in read_yaml(run_dir / ".hydra" / "overrides.yaml")]
-    except (UserError, OSError, TypeError):  # the command line is for a reader only
-        return []
-
-
-def objective(run_dir: Path) -> float:
-    """What a sweeper that chooses as it goes maximises: the validation accuracy of the epoch that the protocol reports.
-
-    Returns 0 where there is none, as of a run that diverged or failed: it is to look elsewhere.
-    """
-    result = read_result(run_dir) or {}
-    held_out = [value or 0.0 for value in read_epochs(run_dir, result).get("validation_accuracy", [])]
-    if result.get("status") != "finished" or not held_out:
-        return 0.0
-    kind = result["config"]["protocol"]["accuracy"]
-    if kind == "best_validation":
-        return max(held_out)
-    return held_out[result["test_accuracy"]["best_epoch"] - 1 if kind == "best_test" else -1]
-
-
-def print_best(folder: Path, endings: Sequence[Ending]) -> None:
-    """Print the best of a sweep's finished points, as a command line."""
-    values = {row.point: objective(folder / row.point) for row in endings if row.status == "finished"}
-    if best := max(values, key=values.__getitem__, default=None):
-        command = ["dfl-train", *(one for one in overrides_of(folder / best) if not one.startswith("sweep="))]
-        print(f"  best validation accuracy {four_digits(values[best])}: {printable(shlex.join(command))}")
-
-
-def done(sweep: Sweep) -> int:
-    """How many points have come to their end."""
-    return sum(ending(sweep, name).status in DONE for name in sweep.points)
-
-
-def of_other_versions(sweep: Sweep, endings: Iterable[Ending]) -> list[str]:
-    """The commits and versions of torch, other than now, of the points that this command found done."""
-    from dfl_experiments.running.provenance import git_commit, versions
-
-    found = set[str]()
-    for run_dir in (sweep.folder / row.point for row in endings if row.status in DONE):
-        if read_outcome(run_dir).get("command") != sweep.command:
-            found |= made_with(read_result(run_dir) or {})
-    return sorted(found - made_with({"git_commit": git_commit(), "versions": versions()}))
+def with_deviation(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation, `0.9611 ± 0.0012`; the value alone for n = 1, a dash for none."""
+    if not values:
+        return "-"
+    text = f"{mean(values):.4f}"
+    return f"{text} ± {stdev(values):.4f}" if len(values) > 1 else text
 
 
 def four_digits(accuracy: float | None) -> str:
-    """An accuracy with four digits, a dash where there is none."""
+    """Return an accuracy with four digits, a dash if there is none."""
     return "-" if accuracy is None else f"{accuracy:.4f}"
 
 
-def summary(sweep: Sweep) -> int:
-    """Write how every point of the folder ended to `summary.csv`, print this command's, and return the exit code.
+def values_by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Return the overrides as values by key, without the keys that change no result, such as `device`."""
+    values = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        group = key.partition(".")[0]
+        if group in COMPARED or group not in NOT_IN_DIGEST:
+            values[key] = value
+    return values
 
-    It is 1 unless all of them have come to an end, or are in another process's hands.
+
+def swept_keys(points: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the keys whose values differ between points, in the order of the command line."""
+    keys = dict.fromkeys(key for values in points for key in values)
+    return [key for key in keys if len({values.get(key) for values in points}) > 1]
+
+
+def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
+    """Return the rows of summary.csv, the header first: swept keys, status, results, and the folder."""
+    points = [values_by_key(end.overrides) for end in endings]
+    keys = swept_keys(points)
+    depth = max((len(end.result.get("cosine", {})) for end in endings), default=0)
+    layers = [str(layer) for layer in range(1, depth + 1)]
+    cosines = [f"cosine/{layer}" for layer in layers]
+    dead = [f"dead/{layer}" for layer in layers]
+    header = [*keys, "status", "reason", "accuracy", "validation_accuracy", *cosines, *dead, "seconds", "folder"]
+    rows: list[list[Any]] = [header]
+    for end, values in zip(endings, points, strict=True):
+        result = end.result
+        rows.append(
+            [
+                *(values.get(key, "") for key in keys),
+                end.status,
+                end.reason,
+                result.get("accuracy"),
+                result.get("validation_accuracy"),
+                *(result.get("cosine", {}).get(layer) for layer in layers),
+                *(result.get("dead", {}).get(layer) for layer in layers),
+                result.get("seconds"),
+                end.folder,
+            ]
+        )
+    return rows
+
+
+def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:
+    """Return the keys that differ between settings, and the settings, the best first."""
+    points = [values_by_key(end.overrides) for end in endings]
+    keys = [key for key in swept_keys(points) if key != "seed"]
+    settings: dict[tuple[str, ...], Setting] = {}
+    for end, values in zip(endings, points, strict=True):
+        cells = [values.get(key, "") for key in keys]
+        setting = settings.setdefault(tuple(cells), Setting(cells, []))
+        setting.endings.append(end)
+    return keys, sorted(settings.values(), key=Setting.rank)
+
+
+def print_settings(endings: Sequence[Ending]) -> None:
+    """Print one row per setting, means over its seeds, sorted, the best marked; nothing if no point has finished."""
+    from tabulate import tabulate
+
+    if not any(end.is_finished for end in endings):
+        return
+    keys, settings = settings_of(endings)
+    table = [["", *keys, "n", "accuracy", "validation accuracy", "cosine of layer 1"]]
+    for setting in settings[:ROWS_SHOWN]:
+        is_best = setting is settings[0] and len(settings) > 1
+        table.append(["*" if is_best else "", *setting.values, *setting.row()])
+    # leave out the columns without a value
+    columns = [column for column in zip(*table, strict=True) if set(column[1:]) != {"-"}]
+    header, *rows = zip(*columns, strict=True)
+    print(tabulate(rows, header, tablefmt="plain", disable_numparse=True))
+    if len(settings) > ROWS_SHOWN:
+        print(f"  … and {len(settings) - ROWS_SHOWN} more settings")
+
+
+def print_unfinished(endings: Sequence[Ending]) -> None:
+    """Print every point that has not finished, with its reason."""
+    unfinished = [end for end in endings if not end.is_finished]
+    width = max((len(end.folder) for end in unfinished), default=0)
+    for end in unfinished[:ROWS_SHOWN]:
+        description = end.reason or " ".join(end.overrides)
+        print(f"  {end.folder:{width}}  {end.status:11}  {description}")
+    if len(unfinished) > ROWS_SHOWN:
+        print(f"  … and {len(unfinished) - ROWS_SHOWN} more")
+
+
+def print_best(folder: Path, endings: Sequence[Ending]) -> None:
+    """Print the command line of the finished point with the highest validation accuracy."""
+    accuracies = {end.folder: objective(folder / end.folder) for end in endings if end.is_finished}
+    if not accuracies:
+        return
+    best = max(accuracies, key=accuracies.__getitem__)
+    overrides = [text for text in overrides_of(folder / best) if not text.startswith("sweep=")]
+    command = printable(shlex.join(["dfl-train", *overrides]))
+    print(f"  best validation accuracy {four_digits(accuracies[best])}: {command}")
+
+
+def print_summary(sweep: Sweep) -> int:
+    """Write `summary.csv` with every point of the folder, and print how the points of this command ended.
+
+    Returns the exit code: 0 if all of them have ended or another process works on them, else 1.
     """
-    named, rest = [ending(sweep, name) for name in sweep.points], list(others(sweep))
-    place, problem = sweep.folder / "summary.csv", None
+    named = [ending(sweep, name) for name in sweep.points]
+    rest = list(others(sweep))
+    path, problem = sweep.folder / "summary.csv", None
     try:
         if sweep.folder.is_dir():
-            write_atomically(place, csv_text([Ending._fields, *named, *rest]))
+            write_atomically(path, csv_text(summary_rows([*named, *rest])))
     except OSError as error:
         problem = error.strerror
     shown = named or rest
-    counts = Counter(row.status for row in shown)
-    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    print(f"\nsweep {sweep.folder.name}: {len(shown)} points, {told}")
-    # of a long table the part that asks for attention comes first
-    shown.sort(key=lambda row: row.status == "finished")
-    width = max((len(row.point) for row in shown), default=0)
-    for row in shown[:ROWS_SHOWN]:
-        words = row.reason or row.overrides
-        print(f"  {row.point:{width}}  {row.status:11} {four_digits(row.accuracy):>6}  {words}")
-    if len(shown) > ROWS_SHOWN:
-        print(f"  … and {len(shown) - ROWS_SHOWN} more")
-    if not sweep.force and (versions := of_other_versions(sweep, named)):
+    counts = Counter(end.status for end in shown)
+    statuses = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    print(f"\nsweep {sweep.folder.name}: {len(shown)} points, {statuses}")
+    print_settings(shown)
+    print_unfinished(shown)
+    if not sweep.force and (versions := other_versions(sweep, named)):
         print(f"  some points were done before, with {', '.join(versions)}; force=true runs them anew")
     if not named:
         print_best(sweep.folder, rest)
     beside = f", with {len(rest)} points of other commands" if named and rest else ""
-    print(f"  {place}{beside}" if problem is None else f"dfl-train: {place}: {problem}")
+    print(f"  {path}{beside}" if problem is None else f"dfl-train: {path}: {problem}")
+    if any(end.result.get("epochs") for end in shown):
+        print(f"  {plot_line(sweep.folder)}")
+        print(printable(f"  compare: dfl-report {as_argument(sweep.folder)}"))
     return 1 if counts.keys() & {"failed", "interrupted", "not started", "damaged"} else 0

@@ -1,10 +1,12 @@
-"""A sweep: its points before it begins, and each point as its turn comes."""
+"""Check all points of a sweep before it begins, and run each point when its launcher starts it."""
 
 import itertools
 import logging
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,121 +19,151 @@ from dfl_experiments.configuration.grids import BASIC, sweep_points
 from dfl_experiments.configuration.refusals import MISTAKES, one_line, uncomposed
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.locks import Busy, locked, refuse_links
+from dfl_experiments.running.locks import Busy, lock_run, refuse_links
+from dfl_experiments.running.outcome import Sweep, SweepPoint, has_begun, write_outcome
+from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
 from dfl_experiments.running.run_directory import record_overrides
-from dfl_experiments.running.summary import Point, Sweep, has_begun, write_outcome
+from dfl_experiments.running.summary import four_digits
 from dfl_experiments.running.workers import BUSY, call_no_success, check_launcher
 
 log = logging.getLogger(__name__)
 
-MANY_JOBS = 50  # from which on checking them takes long enough to be told
+MANY_JOBS = 50  # with more jobs the check takes long enough to show its progress
 TRACEBACK = "traceback.txt"
-# what belongs to the command and not to a job: Hydra would take it from the first composition alone
+# these belong to the command: Hydra takes them from the first composition alone
 OF_THE_COMMAND = ("hydra.sweeper", "hydra.launcher", "hydra.sweep.dir", "sweep")
 
 
-def check_sweep(cfg: DictConfig, command: str) -> Sweep:
-    """The points of a sweep, every one of them composed and checked.
+@dataclass(frozen=True)
+class SweepJob:
+    """A job as the launcher starts it."""
 
-    A sweeper that chooses values as it goes has its first combination checked, and no points yet. cfg: Hydra's
-    configuration of the whole; command: what its jobs are to know it by. Raises one of `MISTAKES` for a sweep without
-    jobs, a wrong job, one that chooses what is the command's to choose, and two that are the same run or would write to
-    one folder.
+    command: str
+    """Id of the sweep's command."""
+    number: int = 0
+    """Hydra's number of the job."""
+    at_once: int = 1
+    """How many jobs the launcher runs at once, -1 for one per core."""
+    folder: Path | None = None
+    """Folder of the sweep, where the points are counted; None to count nothing."""
+
+    def count(self, kind: str, start: float) -> str:
+        """Count the point as ended, and return how far the sweep has come, see `PointCounter.add`."""
+        return "" if self.folder is None else PointCounter(self.folder, self.command).add(kind, start)
+
+
+def check_sweep(cfg: DictConfig, command: str) -> Sweep:
+    """Compose and check every point of a sweep.
+
+    If the sweeper chooses values one after another, only its first combination is checked, and the sweep has no points.
+
+    cfg: Hydra's configuration of the whole sweep.
+    command: id of this command.
+    Raises one of `MISTAKES` for a sweep without jobs, a wrong job, a job that changes what belongs to the command, and
+    two jobs that are the same run or would write to one folder.
     """
     params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
     sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher"))
     check_launcher(launcher, cfg.hydra.launcher)
-    grid = sweep_points([*(f"{key}={value}" for key, value in params), *cfg.hydra.overrides.task], sweeper)
+    swept = [f"{key}={value}" for key, value in params]
+    grid = sweep_points([*swept, *cfg.hydra.overrides.task], sweeper)
     is_grid = sweeper == BASIC
     jobs = list(itertools.islice(grid, None if is_grid else 1))
-    if many := len(jobs) > MANY_JOBS:
+    is_long = len(jobs) > MANY_JOBS
+    if is_long:
         print(f"checking {len(jobs)} jobs", flush=True)
-    loader = GlobalHydra.instance().config_loader()
-    chosen = {key: unresolved(cfg, key) for key in OF_THE_COMMAND}
-    runs: dict[str, str] = {}
+    digests: dict[str, str] = {}
     folders: dict[str, str] = {}
-    sweep = Sweep(Path(str(cfg.hydra.sweep.dir)).absolute(), str(cfg.sweep), command, launcher, bool(cfg.force))
-    for number, overrides in enumerate(tqdm(jobs, "checking", unit="job", leave=False, disable=None if many else True)):
+    sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
+    sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, bool(cfg.force))
+    bar = tqdm(jobs, "checking", unit="job", leave=False, disable=None if is_long else True)
+    for number, overrides in enumerate(bar):
         job = " ".join(overrides)
         try:
-            one = loader.load_sweep_config(cfg, overrides)
-            with open_dict(one.hydra.job):
-                one.hydra.job.num, one.hydra.job.id = number, str(number)
-            for key, value in chosen.items():
-                if unresolved(one, key) != value:
-                    raise UserError(f"{key}: differs from job to job; such a choice is for a command of its own")
-            configuration = check(one)
-            settings = configuration.settings
-            if settings.resume is not None or settings.repeat is not None:
-                raise UserError("resume and repeat are for a single run; a sweep started again goes on by itself")
-            if not is_grid and not settings.validation_fraction:
+            configuration, folder = check_job(cfg, overrides, number)
+            if not is_grid and not configuration.settings.validation_fraction:
                 raise UserError(f"validation_fraction=0: hydra/sweeper={sweeper} chooses by validation accuracy")
-            digest_of_run, folder = configuration.science, subdir(one, configuration)
             refuse_links(sweep.folder / folder)
         except (*MISTAKES, ValueError) as error:
             raise UserError(f"{one_line(uncomposed(error, overrides))} (in the job {job})") from error
-        for key, seen in ((digest_of_run, runs), (folder, folders)):
-            if key in seen:
-                what = "are the same run" if seen is runs else f"would write to {folder} (hydra.sweep.subdir)"
-                raise UserError(f"two jobs {what}: {seen[key]} and {job}")
-            seen[key] = job
+        for key, jobs_by_key, problem in (
+            (configuration.config_digest, digests, "are the same run"),
+            (folder, folders, f"would write to {folder} (hydra.sweep.subdir)"),
+        ):
+            if key in jobs_by_key:
+                raise UserError(f"two jobs {problem}: {jobs_by_key[key]} and {job}")
+            jobs_by_key[key] = job
         if is_grid:
-            sweep.points[folder] = Point(job, digest_of_run)
+            sweep.points[folder] = SweepPoint(overrides, configuration.config_digest)
     return sweep
 
 
+def check_job(cfg: DictConfig, overrides: Sequence[str], number: int = 0) -> tuple[Configuration, str]:
+    """Return the checked configuration of one job, and its folder in the sweep's.
+
+    cfg: Hydra's configuration of the whole sweep.
+    Raises one of `MISTAKES`.
+    """
+    job_cfg = GlobalHydra.instance().config_loader().load_sweep_config(cfg, list(overrides))
+    with open_dict(job_cfg.hydra.job):
+        job_cfg.hydra.job.num, job_cfg.hydra.job.id = number, str(number)
+    for key in OF_THE_COMMAND:
+        if unresolved(job_cfg, key) != unresolved(cfg, key):
+            raise UserError(f"{key}: differs from job to job; such a choice is for a command of its own")
+    configuration = check(job_cfg)
+    settings = configuration.settings
+    if settings.resume is not None or settings.repeat is not None:
+        raise UserError("resume and repeat are for a single run; a sweep started again goes on by itself")
+    return configuration, subdir(job_cfg, configuration)
+
+
 def subdir(cfg: DictConfig, configuration: Configuration) -> str:
-    """A job's folder in that of its sweep."""
-    given = unresolved(cfg, "hydra.sweep.subdir")
-    return point_name(configuration.values) if given == "${point:}" else str(cfg.hydra.sweep.subdir)
+    """Return a job's folder in the sweep's."""
+    is_default = unresolved(cfg, "hydra.sweep.subdir") == "${point:}"
+    return point_name(configuration.values) if is_default else str(cfg.hydra.sweep.subdir)
 
 
 def unresolved(cfg: DictConfig, key: str) -> Any:
-    """A part of a configuration with its interpolations as they stand."""
-    place, _, last = key.rpartition(".")
-    node = OmegaConf.masked_copy(OmegaConf.select(cfg, place) if place else cfg, last)
+    """Return a part of a configuration with its interpolations unresolved."""
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.masked_copy(OmegaConf.select(cfg, parent) if parent else cfg, last)
     values: Any = OmegaConf.to_container(node, resolve=False)
     return values[last]
 
 
-def run_point(
-    cfg: DictConfig, run_dir: Path, overrides: Sequence[str], command: str, number: int = 0, at_once: int = 1
-) -> float | None:
-    """Run one point, unless it is done or another process is at work on it, and return the protocol's accuracy.
+def run_point(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], job: SweepJob) -> float | None:
+    """Run a point of a sweep unless it is done or another process works on it, and return the reported accuracy.
 
-    command: the sweep's; number: the job's; at_once: how many the launcher runs together, -1 for one per core (see
-    `device`). A point that fails leaves its `result.json` and says so in one line, and the sweep goes on; None is
-    returned.
+    A point that fails writes its `result.json`, is reported in one line, and None is returned: the sweep goes on.
     """
-    from dfl_experiments.running.device import device_of_job, threads_of_job
-    from dfl_experiments.running.run import failure, found_done, run, summarise
+    from dfl_experiments.running.run import failure
 
+    start = time.time()
     try:
-        with BUSY, locked(run_dir, command):
+        with BUSY, lock_run(run_dir, job.command):
             try:
-                configuration = check(cfg)
-                settings = configuration.settings
-                anew = settings.force and not has_begun(run_dir, command)  # a job that is queued again goes on
-                if not anew and (before := found_done(configuration, run_dir, settings.sweep)):
-                    return before["accuracy"]
-                record_overrides(run_dir, overrides)
-                result = run(
-                    configuration, run_dir, settings.sweep,
-                    go_on=not anew and status_left(run_dir) is not None, command=command,
-                    device=device_of_job(settings.device, number), threads=threads_of_job(at_once),
-                )  # fmt: skip
+                result, is_new = run_or_find(check(cfg), run_dir, overrides, job)
             except BaseException as error:
-                with suppress(OSError):  # of a full disk: the error itself is to be told
-                    write_outcome(run_dir, command, **failure(error))
+                with suppress(OSError):  # a full disk must not hide the error itself
+                    write_outcome(run_dir, job.command, **failure(error))
                 raise
-            write_outcome(run_dir, command, result["status"], result["reason"])
-        (run_dir / TRACEBACK).unlink(missing_ok=True)
-        summarise(result, run_dir)
+            if is_new:
+                write_outcome(run_dir, job.command, result["status"], result["reason"])
+        if is_new:
+            (run_dir / TRACEBACK).unlink(missing_ok=True)
+            ending = f"accuracy {four_digits(result['accuracy'])}"
+            if result["status"] != "finished":
+                ending = f"{result['status']}, {ending}"
+            log.info("%s  (%s: %s)", job.count("ran", start) or result["status"], run_dir.name, ending)
+        else:
+            job.count("found", start)
         return result["accuracy"]
     except Busy as busy:
+        job.count("elsewhere", start)
         log.info("%s", busy)
     except Exception as error:
+        job.count("failed", start)
         if not isinstance(error, UserError | OSError):
             (run_dir / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         # Hydra keeps what a job returns or raises; the frames hold the network and the images
@@ -139,3 +171,28 @@ def run_point(
         log.error("%s: failed: %s", run_dir.name, one_line(error))
         call_no_success()
     return None
+
+
+def run_or_find(
+    configuration: Configuration, run_dir: Path, overrides: Sequence[str], job: SweepJob
+) -> tuple[dict[str, Any], bool]:
+    """Return the result of a point in its locked directory, and whether it was run now and not found done."""
+    from dfl_experiments.running.device import device_of_job, threads_of_job
+    from dfl_experiments.running.run import result_if_done, run
+
+    settings = configuration.settings
+    # force=true starts a point anew once; a job that a queue starts again goes on
+    is_anew = settings.force and not has_begun(run_dir, job.command)
+    if not is_anew and (before := result_if_done(configuration, run_dir, settings.sweep)):
+        return before, False
+    record_overrides(run_dir, overrides)
+    result = run(
+        configuration,
+        run_dir,
+        settings.sweep,
+        go_on=not is_anew and status_left(run_dir) is not None,
+        command=job.command,
+        device=device_of_job(settings.device, job.number),
+        threads=threads_of_job(job.at_once),
+    )
+    return result, True

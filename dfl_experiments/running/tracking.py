@@ -1,7 +1,7 @@
-"""W&B, as a mirror of the local files. It is imported only when tracking is on.
+"""W&B as a mirror of the local files. It is imported only if tracking is on.
 
-A run that goes on is mirrored anew from its files, under the id that it had: whatever W&B had got of it, or not, before
-its process was killed is replaced. One that has ended and whose mirror is not whole gets it when it is next started.
+A resumed run is sent again from its files under its old id, which replaces what W&B received before the process was
+killed. A finished run whose mirror is incomplete is sent again when the run is next started.
 """
 
 import csv
@@ -26,23 +26,26 @@ from dfl_experiments.running.run_directory import Row, cell, header
 log = logging.getLogger(__name__)
 
 SECONDS_TO_START = 30
-SECONDS_TOGETHER = 5  # W&B takes 0.2 ms for one of many rows, 1 ms for one that comes alone
+SECONDS_TOGETHER = 5  # W&B takes 0.2 ms per row for many rows at once, 1 ms for a single row
 ROWS_AN_EPOCH = 200
-MIRRORED = ".mirrored"  # in the run directory: its W&B run is whole
+MIRRORED = ".mirrored"  # file in the run directory: its W&B run is complete
 COUNTERS = ("iteration", "epoch")
-ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # variables that would make all points of a sweep one W&B run
-unreachable: set[str] = set()  # modes that W&B could not be started in, in this process
+ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # they would merge all points of a sweep into one W&B run
+unreachable: set[str] = set()  # modes that failed in this process
 
 
 class Tracker:
-    """Sends rows as they stand in the CSV files, those of some seconds together, and the result as the run's summary.
+    """Send rows as they are in the CSV files, several seconds' rows at once, and the result as the run's summary.
 
-    Where W&B fails, one warning says so, and from then on nothing is sent: training and the local files go on.
+    If W&B fails, there is one warning, and nothing more is sent. Training and the local files go on.
     """
 
     def __init__(self, run: Any, tables: Iterable[Sequence[str]], every: int) -> None:
-        """run: W&B's, None for nobody's. tables: the columns of each whose rows are to come, the first of them the one
-        that counts its rows. every: of so many iterations only the first is sent.
+        """Tell W&B the columns of every table.
+
+        run: of W&B, None if there is none.
+        tables: column names of each table; the first column counts its rows.
+        every: send one of so many iterations.
         """
         self._run, self._every = run, every
         self._waiting: list[Row] = []
@@ -57,10 +60,13 @@ class Tracker:
                     self._run.define_metric(column, step_metric=step)
 
     def log(self, rows: Iterable[Row]) -> None:
-        """Rows of iterations.csv or epochs.csv."""
-        if self._run is None:  # W&B has failed, and nothing is to wait for it
+        """Send rows of iterations.csv or epochs.csv."""
+        if self._run is None:  # tracking is off or has failed
             return
-        self._waiting += [row for row in rows if (int(row.get("iteration") or 1) - 1) % self._every == 0]
+        for row in rows:
+            iteration = int(row.get("iteration") or 1)
+            if (iteration - 1) % self._every == 0:
+                self._waiting.append(row)
         if time.monotonic() - self._sent >= SECONDS_TOGETHER:
             self._guarded(self._send)
 
@@ -72,14 +78,13 @@ class Tracker:
         self._sent = time.monotonic()
 
     def summarise(self, result: Mapping[str, Any]) -> None:
-        """The content of result.json."""
+        """Send the content of result.json, without the configuration."""
         self._guarded(self._send)
-        self._guarded(
-            lambda: self._run.summary.update({key: value for key, value in result.items() if key != "config"})
-        )
+        values = {key: value for key, value in result.items() if key != "config"}
+        self._guarded(lambda: self._run.summary.update(values))
 
     def finish(self, exit_code: int) -> bool:
-        """End the run, as failed unless the code is 0, and return whether W&B has got all of it."""
+        """End the W&B run, as failed unless the code is 0, and return whether W&B received everything."""
         self._guarded(self._send)
         self._guarded(lambda: self._run.finish(exit_code=exit_code))
         return self._run is not None
@@ -95,13 +100,13 @@ class Tracker:
 
 
 def give_up(error: Exception) -> None:
-    """One warning, and W&B's service ended."""
+    """Warn once, and end W&B's service."""
     log.warning("W&B has failed (%s); the local files stay complete", reason(error))
     end_service()
 
 
 def end_service() -> None:
-    """End W&B's own process; the next run starts another."""
+    """End W&B's own process; the next run starts a new one."""
     import wandb
 
     with suppress(Exception):
@@ -109,22 +114,27 @@ def end_service() -> None:
 
 
 def rows_written(run_dir: Path, lengths: Mapping[str, int | None]) -> Iterator[Row]:
-    """The rows of a run's tables in the order that they were written in: an epoch's iterations, then the epoch.
+    """Yield the rows of a run's tables as they were written: an epoch's iterations, then the epoch.
 
-    lengths: of each table by name, in bytes, None for all of it.
+    lengths: bytes to read of each table by name, None for all.
     """
     tables = []
     for name, length in lengths.items():
         with (run_dir / f"{name}.csv").open("rb") as file:
-            tables.append(csv.DictReader(io.StringIO(file.read(-1 if length is None else length).decode())))
-    for row in heapq.merge(*tables, key=lambda row: int(row["epoch"])):
-        yield {key: int(text) if key in COUNTERS else float(text) for key, text in row.items() if text}
+            content = file.read(-1 if length is None else length)
+        tables.append(csv.DictReader(io.StringIO(content.decode())))
+    for texts in heapq.merge(*tables, key=lambda row: int(row["epoch"])):
+        row: Row = {}
+        for key, text in texts.items():
+            if text:
+                row[key] = int(text) if key in COUNTERS else float(text)
+        yield row
 
 
 def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: str | None, go_on: bool) -> Any:
-    """A W&B run; kept offline, with a warning, where it cannot be online, and None where not even that works.
+    """Start a W&B run; offline with a warning if W&B cannot be reached, None if that fails too.
 
-    go_on: in place of the one that is there, of which an online one is overwritten under its id.
+    go_on: replace the W&B run that the directory already has; an online one keeps its id.
     """
     import wandb
 
@@ -147,17 +157,17 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
                 tags=[*dict.fromkeys([*names.values(), *smoke, *tracking.tags])],
                 config=dict(config),
                 id=run_id,
-                # without it, a second run in one process would be the first one again if that was not finished
+                # otherwise a second run in this process would continue an unfinished first one
                 reinit="finish_previous",
                 settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_START),
             )
-        except Exception as error:  # wandb's own, and what its service and the file system raise
+        except Exception as error:  # of wandb, its service, or the file system
             if mode == "offline":
                 give_up(error)
                 return None
             unreachable.add(mode)
             log.warning("W&B cannot be reached (%s); kept offline, for `wandb sync`", reason(error))
-            end_service()  # to which the id is in use now
+            end_service()  # it holds the id
             continue
         for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
             if not folder.samefile(Path(run.dir).parent):
@@ -167,10 +177,13 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
 
 
 def rows_apart(tracking: Tracking, batches: int, measured: int) -> int:
-    """How many iterations one row is sent of, each a measured one.
+    """Return how many iterations apart the rows are that W&B gets; each of them is a measured one.
 
-    Where nothing is said every one, in epochs of at least `ROWS_AN_EPOCH` batches: a net that is done with an epoch
-    sooner is done with a step in less than W&B is with a row. batches: of an epoch; measured: `alignment.every`.
+    By default every iteration in epochs of at least `ROWS_AN_EPOCH` batches, else fewer: with so few batches a step is
+    usually faster than W&B with a row.
+
+    batches: per epoch.
+    measured: `alignment.every`.
     """
     if tracking.every is not None or batches >= ROWS_AN_EPOCH:
         return tracking.every or 1
@@ -186,18 +199,20 @@ def track(
     group: str | None,
     written: Mapping[str, int | None] | None = None,
 ) -> Iterator[Tracker]:
-    """A tracker for one job, its run ended when the block is left: as failed if an exception leaves it.
+    """Give a tracker for one job. The W&B run ends with the block, as failed if an exception leaves it.
 
-    tracking: with `rows_apart` settled; config: the resolved configuration, nested; tables: the columns of each, see
-    `Tracker`; group: the sweep the job belongs to; written: of a run that goes on, the tables' lengths, see
-    `rows_written`.
+    tracking: with `every` set, see `rows_apart`.
+    config: the resolved configuration.
+    tables: column names by table, see `Tracker`.
+    group: name of the job's sweep.
+    written: table lengths of a resumed run, see `rows_written`.
     """
     (run_dir / MIRRORED).unlink(missing_ok=True)
     run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, written is not None)
     tracker = Tracker(run, tables.values(), tracking.every or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
-    # not `with run`: that prints the traceback of every exception, an interruption too
+    # not `with run`: W&B prints the traceback of every exception, even of an interruption
     try:
         yield tracker
     except BaseException:
@@ -208,7 +223,7 @@ def track(
 
 
 def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], group: str | None) -> None:
-    """Mirror a run that has ended, from its files, unless its W&B run is whole or none is asked for."""
+    """Send an ended run to W&B from its files, unless its W&B run is complete or tracking is off."""
     paths = {name: run_dir / f"{name}.csv" for name in ("iterations", "epochs")}
     if tracking.mode == "disabled" or (run_dir / MIRRORED).exists() or not all(map(Path.is_file, paths.values())):
         return

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 from processes import ended, forked
-from test_sweeps import SWEEP, output, science, statuses
+from test_sweeps import SWEEP, config_digest, output, statuses
 
 POINTS = (*SWEEP, "method=dfa,las", "optimizer.lr=1e-3,1e-2", "seed=0,1,2,3,4")
 
@@ -19,7 +19,7 @@ def a_tenth_fails():
 
     def failing(parts, *arguments):
         calls[id(parts)] += 1
-        if parts.settings.seed == 4 and parts.schedule.lr == 1e-2 and calls[id(parts)] == 3:
+        if parts.settings.seed == 4 and parts.learner.rates[0] == 1e-2 and calls[id(parts)] == 3:
             raise RuntimeError("injected")
         return evaluate(parts, *arguments)
 
@@ -47,6 +47,6 @@ def test_nothing_is_lost_and_the_rest_is_made_good(tmp_path):
     assert sorted(statuses(disturbed).values()) == ["failed"] * 2 + ["finished"] * 18
     assert "20 points, 18 finished, 2 failed" in output(disturbed)
     assert ended(forked(disturbed, *POINTS)) == 0
-    expected = science(undisturbed)
+    expected = config_digest(undisturbed)
     assert len(expected) == 8
-    assert science(disturbed).items() >= expected.items()
+    assert config_digest(disturbed).items() >= expected.items()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_a_sweep_s_jobs_give_what_each_gives_alone(tmp_path):
     (single,) = (tmp_path / "outputs").glob("*/*-ltas-fc-digits")
     (swept,) = (tmp_path / "outputs" / "grid").glob("ltas-fc-digits-none-seed1-*")
     assert (swept / "iterations.csv").read_text() == (single / "iterations.csv").read_text()
-    weights, others = checkpoint.load(swept)["net"], checkpoint.load(single)["net"]
+    weights, others = checkpoint.load_checkpoint(swept)["net"], checkpoint.load_checkpoint(single)["net"]
     assert all(torch.equal(value, others[key]) for key, value in weights.items())
 
 
@@ -80,10 +81,18 @@ def test_a_diverging_run_says_so_and_stops(tmp_path):
      for name in group_options(group.name)],
 )  # fmt: skip
 def test_every_file_of_every_group_composes(choice):
-    assert check(compose([choice, *(["dataset.source.path=here"] if choice == "dataset=folder" else [])]))
+    """Those that leave something to the user get it."""
+    needed = {
+        "dataset=folder": ["dataset.source.path=here"],
+        "dataset=arrays": ["dataset.source.path=here.npz"],
+        "optimizer=torch": ["optimizer._target_=torch.optim.NAdam"],
+        "model=module": ["model._target_=dfl_experiments.models.fc", "~model.boundaries", "+model.widths=[8]",
+                         "+model.activation=relu"],
+    }  # fmt: skip
+    assert check(compose([choice, *needed.get(choice, [])]))
 
 
-def test_a_point_s_name_follows_its_science_alone():
+def test_a_point_s_name_follows_its_config_digest_alone():
     base = point_name(compose([]))
     assert base.startswith("las-fc-digits-none-seed0-")
     for same in (["device=cpu"], ["tracking=disabled"], ["data_dir=elsewhere"], ["sweep=name"]):
@@ -144,7 +153,7 @@ def test_the_wheel_works_from_any_directory(tmp_path):
     assert printed.startswith(str(site))
     report = [sys.executable, "-m", "dfl_experiments.report.dfl_report", "outputs", "--format", "html"]
     subprocess.run(report, cwd=elsewhere, env=environment, check=True, timeout=100)
-    assert "digits, none, fc, dfa: 1 finished" in (elsewhere / "report.html").read_text()
+    assert "Fully connected net on digits" in (elsewhere / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
@@ -205,15 +214,27 @@ def test_any_text_can_be_printed_on_any_terminal(tmp_path):
     assert (told.returncode, told.stderr) == (0, "")
 
 
-def test_lines_fit_the_screen_and_one_within_an_epoch_says_so(caplog):
+def test_lines_within_an_epoch_and_at_its_end_say_how_far_the_run_is(caplog):
     caplog.set_level(logging.INFO)
-    progress = Progress(100, 1875, ["loss", "correct", "cosine_sample/1"], peek=True)
-    progress.begin(100)
+    progress = Progress(100, 60000, 32, ["loss", "correct", "cosine_sample/1"], peek=True)
+    progress.begin(99, 1e-4)
     progress._last_look = progress._last_line = -1e9
-    progress.step(64, torch.tensor([2.30259, 7.0, 0.12345]))
-    progress.end({"train_loss": 2.3, "test_accuracy": 0.98765, "cosine/1": -0.12345, "seconds": 0.5}, 60000)
+    progress.step(torch.tensor([[2.0, 16.0, 0.12345]]))
+    progress.step(torch.tensor([[2.0, 16.0, 0.12345], [3.0, 8.0, 0.12345]]))
+    row = {"train_loss": 2.3, "train_accuracy": 0.5, "test_accuracy": 0.98765, "cosine/1": -0.12345, "seconds": 0.5}
+    progress._last_end = -1e9
+    progress.end(row)
     within, end = (record.message for record in caplog.records)
-    assert "epoch 100/100 batch 1/1875" in within
-    assert "accuracy" not in within
-    assert "test acc 0.9877" in end
-    assert max(len(within), len(end)) <= 80
+    assert within.startswith("epoch 99/100 batch 1/1875  loss 2.0000  accuracy 0.5000  ")
+    assert re.search(r"\d images/s  \S.* left  lr 0.0001$", within)
+    assert end.startswith("epoch 99/100  loss 2.3000  accuracy 0.5000  test accuracy 0.9877  cosine/1 -0.123  ")
+    assert re.search(r"  120000 images/s  \S.* left  lr 0.0001$", end)
+
+
+def test_a_quiet_run_prints_no_line_in_its_first_seconds(caplog):
+    caplog.set_level(logging.INFO)
+    progress = Progress(1, 64, 32, ["loss", "correct"], peek=True, is_quiet=True)
+    progress.begin(1, 1e-4)
+    progress.step(torch.tensor([[2.0, 16.0]]))
+    progress.end({"train_loss": 2.3, "train_accuracy": 0.5, "test_accuracy": 0.5, "seconds": 0.5})
+    assert not caplog.records

@@ -181,5 +181,5 @@ def test_test_images_that_are_also_training_images_are_counted(tmp_path):
     (place / "classes.json").write_text(json.dumps(["a", "b"]))
     done = dfl_train(tmp_path, "dataset=mnist", "data_dir=data", *SMALL, "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 of 13 test images are also training images") == 1
+    assert done.stdout.count("3 of 13 test samples are also training samples") == 1
     assert read_result(tmp_path / "here")["test_images_in_training"] == 3

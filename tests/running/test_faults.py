@@ -65,7 +65,7 @@ def test_a_disk_that_fills_ends_the_run_with_one_line_and_keeps_what_was_there(t
     assert "here/iterations.csv" in last_line(tmp_path)
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
     assert result(tmp_path)["status"] == "failed"
-    state = checkpoint.load(tmp_path / "here")
+    state = checkpoint.load_checkpoint(tmp_path / "here")
     assert 1 <= state["epoch"] <= rows(tmp_path)
 
 
@@ -124,7 +124,7 @@ def foreign(path):
 
 def rewritten(path, **changes):
     with tempfile.TemporaryDirectory() as place:
-        checkpoint.save(Path(place), checkpoint.read(path) | changes)
+        checkpoint.save_checkpoint(Path(place), checkpoint.read_checkpoint(path) | changes)
         shutil.move(Path(place) / "last.pt", path)
 
 
@@ -137,7 +137,7 @@ def another_format(path):
 
 
 def without_a_digest(path):
-    torch.save(checkpoint.read(path), path)
+    torch.save(checkpoint.read_checkpoint(path), path)
 
 
 def a_flipped_bit(path):
@@ -197,7 +197,7 @@ WRONG = {"epoch": "two", "threads": "many", "training": {"rows": 3}, "net": {}, 
 def test_a_wrong_value_in_a_checkpoint_is_one_line(key, interrupted):
     for name in ("last.pt", "previous.pt"):
         path = interrupted / "here" / name
-        torch.save(checkpoint.read(path) | {key: WRONG[key]}, path)
+        torch.save(checkpoint.read_checkpoint(path) | {key: WRONG[key]}, path)
     assert ended(forked(interrupted, "resume=here")) == 2
     assert last_line(interrupted).startswith("dfl-train: error: ")
     assert "here/last.pt: " in last_line(interrupted)
@@ -207,7 +207,7 @@ def test_a_wrong_value_in_a_checkpoint_is_one_line(key, interrupted):
 def test_a_table_shorter_than_the_checkpoint_says_is_a_clear_error(interrupted):
     (interrupted / "here" / "iterations.csv").write_text("iteration\n")
     assert ended(forked(interrupted, "resume=here")) == 2
-    assert "iterations.csv: missing, or not as it was at the checkpoint" in last_line(interrupted)
+    assert "iterations.csv: missing, or changed since the checkpoint" in last_line(interrupted)
 
 
 def test_out_of_memory_names_the_batch_size(tmp_path):

@@ -17,7 +17,7 @@ from processes import dfl_train
 
 import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import CONF_DIR, compose, point_name
-from dfl_experiments.running.locks import HOLDER, Busy, Holder, locked
+from dfl_experiments.running.locks import HOLDER, Busy, Holder, lock_run
 
 QUICK = ("epochs=2", "limit=64", "tracking=disabled", "threads=1", "model.widths=[8]")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,7 +65,7 @@ def unread(folder, *arguments):
 
 def test_output_that_nobody_reads_ends_in_silence_and_training_goes_on(tmp_path):
     assert unread(tmp_path, "dfl_experiments", "--help") == (128 + signal.SIGPIPE, "")
-    assert unread(tmp_path, "dfl_experiments.data.dfl_data", "list") == (128 + signal.SIGPIPE, "")
+    assert unread(tmp_path, "dfl_experiments.dfl_data", "list") == (128 + signal.SIGPIPE, "")
     assert unread(tmp_path, "dfl_experiments", "hydra.run.dir=here", *QUICK) == (0, "")
     assert (tmp_path / "here" / "result.json").exists()
 
@@ -139,7 +139,7 @@ def test_a_lock_that_a_process_elsewhere_has_left_is_named(monkeypatch, tmp_path
     lock.release()
     (tmp_path / ".lock").write_text("\n".join([pid, "elsewhere", *rest]))
     (tmp_path / HOLDER).write_text(f'{{"host": "elsewhere", "pid": {pid}, "command": null}}')
-    with pytest.warns(UserWarning, match="flock"), pytest.raises(Busy) as busy, locked(tmp_path):
+    with pytest.warns(UserWarning, match="flock"), pytest.raises(Busy) as busy, lock_run(tmp_path):
         pass
     said = str(busy.value)
     assert str(Holder("elsewhere", int(pid), None)) in said

@@ -8,8 +8,8 @@ import pytest
 from processes import dfl_train
 from report_helpers import altered
 
+from dfl_experiments.running.outcome import objective
 from dfl_experiments.running.run_directory import EPOCH_COLUMNS, csv_text
-from dfl_experiments.running.summary import objective
 
 RUN = ("epochs=2", "limit=200", "model.widths=[16]", "tracking=disabled", "alignment.every=0", "threads=1")
 OPTUNA = ("--multirun", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(1e-4,1e-1)", *RUN)

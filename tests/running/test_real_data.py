@@ -66,8 +66,8 @@ def test_the_whole_family_learns_mnist_and_is_measured_and_reported(tmp_path, da
     told = subprocess.run(report, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     rows = {row["method"]: row for row in csv.DictReader(told.splitlines())}
     assert sorted(rows) == METHODS
-    assert {row["smoke"] for row in rows.values()} == {""}
-    assert float(rows["bp"]["angle"]) < 1 < float(rows["fa"]["angle"]) < 180
+    assert {row["smoke"] for row in rows.values()} == {"False"}
+    assert float(rows["fa"]["cosine/1"]) < float(rows["usf"]["cosine/1"]) < float(rows["bp"]["cosine/1"]) == 1
 
 
 def test_cifar10_trains_conv3_with_every_method_of_the_paper(tmp_path, data_dir):

@@ -10,9 +10,11 @@ from conftest import roundoff
 from omegaconf import OmegaConf
 from processes import ended, forked
 
-from dfl_experiments.configuration.composition import as_values, compose, plain, point_name
+from dfl_experiments.configuration.composition import as_values, compose, config_digest, plain, point_name
+from dfl_experiments.configuration.history import with_current_names
 from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.configuration.schema import check
+from dfl_experiments.errors import UserError
 
 # a run on the digits: its configuration as an older version wrote it, its epochs since e is formed as it is
 (RECORDED,) = Path(__file__).with_name("recorded").iterdir()
@@ -38,17 +40,59 @@ def test_a_recorded_run_is_repeated_to_rounding(tmp_path):
             assert float(row[name]) == pytest.approx(float(text), rel=error, abs=one_image), name
 
 
-@pytest.mark.parametrize(
-    "run_dir", sorted(path.parent for path in REFERENCE.glob("**/result.json")), ids=lambda path: path.name
-)
-def test_the_configurations_of_the_reference_runs_are_still_accepted_and_have_their_names(run_dir):
-    repeat = f"repeat={run_dir}"
-    values = with_recorded(compose([repeat]), [repeat])
-    check(values)
-    assert point_name(as_values(values)) == run_dir.name
-    recorded = json.loads((run_dir / "result.json").read_text())["config"]
-    assert point_name(recorded) == run_dir.name  # what a sweep that is started again compares
-    assert values["stop_collapsed"] == recorded.get("stop_collapsed", False)  # older runs had no such end
+def sweeps():
+    """The folders of kept runs that were made together."""
+    return sorted({path.parent.parent for path in REFERENCE.glob("**/result.json")})
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """What Hydra composes for any `repeat=…`: the recorded configuration is put in afterwards."""
+    return compose(["repeat=here"])
+
+
+@pytest.mark.parametrize("sweep", sweeps(), ids=lambda path: path.relative_to(REFERENCE).as_posix())
+def test_the_configurations_of_the_reference_runs_are_still_accepted_and_have_their_names(sweep, composed):
+    for run_dir in sorted(path.parent for path in sweep.glob("*/result.json")):
+        composed.repeat = str(run_dir)
+        values = with_recorded(composed, [f"repeat={run_dir}"])
+        assert point_name(as_values(values)) == run_dir.name
+        recorded = json.loads((run_dir / "result.json").read_text())["config"]
+        assert point_name(recorded) == run_dir.name  # what a sweep that is started again compares
+        assert values["stop_collapsed"] == recorded.get("stop_collapsed", False)  # older runs had no such end
+        check(values)
+
+
+def test_a_renamed_option_keeps_the_digest_and_the_old_name_is_refused():
+    values = plain(compose(["method=las", "++method.fixed_blocks=2"]))
+    recorded = values | {"method": values["method"] | {"held": 2}}
+    del recorded["method"]["fixed_blocks"]
+    assert point_name(recorded) == point_name(values) != point_name(plain(compose(["method=las"])))
+    assert with_current_names(recorded) == values
+    with pytest.raises(UserError, match=r"method\.held: no such option.*did you mean method\.fixed_blocks\?"):
+        check(recorded)
+
+
+def test_recorded_milestones_are_those_of_the_step_schedule():
+    """The alignment figure's runs had no milestones: today's experiment has their names, and the same rates."""
+    folders = sorted((REFERENCE / "alignment_figure").glob("*seed0*"))
+    assert folders
+    for run_dir in folders:
+        method = run_dir.name.partition("-")[0]
+        assert point_name(compose(["experiment=alignment_figure", f"method={method}"])) == run_dir.name
+    older = OmegaConf.to_container(OmegaConf.load(RECORDED / "config.yaml"))
+    assert older["optimizer"]["milestones"]
+    schedule = check(with_recorded(compose([f"repeat={RECORDED}"]), [f"repeat={RECORDED}"])).components["schedule"]
+    assert schedule.options["milestones"] == older["optimizer"]["milestones"]
+    assert config_digest(older) == config_digest(with_current_names(older))
+    default = compose([])
+    assert config_digest(default) != config_digest(compose(["schedule.warmup=2"]))
+    names = {config_digest(compose([f"schedule={name}"])) for name in ("step", "cosine", "exponential", "constant")}
+    assert len(names) == 4
+    for same in ("optimizer.feedback.lr=null", "optimizer.clip_norm=null", "schedule.name=mine"):
+        assert config_digest(compose([same])) == config_digest(default)
+    for other in ("optimizer.feedback.lr=1e-3", "optimizer.clip_norm=1", "schedule.per=iteration"):
+        assert config_digest(compose([other])) != config_digest(default)
 
 
 def test_an_end_at_collapse_changes_no_name_and_is_on_in_fair_alone():

@@ -32,7 +32,7 @@ def command(folder, *options):
 
 def outcome(run_dir):
     """Everything a run leaves but its times."""
-    state = checkpoint.load(run_dir)
+    state = checkpoint.load_checkpoint(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
     with (run_dir / "epochs.csv").open() as file:
         epochs = [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
@@ -52,13 +52,13 @@ def assert_same(a, b):
     assert (state["epoch"], state["batch"]) == (other_state["epoch"], other_state["batch"])
 
 
-def killed_before_file_operation(number):
-    """Have this process killed just before it opens, renames or removes a file of the run for the n-th time."""
+def killed_before_file_operation(number, name="here"):
+    """Have this process killed just before it opens, renames or removes a file with this name for the n-th time."""
     count = 0
 
     def hook(event, arguments):
         nonlocal count
-        if event in ("open", "os.rename", "os.remove") and "here" in str(arguments[0]):
+        if event in ("open", "os.rename", "os.remove") and name in str(arguments[0]):
             count += 1
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -94,6 +94,29 @@ def test_killed_again_and_again_and_resumed_it_ends_with_the_same_bits(method, t
             shutil.rmtree(broken / "here")
 
 
+LEARNING = {
+    "adamw": ("optimizer.weight_decay=0.1", "schedule=cosine", "schedule.per=iteration", "schedule.warmup=1.5"),
+    "rmsprop": ("optimizer.momentum=0.5", "schedule=exponential", "schedule.warmup=2", "optimizer.feedback.lr=1e-3"),
+    "sgd": ("optimizer.momentum=0.9", "optimizer.clip_norm=0.5", "schedule.per=iteration", "method=pfa"),
+    "torch": ("optimizer._target_=torch.optim.NAdam", "schedule=constant", "+optimizer@optimizer.feedback=adam"),
+}
+
+
+@pytest.mark.parametrize("optimizer", LEARNING)
+def test_each_optimizer_and_schedule_goes_on_with_the_same_bits(optimizer, tmp_path):
+    options = (f"optimizer={optimizer}", "method=ltas", *LEARNING[optimizer])
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    assert ended(forked(whole, *command(whole, *options))) == 0
+    pid = forked(broken, *command(broken, *options), before=lambda: killed_before_file_operation(9, "last.pt"))
+    assert ended(pid) == -signal.SIGKILL
+    state = checkpoint.load_checkpoint(broken / "here")
+    assert state["epoch"] < 5
+    assert ended(forked(broken, *command(broken))) == 0
+    assert_same(outcome(whole / "here"), outcome(broken / "here"))
+
+
 def test_resume_auto_begins_goes_on_and_leaves_a_finished_run_alone(tmp_path):
     auto = ("resume=auto", "hydra.run.dir=here", "epochs=40", "limit=300", "tracking=disabled", "threads=1")
     pid = forked(tmp_path, *auto)
@@ -112,4 +135,4 @@ def test_resume_auto_begins_goes_on_and_leaves_a_finished_run_alone(tmp_path):
     other = dfl_train(tmp_path, *auto, "seed=1")
     assert other.returncode == 2
     assert "another configuration" in other.stderr
-    assert "hydra.run.dir=…" in dfl_train(tmp_path, "resume=auto").stderr
+    assert "hydra.run.dir=<directory>" in dfl_train(tmp_path, "resume=auto").stderr

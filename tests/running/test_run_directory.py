@@ -54,7 +54,7 @@ def test_the_run_directory_holds_what_the_contract_names(default_run):
 
 
 def test_the_last_checkpoint_holds_weights_feedback_and_both_optimizers(default_run):
-    state = checkpoint.load(default_run[0])
+    state = checkpoint.load_checkpoint(default_run[0])
     assert (state["epoch"], state["batch"]) == (2, 0)
     assert state["method"]["feedback.0.weight"].shape == (10, 256)
     assert len(state["optimizers"]) == 2
@@ -126,7 +126,7 @@ def test_alignment_every_k_leaves_the_other_rows_empty_and_the_weights_alone(tmp
         (run_dir,) = (folder / "outputs").glob("*/*")
         measured = [row["iteration"] for row in table(run_dir / "iterations.csv") if row["cosine_sample/1"]]
         assert measured == [str(i) for i in range(1, 43, 4) if every]
-        states.append(checkpoint.load(run_dir)["net"])
+        states.append(checkpoint.load_checkpoint(run_dir)["net"])
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 

@@ -24,11 +24,11 @@ def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_late
 
     def steps():
         with Stop() as stop:
-            stop.check()
+            stop.raise_if_asked()
             signal.raise_signal(signum)
             reached.append("the step's end")
             if looks:
-                stop.check()
+                stop.raise_if_asked()
             reached.append("the block's end")
 
     with pytest.raises(Interrupted) as end:
@@ -60,7 +60,7 @@ def test_a_scheduler_s_handler_gets_its_signal_once_the_run_is_safe_whatever_com
             signal.raise_signal(signal.SIGUSR2)
             signal.raise_signal(signal.SIGTERM)
             assert not calls
-            stop.check()
+            stop.raise_if_asked()
 
     try:
         with pytest.raises(Interrupted) as end:
@@ -78,7 +78,7 @@ def test_a_signal_that_another_library_has_a_use_for_is_left_to_it():
     try:
         with Stop() as stop:
             signal.raise_signal(signal.SIGUSR1)
-            stop.check()
+            stop.raise_if_asked()
         assert calls == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -89,7 +89,7 @@ def test_a_signal_that_is_ignored_stays_so():
     try:
         with Stop() as stop:
             signal.raise_signal(signal.SIGHUP)
-            stop.check()
+            stop.raise_if_asked()
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -16,7 +16,7 @@ import torch
 from processes import dfl_train, ended, forked
 
 from dfl_experiments.running import checkpoint
-from dfl_experiments.running.locks import alive, locked
+from dfl_experiments.running.locks import alive, lock_run
 from dfl_experiments.running.result import status_of
 from dfl_experiments.train import main
 
@@ -34,21 +34,21 @@ def statuses(folder):
 
 def summary(folder):
     with (folder / "outputs" / "grid" / "summary.csv").open() as file:
-        return {row["point"]: row for row in csv.DictReader(file)}
+        return {row["folder"]: row for row in csv.DictReader(file)}
 
 
 def output(folder):
     return (folder / "output.txt").read_text()
 
 
-def science(folder):
+def config_digest(folder):
     """What every point computed: its rows, weights and accuracy."""
     grid = folder / "outputs" / "grid"
     results = {name: json.loads(text) for name, text in points(folder).items()}
     return {
         name: (
             (grid / name / "iterations.csv").read_bytes(),
-            {key: value.numpy().tobytes() for key, value in checkpoint.load(grid / name)["net"].items()},
+            {key: value.numpy().tobytes() for key, value in checkpoint.load_checkpoint(grid / name)["net"].items()},
             results[name]["test_accuracy"],
         )
         for name in results
@@ -69,7 +69,7 @@ def test_a_sweep_started_again_runs_only_what_is_left(tmp_path):
 
 def test_a_failed_point_is_retried_and_an_interrupted_one_goes_on(tmp_path):
     assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
-    whole = science(tmp_path)
+    whole = config_digest(tmp_path)
     grid = tmp_path / "outputs" / "grid"
     names = list(whole)
     for name in names:
@@ -88,7 +88,7 @@ def test_a_failed_point_is_retried_and_an_interrupted_one_goes_on(tmp_path):
     (grid / names[0] / "iterations.csv").rmdir()
     assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
     assert "going on after epoch" in output(tmp_path)
-    assert science(tmp_path) == whole
+    assert config_digest(tmp_path) == whole
 
 
 def test_two_processes_on_one_sweep_never_run_a_point_twice(tmp_path):
@@ -97,7 +97,7 @@ def test_two_processes_on_one_sweep_never_run_a_point_twice(tmp_path):
     assert [ended(pid) for pid in pids] == [0, 0]
     assert len(statuses(tmp_path)) == 6
     logs = points(tmp_path, "run.log")
-    assert sum(text.count("finished: las") for text in logs.values()) == 6
+    assert sum(text.count("of 6 finished") for text in logs.values()) == 6
 
 
 def test_a_point_in_hand_elsewhere_is_left_to_the_other_and_a_dead_process_holds_none(tmp_path):
@@ -119,7 +119,7 @@ def test_a_point_in_hand_elsewhere_is_left_to_the_other_and_a_dead_process_holds
 
 def test_a_status_is_read_without_the_lock_and_leaves_no_trace(tmp_path):
     point = tmp_path / "point"
-    with locked(point):
+    with lock_run(point):
         (point / ".lock").unlink()  # whoever took the lock now would make it again
         assert status_of(point)[0] == "running"
         assert not (point / ".lock").exists()
@@ -140,7 +140,7 @@ def basic(tmp_path_factory):
     """The outcome of a small sweep by the basic launcher."""
     folder = tmp_path_factory.mktemp("basic")
     assert ended(forked(folder, *SWEEP, "method=bp,las", "seed=0,1")) == 0
-    return science(folder)
+    return config_digest(folder)
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,12 @@ def basic(tmp_path_factory):
 def test_the_same_bits_whatever_the_launcher_the_tracking_and_the_checkpoints(variant, basic, tmp_path):
     done = dfl_train(tmp_path, *SWEEP, "method=bp,las", "seed=0,1", *variant)
     assert done.returncode == 0, done.stderr
-    assert science(tmp_path) == basic
+    assert config_digest(tmp_path) == basic
 
 
 def test_the_same_bits_in_another_order(basic, tmp_path):
     assert ended(forked(tmp_path, *SWEEP, "seed=1,0", "method=las,bp")) == 0
-    assert science(tmp_path) == basic
+    assert config_digest(tmp_path) == basic
 
 
 def test_a_repeated_run_has_the_same_bits(tmp_path):
@@ -174,7 +174,7 @@ def test_a_repeated_run_has_the_same_bits(tmp_path):
     (first / "result.json").unlink()
     assert ended(forked(tmp_path, "repeat=first", "hydra.run.dir=second")) == 0
     assert (first / "iterations.csv").read_bytes() == (second / "iterations.csv").read_bytes()
-    a, b = (checkpoint.load(folder) for folder in (first, second))
+    a, b = (checkpoint.load_checkpoint(folder) for folder in (first, second))
     torch.testing.assert_close((a["net"], a["method"]), (b["net"], b["method"]), rtol=0, atol=0)
     assert a["science"] == b["science"]
 
@@ -198,7 +198,7 @@ ENDLESS = (*SWEEP[:2], "epochs=1000000", *SWEEP[3:], "seed=0,1", "checkpoint.eve
 def saved(folder):
     """Of every point: whether its last checkpoint has all the rows that it has written."""
     runs = [path.parent for path in (folder / "outputs" / "grid").glob("*/iterations.csv")]
-    lengths = [checkpoint.load(run)["training"]["lengths"]["iterations"] for run in runs]
+    lengths = [checkpoint.load_checkpoint(run)["training"]["lengths"]["iterations"] for run in runs]
     return [length == (run / "iterations.csv").stat().st_size for length, run in zip(lengths, runs, strict=True)]
 
 

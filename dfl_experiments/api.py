@@ -1,0 +1,149 @@
+"""Runs from Python: compose a configuration, run it, read what it left, use its trained network."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfl_experiments.configuration import composition
+from dfl_experiments.configuration.composition import AUTO
+from dfl_experiments.configuration.recorded import completed, with_recorded
+from dfl_experiments.configuration.refusals import one_line, uncomposed
+from dfl_experiments.configuration.schema import Configuration, check
+from dfl_experiments.data.batches import Normalise
+from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.errors import UserError
+from dfl_experiments.running.build import build
+from dfl_experiments.running.checkpoint import load_checkpoint
+from dfl_experiments.running.device import usual_torch
+from dfl_experiments.running.epochs import evaluate
+from dfl_experiments.running.result import read_result
+from dfl_experiments.running.run import run_alone
+from dfl_experiments.seal import opened
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def compose(overrides: Sequence[str] = ()) -> Configuration:
+    """Return the checked configuration that `dfl-train` would run with these overrides, such as ["method=ltas"].
+
+    Its `values` are all of it, as config.yaml records them. Raises `UserError` for a mistake, with the command line's
+    own words.
+    """
+    if isinstance(overrides, str):
+        raise UserError(f"compose({overrides!r}): takes a list of overrides, such as [{overrides!r}]")
+    composition.register_resolvers()
+    try:
+        return check(with_recorded(composition.compose([*overrides]), [*overrides]))
+    except Exception as error:  # Hydra's, OmegaConf's and YAML's have many types
+        raise UserError(one_line(uncomposed(error, overrides))) from None
+
+
+def run(
+    configuration: Configuration, run_dir: str | Path, exist_ok: Literal[False, "resume"] = False
+) -> dict[str, Any]:
+    """Train one run in its directory, and return the content of its `result.json`.
+
+    exist_ok: "resume" goes on with a run that the directory holds, and returns the result of one that has ended: a
+        notebook's cell can run twice.
+    Raises `UserError` if the directory holds a run already, unless the configuration has force=true.
+    """
+    if exist_ok:
+        configuration = check(configuration.values | {"resume": AUTO})
+    return run_alone(configuration, Path(run_dir))
+
+
+def read_rows(run_dir: str | Path, table: Literal["epochs", "iterations"] = "epochs") -> dict[str, np.ndarray]:
+    """Return the columns of a table by name, (rows,) each, NaN for an empty cell, as pandas.DataFrame takes them."""
+    read_result(Path(run_dir))  # a damaged table is refused
+    with opened(Path(run_dir) / f"{table}.csv") as file:
+        names = file.readline().decode().strip().split(",")
+        rows = np.genfromtxt(file, delimiter=",", ndmin=2)
+    return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))  # also without any row
+
+
+@usual_torch()
+def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
+    """Return the trained network of a run directory, on the CPU, in evaluation mode.
+
+    plugins: packages that the recorded configuration may name beside this one. Raises `UserError` if there is no
+    result or no checkpoint.
+    """
+    result = read_result(Path(run_dir))
+    if result is None or "input_shape" not in result:
+        raise UserError(f"{run_dir}: has no result.json with the network's configuration")
+    values = completed(result["config"], composition.plain(composition.compose([]))) | {"plugins": [*plugins]}
+    model = check(values).components["model"]
+    net: BlockNet = model.build(input_shape=tuple(result["input_shape"]), num_classes=result["num_classes"])
+    net.load_state_dict(load_checkpoint(Path(run_dir))["net"])
+    return net.eval()
+
+
+class TrainedRun:
+    """A run directory: what it was asked to do, what it measured, and its trained network.
+
+    Raises `UserError` if the directory holds no result, or a damaged one.
+    """
+
+    def __init__(self, run_dir: str | Path, plugins: Sequence[str] = ()) -> None:
+        """Read the result. plugins: packages that the recorded configuration may name beside this one."""
+        self.folder, self.plugins = Path(run_dir), plugins
+        result = read_result(self.folder)
+        if result is None:
+            raise UserError(f"{run_dir}: has no result.json")
+        self.result = result
+        self.config: dict[str, Any] = result["config"]
+
+    @cached_property
+    def net(self) -> BlockNet:
+        """The trained network, on the CPU, in evaluation mode."""
+        return load_net(self.folder, self.plugins)
+
+    @property
+    def epochs(self) -> "pd.DataFrame":
+        """epochs.csv."""
+        return self._table("epochs")
+
+    @property
+    def iterations(self) -> "pd.DataFrame":
+        """iterations.csv."""
+        return self._table("iterations")
+
+    def _table(self, name: Literal["epochs", "iterations"]) -> "pd.DataFrame":
+        import pandas as pd
+
+        return pd.DataFrame(read_rows(self.folder, name))
+
+    @torch.no_grad()
+    def predict(self, images: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
+        """Return the logits (N, K) of raw images, normalised as the run normalised its own.
+
+        images: (N, C, H, W) uint8. Other samples (float features, tokens) are taken as the run trained on them:
+            standardise them first where it did.
+        """
+        dataset = self.config["dataset"]
+        normalise = Normalise(dataset["mean"], dataset["std"])
+        tensor = torch.as_tensor(images)
+        if tensor.dtype == torch.uint8:
+            tensor = normalise(tensor)
+        return torch.cat([self.net(part) for part in tensor.split(batch_size)])
+
+    @usual_torch()
+    def evaluate(self) -> dict[str, float]:
+        """Return loss and accuracy on the run's own test set, which must be on this machine."""
+        current = composition.plain(composition.compose([]))
+        settings = completed(self.config, current) | {"plugins": [*self.plugins], "device": "cpu"}
+        parts = build(check(settings))
+        parts.learner.net.load_state_dict(load_checkpoint(self.folder)["net"])
+        loss, accuracy = evaluate(parts, parts.test)
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def load_run(run_dir: str | Path, plugins: Sequence[str] = ()) -> TrainedRun:
+    """Return a run of a directory: its `net`, `predict`, `evaluate`, `epochs`, `iterations`, `result` and `config`."""
+    return TrainedRun(run_dir, plugins)

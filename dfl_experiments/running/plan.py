@@ -1,0 +1,134 @@
+"""`--dry-run`: list the runs of a command, and about how long they take. Nothing is started or written."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dfl_experiments.configuration.refusals import MISTAKES, one_line
+from dfl_experiments.configuration.schema import Configuration
+from dfl_experiments.errors import UserError, printable
+from dfl_experiments.running.outcome import Sweep
+from dfl_experiments.running.point_counter import duration
+from dfl_experiments.running.result import DONE, status_of
+from dfl_experiments.running.run_directory import LAST, PREVIOUS
+from dfl_experiments.running.summary import swept_keys, values_by_key
+
+WARM_UP, TIMED = 3, 20  # batches of a measurement
+SECONDS_OF_TIMING = 2.0  # longest measurement
+
+
+class PlannedRun(NamedTuple):
+    """A run that a command would start."""
+
+    folder: Path
+    """Its run directory."""
+    description: str
+    """What tells it from the command's other runs."""
+    overrides: list[str]
+    """Its overrides."""
+
+    @property
+    def kind(self) -> str:
+        """Runs of one kind take the same time: only seed, optimizer's options or schedule differ."""
+        return " ".join(text for text in self.overrides if not text.startswith(("seed=", "optimizer.", "schedule")))
+
+
+def planned_runs(sweep: Sweep) -> list[PlannedRun]:
+    """Return the runs of a sweep, each described by the values that differ and by its folder."""
+    values = {name: values_by_key(point.overrides) for name, point in sweep.points.items()}
+    keys = swept_keys([*values.values()])
+    runs = []
+    for name, point in sweep.points.items():
+        words = [f"{key}={values[name].get(key, '')}" for key in keys]
+        runs.append(PlannedRun(sweep.folder / name, "  ".join([name, *words]), point.overrides))
+    return runs
+
+
+def planned_status(run_dir: Path, force: bool) -> str:
+    """Return `done`, `interrupted` or `new`; `running` or `damaged` for a run that cannot start now."""
+    status = status_of(run_dir)[0]
+    if status in ("running", "damaged"):
+        return status
+    if force or status == "not started":
+        return "new"
+    if status in DONE:
+        return "done"
+    has_checkpoint = any((run_dir / name).exists() for name in (LAST, PREVIOUS))
+    return "interrupted" if has_checkpoint else "new"
+
+
+def show_plan(runs: Sequence[PlannedRun], force: bool, compose: Callable[[list[str]], Configuration]) -> None:
+    """Print every run with its status, and about how long those that are not done take.
+
+    force: whether runs that are done start anew.
+    compose: returns the checked configuration of a run's overrides.
+    """
+    waiting = []
+    for run in runs:
+        status = planned_status(run.folder, force)
+        print(printable(f"  {status:11}  {run.description}"))
+        if status != "done":
+            waiting.append(run)
+    print(f"{len(waiting)} of {len(runs)} to train", flush=True)
+    kinds = {run.kind: run for run in waiting}
+    try:
+        seconds = {kind: seconds_of_run(compose(run.overrides)) for kind, run in kinds.items()}
+    except (*MISTAKES, RuntimeError) as error:
+        print(f"time unknown: {one_line(error)}")
+        return
+    total = sum(seconds[run.kind] for run in waiting)
+    print(f"about {duration(total)} of training on this machine, one run after another; each also needs time to start")
+
+
+def seconds_of_run(configuration: Configuration) -> float:
+    """Return about how many seconds a run takes, from some of its training steps and evaluation batches.
+
+    Raises `UserError` if its data are not prepared on this machine, or its parts do not fit together.
+    """
+    from dfl_experiments.running.build import build
+    from dfl_experiments.running.device import usual_torch
+    from dfl_experiments.running.epochs import evaluate
+    from dfl_experiments.running.stability import Activations
+
+    refuse_unprepared(configuration)
+    with usual_torch():
+        parts = build(configuration)
+        every = parts.settings.alignment.every
+
+        def train(index: int, batch: Any) -> None:
+            x, target = batch
+            parts.step(x, target, every > 0 and index % every == 0).cpu()  # wait for the device
+
+        def test(index: int, batch: Any) -> None:
+            evaluate(parts, [batch], activations=Activations(parts.learner.net))
+
+        training = itertools.chain.from_iterable(parts.batches.epoch(epoch) for epoch in itertools.count(1))
+        testing = itertools.cycle(itertools.islice(parts.test, 2))
+        epoch = len(parts.batches) * seconds_per_batch(training, train)
+        epoch += (len(parts.test) + len(parts.validation)) * seconds_per_batch(testing, test)
+    return parts.settings.epochs * epoch
+
+
+def seconds_per_batch(batches: Iterator[Any], work: Callable[[int, Any], None]) -> float:
+    """Return the mean time of a batch, its preparation included, after some batches to warm up."""
+    for index, batch in enumerate(itertools.islice(batches, WARM_UP + TIMED)):
+        if index == WARM_UP:
+            start = time.perf_counter()
+        work(index, batch)
+        if index > WARM_UP and time.perf_counter() - start > SECONDS_OF_TIMING:
+            break
+    return (time.perf_counter() - start) / (index + 1 - WARM_UP)
+
+
+def refuse_unprepared(configuration: Configuration) -> None:
+    """Raise `UserError` if the data set is not packed: a dry run neither downloads nor packs one."""
+    from dfl_experiments.data.packs import is_packed
+    from dfl_experiments.data.sources import expanded
+
+    dataset = configuration.settings.dataset
+    cache = configuration.components["dataset.source"].build().cache_name(dataset.name)
+    folder = expanded(Path(configuration.settings.data_dir), "data_dir") / (cache or "")
+    if cache is not None and not is_packed(folder):
+        raise UserError(f"dataset {dataset.name} is not in {folder}; run `dfl-data prepare dataset={dataset.name}`")

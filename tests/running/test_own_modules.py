@@ -1,0 +1,113 @@
+"""Networks that were not written for this program, from the command line to the trained module."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from processes import dfl_train, ended, forked
+from test_resume import assert_same, outcome
+
+import dfl_experiments as dfl
+
+SMALL = """
+from torch import nn
+
+
+class Small(nn.Module):
+    def __init__(self, num_classes, planes=6):
+        super().__init__()
+        layers = [nn.Conv2d(1, planes, 3), nn.BatchNorm2d(planes), nn.ReLU(inplace=True), nn.Dropout(0.1)]
+        self.features = nn.Sequential(*layers, nn.Conv2d(planes, planes, 3), nn.ReLU())
+        self.head = nn.Linear(planes, num_classes)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def plain(input_shape: tuple[int, ...], num_classes: int, width: int) -> nn.Module:
+    layers = [nn.Flatten(), nn.Linear(input_shape[1] * input_shape[2], width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, num_classes))
+"""
+OPTIONS = ("tracking=disabled", "threads=1", "hydra.run.dir=here", "epochs=1", "limit=128")
+MINE = ("model=module", "plugins=[own_modules]", "model._target_=own_modules.Small", "model.name=small")
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """A package of the user's."""
+    (tmp_path / "own_modules.py").write_text(SMALL)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("own_modules", None)
+
+
+MODELS = {
+    "torchvision": (("model=torchvision", "method=dfa", "model.boundaries=[layer2,layer1]"), "torchvision_resnet18"),
+    "module": ((*MINE, "method=ltas", "+model.planes=8", "model.init=orthogonal"), "small"),
+    "function": ((*MINE, "model._target_=own_modules.plain", "+model.width=16", "method=fa"), "small"),
+    "vit": (("model=vit", "method=las"), "vit"),
+    "resnet18_cifar": (("model=resnet18_cifar", "model.residuals=1", "limit=64"), "resnet18_cifar"),
+}
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("case", MODELS)
+def test_a_network_is_trained_from_the_command_line(case, tmp_path):
+    options, name = MODELS[case]
+    done = dfl_train(tmp_path, *OPTIONS, *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "here" / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["model"] == name
+    is_module = case not in ("vit", "resnet18_cifar")
+    assert result.get("delta_at") == ("boundary" if is_module else None)
+    assert len(result["cosine"]) == 2 or case != "torchvision"
+    net = dfl.load_net(tmp_path / "here", plugins=["own_modules"])
+    assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+REFUSED = {
+    "model.boundaries=[features.1]": "model.boundaries: features.1: its output is changed in place afterwards; the",
+    "model.boundaries=first": "model.boundaries",
+    "+model.boundary=[head]": "model.boundary: no such option; did you mean model.boundaries?",
+    "model._target_=torch.nn.Identity": "a class or function of any torch.nn.Module",
+    "model=torchvision model.net=vgg11_bm": "model.net=vgg11_bm: torchvision has no such network; there are alexnet",
+    "model=torchvision model.net=vgg11_bn": "model: the forward pass fails for input shape (1, 8, 8)",
+}
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_is_no_net_is_refused_in_one_line(options, tmp_path):
+    model = () if "model=" in options else MINE
+    done = dfl_train(tmp_path, *OPTIONS, *model, *options.split())
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert REFUSED[options] in line
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_a_killed_run_of_a_module_ends_with_the_same_bits(tmp_path):
+    options = (*OPTIONS, *MINE, "method=las", "epochs=3", "limit=400", f"data_dir={tmp_path}")
+    options = (*options, "checkpoint.every_seconds=0.003")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    start = time.perf_counter()
+    assert ended(forked(whole, *options)) == 0
+    duration = time.perf_counter() - start
+    arguments = options
+    for _ in range(2):
+        pid = forked(broken, *arguments)
+        time.sleep(0.6 * duration)
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+        if (broken / "here" / "last.pt").exists():
+            arguments = ("resume=here", "plugins=[own_modules]")
+    assert ended(forked(broken, *arguments)) == 0
+    assert_same(outcome(whole / "here"), outcome(broken / "here"))
