@@ -70,7 +70,7 @@ def packs_beside(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ..
 def show(choices: list[list[str]], beside: Path | None = None) -> None:
     """Print a table of data sets.
 
-    choices: overrides for each data set. beside: folder whose other packs are shown too. Raises `UserError`.
+    choices: overrides for each data set. beside: folder with further packed data sets to list. Raises `UserError`.
     """
     rows = [("name", "state", "train", "test", "shape", "classes", "where"), *(row(choice) for choice in choices)]
     if beside is not None:

@@ -42,7 +42,7 @@ class OptimizerFactory(ABC):
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Make the optimizer of parameters on one device.
 
-        On a GPU the learning rate is a tensor there, so that a captured step follows its changes.
+        On a GPU the learning rate is a tensor on it, so that a step captured in a CUDA graph uses a changed rate.
         """
 
     def starting_lr(self, parameters: Sequence[Tensor]) -> float | Tensor:

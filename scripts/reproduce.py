@@ -141,7 +141,7 @@ def dry_run(asked: argparse.Namespace) -> None:
     """Print the runs, and an estimate of their time on this machine."""
     kinds: dict[
         tuple[str, ...], tuple[dict[str, str], int]
-    ] = {}  # of each kind of run: a point, and the number of runs
+    ] = {}  # for each kind of run: an example of its options, and the number of such runs
     fixed, times = single_valued(asked.overrides)
     fixed = [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed
     for grid, arguments in calls(asked):

@@ -85,7 +85,7 @@ def result_options(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
     """Return a digest of everything in a configuration that decides what a run computes.
 
-    A recorded configuration has the same digest as today's, although its options may have older names.
+    A configuration that was recorded under older names of options has the digest of the same one under today's names.
     """
     values = changed(with_recorded_names(result_options(cfg)), _one_type_of_number)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

@@ -166,6 +166,6 @@ def refusal(error: ValidationError, where: str, options: Sequence[str], names: I
         return UserError(f"{key}: no such option{did_you_mean(key, names)}; there are {', '.join(options) or 'none'}")
     if first["type"] == "missing":
         return UserError(f"{key}: missing; set {key}=…")
-    if first["type"] == "value_error":  # of our own validators, whose message is complete
+    if first["type"] == "value_error":  # raised by our own validators: the message is complete
         return UserError(str(first["ctx"]["error"]))
     return UserError(f"{key}={shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}")

@@ -55,11 +55,11 @@ def samples_of(runs: pd.DataFrame) -> dict[str, np.ndarray]:
 def against(chosen: pd.DataFrame, control: str) -> pd.DataFrame:
     """Compare every method of each row with a control by Dunnett's many-to-one comparison.
 
-    d = mean(method) − mean(control), with the interval d ± c s √(1/n + 1/n₀): s² is the variance pooled over all
-    methods of the row, c Dunnett's two-sided critical value, so that all intervals of a row cover with probability
-    `LEVEL` together. Methods with at least 2 runs and none that fails take part, where the control has 2 and s² at
-    least 6 degrees of freedom. A method whose standard deviation exceeds 3 × that of the others is compared by Welch's
-    t instead (`test` = "Welch").
+    d = mean(method) − mean(control), with the interval d ± c s √(1/n + 1/n₀). s² is the variance pooled over all
+    methods of the row. c is Dunnett's two-sided critical value: all intervals of a row hold together with probability
+    `LEVEL`. A method is compared if it has at least 2 runs and none failed. The control needs 2 runs, and s² needs 6
+    degrees of freedom. A method whose standard deviation exceeds 3 × that of the others is compared by Welch's t
+    instead (`test` = "Welch").
 
     Args:
         chosen: the runs to compare, see `choose.choose`: one grid point for each method.

@@ -87,7 +87,7 @@ def package_code(package: str, module: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device's name for a reader, with its model and the CPU threads."""
+    """Return the name of a device as people read it: the model, and on a CPU the number of threads."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

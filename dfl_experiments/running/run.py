@@ -205,7 +205,7 @@ def run(
                 try:
                     train(parts, state, run_dir, configuration.config_digest, tracker, stop, command is not None)
                     result |= state.result | (state.end or {"status": "finished"})
-                    conclude(run_dir, result, started=True)  # before W&B finishes, which a signal may cut short
+                    conclude(run_dir, result, started=True)  # written before W&B finishes: a signal may cut that short
                     discard_spent(run_dir, result["config"])
                 except BaseException as error:
                     result |= state.result | failure(error)

@@ -30,7 +30,7 @@ SECONDS_TOGETHER = 5  # W&B takes 0.2 ms per row for many rows at once, 1 ms for
 ROWS_AN_EPOCH = 200
 MIRRORED = ".mirrored"  # file in the run directory: its W&B run is complete
 COUNTERS = ("iteration", "epoch")
-ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # they would merge all points of a sweep into one W&B run
+ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # variables that would merge all points of a sweep into one W&B run
 unreachable: set[str] = set()  # modes that failed in this process
 
 
