@@ -34,7 +34,7 @@ their best.
 
 Under way, all on one CPU core. Done: the depth ladder with PyTorch's default initialisation (2,850 runs,
 `experiment=depth_digits`), and 38 of 40 runs of the stability map, a narrow Conv3 at four rates (`stability_map/`).
-Next: the ladder with `model.init=kaiming`, the map with batch normalisation, seeds 1 and 2 at each method's best two rates.
+Next: the ladder with `model.init=kaiming`, the map with batch normalisation, seeds 1 and 2 at each best two rates.
 """
 
 
