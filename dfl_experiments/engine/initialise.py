@@ -1,4 +1,4 @@
-"""Where W starts."""
+"""Initialise W: PyTorch's default, Xavier, Kaiming or orthogonal."""
 
 from collections.abc import Callable
 

@@ -376,7 +376,7 @@ def test_a_module_that_cannot_be_a_net_is_refused():
         ModuleNet(nn.Linear(4, 4), "auto", torch.zeros(1, 3))
     with pytest.raises(UserError, match="is compiled; pass the module itself"):
         ModuleNet(torch.compile(nn.Linear(4, 4)), "auto", torch.zeros(1, 4))
-    with pytest.raises(UserError, match="no submodule is a boundary between two weights"):
+    with pytest.raises(UserError, match="no submodule has weight layers both below and above its output"):
         ModuleNet(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "auto", torch.zeros(1, 4))
 
 
