@@ -305,7 +305,9 @@ class Survey:
         chain = {below & weights: name for name, below in self.valid.items()}
         names = [name for below, name in chain.items() if below and below != weights]
         if not names:
-            raise UserError("model: no submodule has weight layers both below and above its output, so none is a boundary")
+            raise UserError(
+                "model: no submodule has weight layers both below and above its output, so none is a boundary"
+            )
         return names
 
     def checked(self, names: Sequence[str]) -> list[str]:
