@@ -1,4 +1,4 @@
-"""Runs from Python: compose a configuration, run it, read what it left, use its trained network."""
+"""Use runs from Python: compose a configuration, train it, read its results, and load its network."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +14,7 @@ from dfl_experiments.configuration.composition import AUTO
 from dfl_experiments.configuration.recorded import completed, with_recorded
 from dfl_experiments.configuration.refusals import one_line, uncomposed
 from dfl_experiments.configuration.schema import Configuration, check
-from dfl_experiments.data.batches import Normalise
+from dfl_experiments.data.batches import Normalise, Standardise, preparation
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.build import build
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 def compose(overrides: Sequence[str] = ()) -> Configuration:
     """Return the checked configuration that `dfl-train` would run with these overrides, such as ["method=ltas"].
 
-    Its `values` are all of it, as config.yaml records them. Raises `UserError` for a mistake, with the command line's
-    own words.
+    Its field `values` contains all options, as config.yaml records them. Raises `UserError` for a mistake, with the
+    message that `dfl-train` would print.
     """
     if isinstance(overrides, str):
         raise UserError(f"compose({overrides!r}): takes a list of overrides, such as [{overrides!r}]")
     composition.register_resolvers()
     try:
         return check(with_recorded(composition.compose([*overrides]), [*overrides]))
-    except Exception as error:  # Hydra's, OmegaConf's and YAML's have many types
+    except Exception as error:  # Hydra, OmegaConf and YAML raise errors of many types
         raise UserError(one_line(uncomposed(error, overrides))) from None
 
 
@@ -49,9 +49,8 @@ def run(
 ) -> dict[str, Any]:
     """Train one run in its directory, and return the content of its `result.json`.
 
-    exist_ok: "resume" goes on with a run that the directory holds, and returns the result of one that has ended: a
-        notebook's cell can run twice.
-    Raises `UserError` if the directory holds a run already, unless the configuration has force=true.
+    exist_ok: "resume" continues a run that is already in the directory. If that run has ended, its result is returned.
+    Raises `UserError` if there is already a run in the directory, unless the configuration has force=true.
     """
     if exist_ok:
         configuration = check(configuration.values | {"resume": AUTO})
@@ -59,20 +58,20 @@ def run(
 
 
 def read_rows(run_dir: str | Path, table: Literal["epochs", "iterations"] = "epochs") -> dict[str, np.ndarray]:
-    """Return the columns of a table by name, (rows,) each, NaN for an empty cell, as pandas.DataFrame takes them."""
-    read_result(Path(run_dir))  # a damaged table is refused
+    """Return the columns of a table by name, as `pandas.DataFrame` accepts them. An empty cell is NaN."""
+    read_result(Path(run_dir))  # raises UserError if the table is damaged
     with opened(Path(run_dir) / f"{table}.csv") as file:
         names = file.readline().decode().strip().split(",")
         rows = np.genfromtxt(file, delimiter=",", ndmin=2)
-    return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))  # also without any row
+    return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))  # a table without rows gives empty columns
 
 
 @usual_torch()
 def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
     """Return the trained network of a run directory, on the CPU, in evaluation mode.
 
-    plugins: packages that the recorded configuration may name beside this one. Raises `UserError` if there is no
-    result or no checkpoint.
+    plugins: packages outside dfl_experiments whose classes the recorded configuration may use.
+    Raises `UserError` if there is no result or no checkpoint.
     """
     result = read_result(Path(run_dir))
     if result is None or "input_shape" not in result:
@@ -85,13 +84,13 @@ def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
 
 
 class TrainedRun:
-    """A run directory: what it was asked to do, what it measured, and its trained network.
+    """The configuration, the results and the trained network of a run directory.
 
-    Raises `UserError` if the directory holds no result, or a damaged one.
+    Raises `UserError` if the result is absent or damaged.
     """
 
     def __init__(self, run_dir: str | Path, plugins: Sequence[str] = ()) -> None:
-        """Read the result. plugins: packages that the recorded configuration may name beside this one."""
+        """Read the result. plugins: packages outside dfl_experiments whose classes the configuration may use."""
         self.folder, self.plugins = Path(run_dir), plugins
         result = read_result(self.folder)
         if result is None:
@@ -106,12 +105,12 @@ class TrainedRun:
 
     @property
     def epochs(self) -> "pd.DataFrame":
-        """epochs.csv."""
+        """The table epochs.csv."""
         return self._table("epochs")
 
     @property
     def iterations(self) -> "pd.DataFrame":
-        """iterations.csv."""
+        """The table iterations.csv."""
         return self._table("iterations")
 
     def _table(self, name: Literal["epochs", "iterations"]) -> "pd.DataFrame":
@@ -119,18 +118,28 @@ class TrainedRun:
 
         return pd.DataFrame(read_rows(self.folder, name))
 
+    @cached_property
+    def _standardisation(self) -> dict[str, Tensor] | None:
+        """Return mean and std of the run's features; {} without standardisation; None if they were not recorded."""
+        return load_checkpoint(self.folder)["training"].get("standardisation")
+
     @torch.no_grad()
     def predict(self, images: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
-        """Return the logits (N, K) of raw images, normalised as the run normalised its own.
+        """Return the logits (N, K) of raw samples, which are normalised or standardised as in the run.
 
-        images: (N, C, H, W) uint8. Other samples (float features, tokens) are taken as the run trained on them:
-            standardise them first where it did.
+        images: (N, C, H, W) uint8, or features or tokens as in the run's data set.
+
+        Raises:
+            UserError: `images` are features, but an early version wrote the checkpoint, without their mean and std.
         """
-        dataset = self.config["dataset"]
+        samples, dataset = np.asarray(images), self.config["dataset"]
+        recorded, prepare = self._standardisation, preparation(samples, standardise=False)
+        if recorded:
+            prepare = Standardise(recorded["mean"].numpy(), recorded["std"].numpy())
+        elif recorded is None and samples.dtype.kind == "f" and dataset.get("standardise", True):
+            raise UserError(f"{self.folder}: its checkpoint does not hold the features' mean and std; repeat the run")
         normalise = Normalise(dataset["mean"], dataset["std"])
-        tensor = torch.as_tensor(images)
-        if tensor.dtype == torch.uint8:
-            tensor = normalise(tensor)
+        tensor = normalise(torch.from_numpy(prepare(samples)))
         return torch.cat([self.net(part) for part in tensor.split(batch_size)])
 
     @usual_torch()
@@ -145,5 +154,5 @@ class TrainedRun:
 
 
 def load_run(run_dir: str | Path, plugins: Sequence[str] = ()) -> TrainedRun:
-    """Return a run of a directory: its `net`, `predict`, `evaluate`, `epochs`, `iterations`, `result` and `config`."""
+    """Return a run with its `net`, `predict`, `evaluate`, `epochs`, `iterations`, `result` and `config`."""
     return TrainedRun(run_dir, plugins)

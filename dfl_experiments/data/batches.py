@@ -1,6 +1,7 @@
-"""Make batches on the device from samples in memory. They depend on the seed, the epoch and the batch alone."""
+"""Make batches on the device from samples in memory. Random draws depend only on the seed, epoch and batch."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -10,40 +11,42 @@ from torch import Tensor
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.errors import UserError
 
-CHUNK = 2048  # images that are augmented together
-PLAIN_CHUNK = 512  # images that are normalised together, without augmentation
-ROUNDING = 1e-12  # deviation of a constant feature, relative to its mean, at most
+CHUNK = 2048  # number of images that are augmented together
+PLAIN_CHUNK = 512  # number of images that are normalised together, without augmentation
+ROUNDING = 1e-12  # a feature is constant if its standard deviation is at most this fraction of its mean
 SHUFFLE, AUGMENT, SPLIT = range(3)  # purposes of a random stream
 
 
 def random_stream(seed: int, *key: int) -> torch.Generator:
-    """Return a CPU generator, independent of that of any other seed or key.
+    """Return a generator on the CPU. Generators with different seeds or keys are independent.
 
-    key: the purpose, then for example the epoch and the chunk.
+    key: purpose of the generator, then for example the epoch and the chunk.
     """
     state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def split(n: int, fraction: float, seed: int, labels: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-    """Split the shuffled indices 0 … n-1 into those to train on and a `fraction` for validation.
+    """Shuffle the indices 0 … n-1, and split them into training indices and validation indices.
 
-    labels: (n,), of which each class keeps its share to within one sample; None: no heed is paid to classes.
-    Raises `UserError` where a fraction above zero leaves one of the two parts empty.
+    fraction: share of validation indices.
+    labels: (n,), to take the same fraction of each class; None: ignore the classes.
+    Raises `UserError` if a fraction above zero leaves one of the two parts empty.
     """
     order = torch.randperm(n, generator=random_stream(seed, SPLIT))
     held_out = round(n * fraction)
     if fraction > 0 and not 0 < held_out < n:
-        raise UserError(f"validation_fraction={fraction}: holds out {held_out} of {n} samples; choose another value")
+        raise UserError(f"validation_fraction={fraction}: selects {held_out} of {n} samples; choose another value")
     strata = torch.zeros_like(order) if labels is None else torch.from_numpy(labels.astype(np.int64))
     is_held_out = stratified(strata[order], fraction)
     return order[~is_held_out], order[is_held_out]
 
 
 def stratified(labels: Tensor, fraction: float) -> Tensor:
-    """Return (n,): whether a sample is among the first of its class, of which each has its `fraction`.
+    """Return a mask (n,) that is true for the first samples of each class, n · fraction samples in all.
 
-    Shares are rounded down, and the rest of n · fraction goes to the classes with the largest remainders.
+    All classes have the same fraction. The number in each class is rounded down. Then the classes with the largest
+    remainders get one sample more each, until there are n · fraction samples.
     """
     shares = labels.bincount().double() * fraction
     quotas = shares.long()
@@ -56,11 +59,11 @@ def stratified(labels: Tensor, fraction: float) -> Tensor:
 
 
 def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return copies, the labels as int64 (N,), on the device.
+    """Return images and labels on the device, the labels as int64 (N,).
 
-    They stay on the CPU where the images need more than half of a GPU's free memory.
+    Both stay on the CPU if the images need more than half of the GPU's free memory.
     """
-    # `np.require` copies a mapped file, and no array that is in memory already
+    # `np.require` copies a memory-mapped file, but not an array that is already in memory
     image_copies = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     label_copies = torch.from_numpy(labels.astype(np.int64))
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
@@ -69,7 +72,7 @@ def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tu
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device, without waiting for a GPU."""
+    """Return the tensor on the device. The CPU does not wait for the copy to a GPU."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -78,7 +81,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 class Normalise:
     """The map (x / 255 - mean) / std, as one multiplication and one addition.
 
-    mean, std: one value for all channels, or one for each.
+    mean, std: one value for all channels, or one value for each channel.
     """
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
@@ -89,10 +92,10 @@ class Normalise:
         self.shift = (-means / deviations).float()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return normalised images, float32; features and tokens as they are.
+        """Return normalised images, float32. Features and tokens stay as `preparation` returned them.
 
-        images: (N, C, H, W) uint8. Features and tokens are prepared before training, by `preparation`.
-        Raises `UserError` where `mean` and `std` have another number of values than the images have channels.
+        images: (N, C, H, W) uint8.
+        Raises `UserError` if `mean` and `std` have several values, but not one for each channel.
         """
         if images.dtype != torch.uint8:
             return images
@@ -106,12 +109,27 @@ class Normalise:
         return images.float().mul_(self.scale).add_(self.shift)
 
 
-def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what makes of samples in memory those to train on: images as they are, tokens int64, features float32.
+@dataclass(frozen=True)
+class Standardise:
+    """The map (x - mean) / std of features.
 
-    training: the samples to train on.
-    standardise: features become (x - mean) / std, by their mean and deviation in `training`; a constant one becomes 0.
-        A feature is a place of (N, D), a channel of (N, T, C) or (N, C, …).
+    mean, std: float64; the axis of features has its full length, the other axes have length 1.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Return standardised features, float32."""
+        return ((samples - self.mean) / self.std).astype(np.float32)
+
+
+def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that converts samples before training: tokens to int64, features to float32, images unchanged.
+
+    training: the training samples.
+    standardise: convert each feature to (x - mean) / std, with mean and std over `training`. A constant feature becomes
+        0. A feature is a column of (N, D), or a channel of (N, T, C) or (N, C, …).
     """
     if training.dtype.kind != "f":
         return partial(np.asarray, dtype=np.uint8 if training.dtype == np.uint8 else np.int64)
@@ -122,15 +140,15 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
     mean = training.mean(axes, np.float64, keepdims=True)
     std = training.std(axes, np.float64, keepdims=True)
     std[std <= ROUNDING * np.abs(mean)] = 1.0
-    return lambda samples: ((samples - mean) / std).astype(np.float32)
+    return Standardise(mean, std)
 
 
 class Batches:
-    """The batches of a training set, shuffled and augmented anew in every epoch.
+    """Batches of a training set. In every epoch, the samples are shuffled and augmented anew.
 
-    images: the samples, on the device or on the CPU; images are (N, C, H, W) uint8.
-    labels: (N,) int64, beside the images.
-    device: of the batches.
+    images: the samples, on the GPU or on the CPU. Samples that are images are (N, C, H, W) uint8.
+    labels: (N,) int64, on the same device as `images`.
+    device: device of the batches.
     """
 
     def __init__(
@@ -152,11 +170,11 @@ class Batches:
         self.per_chunk = max(1, size // batch_size)
 
     def __len__(self) -> int:
-        """Return the number of batches per epoch; the last one may be smaller."""
+        """Return the number of batches per epoch. The last batch may be smaller."""
         return -(-len(self.labels) // self.batch_size)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch's batches (images, labels) from `start_batch` on; they do not depend on earlier draws."""
+        """Yield the batches (images, labels) of an epoch, beginning with batch number `start_batch`."""
         order = torch.randperm(len(self.labels), generator=random_stream(self.seed, SHUFFLE, epoch))
         chunks = moved(order, self.images.device).split(self.per_chunk * self.batch_size)
         first, skipped = divmod(start_batch, self.per_chunk)
@@ -167,12 +185,13 @@ class Batches:
             generator = random_stream(self.seed, AUGMENT, epoch, chunk)
             x = self.augmentation(images, self.normalise, generator)
             x = x.to(memory_format=self.memory_format)
-            batches = zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
-            yield from list(batches)[skipped if chunk == first else 0 :]
+            batches = list(zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True))
+            start = skipped if chunk == first else 0
+            yield from batches[start:]
 
 
 class EvaluationBatches:
-    """The batches of a set in its own order, normalised, on the device. It can be iterated more than once."""
+    """Normalised batches of a data set on the device, without shuffling. Every iteration gives the same batches."""
 
     def __init__(
         self,

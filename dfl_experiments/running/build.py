@@ -1,4 +1,4 @@
-"""Build the parts of a run from its configuration, on its device: data, network, method, and the step that trains."""
+"""Build the parts of a run on its device: data, network, method, and the function that trains a batch."""
 
 import copy
 import logging
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from dfl_experiments.configuration.components import Component
 from dfl_experiments.configuration.schema import Configuration, Settings
-from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, preparation, resident, split
+from dfl_experiments.data.batches import (
+    Batches,
+    EvaluationBatches,
+    Normalise,
+    Standardise,
+    preparation,
+    resident,
+    split,
+)
 from dfl_experiments.data.packs import load_with_digest, test_images_in_training
 from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
@@ -33,36 +41,38 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Parts:
-    """Everything that the epochs need."""
+    """All objects that training needs."""
 
     settings: Settings
     """The checked settings of the run."""
     device: torch.device
-    """Where the network and its batches are."""
+    """Device of the network and its batches."""
     origin: dict[str, Any]
-    """Digests of the data and of the user's own code, and the count of test images in training, for result.json."""
+    """Entries of result.json: digests of data and user's code, and how many test images are also training images."""
+    standardisation: dict[str, Tensor]
+    """Mean and std with which float features are standardised; empty if the run standardises nothing."""
     batches: Batches
-    """Training batches of every epoch."""
+    """Batches of the training images."""
     validation: EvaluationBatches
-    """Held-out images; may be empty."""
+    """Batches of the validation images; may be empty."""
     test: EvaluationBatches
-    """Test images."""
+    """Batches of the test images."""
     train_size: int
     """Number of training images."""
     num_classes: int
     """Number of classes."""
     memory_format: torch.memory_format
-    """Memory format of images in convolutional nets, with `auto` resolved."""
+    """Memory format of images in convolutional nets, as `layout_of` chose it."""
     schedule: Schedule
-    """Gives the factor of the learning rates in every iteration."""
+    """Schedule of the learning rates."""
     learner: Learner
     """Network, method and their optimizers."""
     step: Callable[[Tensor, Tensor, bool], Tensor]
-    """Trains a batch, as `Learner.step` does; a captured CUDA graph where that is used."""
+    """Function that trains a batch: `Learner.step`, or a CUDA graph that was captured from it."""
 
     @property
     def columns(self) -> dict[str, list[str]]:
-        """Column names of the run's tables; the first column of each counts its rows."""
+        """Column names of the run's tables. The first column of each table counts its rows."""
         metric_names, depth = self.learner.metric_names, self.learner.net.depth
         return {
             "iterations": iteration_columns(metric_names),
@@ -74,7 +84,7 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     """Build the parts of a run.
 
     device_name: device to use in place of the configured one.
-    threads: CPU threads, if the configuration does not say.
+    threads: number of CPU threads if the configuration does not set it.
     Raises `UserError` for missing data, and for parts that do not fit together.
     """
     settings, components = configuration.settings, configuration.components
@@ -89,7 +99,7 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed, strata)
     train, held_out = (index.numpy() for index in indices)
     loss = LOSSES[settings.loss]
-    # built on the CPU: a seed gives the same weights on every device, and every method the same W
+    # the network is built on the CPU, so that a seed gives the same W on every device and for every method
     refuse_shape(components["model"], arrays.shape)
     net = components["model"].build(input_shape=arrays.shape, num_classes=arrays.num_classes)
     kind = kind_of(arrays.train_images)
@@ -100,15 +110,18 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
     memory_format: MemoryFormat = settings.memory_format if len(arrays.shape) == 3 else "contiguous"
     layout = layout_of(memory_format, net, device, settings.precision)
-    most = settings.smoke
-    train, held_out = train[:most][: settings.limit], held_out[:most]
+    smoke = settings.smoke
+    train, held_out = train[:smoke][: settings.limit], held_out[:smoke]
     normalise = Normalise(dataset.mean, dataset.std)
     images, labels = arrays.train_images, arrays.train_labels
     training = images[train]
     prepared = preparation(training, dataset.standardise)
+    standardisation = {}
+    if isinstance(prepared, Standardise):
+        standardisation = {"mean": torch.from_numpy(prepared.mean), "std": torch.from_numpy(prepared.std)}
     evaluation = partial(EvaluationBatches, normalise=normalise, device=device, memory_format=layout)
     validation = evaluation(*resident(prepared(images[held_out]), labels[held_out], device))
-    test = evaluation(*resident(prepared(arrays.test_images[:most]), arrays.test_labels[:most], device))
+    test = evaluation(*resident(prepared(arrays.test_images[:smoke]), arrays.test_labels[:smoke], device))
     augmentation = components["augmentation"].build()
     augmentation.check(arrays.shape, kind == "images", configuration.values["augmentation"]["name"])
     batches = Batches(
@@ -128,9 +141,9 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
         if optimizer.captured and feedback_optimizer.captured:
             step = CapturedStep(learner, settings.batch_size, device)
         else:
-            log.info("optimizer: its step cannot be part of a CUDA graph, so the whole step runs eagerly")
+            log.info("optimizer: cannot be captured in a CUDA graph, so each training step runs without one")
     return Parts(
-        settings, device, origin, batches, validation, test, len(train), arrays.num_classes, layout,
+        settings, device, origin, standardisation, batches, validation, test, len(train), arrays.num_classes, layout,
         components["schedule"].build(), learner, step,
     )  # fmt: skip
 
@@ -139,13 +152,14 @@ def refuse_shape(model: Component, shape: tuple[int, ...]) -> None:
     """Raise `UserError` if the model's annotation of `input_shape` has another number of axes than the samples."""
     axes = get_args(get_type_hints(model.target).get("input_shape"))
     if axes and Ellipsis not in axes and len(axes) != len(shape):
-        raise UserError(f"model={model.target.__name__}: needs samples with {len(axes)} axes, but they are {shape}")
+        raise UserError(f"model={model.target.__name__}: needs samples with {len(axes)} axes, but gets {shape}")
 
 
 @torch.no_grad()
 def refuse_single_image(net: BlockNet, train_size: int, batch_size: int) -> None:
-    """Raise `UserError` if the last batch has one image and the network cannot normalise a batch of one."""
-    if (train_size % batch_size or batch_size) > 1:
+    """Raise `UserError` if the last batch has only one image and batch normalisation fails for it."""
+    last_batch = train_size % batch_size or batch_size
+    if last_batch > 1:
         return
     try:
         copy.deepcopy(net).train()(net.blank())

@@ -1,7 +1,7 @@
-"""W&B as a mirror of the local files. It is imported only if tracking is on.
+"""Mirror the local files of a run in W&B or TensorBoard. Each of the two is imported only if it is used.
 
-A resumed run is sent again from its files under its old id, which replaces what W&B received before the process was
-killed. A finished run whose mirror is incomplete is sent again when the run is next started.
+The rows of a resumed run are sent again from its files, in W&B under the same id. They replace the rows that the mirror
+received before. If a finished run has an incomplete mirror, all its rows are sent again when the run is next started.
 """
 
 import csv
@@ -21,31 +21,34 @@ from typing import Any
 from dfl_experiments.configuration.composition import names_of
 from dfl_experiments.configuration.schema import Tracking
 from dfl_experiments.errors import reason
+from dfl_experiments.running.event_files import EventFiles, refuse_missing_package
 from dfl_experiments.running.run_directory import Row, cell, header
 
 log = logging.getLogger(__name__)
 
 SECONDS_TO_START = 30
-SECONDS_TOGETHER = 5  # W&B takes 0.2 ms per row for many rows at once, 1 ms for a single row
+SECONDS_TOGETHER = 5  # rows of this time are sent together: W&B takes 1 ms for a single row, 0.2 ms per row for many
 ROWS_AN_EPOCH = 200
-MIRRORED = ".mirrored"  # file in the run directory: its W&B run is complete
+MIRRORED = ".mirrored"  # file in the run directory that marks its W&B run as complete
+MIRRORED_EVENTS = ".mirrored_tensorboard"  # file that marks its event files as complete
+WANDB, TENSORBOARD = "W&B", "TensorBoard"
 COUNTERS = ("iteration", "epoch")
 ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # variables that would merge all points of a sweep into one W&B run
-unreachable: set[str] = set()  # modes that failed in this process
+unreachable: set[str] = set()  # tracking modes in which W&B could not be reached by this process
 
 
 class Tracker:
-    """Send rows as they are in the CSV files, several seconds' rows at once, and the result as the run's summary.
+    """Send the rows of the CSV files, those of several seconds at once, and the result as the run's summary.
 
-    If W&B fails, there is one warning, and nothing more is sent. Training and the local files go on.
+    If W&B or TensorBoard fails, log one warning and send nothing more. Training and writing the local files continue.
     """
 
     def __init__(self, run: Any, tables: Iterable[Sequence[str]], every: int) -> None:
-        """Tell W&B the columns of every table.
+        """Tell the mirror the columns of every table.
 
-        run: of W&B, None if there is none.
+        run: the W&B run or the writer of event files; None if there is no mirror.
         tables: column names of each table; the first column counts its rows.
-        every: send one of so many iterations.
+        every: send iterations 1, 1 + every, 1 + 2·every and so on.
         """
         self._run, self._every = run, every
         self._waiting: list[Row] = []
@@ -73,18 +76,18 @@ class Tracker:
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, []
         for row in waiting:
-            texts = {key: cell(value) for key, value in row.items()}  # as they are written
+            texts = {key: cell(value) for key, value in row.items()}  # as in the CSV file
             self._run.log({key: float(text) for key, text in texts.items() if text})
         self._sent = time.monotonic()
 
     def summarise(self, result: Mapping[str, Any]) -> None:
         """Send the content of result.json, without the configuration."""
         self._guarded(self._send)
-        values = {key: value for key, value in result.items() if key != "config"}
+        values = flat({key: value for key, value in result.items() if key != "config"})
         self._guarded(lambda: self._run.summary.update(values))
 
     def finish(self, exit_code: int) -> bool:
-        """End the W&B run, as failed unless the code is 0, and return whether W&B received everything."""
+        """End the mirror's run; a code other than 0 marks it as failed. Return whether the mirror is complete."""
         self._guarded(self._send)
         self._guarded(lambda: self._run.finish(exit_code=exit_code))
         return self._run is not None
@@ -95,14 +98,30 @@ class Tracker:
         try:
             action(*arguments)
         except Exception as error:
+            mirror = TENSORBOARD if isinstance(self._run, EventFiles) else WANDB
             self._run = None
-            give_up(error)
+            give_up(error, mirror)
 
 
-def give_up(error: Exception) -> None:
-    """Warn once, and end W&B's service."""
-    log.warning("W&B has failed (%s); the local files stay complete", reason(error))
-    end_service()
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with keys such as `cosine/1`.
+
+    Such keys are the same as the column names. For a nested value, W&B itself would use another name, `cosine.1`.
+    """
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}/")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def give_up(error: Exception, mirror: str) -> None:
+    """Log a warning that the mirror failed. If the mirror is W&B, end its service."""
+    log.warning("%s has failed (%s); the local files stay complete", mirror, reason(error))
+    if mirror == WANDB:
+        end_service()
 
 
 def end_service() -> None:
@@ -114,9 +133,9 @@ def end_service() -> None:
 
 
 def rows_written(run_dir: Path, lengths: Mapping[str, int | None]) -> Iterator[Row]:
-    """Yield the rows of a run's tables as they were written: an epoch's iterations, then the epoch.
+    """Yield the rows of a run's tables in the order of training: the iterations of an epoch, then the epoch.
 
-    lengths: bytes to read of each table by name, None for all.
+    lengths: number of bytes to read from each table, by name; None reads the whole table.
     """
     tables = []
     for name, length in lengths.items():
@@ -132,9 +151,10 @@ def rows_written(run_dir: Path, lengths: Mapping[str, int | None]) -> Iterator[R
 
 
 def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: str | None, go_on: bool) -> Any:
-    """Start a W&B run; offline with a warning if W&B cannot be reached, None if that fails too.
+    """Start a W&B run and return it. If W&B cannot be reached, log a warning and start an offline run.
 
-    go_on: replace the W&B run that the directory already has; an online one keeps its id.
+    Returns None if the offline run fails too.
+    go_on: whether to replace the W&B run that the directory already has. The new run keeps the old id.
     """
     import wandb
 
@@ -144,30 +164,31 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
     run_id = max(before).rpartition("-")[2] if before else secrets.token_hex(4)
     for variable in ONE_RUN_S:
         os.environ.pop(variable, None)
-    for mode in dict.fromkeys(["offline" if tracking.mode in unreachable else tracking.mode, "offline"]):
+    first: Any = "offline" if tracking.mode in unreachable else tracking.mode
+    for mode in dict.fromkeys([first, "offline"]):
         try:
             run = wandb.init(
                 mode=mode,
                 dir=run_dir,
                 project=tracking.project,
                 entity=tracking.entity,
-                name=run_dir.name,
+                name=tracking.name or run_dir.name,
                 group=group,
                 job_type=names["method"],
                 tags=[*dict.fromkeys([*names.values(), *smoke, *tracking.tags])],
                 config=dict(config),
                 id=run_id,
-                # otherwise a second run in this process would continue an unfinished first one
+                # otherwise a new run would continue an earlier run of this process that is unfinished
                 reinit="finish_previous",
                 settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_START),
             )
-        except Exception as error:  # of wandb, its service, or the file system
+        except Exception as error:  # an error of wandb, its service, or the file system
             if mode == "offline":
-                give_up(error)
+                give_up(error, WANDB)
                 return None
             unreachable.add(mode)
             log.warning("W&B cannot be reached (%s); kept offline, for `wandb sync`", reason(error))
-            end_service()  # it holds the id
+            end_service()  # the service still holds the run's id
             continue
         for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
             if not folder.samefile(Path(run.dir).parent):
@@ -176,14 +197,28 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
     return None
 
 
+def start_event_files(run_dir: Path) -> EventFiles | None:
+    """Return a writer of event files; None, with a warning, if that fails."""
+    try:
+        return EventFiles(run_dir)
+    except Exception as error:  # an error of the file system, or of TensorBoard's imports
+        give_up(error, TENSORBOARD)
+        return None
+
+
+def marker(tracking: Tracking, run_dir: Path) -> Path:
+    """Return the file that marks the mirror of a run as complete."""
+    return run_dir / (MIRRORED_EVENTS if tracking.mode == "tensorboard" else MIRRORED)
+
+
 def rows_apart(tracking: Tracking, batches: int, measured: int) -> int:
-    """Return how many iterations apart the rows are that W&B gets; each of them is a measured one.
+    """Return the distance in iterations between two rows that the mirror receives; 1 if it receives every row.
 
-    By default every iteration in epochs of at least `ROWS_AN_EPOCH` batches, else fewer: with so few batches a step is
-    usually faster than W&B with a row.
+    By default, the mirror receives every iteration if an epoch has at least `ROWS_AN_EPOCH` batches. With fewer batches
+    it receives only some of the measured iterations, because then a training step is usually faster than sending a row.
 
-    batches: per epoch.
-    measured: `alignment.every`.
+    batches: number of batches per epoch.
+    measured: the option `alignment.every`.
     """
     if tracking.every is not None or batches >= ROWS_AN_EPOCH:
         return tracking.every or 1
@@ -199,37 +234,45 @@ def track(
     group: str | None,
     written: Mapping[str, int | None] | None = None,
 ) -> Iterator[Tracker]:
-    """Give a tracker for one job. The W&B run ends with the block, as failed if an exception leaves it.
+    """Provide a tracker for one job. The mirror's run ends at the end of the block, as failed after an exception.
 
-    tracking: with `every` set, see `rows_apart`.
+    tracking: options of tracking, with the value of `every` from `rows_apart`.
     config: the resolved configuration.
     tables: column names by table, see `Tracker`.
     group: name of the job's sweep.
-    written: table lengths of a resumed run, see `rows_written`.
+    written: table lengths of a resumed run, see `rows_written`; None for a new run.
     """
-    (run_dir / MIRRORED).unlink(missing_ok=True)
-    run = None if tracking.mode == "disabled" else start(tracking, run_dir, config, group, written is not None)
+    for name in (MIRRORED, MIRRORED_EVENTS):
+        (run_dir / name).unlink(missing_ok=True)
+    run: Any = None
+    if tracking.mode == "tensorboard":
+        run = start_event_files(run_dir)
+    elif tracking.mode != "disabled":
+        run = start(tracking, run_dir, config, group, written is not None)
     tracker = Tracker(run, tables.values(), tracking.every or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
-    # not `with run`: W&B prints the traceback of every exception, even of an interruption
+    # no `with run`, because W&B would then print the traceback of every exception, even of an interruption
     try:
         yield tracker
     except BaseException:
         tracker.finish(1)
         raise
     if tracker.finish(0):
-        (run_dir / MIRRORED).touch()
+        marker(tracking, run_dir).touch()
 
 
 def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], group: str | None) -> None:
-    """Send an ended run to W&B from its files, unless its W&B run is complete or tracking is off."""
+    """Send an ended run to its mirror from its files, unless the mirror is complete or tracking is off."""
     paths = {name: run_dir / f"{name}.csv" for name in ("iterations", "epochs")}
-    if tracking.mode == "disabled" or (run_dir / MIRRORED).exists() or not all(map(Path.is_file, paths.values())):
+    is_mirrored = tracking.mode == "disabled" or marker(tracking, run_dir).exists()
+    if is_mirrored or not all(map(Path.is_file, paths.values())):
         return
     lengths = {name: path.stat().st_size for name, path in paths.items()}
     tables = {name: header(path) for name, path in paths.items()}
-    log.info("%s: W&B is made whole", run_dir.name)
+    refuse_missing_package(tracking)
+    mirror = TENSORBOARD if tracking.mode == "tensorboard" else WANDB
+    log.info("%s: all rows are sent again to %s", run_dir.name, mirror)
     settled = tracking.model_copy(update={"every": result["config"]["tracking"].get("every")})
     with track(settled, run_dir, result["config"], tables, group, lengths) as tracker:
         tracker.summarise(result)

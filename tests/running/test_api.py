@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+from processes import dfl_train
 from sklearn.datasets import load_digits
 
 import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
+from dfl_experiments.running.checkpoint import load_checkpoint
 
 ASKED = ["epochs=3", "optimizer.lr=3e-3", "tracking=disabled", "threads=1"]
 
@@ -30,10 +33,61 @@ def test_a_trained_run_predicts_from_raw_images_and_evaluates_as_it_was_reported
 
 
 def test_a_cell_that_runs_twice_goes_on_or_returns_what_is_there(folder):
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="has a run already"):
         dfl.run(dfl.compose(ASKED), folder)
     again = dfl.run(dfl.compose(ASKED), folder, exist_ok="resume")
     assert again["finished_at"] == dfl.load_run(folder).result["finished_at"]
+
+
+def samples_of(kind):
+    """300 samples of three classes with 12 features: of sizes from 1e-4 to 1e7, or whole numbers from 0 to 255."""
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 3, 300)
+    features = random.normal(size=(3, 12))[labels] + random.normal(size=(300, 12)) / 2
+    if kind == "bytes":  # a run on images would divide them by 255
+        return np.rint(features * 20 + 128).clip(0, 255), labels
+    return features * 10.0 ** np.arange(-4, 8) + 7, labels
+
+
+@pytest.mark.parametrize("kind", ["raw", "bytes"])
+def test_a_run_on_standardised_features_predicts_from_raw_ones_where_its_data_are_gone(kind, tmp_path):
+    features, labels = samples_of(kind)
+    data = tmp_path / "data.npz"
+    np.savez(data, X_train=features[:240], y_train=labels[:240], X_test=features[240:], y_test=labels[240:])
+    options = ("dataset=arrays", "dataset.source.path=data.npz", "model.widths=[64,64]", "hydra.run.dir=here")
+    assert dfl_train(tmp_path, *options, *ASKED, "epochs=5").returncode == 0
+    data.unlink()
+    run = dfl.load_run(tmp_path / "here")
+    accuracy = run.result["accuracy"]
+    assert accuracy > 0.8
+    raw = features[240:].astype(np.uint8) if kind == "bytes" else features[240:]
+    for samples in (raw, torch.from_numpy(raw)):
+        guesses = run.predict(samples).argmax(1).numpy()
+        assert (guesses == labels[240:]).mean() == accuracy
+
+
+def test_features_that_a_run_took_as_given_are_predicted_as_given(tmp_path):
+    features, labels = samples_of("bytes")
+    features = (features - 128) / 20
+    np.savez(tmp_path / "data.npz", X_train=features, y_train=labels, X_test=features, y_test=labels)
+    options = ("dataset=arrays", "dataset.source.path=data.npz", "dataset.standardise=false", "hydra.run.dir=here")
+    assert dfl_train(tmp_path, *options, *ASKED, "model.widths=[32]").returncode == 0
+    run = dfl.load_run(tmp_path / "here")
+    guesses = run.predict(features).argmax(1).numpy()
+    assert (guesses == labels).mean() == run.result["accuracy"]
+
+
+def test_features_are_refused_where_the_run_did_not_record_their_mean(folder, monkeypatch):
+    def earlier(run_dir):
+        saved = load_checkpoint(run_dir)
+        del saved["training"]["standardisation"]
+        return saved
+
+    monkeypatch.setattr("dfl_experiments.api.load_checkpoint", earlier)
+    run = dfl.load_run(folder)
+    assert run.predict(np.zeros((2, 1, 8, 8), np.uint8)).shape == (2, 10)
+    with pytest.raises(UserError, match="does not hold the features' mean and std"):
+        run.predict(np.zeros((2, 1, 8, 8), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""W&B is made whole from the local files, whatever it was when its process or its service was killed."""
+"""W&B gets all rows from the local files, whatever it was when its process or its service was killed."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_a_run_that_ended_without_its_mirror_gets_it_when_its_sweep_is_started_a
     monkeypatch.setenv("WANDB_RESUME", "must")
     again = dfl_train(tmp_path, *sweep)
     assert again.returncode == 0
-    assert again.stdout.count("W&B is made whole") == 2
+    assert again.stdout.count("all rows are sent again to W&B") == 2
     points = [path.parent for path in (tmp_path / "outputs" / "grid").glob("*/result.json")]
     names = set()
     for point in points:
@@ -59,7 +59,7 @@ def test_a_run_that_ended_without_its_mirror_gets_it_when_its_sweep_is_started_a
         assert found["run"][0]["run_group"] == "grid"
         assert json.loads((point / "result.json").read_text())["status"] == "finished"
     assert len(names) == 2
-    assert "made whole" not in dfl_train(tmp_path, *sweep).stdout
+    assert "sent again" not in dfl_train(tmp_path, *sweep).stdout
 
 
 def test_numbers_show_while_a_run_is_under_way(tmp_path):
@@ -68,6 +68,15 @@ def test_numbers_show_while_a_run_is_under_way(tmp_path):
     metrics = records(tmp_path / "here")["metric"]
     assert {"loss", "test_accuracy", "cosine/1"} <= {metric["name"] for metric in metrics}
     assert not [metric for metric in metrics if metric.get("summary", {}).get("none")]
+
+
+def test_a_w_and_b_run_has_the_name_that_is_asked_for_or_that_of_its_directory(tmp_path):
+    names = {}
+    for place, options in (("plain", ()), ("named", ("tracking.name='${method.name} at ${optimizer.lr}'",))):
+        done = dfl_train(tmp_path, f"hydra.run.dir={place}", "epochs=1", "optimizer.lr=0.01", *RUN, *options)
+        assert done.returncode == 0, done.stderr
+        names[place] = records(tmp_path / place)["run"][0]["display_name"]
+    assert names == {"plain": "plain", "named": "las at 0.01"}
 
 
 def signal_at_the_end():

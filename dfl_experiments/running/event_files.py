@@ -1,0 +1,58 @@
+"""TensorBoard's event files in a run directory, written from the same rows as the CSV files."""
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dfl_experiments.configuration.schema import Tracking
+from dfl_experiments.errors import UserError
+
+SECONDS_TO_FLUSH = 5  # time between flushes; a killed process loses the events since its last flush
+
+
+class EventFiles:
+    """A writer of event files. It has the methods of a W&B run that a `Tracker` calls."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Start a new event file, and empty the event files that the run directory already has.
+
+        The rows of a resumed run are written again from its CSV files, because after a crash an event file may be
+        ahead of the last checkpoint, or may end in the middle of an event.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        for path in run_dir.glob("events.out.tfevents.*"):
+            os.truncate(path, 0)  # not deleted, because a running TensorBoard stops at a file that disappears
+        # purge_step=0 makes a running TensorBoard drop the events that it has already read
+        self._writer: Any = SummaryWriter(str(run_dir), purge_step=0, flush_secs=SECONDS_TO_FLUSH)
+        self._steps: dict[str, str] = {}
+        self.summary: dict[str, Any] = {}  # a `Tracker` fills it; it is not written, as TensorBoard only shows series
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        """Store which column counts the steps of a metric: iteration or epoch."""
+        if step_metric is not None:
+            self._steps[name] = step_metric
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Write the metrics of one row as one event. To call `add_scalar` for each metric takes five times as long."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary()
+        for name, value in row.items():
+            if name in self._steps:
+                summary.value.add(tag=name, simple_value=value)
+                step = int(row[self._steps[name]])
+        if summary.value:  # the row of a diverged run may have no number
+            self._writer.file_writer.add_summary(summary, step)
+
+    def finish(self, exit_code: int) -> None:
+        """Write the remaining events, and close the file."""
+        self._writer.close()
+
+
+def refuse_missing_package(tracking: Tracking) -> None:
+    """Raise `UserError` if tracking=tensorboard and the package is not installed."""
+    if tracking.mode == "tensorboard" and find_spec("tensorboard") is None:
+        raise UserError('tracking=tensorboard: needs a package; pip install "dfl-experiments[tensorboard]"')
