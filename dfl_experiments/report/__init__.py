@@ -1,1 +1,1 @@
-"""`dfl-report`: tables, figures and a page made from run directories, beside the numbers of the paper."""
+"""`dfl-report` and `dfl-plot`: tables, figures and an HTML page from run directories."""

@@ -1,42 +1,47 @@
-"""Which grid point of a cell is shown, and what its runs amount to."""
+"""Choose the grid point at which each method is shown, and average its runs."""
 
 from collections import Counter
 from collections.abc import Iterable
 
 import pandas as pd
 
-from dfl_experiments.report.frame import CELL, ENDED, PER_LAYER, distinct, layer_names
+from dfl_experiments.report.frame import CELL, distinct, layer_names
+from dfl_experiments.report.run_record import ENDED, PER_LAYER
 
 POINT_IN_CELL = ["lr", "weight_decay"]
-TIE = 1e-9  # scores nearer than this are equal
+TIE = 1e-9  # scores that differ by less than this count as equal
 
 
 def choose(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of the grid point that each cell shows, one for each seed; cells without an accuracy have none.
+    """Return the runs at the best grid point of each cell, one for each seed; none for a cell without an accuracy.
 
-    Two points are compared over the seeds that both have: the higher mean score wins, and of a tie the lower validation
-    loss. The point that wins most comparisons is shown. Points with a run that fails come after all others. `score` is
-    the validation accuracy, or the test accuracy where nothing is held out.
+    Every two grid points are compared over the seeds that both have. The point with the higher mean score wins. If the
+    scores are equal, the point with the lower validation loss wins. The best point is the one that wins most
+    comparisons. A point with a failing run is considered only if every point has one. The score is the validation
+    accuracy, or the test accuracy if there is no validation set.
     """
-    parts = [runs.iloc[:0]]
-    for _, cell in distinct(runs).groupby(CELL, sort=False):
-        best = best_point(cell)
-        if best is not None:
-            lr, weight_decay = best
-            parts.append(cell[(cell.lr == lr) & (cell.weight_decay == weight_decay)])
-    return pd.concat(parts)
+    runs = distinct(runs)
+    needed = runs[[*CELL, *POINT_IN_CELL, "seed", "status", "fails", "score", "validation_loss"]]
+    chosen: list[int] = []
+    for _, cell in needed.groupby(CELL, sort=False):
+        point = best_point(cell)
+        if point is not None:
+            lr, weight_decay = point
+            is_chosen = (cell.lr == lr) & (cell.weight_decay == weight_decay)
+            chosen += cell.index[is_chosen].tolist()
+    return runs.loc[chosen]
 
 
 def best_point(cell: pd.DataFrame) -> tuple[float, float] | None:
-    """Return (lr, weight_decay) of the grid point that a cell shows; None where no run has an accuracy."""
+    """Return (lr, weight_decay) of the best grid point of a cell; None if no run has an accuracy."""
     ended = cell[cell.status.isin(ENDED)]
-    if ended.empty:
-        return None
+    points = points_of(ended)
+    failing = points_of(cell[cell.fails])
+    candidates = sorted(points - failing) or sorted(points)
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
     scores = ended.pivot(index="seed", columns=POINT_IN_CELL, values="score")
     losses = ended.pivot(index="seed", columns=POINT_IN_CELL, values="validation_loss")
-    fails = cell.groupby(POINT_IN_CELL).fails.any()
-    candidates = [point for point in scores if not fails[point]]
-    candidates = candidates or list(scores)
     order = {}
     for point in candidates:
         wins = 0
@@ -47,8 +52,16 @@ def best_point(cell: pd.DataFrame) -> tuple[float, float] | None:
     return max(candidates, key=lambda point: order[point])
 
 
+def points_of(runs: pd.DataFrame) -> set[tuple[float, float]]:
+    """Return the grid points of the runs."""
+    return set(zip(runs.lr, runs.weight_decay, strict=True))
+
+
 def beats(scores: pd.DataFrame, losses: pd.DataFrame) -> bool:
-    """Return whether the first of two points wins over the seeds that both have. (seeds, 2) each."""
+    """Return whether the first of two grid points wins, compared over the seeds that both have.
+
+    scores, losses: one row for each seed, one column for each of the two points.
+    """
     both = scores.dropna().index
     mine, other = scores.loc[both].mean()
     if abs(mine - other) > TIE:
@@ -58,11 +71,14 @@ def beats(scores: pd.DataFrame, losses: pd.DataFrame) -> bool:
 
 
 def counted(chosen: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs that a cell's numbers are of: those with an accuracy that did not fail, or all where all did."""
+    """Return the runs that are averaged: those that ended and do not fail.
+
+    If all ended runs of a cell fail, all of them are averaged.
+    """
     ended = chosen[chosen.status.isin(ENDED)]
-    is_alive = ~ended.fails
-    has_alive = is_alive.groupby([ended[key] for key in CELL]).transform("any")
-    return ended[is_alive | ~has_alive]
+    is_good = ~ended.fails
+    has_good = is_good.groupby([ended[key] for key in CELL]).transform("any")
+    return ended[is_good | ~has_good]
 
 
 def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
@@ -70,51 +86,45 @@ def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
 
     chosen: what `choose` returns for the runs.
 
-    Columns beside `CELL`, `rule`, `lr` and `weight_decay`: `n` seeds that the numbers are of; `accuracy`, `sd`,
-    `score`, `at_best_validation`, `hours` and the values of every layer, means over them; `failing` of `ended` runs at
-    this point; `points` with an accuracy; `states` of all runs; `unstable`, the first instability; `mixed` versions
-    and devices. A cell that has no accuracy yet has n = 0.
+    Columns: `CELL`, `rule`, `lr` and `weight_decay`; `n`, the number of averaged runs (0 if the cell has no accuracy
+    yet); `accuracy`, `score`, `hours` and the values of every layer, means over these runs; `sd`, the standard
+    deviation of the accuracy; `ended`, the number of ended runs at this grid point, and `failing`, the number of these
+    that fail; `states`, the number of runs of each status at all grid points; `unstable`, the first instability;
+    `unstable_runs`, the number of unstable runs; `devices`, the devices of the averaged runs.
     """
-    shown = counted(chosen)
+    every = distinct(runs).groupby(CELL, sort=False)
+    averaged = counted(chosen).groupby(CELL, sort=False)
+    ended = chosen[chosen.status.isin(ENDED)].groupby(CELL, sort=False)
+    unstable = chosen[chosen.unstable != ""].groupby(CELL, sort=False).unstable
+
+    frame = every.agg(rule=("rule", "first"))
+    frame["lr"] = averaged.lr.first()
+    frame["weight_decay"] = averaged.weight_decay.first()
+    frame["n"] = averaged.size()
+    frame["accuracy"] = averaged.accuracy.mean()
+    frame["sd"] = averaged.accuracy.std()
+    frame["score"] = averaged.score.mean()
+    frame["hours"] = averaged.seconds.mean() / 3600
+    frame["ended"] = ended.size()
+    frame["failing"] = ended.fails.sum()
+    frame["states"] = every.status.agg(states)
+    frame["unstable"] = unstable.first()
+    frame["unstable_runs"] = unstable.size()
+    frame["devices"] = averaged.device.agg(joined)
+
+    counts = ["n", "ended", "failing", "unstable_runs"]
+    frame[counts] = frame[counts].fillna(0).astype(int)
+    texts = ["unstable", "devices"]
+    frame[texts] = frame[texts].fillna("")
     of_layers = [name for quantity in PER_LAYER for name in layer_names(runs, quantity)]
-    rows = []
-    for key, cell in distinct(runs).groupby(CELL, sort=False):
-        at_point = chosen[chosen.index.isin(cell.index)]
-        mine = shown[shown.index.isin(cell.index)]
-        ended = at_point[at_point.status.isin(ENDED)]
-        unstable = at_point.unstable[at_point.unstable != ""]
-        row = dict(zip(CELL, key, strict=True))
-        row |= {
-            "rule": cell.rule.iloc[0],
-            "lr": mine.lr.max(),
-            "weight_decay": mine.weight_decay.max(),
-            "n": len(mine),
-            "accuracy": mine.accuracy.mean(),
-            "sd": mine.accuracy.std(),
-            "score": mine.score.mean(),
-            "at_best_validation": mine.at_best_validation.mean(skipna=False),
-            "hours": mine.seconds.mean() / 3600,
-            "ended": len(ended),
-            "failing": int(ended.fails.sum()),
-            "points": cell[cell.status.isin(ENDED)].groupby(POINT_IN_CELL).ngroups,
-            "states": states(cell.status),
-            "unstable": next(iter(unstable), ""),
-            "unstable_runs": len(unstable),
-            "devices": ", ".join(sorted(set(mine.device.astype(str)))),
-            "mixed": mixed(mine),
-        }
-        row |= mine[of_layers].mean(skipna=False).to_dict()
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return frame.join(averaged[of_layers].mean(skipna=False)).reset_index()
 
 
 def states(statuses: Iterable[str]) -> str:
-    """Return how runs stand: "3 finished, 1 failed"."""
+    """Return the number of runs of each status: "3 finished, 1 failed"."""
     return ", ".join(f"{count} {status}" for status, count in Counter(statuses).most_common())
 
 
-def mixed(runs: pd.DataFrame) -> str:
-    """Return the commits, versions of PyTorch and devices that some of the runs were made with and others not."""
-    origins = [{*row.versions, f"device {row.device}"} for row in runs.itertuples()]
-    everywhere = set.intersection(*origins) if origins else set()
-    return "; ".join(sorted(set().union(*origins) - everywhere))
+def joined(names: Iterable[str]) -> str:
+    """Return the names as one text, sorted and without repetition."""
+    return ", ".join(sorted(set(map(str, names))))

@@ -1,4 +1,4 @@
-"""Comparisons of methods within one row of a table: intervals, depth utility, and whether the row can rank rules."""
+"""Comparisons of methods within one setting: confidence intervals, depth utility, cosines with BP."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,17 +13,17 @@ from dfl_experiments.report.choose import counted
 from dfl_experiments.report.frame import POINT, ROW, distinct, layer_names
 
 LEVEL = 0.95
-FEWEST_DEGREES = 6  # of freedom of a pooled variance
-LARGEST_RATIO = 3.0  # of a rule's standard deviation to the pooled one of the others
-FEWEST_SEEDS = 3  # for the interval of a ratio
-HALF = 0.5  # of a layer's samples
-NOISE_FLOORS = 3.0  # that a difference of single runs must exceed
-# Test images of data sets that every run evaluates whole.
+FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
+LARGEST_RATIO = 3.0  # a method is pooled if its standard deviation is at most this multiple of the other methods'
+FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
+MOST_ZEROS = 0.5  # if the signal is zero for a larger share of samples, the layer has no cosine
+NOISE_FLOORS = 3.0  # BP's lead over Shallow in single runs must exceed this many noise floors
+# Number of test images. A data set is listed if every run evaluates its whole test set.
 TEST_IMAGES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000}
 
 
 class Estimate(NamedTuple):
-    """A value with the interval that covers it with probability `LEVEL`; NaN for low and high where there is none."""
+    """A value with its confidence interval at level `LEVEL`; low and high are NaN if there is no interval."""
 
     value: float
     low: float = math.nan
@@ -31,19 +31,22 @@ class Estimate(NamedTuple):
 
     @property
     def verdict(self) -> int | None:
-        """1 or -1 where the interval excludes zero, 0 where it includes zero, None without an interval."""
+        """1: the interval is above zero; -1: it is below zero; 0: it contains zero; None: there is no interval."""
         if math.isnan(self.low):
             return None
         return int(self.low > 0) - int(self.high < 0)
 
 
 def around(value: float, half: float) -> Estimate:
-    """Return a value with the interval that reaches `half` to both sides."""
+    """Return the estimate `value` with the interval from value − half to value + half."""
     return Estimate(value, value - half, value + half)
 
 
 def samples_of(runs: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Return each method's accuracies, one for each seed, of the methods without a failing run. runs: of one row."""
+    """Return the accuracies of each method, one for each seed. Methods with a failing run are left out.
+
+    runs: the runs of one setting.
+    """
     samples = {}
     for method, cell in runs.groupby("method", sort=False):
         values = cell.accuracy.dropna().to_numpy()
@@ -53,20 +56,21 @@ def samples_of(runs: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def against(chosen: pd.DataFrame, control: str) -> pd.DataFrame:
-    """Compare every method of each row with a control by Dunnett's many-to-one comparison.
+    """Compare every method of each setting with a control by Dunnett's many-to-one comparison.
 
-    d = mean(method) − mean(control), with the interval d ± c s √(1/n + 1/n₀). s² is the variance pooled over all
-    methods of the row. c is Dunnett's two-sided critical value: all intervals of a row hold together with probability
-    `LEVEL`. A method is compared if it has at least 2 runs and none failed. The control needs 2 runs, and s² needs 6
-    degrees of freedom. A method whose standard deviation exceeds 3 × that of the others is compared by Welch's t
-    instead (`test` = "Welch").
+    The difference is d = mean(method) − mean(control). Its interval is d ± c s √(1/n + 1/n₀), with n runs of the method
+    and n₀ runs of the control. s² is the variance pooled over the methods of the setting. c is Dunnett's two-sided
+    critical value, so that the intervals of a setting are simultaneous at level `LEVEL`. There is no interval with
+    fewer than 2 runs of the method, 2 runs of the control, or 6 degrees of freedom for s². Methods with a failing run
+    are left out. If a method's standard deviation exceeds 3 × that of the other methods, the method is not pooled, and
+    gets Welch's t interval instead (`test` = "Welch").
 
     Args:
-        chosen: the runs to compare, see `choose.choose`: one grid point for each method.
+        chosen: runs at one grid point for each method, see `choose.choose`.
         control: a method's name, such as "bp".
 
     Returns:
-        One row for each method with `ROW`, `method`, `difference`, `low`, `high` (fractions of 1) and `test`.
+        One row for each method. Columns: `ROW`, `method`, `difference`, `low`, `high` (fractions of 1) and `test`.
 
     Source: Dunnett, "A multiple comparison procedure for comparing several treatments with a control", 1955.
     """
@@ -80,7 +84,10 @@ def against(chosen: pd.DataFrame, control: str) -> pd.DataFrame:
 
 
 def dunnett(samples: Mapping[str, np.ndarray], control: str) -> dict[str, tuple[Estimate, str]]:
-    """Return each method's difference from the control, and the test that gave its interval: Dunnett, Welch or none."""
+    """Return each method's difference from the control, and the test that gives the interval.
+
+    The test is "Dunnett" or "Welch", or "" if there is no interval.
+    """
     reference = samples[control]
     repeated = {method: values for method, values in samples.items() if len(values) > 1}
     odd = [method for method in repeated if method != control and is_odd(method, repeated)]
@@ -107,13 +114,16 @@ def dunnett(samples: Mapping[str, np.ndarray], control: str) -> dict[str, tuple[
 
 
 def is_odd(method: str, samples: Mapping[str, np.ndarray]) -> bool:
-    """Return whether a method's standard deviation exceeds 3 × the pooled one of the others."""
+    """Return whether a method's standard deviation exceeds 3 × the pooled standard deviation of the other methods."""
     variance, _ = pooled_variance(values for name, values in samples.items() if name != method)
     return bool(samples[method].std(ddof=1) > LARGEST_RATIO * math.sqrt(variance))
 
 
 def pooled_variance(samples: Iterable[np.ndarray]) -> tuple[float, int]:
-    """Return the pooled variance s² = Σ (x − mean)² / Σ (n − 1) and its degrees of freedom; 0 and 0 of single runs."""
+    """Return the pooled variance s² = Σ (x − mean)² / Σ (n − 1) and its degrees of freedom Σ (n − 1).
+
+    Both are 0 if every sample has a single value.
+    """
     squares, degrees = 0.0, 0
     for values in samples:
         squares += float(((values - values.mean()) ** 2).sum())
@@ -122,7 +132,7 @@ def pooled_variance(samples: Iterable[np.ndarray]) -> tuple[float, int]:
 
 
 def standard_error(variance: float, first: np.ndarray, second: np.ndarray) -> float:
-    """Return the standard error s √(1/n + 1/n₀) of a difference of two means."""
+    """Return s √(1/n + 1/n₀), the standard error of the difference between the means of two samples. variance: s²."""
     return math.sqrt(variance * (1 / len(first) + 1 / len(second)))
 
 
@@ -133,9 +143,9 @@ def student(degrees: float) -> float:
 
 @cache
 def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
-    """Return Dunnett's two-sided critical value for groups of these sizes. It depends on nothing else.
+    """Return Dunnett's two-sided critical value for groups and a control of these sizes.
 
-    SciPy computes it by quasi-Monte-Carlo integration, here from a fixed random state.
+    SciPy computes the value by quasi-Monte-Carlo integration; a fixed random state makes it repeatable.
     """
     groups = [np.arange(size, dtype=float) for size in sizes]
     reference = np.arange(control_size, dtype=float)
@@ -147,15 +157,15 @@ def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
 
 
 def welch(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """Return mean(first) − mean(second) with the interval of Welch's t; without one of fewer than 2 values."""
+    """Return mean(first) − mean(second) with Welch's t interval. The interval needs 2 values in each sample."""
     return contrast([first, second], [1.0, -1.0])
 
 
 def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimate:
-    """Return Σ w_k mean(x_k) with an interval, the variances being unequal.
+    """Return Σ w_k mean(x_k), with an interval that allows unequal variances.
 
-    Its standard error is √(Σ w_k² s_k²/n_k), its degrees of freedom Welch and Satterthwaite's. There is no interval
-    where a sample has fewer than 2 values, or where no sample varies.
+    Sample x_k has n_k values with variance s_k². The standard error is √(Σ w_k² s_k²/n_k), with Welch–Satterthwaite
+    degrees of freedom. There is no interval if a sample has fewer than 2 values, or if all variances are 0.
     """
     n = np.array([len(values) for values in samples])
     means = np.array([values.mean() for values in samples])
@@ -173,13 +183,13 @@ def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimat
 
 
 def depth_utility(chosen: pd.DataFrame) -> pd.DataFrame:
-    """Return what training the lower blocks adds, for each method of a row that has BP and Shallow.
+    """Return the depth utility of each method of a setting that has BP and Shallow.
 
-    utility = (accuracy − accuracy_Shallow) / (accuracy_BP − accuracy_Shallow): 0 for a method that is no better than
-    not training the lower blocks, 1 for BP; each at its own best rate, as `choose.choose` gives the runs. Fieller's
-    interval from the pooled variance of the row, from 3 seeds on. `ranks` is False where BP − Shallow is not above zero
-    with its interval (of single runs: not above 3 noise floors); then there is no utility. None of the three may have a
-    failing run.
+    utility = (accuracy − accuracy_Shallow) / (accuracy_BP − accuracy_Shallow), where each method has its own best
+    learning rate. The utility is 0 for a method equal to Shallow, which does not train the lower blocks, and 1 for BP.
+    The interval is Fieller's, with the pooled variance of the setting; it needs 3 seeds. `ranks` says whether BP is
+    significantly more accurate than Shallow (for single runs: by more than 3 noise floors). If `ranks` is False, there
+    is no utility. Methods with a failing run are left out.
 
     Source: Fieller, "Some problems in interval estimation", 1954.
     """
@@ -202,7 +212,7 @@ def depth_utility(chosen: pd.DataFrame) -> pd.DataFrame:
 
 
 def can_rank(samples: Mapping[str, np.ndarray], test_images: int | None) -> bool:
-    """Return whether BP is more accurate than Shallow by more than chance, so that there is room for a rank."""
+    """Return whether BP is significantly more accurate than Shallow. If not, accuracy cannot rank the rules."""
     bp, shallow = samples["bp"], samples["shallow"]
     variance, degrees = pooled_variance(samples.values())
     if min(len(bp), len(shallow)) < 2:
@@ -213,12 +223,12 @@ def can_rank(samples: Mapping[str, np.ndarray], test_images: int | None) -> bool
 
 
 def noise_floor(accuracy: float, test_images: int | None) -> float:
-    """Return the standard deviation √(p(1−p)/N) of an accuracy p on N test images; 0 for an unknown N."""
+    """Return the standard deviation √(p(1−p)/N) of an accuracy p on N test images; 0 if N is unknown."""
     return math.sqrt(accuracy * (1 - accuracy) / test_images) if test_images else 0.0
 
 
 def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, all_samples: Iterable[np.ndarray]) -> Estimate:
-    """Return (values − shallow) / (bp − shallow), of means, with Fieller's interval from the pooled variance."""
+    """Return (mean(values) − mean(shallow)) / (mean(bp) − mean(shallow)) with Fieller's interval."""
     top = float(values.mean() - shallow.mean())
     bottom = float(bp.mean() - shallow.mean())
     ratio = top / bottom
@@ -243,17 +253,17 @@ def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, all_samples
 
 
 def cosines(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs whose alignment says something, without cosines that say nothing.
+    """Return the runs whose cosines are meaningful: all but BP, Shallow and failing runs.
 
-    Left out are BP, Shallow and runs that fail. A cosine is NaN where the signal is BP's by construction, and where
-    over half of a layer's samples have no signal at this grid point; `no_signal` names these layers.
+    The cosine of a layer becomes NaN if the layer's signal equals BP's by construction, or if the signal is zero for
+    more than half of the samples at this grid point. The column `no_signal` lists the layers with that many zeros.
     """
     kept = counted(distinct(runs))
     kept = kept[~kept.fails & ~kept.rule.isin(["bp", "shallow"])].assign(no_signal="")
     for name in layer_names(kept, "cosine"):
         layer = name.removeprefix("cosine/")
         is_exact = kept.exact_layers.map(lambda layers, layer=layer: layer in layers)
-        is_silent = share_without_signal(kept, layer) > HALF
+        is_silent = share_without_signal(kept, layer) > MOST_ZEROS
         kept[name] = kept[name].mask(is_exact | is_silent)
         kept["no_signal"] += np.where(is_silent, f", {layer}", "")
     kept["no_signal"] = kept.no_signal.str.removeprefix(", ")
@@ -261,10 +271,13 @@ def cosines(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
-    """Return the share of a layer's samples in the last epoch whose signal, or BP's, is zero: means of a grid point."""
+    """Return the share of samples for which a layer's signal is zero.
+
+    The share is that of the last epoch, averaged over the runs at the grid point.
+    """
     if f"zeros/{layer}" not in kept:
         return pd.Series(0.0, kept.index)
-    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)  # of an epoch
+    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)  # images in one epoch
     measured = images / kept.measured_every.clip(lower=1)
     share = kept[f"zeros/{layer}"] / measured
     return share.groupby([kept[key] for key in POINT]).transform("mean")
@@ -273,7 +286,7 @@ def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
 def alignment(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the mean cosine of every layer in the last epoch, for each method at each learning rate.
 
-    The rate moves the cosine as much as the rule does: compare within one rate. See `cosines` for what is left out.
+    The cosine depends on the learning rate: compare methods at one rate only. `cosines` says which values are left out.
     """
     kept = cosines(runs)
     names = layer_names(kept, "cosine")

@@ -1,4 +1,4 @@
-"""Show what the runs in some folders amount to: a table of methods, figures, details."""
+"""Report on the runs in some folders: a table of methods with confidence intervals, figures, and further tables."""
 
 import argparse
 import logging
@@ -15,16 +15,15 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.running.run_directory import csv_text, naming
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from dfl_experiments.report.figures import Drawing
+    from dfl_experiments.report.tables import Section
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "html", "commands")
 EPILOG = """examples:
-  dfl-report outputs/lr_grid                               the table of methods, and what stands behind it
+  dfl-report outputs/lr_grid                               the table of methods, then tables with details
   dfl-report outputs/lr_grid --format html --figures f     report.html, and every figure as PNG and PDF in f/
-  dfl-report outputs/lr_grid --card las                    the audit of one rule
-  dfl-report outputs/fc_table --paper                      beside the paper's accuracies, and what is missing
+  dfl-report outputs/lr_grid --card las                    the rows of one rule
+  dfl-report outputs/fc_table --paper                      with the paper's accuracies, and which runs are missing
 """
 
 
@@ -35,43 +34,45 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     formats = (
-        "terminal (default), markdown, csv (one row for each method), latex (booktabs), html (a page), or "
-        "commands (what repeats the runs of each chosen grid point)"
+        "terminal (default), markdown, csv (one row for each method), latex (booktabs), html (one page), or "
+        "commands (dfl-train commands that repeat the runs in the table of methods)"
     )
-    add("folders", nargs="+", type=Path, help="run directories, or folders that hold some")
+    add("folders", nargs="+", type=Path, help="run directories, or folders that contain run directories")
     add("--format", choices=FORMATS, default="terminal", metavar="FORMAT", help=formats)
-    add("--out", type=Path, metavar="FILE", help="write there (html: default report.html)")
-    add("--figures", type=Path, metavar="FOLDER", help="write every figure there, as PNG and PDF")
-    add("--paper", action="store_true", help="show the paper's accuracies, and what is missing of them")
-    add("--card", metavar="RULE", help="show the audit of one rule, such as las, and nothing else")
+    add("--out", type=Path, metavar="FILE", help="write the report to FILE (html: default report.html)")
+    add("--figures", type=Path, metavar="FOLDER", help="write every figure to FOLDER, as PNG and PDF")
+    add("--paper", action="store_true", help="add the paper's accuracies, and list the paper's runs that are missing")
+    add("--card", metavar="RULE", help="show only the rows of one rule, such as las")
     return parser.parse_args(words)
 
 
 def report(asked: argparse.Namespace) -> None:
-    """Read the runs and write what is asked for. Raises `UserError` and OSError."""
+    """Read the runs and write the report. Raises `UserError` and OSError."""
     from dfl_experiments.report.frame import runs as read_runs
+    from dfl_experiments.report.tables import sections as sections_of
 
     runs = read_runs(*asked.folders)
     rules = sorted(set(runs.rule))
     if asked.card and asked.card not in rules:
-        raise UserError(f"--card {asked.card}: no run of this rule here; there is {', '.join(rules)}")
+        raise UserError(f"--card {asked.card}: no run of this rule; there are runs of {', '.join(rules)}")
+    sections = sections_of(runs)
     drawings = []
     if asked.figures or asked.format == "html":
         from dfl_experiments.report.figures import figures
 
-        drawings = figures(runs)
+        drawings = figures(sections)
     if asked.figures:
         save_all(drawings, asked.figures)
     if asked.format == "csv":
-        write(csv_of(runs), asked.out)
+        write(csv_of(sections), asked.out)
     elif asked.format == "commands":
-        write(commands(runs), asked.out)
+        write(commands(sections), asked.out)
     elif asked.format == "latex":
-        write(latex(runs, asked.paper), asked.out)
+        write(latex(sections, asked.paper), asked.out)
     elif asked.format == "html":
-        write(html(runs, asked, drawings), asked.out or Path("report.html"))
+        write(html(sections, asked, drawings), asked.out or Path("report.html"))
     else:
-        write(text(runs, asked, drawings), asked.out)
+        write(text(sections, asked, drawings), asked.out)
     if asked.figures:
         print(f"{len(drawings)} figures in {asked.figures}")
 
@@ -85,22 +86,32 @@ def save_all(drawings: "Iterable[Drawing]", folder: Path, endings: Sequence[str]
             save(drawing.figure, folder / f"{drawing.name}.{ending}")
 
 
-def parts(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> Iterator[tuple[str, Any]]:
-    """Yield the parts of the report, each with its kind: of every section the answer, figures, then the details."""
+def parts(
+    sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterable[Drawing]"
+) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of the report as (kind, content), section by section.
+
+    kind: "heading", "table", "figure", "details", "notes" or "items".
+    """
+    import pandas as pd
+
     from dfl_experiments.report import tables
     from dfl_experiments.report.paper import missing, published
+    from dfl_experiments.report.table_text import explanations
+
+    runs = pd.concat([section.runs for section in sections])
 
     paper = published() if asked.paper else None
     columns: set[str] = set()
-    for title, section in tables.sections(runs).items():
-        if asked.card and asked.card not in set(section.rule):
+    for section in sections:
+        if asked.card and asked.card not in set(section.runs.rule):
             continue
         answer = tables.answer(section, paper)
-        yield "heading", title
+        yield "heading", section.title
         yield "table", answer.only(asked.card) if asked.card else answer
         columns.update(answer.frame.columns)
         for drawing in drawings:
-            if drawing.section == title:
+            if drawing.section == section.title:
                 yield "figure", drawing
         for table in tables.details(section):
             shown = table.only(asked.card) if asked.card else table
@@ -109,27 +120,27 @@ def parts(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[D
                 yield "details", shown
         yield "notes", tables.notes(section)
     if asked.paper:
-        yield "heading", "Not there yet, of the paper's tables"
+        yield "heading", "Missing runs of the paper's tables"
         yield "items", missing(runs)
     yield "heading", "How the numbers are computed"
-    yield "items", tables.methods_text(columns, bool(runs.smoke.any()))
+    yield "items", explanations(columns, bool(runs.smoke.any()))
 
 
-def html(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
-    """Return the report as a page, its figures in it."""
+def html(sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
+    """Return the report as an HTML page that contains its figures."""
     from dfl_experiments.report import page
 
-    return page.page(getattr(page, kind)(content) for kind, content in parts(runs, asked, drawings))
+    return page.page(getattr(page, kind)(content) for kind, content in parts(sections, asked, drawings))
 
 
-def text(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
+def text(sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
     """Return the report for a terminal or in Markdown."""
-    from dfl_experiments.report import tables
+    from dfl_experiments.report import table_text
 
     is_markdown = asked.format == "markdown"
-    clean = tables.markdown if is_markdown else str
+    clean = table_text.markdown if is_markdown else str
     lines: list[str] = []
-    for kind, content in parts(runs, asked, drawings):
+    for kind, content in parts(sections, asked, drawings):
         if kind == "heading":
             lines.append(f"## {clean(content)}\n" if is_markdown else f"{content}\n{72 * '='}\n")
         elif kind == "figure":
@@ -141,47 +152,56 @@ def text(runs: "pd.DataFrame", asked: argparse.Namespace, drawings: "Iterable[Dr
         elif kind == "items":
             lines += [*(textwrap.fill(item, 100, initial_indent="- ", subsequent_indent="  ") for item in content), ""]
         else:
-            lines.append(tables.write(content, "github" if is_markdown else "simple") + "\n")
+            lines.append(table_text.write(content, "github" if is_markdown else "simple") + "\n")
             lines += [f"{clean(content.caption)}\n"] if content.caption else []
     return "\n".join(lines)
 
 
 def picture(file: Path, page: Path | None) -> str:
-    """Return the line with which a Markdown page shows an image."""
+    """Return the Markdown line that shows an image file, with its path relative to the report's file."""
     path = os.path.relpath(file, page.parent if page else Path())
     return f"![{file.stem}]({quote(Path(path).as_posix())})\n"
 
 
-def latex(runs: "pd.DataFrame", with_paper: bool) -> str:
-    """Return the answer of every section as a LaTeX table; needs the package booktabs."""
-    from dfl_experiments.report import tables
+def latex(sections: "list[Section]", with_paper: bool) -> str:
+    """Return the table of methods of every section in LaTeX; needs the package booktabs."""
+    from dfl_experiments.report import table_text
     from dfl_experiments.report.paper import published
+    from dfl_experiments.report.tables import answer
 
+    paper = published() if with_paper else None
     texts = []
-    for title, section in tables.sections(runs).items():
-        table = tables.answer(section, published() if with_paper else None)
-        caption = tables.latex(f"{title}. Test accuracy, mean ± sd over n seeds. {table.caption}")
-        body = tables.write(table, "latex_booktabs")
-        texts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n")
-    return "\n".join(texts)
+    for section in sections:
+        table = answer(section, paper)
+        caption = f"{section.title}. Test accuracy, mean ± sd over n seeds. {table.caption}"
+        body = table_text.write(table, "latex_booktabs")
+        texts += [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{table_text.latex(caption)}}}",
+            body,
+            "\\end{table}\n",
+        ]
+    return "\n".join(texts) + "\n"
 
 
-def csv_of(runs: "pd.DataFrame") -> str:
-    """Return one row for each method of each setting: numbers, accuracies as fractions."""
-    from dfl_experiments.report.tables import compared_cells, ordered
+def csv_of(sections: "list[Section]") -> str:
+    """Return CSV text with one row for each method in each setting. Accuracies are fractions of 1."""
+    import pandas as pd
 
-    frame = ordered(compared_cells(runs))
+    frame = pd.concat([section.cells for section in sections])
     rows = frame.astype(object).where(frame.notna(), None)
     return csv_text([list(rows.columns), *rows.to_numpy().tolist()])
 
 
-def commands(runs: "pd.DataFrame") -> str:
-    """Return what repeats every run of the chosen grid points, with its accuracy beside it."""
-    from dfl_experiments.report.choose import choose
+def commands(sections: "list[Section]") -> str:
+    """Return one command for each run in the table of methods: it repeats the run; a comment gives the accuracy."""
+    import pandas as pd
+
     from dfl_experiments.report.tables import ordered
 
     lines = []
-    for run in ordered(choose(runs)).itertuples():
+    for run in ordered(pd.concat([section.chosen for section in sections])).itertuples():
         words = ["dfl-train", f"repeat={Path(run.folder).resolve()}"]
         if run.plugins:
             words.append(f"plugins=[{','.join(run.plugins)}]")
@@ -201,7 +221,7 @@ def write(content: str, path: Path | None) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command; a user's mistake ends in one line and exit code 2."""
+    """Run the command. After a user's mistake, print one line and exit with code 2."""
     with refusing("dfl-report"):
         logging.basicConfig(format="dfl-report: %(message)s", force=True)
         report(arguments(words))

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no network: tables that sort, figures as SVG."""
+"""The report as one HTML page with sortable tables and SVG figures. The page loads no other file."""
 
 import io
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from html import escape
 
 from dfl_experiments.report.figures import Drawing
 from dfl_experiments.report.style import METADATA, styled
-from dfl_experiments.report.tables import Table, write
+from dfl_experiments.report.table_text import Table, write
 
 TITLE = "Direct feedback runs"
 STYLE = """
@@ -14,13 +14,19 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 0 1rem 4rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+/* A wide table has a shadow at each side where it goes on. A cover that moves with the table hides it at the end. */
+.wide { background:
+  linear-gradient(to right, Canvas 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, Canvas 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, #8889, transparent) left / 1.2rem 100% no-repeat scroll,
+  linear-gradient(to left, #8889, transparent) right / 1.2rem 100% no-repeat scroll; }
 th, td { padding: .25rem .7rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { cursor: pointer; } th::after { content: " ↕"; opacity: .4; }
 .note { font-size: .85rem; opacity: .8; }
 figure { margin: 1.5rem 0; overflow-x: auto; background: white; border-radius: .4rem; }
 figure svg { max-width: 100%; height: auto; min-width: 20rem; } summary { cursor: pointer; }
 """
-# A click on a heading sorts the rows by that column; a second click turns the order round.
+# A click on a heading sorts the rows by that column; a second click reverses the order.
 SCRIPT = """
 const value = text => { const x = parseFloat(text.replace("−", "-")); return isNaN(x) ? text : x; };
 for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => {
@@ -34,7 +40,10 @@ for (const head of document.querySelectorAll("th")) head.addEventListener("click
 
 
 def page(parts: Iterable[str]) -> str:
-    """Return a whole page. parts: what the functions below return."""
+    """Return the page.
+
+    parts: HTML of the page's parts, made by the functions below.
+    """
     body = "\n".join(parts)
     return f"""<!doctype html>
 <html lang="en">
@@ -54,18 +63,18 @@ def page(parts: Iterable[str]) -> str:
 
 
 def heading(text: str) -> str:
-    """Return a heading."""
+    """Return a heading as HTML."""
     return f"<h2>{escape(text)}</h2>"
 
 
 def table(content: Table) -> str:
-    """Return a table whose best rows are bold."""
+    """Return a table and its caption as HTML. The names of the best methods are bold."""
     caption = notes([content.caption]) if content.caption else ""
     return f'<div class="wide">{write(content, "html")}</div>\n{caption}'
 
 
 def details(content: Table) -> str:
-    """Return a table that opens on a click."""
+    """Return a table as HTML. Only its title is visible until the reader clicks on it."""
     return f"<details><summary>{content.title}</summary>\n{table(content)}\n</details>"
 
 
@@ -79,10 +88,10 @@ def figure(drawing: Drawing) -> str:
 
 
 def notes(texts: Iterable[str]) -> str:
-    """Return notes, each in a paragraph."""
+    """Return one HTML paragraph for each note."""
     return "\n".join(f'<p class="note">{escape(text)}</p>' for text in texts)
 
 
 def items(texts: Iterable[str]) -> str:
-    """Return a list."""
+    """Return an HTML list of the texts."""
     return "\n".join(["<ul>", *(f"<li>{escape(text)}</li>" for text in texts), "</ul>"])

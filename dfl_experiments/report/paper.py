@@ -1,31 +1,35 @@
-"""Read what the paper reports: 69 accuracies in two tables.
+"""Read the 69 accuracies in the two tables of the paper.
 
 Source: Yang, Lee, Park: "Direct Feedback Learning With Local Alignment Support", IEEE Access, 2024. The captions of its
-two tables are swapped, so they go by "fc" and "cnn" here.
+two tables are swapped; here the tables are named "fc" and "cnn".
 """
 
 from pathlib import Path
 
 import pandas as pd
 
-from dfl_experiments.report.frame import conf_values
+from dfl_experiments.report.labels import conf_values
+from dfl_experiments.report.run_record import ALL_IMAGES
 from dfl_experiments.report.style import method_name, title_of
 
 ROWS = ["dataset", "augmentation", "model"]
+# Columns in which a run must equal a published row.
+SETTINGS = [*ROWS, "method", "epochs", "limit", "optimizer", "schedule", "setting"]
 
 
 def published() -> pd.DataFrame:
-    """Return the published accuracies as fractions, with the settings that a run must have to stand beside one."""
+    """Return the published accuracies as fractions of 1, with the settings that a comparable run has."""
     frame = pd.read_csv(Path(__file__).with_name("paper_tables.csv"))
     frame["epochs"] = [int(conf_values("dataset", name)["epochs"]) for name in frame.dataset]
-    return frame.assign(optimizer="adam", setting="", smoke=False).rename(columns={"accuracy": "published"})
+    return frame.assign(limit=ALL_IMAGES, optimizer="adam", schedule="step", setting="", smoke=False).rename(
+        columns={"accuracy": "published"}
+    )
 
 
 def missing(runs: pd.DataFrame) -> list[str]:
-    """Return a line for each row of the paper's tables that is not complete: which methods are missing."""
-    keys = [*ROWS, "method", "epochs", "optimizer", "setting"]
-    mine = runs.loc[~runs.smoke, keys].drop_duplicates()
-    paper = published().merge(mine, on=keys, how="left", indicator="source")
+    """Return one line for each incomplete row of the paper's tables. The line names the methods without a run."""
+    mine = runs.loc[~runs.smoke, SETTINGS].drop_duplicates()
+    paper = published().merge(mine, on=SETTINGS, how="left", indicator="source")
     lines = []
     for _, row in paper.groupby(ROWS, sort=False):
         absent = row.method[row.source == "left_only"]

@@ -11,20 +11,20 @@ import pandas as pd
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import curves
 
-MOST_POINTS = 500  # of a line
+MOST_POINTS = 500  # largest number of points in a curve
 
 
 class Quantity(NamedTuple):
-    """Something that `draw` can show."""
+    """A quantity that `draw` can show."""
 
     columns: tuple[str, ...]
-    """In epochs.csv, with /i for hidden layer i; a second one is of the validation set."""
+    """Columns of epochs.csv, without the ending /i for hidden layer i. A second column is for the validation set."""
     title: str
-    """Above a panel."""
+    """Title of a panel."""
     axis: str
-    """Beside its y axis."""
+    """Label of the y axis."""
     scale: float = 1
-    """What the values are multiplied with."""
+    """Factor by which the values are multiplied."""
 
 
 WHAT = {
@@ -35,11 +35,14 @@ WHAT = {
     "rms": Quantity(("activation_rms",), "Activations", "root mean square of h"),
     "dead": Quantity(("dead",), "Dead units", "share of units (%)", 100),
 }
-BY_ITERATION = ("loss", "alignment", "norm")  # the others are measured once an epoch
+BY_ITERATION = ("loss", "alignment", "norm")  # in iterations.csv; other quantities are measured once an epoch
 
 
 def axis_of(frame: pd.DataFrame, names: Sequence[str], by: str | None, notes: list[str]) -> str:
-    """Return iteration where every run has iterations.csv and something asked for is in it, else epoch."""
+    """Return the x axis, "iteration" or "epoch".
+
+    It is "epoch" if `by` asks for it, if a run has no iterations.csv, or if iterations.csv has none of the quantities.
+    """
     lacking = sum(not (Path(folder) / "iterations.csv").exists() for folder in frame.folder)
     if by == "epoch" or not set(names) & set(BY_ITERATION):
         notes.append("By epoch.")
@@ -52,7 +55,10 @@ def axis_of(frame: pd.DataFrame, names: Sequence[str], by: str | None, notes: li
 
 
 def measured(frame: pd.DataFrame, names: Sequence[str], by: str, smooth: int | None, notes: list[str]) -> pd.DataFrame:
-    """Return the measured values of the runs, as `long` has them. By iteration, those of an epoch are at its end."""
+    """Return the values of the runs in the format of `long`.
+
+    If the x axis shows iterations, a value that is measured once an epoch is placed at the epoch's last iteration.
+    """
     epochs = curves(frame)
     if by == "epoch":
         table = long(epochs, "epoch", names)
@@ -63,23 +69,27 @@ def measured(frame: pd.DataFrame, names: Sequence[str], by: str, smooth: int | N
         by_epoch = long(epochs[once].merge(ends, on=["folder", "epoch"]), "iteration", names)
         table = pd.concat([smoothed(long(iterations, "iteration", names), smooth, notes), by_epoch])
     if table.empty:
-        raise UserError("nothing to draw: no run has a row of this yet")
+        raise UserError("nothing to draw: no run has values yet")
     return table
 
 
 def with_names_of_epochs(iterations: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of iterations with the names that epochs.csv has, and with the ratio of the two norms."""
+    """Return a table of iterations with the column names of epochs.csv, and with ‖δ‖ / ‖δ of BP‖ of each layer."""
     table = iterations.rename(columns=lambda name: name.replace("cosine_sample/", "cosine/"))
     table = table.rename(columns={"loss": "train_loss"})
+    ratios = {}
     for name in table.columns:
         if name.startswith("norm_bp/"):
             layer = name.removeprefix("norm_bp/")
-            table[f"norm_ratio/{layer}"] = table[f"norm/{layer}"] / table[name]
-    return table
+            ratios[f"norm_ratio/{layer}"] = table[f"norm/{layer}"] / table[name]
+    return table.assign(**ratios)
 
 
 def long(table: pd.DataFrame, x: str, names: Sequence[str]) -> pd.DataFrame:
-    """Return one row per measured value: folder, x, value, what, layer (0: none), whether on the validation set."""
+    """Return one row for each value: folder, x, value, raw, what, layer, is_validation.
+
+    raw: NaN, until `smoothed` sets it. what: name of the quantity. layer: 0 for a quantity of the whole net.
+    """
     empty = {"folder": "", "x": 0.0, "value": 0.0, "raw": 0.0, "what": "", "layer": 0, "is_validation": False}
     parts = [pd.DataFrame([empty]).iloc[:0]]
     for column in table:
@@ -95,7 +105,7 @@ def long(table: pd.DataFrame, x: str, names: Sequence[str]) -> pd.DataFrame:
 
 
 def smoothed(table: pd.DataFrame, smooth: int | None, notes: list[str]) -> pd.DataFrame:
-    """Return the values as running means, at most `MOST_POINTS` a line, with those measured as `raw`."""
+    """Return running means in column `value`, measured values in column `raw`, at most `MOST_POINTS` for each curve."""
     groups = table.groupby(["folder", "what", "layer"], sort=False)
     index = groups.cumcount()
     size = groups.value.transform("size")
@@ -110,12 +120,12 @@ def smoothed(table: pd.DataFrame, smooth: int | None, notes: list[str]) -> pd.Da
 
 
 def running_mean(values: pd.Series, window: int) -> pd.Series:
-    """Return the mean of the `window` values around each one, of fewer at the two ends."""
+    """Return the centred running mean over `window` values. At the two ends of a curve it is over fewer values."""
     return values.rolling(window, center=True, min_periods=1).mean() if window > 1 else values
 
 
 def over_seeds(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return mean, low and high over the runs of each line, where all that measured a quantity have a value."""
+    """Return for each line the mean, lowest and highest value over its runs, at every x that all of its runs have."""
     table = table.merge(frame[["folder", "line"]], on="folder")
     curve = ["line", "what", "layer", "is_validation"]
     values = table.groupby([*curve, "x"], as_index=False).agg(
@@ -130,6 +140,6 @@ def over_seeds(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def span(numbers: pd.Series) -> str:
-    """Return the range of numbers in words: "2 to 5", or "2" where all are the same."""
+    """Return the range of numbers as text: "2 to 5", or "2" if all are equal."""
     low, high = numbers.min(), numbers.max()
     return f"{low} to {high}" if low < high else str(low)

@@ -1,8 +1,10 @@
-"""Looks and words of every figure and table: colours of the methods, names as a paper prints them, files."""
+"""Style of figures and tables: colours of the methods, names as papers print them, and the writing of figures."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +14,7 @@ from dfl_experiments.running.run_directory import naming
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; each shows on white and on black
+# Okabe and Ito's palette for colour-blind readers. Each colour is visible on white and on black.
 GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = "#767676", "#D55E00", "#0072B2", "#CC79A7", "#009E73", "#A69500"
 TEXT_GREY = "#505050"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, OLIVE, GREY)
@@ -43,15 +45,18 @@ IN_WORDS = {
         "conv3_gn": "Conv3+GN",
         "resnet18": "ResNet-18",
         "mixer": "MLP-Mixer",
+        "vit": "ViT",
     },
     "augmentation": {
         "none": "no augmentation",
         "flip": "flips",
         "randaugment_cutout_flip": "RandAugment, Cutout and flips",
     },
-    "optimizer": {"adam": "Adam", "sgd": "SGD"},
+    "optimizer": {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"},
 }
-# None: no date and no version, so that the same runs give the same file
+# Settings that a title names only if they have another value.
+USUAL = {"limit": "all", "precision": "float32", "optimizer": "adam", "schedule": "step", "protocol": "fair"}
+# None keeps dates and versions out of the files, so that the same runs give the same bytes.
 METADATA: dict[str, Any] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -64,31 +69,36 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.titlesize": 10,
     "figure.titlesize": 12,
+    "font.family": ["sans-serif", "DejaVu Sans"],  # DejaVu Sans: for characters that `small_font` lacks
     "font.size": 9,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 42,  # TrueType: publishers refuse matplotlib's default, Type 3
     "svg.hashsalt": "dfl",
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # a $ in a name does not begin a formula
 }
 
 
+# The characters of `small_font`: Latin, Greek, punctuation, subscripts, mathematics.
+CHARACTERS = (*range(0x20, 0x180), *range(0x370, 0x400), *range(0x2010, 0x2090), *range(0x2200, 0x2300))
+
+
 class Look(NamedTuple):
-    """A line's colour and dash, in matplotlib's words."""
+    """Colour and dash of a line, in the notation of matplotlib."""
 
     colour: str
     dash: Any = "-"
 
 
 def method_name(method: str) -> str:
-    """Return a method as papers print it: "LAS, held=2" for "las, held=2"."""
+    """Return the printed name of a method: "LAS, fixed_blocks=2" for "las, fixed_blocks=2"."""
     rule, comma, options = method.partition(", ")
     return RULES.get(rule, rule.upper()) + comma + options
 
 
 def method_order(method: str) -> tuple[int, str]:
-    """Return the sort key of a method: the paper's five first, then family by family, then a user's own."""
+    """Return the sort key of a method: first the paper's five, then other methods by family, then the user's rules."""
     rules = ["bp", "shallow", "dfa", "las", "ltas"]
     for members in FAMILIES.values():
         rules += [rule for rule in members if rule not in rules]
@@ -97,7 +107,10 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def family_of(method: str) -> str:
-    """Return a method's family, `OTHER` for one with options of its own. The shape of its B is no such option."""
+    """Return a method's family.
+
+    It is `OTHER` for a user's own rule, and for a method with options other than `feedback` (the shape of B).
+    """
     rule, *options = method.split(", ")
     if all(option.startswith("feedback=") for option in options):
         for family, members in FAMILIES.items():
@@ -107,7 +120,7 @@ def family_of(method: str) -> str:
 
 
 def look_of(method: str) -> Look:
-    """Return a method's look, the same in every figure: its family's colour, and a dash."""
+    """Return a method's look, the same in every figure: the colour of its family, and a dash."""
     rule = method.partition(", ")[0]
     family = family_of(method)
     members = FAMILIES.get(family, ())
@@ -116,7 +129,7 @@ def look_of(method: str) -> Look:
 
 
 def gradient(index: int, count: int) -> Look:
-    """Return the look of a line out of `count` ordered ones, from the first, dark, to the last, light."""
+    """Return the look of line `index` of `count` ordered lines. The first line is dark, the last line is light."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -124,7 +137,7 @@ def gradient(index: int, count: int) -> Look:
 
 
 def words(column: str, value: Any) -> str:
-    """Return what a column says of a run, as a label: "lr 0.001", "20 epochs", "LAS", "widths [8,8]"."""
+    """Return a value of a column as a label: "lr 0.001", "20 epochs", "LAS", "widths [8,8]"."""
     if column == "method":
         return method_name(value)
     if column in IN_WORDS:
@@ -133,6 +146,8 @@ def words(column: str, value: Any) -> str:
         return f"{value} epoch" if value == 1 else f"{value} epochs"
     if column == "smoke":
         return "smoke test" if value else ""
+    if column == "limit":
+        return "" if value == "all" else f"{value} training images"
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if column in ("precision", "origin") or not text:
         return text
@@ -141,47 +156,75 @@ def words(column: str, value: Any) -> str:
 
 
 def title_of(row: Mapping[str, Any]) -> str:
-    """Return the net and the data set of a run in words: "Conv3 on CIFAR-10". A user's own names stay as they are."""
+    """Return the net and the data set of a run, such as "Conv3 on CIFAR-10"."""
     title = f"{words('model', row['model'])} on {words('dataset', row['dataset'])}"
     if row["augmentation"] != "none":
         title += f" with {words('augmentation', row['augmentation'])}"
     if row["smoke"]:
         title += " (smoke test, no result)"
-    return title[0].upper() + title[1:]
+    return title[0].upper() + title[1:] if row["model"] in IN_WORDS["model"] else title
 
 
 def row_title(row: Mapping[str, Any]) -> str:
-    """Return a row of a table in words: "CIFAR-10, Conv3+BN, 5 epochs"."""
+    """Return a setting as text: "CIFAR-10, Conv3+BN, 5 epochs"."""
     parts = [words(column, row[column]) for column in ("dataset", "model", "epochs")]
-    if row["precision"] != "float32":
-        parts.append(words("precision", row["precision"]))
-    if row["optimizer"] != "adam":
-        parts.append(words("optimizer", row["optimizer"]))
-    if row["protocol"] != "fair":
-        parts.append(words("protocol", row["protocol"]))
+    parts += [words(key, row[key]) for key, usual in USUAL.items() if row[key] != usual]
     parts += [row["setting"], words("smoke", row["smoke"])]
     return ", ".join(filter(None, parts))
 
 
 def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
-    """Write the title above a figure, and below it a caption of the notes, each once."""
+    """Add a title above a figure, and the notes as a caption below the figure, each note once."""
     width = figure.get_figwidth()
     caption = " ".join(dict.fromkeys(notes))
     figure.suptitle("\n".join(wrap(title, int(9 * width))))
-    figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
+    if caption:
+        figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Draw in this project's style, whatever a user's matplotlibrc says."""
+def styled(**options: Any) -> Iterator[None]:
+    """Use this project's style instead of the user's matplotlibrc. options: settings to change in this style."""
     from matplotlib import style
 
-    with style.context(STYLE, after_reset=True):
+    with style.context({**STYLE, **options}, after_reset=True):
         yield
 
 
+@cache
+def small_font() -> str:
+    """Make a copy of DejaVu Sans that has only the usual characters, and return its name.
+
+    Every PDF file embeds a subset of its font. The copy saves time: computing this subset from the whole font takes
+    longer than the rest of writing the file.
+    """
+    from fontTools import subset
+    from matplotlib import font_manager
+
+    name, family_ids = "Small DejaVu Sans", (1, 4, 16)
+    options = subset.Options(glyph_names=True, layout_features=["*"], name_IDs=["*"])
+    options.drop_tables.append("FFTM")
+    font = subset.load_font(font_manager.findfont("DejaVu Sans"), options)
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(unicodes=CHARACTERS)
+    subsetter.subset(font)
+    for record in font["name"].names:
+        if record.nameID in family_ids:
+            record.string = name
+    path = Path(temporary_folder().name) / "font.ttf"
+    font.save(path)
+    font_manager.fontManager.addfont(path)
+    return name
+
+
+@cache
+def temporary_folder() -> "TemporaryDirectory[str]":
+    """Return a folder that exists until the program ends."""
+    return TemporaryDirectory()
+
+
 def ending_of(path: Path) -> str:
-    """Return the format that a file's ending names. Raises `UserError` for one that no figure is written in."""
+    """Return the format of a figure's file: its ending. Raises `UserError` if it is not png, pdf or svg."""
     ending = path.suffix[1:].lower()
     if ending not in METADATA:
         raise UserError(f"{path}: a figure's file ends in .png, .pdf or .svg")
@@ -189,8 +232,9 @@ def ending_of(path: Path) -> str:
 
 
 def save(figure: "Figure", path: Path, dpi: int = 150) -> None:
-    """Write a figure to a file, in the format of its ending. The same runs give the same bytes."""
+    """Write a figure to a file, in the format that the file's ending names. The same runs give the same bytes."""
     ending = ending_of(path)
-    with naming(path), styled():
+    options = {"font.sans-serif": [small_font()]} if ending == "pdf" else {}
+    with naming(path), styled(**options):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=ending, dpi=dpi, metadata=METADATA[ending])

@@ -68,7 +68,7 @@ def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **resu
 
 
 def finished(accuracy, lr, seed, **config):
-    """What `altered` is to say of a run."""
+    """Return the entries of a finished run's result, for `altered`."""
     made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
     told = {"last": accuracy, "best": accuracy, "at_best_validation": accuracy, "best_epoch": 1}
     return made | {"validation_accuracy": accuracy, "test_accuracy": told}

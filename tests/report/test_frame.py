@@ -13,6 +13,7 @@ from report_helpers import altered, csv_rows, dfl_report, finished, results
 
 from dfl_experiments.report.choose import cells, choose
 from dfl_experiments.report.frame import curves, distinct, runs
+from dfl_experiments.report.tables import answer, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).with_name("kept_cells.csv")
@@ -67,7 +68,7 @@ def test_a_point_with_few_seeds_decides_nothing_about_the_others(finished_point,
         altered(finished_point, tmp_path / f"b{seed}", **finished(other, 3e-4, seed))
     altered(finished_point, tmp_path / "c", **finished(0.5, 2e-3, 0))
     (cell,) = shown(tmp_path)
-    assert (cell.lr, cell.n, cell.points) == (1e-3, 3, 3)
+    assert (cell.lr, cell.n) == (1e-3, 3)
 
 
 @pytest.mark.parametrize("epoch", ["last", "best_validation"])
@@ -177,12 +178,18 @@ def test_a_run_that_still_trains_has_its_curve(finished_point, tmp_path):
     assert list(curves(frame).epoch) == [1, 2]
 
 
-def test_runs_of_one_cell_that_were_made_otherwise_are_named(finished_point, tmp_path):
-    made = [("a" * 40, "2.11.0", "cuda (NVIDIA H200)"), ("a" * 40, "2.14.1", "cpu (x86_64, 1 threads)")]
-    for seed, (commit, torch, device) in enumerate(made):
-        where = {"git_commit": commit, "versions": {"torch": torch}, "device": device}
-        altered(finished_point, tmp_path / "one" / str(seed), **finished(0.9, 1e-3, seed), **where)
-    note = "Mixed: some methods' runs differ in version or device (device cpu (x86_64, 1 threads), device cuda"
-    assert note in dfl_report(tmp_path, "one").stdout
-    shutil.rmtree(tmp_path / "one" / "1")
-    assert "Mixed" not in dfl_report(tmp_path, "one").stdout
+def test_an_option_is_shown_for_every_run_of_a_section(finished_point, tmp_path):
+    """Also for those that share its value: among the runs of AdamW nothing differs."""
+    for number, (optimizer, limit) in enumerate([("adam", 200), ("adam", None), ("adamw", 200), ("adamw", 200)]):
+        changes = {"optimizer.name": optimizer, "limit": limit, "seed": number}
+        altered(finished_point, tmp_path / str(number), changes)
+    (section,) = sections(runs(tmp_path))
+    table = answer(section)
+    shown = set(zip(table.frame.optimizer, table.frame.limit, table.frame.n, strict=True))
+    assert shown == {("Adam", "200", "1"), ("Adam", "all", "1"), ("AdamW", "200", "2")}
+
+
+def test_a_caption_names_what_all_rows_share_and_what_is_not_usual(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "a", {"optimizer.name": "adamw", "limit": 200})
+    (section,) = sections(runs(tmp_path))
+    assert "200 training images; AdamW" in answer(section).caption

@@ -10,9 +10,9 @@ import pytest
 from processes import dfl_train
 
 from dfl_experiments.report import dfl_plot
-from dfl_experiments.report.figures import spread
 from dfl_experiments.report.frame import runs, with_key
-from dfl_experiments.report.lines import ceiling, draw, evenly, lines_of, with_lines
+from dfl_experiments.report.line_labels import lines_of, with_lines
+from dfl_experiments.report.lines import ceiling, draw, evenly
 from dfl_experiments.report.series import BY_ITERATION, WHAT, over_seeds, running_mean
 from dfl_experiments.report.style import look_of, title_of, words
 
@@ -89,14 +89,6 @@ def test_no_outlier_sets_an_axis():
     assert ceiling([np.zeros(3), np.zeros(3), np.ones(3)], 4) == 1
 
 
-def test_labels_at_line_ends_do_not_overlap():
-    heights = spread(np.array([0.5, 0.5, 0.51, 1.0]), 0.1)
-    assert np.diff(np.sort(heights)).min() >= 0.1 - 1e-9
-    assert (heights >= 0).all()
-    assert (heights <= 1).all()
-    assert spread(np.array([0.2, 0.9]), 0.1).tolist() == [0.2, 0.9]
-
-
 def test_thinning_keeps_both_ends():
     assert evenly(10, 4) == [0, 3, 6, 9]
     assert evenly(3, 4) == [0, 1, 2]
@@ -105,7 +97,7 @@ def test_thinning_keeps_both_ends():
 def test_names_are_in_words():
     row = {"model": "conv3_bn", "dataset": "cifar10", "augmentation": "none", "smoke": False}
     assert title_of(row) == "Conv3+BN on CIFAR-10"
-    assert title_of(row | {"model": "own_net", "dataset": "own_data"}) == "Own_net on own_data"
+    assert title_of(row | {"model": "own_net", "dataset": "own_data"}) == "own_net on own_data"
     assert words("model.widths", "[32,32]") == "widths [32,32]"
     assert words("method", "brsf, feedback=full") == "brSF, feedback=full"
     assert look_of("las, held=2").colour != look_of("las").colour == look_of("ltas").colour
@@ -167,12 +159,12 @@ REFUSED = {
     "nowhere": "nowhere: no such folder",
     "empty": "empty: no run directory there",
     "grid --what lossy": "what=lossy: no such quantity; there are loss, accuracy",
-    "grid --what alignment --layer 1,7": "layer=7: alignment was not measured there; there are 1, 2",
-    "grid --what loss --layer 1": "layer=1: what is drawn has no layers",
+    "grid --what alignment --layer 1,7": "layer=7: alignment was not measured in this layer, only in layers 1, 2",
+    "grid --what loss --layer 1": "layer=1: these quantities have no layers",
     "grid --facet optimizr.lr": "optimizr.lr: no run has this key; did you mean lr?",
     "grid --color lrr": "lrr: no run has this key; did you mean lr?",
     "grid --out plot.jpg": "plot.jpg: a figure's file ends in .png, .pdf or .svg",
-    "grid --by epoch --smooth 9": "smooth=9: averages iterations, but epochs are drawn",
+    "grid --by epoch --smooth 9": "smooth=9: needs iterations on the x axis, but the axis shows epochs",
 }
 
 

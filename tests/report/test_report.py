@@ -68,7 +68,7 @@ def test_a_card_shows_one_rule(reported):
     assert not re.search(r"^DFA|^BP", text, re.M)
     done = dfl_report(reported, "outputs", "--card", "kp")
     assert done.returncode == 2
-    assert done.stderr.endswith("--card kp: no run of this rule here; there is bp, dfa, las, ltas\n")
+    assert done.stderr.endswith("--card kp: no run of this rule; there are runs of bp, dfa, las, ltas\n")
 
 
 def test_commands_repeat_the_shown_runs(reported):
@@ -103,10 +103,12 @@ def test_alignment_is_drawn_at_one_learning_rate(finished_point, tmp_path):
     for method, lr, accuracy in (("dfa", 1e-3, 0.8), ("dfa", 1e-4, 0.9), ("las", 1e-3, 0.9), ("las", 1e-4, 0.8)):
         told = finished(accuracy, lr, 0, method=plain(compose([f"method={method}"]))["method"])
         altered(finished_point, tmp_path / f"{method}{lr}", **told, cosine_by_construction=["2"])
+    from dfl_experiments.report.choose import choose
     from dfl_experiments.report.figures import at_common_rate
     from dfl_experiments.report.frame import runs
 
-    shown = at_common_rate(runs(tmp_path))
+    frame = runs(tmp_path)
+    shown = at_common_rate(frame, choose(frame))
     assert shown.lr.nunique() == 1
     assert set(shown.method) == {"dfa", "las"}
 

@@ -1,0 +1,103 @@
+"""Name the setting and the method of each run by the options that differ between the runs."""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dfl_experiments.configuration.composition import CONF_DIR
+from dfl_experiments.report.run_record import as_override
+
+# Options are compared only between runs that are equal in these columns.
+NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "protocol"]
+OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
+PROTOCOL_OPTION = re.compile(r"\$\{protocol\.(\w+)\}")
+
+
+def labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns `setting` and `method`, and a column for each option that differs between runs.
+
+    `setting` and `method` are texts that contain these options.
+    """
+    settings, methods = {}, {}
+    columns: dict[Any, dict[str, str]] = {}
+    for _, group in frame.groupby(NAMES, sort=False):
+        keys = differing(group.options)
+        for index, options in group.options.items():
+            shown = {key: options[key] for key in keys if key in options}
+            settings[index] = ", ".join(assignments(shown))
+            columns[index] = shown
+    for (*_, protocol, rule), group in frame.groupby([*NAMES, "rule"], sort=False):
+        keys = differing(group.method_options)
+        for index, options in group.method_options.items():
+            shown = method_options(str(rule), str(protocol), options, keys)
+            methods[index] = ", ".join([str(rule), *assignments(shown)])
+            columns[index] |= {f"method.{key}": value for key, value in shown.items()}
+    frame = frame.assign(setting=settings, method=methods).drop(columns=["options", "method_options"])
+    shown_options = pd.DataFrame.from_dict(columns, orient="index").fillna("")
+    return frame.join(shown_options[sorted(shown_options.columns.difference(frame.columns))])
+
+
+def assignments(options: Mapping[str, str]) -> list[str]:
+    """Return options as texts such as "lr=0.1"."""
+    return [f"{key}={value}" for key, value in options.items()]
+
+
+def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
+    """Return the keys whose values differ between runs. A missing digest of data or code does not count."""
+    all_options = list(all_options)
+    keys = []
+    for key in sorted(set().union(*all_options)):
+        values = {options.get(key) for options in all_options}
+        if key == "data" or key.endswith(".code"):
+            values.discard(None)  # None: the run did not record the digest
+        if len(values) > 1:
+            keys.append(key)
+    return keys
+
+
+def method_options(rule: str, protocol: str, options: Mapping[str, str], differing_keys: list[str]) -> dict[str, str]:
+    """Return the options of a method whose value is not the default.
+
+    An option without a known default is returned if its key is in `differing_keys`.
+    """
+    defaults = method_defaults(rule, protocol)
+    shown = {}
+    for key, value in options.items():
+        is_known = key in defaults or key in differing_keys
+        if is_known and value != defaults.get(key):
+            shown[key] = value
+    return shown
+
+
+@cache
+def method_defaults(rule: str, protocol: str) -> dict[str, str]:
+    """Return the default options of a rule under a protocol, as text, from conf/method/RULE.yaml.
+
+    An option whose default depends on other options is left out.
+    """
+    values, choices = conf_values("method", rule), conf_values("protocol", protocol)
+    defaults = {}
+    for key, value in values.items():
+        if isinstance(value, str) and (link := PROTOCOL_OPTION.fullmatch(value)):
+            value = choices.get(link[1], "${}")
+        if "${" not in str(value):
+            defaults[key] = as_override(value)
+    return defaults
+
+
+@cache
+def conf_values(group: str, option: str) -> dict[str, Any]:
+    """Return the values of a file in conf/, with unresolved interpolations; empty if there is no such file."""
+    path = Path(CONF_DIR) / group / f"{option}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def option_names(frame: pd.DataFrame) -> list[str]:
+    """Return the options that are named in the column `setting` and have a column of their own."""
+    keys = set(OPTION.findall(", ".join(set(frame.setting))))
+    return sorted(keys.intersection(frame.columns))

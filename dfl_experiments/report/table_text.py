@@ -1,0 +1,140 @@
+"""Tables as text: the text of a value, the explanations of columns, and the output formats."""
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import pandas as pd
+from tabulate import LATEX_ESCAPE_RULES, tabulate
+
+from dfl_experiments.report.style import method_name
+
+NONE = "–"
+# Markdown syntax within a line. To disable a link, it is enough to escape the ]. A _ inside a word is not syntax.
+MARKDOWN_SYNTAX = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
+LATEX_SYMBOLS = {"±": r"$\pm$", "−": "$-$", "–": "--", "‖": r"$\|$", "δ": r"$\delta$", "₁": "$_1$"}
+# Explanations of columns. A report ends with those of the columns that its tables have.
+EXPLANATIONS = {
+    "accuracy, %": (
+        "Accuracy: test accuracy in percent, as the protocol reports it; mean over n seeds ± sample standard "
+        "deviation. Each method is shown at its best learning rate on the validation set. If there is no validation "
+        "set, the rate is chosen on the test set, and the accuracy is biased upwards. A rate with a failing run is "
+        "used only if every rate has one."
+    ),
+    "n": (
+        "Failing runs: a run fails if it diverges, if it collapses (no unit of the last hidden layer is active), or if "
+        "it fails to learn (its accuracy is at chance, or below 0.8 × its own best test accuracy). A method with "
+        "failing runs ranks below all others; its means are over the runs that did not fail."
+    ),
+    "minus BP": (
+        "Minus BP, minus DFA: differences of the means in percentage points, with simultaneous 95 % confidence "
+        "intervals by Dunnett's many-to-one comparison. A difference is significant if its interval excludes 0. (W) "
+        "marks Welch's t interval, used for a method whose standard deviation is over 3 times that of the others. An "
+        "interval needs 2 runs of both methods and 6 degrees of freedom (runs minus methods)."
+    ),
+    "depth utility, %": (
+        "Depth utility: (accuracy − Shallow) / (BP − Shallow), each at its own best rate. 0 %: equal to a net whose "
+        "lower layers are not trained; 100 %: equal to BP. Intervals by Fieller's theorem, from 3 seeds on. A setting "
+        "cannot rank rules if BP is not significantly above Shallow."
+    ),
+    "layer 1": (
+        "Cosine: between the method's error signal and BP's, mean over the last epoch. It depends on the learning "
+        "rate: compare methods at one rate only. It is left out where the signal equals BP's by construction, and "
+        "where more than half of the samples have a zero signal."
+    ),
+    "dead, worst layer": (
+        "Dead: share of ReLU units that are 0 for all images. A run is unstable if over 95 % of the units in the last "
+        "hidden layer are dead, or if the activations (rms) of a layer are 50 times those after the first epoch."
+    ),
+}
+SMOKE = "A smoke run tests the pipeline on a few images; its accuracy is not a result."
+
+
+@dataclass
+class Table:
+    """A table of a report."""
+
+    title: str
+    frame: pd.DataFrame
+    """The texts of the cells, by column."""
+    caption: str = ""
+    """One line below the table; empty: no caption."""
+    best: Sequence[bool] = ()
+    """Rows to mark as best."""
+
+    def only(self, rule: str) -> "Table":
+        """Return the table with only the rows of one rule. No row is marked as best."""
+        is_shown = self.frame.method.str.partition(", ")[0] == method_name(rule)
+        return Table(self.title, self.frame[is_shown], self.caption)
+
+
+def explanations(columns: Collection[str], has_smoke: bool) -> list[str]:
+    """Return the explanations of these columns, and of smoke runs if there are any."""
+    sentences = [sentence for column, sentence in EXPLANATIONS.items() if column in columns]
+    return [*sentences, SMOKE] if has_smoke else sentences
+
+
+def numbers(values: Iterable[float], style: str) -> list[str]:
+    """Return numbers as texts. NaN becomes a dash."""
+    return [NONE if math.isnan(value) else f"{value:{style}}" for value in values]
+
+
+def interval_text(value: float, low: float, high: float, test: str = "", style: str = "+.2f") -> str:
+    """Return a value and its interval in percent: "+0.12 [-0.10, +0.34]", or "+0.12" if there is no interval."""
+    if math.isnan(value):
+        return NONE
+    text = f"{100 * value:{style}}"
+    if not math.isnan(low):
+        text += f" [{100 * low:{style}}, {100 * high:{style}}]"
+    return f"{text} (W)" if test == "Welch" else text
+
+
+def markdown(text: str) -> str:
+    """Escape Markdown syntax in a line of text."""
+    return MARKDOWN_SYNTAX.sub(r"\\\g<0>", text)
+
+
+def latex(text: str) -> str:
+    """Escape LaTeX syntax in a text."""
+    return text.translate(str.maketrans(LATEX_ESCAPE_RULES | LATEX_SYMBOLS))
+
+
+@dataclass
+class Format:
+    """A format in which tables are written."""
+
+    escape: Callable[[str], str]
+    mark: str
+    """Template that marks the best method."""
+    tabulate_name: str
+    escapes_heads: bool = True
+
+
+FORMATS = {
+    "simple": Format(str, "{} *", "simple"),
+    "github": Format(markdown, "**{}**", "github", escapes_heads=False),
+    "latex_booktabs": Format(latex, r"\textbf{{{}}}", "latex_raw"),
+    "html": Format(escape, "<b>{}</b>", "unsafehtml"),
+}
+
+
+def write(table: Table, format_name: str) -> str:
+    """Return a table as text.
+
+    format_name: simple (for a terminal), github, latex_booktabs or html.
+    """
+    style = FORMATS[format_name]
+    texts = table.frame.map(style.escape)
+    if len(table.best):
+        marked = texts.method.map(style.mark.format)
+        texts["method"] = texts.method.mask(table.best, marked)
+    heads = list(texts.columns)
+    if style.escapes_heads:
+        heads = [style.escape(head) for head in heads]
+    text = tabulate(texts.to_numpy().tolist(), heads, style.tabulate_name, disable_numparse=True)
+    if format_name == "latex_booktabs":
+        for rule in ("toprule", "midrule", "bottomrule"):
+            text = text.replace(r"\hline", rf"\{rule}", 1)
+    return text
