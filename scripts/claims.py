@@ -2,9 +2,12 @@
 
     python scripts/claims.py outputs/reference [--figure claims.svg]
 
-A claim is a difference that should be positive. It is supported or contradicted where the 95 % interval of Welch's t
-excludes zero, and undecided otherwise. Where a run of either side fails, the verdict is that. Where BP is not more
-accurate than Shallow, the setting cannot rank rules by accuracy.
+A claim says that a difference is positive. It is supported if the 95 % interval of Welch's t is above zero,
+contradicted if the interval is below zero, and undecided otherwise. If a run of either method fails, the verdict says
+so. If BP is not significantly more accurate than Shallow, accuracy cannot rank the rules in this setting.
+
+A second table compares published values (conf/experiment/published/values.csv) with the runs of the experiments that
+reproduce them.
 """
 
 import argparse
@@ -18,17 +21,23 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dfl_experiments.configuration.composition import CONF_DIR, compose, config_digest, plain
+from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose
 from dfl_experiments.report.compare import Estimate
-from dfl_experiments.report.frame import ROW, runs
+from dfl_experiments.report.frame import ROW, distinct, runs
 from dfl_experiments.report.style import method_name, row_title, save
-from dfl_experiments.report.tables import interval_text
+from dfl_experiments.report.table_text import interval_text
+from dfl_experiments.running.run_directory import CONFIG
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 FAILS, CANNOT_RANK, TOO_FEW = "fails at this rate", "cannot rank", "too few seeds"
+AGREES, DIFFERS, OTHER_LENGTH = "agrees", "differs", "other length"
+NOT_REPRODUCIBLE = "not reproducible as published"
+PUBLISHED = CONF_DIR / "experiment" / "published" / "values.csv"
 MARKS = {SUPPORTED: "✓", CONTRADICTED: "✗", UNDECIDED: "?", FAILS: "fails", CANNOT_RANK: "=", TOO_FEW: ""}
-MODEL_OPTION = re.compile(r", model\.\w+=\[[^]]*\]")  # the tables have it
+MODEL_OPTION = re.compile(r", model\.\w+=\[[^]]*\]")  # left out of the picture's labels
 COLORS = {SUPPORTED: "#009E73", CONTRADICTED: "#D55E00", UNDECIDED: "#999999", FAILS: "#7b3294", CANNOT_RANK: "#666666"}
 
 # Pairs of methods that a claim compares: the first should have the larger value.
@@ -47,7 +56,7 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
     for key, row in chosen.groupby(ROW, sort=True):
         all_points = real[(real[ROW] == list(key)).all(axis="columns")]
         suffixes = {method.removeprefix(rule) for method, rule in zip(row.method, row.rule, strict=True)}
-        for suffix in sorted(suffixes):  # of methods, such as ", init=default"; the plain ones first
+        for suffix in sorted(suffixes):  # options of methods, such as ", init=default"; no options come first
             variant = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
             setting = row_title(row.iloc[0]) + variant
             rows += alignment_claims(row, all_points, suffix, setting)
@@ -57,9 +66,11 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged(claim: str, setting: str, estimate: Estimate, n: int, unit: str, failing: str) -> dict[str, Any]:
-    """Return a claim's row. failing: which side fails, see `failures`."""
+    """Return a claim's row with the verdict. failing: text on failing runs, empty if there are none; see `failures`."""
     verdict = {1: SUPPORTED, -1: CONTRADICTED, 0: UNDECIDED, None: TOO_FEW}[estimate.verdict]
-    scale = 0.01 if unit == "cosine" else 1  # `interval_text` shows percent
+    if n < compare.FEWEST_SEEDS:
+        verdict = TOO_FEW
+    scale = 0.01 if unit == "cosine" else 1  # `interval_text` multiplies by 100
     shown = Estimate(*(scale * number for number in estimate))
     return {
         "claim": claim,
@@ -72,7 +83,7 @@ def judged(claim: str, setting: str, estimate: Estimate, n: int, unit: str, fail
 
 
 def failures(runs_of: pd.DataFrame, methods: Iterable[str]) -> str:
-    """Return which side of a claim fails: "DFA fails: 3 of 3"; single runs decide nothing."""
+    """Return as text which methods of a claim fail: "DFA fails: 3 of 3". A method with a single run is ignored."""
     texts = []
     for method in methods:
         side = runs_of[runs_of.method == method]
@@ -82,7 +93,7 @@ def failures(runs_of: pd.DataFrame, methods: Iterable[str]) -> str:
 
 
 def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[dict[str, Any]]:
-    """Yield the claims on accuracy in a setting, each method at the grid point that it shows."""
+    """Yield the claims on accuracy in a setting. row: the runs of each method at its chosen grid point."""
     samples = compare.samples_of(row)
     has_span = {"bp", "shallow"} <= samples.keys()
     ranks = not has_span or compare.can_rank(samples, compare.TEST_IMAGES.get(row.dataset.iloc[0]))
@@ -102,9 +113,11 @@ def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[di
 def alignment_claims(
     row: pd.DataFrame, all_points: pd.DataFrame, suffix: str, setting: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the claims on layer 1's cosine in a setting, means over the learning rates that both methods have.
+    """Yield the claims on layer 1's cosine in a setting.
 
-    row: the runs at the chosen grid points; all_points: those at all points.
+    A cosine is the mean over the learning rates that both methods have.
+
+    row: the runs at the chosen grid points. all_points: the runs at all grid points.
     """
     measured = compare.cosines(all_points)
     if "cosine/1" not in measured:
@@ -126,7 +139,7 @@ def alignment_claims(
 
 
 def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield whether a lead over DFA is larger on CIFAR-100 than on CIFAR-10, in settings alike but for the data."""
+    """Yield the claims that a lead over DFA is larger on CIFAR-100 than on CIFAR-10, in otherwise equal settings."""
     others = [name for name in ROW if name != "dataset"]
     cifar = chosen[chosen.dataset.isin(["cifar10", "cifar100"])]
     for _, rows in cifar.groupby(others, sort=True):
@@ -142,6 +155,57 @@ def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
             estimate = compare.contrast(samples, [1, -1, -1, 1])
             yield judged(claim, setting, estimate, min(map(len, samples)), "points", failing)
+
+
+def published(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each published value: source, method, published (in percent), n, found (a text), verdict.
+
+    A value agrees with the runs of its experiment if it lies in the 95 % interval of their mean (Student's t over the
+    seeds), or within the noise floor √(p(1 − p)/N) of one accuracy on the test images.
+    """
+    rows = []
+    for value in pd.read_csv(PUBLISHED, keep_default_na=False).itertuples():
+        values = plain(compose([f"experiment=published/{value.experiment}", f"method={value.rule}"]))
+        runs_of = runs_with(frame, values)
+        whole = runs_of[runs_of.epochs == values["epochs"]]
+        rates = whole.accuracy.to_numpy()
+        row = {"source": value.source, "method": method_name(value.rule), "published": value.accuracy, "n": len(rates)}
+        if value.not_reproducible:
+            row |= {"found": value.not_reproducible, "verdict": NOT_REPRODUCIBLE}
+        elif whole.fails.any():
+            row |= {"found": failures(whole, whole.method.unique()), "verdict": FAILS}
+        elif len(rates) > 1:
+            row |= compared(rates, value.accuracy / 100, compare.TEST_IMAGES[values["dataset"]["name"]])
+        else:
+            lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))
+            is_other = whole.empty and bool(lengths)
+            found = f"{lengths} epochs in place of {values['epochs']}" if is_other else ""
+            row |= {"found": found, "verdict": OTHER_LENGTH if is_other else TOO_FEW}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def runs_with(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
+    """Return the ended runs with this configuration and any seed, number of epochs, alignment and memory format."""
+    same = frame[(frame.rule == values["method"]["name"]) & (frame.lr == values["optimizer"]["lr"])]
+    same = distinct(same[same.accuracy.notna() | same.fails])
+    free = {key: values[key] for key in ("seed", "epochs", "alignment", "memory_format")}
+    digest = config_digest(values)
+    digests = [config_digest(read_recorded(Path(folder) / CONFIG, folder) | free) for folder in same.folder]
+    return same[np.array(digests, dtype=object) == digest]
+
+
+def compared(rates: np.ndarray, published_rate: float, images: int) -> dict[str, Any]:
+    """Compare the accuracies of several seeds with a published accuracy, and return `found` and `verdict`.
+
+    images: number of test images.
+    """
+    half = compare.student(len(rates) - 1) * rates.std(ddof=1) / math.sqrt(len(rates))
+    difference = compare.around(float(rates.mean()) - published_rate, half)
+    is_near = abs(difference.value) <= compare.noise_floor(published_rate, images)
+    agrees = is_near or difference.low <= 0 <= difference.high
+    found = f"{100 * rates.mean():.2f}: {interval_text(*difference)} points"
+    return {"found": found, "verdict": AGREES if agrees else DIFFERS}
 
 
 def counts(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -181,10 +245,13 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="write the picture there (png, pdf, svg)")
     asked = parser.parse_args()
-    verdicts = claims(runs(*asked.folders))
+    frame = runs(*asked.folders)
+    verdicts = claims(frame)
     print(verdicts[["claim", "setting", "n", "found", "verdict"]].to_markdown(index=False))
     print()
     print(counts(verdicts).to_markdown())
+    print()
+    print(published(frame).to_markdown(index=False))
     if asked.figure:
         save(picture(verdicts), asked.figure)
         print(asked.figure)

@@ -1,10 +1,11 @@
-"""Show how deep each rule trains: accuracy against depth for two initialisations, and the audit beside it.
+"""Show up to which depth each rule trains: accuracy, alignment and dead units against depth for two initialisations.
 
     python scripts/depth_ladder.py                        print the table and draw the figure from the kept summary
-    python scripts/depth_ladder.py --collect A B          write the summary anew from the folders of two sweeps
+    python scripts/depth_ladder.py --collect A B          write the runs of these sweeps to the summary first
 
-The runs are those of `dfl-train --multirun experiment=depth_digits` and of the same with `model.init=kaiming
-sweep=depth_digits_kaiming`. Thousands of folders become one summary.csv with a row for each run.
+There is a sweep for each initialisation. The first is `dfl-train --multirun experiment=depth_digits`. The second is the
+same command with `model.init=kaiming sweep=depth_digits_kaiming`. The summary is a CSV file with a row for each run.
+`--collect` replaces the runs of those initialisations that the given sweeps have, and keeps all other runs.
 """
 
 import argparse
@@ -13,17 +14,20 @@ from pathlib import Path
 import pandas as pd
 
 from dfl_experiments.report.frame import layer_names, runs, with_key
-from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, method_order
+from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, method_order, save
 
 KEPT = Path("outputs/reference/depth_digits")
 COLUMNS = ["init", "depth", "rule", "lr", "seed", "status", "accuracy", "validation_accuracy", "fails"]
 AUDIT = {"cosine/1": "cosine with BP, layer 1", "dead": "dead units, worst layer"}
 INITS = {"default": "PyTorch's default initialisation", "kaiming": "He initialisation"}
-SINGLE = ("bp", "shallow")  # drawn by themselves, the others by family
+SINGLE = ("bp", "shallow")  # rules with thick lines; the others have thin lines
 
 
 def collected(folders: list[Path]) -> pd.DataFrame:
-    """Return one row for each run: depth is the number of hidden layers, `dead` the largest share over the layers."""
+    """Return one row for each run.
+
+    depth: number of hidden layers. dead: share of dead units in the layer where it is largest.
+    """
     parts = []
     for folder in folders:
         frame = with_key(runs(folder), "model.widths")
@@ -31,11 +35,18 @@ def collected(folders: list[Path]) -> pd.DataFrame:
         frame["depth"] = frame["model.widths"].str.count(",") + 1
         frame["dead"] = frame[layer_names(frame, "dead")].max(axis=1)
         parts.append(frame[[*COLUMNS, "cosine/1", "norm_ratio/1", "dead"]])
-    return pd.concat(parts).sort_values(COLUMNS[:5], ignore_index=True)
+    return pd.concat(parts)
+
+
+def with_collected(summary: pd.DataFrame, folders: list[Path]) -> pd.DataFrame:
+    """Return a summary in which the runs of these sweeps replace all runs of the same initialisation."""
+    new = collected(folders)
+    kept = summary[~summary["init"].isin(new["init"])]
+    return pd.concat([kept, new]).sort_values(COLUMNS[:5], ignore_index=True)
 
 
 def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs at the rate that is best on the validation split, for each rule, depth and initialisation."""
+    """Return the runs at the best learning rate by validation accuracy, for each rule, depth and initialisation."""
     cell = ["init", "depth", "rule"]
     scores = summary.groupby([*cell, "lr"], as_index=False).validation_accuracy.mean()
     best = scores.loc[scores.groupby(cell).validation_accuracy.idxmax(), [*cell, "lr"]]
@@ -50,15 +61,29 @@ def table(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """Return the table for a page in Markdown."""
+    """Return the table in Markdown."""
     frame = table(summary)
     frame.index = [method_name(rule) for rule in frame.index]
     frame.columns = [f"{init}, {depth} layers" for init, depth in frame.columns]
     return frame.rename_axis("rule").to_markdown(floatfmt=".1f")
 
 
+def draw_rules(axes, means: pd.DataFrame) -> None:
+    """Draw a thin line for each rule and a thick line for each family. means: one column for each rule."""
+    for family, members in FAMILIES.items():
+        colour = FAMILY_COLOURS[family]
+        present = means[[rule for rule in members if rule in means]]
+        for rule in present:
+            look = {"linewidth": 2.0, "label": method_name(rule)} if rule in SINGLE else {"linewidth": 0.6}
+            dash = "--" if rule == "shallow" else "-"
+            axes.plot(present[rule], color=colour, linestyle=dash, **look)
+        if family != "backpropagation":
+            axes.plot(present.mean(axis=1), color=colour, linewidth=2.4, label=family)
+    axes.grid(alpha=0.3)
+
+
 def figure(summary: pd.DataFrame):
-    """Draw accuracy, cosine and dead units against depth: a thin line for each rule, a thick one for each family."""
+    """Draw accuracy, cosine and dead units against depth, with a column for each initialisation."""
     from matplotlib.figure import Figure
 
     chosen = at_best_rate(summary)
@@ -67,42 +92,44 @@ def figure(summary: pd.DataFrame):
     drawing = Figure(figsize=(4.6 * len(inits), 7.4), layout="constrained")
     all_axes = drawing.subplots(len(quantities), len(inits), sharex=True, sharey="row", squeeze=False)
     for column, init in enumerate(inits):
-        for line, (name, label) in enumerate(quantities.items()):
-            axes = all_axes[line][column]
-            means = chosen[chosen["init"] == init].pivot_table(name, "depth", "rule")
-            for family, members in FAMILIES.items():
-                colour = FAMILY_COLOURS[family]
-                present = means[[rule for rule in members if rule in means]]
-                for rule in present:
-                    look = {"linewidth": 2.0, "label": method_name(rule)} if rule in SINGLE else {"linewidth": 0.6}
-                    dash = "--" if rule == "shallow" else "-"
-                    axes.plot(present[rule], color=colour, linestyle=dash, **look)
-                if family != "backpropagation":
-                    axes.plot(present.mean(axis=1), color=colour, linewidth=2.4, label=family)
-            axes.set_ylabel(label if column == 0 else "")
-            axes.grid(alpha=0.3)
-        all_axes[0][column].set_title(INITS[init])
-        all_axes[-1][column].set(xlabel="hidden layers", xticks=sorted(chosen.depth.unique()))
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
+        runs_of_init = chosen[chosen["init"] == init]
+        for axes, name in zip(all_axes[:, column], quantities, strict=True):
+            draw_rules(axes, runs_of_init.pivot_table(name, "depth", "rule"))
+        all_axes[0, column].set_title(INITS[init])
+        all_axes[-1, column].set(xlabel="hidden layers", xticks=sorted(chosen.depth.unique()))
+    for axes, label in zip(all_axes[:, 0], quantities.values(), strict=True):
+        axes.set_ylabel(label)
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return drawing
 
 
 def main() -> None:
-    """Read the command line; collect, or print the table and write the figure."""
+    """With --collect, write the summary. Then print the table and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", type=Path, nargs="+", metavar="FOLDER", help="sweeps to write the summary from")
-    parser.add_argument("--out", type=Path, default=KEPT, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="FOLDER", help="folders of sweeps for a new summary")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=KEPT,
+        metavar="FOLDER",
+        help="output folder (default: %(default)s)",
+    )
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / "summary.csv"
     if asked.collect:
-        collected(asked.collect).to_csv(asked.out / "summary.csv", index=False, float_format="%.6g")
-    summary = pd.read_csv(asked.out / "summary.csv")
-    print(markdown(summary))
-    from dfl_experiments.report.style import save
+        kept = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+        with_collected(kept, asked.collect).to_csv(path, index=False, float_format="%.6g")
+    print(markdown(pd.read_csv(path)))
+    print(write_figure(asked.out))
 
-    save(figure(summary), asked.out / "depth.png", dpi=120)
-    print(asked.out / "depth.png")
+
+def write_figure(folder: Path) -> Path:
+    """Draw the summary in a folder, and return the path of the figure."""
+    path = folder / "depth.png"
+    save(figure(pd.read_csv(folder / "summary.csv")), path, dpi=120)
+    return path
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-# The scripts beside this file source it. It makes or reuses .venv, and installs the project into it, with the extras in $1.
-# PYTHON is the interpreter for .venv (default: the first of python3, python3.13, … that is new enough).
+# Functions for the other scripts in this folder: create or reuse .venv, and install the project into it.
+# PYTHON is the interpreter for a new .venv (default: the first of python3, python3.13, … that is new enough).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,28 +15,28 @@ find_python() {
     return 1
 }
 
-install_project() {
+install_project() { # argument: the extras to install, such as "test"; may be empty
     local extras=$1 python stamp
     if [ ! -x .venv/bin/python ]; then
         python=$(find_python)
-        echo "making .venv with $("$python" --version)"
+        echo "creating .venv with $("$python" --version)"
         "$python" -m venv .venv
     fi
-    # installing again is slow, and needed only when pyproject.toml has changed
+    # the installation is slow, so it is repeated only when pyproject.toml has changed
     stamp=.venv/.installed-${extras:-plain}
     if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-        echo "installing dfl-experiments${extras:+ with the extra \"$extras\"} (PyTorch is large: this can take some minutes)"
+        echo "installing dfl-experiments${extras:+ with the extra \"$extras\"} (this can take some minutes, because PyTorch is large)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
         touch "$stamp"
     fi
 }
 
-reproduce() { # arguments: the target, then the arguments of the script
+reproduce() { # arguments: the target, then the arguments of reproduce.py
     local python extras
     python=.venv/bin/python
     [ -x "$python" ] || python=$(find_python)
     case " $* " in *" -h "* | *" --help "*) exec "$python" scripts/reproduce_arguments.py "$@" ;; esac
-    extras=$("$python" scripts/reproduce_arguments.py "$@")  # refuse a mistake before the installation, which takes minutes
+    extras=$("$python" scripts/reproduce_arguments.py "$@")  # finds a mistake before the installation, which takes minutes
     install_project "$extras"
     exec .venv/bin/python scripts/reproduce.py "$@"
 }

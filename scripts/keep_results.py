@@ -1,10 +1,10 @@
-"""Copy the parts of finished runs that a report needs, in a folder small enough to keep with the code.
+"""Copy finished runs, but only the files that a report needs, into a folder small enough to keep with the code.
 
     python scripts/keep_results.py outputs/fc_table outputs/reference/fc_table
 
 It verifies `result.json`, `epochs.csv` and `config.yaml` of every run directory, copies them, and seals the copies.
-`dfl-report` reads a copy as it reads the original, and `dfl-train repeat=<copy>` runs it again. `data_dir`, which holds
-for this machine only, is set to its default.
+`dfl-report` reads a copy like the original, and `dfl-train repeat=<copy>` repeats its run. The option `data_dir` is set
+to its default, because its value is valid on this machine only.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dfl_experiments.running.result import DONE, read_epochs, read_result, write
 
 
 def keep(source: Path, destination: Path) -> int:
-    """Copy every finished run below a folder, and return their number."""
+    """Copy every finished run below a folder, and return the number of runs."""
     count = 0
     for folder in run_folders(source):
         try:
@@ -28,7 +28,7 @@ def keep(source: Path, destination: Path) -> int:
             print(f"left out: {error}", file=sys.stderr)
             continue
         if result is None or result["status"] not in DONE:
-            print(f"left out, not finished: {folder}")
+            print(f"left out: {folder} is not finished")
             continue
         copy = destination / folder.relative_to(source)
         copy.mkdir(parents=True, exist_ok=True)
@@ -43,10 +43,10 @@ def keep(source: Path, destination: Path) -> int:
 
 
 def main() -> None:
-    """Read the command line, and copy."""
+    """Read the command line, and copy the runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("destination", type=Path)
+    parser.add_argument("source", type=Path, help="folder with run directories")
+    parser.add_argument("destination", type=Path, help="folder for the copies")
     options = parser.parse_args()
     if not options.source.is_dir():
         raise SystemExit(f"error: {options.source}: no such folder")

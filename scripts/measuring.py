@@ -23,41 +23,43 @@ from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.running.device import layout_of
 
 CPU = torch.device("cpu")
+WARM_UP = 2  # number of first rounds that do not count
+Call = Callable[[], object]
+Calls = dict[str, Call]
+Numbers = dict[str, float]
 
 
 def medians(
-    contenders: Mapping[str, Callable[[], object]],
+    contenders: Mapping[str, Call],
     rounds: int,
     device: torch.device,
-    of: Callable[[list[float]], float] = statistics.median,
+    summary: Callable[[list[float]], float] = statistics.median,
     calls: int = 10,
-) -> dict[str, float]:
-    """Return the seconds per call of each contender. The contenders take turns.
+) -> Numbers:
+    """Return the median seconds per call of each contender. Every round calls each contender in turn.
 
-    of: function that summarises a contender's times.
-    calls: number of calls that a GPU gets at once, as in training.
+    summary: function that replaces the median, such as `min`.
+    calls: on a GPU, number of calls that a round starts without waiting for a result, as in training.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    on_gpu = device.type == "cuda"
-    for index in range(rounds + 2):
+    for _ in range(rounds + WARM_UP):
         for name, call in contenders.items():
-            seconds = gpu_seconds(call, calls) if on_gpu else cpu_seconds(call)
-            if index >= 2:  # after two rounds of warm-up
-                times[name].append(seconds)
-    return {name: of(values) for name, values in times.items()}
+            seconds = gpu_seconds(call, calls) if device.type == "cuda" else cpu_seconds(call)
+            times[name].append(seconds)
+    return {name: summary(values[WARM_UP:]) for name, values in times.items()}
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """Return the seconds of a call; with one thread, its CPU time, which other load does not change."""
+def cpu_seconds(call: Call) -> float:
+    """Return the seconds of a call. With one thread they are CPU time, which other programs do not change."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     call()
     return clock() - start
 
 
-def gpu_seconds(call: Callable[[], object], calls: int) -> float:
-    """Return the mean seconds of several calls in a row, by the GPU's events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def gpu_seconds(call: Call, calls: int) -> float:
+    """Return the mean seconds of several calls in a row, measured with CUDA events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
         call()
@@ -67,26 +69,28 @@ def gpu_seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:
-    """Return the learner that a run with this configuration has.
+    """Return the learner that a run with this configuration uses.
 
-    shape: of one image. classes: their number.
+    shape: shape of one image. classes: number of classes.
     """
     torch.manual_seed(0)
-    loss, components, precision = LOSSES[cfg.settings.loss], cfg.components, cfg.settings.precision
-    net = components["model"].build(input_shape=shape, num_classes=classes)
-    method = components["method"].build(net=net, num_classes=classes, loss=loss)
+    loss, precision = LOSSES[cfg.settings.loss], cfg.settings.precision
+    net = cfg.components["model"].build(input_shape=shape, num_classes=classes)
+    method = cfg.components["method"].build(net=net, num_classes=classes, loss=loss)
+    optimizer = cfg.components["optimizer"].build()
     layout = layout_of(cfg.settings.memory_format, net, device, precision)
-    net, method = (module.to(device=device, memory_format=layout) for module in (net, method))
-    return Learner(net, method, loss, components["optimizer"].build(), precision)
+    net = net.to(device=device, memory_format=layout)
+    method = method.to(device=device, memory_format=layout)
+    return Learner(net, method, loss, optimizer, precision)
 
 
 def random_batch(shape: tuple[int, ...], classes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return random images and labels, whose content does not change the time."""
+    """Return random images and labels. Their content does not change the time."""
     return torch.randn(size, *shape, device=device), torch.randint(classes, (size,), device=device)
 
 
 class Live(TorchDispatchMode):
-    """A context that counts the bytes of the live tensors made inside it, and their peak."""
+    """A context that counts the bytes of tensors created inside it: `bytes` in use now, and `peak`, their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,23 +100,28 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self.seen.add(tensor.untyped_storage())  # it existed before, and so did the storage of its views
+                self.seen.add(tensor.untyped_storage())  # so that tensors from outside and their views do not count
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
-                self.seen.add(storage)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self.free, storage.nbytes())
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage())
         return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Add the size of a new storage. It is subtracted when the storage is freed."""
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.free, storage.nbytes())
 
     def free(self, size: int) -> None:
         """Subtract the size of a storage that is freed."""
         self.bytes -= size
 
 
-def peak_mb(call: Callable[[], object], device: torch.device) -> float:
-    """Return the megabytes that a call adds at its peak: of tensors on a CPU, of allocated memory on a GPU."""
+def peak_mb(call: Call, device: torch.device) -> float:
+    """Return the megabytes that a call uses at its peak. On a CPU only tensors count, on a GPU all allocated memory."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -125,29 +134,33 @@ def peak_mb(call: Callable[[], object], device: torch.device) -> float:
     return live.peak / 1e6
 
 
-def sweep_times(points: int) -> dict[str, float]:
+def sweep_times(points: int) -> Numbers:
     """Return for a sweep on the digits the seconds to its first result, seconds per point, and memory per point.
 
-    The memory per point is the difference in peak size between a sweep of a tenth of the points and one of all.
+    The memory per point follows from the peak memory of this sweep and of a sweep with a tenth of the points.
     """
-    seeds = [f"seed=range({count})" for count in (max(1, points // 10), points)]
-    one_step = ("limit=64", "smoke=64", "epochs=1", "threads=1", "tracking=disabled", "checkpoint.keep=false")
-    sizes, ends = [], []
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "dfl_experiments.train", "--multirun", "sweep=s", seed, *one_step]
-            begun = time.time()
-            process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                raise SystemExit("the sweep did not finish")
-            sizes.append(usage.ru_maxrss / 1024)
-            ends = sorted(path.stat().st_mtime - begun for path in Path(folder).rglob("result.json"))
+    few = max(1, points // 10)
+    small, _ = sweep(few)
+    large, ends = sweep(points)
     gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
     part = max(1, len(gaps) // 10)
     return {
         "s to the first result": ends[0],
         "s a point, first tenth": statistics.median(gaps[:part]),
         "s a point, last tenth": statistics.median(gaps[-part:]),
-        "MB a point": (sizes[1] - sizes[0]) / (points - max(1, points // 10)),
+        "MB a point": (large - small) / (points - few),
     }
+
+
+def sweep(points: int) -> tuple[float, list[float]]:
+    """Run a sweep of one-step runs. Return its peak memory in MB, and the seconds after which each run ended."""
+    one_step = ("limit=64", "smoke=64", "epochs=1", "threads=1", "tracking=disabled", "checkpoint.keep=false")
+    command = [sys.executable, "-m", "dfl_experiments.train", "--multirun", "sweep=s", f"seed=range({points})"]
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.time()
+        process = subprocess.Popen([*command, *one_step], cwd=folder, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit("the sweep did not finish")
+        ends = [path.stat().st_mtime - begun for path in Path(folder).rglob("result.json")]
+    return usage.ru_maxrss / 1024, sorted(ends)

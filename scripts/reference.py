@@ -1,8 +1,8 @@
-"""Write everything that is said of the kept runs: the reference page, its figures and tables, the README's counts.
+"""Write all texts about the kept runs: the reference page with its figures and tables, and the counts in the README.
 
     python scripts/reference.py [--runs outputs/reference] [--readme README.md]
 
-A line of the README such as `<!-- claims -->` opens a block that this writes, up to `<!-- end -->`.
+In the README, the script replaces the text between a line such as `<!-- claims -->` and the next `<!-- end -->`.
 """
 
 import argparse
@@ -14,46 +14,55 @@ from pathlib import Path
 
 import depth_ladder
 import pandas as pd
-from claims import CANNOT_RANK, CONTRADICTED, FAILS, SUPPORTED, TOO_FEW, UNDECIDED, claims, counts, picture
+import stability_map
+from claims import CANNOT_RANK, CONTRADICTED, FAILS, SUPPORTED, TOO_FEW, UNDECIDED, claims, counts, picture, published
 
-from dfl_experiments.report import dfl_report, frame, tables
+from dfl_experiments.report import dfl_report, frame
 from dfl_experiments.report.compare import cosines
 from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.style import family_of, method_name, row_title, save
+from dfl_experiments.report.table_text import NONE, markdown
+from dfl_experiments.report.tables import Section, sections
 
-EPOCHS = (1, 12)  # of the controls
-FEWEST_RULES = 4  # that a correlation is computed over
+EPOCHS = (1, 12)  # epochs that the table of the controls shows
+FEWEST_RULES = 4  # with fewer rules, no correlation is computed
 BLOCK = re.compile(r"(<!-- (\w+)[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
 HEADING = re.compile(r"^(##) (.*)$", re.MULTILINE)
 TOP = """# The kept runs
 
 {count} runs, as `dfl-report` shows them. `python scripts/reference.py` writes this page from the run directories beside
 it. Some ran on a GPU, some on a CPU: see `devices` in [`tables.csv`](tables.csv). The runs on CIFAR with bfloat16 used
-one learning rate for all rules. At that rate DFA and LTAS fail on Conv3: the tables show the rate, not the rules at
-their best.
+one learning rate for all rules. At that rate DFA and LTAS fail with Conv3 on CIFAR-100: the tables show the rate, not
+the rules at their best.
 
-Under way, all on one CPU core. Done: the depth ladder with PyTorch's default initialisation (2,850 runs,
-`experiment=depth_digits`), and 38 of 40 runs of the stability map, a narrow Conv3 at four rates (`stability_map/`).
-Next: the ladder with `model.init=kaiming`, the map with batch normalisation, seeds 1 and 2 at each best two rates.
+Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default initialisation (10 seeds) and with He
+initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 at four rates (seed 0). Begun:
+seeds 1 and 2 of the map at the best rates of each method. Next: their rest, the map with batch normalisation, values
+that others published (`conf/experiment/published/`, two core-hours), the alignment figure with `protocol=paper`.
 """
 
 
 def table(frame: pd.DataFrame) -> str:
-    """Return a table of texts in Markdown."""
-    return f"{frame.map(tables.markdown).to_markdown(index=False, tablefmt='github', disable_numparse=True)}\n"
+    """Return a table in Markdown. frame: the table, with texts only."""
+    return f"{frame.map(markdown).to_markdown(index=False, tablefmt='github', disable_numparse=True)}\n"
 
 
 def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
-    """Yield the claims: the picture, the counts, every verdict with its interval."""
+    """Yield the section on the claims: the figure, the counts, and every verdict with its interval."""
     yield "## Claims\n"
     yield "![Claims × settings](figures/claims.png)\n"
     yield counts_sentence(verdicts)
+    yield (
+        "A verdict needs three seeds of both methods. Intervals are those of Welch's t, 95 %. Alignment is the cosine "
+        "of layer 1, averaged over the learning rates that both methods have; deeper layers can differ. On MNIST with "
+        "Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
+    )
     shown = verdicts[verdicts.verdict != TOO_FEW]
     yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))
 
 
 def counts_sentence(verdicts: pd.DataFrame) -> str:
-    """Return how often each verdict was given, in one sentence."""
+    """Return a sentence with the number of verdicts of each kind."""
     totals = counts(verdicts).sum()
     words = {
         SUPPORTED: "say that the claim is supported (✓)",
@@ -64,11 +73,25 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
     }
     texts = [f"{totals[verdict]} {text}" for verdict, text in words.items() if verdict in totals]
     few = totals.get(TOO_FEW, 0)
-    return f"Of {totals.sum() - few} verdicts {', '.join(texts)}. {few} comparisons of single runs are left out.\n"
+    left_out = f"{few} comparisons of fewer than three seeds are left out."
+    return f"Of {totals.sum() - few} verdicts {', '.join(texts)}. {left_out}\n"
+
+
+def published_part(runs: pd.DataFrame) -> Iterator[str]:
+    """Yield the section that compares published values with the runs that reproduce them, if there are such runs."""
+    values = published(runs)
+    if values.n.any():
+        yield "## Values that others published\n"
+        yield (
+            "Test accuracy in percent. The files in `conf/experiment/published/` have the sources, settings and what "
+            "differs. A value agrees if it lies in the interval of the seeds' mean, or within the noise floor of one "
+            "accuracy.\n"
+        )
+        yield table(values.astype(str))
 
 
 def controls_part(runs: pd.DataFrame) -> Iterator[str]:
-    """Yield layer 1's cosine of the figure's runs and its controls, after as many epochs."""
+    """Yield the section on the alignment figure: layer 1's cosine in the figure's runs and in control runs."""
     sgd = runs[(runs.optimizer == "sgd") & (runs.dataset == "mnist") & (runs.status == "finished")]
     if sgd.empty:
         return
@@ -87,22 +110,35 @@ def controls_part(runs: pd.DataFrame) -> Iterator[str]:
     yield table(shown)
 
 
+def stability_part(folder: Path) -> Iterator[str]:
+    """Yield the stability map, if its runs are among the kept runs."""
+    if (folder / "stability_map").exists():
+        yield "## At which rates each rule is stable\n"
+        yield (
+            "A narrow Conv3 (channels 16, 24, 32; two linear layers of 512 units), 10 epochs of Adam. Activations and "
+            "dead units are those of the last epoch.\n"
+        )
+        yield "![Accuracy, activations and dead units against the learning rate](stability_map/stability.png)\n"
+
+
 def ladder_part(folder: Path) -> Iterator[str]:
-    """Yield the depth ladder, if its summary is among the kept runs."""
-    summary = folder / "depth_digits" / "summary.csv"
-    if summary.exists():
+    """Yield the section on depth, if the summary of the depth ladder is among the kept runs."""
+    path = folder / "depth_digits" / "summary.csv"
+    if path.exists():
+        summary = pd.read_csv(path)
+        seeds = [f"{part.seed.nunique()} ({init})" for init, part in summary.groupby("init")]
         yield "## How deep each rule trains\n"
         yield (
-            "Test accuracy in percent on the bundled digits, mean over 10 seeds: fully connected nets of 32 units a "
-            "layer, each rule at the best of three rates by validation accuracy. Thin lines are rules, thick ones "
-            "families.\n"
+            "Test accuracy in percent on the bundled digits, fully connected nets of 32 units a layer. Each rule is "
+            "shown at the best of three rates by validation accuracy. Thin lines are rules, thick lines are families. "
+            f"Means include failing runs. Seeds by initialisation: {', '.join(seeds)}.\n"
         )
         yield "![Accuracy, cosine and dead units against depth](depth_digits/depth.png)\n"
-        yield f"{depth_ladder.markdown(pd.read_csv(summary))}\n"
+        yield f"{depth_ladder.markdown(summary)}\n"
 
 
 def families_part(runs: pd.DataFrame) -> Iterator[str]:
-    """Yield Spearman's ρ between layer 1's cosine and accuracy over rules, all of them and by family."""
+    """Yield the section on Spearman's ρ between layer 1's cosine and accuracy, over all rules and by family."""
     yield "## Alignment and accuracy\n"
     yield "Spearman's ρ over the rules' means at one rate (number of rules). Rules are near copies of each other.\n"
     measured = cosines(runs[~runs.smoke])
@@ -122,13 +158,13 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def correlation(means: pd.DataFrame) -> str:
-    """Return Spearman's ρ over rules with their number, a dash for too few."""
+    """Return as text Spearman's ρ over the rules, and the number of rules; a dash if there are too few rules."""
     rho = means["cosine/1"].corr(means.accuracy, method="spearman")
-    return f"{rho:+.2f} ({len(means)})" if len(means) >= FEWEST_RULES else tables.NONE
+    return f"{rho:+.2f} ({len(means)})" if len(means) >= FEWEST_RULES else NONE
 
 
 def contents(text: str) -> str:
-    """Return a table of contents: a link to every heading, as GitHub names them."""
+    """Return a table of contents: a link to every heading, with the anchors that GitHub makes."""
     links = []
     for _, title in HEADING.findall(text):
         anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
@@ -136,36 +172,45 @@ def contents(text: str) -> str:
     return "\n".join(links) + "\n"
 
 
-def page(runs: pd.DataFrame, verdicts: pd.DataFrame, folder: Path, drawings: list[Drawing]) -> str:
-    """Return the reference page. drawings: of the report, whose files are in folder/figures."""
+def page(
+    runs: pd.DataFrame, parts: list[Section], verdicts: pd.DataFrame, folder: Path, drawings: list[Drawing]
+) -> str:
+    """Return the reference page.
+
+    parts: the sections of the report. drawings: its figures, whose files are in folder/figures.
+    """
     options = {"--format": "markdown", "--out": f"{folder}/README.md", "--figures": f"{folder}/figures"}
     asked = dfl_report.arguments([str(folder), *itertools.chain(*options.items())])
-    report = dfl_report.text(runs, asked, drawings)
-    body = "\n".join([*claims_part(verdicts), *controls_part(runs), *families_part(runs), *ladder_part(folder), report])
+    texts = [*claims_part(verdicts), *published_part(runs), *stability_part(folder), *ladder_part(folder)]
+    texts += [*controls_part(runs), *families_part(runs)]
+    body = "\n".join([*texts, dfl_report.text(parts, asked, drawings)])
     return "\n".join([TOP.format(count=len(runs)), contents(body), body])
 
 
 def readme(text: str, verdicts: pd.DataFrame) -> str:
-    """Return the README with its blocks written anew."""
+    """Return the README with new text between each line `<!-- name -->` and the next `<!-- end -->`."""
     blocks = {"claims": counts_sentence(verdicts)}
     return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}{match[3]}", text)
 
 
 def main() -> None:
-    """Read the command line and write."""
+    """Write the files that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("outputs/reference"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--runs", type=Path, default=Path("outputs/reference"), help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
     asked = parser.parse_args()
     runs = frame.runs(asked.runs)
     verdicts = claims(runs)
-    drawings = figures(runs)
+    parts = sections(runs)
+    drawings = figures(parts)
     folder = asked.runs / "figures"
-    shutil.rmtree(folder, ignore_errors=True)  # nothing of an earlier report stays
+    shutil.rmtree(folder, ignore_errors=True)  # delete the figures of the previous call
     dfl_report.save_all(drawings, folder, ["png"])
     save(picture(verdicts), folder / "claims.png")
-    (asked.runs / "README.md").write_text(page(runs, verdicts, asked.runs, drawings))
-    (asked.runs / "tables.csv").write_text(dfl_report.csv_of(runs))
+    depth_ladder.write_figure(asked.runs / "depth_digits")
+    stability_map.write_figure(asked.runs / "stability_map")
+    (asked.runs / "README.md").write_text(page(runs, parts, verdicts, asked.runs, drawings))
+    (asked.runs / "tables.csv").write_text(dfl_report.csv_of(parts))
     asked.readme.write_text(readme(asked.readme.read_text(), verdicts))
     print(asked.readme)
 

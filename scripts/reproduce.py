@@ -2,40 +2,42 @@
 
 import argparse
 import contextlib
+import itertools
 import math
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from measuring import learner_of, medians, random_batch
 from reproduce_arguments import read_arguments
 
-from dfl_experiments.configuration.composition import PLACES, compose
+from dfl_experiments.configuration.composition import PLACES, compose, point_name
 from dfl_experiments.configuration.grids import TABLES, Grid, grid_of
 from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.device import choose_device
+from dfl_experiments.running.result import DONE, status_of
 
 EXPERIMENTS = {"alignment_figure": ("alignment_figure",), **TABLES}
 SMOKE = {"smoke": "128", "epochs": "1"}
-SIZES = {  # training images, their shape, classes
+SIZES = {  # number of training images, shape of an image, number of classes
     "mnist": (60_000, (1, 28, 28), 10),
     "cifar10": (50_000, (3, 32, 32), 10),
     "cifar100": (50_000, (3, 32, 32), 100),
     "tinyimagenet": (100_000, (3, 64, 64), 200),
 }
-BESIDE_STEPS = 1.15  # factor for evaluation and augmentation
+BESIDE_STEPS = 1.15  # a run takes this multiple of its steps' time, because of evaluation and augmentation
 MOST_JOBS_AT_ONCE = 500  # SLURM accepts arrays of up to 1,000
 
 
 def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid | None:
-    """Return the part of a grid that --only selects, or None for an empty part."""
+    """Return the part of a grid that --only selects, or None if it selects nothing."""
     axes = dict(grid.axes)
     for group in PLACES:
         wanted = [word for word in only if word in choices[group]]
@@ -61,7 +63,7 @@ def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
             choices[group] |= set(grid.axes.get(group) or [grid.fixed[group]])
     for word in only:
         if not any(word in values for values in choices.values()):
-            raise UserError(f"--only {word}: there are {', '.join(sorted(set().union(*choices.values())))}")
+            raise UserError(f"--only {word}: choose from {', '.join(sorted(set().union(*choices.values())))}")
     selected = [(sweep, part) for sweep, grid in grids if (part := narrowed(grid, only, choices))]
     if not selected:
         raise UserError(f"--only {','.join(only)}: no cell has all of these")
@@ -72,10 +74,10 @@ def launcher_options(launcher: str, jobs: int | None) -> list[str]:
     """Return the overrides for a launcher. jobs: number of jobs at once, or None for the default."""
     if launcher == "joblib":
         return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs or 2}"]
-    if launcher == "slurm":  # a job at its time limit, by default a day, is queued again
+    if launcher == "slurm":  # a job that reaches its time limit (default: a day) is queued again
         batch = f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}"
         return ["hydra/launcher=submitit_slurm", f"hydra.launcher.array_parallelism={jobs or 100}", batch]
-    if launcher == "ray":  # by default as many jobs as cores
+    if launcher == "ray":  # without a number of jobs, Ray runs one job per core
         return ["hydra/launcher=ray", *([f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else [])]
     return []
 
@@ -97,14 +99,17 @@ def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[
 
 
 def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
-    """Return every call in order: all grids for one seed, then for the next; on a cluster all seeds at once."""
+    """Return the calls of `dfl-train` in order: all grids with the first seed, then all grids with the next seed.
+
+    On a cluster, one call for each grid has all seeds.
+    """
     seeds_of_calls = [[seed] for seed in range(asked.seeds)]
     if asked.launcher not in ("basic", "joblib"):
         seeds_of_calls = [[*range(asked.seeds)]]
     result = []
     for seeds in seeds_of_calls:
         for sweep, grid in chosen(asked.target, asked.only):
-            if asked.smoke:  # one point of the grid for every cell
+            if asked.smoke:  # every cell runs only one point of its grid
                 sweep = f"{sweep}-smoke"
                 grid = replace(grid, axes={key: v if key in PLACES else v[:1] for key, v in grid.axes.items()})
             result.append((grid, arguments_of(asked, sweep, grid, seeds)))
@@ -125,7 +130,10 @@ def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> 
 
 
 def single_valued(overrides: list[str]) -> tuple[list[str], int]:
-    """Return the overrides with one value, and the number of combinations of the others. Hydra's own do not count."""
+    """Return the overrides with a single value, and the number of combinations of the overrides with several values.
+
+    Overrides of Hydra's own options are left out.
+    """
     single, combinations = [], 1
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_hydra_override():
@@ -137,13 +145,103 @@ def single_valued(overrides: list[str]) -> tuple[list[str], int]:
     return single, combinations
 
 
+def fixed_overrides(asked: argparse.Namespace) -> tuple[list[str], int]:
+    """Return the overrides that are equal in all runs, and the number of combinations of all other overrides."""
+    fixed, times = single_valued(asked.overrides)
+    return [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed, times
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """The runs of one seed in one cell of a table: a method at all points of its grid."""
+
+    sweep: str
+    grid: Grid
+    """The part of the experiment's grid that belongs to the cell."""
+    seed: int
+    runs: int
+    """Number of runs that are not finished."""
+    hours: float
+    """Estimated hours of these runs on this machine."""
+
+    def __str__(self) -> str:
+        point = next(self.grid.points())
+        words = " ".join(point[group] for group in PLACES)
+        plural = "s" if self.runs > 1 else ""
+        return f"{self.hours:9.3g} h  {self.grid.experiment}: {words}, seed {self.seed}, {self.runs} run{plural}"
+
+
+def cells_of(grid: Grid) -> Iterator[Grid]:
+    """Split a grid into one grid for each cell."""
+    groups = [group for group in grid.axes if group in PLACES]
+    for values in itertools.product(*(grid.axes[group] for group in groups)):
+        places = {group: [value] for group, value in zip(groups, values, strict=True)}
+        yield replace(grid, axes=grid.axes | places)
+
+
+def unfinished(sweep: str, grid: Grid, seed: int, overrides: list[str]) -> int:
+    """Return the number of points of a cell's grid that have no finished run in outputs/SWEEP."""
+    folder = Path("outputs", sweep)
+    count = 0
+    for point in grid.points():
+        names = "-".join(point[group] for group in ("method", "model", "dataset", "augmentation"))
+        done = False
+        if any(folder.glob(f"{names}-seed{seed}-*")):  # compose, which is slow, only if there may be a run
+            values = [f"{key}={value}" for key, value in point.items()]
+            cfg = compose([f"experiment={grid.experiment}", *values, f"seed={seed}", *overrides])
+            done = status_of(folder / point_name(cfg))[0] in DONE
+        count += not done
+    return count
+
+
+def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
+    """Return the unfinished cells in the order in which a budget is spent.
+
+    The cells of the first seed come first, then those of the next seed. Within a seed, the cheapest cell comes first.
+    """
+    fixed, times = fixed_overrides(asked)
+    grids = [(sweep, grid) for sweep, whole in chosen(asked.target, asked.only) for grid in cells_of(whole)]
+    seconds: dict[tuple[str, ...], float] = {}  # of one run, taken as equal for all augmentations and grid points
+    planned = []
+    for seed in range(asked.seeds):
+        of_seed = []
+        for sweep, grid in grids:
+            runs = times * unfinished(sweep, grid, seed, fixed)
+            point = next(grid.points())
+            kind = (grid.experiment, point["dataset"], point["model"], point["method"])
+            if runs and kind not in seconds:
+                seconds[kind] = seconds_of(point, grid.experiment, fixed)
+            if runs:
+                of_seed.append(PlannedCell(sweep, grid, seed, runs, BESIDE_STEPS * runs * seconds[kind] / 3600))
+        planned += sorted(of_seed, key=lambda cell: cell.hours)
+    return planned
+
+
+def cells_within(asked: argparse.Namespace) -> list[PlannedCell]:
+    """Return the cells that fit into the budget, and print them with their hours.
+
+    Raises `UserError` if no cell fits.
+    """
+    print("timing 2 steps of each kind of run", file=sys.stderr)
+    planned = planned_cells(asked)
+    totals = list(itertools.accumulate(cell.hours for cell in planned))
+    fitting = [cell for cell, total in zip(planned, totals, strict=True) if total <= asked.budget]
+    if planned and not fitting:
+        raise UserError(f"--budget: the cheapest cell takes about {planned[0].hours:.2g} hours on this machine")
+    for cell in fitting:
+        print(cell)
+    runs, total = sum(cell.runs for cell in fitting), sum(cell.hours for cell in fitting)
+    left = len(planned) - len(fitting)
+    print(f"{total:9.3g} h  in all, {runs} runs of {len(fitting)} cells; {left} unfinished cells do not fit")
+    return fitting
+
+
 def dry_run(asked: argparse.Namespace) -> None:
     """Print the runs, and an estimate of their time on this machine."""
     kinds: dict[
         tuple[str, ...], tuple[dict[str, str], int]
     ] = {}  # for each kind of run: an example of its options, and the number of such runs
-    fixed, times = single_valued(asked.overrides)
-    fixed = [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed
+    fixed, times = fixed_overrides(asked)
     for grid, arguments in calls(asked):
         print("dfl-train", *arguments)
         seeds = next(argument for argument in arguments if argument.startswith("seed="))
@@ -167,12 +265,12 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
         print("no report: no run has a folder in outputs/")
         return
     target = Path("outputs", f"{asked.target}{'-smoke' * asked.smoke}-report")
-    shutil.rmtree(target, ignore_errors=True)  # delete an earlier report
+    shutil.rmtree(target, ignore_errors=True)  # delete the report of the previous call
     from dfl_experiments.report.dfl_report import main as dfl_report
 
     written = {"markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "html": "report.html"}
     asked_for = [*folders, "--paper"]
-    with contextlib.suppress(SystemExit):  # a report that fails has printed the reason
+    with contextlib.suppress(SystemExit):  # if the report fails, it has printed the reason
         dfl_report(asked_for)
         for kind, name in written.items():
             figures = ["--figures", str(target / "figures")] if kind == "html" else []
@@ -182,11 +280,11 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
 def finish(child: subprocess.Popen[bytes]) -> int:
     """Wait for a process, pass signals on to it, and return its exit code.
 
-    `dfl-train` ends by itself after a checkpoint, so an interrupted wait must not kill it.
+    After a signal, `dfl-train` writes a checkpoint and ends by itself, so this function keeps waiting.
     """
 
     def pass_on(signum: int, _: object) -> None:
-        if signum == signal.SIGTERM:  # a terminal sends SIGINT to both processes
+        if signum == signal.SIGTERM:  # not SIGINT, which a terminal sends to both processes
             child.send_signal(signum)
 
     before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -197,21 +295,21 @@ def finish(child: subprocess.Popen[bytes]) -> int:
             signal.signal(signum, handler)
 
 
-def run(asked: argparse.Namespace) -> int:
-    """Make all calls, then the report, and return the highest exit code."""
+def run(asked: argparse.Namespace, planned: list[list[str]]) -> int:
+    """Make the planned calls, then the report, and return the highest exit code. planned: arguments of each call."""
     codes, sweeps = [0], []
-    for _, arguments in calls(asked):
+    for arguments in planned:
         sweeps.append(next(argument for argument in arguments if argument.startswith("sweep=")).partition("=")[2])
         print("dfl-train", *arguments, flush=True)
         codes.append(finish(subprocess.Popen([sys.executable, "-m", "dfl_experiments.train", *arguments])))
-        if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # refused or stopped
+        if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # the call was refused, or stopped by a signal
             break
     report(asked, sweeps)
     return max(code if code >= 0 else 128 - code for code in codes)
 
 
 def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse an override of a key that the script sets itself, because the report does not know of it."""
+    """Refuse an override of a key that the script sets itself, because the report would not know of the override."""
     overrides, asked.overrides = asked.overrides, []
     own = {argument.partition("=")[0] for _, arguments in calls(asked) for argument in arguments}
     asked.overrides = overrides
@@ -226,12 +324,17 @@ def main() -> None:
     parser, asked = read_arguments()
     try:
         check_overrides(asked, parser)
-        if asked.dry_run:
+        if asked.budget:
+            cells = cells_within(asked)
+            planned = [arguments_of(asked, cell.sweep, cell.grid, [cell.seed]) for cell in cells]
+        elif asked.dry_run:
             dry_run(asked)
-            return
+        else:
+            planned = [arguments for _, arguments in calls(asked)]
     except MISTAKES as error:
         parser.error(one_line(error))
-    raise SystemExit(run(asked))
+    if not asked.dry_run:
+        raise SystemExit(run(asked, planned))
 
 
 if __name__ == "__main__":

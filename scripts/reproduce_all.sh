@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All experiments of the paper: its two tables and its alignment figure.
+# Reproduce all experiments of the paper: two tables and the alignment figure.
 #   bash scripts/reproduce_all.sh [--smoke] [--dry-run] [--protocol paper|authors|fair] [--seeds N] [--only WORDS] …
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 reproduce all "$@"

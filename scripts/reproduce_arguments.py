@@ -1,9 +1,10 @@
-"""Read the command line of the `reproduce_*.sh` scripts, with any Python, before anything is installed.
+"""Read the command line of the `reproduce_*.sh` scripts, before anything is installed.
 
-As a script it prints the extras that a call needs.
+This module needs only the standard library. Run as a script, it prints the package extras that a call needs.
 """
 
 import argparse
+import re
 
 DESCRIPTION = """Run experiments of the paper with `dfl-train --multirun experiment=…`, then `dfl-report`.
 
@@ -25,6 +26,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def hours(text: str) -> float:
+    """Return the hours of a time such as 12h or 90m. Raises `ArgumentTypeError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", text)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a time above zero, such as 12h or 90m")
+    return float(match[1]) / (60 if match[2] == "m" else 1)
+
+
 def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Return the parser and the options of the command line."""
     parser = argparse.ArgumentParser(
@@ -37,6 +46,13 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--epochs", type=positive, metavar="N", help="number of epochs (default: as in the paper)")
     parser.add_argument(
         "--only", type=words, default=[], metavar="WORDS", help="run only these, for example cifar10,conv3,las"
+    )
+    parser.add_argument(
+        "--budget",
+        type=hours,
+        metavar="TIME",
+        help="only the cells that fit into this time on this machine, such as 12h: the cheapest\n"
+        "first, one seed of all before a second of any; what is finished does not count",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1")
     parser.add_argument(
@@ -53,6 +69,10 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     asked.launcher = asked.launcher or ("joblib" if (asked.jobs or 1) > 1 else "basic")
     if asked.launcher == "basic" and (asked.jobs or 1) > 1:
         parser.error("--jobs: the basic launcher runs one job at a time; choose --launcher joblib")
+    if asked.budget and asked.launcher != "basic":
+        parser.error("--budget: counts runs one after another; omit --launcher and --jobs")
+    if asked.budget and asked.smoke:
+        parser.error("--budget: --smoke takes minutes; omit one of the two")
     if asked.launcher == "ray" and asked.jobs and any("ray.init.address=" in word for word in asked.overrides):
         parser.error("--jobs: Ray counts the cores of an existing cluster itself; omit --jobs")
     return parser, asked

@@ -1,9 +1,9 @@
-"""Make the W&B workspace of a project: accuracy by method, alignment by iteration and layer, the grid, throughput.
+"""Create the W&B workspace of a project: accuracy by method, alignment by iteration and layer, the grid, throughput.
 
     python scripts/wandb_dashboard.py --entity TEAM [--project dfl-experiments] [--layers 5] [--out dashboard.json]
 
-It needs `pip install "dfl-experiments[dashboard]"` and a login (`wandb login`). Without a login, a network or an entity
-it writes the specification of the workspace to a file, and says so.
+It needs `pip install "dfl-experiments[dashboard]"` and a login (`wandb login`). Without a login, a network or an
+entity, it writes the specification of the workspace to a file instead, and prints why.
 """
 
 import argparse
@@ -19,10 +19,10 @@ def main() -> None:
     parser.add_argument("--entity", help="user or team that owns the project")
     parser.add_argument("--project", default="dfl-experiments", help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=5, help="number of hidden layers to show (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("dashboard.json"), help="the file (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("dashboard.json"), help="output file (default: %(default)s)")
     options = parser.parse_args()
     try:
-        from wandb_panels import dashboard  # after the arguments: --help works without the extra
+        from wandb_panels import dashboard  # imported here, so that --help works without the extra
     except ModuleNotFoundError as error:
         parser.exit(1, f'error: {error.name} is missing: pip install "dfl-experiments[dashboard]"\n')
     workspace = dashboard(options.entity or "", options.project, options.layers)

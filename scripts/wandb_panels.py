@@ -14,9 +14,9 @@ STABILITY = {
 
 
 def lines(title: str, x: str, y: str, label: str) -> panels.LinePlot:
-    """Return a plot of a metric over epochs or iterations: for every method the mean and the range of its runs.
+    """Return a plot of a metric over epochs or iterations, with the mean and the range of the runs of each method.
 
-    x: "epoch" or "iteration". y: name of the metric. label: of the y axis.
+    x: "epoch" or "iteration". y: name of the metric. label: label of the y axis.
     """
     return panels.LinePlot(
         title=title, x=x, y=[y], title_x=x, title_y=label, groupby=METHOD, groupby_aggfunc="mean",
@@ -25,14 +25,15 @@ def lines(title: str, x: str, y: str, label: str) -> panels.LinePlot:
 
 
 def bars(title: str, key: str) -> panels.BarPlot:
-    """Return a plot of one value of the runs' results, with a bar for every method."""
+    """Return a plot of one value of the runs' results, with a bar for each method. key: name of the value."""
     return panels.BarPlot(title=title, metrics=[panels.SummaryMetric(key)], groupby=METHOD, max_runs_to_show=100)
 
 
 def dashboard(entity: str, project: str, layers: int) -> workspaces.Workspace:
     """Return the workspace of a project.
 
-    entity: user or team in W&B. layers: number of hidden layers with panels of alignment and stability.
+    entity: user or team in W&B.
+    layers: number of hidden layers for which alignment and stability are shown.
     """
     accuracy = [
         lines("Test accuracy", "epoch", "test_accuracy", "test accuracy"),
@@ -70,7 +71,7 @@ def dashboard(entity: str, project: str, layers: int) -> workspaces.Workspace:
         name="Direct feedback learning",
         sections=[workspaces.Section(name=name, panels=plots, is_open=True) for name, plots in sections.items()],
         runset_settings=workspaces.RunsetSettings(
-            filters=[workspaces.Tags().notin(["smoke"])],  # runs that only try the pipeline
+            filters=[workspaces.Tags().notin(["smoke"])],  # leave out smoke runs, which only test the pipeline
             groupby=[workspaces.Config(f"{group}.name") for group in ("dataset", "model", "method")],
         ),
     )

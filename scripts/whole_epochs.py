@@ -1,4 +1,4 @@
-"""Measure whole epochs: augmentation, tracking, and LAS with data, here and as in the published code."""
+"""Measure the time of augmentation, of tracking, and of whole epochs of LAS in this project and in published code."""
 
 import json
 import tempfile
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import medians
-from yardsticks import BATCH, CLASSES, MODELS, PublishedLas, learner
+from measuring import CPU, Numbers, medians
+from yardsticks import BATCH, CLASSES, MODELS, PublishedLas, Setting, learner
 
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.schema import check
@@ -23,8 +23,11 @@ from dfl_experiments.running.signals import Stop
 from dfl_experiments.running.tracking import track
 
 
-def augmentation_times(count: int, rounds: int) -> dict[str, float]:
-    """Return microseconds per image of randaugment_cutout_flip on whole batches, and of torchvision image by image."""
+def augmentation_times(count: int, rounds: int) -> Numbers:
+    """Return the microseconds per image of randaugment_cutout_flip, and of torchvision's transforms.
+
+    randaugment_cutout_flip works on whole batches, and torchvision on single images.
+    """
     from torchvision import transforms
     from torchvision.transforms.functional import to_pil_image
 
@@ -40,49 +43,64 @@ def augmentation_times(count: int, rounds: int) -> dict[str, float]:
         "image by image": lambda: torch.stack([each(picture) for picture in pictures]),
         "whole batches": lambda: whole(images, together, random_stream(0)),
     }
-    return {name: value / count * 1e6 for name, value in medians(contenders, rounds, torch.device("cpu")).items()}
+    seconds = medians(contenders, rounds, CPU)
+    return {name: value / count * 1e6 for name, value in seconds.items()}
 
 
-def tracking_times(images: int, device: str, threads: int) -> dict[str, float]:
-    """Return the seconds of an FC epoch with alignment at every iteration, with W&B disabled and offline.
+def random_data(shape: tuple[int, ...], count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return random images, uint8, and their labels. shape: shape of one image."""
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (count, *shape), np.uint8)
+    return images, random.integers(0, CLASSES, count)
 
-    images: number of training images, of the size of MNIST.
+
+def tracking_times(count: int, device: torch.device, threads: int) -> Numbers:
+    """Return the seconds of an FC epoch with alignment at every iteration: with W&B disabled, and with W&B offline.
+
+    count: number of training images, which have the size of MNIST images.
     """
-    random = np.random.default_rng(0)
     times: dict[str, list[float]] = {"disabled": [], "offline": []}
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "mnist"
-        data.mkdir()
-        for split, count in (("train", images), ("test", 100)):
-            np.save(data / f"{split}_images.npy", random.integers(0, 256, (count, 1, 28, 28), np.uint8))
-            np.save(data / f"{split}_labels.npy", random.integers(0, 10, count))
-        (data / "classes.json").write_text(json.dumps([str(digit) for digit in range(10)]))
+        write_mnist(Path(folder) / "mnist", count)
         for mode in ("disabled", "offline") * 3:
-            overrides = ["dataset=mnist", f"data_dir={folder}", "epochs=1", f"tracking={mode}", f"device={device}"]
-            cfg = check(compose([*overrides, "protocol=paper", "sweep=benchmark", f"threads={threads}"]))
+            overrides = ["dataset=mnist", f"data_dir={folder}", "epochs=1", "protocol=paper", "sweep=benchmark"]
+            overrides += [f"tracking={mode}", f"device={device}", f"threads={threads}"]
+            cfg = check(compose(overrides))
             run_dir = Path(tempfile.mkdtemp(dir=folder))
             parts, state = build(cfg), State()
             with track(cfg.settings.tracking, run_dir, cfg.values, parts.columns, None) as tracker:
-                start = time.perf_counter()  # wall time, because W&B has threads and a process of its own
+                start = time.perf_counter()  # wall time, because W&B has its own threads and process
                 train(parts, state, run_dir, cfg.config_digest, tracker, Stop())
                 times[mode].append(time.perf_counter() - start)
     return {mode: min(values) for mode, values in times.items()}
 
 
-def epoch_times(model: str, images: int, device: torch.device) -> dict[str, float]:
-    """Return milliseconds per image of a LAS epoch with data, as published and here, and of an evaluation."""
-    shape = MODELS[model][2]
-    random = np.random.default_rng(0)
-    arrays = random.integers(0, 256, (images, *shape), np.uint8), random.integers(0, CLASSES, images)
-    pictures = [(to_picture(image), int(label)) for image, label in zip(*arrays, strict=True)]
-    published = PublishedLas(learner("bp", model, device).net, pictures, BATCH)
-    trainer = learner("las", model, device)
+def write_mnist(folder: Path, count: int) -> None:
+    """Write random images and labels as the MNIST data set. count: number of training images."""
+    folder.mkdir()
+    for split, size, seed in (("train", count, 0), ("test", 100, 1)):
+        images, labels = random_data((1, 28, 28), size, seed)
+        np.save(folder / f"{split}_images.npy", images)
+        np.save(folder / f"{split}_labels.npy", labels)
+    (folder / "classes.json").write_text(json.dumps(list("0123456789")))
+
+
+def epoch_times(model: str, count: int, device: torch.device) -> Numbers:
+    """Return milliseconds per image: of a LAS epoch as in published code, of a LAS epoch here, and of an evaluation.
+
+    count: number of images.
+    """
+    setting = Setting(model, device)
+    images, labels = random_data(MODELS[model][2], count)
+    pictures = [(to_picture(image), int(label)) for image, label in zip(images, labels, strict=True)]
+    published = PublishedLas(learner("bp", setting).net, pictures, BATCH)
+    trainer = learner("las", setting)
     layout = layout_of("auto", trainer.net, device, trainer.precision)
-    step = CapturedStep(trainer, BATCH, device) if device.type == "cuda" else trainer.step
-    x, labels = (torch.from_numpy(array).to(device) for array in arrays)
+    step = CapturedStep(trainer, BATCH, device) if setting.on_gpu else trainer.step
+    x, targets = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     normalise = Normalise([0.5], [0.25])
-    batches = Batches(x, labels, normalise, Augmentation(), BATCH, 0, device, memory_format=layout)
-    evaluation = EvaluationBatches(x, labels, normalise, device, memory_format=layout)
+    batches = Batches(x, targets, normalise, Augmentation(), BATCH, 0, device, memory_format=layout)
+    evaluation = EvaluationBatches(x, targets, normalise, device, memory_format=layout)
 
     def epoch() -> None:
         for x, target in batches.epoch(1):
@@ -94,7 +112,8 @@ def epoch_times(model: str, images: int, device: torch.device) -> dict[str, floa
             trainer.net(x)
 
     contenders = {"published way": published.epoch, "here": epoch, "evaluation": evaluate}
-    return {name: seconds / images * 1e3 for name, seconds in medians(contenders, 3, device, calls=1).items()}
+    seconds = medians(contenders, 3, device, calls=1)
+    return {name: value / count * 1e3 for name, value in seconds.items()}
 
 
 def to_picture(image: np.ndarray) -> Any:

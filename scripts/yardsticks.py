@@ -1,7 +1,9 @@
-"""Implement what the engine is compared with: plain PyTorch at its fastest, and LAS as in published code."""
+"""Implement what the benchmark compares the engine with: plain PyTorch, and LAS as in published code."""
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.engine.learner import Learner
 
-MODELS = {
+MODELS = {  # model, data set and shape of an image
     "fc-mnist": ("fc", "mnist", (1, 28, 28)),
     "fc-cifar10": ("fc", "cifar10", (3, 32, 32)),
     "conv3": ("conv3", "cifar10", (3, 32, 32)),
@@ -27,30 +29,47 @@ CLASSES, BATCH = 10, 64
 Step = Callable[[Tensor, Tensor], object]
 
 
-def learner(
-    method: str, model: str, device: torch.device, precision: str = "float32", memory_format: str = "auto"
-) -> Learner:
-    """Return a learner for a method on a model of the paper's size."""
-    name, dataset, shape = MODELS[model]
-    choices = [f"method={method}", f"model={name}", f"dataset={dataset}", f"precision={precision}"]
-    choices += [f"memory_format={memory_format}"]
-    return learner_of(check(compose(choices)), shape, CLASSES, device)
+@dataclass(frozen=True)
+class Setting:
+    """A model of the paper's size, with the device and precision of its training."""
+
+    model: str
+    device: torch.device
+    precision: str = "float32"
+
+    @property
+    def is_fc(self) -> bool:
+        """Return whether the model is fully connected."""
+        return self.model.startswith("fc")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether the device is a GPU."""
+        return self.device.type == "cuda"
 
 
-def plain(model: str, device: torch.device, precision: str, channels_last: bool, compiled: bool) -> Step:
-    """Return a training step of the same net in plain PyTorch: nn.Sequential, loss.backward(), a fused optimizer."""
-    blocks = learner("bp", model, device).net
-    net = nn.Sequential(*(nn.Sequential(*block.children()) for block in blocks.blocks), blocks.head)
+def learner(method: str, setting: Setting, memory_format: str = "auto") -> Learner:
+    """Return a learner for a method."""
+    model, dataset, shape = MODELS[setting.model]
+    choices = [f"method={method}", f"model={model}", f"dataset={dataset}"]
+    choices += [f"precision={setting.precision}", f"memory_format={memory_format}"]
+    return learner_of(check(compose(choices)), shape, CLASSES, setting.device)
+
+
+def plain(setting: Setting, channels_last: bool, compiled: bool) -> Step:
+    """Return a training step of the net in plain PyTorch: nn.Sequential, loss.backward(), a fused optimizer."""
+    blocks = learner("bp", Setting(setting.model, setting.device)).net
+    chain = [nn.Sequential(*block.children()) for block in blocks.blocks]
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    net = net.to(memory_format=layout)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True, capturable=device.type == "cuda")
+    net = nn.Sequential(*chain, blocks.head).to(memory_format=layout)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True, capturable=setting.on_gpu)
     called: Any = torch.compile(net) if compiled else net
 
     def step(x: Tensor, target: Tensor) -> None:
         if x.dim() == 4:
             x = x.contiguous(memory_format=layout)
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=setting.precision == "bfloat16"):
             logits = called(x)
         F.cross_entropy(logits.float(), target).backward()
         optimizer.step()
@@ -58,47 +77,54 @@ def plain(model: str, device: torch.device, precision: str, channels_last: bool,
     return step
 
 
-def plain_steps(model: str, device: torch.device, precision: str) -> dict[str, Step]:
-    """Return the variants of plain PyTorch: both memory formats, eager and, if a compiler is installed, compiled."""
-    layouts = {"plain": False} if model.startswith("fc") else {"plain": False, "plain channels-last": True}
-    compiler = device.type == "cuda" or shutil.which("g++") is not None
-    torch.compiler.reset()  # earlier compilations count towards a limit
-    return {
-        name + " compiled" * compiled: plain(model, device, precision, channels_last, compiled)
-        for name, channels_last in layouts.items()
-        for compiled in (False, True)[: 1 + compiler]
-    }
+def plain_steps(setting: Setting) -> dict[str, Step]:
+    """Return training steps in plain PyTorch: in one or both memory formats, eager and compiled.
+
+    A fully connected net has one memory format. Without an installed compiler there are no compiled steps.
+    """
+    torch.compiler.reset()  # restart PyTorch's count of compilations, which has a limit
+    has_compiler = setting.on_gpu or shutil.which("g++") is not None
+    layouts = {"plain": False}
+    if not setting.is_fc:
+        layouts["plain channels-last"] = True
+    steps: dict[str, Step] = {}
+    for name, channels_last in layouts.items():
+        steps[name] = plain(setting, channels_last, compiled=False)
+        if has_compiler:
+            steps[f"{name} compiled"] = plain(setting, channels_last, compiled=True)
+    return steps
 
 
 def captured_plain(step: Step, device: torch.device) -> Step:
-    """Return a plain step as one CUDA graph, into which batches are copied as in the engine."""
-
-    class Plain:
-        optimizers = ()
-
-        def step(self, x: Tensor, target: Tensor, align: bool) -> object:
-            return step(x, target)
-
-    trainer: Any = Plain()
+    """Return a plain step as one CUDA graph. Each batch is copied into the graph's input, as in the engine."""
+    trainer: Any = SimpleNamespace(optimizers=(), step=lambda x, target, align: step(x, target))
     return CapturedStep(trainer, BATCH, device)
 
 
 class PublishedLas:
-    """LAS as in published code: images one by one, two forward passes, a convolution for every local module.
+    """LAS as in published code: images converted one by one, two forward passes, a convolution for every local module.
 
-    torchvision's transforms turn each picture into a tensor; a `DataLoader` makes batches. The first pass trains the
-    local modules, the second the weights, with every h detached before the next block.
+    torchvision's transforms turn each picture into a tensor, and a `DataLoader` makes batches. The first forward pass
+    trains the local modules. The second trains the weights, with every h detached before the next block.
     """
 
     def __init__(self, net: BlockNet, pictures: list[tuple[Any, int]], batch: int) -> None:
         from torchvision import transforms
 
-        each = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.25])])
-        self.data = DataLoader(_Pictures(pictures, each), batch, shuffle=True)
-        self.blocks, self.head, self.device = list(net.blocks), net.head, next(net.parameters()).device
-        self.locals = nn.ModuleList(local_module(net, i) for i in range(1, net.depth - 1)).to(self.device)
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.25])])
+        samples: Any = pictures
+        self.data = DataLoader(samples, batch, shuffle=True, collate_fn=self.batch)
+        self.blocks, self.head = list(net.blocks), net.head
+        self.device = next(net.parameters()).device
+        modules = [local_module(net, i) for i in range(1, net.depth - 1)]
+        self.locals = nn.ModuleList(modules).to(self.device)
         self.optimizer = torch.optim.Adam(net.parameters(), 1e-4)
         self.local_optimizer = torch.optim.Adam(self.locals.parameters(), 1e-4)
+
+    def batch(self, samples: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
+        """Return pictures and labels as tensors."""
+        images = [self.transform(picture) for picture, _ in samples]
+        return torch.stack(images), torch.tensor([label for _, label in samples])
 
     def epoch(self) -> None:
         """Train on every image once."""
@@ -111,7 +137,9 @@ class PublishedLas:
             *outputs, logits = self.pass_through(x)
         self.local_optimizer.zero_grad()
         for module, h in zip(self.locals, outputs, strict=False):
-            (0.5 * (predicted(module, h) - logits).square().sum() / len(x)).backward()
+            difference = predicted(module, h) - logits
+            loss = 0.5 * difference.square().sum() / len(x)
+            loss.backward()
         self.local_optimizer.step()
 
         self.optimizer.zero_grad()
@@ -119,12 +147,12 @@ class PublishedLas:
         logits.retain_grad()
         F.cross_entropy(logits, target).backward()
         for module, h in zip(self.locals, outputs, strict=False):
-            assert logits.grad is not None, "it was retained"
+            assert logits.grad is not None, "logits.grad was retained"
             h.backward(sent_back(module, logits.grad, h))
         self.optimizer.step()
 
     def pass_through(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield h_1 … h_{L-1} and the logits. An h with a local module is detached before the next block."""
+        """Yield h_1 … h_{L-1} and the logits. If h_i has a local module, it is detached before the next block."""
         for i, block in enumerate(self.blocks):
             h = block(x)
             yield h
@@ -132,20 +160,8 @@ class PublishedLas:
         yield self.head(x)
 
 
-class _Pictures(torch.utils.data.Dataset):
-    def __init__(self, pictures: list[tuple[Any, int]], each: Callable[[Any], Tensor]) -> None:
-        self.pictures, self.each = pictures, each
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture, label = self.pictures[index]
-        return self.each(picture), label
-
-
 def local_module(net: BlockNet, i: int) -> nn.Module:
-    """Return a copy of the layer that reads h_i, with an output for each class."""
+    """Return a new layer like the layer that reads h_i, but with an output for each class."""
     reader = net.weight_layers(i)[0]
     if isinstance(reader, nn.Linear):
         return nn.Linear(reader.in_features, CLASSES, bias=False)
@@ -154,18 +170,24 @@ def local_module(net: BlockNet, i: int) -> nn.Module:
 
 
 def predicted(module: nn.Module, h: Tensor) -> Tensor:
-    """Return the output of a local module, averaged over an image."""
+    """Return the output of a local module, averaged over the image."""
     y = module(h)
     return y.mean((2, 3)) if y.dim() == 4 else y
 
 
 @torch.no_grad()
 def sent_back(module: Any, error: Tensor, h: Tensor) -> Tensor:
-    """Return the error after the transpose of a local module, repeated over an image, in the shape of h."""
+    """Apply the transpose of the local module to the error, and return the result in the shape of h.
+
+    For a convolution, the error is first repeated at every position of the module's output.
+    """
     if isinstance(module, nn.Linear):
         return error @ module.weight
-    (size, _), (stride, _), (padding, _) = module.kernel_size, module.stride, module.padding
-    height, width = ((length + 2 * padding - size) // stride + 1 for length in h.shape[2:])
-    planes = error[:, :, None, None].expand(-1, -1, height, width)
-    rest = [h.shape[2 + k] - ((n - 1) * stride - 2 * padding + size) for k, n in enumerate((height, width))]
-    return F.conv_transpose2d(planes, module.weight, None, stride, padding, output_padding=rest)
+    size, stride, padding = module.kernel_size[0], module.stride[0], module.padding[0]
+    outputs, rests = [], []
+    for length in h.shape[2:]:
+        output, rest = divmod(length + 2 * padding - size, stride)
+        outputs.append(output + 1)
+        rests.append(rest)
+    planes = error[:, :, None, None].expand(-1, -1, *outputs)
+    return F.conv_transpose2d(planes, module.weight, None, stride, padding, output_padding=rests)

@@ -1,14 +1,19 @@
-"""What the README and the reference page say is what the kept runs say."""
+"""The README and the reference page agree with the kept runs."""
 
 import re
 from pathlib import Path
 
+import depth_ladder
+import pandas as pd
 import pytest
 from claims import MARKS, TOO_FEW, claims, counts, picture
+from processes import dfl_train
 from reference import page, readme
+from stability_map import COLUMN, figure
 
 from dfl_experiments.report.dfl_report import csv_of
 from dfl_experiments.report.frame import runs
+from dfl_experiments.report.tables import sections
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path("outputs/reference")
@@ -27,12 +32,13 @@ def verdicts(kept):
 def test_the_readme_and_the_reference_page_are_made_of_the_kept_runs(verdicts, monkeypatch):
     monkeypatch.chdir(ROOT)
     frame = runs(KEPT)
+    parts = sections(frame)
     text = Path("README.md").read_text()
     assert readme(text, verdicts) == text
-    assert (KEPT / "tables.csv").read_text() == csv_of(frame)
+    assert (KEPT / "tables.csv").read_text() == csv_of(parts)
     kept_page = (KEPT / "README.md").read_text()
     images = re.compile(r"!\[[^]]*\]\(([^)]*)\)\n\n")
-    assert images.sub("", page(frame, verdicts, KEPT, [])) == images.sub("", kept_page)
+    assert images.sub("", page(frame, parts, verdicts, KEPT, [])) == images.sub("", kept_page)
     links = [*images.findall(kept_page), *re.findall(r"\]\((outputs/[^)#]*)\)", text)]
     assert len(links) > 10
     assert all((KEPT / link).exists() or (ROOT / link).exists() for link in links)
@@ -56,3 +62,25 @@ def test_a_claim_with_a_failing_side_has_that_verdict_and_one_that_nothing_can_r
         by_place["DFA is more accurate than Shallow", "CIFAR-100, fully connected net, 10 epochs, bfloat16"]
         == "contradicted"
     )
+
+
+def test_the_stability_map_marks_each_rate_at_which_a_run_fails(kept):
+    frame = kept[kept.folder.str.contains("stability_map")]
+    columns = frame.groupby(COLUMN).ngroups
+    crosses = 0
+    for axes in figure(frame).axes[:columns]:  # the row of accuracies
+        crosses += sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "x")
+    failing = frame[frame.fails].groupby([*COLUMN, "rule", "lr"]).ngroups
+    assert crosses == failing > 0
+
+
+def test_a_collected_sweep_replaces_only_the_runs_of_its_initialisation(tmp_path):
+    done = dfl_train(
+        tmp_path, "--multirun", "experiment=depth_digits", "method=bp", "seed=0", "epochs=1", "model.init=kaiming",
+        "model.widths=[32,32]", "optimizer.lr=1e-3", "sweep=depth_digits_kaiming", "tracking=disabled", "threads=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = pd.read_csv(ROOT / KEPT / "depth_digits" / "summary.csv")
+    merged = depth_ladder.with_collected(summary, [tmp_path / "outputs" / "depth_digits_kaiming"])
+    assert (merged["init"] == "kaiming").sum() == 1
+    assert len(merged) == 1 + (summary["init"] == "default").sum()

@@ -28,7 +28,7 @@ def reproduce(folder, *arguments, timeout=250):
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch, capsys):
-    """What a dry run says, in this process, which has its libraries already."""
+    """Return a function that makes a dry run in this process, so that no library is imported again."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -84,14 +84,59 @@ def test_the_estimate_is_of_the_runs_that_are_asked_for(planned):
     assert hours[1] < hours[0] / 10
 
 
+def cells_with_hours(printed):
+    """The cells that a budget chose, as (hours, seed, name)."""
+    rows = re.findall(r"^ +(\S+) h  (\w+: .*), seed (\d+), \d+ runs?$", printed, re.M)
+    return [(float(hours), int(seed), name) for hours, name, seed in rows]
+
+
+def test_a_budget_takes_the_cheapest_cells_first_and_one_seed_of_all_before_a_second_of_any(planned, tmp_path):
+    asked = ("all", "--only", "mnist", "--seeds", "2", "--epochs", "1", "threads=1")
+    everything = planned(*asked, "--budget", "99h")
+    assert everything.returncode == 0, everything.stderr
+    cells = cells_with_hours(everything.stdout)
+    assert [seed for _, seed, _ in cells] == [0] * 8 + [1] * 8
+    assert {name for _, _, name in cells[:8]} == {name for _, _, name in cells[8:]}
+    hours = [hours for hours, _, _ in cells]
+    assert hours[:8] == sorted(hours[:8])
+    assert hours[8:] == sorted(hours[8:])
+    assert "46 runs of 16 cells; 0 unfinished cells do not fit" in everything.stdout
+    part = planned(*asked, "--budget", f"{sum(hours) / 3:.6f}h")
+    chosen = cells_with_hours(part.stdout)
+    assert 0 < len(chosen) < len(cells)
+    assert sum(hours for hours, _, _ in chosen) <= sum(hours) / 3 * 1.01
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_that_is_too_small_says_what_the_cheapest_cell_takes(planned):
+    done = planned("fc_table", "--only", "mnist,bp", "--budget", "0.001h")
+    assert done.returncode == 2
+    assert re.search(r"--budget: the cheapest cell takes about [\d.e-]+ hours on this machine$", done.stderr)
+
+
+def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
+    data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
+    asked = ("fc_table", "--only", "mnist", "--epochs", "1", "--budget", "9h", data, *SMALL[:-1])
+    done = reproduce(tmp_path, *asked[:2], "mnist,bp", *asked[3:])
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("outputs/fc_table/*/result.json"))) == 4
+    rest = planned(*asked)
+    assert [name.split()[-1] for _, _, name in cells_with_hours(rest.stdout)].count("bp") == 0
+    assert "16 runs of 4 cells" in rest.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "svhn"], "--only svhn: there are bp, cifar10"),
+        (["--only", "svhn"], "--only svhn: choose from bp, cifar10"),
         (["--only", "mnist,flip"], "no cell has all of these"),
         (["--seeds", "0"], "'0': must be a whole number above zero"),
         (["--launcher", "cloud"], "invalid choice: 'cloud'"),
         (["--launcher", "basic", "--jobs", "3"], "choose --launcher joblib"),
+        (["--budget", "12"], "'12': must be a time above zero, such as 12h or 90m"),
+        (["--budget", "0h"], "'0h': must be a time above zero"),
+        (["--budget", "12h", "--jobs", "2"], "--budget: counts runs one after another"),
+        (["--budget", "12h", "--smoke"], "--budget: --smoke takes minutes"),
         (["--job", "2"], "unrecognized arguments: --job"),
         (["sweep=mine"], "sweep=mine: the script sets sweep itself"),
         (["+optimizer.lr=1e-5"], "+optimizer.lr=1e-5: the script sets optimizer.lr itself"),

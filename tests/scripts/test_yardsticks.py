@@ -1,4 +1,4 @@
-"""What the benchmark measures the engine against computes the same as the engine."""
+"""The code that the benchmark compares with the engine computes the same numbers as the engine."""
 
 import copy
 

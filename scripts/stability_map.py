@@ -1,0 +1,94 @@
+"""Draw at which learning rates each rule is stable: accuracy, activations and dead units against the rate.
+
+    python scripts/stability_map.py [outputs/reference/stability_map]
+
+The runs are those of `dfl-train --multirun sweep=stability_map …`; the whole command is on the reference page. Each
+column of the figure shows a net on a data set. A cross marks a rate at which a run fails.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dfl_experiments.report.frame import layer_names, runs
+from dfl_experiments.report.style import look_of, method_name, method_order, save, styled, title_of
+
+KEPT = Path("outputs/reference/stability_map")
+COLUMN = ["model", "dataset"]
+LARGEST_RMS = 1e3  # upper end of the axis; a collapsing run can reach 1e8
+ROWS = {
+    "accuracy": "test accuracy, %",
+    "rms": "activation rms,\nlargest of all layers",
+    "dead": "dead units, %,\nlargest of all layers",
+}
+
+
+def points(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each figure column, rule and learning rate.
+
+    A row has the means over seeds of the quantities in `ROWS`, and whether a run fails.
+    """
+    frame = frame.assign(
+        accuracy=100 * frame.accuracy,
+        rms=frame[layer_names(frame, "activation_rms")].max(axis=1).clip(upper=LARGEST_RMS),
+        dead=100 * frame[layer_names(frame, "dead")].max(axis=1),
+    )
+    groups = frame.groupby([*COLUMN, "rule", "lr"])
+    return groups[list(ROWS)].mean().assign(fails=groups.fails.any()).reset_index()
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Draw a column for each net and data set, and a row for each quantity of `ROWS`."""
+    means = points(frame)
+    titles = {key: title_of(part.iloc[0]) for key, part in frame.groupby(COLUMN)}
+    drawing = Figure(figsize=(1.2 + 2.9 * len(titles), 7.2), layout="constrained")
+    all_axes = drawing.subplots(len(ROWS), len(titles), sharex=True, sharey="row", squeeze=False)
+    for column, (key, title) in enumerate(titles.items()):
+        shown = means[(means.model == key[0]) & (means.dataset == key[1])]
+        for line, (name, label) in enumerate(ROWS.items()):
+            axes = all_axes[line][column]
+            draw_rules(axes, shown, name)
+            axes.set_ylabel(label if column == 0 else "")
+        all_axes[0][column].set_title(title, fontsize=9)
+        all_axes[1][column].set_yscale("log")
+        all_axes[1][column].yaxis.set_major_formatter("{x:g}")
+        rates = sorted(means.lr.unique())
+        all_axes[-1][column].set(xlabel="learning rate × 10⁴", xscale="log")
+        all_axes[-1][column].set_xticks(rates, [f"{1e4 * rate:g}" for rate in rates])
+        all_axes[-1][column].minorticks_off()
+    handles, labels = all_axes[0][0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return drawing
+
+
+def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
+    """Draw one quantity against the rate: a line for each rule, a cross where a run fails."""
+    for rule in sorted(shown.rule.unique(), key=method_order):
+        curve = shown[shown.rule == rule].sort_values("lr")
+        look = look_of(rule)
+        axes.plot(curve.lr, curve[name], "o", color=look.colour, linestyle=look.dash, label=method_name(rule))
+        failing = curve[curve.fails]
+        axes.plot(failing.lr, failing[name], "x", color="black", markersize=9)
+    axes.plot([], [], "x", color="black", label="a run fails")
+
+
+def main() -> None:
+    """Read the command line, and write the figure of the runs in a folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=KEPT, help="default: %(default)s")
+    print(write_figure(parser.parse_args().folder))
+
+
+def write_figure(folder: Path) -> Path:
+    """Draw the runs in a folder, and return the path of the figure."""
+    path = folder / "stability.png"
+    with styled():
+        save(figure(runs(folder)), path, dpi=120)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Values that others published, beside the runs of the experiments that reproduce them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from claims import AGREES, DIFFERS, NOT_REPRODUCIBLE, OTHER_LENGTH, PUBLISHED, TOO_FEW, compared, published
+from processes import dfl_train
+from report_helpers import write_packs
+
+from dfl_experiments.configuration.grids import grid_of
+from dfl_experiments.report.frame import runs
+
+EXPERIMENTS = sorted(path.stem for path in PUBLISHED.parent.glob("*.yaml"))
+QUICK = ("tracking=disabled", "threads=1")
+
+
+def values():
+    return pd.read_csv(PUBLISHED, keep_default_na=False)
+
+
+def test_every_value_has_its_experiment_with_these_rules():
+    assert set(values().experiment) <= set(EXPERIMENTS)
+    for experiment, part in values().query("not_reproducible == ''").groupby("experiment"):
+        assert list(part.rule) == grid_of(f"published/{experiment}").axes["method"]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """Runs on digits under the name of MNIST: two whole ones of FA, a short one of BP, smoke runs of the others."""
+    place = tmp_path_factory.mktemp("published")
+    quick = (*QUICK, f"data_dir={write_packs(place / 'data', mnist=1)}")
+    for arguments in (
+        ("experiment=published/akrout_mnist", "method=fa", "seed=0,1", "alignment.every=0"),
+        ("experiment=published/akrout_mnist", "method=bp", "epochs=2"),
+        ("experiment=published/akrout_mnist_kp", "epochs=1", "smoke=64"),
+        ("experiment=published/nokland_mnist", "epochs=1", "smoke=64"),
+    ):
+        done = dfl_train(place, "--multirun", *arguments, *quick)
+        assert done.returncode == 0, done.stderr
+    return published(runs(place / "outputs" / "published"))
+
+
+def test_a_verdict_needs_whole_runs_of_that_very_configuration(tried):
+    akrout = tried.set_index(["source", "method"]).loc["Akrout et al. 2019"]
+    assert list(akrout.index) == ["BP", "FA", "KP", "WM"]
+    assert akrout.verdict["FA"] == DIFFERS
+    assert akrout.n["FA"] == 2
+    assert akrout.verdict["BP"] == OTHER_LENGTH
+    assert akrout.found["BP"] == "2 epochs in place of 400"
+    assert akrout.verdict["KP"] == TOO_FEW
+    assert akrout.verdict["WM"] == NOT_REPRODUCIBLE
+
+
+@pytest.mark.parametrize(
+    ("rates", "value", "verdict"),
+    [
+        ([0.984, 0.986, 0.985], 0.985, AGREES),
+        ([0.9850, 0.9850], 0.986, AGREES),  # no spread, but within the noise of one accuracy, 0.0012
+        ([0.98, 0.99], 0.97, AGREES),  # a wide interval
+        ([0.984, 0.985, 0.984], 0.98, DIFFERS),
+    ],
+)
+def test_a_value_agrees_within_the_seeds_interval_or_the_noise_floor(rates, value, verdict):
+    assert compared(np.array(rates), value, 10_000)["verdict"] == verdict
+
+
+def test_a_difference_is_told_with_its_interval():
+    found = compared(np.array([0.984, 0.986]), 0.98, 10_000)["found"]
+    assert found == "98.50: +0.50 [-0.77, +1.77] points"
