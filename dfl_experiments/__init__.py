@@ -1,15 +1,15 @@
 """Direct feedback learning with local alignment support: any method × model × dataset from one entrypoint.
 
-From Python, say in a notebook:
+From Python, for example in a notebook:
 
     import dfl_experiments as dfl
 
-    configuration = dfl.compose(["method=ltas", "epochs=3"])   # as `dfl-train method=ltas epochs=3` would
-    result = dfl.run(configuration, "outputs/mine")            # trains, and gives the content of result.json
-    columns = dfl.read_rows("outputs/mine", "iterations")      # pandas.DataFrame(columns) makes a table of them
+    configuration = dfl.compose(["method=ltas", "epochs=3"])   # as in `dfl-train method=ltas epochs=3`
+    result = dfl.run(configuration, "outputs/mine")            # trains, and returns the content of result.json
+    columns = dfl.read_rows("outputs/mine", "iterations")      # for pandas.DataFrame(columns)
     net = dfl.load_net("outputs/mine")                         # the trained network, a torch.nn.Module
     runs = dfl.runs("outputs/mine")                            # a DataFrame, one row for each run
-    figure = dfl.draw(runs, what=["alignment"])                # their curves
+    figure = dfl.draw(runs, what=["alignment"])                # curves of these runs
 """
 
 import sys
@@ -21,7 +21,7 @@ if sys.platform == "win32":
     raise SystemExit(2)
 
 __version__ = "0.1.0"
-# in which module each name is: they bring torch or pandas along, which are slow to import
+# the module that defines each public name; it is imported when the name is first used, because torch is slow to import
 NAMES = {
     **dict.fromkeys(["compose", "load_net", "load_run", "read_rows", "run"], "api"),
     **dict.fromkeys(["curves", "runs"], "report.frame"),

@@ -1,4 +1,4 @@
-"""`python -m dfl_experiments`, which is `dfl-train`."""
+"""Run `dfl-train` as `python -m dfl_experiments`."""
 
 from dfl_experiments.console import train
 

@@ -1,7 +1,7 @@
-"""The console scripts `dfl-train`, `dfl-report`, `dfl-plot` and `dfl-data`.
+"""Start the console scripts `dfl-train`, `dfl-report`, `dfl-plot` and `dfl-data`.
 
-Ctrl-C ends them with one line, even during imports. Nothing slow is imported here, so that this works while PyTorch is
-still being imported.
+Ctrl-C ends a script with one line, even while PyTorch is being imported. This works, because this
+module imports no slow package.
 """
 
 import io
@@ -15,25 +15,25 @@ from typing import NoReturn
 
 
 def leave(program: str, signum: int, frame: FrameType | None = None) -> NoReturn:
-    """End the process at once, while there is nothing to save. An exception during an import could be swallowed."""
+    """End the process at once. It raises no exception, because an import could catch it. There is nothing to save."""
     os.write(2, f"{program}: interrupted ({signal.Signals(signum).name})\n".encode())
     os._exit(128 + signum)
 
 
 def run(program: str, module: str) -> None:
-    """Call a module's `main` as a program. The reader of its output may close it early, as `head` does."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless it is ignored
+    """Call a module's `main` as a program. If the reader of its output, like `head`, ends early, show no traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored SIGINT stays ignored
         signal.signal(signal.SIGINT, partial(leave, program))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # the terminal's encoding may lack a character
+        if isinstance(stream, io.TextIOWrapper):  # if the terminal's encoding lacks a character, print ?
             stream.reconfigure(errors="replace")
     try:
         try:
             import_module(module).main()
         finally:
             sys.stdout.flush()
-    except OSError as error:  # the output is closed, or its disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
+    except OSError as error:  # the output is closed, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it ends
         if isinstance(error, BrokenPipeError):
             raise SystemExit(128 + signal.SIGPIPE) from None
         raise SystemExit(f"{program}: error: {error}") from None

@@ -1,4 +1,4 @@
-"""The console script `dfl-data`: fetch and pack data sets before a run, and list those in data_dir."""
+"""Download and pack data sets before a run, and list the data sets in data_dir."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from dfl_experiments.errors import Fault, UserError, printable, reason
 
 EPILOG = """examples:
   dfl-data list                                        the state of every data set in data_dir
-  dfl-data prepare dataset=mnist                       download if need be, and pack
+  dfl-data prepare dataset=mnist                       download if absent, and pack
   dfl-data prepare dataset=cifar10 data_dir=/data      in another folder (or set the variable DFL_DATA_DIR)
   dfl-data prepare dataset=folder dataset.source.path=$HOME/photos dataset.source.size=64
 """
@@ -26,7 +26,7 @@ NO_SIZES = ("", "", "", "")
 
 
 def data_set_of(cfg: DictConfig) -> tuple[str, Source, Path]:
-    """Return the name and the source of a configuration's data set, and data_dir. Raises `UserError`."""
+    """Return the name and the source of a configuration's data set, and the path data_dir. Raises `UserError`."""
     configuration = check(cfg)
     settings = configuration.settings
     source: Source = configuration.components["dataset.source"].build()
@@ -34,7 +34,7 @@ def data_set_of(cfg: DictConfig) -> tuple[str, Source, Path]:
 
 
 def row(overrides: list[str]) -> tuple[str, ...]:
-    """Return a data set's row of the table: name, state, train, test, shape, classes, where."""
+    """Return a data set's row of the table: name, state, train, test, shape, classes, and its path or its problem."""
     cfg = compose(overrides)
     if unset := sorted(OmegaConf.missing_keys(cfg.dataset)):
         return cfg.dataset.name, "unset", *NO_SIZES, f"needs {', '.join(unset)}"
@@ -48,33 +48,37 @@ def row(overrides: list[str]) -> tuple[str, ...]:
     except UserError as error:
         return name, "damaged", *NO_SIZES, str(error)
     if cache is None:
-        own = source.locations(data_dir)
-        return name, "unpacked" if own else "bundled", *sizes, str(own[0]) if own else "dfl-experiments"
+        paths = source.locations(data_dir)
+        if not paths:
+            return name, "bundled", *sizes, "dfl-experiments"
+        return name, "unpacked", *sizes, str(paths[0])
     return name, "packed", *sizes, str(data_dir / cache)
 
 
 def sizes_of(arrays: Arrays) -> tuple[str, ...]:
-    """Return the numbers of training and test images, the shape of an image, and the number of classes."""
+    """Return the numbers of training and test samples, the shape of a sample, and the number of classes."""
     shape = "x".join(str(length) for length in arrays.shape)
     return str(len(arrays.train_labels)), str(len(arrays.test_labels)), shape, str(arrays.num_classes)
 
 
-def packs_beside(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of complete packs in a folder that are not shown yet: packs of one's own images."""
+def other_packs(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yield a table row for each pack in a folder, such as the user's own. shown: names of packs to leave out."""
     for folder in sorted(path.parent for path in data_dir.glob(f"*/{CLASSES}")):
         with suppress(UserError):
             if folder.name not in shown and is_packed(folder):
                 yield folder.name, "packed", *sizes_of(open_packed(folder)), str(folder)
 
 
-def show(choices: list[list[str]], beside: Path | None = None) -> None:
+def show(choices: list[list[str]], folder: Path | None = None) -> None:
     """Print a table of data sets.
 
-    choices: overrides for each data set. beside: folder with further packed data sets to list. Raises `UserError`.
+    choices: the overrides that choose each data set.
+    folder: list also the packs in this folder that are not among these data sets.
+    Raises `UserError`.
     """
     rows = [("name", "state", "train", "test", "shape", "classes", "where"), *(row(choice) for choice in choices)]
-    if beside is not None:
-        rows += packs_beside(beside, [name for name, *_ in rows])
+    if folder is not None:
+        rows += other_packs(folder, [name for name, *_ in rows])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for cells in rows:
         padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
@@ -82,10 +86,14 @@ def show(choices: list[list[str]], beside: Path | None = None) -> None:
 
 
 def main() -> None:
-    """Run the script. A user's mistake ends it with one line on stderr and exit code 2."""
+    """Run the script. After a user's mistake, print one line on stderr and exit with code 2."""
     layout = RawDescriptionHelpFormatter
     parser = ArgumentParser("dfl-data", description=__doc__, epilog=EPILOG, formatter_class=layout)
-    parser.add_argument("command", choices=("prepare", "list"), help="fetch and pack one data set; list one or all")
+    parser.add_argument(
+        "command",
+        choices=("prepare", "list"),
+        help="prepare: download and pack one data set; list: show one or all data sets",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for dfl-train")
     arguments = parser.parse_args()
     overrides, names = arguments.overrides, group_options("dataset")
@@ -93,7 +101,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with refusing("dfl-data"):
         if arguments.command == "prepare" and not is_named:
-            raise UserError(f"prepare: name a data set, dataset=NAME; there are {', '.join(names)}")
+            raise UserError(f"prepare: needs a data set, dataset=NAME; there are {', '.join(names)}")
         try:
             if arguments.command == "prepare":
                 load_pack(*data_set_of(compose(overrides)))

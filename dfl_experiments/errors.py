@@ -1,4 +1,4 @@
-"""Errors that the user sees as one line, and the formatting of that line."""
+"""Errors that are shown to the user as one line, and functions that format this line."""
 
 import reprlib
 from typing import Any
@@ -17,19 +17,19 @@ class Fault(UserError):
 
 
 def shown(value: Any) -> str:
-    """Format a value as Python code, shortened if long."""
+    """Format a value as Python code. A long value is shortened."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
     return short.repr(value)
 
 
 def printable(text: str) -> str:
-    """Replace control characters, line breaks included, by their escapes: `\\n`, `\\x1b`."""
+    """Replace control characters and line breaks by escapes such as `\\x1b` and `\\n`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def clipped(text: str, length: int = 1500) -> str:
-    """Return a text as one line of printable characters, without its middle if it is too long."""
+    """Return a text as one line of printable characters. If it is too long, its middle is left out."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 :]}"
 

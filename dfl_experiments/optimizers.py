@@ -1,4 +1,4 @@
-"""Optimizers. The network and the feedback weights each get one, of the same kind unless the options say otherwise."""
+"""Optimizers of the network and of B. Both have the same options, except those that `optimizer.feedback` sets."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -15,7 +15,8 @@ from torch import Tensor
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Fraction, NonNegative, Positive
 
-NO_OPTIONS = ("params", "lr", "capturable", "differentiable")  # parameters that are no options of their own
+# parameters of torch's optimizers that do not become fields in `of_torch`
+NO_OPTIONS = ("params", "lr", "capturable", "differentiable")
 WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
@@ -24,16 +25,16 @@ def eager(kind: type[torch.optim.Optimizer]) -> type[Any]:
     """Return the optimizer class without the wrappers that import PyTorch's compiler, which takes 1.4 s."""
     members: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in WRAPPED}
     members["step"] = torch.no_grad()(inspect.unwrap(kind.step))
-    members["_warned_capturable_if_run_uncaptured"] = True  # no warning about the steps before the capture
+    members["_warned_capturable_if_run_uncaptured"] = True  # do not warn about steps before the graph is captured
     return type(kind.__name__, (kind,), members)
 
 
 @dataclass(frozen=True)
 class OptimizerFactory(ABC):
-    """Make optimizers. A schedule multiplies their learning rate later."""
+    """Base class of factories for optimizers. During training, a schedule multiplies the learning rate."""
 
     captured: ClassVar[bool] = True
-    """Whether a CUDA graph can hold the optimizer's step."""
+    """Whether a CUDA graph can contain the optimizer's step."""
 
     lr: Positive
     """Learning rate, before the schedule."""
@@ -42,11 +43,11 @@ class OptimizerFactory(ABC):
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Make the optimizer of parameters on one device.
 
-        On a GPU the learning rate is a tensor on it, so that a step captured in a CUDA graph uses a changed rate.
+        On a GPU the learning rate is a tensor, so that it can change after the step is captured in a CUDA graph.
         """
 
     def starting_lr(self, parameters: Sequence[Tensor]) -> float | Tensor:
-        """Return the learning rate before the first epoch sets it: a tensor on a GPU, else a number."""
+        """Return the learning rate before the first epoch: a tensor on a GPU, otherwise a number."""
         device = parameters[0].device
         return torch.tensor(self.lr, device=device) if device.type == "cuda" else self.lr
 
@@ -62,7 +63,7 @@ class Adam(OptimizerFactory):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     """Decay rates of the two moments."""
     eps: Positive
-    """Added to the denominator."""
+    """Constant that is added to the denominator."""
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         first, second = self.betas
@@ -98,12 +99,12 @@ class SGD(OptimizerFactory):
 
 @dataclass(frozen=True)
 class OfTorch(OptimizerFactory):
-    """Make optimizers of a class in torch.optim, whose parameters are the fields of a subclass (see `of_torch`)."""
+    """Make optimizers of a class in torch.optim. `of_torch` makes a subclass with this class's parameters as fields."""
 
     kind: ClassVar[Any]
 
     def __post_init__(self) -> None:
-        """Try a step, so that what the class refuses is refused before training."""
+        """Try one step, so that an option that the class rejects raises an error before training."""
         trial = [torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]
         for parameter in trial:
             parameter.grad = torch.ones_like(parameter)
@@ -118,28 +119,32 @@ class OfTorch(OptimizerFactory):
 
 @cache
 def of_torch(target: str, key: str) -> type[OptimizerFactory]:
-    """Return the factory class of an optimizer in torch.optim, with its parameters as fields.
+    """Return the factory class for a class in torch.optim. Its fields are the parameters of that class.
 
-    target: full name of the optimizer's class. key: of the configuration's node.
-    Raises `UserError` if there is no such class, and if its step needs a closure, which evaluates the loss.
+    target: full name of the optimizer's class. key: key of the optimizer in the configuration.
+    Raises `UserError` if there is no such class, or if the optimizer's step needs a closure that evaluates the loss.
     """
     kinds: dict[str, Any] = {}
     for name, kind in vars(torch.optim).items():
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer:
-            closure = inspect.signature(inspect.unwrap(kind.step)).parameters["closure"]
-            kinds |= {f"torch.optim.{name}": kind} if closure.default is None else {}
+        if not inspect.isclass(kind) or not issubclass(kind, torch.optim.Optimizer) or kind is torch.optim.Optimizer:
+            continue
+        closure = inspect.signature(inspect.unwrap(kind.step)).parameters["closure"]
+        if closure.default is None:
+            kinds[f"torch.optim.{name}"] = kind
     if target not in kinds:
-        raise UserError(f"{key}._target_={target}: must be one of those that need no closure: {', '.join(kinds)}")
+        raise UserError(f"{key}._target_={target}: must be an optimizer that needs no closure: {', '.join(kinds)}")
     kind = kinds[target]
-    hints, parameters = get_type_hints(kind.__init__), inspect.signature(kind).parameters
-    names = [name for name in parameters if name not in NO_OPTIONS]
-    options = [(name, without_tensor(hints[name]), field(default=parameters[name].default)) for name in names]
+    hints = get_type_hints(kind.__init__)
+    options = []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name not in NO_OPTIONS:
+            options.append((name, without_tensor(hints[name]), field(default=parameter.default)))
     members = {"kind": kind, "captured": kind is torch.optim.RMSprop}
     return make_dataclass(kind.__name__, options, bases=(OfTorch,), namespace=members, frozen=True, kw_only=True)
 
 
 def without_tensor(hint: Any) -> Any:
-    """Return a type hint as an option of the configuration has it: without tensors, and with a list for a tuple."""
+    """Convert a type hint of torch.optim for the configuration: remove Tensor, and replace a tuple by a list."""
     kinds = tuple(without_tensor(kind) for kind in get_args(hint) if kind is not Tensor)
     if get_origin(hint) is tuple:
         item: Any = reduce(or_, kinds)

@@ -1,4 +1,4 @@
-"""A learning rule in a training loop of one's own: `backward` in place of `loss.backward()`."""
+"""Use a learning rule in your own training loop: call `rule.backward` in place of `loss.backward`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,9 +26,9 @@ class Rule:
     """A learning rule for one network. It owns B and B's optimizer.
 
     net: the network, with its boundaries.
-    method: what forms the error signals.
-    optimizer: of B; None for a rule whose B does not learn by gradients.
-    lr: the network's learning rate, for rules that decay W and B by it; set it when a scheduler changes the rate.
+    method: computes the error signals.
+    optimizer: B's optimizer; None if B does not learn by gradients.
+    lr: the network's learning rate, which rules with `decay` use. Set it again when a scheduler changes the rate.
     """
 
     def __init__(
@@ -39,21 +39,24 @@ class Rule:
     def backward(self, inputs: Tensor, target: Tensor, loss: Loss | None = None, step_feedback: bool = True) -> Tensor:
         """Add the rule's gradients to `.grad` of the network's parameters, and return the loss.
 
-        B is updated before the signals are formed, or after for rules that send first. The forward pass runs in the
-        caller's autocast, the signals outside of it.
+        B is updated before the error signals are computed, or after them if the rule has `sends_first`. The forward
+        pass runs in the caller's autocast. The error signals are computed outside of autocast.
 
-        inputs, target: a batch, as the network and the loss take it.
-        loss: any differentiable function of logits and target; e is then autograd's, and BP equals `loss.backward()`
-            bit for bit. Default: the rule's own loss, with labels as target, and e as in `dfl-train`.
-        step_feedback: update B. False for all micro-batches of an accumulation but the last; B's gradients add up.
+        inputs, target: a batch for the network and the loss.
+        loss: any differentiable function of logits and target. Autograd then computes e, and BP equals
+            `loss.backward()` bit for bit. Default: the rule's own loss, with labels as target.
+        step_feedback: whether to update B. To accumulate gradients over several batches, pass True only for the last
+            batch.
 
         Raises:
-            UserError: autocast to float16, whose gradient scaler does not know the signals.
+            UserError: inputs of another shape than the example's, targets that are no labels, or autocast to float16.
+                float16 needs a gradient scaler, which would not scale the error signals.
         """
         refuse_float16(inputs.device.type)
+        self._check(inputs, target, loss)
         method = self.method
-        before = taken_gradients(self.net.parameters())
-        before_feedback = taken_gradients(method.parameters())
+        before = take_gradients(self.net.parameters())
+        before_feedback = take_gradients(method.parameters())
         trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
         value, error = self._value_and_error(trace.logits, target, loss)
         method.adapt(trace, error, target)
@@ -70,13 +73,15 @@ class Rule:
         return value
 
     def alignment(self, inputs: Tensor, target: Tensor, loss: Loss | None = None) -> dict[str, dict[str, float]]:
-        """Compare the rule's error signals with those of BP on a batch. No weight and no gradient changes.
+        """Compare the rule's error signals with those of BP on a batch. Weights and gradients do not change.
 
-        Returns, for every boundary by name (a layer's number without names), cosine_sample, cosine_batch, norm,
-        norm_bp and zeros, as iterations.csv has them.
+        Returns for each boundary the columns cosine_sample, cosine_batch, norm, norm_bp and zeros of iterations.csv.
+        The key of a boundary is its name, or the number of the layer if the network has no boundary names. Cosines
+        are 1 from the boundary on at which the rule uses BP's own signal (`rule.method.exact_from`).
         """
+        self._check(inputs, target, loss)
         method = self.method
-        before = taken_gradients(self.net.parameters())
+        before = take_gradients(self.net.parameters())
         trace = self.net.trace(inputs, method.cuts, method.frozen, True, method.transpose)
         _, error = self._value_and_error(trace.logits, target, loss)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -93,10 +98,20 @@ class Rule:
         return {"method": self.method.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         self.method.load_state_dict(state["method"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+
+    def _check(self, inputs: Tensor, target: Tensor, loss: Loss | None) -> None:
+        """Raise `UserError` for a batch that the rule cannot take."""
+        shape = tuple(inputs.shape[1:])
+        if self.method.cuts and shape != self.net.input_shape:  # B has the shape of h_i
+            raise UserError(f"inputs: a sample has shape {shape}, but the example had {self.net.input_shape}")
+        is_labels = target.dim() == 1 and not target.is_floating_point()
+        if loss is None and not is_labels:
+            problem = f"target: {target.dtype} of shape {tuple(target.shape)}; must be integer labels (N,)"
+            raise UserError(f"{problem}. For other targets, pass loss= to this call")
 
     def _value_and_error(self, logits: Tensor, target: Tensor, loss: Loss | None) -> tuple[Tensor, Tensor]:
         if loss is None:
@@ -123,19 +138,19 @@ def rule(
     loss: LossName = "cross_entropy",
     **options: Any,
 ) -> Rule:
-    """Return a learning rule for a module, to train it in a loop of one's own.
+    """Return a learning rule for a module, to train the module in your own loop.
 
-    name: of the rule, such as "las" (see conf/method).
+    name: name of the rule, such as "las" (see conf/method).
     module: any `nn.Module`; it is not changed.
-    example: a batch of one or more inputs, of the kind that the module takes.
+    example: a batch of one or more inputs of the module.
     boundaries: names of submodules whose outputs are h_1 … h_{L-1}; "auto": see `dfl.boundaries`.
-    optimizer: returns B's optimizer for its parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
+    optimizer: makes B's optimizer for B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
     lr: the network's learning rate; rules with `decay` need it.
-    loss: cross_entropy or squared_error, with labels as targets. `Rule.backward` takes any other.
+    loss: cross_entropy or squared_error, with labels as targets. `Rule.backward` accepts any other loss.
     options: the rule's own options, such as init="zeros".
 
     Raises:
-        UserError: an unknown rule or option, a module that cannot be cut there, or a missing optimizer or rate.
+        UserError: an unknown rule or option, an invalid boundary, or a missing optimizer or learning rate.
     """
     register_resolvers()
     choices = group_options("method")
@@ -144,24 +159,26 @@ def rule(
     node = plain(compose([f"method={name}"]))["method"] | options
     net = module if isinstance(module, BlockNet) else ModuleNet(module, boundaries, example)
     classes = net.probe().logits.shape[1]
+    if loss not in LOSSES:
+        raise UserError(f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead")
     output_loss = LOSSES[loss]
     method: Method = component(node, "method").build(net=net, num_classes=classes, loss=output_loss)
     method.to(example.device)
     learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if learnt and optimizer is None:
-        raise UserError(f"rule {name}: its B learns; pass its optimizer, such as lambda p: torch.optim.Adam(p, 1e-4)")
+        raise UserError(f"rule {name}: trains B; pass B's optimizer, such as lambda p: torch.optim.Adam(p, 1e-4)")
     if getattr(method, "decay", 0) and lr is None:
-        raise UserError(f"rule {name}: decay={node['decay']} acts by the network's learning rate; pass lr=")
+        raise UserError(f"rule {name}: decay={node['decay']} needs the network's learning rate; pass lr=")
     return Rule(net, method, output_loss, optimizer(learnt) if learnt and optimizer else None, lr)
 
 
 def refuse_float16(device: str) -> None:
-    """Raise `UserError` within autocast to float16."""
+    """Raise `UserError` if autocast to float16 is enabled."""
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-        raise UserError("autocast to float16 needs a gradient scaler, which does not know the signals; use bfloat16")
+        raise UserError("float16 needs a gradient scaler, which does not scale the error signals; use bfloat16")
 
 
-def taken_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
+def take_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
     """Return `.grad` of the parameters, and set it to None."""
     gradients: Gradients = []
     for parameter in parameters:
@@ -171,7 +188,7 @@ def taken_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
 
 
 def add_gradients(parameters: Iterable[nn.Parameter], gradients: Gradients) -> None:
-    """Add earlier gradients to `.grad`."""
+    """Add the gradients that `take_gradients` returned to `.grad`."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -6,24 +6,24 @@ from pydantic import Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LARGEST_COSINE = 1.01  # low precision rounds above 1
+LARGEST_COSINE = 1.01  # rounding in low precision may give a cosine above 1
 Cosine = Annotated[float, Field(ge=-LARGEST_COSINE, le=LARGEST_COSINE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Size = Annotated[int, Field(ge=0, lt=2**31)]
-# not Literal[1, 2], which accepts true
+# an int, because Literal[1, 2] would also accept the value true
 Passes = Annotated[int, Field(ge=1, le=2)]
-# larger values are typing mistakes that would exhaust the memory
+# with an upper limit, because a mistyped large number could exhaust the memory
 Depth = Annotated[int, Field(gt=0, le=1000)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=1000)]
 
-MAGNITUDE_BINS = 31  # RandAugment's
+MAGNITUDE_BINS = 31  # RandAugment has the magnitudes 0 to 30
 Magnitude = Annotated[int, Field(ge=0, lt=MAGNITUDE_BINS)]
 
-# choices of protocols, methods and models
+# names that options of protocols, methods and models accept
 ValidationSplit = Literal["random", "stratified"]
 Downsampling = Literal["max_pool", "stride"]
 FeedbackInit = Literal["product", "kaiming", "default", "zeros"]
@@ -38,7 +38,7 @@ LocalReduction = Literal["sum", "half_sum", "mean"]
 Skip = Literal["cut", "leak"]
 Top = Literal["backprop", "direct"]
 
-# choices of the engine
+# names that options of the engine accept
 LossName = Literal["cross_entropy", "squared_error"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate. A schedule gives the factor that multiplies the optimizers' rates."""
+"""Learning-rate schedules. A schedule returns the factor by which the optimizers' learning rates are multiplied."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,20 +17,23 @@ Decay = Annotated[float, Field(gt=0, le=1)]
 class Schedule(ABC):
     """The factor of the learning rate over a run: η_t = η · factor(t) · min(1, (t + Δ) / warmup).
 
-    t is the number of epochs done, and Δ the time for which a rate is kept, in epochs.
+    t: number of completed epochs. Δ: number of epochs between two changes of the rate.
     """
 
     warmup: NonNegative = 0.0
-    """Epochs in which the rate rises linearly to its full value; 0: none."""
+    """Number of epochs in which the rate rises linearly to its full value; 0: no warm-up."""
     per: Literal["epoch", "iteration"] = "epoch"
-    """Where the rate may change: at the start of an epoch (Δ = 1), or at every iteration (Δ = 1 / batches)."""
+    """The rate changes at the start of each epoch (Δ = 1), or at each iteration (Δ = 1 / batches)."""
 
     def __post_init__(self) -> None:
         if self.per == "epoch" and 0 < self.warmup <= 1:
-            raise UserError(f"schedule.warmup={self.warmup}: one epoch or less needs schedule.per=iteration")
+            raise UserError(f"schedule.warmup={self.warmup}: a value of at most 1 needs schedule.per=iteration")
 
     def factors(self, epoch: int, epochs: int, batches: int) -> list[float]:
-        """Return the factor for each batch of an epoch, counted from 1. epochs: of the run. batches: per epoch."""
+        """Return the factor for each batch.
+
+        epoch: number of the epoch, from 1. epochs: epochs of the run. batches: batches per epoch.
+        """
         changes = 1 if self.per == "epoch" else batches
         factors = []
         for index in range(changes):
@@ -41,15 +44,15 @@ class Schedule(ABC):
 
     @abstractmethod
     def factor(self, done: float, epochs: int) -> float:
-        """Return the factor without the rise of the warm-up. done: epochs done, t. epochs: of the run."""
+        """Return the factor without the warm-up. done: t, completed epochs. epochs: epochs of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Schedule):
-    """Multiply the rate by `decay` at each milestone. Without milestones it is constant."""
+    """Multiply the rate by `decay` at each milestone. Without milestones the rate is constant."""
 
     milestones: list[Fraction]
-    """Fractions of all epochs after which the rate falls."""
+    """Points at which the rate falls, as fractions of all epochs."""
     decay: Decay
     """Factor at each milestone."""
 
@@ -60,13 +63,13 @@ class Step(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """Let the rate fall along half a cosine, from the end of the warm-up to the end of the run."""
+    """Decrease the rate as half a cosine, from the end of the warm-up to the end of the run."""
 
     final: Probability = 0.0
     """Factor at the end of the run."""
 
     def factor(self, done: float, epochs: int) -> float:
-        """Return final + (1 - final) · (1 + cos πp) / 2, with the part p of the way."""
+        """Return final + (1 - final) · (1 + cos πp) / 2. p: completed part of the epochs after the warm-up."""
         p = max(0.0, done - self.warmup) / (epochs - self.warmup)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * p)) / 2
 
@@ -76,7 +79,7 @@ class Exponential(Schedule):
     """Multiply the rate by `decay` in every epoch after the warm-up."""
 
     decay: Decay
-    """Factor of an epoch."""
+    """Factor per epoch."""
 
     def factor(self, done: float, epochs: int) -> float:
         """Return decay^(epochs since the warm-up)."""

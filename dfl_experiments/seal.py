@@ -1,4 +1,4 @@
-"""The seal of a run: SHA-256 of its files and of `result.json`, stored in `result.json` and checked by every reader."""
+"""Write and check the seal of a run: the SHA-256 of its files and of `result.json`, stored in `result.json`."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SEALED = ("config.yaml", "epochs.csv", "iterations.csv")
 def opened(path: Path) -> BufferedReader:
     """Open a file for reading. Raises `UserError` for a link, a folder, or a pipe, which would block the reader."""
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise UserError(f"{path}: a symbolic link, a pipe or a folder in place of a file")
+        raise UserError(f"{path}: is a symbolic link, a pipe or a folder, but must be a file")
     return path.open("rb")
 
 
@@ -30,7 +30,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a JSON file, None if there is no file. Raises `UserError` for any other content."""
+    """Return the mapping in a JSON file; None if there is no file. Raises `UserError` for any other content."""
     if not os.path.lexists(path):
         return None
     content = read_bytes(path)
@@ -53,13 +53,13 @@ def sha256_of(path: Path, length: int = sys.maxsize) -> "hashlib._Hash":
 
 
 def own_digest(result: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a result as canonical JSON, with the other digests of its seal."""
+    """Return the SHA-256 of a result as JSON with sorted keys. Its seal is included, except this digest itself."""
     others = {name: digest for name, digest in result["seal"].items() if name != RESULT}
     return hashlib.sha256(json.dumps({**result, "seal": others}, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result with the seal of itself and of the files in its run directory."""
+    """Return a result with its seal: the SHA-256 of each sealed file in the run directory, and of the result itself."""
     content = json.loads(json.dumps(result))
     content["seal"] = {name: sha256_of(run_dir / name).hexdigest() for name in SEALED if (run_dir / name).exists()}
     content["seal"][RESULT] = own_digest(content)
@@ -67,18 +67,20 @@ def sealed(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(run_dir: Path) -> dict[str, Any] | None:
-    """Return the content of `result.json`, None if there is none.
+    """Return the content of `result.json`; None if the file is absent.
 
-    A sealed file may be missing, since not every file is kept. A result without a seal is accepted: early versions
-    wrote none. Raises `UserError`, with the file's name, if a file has changed since the run.
+    The content is checked against its seal. A sealed file may be absent, because not every file is kept. A result
+    without a seal is accepted, because early versions wrote no seal.
+
+    Raises `UserError`, with the file's name, if a file has changed since the run.
     """
     result = read_json(run_dir / RESULT)
     if result is None or "seal" not in result:
         return result
     seal = result["seal"]
     if not isinstance(seal, dict) or seal.get(RESULT) != own_digest(result):
-        raise UserError(f"{run_dir / RESULT}: is damaged, it is not what its run wrote")
+        raise UserError(f"{run_dir / RESULT}: is damaged, it has changed since the run")
     for path in map(run_dir.joinpath, SEALED):
         if path.exists() and sha256_of(path).hexdigest() != seal.get(path.name):
-            raise UserError(f"{path}: is damaged, it is not what the run of {RESULT} wrote")
+            raise UserError(f"{path}: is damaged, it has changed since the run wrote {RESULT}")
     return result

@@ -1,7 +1,7 @@
-"""The entrypoint: `dfl-train key=value …`, one run, or a sweep with `--multirun`.
+"""Entrypoint `dfl-train key=value …`: train one run, or a sweep with `--multirun`.
 
-Exit codes: 0; 1 if the run or a point of a sweep failed; 2 for refused input; 128 + the number of a signal that ended
-the command after checkpoints were written (130 after SIGINT, 143 after SIGTERM). A second SIGINT ends it at once.
+Exit codes: 0: success; 1: the run or a point of the sweep failed; 2: wrong input; 128 + n: signal n ended the command
+after checkpoints were written (SIGINT: 130, SIGTERM: 143). A second SIGINT ends the command at once.
 """
 
 import logging
@@ -31,24 +31,24 @@ from dfl_experiments.errors import Fault, UserError, reason
 from dfl_experiments.running import workers
 from dfl_experiments.running.callbacks import Checks, sum_up
 from dfl_experiments.running.outcome import COMMAND, count_done, objective
-from dfl_experiments.running.signals import Interrupted, Kept, handle, pass_on
+from dfl_experiments.running.signals import Interrupted, PendingSignal, handle, pass_on
 from dfl_experiments.running.sweep import SweepJob, run_point
 
-# at import: a launcher's processes import this module and never call `main`
+# Register outside `main`, because a launcher's processes import this module, but do not call `main`.
 register_resolvers()
 register_launchers()
-# flags whose value may look like an override
-VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
+# flags that are followed by a value, which may look like an override
+FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
 DRY_RUN = "--dry-run"
 KILLED = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's errors for a killed worker
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def job(cfg: DictConfig) -> float | None:
-    """Run one job, and return the accuracy that the protocol reports; for an optimising sweeper validation accuracy.
+    """Run one job. Return the accuracy that the protocol reports; an optimising sweeper gets the validation accuracy.
 
-    A single run takes the configuration that its check made. A sweep's job is composed and checked again here, in the
-    process that its launcher chose.
+    A single run uses the configuration that `on_run_start` checked. For a job of a sweep, the configuration is composed
+    and checked again here, because the launcher may run the job in another process.
     """
     node = HydraConfig.get()
     run_dir = Path(node.runtime.output_dir)
@@ -72,24 +72,24 @@ def job(cfg: DictConfig) -> float | None:
         pass_on(stop)
         if is_main:
             raise
-        Kept.keep(signal.SIGTERM)  # this process of a launcher starts no other point
-        workers.call_no_success()
-        workers.leave_to_the_queue(stop, node.runtime.choices["hydra/launcher"])
+        PendingSignal.keep(signal.SIGTERM)  # so that this launcher's process starts no further point
+        workers.silence_submitit()
+        workers.wait_for_slurm(stop, node.runtime.choices["hydra/launcher"])
         return None
 
 
 def main() -> None:
-    """Run the command line, one run or a sweep, and end the process with its exit code."""
+    """Run the command line, which is one run or a sweep, and exit with its exit code."""
     if "--version" in sys.argv[1:]:
         print(f"dfl-experiments {__version__}")
         return
-    Checks.command = f"c{os.getpid()}-{uuid4().hex}"  # workers read the process ID from it, to end with this process
+    Checks.command = f"c{os.getpid()}-{uuid4().hex}"  # workers end when the process with this ID ends
     Checks.is_dry = DRY_RUN in sys.argv[1:]
     Checks.checked, Checks.sweep = None, None
     Checks.begun, Checks.stopped_by, Checks.made = False, None, []
-    logging.raiseExceptions = False  # the reader of the output may have closed it
+    logging.raiseExceptions = False  # no traceback if the output is a closed pipe
     sys.argv[1:] = overrides_first([argument for argument in sys.argv[1:] if argument != DRY_RUN])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises an error instead of printing it; it is shown in one line here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors; `refusing` prints one line
     handlers = handle(on_signal)
     ended_before = -1
     try:
@@ -102,51 +102,52 @@ def main() -> None:
                 except Exception as error:
                     if not Checks.begun and not isinstance(error, BrokenPipeError):
                         refuse(uncomposed(error, sys.argv[1:]))
-                    if Checks.sweep is None:  # no sweep, or its summary is printed
+                    if Checks.sweep is None:  # not a sweep, or the summary is already printed
                         raise
                     ended = count_done(Checks.sweep)
                     if type(error).__name__ not in KILLED or ended <= ended_before:
                         problem = f"{type(error).__name__}: {reason(error)}"
                         raise Fault(f"hydra/launcher={Checks.sweep.launcher}: {problem}") from error
-                    # a killed worker ends joblib's other workers too: go on as long as more points get done
+                    # joblib ends all workers if one is killed: repeat the sweep until a repetition finishes no point
                     ended_before = ended
-                    print("dfl-train: a worker was killed; the sweep goes on")
+                    print("dfl-train: a worker was killed; the sweep continues")
                     if not any(argument.startswith("sweep=") for argument in sys.argv):
-                        sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")  # its default is the time of day
+                        # repeat the sweep under the same name, which by default is made from the current time
+                        sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")
     except KeyboardInterrupt as stop:
         signum = stop.signum if isinstance(stop, Interrupted) else Checks.stopped_by or signal.SIGINT
         print(f"dfl-train: interrupted ({signal.Signals(signum).name})", file=sys.stderr)
         raise SystemExit(128 + signum) from None
     finally:
-        if Checks.sweep is not None:  # the launcher failed, or a signal arrived
+        if Checks.sweep is not None:  # no summary yet: the launcher failed, or a signal arrived
             if Checks.stopped_by is None:
                 with suppress(KeyboardInterrupt):
                     workers.wind_down(Checks.sweep)
             sum_up(Checks.sweep)
         for folder in Checks.made:
-            with suppress(OSError):  # only a refused run leaves its folder empty
+            with suppress(OSError):  # a folder is empty, and rmdir works, only if the run was refused
                 folder.rmdir()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
 
 def refuse_dashes(arguments: Sequence[str]) -> None:
-    """Raise `UserError` for an option with dashes before it, such as --epochs=3 or --method dfa."""
+    """Raise `UserError` for an option that is written with dashes, such as --epochs=3 or --method dfa."""
     keys = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
     keys |= yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8")).keys() - {"hydra"}
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and name.partition(".")[0] in keys:
-            raise UserError(f"{argument}: an option has no dashes; write {name}=…")
+            raise UserError(f"{argument}: options are written without dashes; write {name}=…")
 
 
 def overrides_first(arguments: Sequence[str]) -> list[str]:
-    """Return a command line with its flags and their values behind all overrides, the only order that Hydra reads."""
+    """Return the arguments with all overrides before the flags and their values. Hydra accepts only this order."""
     overrides: list[str] = []
     flags: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         is_override = "=" in argument or argument.startswith("~")
-        if is_override and not argument.startswith("-") and before not in VALUED:
+        if is_override and not argument.startswith("-") and before not in FLAGS_WITH_VALUE:
             overrides.append(argument)
         else:
             flags.append(argument)
@@ -154,7 +155,7 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
 
 
 def on_signal(signum: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal outside of training: this process has nothing to save, but let a launcher's processes save."""
+    """Handle a signal outside of training. Only the processes of a launcher have something to save."""
     if not Checks.begun:
         leave("dfl-train", signum)
     if Checks.sweep is not None and not (signum == signal.SIGINT and Checks.stopped_by):

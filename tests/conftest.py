@@ -141,12 +141,12 @@ class Tiny:
 
     @property
     def terms(self) -> int:
-        """How many numbers enter a value of the backward pass at most: every weight and every input."""
+        """Return an upper bound for the terms in a value of the backward pass: all weights and all inputs."""
         return sum(p.numel() for p in self.net.parameters()) + self.x.numel()
 
     @property
     def results(self) -> int:
-        """How many layers a signal passes: in bfloat16 each gives a rounded result, of sums in float32."""
+        """Return the number of layers that a signal passes. In bfloat16 each layer rounds its result, a float32 sum."""
         return sum(not list(module.children()) for module in self.net.modules())
 
     def backward(self) -> tuple[Trace, list[torch.Tensor | None], torch.Tensor]:

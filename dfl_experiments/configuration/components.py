@@ -1,4 +1,4 @@
-"""Check and build components: the nodes with a `_target_`, such as method, model and optimizer."""
+"""Check and build components: the parts of a configuration with a `_target_`, such as method, model and optimizer."""
 
 import importlib
 import inspect
@@ -13,8 +13,8 @@ from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, clipped, shown
 
 PACKAGE = "dfl_experiments"
-# For each component its base class; a model is a function that returns a `BlockNet`, or in another package any
-# `MODULE`. These are names, because torch is slow to import.
+# Base class of each component, by key. A model is a function, so its entry is the class of the network that it builds;
+# a plugin's model may build any `MODULE`. Classes are listed by name, because importing torch is slow.
 KINDS = {
     "method": f"{PACKAGE}.engine.method.Method",
     "model": f"{PACKAGE}.engine.blocknet.BlockNet",
@@ -26,9 +26,9 @@ KINDS = {
 }
 MODULE = "torch.nn.Module"
 AS_NET = f"{PACKAGE}.engine.module_net.as_net"
-# Arguments that the program passes when it builds a component; they are no options of the configuration.
+# Arguments that the program passes to a component's constructor. The configuration cannot set them.
 PASSED = {"method": ("net", "num_classes", "loss"), "model": ("input_shape", "num_classes")}
-# A name that is part of a folder's name, and a tag in W&B.
+# Type of a name that appears in folder names and as a W&B tag.
 Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=64)]
 NAME: TypeAdapter[str] = TypeAdapter(Name)
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
@@ -39,87 +39,91 @@ class Component:
     """A class or function that a configuration names, with its checked options."""
 
     key: str
-    """Key of the node, such as "method"."""
+    """Key in the configuration, such as "method"."""
     path: str
-    """The node's `_target_`."""
+    """The `_target_`, such as "dfl_experiments.models.fc"."""
     target: Callable[..., Any]
     """The class or function itself."""
     options: dict[str, Any]
     """Checked arguments for the target."""
 
     def build(self, **arguments: Any) -> Any:
-        """Call the target with its options and with the arguments that the program passes.
-
-        Raises `UserError` for options that are valid one by one, but not together.
-        """
-        options, input_shape = dict(self.options), arguments.get("input_shape")
-        names = options.pop("boundaries", "auto") if is_plain_module(self.target, self.key) else None
-        if self.key == "model":  # a module of one's own need not know both
-            arguments = {name: value for name, value in arguments.items() if name in parameters_of(self.target)}
+        """Call the target with its options and `arguments`. Raises `UserError` if the target refuses a value."""
+        options, accepted = dict(self.options), arguments
+        if self.key == "model":  # a plugin's model may lack the parameters input_shape and num_classes
+            parameters = parameters_of(self.target)
+            accepted = {name: value for name, value in arguments.items() if name in parameters}
         try:
-            built = self.target(**arguments, **options)
-            return built if names is None else named(AS_NET)(built, names, input_shape)
+            if not is_plain_module(self.target, self.key):
+                return self.target(**accepted, **options)
+            boundaries = options.pop("boundaries", "auto")
+            module = self.target(**accepted, **options)
+            return import_object(AS_NET)(module, boundaries, arguments.get("input_shape"))
         except UserError:
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
-            # torch's messages have several lines, for example for a size that does not fit into memory
-            given = ", ".join(f"{name}={shown(value)}" for name, value in self.options.items()) or "no options"
-            raise UserError(f"{self.key}: cannot be built with {given} ({clipped(str(error), 200)})") from error
+            options_text = ", ".join(f"{name}={shown(value)}" for name, value in self.options.items()) or "no options"
+            message = clipped(str(error), 200)  # messages of torch may have several lines
+            raise UserError(f"{self.key}: cannot be built with {options_text} ({message})") from error
 
 
-def named(target: str) -> Any:
-    """Import a module's attribute by its full name."""
+def import_object(target: str) -> Any:
+    """Import an object by its full name, such as "torch.nn.Module"."""
     module, _, name = target.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Callable[..., Any]:
+def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     """Import the class or function that `_target_` names.
 
-    It must have the component's base class, and be defined in this package or in one of `plugins`, not only imported
-    there: so a configuration can call nothing that was not written for it. An optimizer may also be one of torch.optim.
-    key: of the node. Raises `UserError`.
+    The target must have the component's base class. Its module must belong to this package or to a plugin, so that a
+    configuration cannot call arbitrary functions. An optimizer may also be a class of torch.optim.
+    key: the component's key, such as "method". plugins: names of the plugin packages.
+    Raises `UserError` for a target that breaks these rules.
     """
     if isinstance(target, str) and target.startswith("torch.optim.") and key.startswith("optimizer"):
-        of_torch: Callable[..., Any] = named(f"{PACKAGE}.optimizers.of_torch")(target, key)
-        return of_torch
-    kind = named(KINDS[key])
+        return import_object(f"{PACKAGE}.optimizers.of_torch")(target, key)
+    base = import_object(KINDS[key])
     packages = (PACKAGE, *plugins)
     prefixes = tuple(f"{package}." for package in packages)
-    what = f"a function that returns a {kind.__name__}" if key == "model" else f"a subclass of {kind.__name__}"
-    own = " (there also a class or function of any torch.nn.Module)" if key == "model" else ""
+    kind, exception = f"a subclass of {base.__name__}", ""
+    if key == "model":
+        kind = f"a function that returns a {base.__name__}"
+        exception = "; a plugin's model may be any torch.nn.Module, or a function that returns one"
     option = f"{key}._target_={target if isinstance(target, str) else shown(target)}"
-    must = f"must be {what} defined in {' or '.join(packages)}, or in a package that plugins=[…] names{own}"
+    rule = f"must be {kind} defined in {' or '.join(packages)}, or in a package listed in plugins=[…]{exception}"
     if not isinstance(target, str) or not target.startswith(prefixes):
-        raise UserError(f"{option}: {must}")
+        raise UserError(f"{option}: {rule}")
     try:
-        component_type = named(target)
+        imported = import_object(target)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{option}: cannot be loaded ({error}); {must}") from error
-    result = made_by(component_type) if key == "model" else component_type
-    if key == "model" and not target.startswith(f"{PACKAGE}."):
-        kind = named(MODULE)
-    is_defined_there = f"{getattr(component_type, '__module__', '')}.".startswith(prefixes)
-    is_of_kind = inspect.isclass(result) and issubclass(result, kind) and not inspect.isabstract(component_type)
-    if not is_defined_there or not is_of_kind:
-        raise UserError(f"{option}: {must}")
-    return component_type
+        raise UserError(f"{option}: cannot be loaded ({error}); {rule}") from error
+    built_class = imported
+    if key == "model":
+        built_class = returned_class(imported)
+        if not target.startswith(f"{PACKAGE}."):
+            base = import_object(MODULE)
+    is_defined_there = f"{getattr(imported, '__module__', '')}.".startswith(prefixes)
+    has_base = inspect.isclass(built_class) and issubclass(built_class, base)
+    if not is_defined_there or not has_base or inspect.isabstract(imported):
+        raise UserError(f"{option}: {rule}")
+    return imported
 
 
-def made_by(target: Any) -> Any:
-    """Return the class of what a class or a function returns; None if it does not say."""
+def returned_class(target: Any) -> Any:
+    """Return a class itself, or the return annotation of a function (None if it has none)."""
     return get_type_hints(target).get("return") if inspect.isfunction(target) else target
 
 
 def is_plain_module(target: Any, key: str) -> bool:
-    """Return whether a component is a model that is no `BlockNet`, and so has the option `boundaries`."""
-    return key == "model" and not issubclass(made_by(target), named(KINDS["model"]))
+    """Return whether a component is a model other than a `BlockNet`. Such a model has the option `boundaries`."""
+    return key == "model" and not issubclass(returned_class(target), import_object(KINDS["model"]))
 
 
 def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the annotation and the default of every parameter.
+    """Return the annotation and the default of every parameter, by name.
 
-    `**options` of a class stands for the parameters of its base class.
+    If a constructor has `**options`, the parameters of its base class's constructor are included.
     """
     parameters_by_name: dict[str, tuple[Any, Any]] = {}
     functions: list[Callable[..., Any]] = [target]
@@ -129,8 +133,10 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
         hints = get_type_hints(function, include_extras=True)
         parameters = inspect.signature(function).parameters.values()
         for p in parameters:
-            if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                parameters_by_name.setdefault(p.name, (hints.get(p.name, p.empty), p.default))
+            if p.name == "self" or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                continue
+            hint = hints.get(p.name, p.empty)
+            parameters_by_name.setdefault(p.name, (hint, p.default))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return parameters_by_name
@@ -138,30 +144,38 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
 @cache
 def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
-    """Return the target's options as a pydantic model: its parameters without `PASSED` ones. Raises `UserError`."""
+    """Return a pydantic model of the target's options: its parameters except those in `PASSED`.
+
+    Raises `UserError` if the target lacks a parameter in `PASSED`, or a type annotation.
+    """
     parameters = parameters_of(target)
     passed = PASSED.get(key, ())
     is_plain = is_plain_module(target, key)
-    if not is_plain and (missing := [name for name in passed if name not in parameters]):
-        raise UserError(f"{key}._target_={target.__name__}: does not accept {missing[0]}, which the program passes")
-    fields: dict[str, Any] = {"boundaries": (Literal["auto"] | list[str], "auto")} if is_plain else {}
+    fields: dict[str, Any] = {}
+    if is_plain:
+        fields["boundaries"] = (Literal["auto"] | list[str], "auto")
+    else:
+        for name in passed:
+            if name not in parameters:
+                raise UserError(f"{key}._target_={target.__name__}: needs a parameter {name}, which the program passes")
     for name, (hint, default) in parameters.items():
         if name in passed:
             continue
         if hint is inspect.Parameter.empty and is_plain:
             hint = Any
         elif hint is inspect.Parameter.empty:
-            raise UserError(f"{key}.{name}: its parameter of {target.__name__} needs a type annotation")
+            raise UserError(f"{key}.{name}: parameter {name} of {target.__name__} needs a type annotation")
         fields[name] = (hint, ... if default is inspect.Parameter.empty else default)
     return create_model("Options", __config__=STRICT, **fields)
 
 
 def component(node: Mapping[str, Any], key: str, plugins: Sequence[str] = (), names: Sequence[str] = ()) -> Component:
-    """Return the component of a node, with its options checked against the annotations of its constructor.
+    """Check a component's options against the type annotations of its constructor, and return the component.
 
-    key: of the node. plugins: other packages that may define it.
-    names: all keys of the configuration, to guess what an unknown one means.
-    Raises `UserError`.
+    node: the part of the configuration with `_target_` and the options.
+    key: key of this part, such as "method". plugins: names of the plugin packages.
+    names: all keys of the configuration, for suggestions in messages.
+    Raises `UserError` for a wrong target, option or value.
     """
     if node.get("_target_", "???") == "???":
         raise UserError(f"{key}._target_: missing; set {key}._target_=…")
@@ -178,5 +192,5 @@ def component(node: Mapping[str, Any], key: str, plugins: Sequence[str] = (), na
     values = {name: getattr(checked, name) for name in options}
     result = Component(key, node["_target_"], target, values)
     if key not in PASSED:
-        result.build()  # cheap, and refuses options that do not fit together
+        result.build()  # a trial: raises UserError if the options contradict each other
     return result

@@ -1,4 +1,4 @@
-"""Compose a configuration with Hydra, turn it into plain values, and name a run by what it computes."""
+"""Compose a configuration with Hydra, convert it to plain values, and compute its digest and folder name."""
 
 import hashlib
 import json
@@ -20,26 +20,23 @@ from dfl_experiments.errors import printable
 _PACKAGE = Path(__file__).resolve().parent.parent
 _CONF_DIRS = (_PACKAGE / "conf", _PACKAGE.parent / "conf")
 CONF_DIR = next((path for path in _CONF_DIRS if path.is_dir()), _CONF_DIRS[-1])
-PLACES = ("dataset", "augmentation", "model", "method")  # the groups that identify a cell of a table
-LONGEST = 200  # bytes of the names in a folder's name
-# Hydra 1.4 warns of changes in 1.5; code that also runs on 1.3 cannot follow them.
+PLACES = ("dataset", "augmentation", "model", "method")  # the groups that identify a cell of the paper's tables
+MAX_BYTES = 200  # largest number of bytes for the names of method, model and so on in a folder's name
+# Hydra 1.4 warns about changes in 1.5. This code ignores the warnings, because it must also run on Hydra 1.3.
 MIGRATION = "register_new_resolver|The version_base parameter|ConfigStore config|hydra.utils.instantiate.. resolved"
 warnings.filterwarnings("ignore", MIGRATION)
-AUTO = "auto"  # value of `resume`: continue if there is a checkpoint
-# Options that do not change what a run computes. `stop_collapsed` changes no value of a run that learns, and the points
-# of sweeps recorded before the option existed keep their names.
+AUTO = "auto"  # value of `resume`: continue the run if it has a checkpoint
+# Options that the digest leaves out, because they do not change what a run computes. `stop_collapsed` only ends runs
+# that no longer learn; if the digest contained it, the folders of older sweep points would have wrong names.
 NOT_IN_DIGEST = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
     "repeat", "force", "stop_collapsed",
 )  # fmt: skip
-NOT_IN_DATASET_DIGEST = ("epochs", "fc_widths")  # they act through `epochs` and `model.widths`
+NOT_IN_DATASET_DIGEST = ("epochs", "fc_widths")  # options of `dataset` that only set `epochs` and `model.widths`
 
 
 def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
-    """Return the configuration that `dfl-train` composes from these overrides.
-
-    hydra: keep Hydra's own node.
-    """
+    """Return the configuration that `dfl-train` composes from overrides. hydra: keep the key `hydra`."""
     application = GlobalHydra.instance()
     outer, application.hydra = application.hydra, None  # the caller may itself be a Hydra application
     try:
@@ -50,18 +47,20 @@ def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
 
 
 def group_options(group: str) -> list[str]:
-    """Return the options that conf/ has for a group."""
+    """Return the choices for a group, such as the methods: the names of its YAML files in conf/."""
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration as resolved dictionaries, lists and scalars, without Hydra's own node."""
+    """Return a configuration as dictionaries, lists and scalars, without interpolations and the key `hydra`."""
     result: dict[str, Any] = {}
     for key in cfg:
-        if key != "hydra":  # Hydra's node cannot be resolved before a job
-            value = cfg[str(key)]
-            is_node = OmegaConf.is_config(value)
-            result[str(key)] = OmegaConf.to_container(value, resolve=True) if is_node else value
+        if key == "hydra":  # this key cannot be resolved before a job starts
+            continue
+        value = cfg[str(key)]
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        result[str(key)] = value
     return result
 
 
@@ -71,33 +70,30 @@ def names_of(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def result_options(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that decide what a run computes, and its names."""
+    """Return the options that decide what a run computes, including names such as `model.name`."""
     values = plain(cfg)
     decisive = {key: value for key, value in values.items() if key not in NOT_IN_DIGEST}
     dataset = values["dataset"].items()
     decisive["dataset"] = {key: value for key, value in dataset if key not in NOT_IN_DATASET_DIGEST}
     decisive = without_unrecorded_options(decisive)
-    # The other options of a protocol act through the other groups.
+    # The protocol's other options are left out: they only set options of other groups, which are included.
     decisive["protocol"] = {key: values["protocol"][key] for key in ("name", "accuracy")}
     return decisive
 
 
 def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """Return a digest of everything in a configuration that decides what a run computes.
-
-    A configuration that was recorded under older names of options has the digest of the same one under today's names.
-    """
-    values = changed(with_recorded_names(result_options(cfg)), _one_type_of_number)
+    """Return a digest of the options that decide what a run computes. Older option names give the same digest."""
+    values = changed(with_recorded_names(result_options(cfg)), _integer_if_whole)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _one_type_of_number(value: Any) -> Any:
-    """Return 0 for 0.0: they are one number, and YAML may write it either way."""
+def _integer_if_whole(value: Any) -> Any:
+    """Return a whole float such as 1.0 as an integer, because a YAML file may contain 1 or 1.0 for the same value."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply a function to every key and every scalar of nested mappings and lists."""
+    """Return nested mappings and lists with a function applied to every key and every scalar."""
     if isinstance(value, Mapping):
         return {change(key): changed(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -106,39 +102,40 @@ def changed(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def harmless(value: Any) -> Any:
-    """Make every text in nested values printable: files of other people may hold control characters."""
+    """Return nested values with escaped control characters. The strings may come from somebody else's file."""
     return changed(value, lambda item: printable(item) if isinstance(item, str) else item)
 
 
 def literal(text: str) -> str:
-    """Escape a text for OmegaConf, so that no part of it is an interpolation."""
+    """Escape `${` in a text, so that OmegaConf does not read it as an interpolation."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def quoted(text: str) -> str:
-    """Quote a text as the value of a Hydra override, whatever it contains."""
+    """Quote any text as the value of a Hydra override."""
     text = re.sub(r"(\\*)'", r"\1\1\'", literal(text))
     return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
 
 
 def as_values(values: Mapping[str, Any]) -> DictConfig:
-    """Return a configuration of values only: none of its texts is an interpolation."""
+    """Return values as an OmegaConf configuration. `${` is escaped, so that no text is read as an interpolation."""
     config: Any = OmegaConf.create(changed(values, lambda item: literal(item) if isinstance(item, str) else item))
     return config
 
 
 def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """Return the name of a sweep point's folder: method, model, data set, augmentation, seed and `config_digest`."""
+    """Return a sweep point's folder name: method, model, data set, augmentation, seed and `config_digest`."""
     names = "-".join(str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation"))
     return f"{shortened(names)}-seed{cfg['seed']}-{config_digest(cfg)}"
 
 
 def shortened(names: str) -> str:
-    """Shorten names to `LONGEST` bytes: file systems allow 255 for a folder's name."""
-    return names.encode()[:LONGEST].decode(errors="ignore")
+    """Shorten names to `MAX_BYTES` bytes, because file systems allow at most 255 bytes for a folder's name."""
+    return names.encode()[:MAX_BYTES].decode(errors="ignore")
 
 
 def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
+    """Return the directory of a single run. stamp: date and time. _root_: the configuration, which OmegaConf passes."""
     if _root_.get("resume") not in (None, AUTO):
         return str(Path(str(_root_.resume)).expanduser())
     if _root_.get("repeat") is not None:
@@ -148,6 +145,6 @@ def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
 
 
 def register_resolvers() -> None:
-    """Register `${point:}`, the name of a sweep point's folder, and `${run_dir:}`, the directory of a single run."""
+    """Register two resolvers: `${point:}` is a sweep point's folder name, `${run_dir:}` a single run's directory."""
     OmegaConf.register_new_resolver("point", lambda *, _root_: point_name(_root_), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)

@@ -1,4 +1,4 @@
-"""List the points of grids: of an experiment in conf/, and of a command line."""
+"""List the points of a grid, which an experiment in conf/ or the command line of a sweep defines."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 from dfl_experiments.configuration.composition import CONF_DIR, PLACES, compose
 from dfl_experiments.errors import UserError
 
+# the experiments of each table in the paper
 TABLES = {
     "fc_table": ("fc_mnist", "fc_cifar"),
-    "cnn_table": ("cnn_cifar", "cnn_shallow", "cnn_tinyimagenet"),
+    "cnn_table": ("cnn_cifar", "cnn_shallow", "cnn_resnet18", "cnn_tinyimagenet"),
 }
-BASIC = "basic"  # Hydra's own sweeper, for grids
+BASIC = "basic"  # name of Hydra's default sweeper
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Grid:
     """The grid of an experiment."""
 
     experiment: str
-    """Its name in conf/experiment/."""
+    """Name of the experiment in conf/experiment/."""
     axes: dict[str, list[str]]
     """The values of every swept key."""
     fixed: dict[str, str]
@@ -48,7 +49,7 @@ def grid_of(experiment: str) -> Grid:
 
 @cache
 def points_per_cell() -> dict[tuple[str, ...], int]:
-    """Return how many grid points each cell of the tables has, without seeds."""
+    """Return the number of grid points in each cell of the tables. A point with several seeds counts as one."""
     counts: dict[tuple[str, ...], int] = {}
     for experiment in itertools.chain(*TABLES.values()):
         for point in grid_of(experiment).points():
@@ -58,14 +59,14 @@ def points_per_cell() -> dict[tuple[str, ...], int]:
 
 
 def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
-    """Return the override list of every job of a grid, such as `a=1,2 b=3`.
+    """Yield the overrides of every job of a grid such as `a=1,2 b=3`.
 
-    Of two overrides for a key the later counts. Continuous ranges are omitted: a sweeper such as Optuna draws from them
-    during the sweep.
-    texts: the overrides. sweeper: name of Hydra's sweeper.
-    Raises `UserError` for a range with Hydra's basic sweeper, and for an empty choice.
+    A later override of the same key replaces an earlier one. Continuous ranges are omitted: a sweeper such as Optuna
+    chooses their values during the sweep.
+    texts: the overrides of the command line. sweeper: name of Hydra's sweeper.
+    Raises `UserError` for a continuous range with the basic sweeper, and for a `glob(…)` that matches nothing.
     """
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # the loader resolves glob(*)
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # the parser needs the loader for glob(*)
     choices: dict[str, list[str]] = {}
     for override in parser.parse_overrides(list(texts)):
         key = override.get_key_element()
@@ -74,7 +75,7 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
         elif override.is_discrete_sweep():
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not choices[key]:
-                raise UserError(f"{override.input_line}: matches nothing, so the sweep has no job")
+                raise UserError(f"{override.input_line}: matches no option, so the sweep has no job")
         elif sweeper == BASIC:
-            raise UserError(f"{override.input_line}: a range to choose from needs hydra/sweeper=optuna")
+            raise UserError(f"{override.input_line}: a continuous range needs hydra/sweeper=optuna")
     return (list(point) for point in itertools.product(*choices.values()))

@@ -1,18 +1,18 @@
-"""Tables for configurations that older versions recorded: renamed options, and options that did not exist then.
+"""Translate the configurations that older versions recorded: options were renamed, moved and added later.
 
-A recorded run keeps its digest: `composition.config_digest` uses the recorded names, and omits an option that has the
-value of the runs recorded before the option existed.
+The digest of a recorded run stays valid, because `composition.config_digest` uses the older names of options. It omits
+an option that was added later, if the option has the value that all runs used before it existed.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# the recorded name of an option, and its name today
+# older name of an option: name today
 RENAMED = {"method.held": "method.fixed_blocks"}
-# options that were the optimizer's before there were schedules
+# options that moved from the optimizer to the schedule
 MOVED = {"optimizer.milestones": "schedule.milestones", "optimizer.decay": "schedule.decay"}
-STEP = "dfl_experiments.schedules.Step"  # the schedule of all runs then
-# the value that every run had before the option existed
+STEP = "dfl_experiments.schedules.Step"  # the only schedule of older versions, which did not record it
+# for each option that was added later, the value that all runs used before the option existed
 VALUES_BEFORE: dict[str, Any] = {
     "memory_format": "contiguous",
     "alignment.quantities": [],
@@ -25,9 +25,10 @@ VALUES_BEFORE: dict[str, Any] = {
     "schedule.warmup": 0,
     "schedule.per": "epoch",
 }
-# the same for the models with this `_target_` only
+# the same for options that only one model has, by the model's `_target_`
 MODEL_VALUES_BEFORE = {"dfl_experiments.models.conv3": {"model.activation": "relu"}}
-# options that change nothing in models with this `_target_`: hidden vectors have one memory format and one shape of B
+# options that have no effect in a model, by the model's `_target_`: where every h_i is a vector, there is only one
+# memory format and one shape of B
 WITHOUT_EFFECT = {"dfl_experiments.models.fc": ("memory_format", "method.feedback")}
 
 
@@ -39,9 +40,10 @@ def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_recorded_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without unrecorded options, with the names that its options were first recorded with."""
-    is_step = "_target_" not in options.get("schedule", {}) and not {"milestones", "decay"} & {*options["optimizer"]}
-    names = RENAMED | MOVED if is_step else RENAMED
+    """Return options under the names that older versions used. options: result of `without_unrecorded_options`."""
+    has_default_schedule = "_target_" not in options.get("schedule", {})
+    has_own_milestones = "milestones" in options["optimizer"] or "decay" in options["optimizer"]
+    names = RENAMED | MOVED if has_default_schedule and not has_own_milestones else RENAMED
     result = _renamed(options, {new: old for old, new in names.items()})
     if not result.get("schedule"):
         result.pop("schedule", None)
@@ -49,7 +51,7 @@ def with_recorded_names(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a configuration with new names for some options, which may move to another group."""
+    """Return a configuration with new names for some options. A new name may move the option to another group."""
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     for old, new in new_names.items():
         (group, option), (new_group, new_option) = old.split("."), new.split(".")
@@ -60,21 +62,30 @@ def _renamed(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[st
 
 
 def without_unrecorded_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plain configuration without options that older runs lack, where they have the value of those runs."""
+    """Return a configuration without some of the options that were added after the first version.
+
+    An option that was added later is left out if it has the value that all runs used before it existed, or if it has
+    no effect.
+    """
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
-    result.get("schedule", {}).pop("name", None)  # its class and its options say what it computes
-    if isinstance(feedback := result["optimizer"].get("feedback"), Mapping):
-        result["optimizer"]["feedback"] = given(feedback)
+    result.get("schedule", {}).pop("name", None)  # the name does not change what a run computes
+    feedback = result["optimizer"].get("feedback")
+    if isinstance(feedback, Mapping):
+        result["optimizer"]["feedback"] = feedback_overrides(feedback)
     target = config["model"].get("_target_")
     values_before = {**VALUES_BEFORE, **MODEL_VALUES_BEFORE.get(target, {})}
-    for key in {*values_before, *WITHOUT_EFFECT.get(target, ())}:
+    without_effect = WITHOUT_EFFECT.get(target, ())
+    for key in {*values_before, *without_effect}:
         group, _, option = key.rpartition(".")
         options = result.get(group, {}) if group else result
-        if key in WITHOUT_EFFECT.get(target, ()) or options.get(option) == values_before[key]:
+        if key in without_effect or options.get(option) == values_before[key]:
             options.pop(option, None)
     return result
 
 
-def given(feedback: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `optimizer.feedback` that are not as those of W's optimizer."""
+def feedback_overrides(feedback: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are set for B's optimizer. An option that is None has the value of W's optimizer.
+
+    feedback: the options in `optimizer.feedback`.
+    """
     return {key: value for key, value in feedback.items() if value is not None and key != "feedback"}

@@ -1,6 +1,6 @@
-"""Set defaults for Hydra's launchers and sweepers.
+"""Replace the defaults of Hydra's launchers and sweepers.
 
-Their own defaults overload machines, end long runs, and search for the lowest accuracy.
+Hydra's own defaults start one job per core, stop runs that take long, and minimise the accuracy.
 """
 
 from contextlib import suppress
@@ -11,16 +11,16 @@ from hydra.core.plugins import Plugins
 
 JOBS_AT_ONCE = 2
 DAY = 24 * 60  # minutes
-TIMEOUTS = 30  # how often a SLURM job at its time limit is queued again
+TIMEOUTS = 30  # how often a SLURM job that reaches its time limit is restarted; it continues from its checkpoint
 
 
 def register_launchers() -> None:
     """Register the defaults of this project for the launchers and sweepers that are installed.
 
-    `hydra/launcher=joblib` runs two jobs at once, not one per core; submitit's launchers give a job a day, not an hour;
-    `hydra/sweeper=optuna` maximises, with two trials at once.
+    joblib runs two jobs at once instead of one per core. submitit gives each job one day instead of one hour. Optuna
+    maximises instead of minimising, and runs two trials at once.
     """
-    Plugins.instance()  # installed plugins register their defaults here; those below replace them
+    Plugins.instance()  # load the plugins' own defaults first, so that the defaults below replace them
     store = ConfigStore.instance()
     with suppress(ImportError):
         from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
@@ -32,18 +32,17 @@ def register_launchers() -> None:
 
         @dataclass
         class Local(LocalQueueConf):
-            # On a terminal's SIGINT the command lets the jobs save. Their controller would kill them.
+            # Let submitit's controller ignore Ctrl-C: it would kill the jobs, whereas dfl-train lets them save.
             setup: list[str] = field(default_factory=lambda: ["trap '' INT HUP"])
 
         local = Local(timeout_min=DAY, name="${sweep}")
-        # a job at its time limit is queued again, and continues from its checkpoint
         slurm = SlurmQueueConf(timeout_min=DAY, max_num_timeout=TIMEOUTS, name="${sweep}")
         for name, node in (("submitit_local", local), ("submitit_slurm", slurm)):
             store.store(name, node, group="hydra/launcher", provider="dfl_experiments")
     with suppress(ImportError):
         from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher
 
-        # an existing cluster refuses the plugin's own object_store_memory
+        # no value for object_store_memory, because an existing Ray cluster does not accept the one that the plugin sets
         node = {"init": {"address": None, "object_store_memory": None}, "remote": {}}
         target = f"{RayLauncher.__module__}.{RayLauncher.__name__}"
         store.store("ray", {"_target_": target, "ray": node}, group="hydra/launcher", provider="dfl_experiments")

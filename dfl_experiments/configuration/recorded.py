@@ -1,4 +1,4 @@
-"""Read a recorded configuration, which `resume` and `repeat` run in place of the composed one."""
+"""Read the recorded configuration of a run. With `resume` or `repeat`, it replaces the composed configuration."""
 
 import logging
 import re
@@ -16,19 +16,20 @@ from dfl_experiments.errors import UserError, reason
 from dfl_experiments.seal import read_bytes, read_sealed
 
 log = logging.getLogger(__name__)
-DEEPEST = 20  # levels of nested lists and mappings in a configuration
+MAX_DEPTH = 20  # largest depth of nested lists and mappings in a configuration
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
-# Options that may stand beside resume and repeat. All others come from the recorded configuration.
+# Options that the command line may set together with resume or repeat. All others come from the recorded configuration.
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
-# The recorded values of these are not used: the folder may come from somebody else.
-OF_THE_COMMAND = ("tracking", "plugins")
+# Options whose recorded values are not used, because somebody else may have made the run directory. Only some recorded
+# modes of tracking are used, see `_tracking`.
+COMMAND_ONLY = ("tracking", "plugins")
 
 
 def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
-    """Return the values to run: those of the run that `resume` or `repeat` names, else the composed ones.
+    """Return the configuration to run: with `resume` or `repeat` the recorded one, otherwise the composed one.
 
-    overrides: of the command line. Beside resume and repeat only `OPERATIONAL` ones are allowed.
-    Raises `UserError` for other overrides, and where no configuration is recorded.
+    overrides: overrides of the command line; with `resume` or `repeat`, they may only set `OPERATIONAL` options.
+    Raises `UserError` if they set another option, or if there is no recorded configuration.
     """
     values = plain(cfg)
     key = next((key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)), None)
@@ -39,43 +40,47 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     not_allowed = [name for name in keys if name.partition(".")[0] not in (*OPERATIONAL, key)]
     if not_allowed:
         raise UserError(
-            f"{not_allowed[0]}: {key}={values[key]} takes its configuration from {path}; beside it there may be "
-            f"{', '.join(OPERATIONAL)}"
+            f"{not_allowed[0]}: cannot be set, because {key}={values[key]} takes its configuration from {path}; "
+            f"only these can be set: {', '.join(OPERATIONAL)}"
         )
     recorded = read_recorded(path, f"{key}={values[key]}")
-    own = {name: values[name] for name in (*OF_THE_COMMAND, "resume", "repeat")}
-    is_tracking_chosen = any(name.partition(".")[0] == "tracking" for name in keys)
-    own["tracking"] = _tracking(values["tracking"], recorded.get("tracking"), is_tracking_chosen, path.parent)
-    merged = completed(recorded, values) | own
-    for group, _, option in (name.partition(".") for name in keys):
-        if group in OPERATIONAL:
-            merged[group] = merged[group] | {option: values[group][option]} if option else values[group]
+    of_command = {name: values[name] for name in (*COMMAND_ONLY, "resume", "repeat")}
+    is_tracking_set = any(name.partition(".")[0] == "tracking" for name in keys)
+    of_command["tracking"] = _tracking(values["tracking"], recorded.get("tracking"), is_tracking_set, path.parent)
+    merged = completed(recorded, values) | of_command
+    for name in keys:
+        group, _, option = name.partition(".")
+        if group in OPERATIONAL and option:
+            merged[group] = merged[group] | {option: values[group][option]}
+        elif group in OPERATIONAL:
+            merged[group] = values[group]
     return merged
 
 
-def _tracking(composed: dict[str, Any], recorded: Any, is_chosen: bool, folder: Path) -> dict[str, Any]:
-    """Return the command's tracking options; a recorded `disabled`, which sends nothing, is kept.
+def _tracking(composed: dict[str, Any], recorded: Any, is_set: bool, folder: Path) -> dict[str, Any]:
+    """Return the composed tracking options. A recorded mode `disabled` or `tensorboard` is kept if not `is_set`.
 
-    is_chosen: the command line has a tracking option.
+    is_set: whether the command line has a tracking option.
     """
     mode = recorded.get("mode") if isinstance(recorded, dict) else None
-    if mode == "disabled" and not is_chosen:
+    if mode in ("disabled", "tensorboard") and not is_set:
         return composed | {"mode": mode}
     if mode == "online" and composed["mode"] != mode:
-        log.warning("tracking: as this command says; the run in %s had tracking=online", folder)
+        log.warning("tracking=%s, but the recorded run in %s had tracking=online", composed["mode"], folder)
     return composed
 
 
 def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return a recorded configuration with today's names, and with the options that were added since.
+    """Return a recorded configuration with today's option names, and with the options that were added after the run.
 
-    An added option has the value that the recorded run had without it, or else today's.
-    values: today's composed configuration.
+    An added option that changes results gets the value that all runs used before it existed. Any other added option
+    gets the composed value.
+    values: the composed configuration.
     """
     before: dict[str, Any] = {"memory_format": "contiguous", "stop_collapsed": False, "validation_split": "random"}
     merged = {name: values[name] for name in OPERATIONAL} | before | with_current_names(recorded)
     today = values | {"protocol": values["protocol"] | {"stop_collapsed": False}}
-    for name in ("checkpoint", "alignment", "protocol", "tracking"):  # groups to which options were added
+    for name in ("checkpoint", "alignment", "protocol", "tracking"):  # groups to which options were added later
         if isinstance(merged.get(name), dict):
             merged[name] = today[name] | merged[name]
     return merged
@@ -84,38 +89,41 @@ def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, 
 def read_recorded(path: Path, source: str) -> dict[str, Any]:
     """Read a recorded configuration.
 
-    source: the option or folder that names it, for messages.
-    Raises `UserError` where there is none, and for an interpolation: it would copy values of this machine into a run.
+    source: name of the option or folder, for the error messages of this function.
+    Raises `UserError` if the file is absent or has an interpolation, which could read environment variables.
     """
     try:
         content = read_yaml(path)
         texts: list[str] = []
         changed(content, lambda item: texts.append(str(item)))
-        if any(map(INTERPOLATION.search, texts)):
-            raise UserError(f"{path} has an interpolation; a recorded configuration must have values only")
-        values: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)  # removes escapes from texts
+        if any(INTERPOLATION.search(text) for text in texts):
+            raise UserError(f"{path} has an interpolation; a recorded configuration must contain values only")
+        values: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)  # also removes escapes of `${`
         read_sealed(path.parent)
     except FileNotFoundError:
-        raise UserError(f"{source}: is no run directory, there is no {path}") from None
+        raise UserError(f"{source}: is not a run directory, {path} does not exist") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("checkpoint", {}), dict):
-        raise UserError(f"{source}: {path} is no configuration of a run")
+        raise UserError(f"{source}: {path} is not the configuration of a run")
     return values
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the values of a YAML file, with its interpolations unresolved.
+    """Return the values of a YAML file without resolving interpolations.
 
-    Raises `UserError` for a file that cannot be read, for deep nesting, and for aliases, which can expand without end.
+    Raises `UserError` for a file that cannot be read, for deep nesting, and for aliases, which may exhaust the memory.
     """
     content, depth = read_bytes(path), 0
     try:
         text = content.decode("utf-8-sig")
         for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
-                raise UserError(f"more than {DEEPEST} levels, or an alias")
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                raise UserError(f"more than {MAX_DEPTH} levels of nesting, or an alias")
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None

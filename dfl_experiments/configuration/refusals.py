@@ -1,4 +1,4 @@
-"""Messages for a mistake in a configuration: the key, the value, and the choices, in one line."""
+"""Format a mistake in a configuration as one line: the key, the value, and the choices."""
 
 import difflib
 import re
@@ -22,24 +22,24 @@ from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
-INTERNAL = ("hydra", "name", "_target_")  # keys that no message offers
+INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
 MOST_GUESSES = 3
 
 
 def refuse(error: BaseException, program: str = "dfl-train") -> NoReturn:
-    """Print the error in one line and exit: with code 2 for a mistake, with 1 for a fault of the machine."""
+    """Print the error in one line and exit, with code 2 for a user's mistake and 1 for a `Fault`."""
     print(f"{program}: error: {one_line(error)}", file=sys.stderr)
     raise SystemExit(getattr(error, "exit_code", 2)) from None
 
 
 @contextmanager
 def refusing(program: str = "dfl-train") -> Iterator[None]:
-    """Turn errors inside into an exit: a mistake with one line, any other error with its traceback."""
+    """Exit on an error in the block. Print one line for a user's mistake or an OSError, otherwise the traceback."""
     try:
         yield
     except MISTAKES as error:
         refuse(error, program)
-    except BrokenPipeError:  # the reader of the output has left
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         refuse(Fault(of_the_system(error)), program)
@@ -49,30 +49,30 @@ def refusing(program: str = "dfl-train") -> Iterator[None]:
 
 
 def uncomposed(error: Exception, overrides: Iterable[str]) -> Exception:
-    """Return the error of a failed composition as a mistake in the overrides."""
+    """Return an error of a composition as a `UserError` that names the override. `MISTAKES` are returned unchanged."""
     if isinstance(error, MISTAKES):
         return error
     for override in overrides:
         group, _, value = override.partition("=")
         options = group_options(group)
         if options and not isinstance(yaml.safe_load(value), str):
-            return UserError(f"{override}: is no option of the group; there are {', '.join(options)}")
+            return UserError(f"{override}: is not an option of this group; there are {', '.join(options)}")
     return UserError(f"{reason(error)} (in {' '.join(overrides)})")
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line; Hydra, OmegaConf and YAML use several."""
-    if isinstance(error, MISTAKES) and (message := in_our_words(error)):
+    """Return the message of an error in one line, even if Hydra, OmegaConf or YAML wrote several."""
+    if isinstance(error, MISTAKES) and (message := message_with_choices(error)):
         return message
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {' '.join(str(error.__cause__).split())}"
-    # OmegaConf writes the key last, among its types; here it comes first.
+    # OmegaConf writes the key at the end of its message; move the key to the start.
     return clipped(re.sub(r"^(.*?) full_key: (\S+)( .*)?$", r"\2: \1", text))
 
 
 def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the full names of all keys of nested mappings, such as `a` and `a.b`, without `INTERNAL` ones."""
+    """Return the full names of all keys of nested mappings, such as `a` and `a.b`, except `INTERNAL` keys."""
     keys = []
     for key, value in node.items():
         if key not in INTERNAL:
@@ -83,36 +83,46 @@ def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def did_you_mean(key: str, names: Iterable[str]) -> str:
-    """Return the end of a message about an unknown key: "; did you mean …?", or nothing.
+    """Return "; did you mean …?" with the known names closest to an unknown key, or "" if none is close.
 
-    The last parts of names are compared: the same word in another group (`lr` for `optimizer.lr`), else the same
-    initials (`learning_rate` for `lr`), else a similar word. Names of the key's group come first, then short ones.
+    Names in the same group as the key are preferred. If there is none, the names with the fewest dots are suggested.
     """
     group, _, last = key.lower().rpartition(".")
     if renamed := (RENAMED | MOVED).get(key):
         return f"; did you mean {renamed}?"
-    words = {name: name.rpartition(".")[2] for name in names if name != key}
-    short = _initials(last) if "_" in last else last
-    similar = difflib.get_close_matches(last, words.values(), n=1, cutoff=0.65)
-    guesses = [name for name, word in words.items() if word == last]
-    if not guesses and len(short) > 1:
-        guesses = [name for name, word in words.items() if short in (word, _initials(word))]
+    close = _close_names(last, [name for name in names if name != key])
+    guesses = [name for name in close if name.rpartition(".")[0] == group]
     if not guesses:
-        guesses = [name for name, word in words.items() if word in similar]
-    of_the_group = [name for name in guesses if name.rpartition(".")[0] == group]
-    highest = min((name.count(".") for name in guesses), default=0)
-    guesses = (of_the_group or [name for name in guesses if name.count(".") == highest])[:MOST_GUESSES]
-    return f"; did you mean {' or '.join(guesses)}?" if guesses else ""
+        fewest = min((name.count(".") for name in close), default=0)
+        guesses = [name for name in close if name.count(".") == fewest]
+    return f"; did you mean {' or '.join(guesses[:MOST_GUESSES])}?" if guesses else ""
+
+
+def _close_names(word: str, names: Sequence[str]) -> list[str]:
+    """Return the names whose last part equals a word.
+
+    If there is none, return those with the same initials, as `lr` and `learning_rate`, or else those that are similar.
+    """
+    last_parts = {name: name.rpartition(".")[2] for name in names}
+    if equal := [name for name, part in last_parts.items() if part == word]:
+        return equal
+    short = _initials(word) if "_" in word else word
+    same_initials = [name for name, part in last_parts.items() if short in (part, _initials(part))]
+    if same_initials and len(short) > 1:
+        return same_initials
+    similar = difflib.get_close_matches(word, last_parts.values(), n=1, cutoff=0.65)
+    return [name for name, part in last_parts.items() if part in similar]
 
 
 def _initials(word: str) -> str:
+    """Return the first letters of the parts of a word, such as `lr` for `learning_rate`."""
     return "".join(part[:1] for part in word.split("_"))
 
 
-def in_our_words(error: BaseException | None) -> str | None:
-    """Return a message that adds to Hydra's what there is to choose from; None for other errors.
+def message_with_choices(error: BaseException | None) -> str | None:
+    """Return a message that says how to correct an error of Hydra, OmegaConf or YAML; None for other errors.
 
-    For an unknown key or option it lists the known ones, for an unreadable value it says how to quote it.
+    The message lists the known keys or options, says how to quote a value, or names the line of a file.
     """
     if isinstance(error, MarkedYAMLError):
         return yaml_line(error)
@@ -120,8 +130,8 @@ def in_our_words(error: BaseException | None) -> str | None:
         return _how_to_quote(str(error.override))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        there = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
-        return f"{group}={name}: {there} (--config-dir names a folder with options of your own)"
+        choices = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
+        return f"{group}={name}: {choices} (--config-dir=<folder> adds your own options)"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(cause.parent_node):
         return _unknown_key(cause)
@@ -129,27 +139,29 @@ def in_our_words(error: BaseException | None) -> str | None:
 
 
 def _how_to_quote(override: str) -> str | None:
+    """Return a message with the quoted override; None if its value is empty, or already has quotes or brackets."""
     key, _, value = override.partition("=")
     if not value or set(value) & set("'\"[]{}"):
         return None
-    return f"""quote a value that has more than letters, digits and -_./ in it: "{key}='{value}'\""""
+    return f"""quote a value with other characters than letters, digits and -_./: "{key}='{value}'\""""
 
 
 def _unknown_key(error: Any) -> str:
+    """Return a message for an unknown key, with the known keys and a suggestion. error: OmegaConf's error."""
     known = ", ".join(str(key) for key in error.parent_node if key not in INTERNAL)
     everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     key = str(error.full_key)
-    hint = f"; +{key}=… passes its constructor one more" if "_target_" in error.parent_node else ""
+    hint = f"; +{key}=… passes it to the constructor" if "_target_" in error.parent_node else ""
     return f"{key}: no such option{did_you_mean(key, flat_keys(everything))}; there are {known}{hint}"
 
 
 def yaml_line(error: MarkedYAMLError) -> str | None:
-    """Return a message with the file, the line and the reason of a YAML error; None where no file is named."""
+    """Return a message with the file, the line and the reason of a YAML error; None if the error names no file."""
     mark = error.problem_mark or error.context_mark
     if mark is None or not Path(mark.name).is_file():
         return None
     lines = Path(mark.name).read_text(encoding="utf-8", errors="replace").splitlines()[: mark.line + 1]
-    while lines and not lines[-1].strip():  # an unclosed bracket is reported at the end of the file
+    while lines and not lines[-1].strip():  # an unclosed bracket is reported on the last line, which may be empty
         lines.pop()
     return f"{mark.name}, line {len(lines)}: {clipped(lines[-1] if lines else '', 100)} ({error.problem})"
 
@@ -157,8 +169,8 @@ def yaml_line(error: MarkedYAMLError) -> str | None:
 def refusal(error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()) -> UserError:
     """Return pydantic's first error as a `UserError` with the full name of the key.
 
-    where: the group that was validated. options: the known options there, for a message about an unknown one.
-    names: all keys of the configuration, for a guess.
+    where: key of the validated group. options: the group's known options.
+    names: all keys of the configuration, for suggestions.
     """
     first = error.errors()[0]
     key = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
@@ -166,6 +178,7 @@ def refusal(error: ValidationError, where: str, options: Sequence[str], names: I
         return UserError(f"{key}: no such option{did_you_mean(key, names)}; there are {', '.join(options) or 'none'}")
     if first["type"] == "missing":
         return UserError(f"{key}: missing; set {key}=…")
-    if first["type"] == "value_error":  # raised by our own validators: the message is complete
+    if first["type"] == "value_error":  # raised by a validator of this project, whose message is complete
         return UserError(str(first["ctx"]["error"]))
-    return UserError(f"{key}={shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}")
+    message = first["msg"]
+    return UserError(f"{key}={shown(first['input'])}: {message[0].lower()}{message[1:]}")

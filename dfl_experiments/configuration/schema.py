@@ -1,7 +1,4 @@
-"""Check the options of a run: their types, their ranges, and whether they fit together.
-
-The options of a method, model, optimizer, schedule, augmentation or source are checked in `components`.
-"""
+"""Check the types and ranges of a run's options; `components` checks the options of methods, models and so on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,88 +12,88 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
 from dfl_experiments.configuration.composition import CONF_DIR, config_digest, group_options, plain
-from dfl_experiments.configuration.history import given
+from dfl_experiments.configuration.history import feedback_overrides
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
 from dfl_experiments.measured import EXTRA_QUANTITIES
 
-GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")  # groups whose options `components` checks
+GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")  # `components` checks the options of these groups
 
 
 class Options(BaseModel):
-    """A part of the configuration. It refuses unknown options, and converts no types."""
+    """A part of the configuration. An unknown option is an error, and so is a value of a wrong type."""
 
     model_config = STRICT
 
 
 class Alignment(Options):
-    """The measurement of alignment."""
+    """Options of the alignment measurement."""
 
     every: ranges.Size
-    """Iterations between two measurements; 0 for none."""
+    """Iterations between two measurements; 0: never measure."""
     quantities: list[str]
     """Extra quantities, from `measured.EXTRA_QUANTITIES`."""
 
     @field_validator("quantities")
     @classmethod
-    def _known_and_each_once(cls, quantities: list[str]) -> list[str]:
+    def _are_known_and_unique(cls, quantities: list[str]) -> list[str]:
         option = f"alignment.quantities={shown(quantities)}"
         for name in quantities:
             if name not in EXTRA_QUANTITIES:
-                raise UserError(f"{option}: there is no {shown(name)}; there are {', '.join(EXTRA_QUANTITIES)}")
+                raise UserError(f"{option}: {shown(name)} is not a quantity; there are {', '.join(EXTRA_QUANTITIES)}")
             if quantities.count(name) > 1:
-                raise UserError(f"{option}: names {name} twice")
+                raise UserError(f"{option}: lists {name} twice")
         return quantities
 
 
 class Checkpoint(Options):
-    """The checkpoints of a run."""
+    """Options of checkpoints."""
 
     every_seconds: ranges.NonNegative
-    """Seconds between two checkpoints within an epoch. An epoch also ends with one, unless that takes too long."""
+    """Seconds between two checkpoints within an epoch. One is also written after each epoch, unless writing is slow."""
     keep: bool
-    """Keep the last checkpoint when the run has finished."""
+    """Keep the last checkpoint after the run has finished."""
 
 
 class Tracking(Options):
-    """The options of W&B (see conf/tracking)."""
+    """Options of W&B and TensorBoard (see conf/tracking)."""
 
-    mode: Literal["offline", "online", "disabled"]
+    mode: Literal["offline", "online", "disabled", "tensorboard"]
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     entity: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")] | None
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     every: ranges.Count | None
 
 
 class Dataset(Options):
-    """A data set: its source, its normalisation, and the paper's settings for it (see conf/dataset)."""
+    """Options of a data set: its source, its normalisation, and the paper's settings for it (see conf/dataset)."""
 
     name: Name
     source: dict[str, Any]
     mean: Annotated[list[ranges.Finite], Field(min_length=1)]
     std: Annotated[list[ranges.Positive], Field(min_length=1)]
     standardise: bool = True
-    """Standardise float features on the training split; `mean` and `std` are those of uint8 images."""
+    """Standardise float features with the statistics of the training split. Images use `mean` and `std` instead."""
     epochs: ranges.Count
     fc_widths: ranges.Widths
 
     @model_validator(mode="after")
-    def _as_many(self) -> Self:
+    def _has_std_for_each_mean(self) -> Self:
         if len(self.mean) != len(self.std):
-            raise UserError(
-                f"dataset.std={shown(self.std)}: needs as many values as dataset.mean, which has {len(self.mean)}"
-            )
+            option = f"dataset.std={shown(self.std)}"
+            raise UserError(f"{option}: needs as many values as dataset.mean, which has {len(self.mean)}")
         return self
 
 
 class Model(Options):
-    """The options that every model has (see conf/model); the others are those of its function."""
+    """Options that all models have (see conf/model). A model's function defines its other options."""
 
     init: ranges.WeightInit = "default"
 
 
 class Optimizer(Options):
-    """The options that every optimizer has (see conf/optimizer); the others are those of its class."""
+    """Options that all optimizers have (see conf/optimizer). An optimizer's class defines its other options."""
 
     clip_norm: ranges.Positive | None = None
     feedback: dict[str, Any] = Field(default_factory=dict)
@@ -106,7 +103,7 @@ SHARED: dict[str, type[Options]] = {"model": Model, "optimizer": Optimizer}
 
 
 class Protocol(Options):
-    """The choices in which the paper's text, its published code and this project differ (see conf/protocol)."""
+    """Choices in which the paper's text, its published code and this project differ (see conf/protocol)."""
 
     name: Name
     conv3_downsampling: ranges.Downsampling
@@ -129,7 +126,7 @@ class Protocol(Options):
 
 
 class Settings(Options):
-    """The options of conf/config.yaml that belong to the run as a whole."""
+    """The options of conf/config.yaml, without the groups that `components` checks."""
 
     dataset: Dataset
     protocol: Protocol
@@ -160,9 +157,9 @@ class Settings(Options):
     force: bool
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _fit_together(self) -> Self:
         if self.force and self.resume is not None:
-            raise UserError("force=true: begins anew, but resume continues a run; choose one")
+            raise UserError("force=true: starts a new run, but resume continues a run; choose one")
         if self.protocol.accuracy == "best_validation" and not self.validation_fraction:
             raise UserError("protocol.accuracy='best_validation': needs a validation split; set validation_fraction")
         return self
@@ -173,15 +170,15 @@ class Configuration:
     """The checked configuration of a run."""
 
     values: dict[str, Any]
-    """The whole configuration, resolved and plain, as config.yaml records it."""
+    """All options as plain values, as config.yaml records them."""
     settings: Settings
-    """The options of the run as a whole."""
+    """The options that do not belong to a component."""
     components: dict[str, Component]
-    """By key: `GROUPS`, dataset.source, and optimizer.feedback where B's optimizer differs from W's."""
+    """Components by key: `GROUPS`, dataset.source, and optimizer.feedback if B's optimizer differs from W's."""
     weight_init: ranges.WeightInit
-    """`model.init`."""
+    """The option `model.init`."""
     clip_norm: float | None
-    """`optimizer.clip_norm`."""
+    """The option `optimizer.clip_norm`."""
 
     @property
     def config_digest(self) -> str:
@@ -189,42 +186,47 @@ class Configuration:
         return config_digest(self.values)
 
 
-def _options_beside(key: tuple[Any, ...]) -> list[str]:
-    """Return the known options of the group that a key belongs to. key: its parts."""
+def _options_of_group(key: tuple[Any, ...]) -> list[str]:
+    """Return the known options of the group that contains a key. key: the parts of the key's full name."""
     fields: dict[str, Any] = dict(Settings.model_fields)
     for part in key[:-1]:
         field = fields.get(part)
         fields = dict(getattr(field.annotation, "model_fields", {})) if field else {}
-    return [*(GROUPS if len(key) == 1 else ()), *fields]
+    groups = GROUPS if len(key) == 1 else ()
+    return [*groups, *fields]
 
 
-def _kind(source: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the options that identify the data set of a source."""
+def _identity(source: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the two options that identify the data set of a source: `_target_` and the number of classes."""
     return source.get("_target_"), source.get("classes")
 
 
 @cache
-def sources() -> dict[tuple[Any, Any], str]:
-    """Return the names of the data sets in conf/, by the `_kind` of their sources."""
+def names_by_identity() -> dict[tuple[Any, Any], str]:
+    """Return the names of the data sets in conf/, by the `_identity` of their sources."""
     name_of = {}
     for name in group_options("dataset"):
         node: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{name}.yaml")
-        name_of[_kind(node.source)] = name
+        name_of[_identity(node.source)] = name
     return name_of
 
 
 def check_name(dataset: Dataset) -> None:
-    """Raise `UserError` for a data set with the name of another one: tables would show it under that name."""
-    known = sources()
-    own = known.get(_kind(dataset.source))
-    if dataset.name != own and (own not in (None, "folder", "arrays") or dataset.name in known.values()):
+    """Raise `UserError` if a data set has the name of another data set, because tables would confuse the two."""
+    known = names_by_identity()
+    own = known.get(_identity(dataset.source))
+    if dataset.name == own:
+        return
+    is_custom = own in (None, "folder", "arrays")
+    if not is_custom or dataset.name in known.values():
+        option = f"dataset.name={shown(dataset.name)}"
         raise UserError(
-            f"dataset.name={shown(dataset.name)}: is not the name of this source; choose a data set with dataset=…"
+            f"{option}: this name does not belong to the data source; to choose another data set, use dataset=…"
         )
 
 
 def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
-    """Return the checked configuration of a composed one. Nothing is written.
+    """Check a composed configuration and return it with its components. Nothing is written.
 
     Raises `UserError` with the key, the value and the choices, in one line.
     """
@@ -233,12 +235,13 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     for group in (*GROUPS, "dataset"):
         node = values.get(group)
         if not isinstance(node, Mapping) or "name" not in node:
-            what = "missing" if node is None else f"{shown(node)} is no option of the group"
-            raise UserError(f"{group}: {what}; choose with {group}=…, there are {', '.join(group_options(group))}")
+            problem = "missing" if node is None else f"{shown(node)} is not an option of this group"
+            raise UserError(f"{group}: {problem}; set {group}=…, there are {', '.join(group_options(group))}")
+    options = {key: value for key, value in values.items() if key not in GROUPS}
     try:
-        settings = Settings.model_validate({key: value for key, value in values.items() if key not in GROUPS})
+        settings = Settings.model_validate(options)
     except ValidationError as error:
-        raise refusal(error, "", _options_beside(error.errors()[0]["loc"]), every_key) from None
+        raise refusal(error, "", _options_of_group(error.errors()[0]["loc"]), every_key) from None
     for plugin in settings.plugins:
         try:
             import_module(plugin)
@@ -252,8 +255,9 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
             shared[group] = kind.model_validate(options)
         except ValidationError as error:
             raise refusal(error, group, list(kind.model_fields), every_key) from None
-    if own := given(shared["optimizer"].feedback):
-        nodes["optimizer.feedback"] = own if "_target_" in own else nodes["optimizer"] | own
+    feedback = feedback_overrides(shared["optimizer"].feedback)
+    if feedback:
+        nodes["optimizer.feedback"] = feedback if "_target_" in feedback else nodes["optimizer"] | feedback
     nodes["dataset.source"] = settings.dataset.source
     components = {}
     for key, node in nodes.items():

@@ -1,4 +1,4 @@
-"""Augmentations of the paper: random decisions for each image, operations on whole batches."""
+"""Augment whole batches as in the paper, with random decisions for each image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,13 @@ from dfl_experiments.ranges import Count, Magnitude, Probability, Size
 
 
 class Augmentation:
-    """The sequence RandAugment -> crop -> normalisation -> cutout -> horizontal flip; each part is optional.
-
-    The first two act on uint8.
+    """RandAugment -> crop -> normalisation -> cutout -> horizontal flip; each part is optional.
 
     flip: probability that an image is mirrored left to right.
-    randaugment: apply `num_ops` random operations at `magnitude` of 31 bins (0 to 30).
-    cutout: side of one square in pixels, centred on a random pixel and clipped at the border; 0 for none.
-    crop: pixels by which an image is padded at each border, by reflection, before a random place of its old size is
-        cut out; 0 for none.
+    randaugment: apply `num_ops` random operations to each uint8 image, of strength `magnitude` (0 to 30).
+    cutout: side in pixels of the square that is set to zero around a random pixel; 0: no square.
+    crop: pad each border of the uint8 image by this number of reflected pixels, then cut out an image of the original
+        size at a random position; 0: no crop.
     """
 
     def __init__(
@@ -32,30 +30,35 @@ class Augmentation:
         crop: Size = 0,
     ) -> None:
         self.flip = flip
-        self.randaugment: Any = None  # or a `RandAugment`
+        self.randaugment: Any = None  # None, or a `RandAugment`
         self.cutout, self.crop = cutout, crop
-        if randaugment:  # imported here because torchvision is as slow to import as torch
+        if randaugment:  # imported only if needed, because importing torchvision is slow
             from dfl_experiments.data.randaugment import RandAugment
 
             self.randaugment = RandAugment(num_ops, magnitude)
 
     @property
     def is_identity(self) -> bool:
-        """Return whether no image is changed at random."""
+        """Return whether the augmentation changes no image."""
         return self.randaugment is None and not (self.cutout or self.crop or self.flip)
 
     def check(self, shape: tuple[int, ...], are_images: bool, name: str) -> None:
-        """Raise `UserError` for samples that the augmentation of this name cannot change."""
-        if not self.is_identity and not (are_images and self.crop < min(shape[1:])):
+        """Raise `UserError` if the samples are not images, or if the images are too small for `crop`.
+
+        shape: shape of one sample. name: name of the augmentation, for the message.
+        """
+        if self.is_identity:
+            return
+        if not are_images or self.crop >= min(shape[1:]):
             size = f" larger than crop={self.crop}" if self.crop else ""
-            raise UserError(f"augmentation={name}: needs uint8 images (N, C, H, W){size}, but the samples are {shape}")
+            raise UserError(f"augmentation={name}: needs uint8 images (N, C, H, W){size}, but gets {shape}")
 
     def __call__(self, images: Tensor, normalise: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
-        """Return augmented, normalised images: floats of the same shape.
+        """Return augmented and normalised images, as floats of the same shape.
 
         images: (N, C, H, W) uint8 on any device; not changed.
-        normalise: function that returns a new tensor.
-        generator: on the CPU; it makes every decision, so that all devices decide alike.
+        normalise: function that returns normalised images as a new tensor.
+        generator: on the CPU, so that the random decisions do not depend on the device.
         """
         if self.is_identity:
             return normalise(images)
@@ -79,22 +82,24 @@ class Augmentation:
 
 
 def shifted(images: Tensor, offsets: Tensor, axis: int) -> Tensor:
-    """Return images that are shifted along an axis; what is beyond the border is reflected.
+    """Shift each image along an axis. Pixels from beyond the border are reflections of the image.
 
-    images: (N, C, H, W). offsets: (N,), pixel i of an image is pixel i + offset before; smaller than the images.
+    images: (N, C, H, W). offsets: (N,); pixel i of the result is pixel i + offset of the image.
     """
     last = images.shape[axis] - 1
-    places = last - (last - (torch.arange(last + 1) + offsets[:, None]).abs()).abs()
-    places = places[:, None, :, None] if axis == 2 else places[:, None, None, :]
-    return images.gather(axis, places.to(images.device, non_blocking=True).expand(images.shape))
+    sources = (torch.arange(last + 1) + offsets[:, None]).abs()  # reflect indices before the first pixel
+    sources = last - (last - sources).abs()  # reflect indices after the last pixel
+    sources = sources[:, None, :, None] if axis == 2 else sources[:, None, None, :]
+    sources = sources.to(images.device, non_blocking=True)
+    return images.gather(axis, sources.expand(images.shape))
 
 
 def cut_out(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
     """Set one square of each image to zero, which is the mean after normalisation. Changes x in place.
 
     x: (N, C, H, W).
-    rows, columns: (N,), the centres; side // 2 pixels of the square lie before a centre.
-    side: of the square in pixels; the border clips it.
+    rows, columns: (N,), the centre of each square. The square begins side // 2 pixels before its centre.
+    side: side of the square in pixels. Parts outside the image are ignored.
     """
     in_rows = _is_inside(rows, side, x.shape[-2])
     in_columns = _is_inside(columns, side, x.shape[-1])
@@ -103,7 +108,7 @@ def cut_out(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
 
 
 def _is_inside(centres: Tensor, side: int, length: int) -> Tensor:
-    """Return (N, length): whether a pixel of the axis lies within `side` pixels around the centre, (N,)."""
+    """Return a mask (N, length) that is true for the `side` pixels around each centre. centres: (N,)."""
     first = centres[:, None] - side // 2
     positions = torch.arange(length)
     return (positions >= first) & (positions < first + side)

@@ -1,6 +1,6 @@
 """Record the format version of a pack, and the length and CRC-32 of each of its files.
 
-Only packs that this program wrote have a record. Arrays without one are the user's own, and are never overwritten.
+Every pack that this program makes has a record. Arrays without a record belong to the user, and are never overwritten.
 """
 
 import zlib
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from dfl_experiments.errors import UserError, reason
 
 RECORD = "checksums.json"
-PIECE = 2**20  # bytes per read: they stay in the processor's cache
+PIECE = 2**20  # bytes per read, small enough for the processor's cache
 
 
 class Record(BaseModel):
@@ -22,20 +22,23 @@ class Record(BaseModel):
     format: Literal[1] = 1
     """Version of the pack's layout."""
     files: dict[str, dict[str, int]]
-    """For each file name: its length as `bytes`, and its `crc32`."""
+    """For each file name, the length as `bytes` and the checksum as `crc32`."""
 
 
-def damaged(path: Path, why: str, own: bool = True) -> UserError:
-    """Return the error for a damaged file, which says what to do.
+def damaged(path: Path, why: str, is_pack: bool = True) -> UserError:
+    """Return an error that names a damaged file and says what to do.
 
-    own: the folder is a pack of this program, which can be made again.
+    is_pack: whether this program packed the folder. Only such a folder can be packed again.
     """
-    again = f"delete {path.parent} to have it packed anew, or " if own else ""
+    again = f"delete {path.parent} so that it is packed again, or " if is_pack else ""
     return UserError(f"{path}: unreadable or damaged ({why}); {again}put an undamaged copy there")
 
 
-class Summed:
-    """A writable file with the CRC-32 of the bytes passed to it, which may differ from those that the disk keeps."""
+class ChecksumWriter:
+    """A writable file that computes the CRC-32 of the bytes passed to `write`.
+
+    The bytes are not read back from the disk, so the CRC-32 is right even if the disk stores them wrongly.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.crc32 = file, 0
@@ -47,7 +50,7 @@ class Summed:
 
 
 def read_record(folder: Path) -> Record | None:
-    """Return the folder's record, or None where there is none. Raises `UserError` for an unreadable one."""
+    """Return the folder's record; None if the folder has no record. Raises `UserError` if the record is unreadable."""
     path = folder / RECORD
     try:
         return Record.model_validate_json(path.read_bytes())
@@ -58,7 +61,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def crc32_of(path: Path) -> int:
-    """Return the CRC-32 of a file. Raises `UserError` where it cannot be read."""
+    """Return the CRC-32 of a file. Raises `UserError` if the file cannot be read."""
     value = 0
     try:
         with path.open("rb") as file:
@@ -70,8 +73,8 @@ def crc32_of(path: Path) -> int:
 
 
 def verify(folder: Path, record: Record, names: Iterable[str]) -> None:
-    """Compare files with their checksums. Raises `UserError` for the first that differs."""
+    """Compare files with their recorded checksums. Raises `UserError` for the first file whose checksum differs."""
     for name in names:
         recorded = record.files.get(name, {})
         if recorded.get("crc32") != crc32_of(folder / name):
-            raise damaged(folder / name, f"it does not have the CRC-32 in {RECORD}")
+            raise damaged(folder / name, f"its CRC-32 differs from {RECORD}")

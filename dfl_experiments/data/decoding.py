@@ -1,4 +1,4 @@
-"""Decode image files of a folder or an archive, with a few threads."""
+"""Decode the image files of a folder or an archive in several threads."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from tqdm.contrib.concurrent import thread_map
 from dfl_experiments.errors import UserError, reason
 
 THREADS = min(8, os.cpu_count() or 1)
-SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # of thumbnails and the like, made by operating systems
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # folders that operating systems create, for example for thumbnails
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Tree:
     names: list[str]
     """Paths relative to the root, with slashes, sorted."""
     read: Callable[[str], bytes]
-    """Function that returns the content of a file by its name."""
+    """Function that returns the content of one of the named files."""
 
     def lines(self, name: str) -> list[str]:
-        """Return the lines of a text file. Raises `UserError` for one that is no text or cannot be read."""
+        """Return the lines of a text file. Raises `UserError` if the file cannot be read as text."""
         try:
             return self.read(name).decode().splitlines()
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
@@ -37,15 +37,15 @@ class Tree:
 
 
 def is_user_folder(name: str) -> bool:
-    """Return whether a folder is neither hidden nor made by an operating system."""
+    """Return whether a folder is neither hidden nor one of `SYSTEM_FOLDERS`."""
     return not name.startswith(".") and name not in SYSTEM_FOLDERS
 
 
 def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
-    """Return the files of a folder, links followed, without hidden ones.
+    """List the files of a folder, except hidden ones. Links are followed.
 
-    inside: subfolders to read in place of the whole folder.
-    Raises `UserError` for a folder that cannot be read, a broken link, and a link to a folder that contains it.
+    inside: list only these subfolders.
+    Raises `UserError` for a folder that cannot be read, a broken link, and a link to a folder that contains the link.
     """
 
     def refuse(error: OSError) -> None:
@@ -55,36 +55,36 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     for start in inside:
         for folder, subfolders, files in os.walk(root / start, onerror=refuse, followlinks=True):
             if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
-                raise UserError(f"{folder}: a link back to a folder that it lies in; delete it")
+                raise UserError(f"{folder}: is a link to a folder that contains the link; delete the link")
             subfolders[:] = filter(is_user_folder, subfolders)
             for name in files:
                 path = Path(folder, name)
                 if name.startswith("."):
                     continue
                 if not os.path.isfile(path):
-                    raise UserError(f"{path}: neither a file nor a folder (a broken link?); delete it")
+                    raise UserError(f"{path}: is neither a file nor a folder (a broken link?); delete it")
                 names.append(path.relative_to(root).as_posix())
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
 
 def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
-    """Return the files below the folder `inner` of an archive. They are read in place, not extracted."""
+    """List the files in the folder `inner` of an archive. Nothing is extracted to the disk."""
     prefix = f"{inner}/"
     names = {name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)}
     return Tree(f"{archive.filename}:{inner}", sorted(names), lambda name: archive.read(prefix + name))
 
 
 def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray:
-    """Return one image as (C, H, W) uint8, turned as its EXIF data say, on a white background.
+    """Decode one image as (C, H, W) uint8, rotated as its EXIF orientation says. Transparent pixels become white.
 
     channels: 1 (grey) or 3 (RGB).
-    size: side of a square that the scaled image covers, cropped around its centre; None keeps the image's size.
-    Raises `UserError` for a file that is no image, has several frames or more than 8 bits per channel.
+    size: scale the image and crop its centre to size x size pixels; None: keep its size.
+    Raises `UserError` if the file is not an image, has several frames, or has more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:
             mode = image.mode
-            # cameras add a preview to the picture (MPO), which does not count as a frame
+            # an MPO file from a camera has a preview as its second frame; the preview is ignored
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
             decoded = ImageOps.exif_transpose(image)
             if decoded.has_transparency_data:
@@ -94,27 +94,27 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
     except Exception as error:  # Pillow and zipfile raise errors of many types for a damaged file
         raise UserError(f"{tree.label}/{name}: cannot be read as an image ({reason(error)})") from error
     if mode.startswith(("I", "F")):
-        raise UserError(f"{tree.label}/{name}: more than 8 bits per channel; convert it first")
+        raise UserError(f"{tree.label}/{name}: has more than 8 bits per channel; convert it to 8 bits")
     if animated:
-        raise UserError(f"{tree.label}/{name}: more than one frame; keep one of them")
+        raise UserError(f"{tree.label}/{name}: has more than one frame; keep one of them")
     if size is not None:
         decoded = ImageOps.fit(decoded, (size, size))
     return np.asarray(decoded).reshape(decoded.height, decoded.width, channels).transpose(2, 0, 1)
 
 
 def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = None) -> np.ndarray:
-    """Return the named images, (N, C, H, W) uint8. Raises `UserError` where two of them differ in size."""
+    """Decode the named images into one array, (N, C, H, W) uint8. Raises `UserError` if the images differ in size."""
     first = pixels(tree, names[0], channels, size)
     images = np.empty((len(names), *first.shape), np.uint8)
 
     def fill(index: int) -> None:
         image = pixels(tree, names[index], channels, size)
         if image.shape != first.shape:
-            sizes = [f"{width}x{height}" for _, height, width in (first.shape, image.shape)]
-            raise UserError(
-                f"{tree.label}: {names[0]} is {sizes[0]}, {names[index]} is {sizes[1]}; all need one size "
-                "(dataset=folder: dataset.source.size=64)"
-            )
+            _, first_height, first_width = first.shape
+            _, height, width = image.shape
+            sizes = f"{names[0]} is {first_width}x{first_height}, {names[index]} is {width}x{height}"
+            advice = "all images need the same size (for dataset=folder, set for example dataset.source.size=64)"
+            raise UserError(f"{tree.label}: {sizes}; {advice}")
         images[index] = image
 
     thread_map(fill, range(len(names)), max_workers=THREADS, desc="decoding", unit=" images", disable=None)

@@ -1,7 +1,7 @@
-"""Apply RandAugment (Cubuk et al., 2020) to whole batches: one independent draw per image, one call per operation.
+"""Apply RandAugment (Cubuk et al., 2020) to whole batches: images with the same drawn operation are changed together.
 
-Operations, magnitudes and signs equal those of `torchvision.transforms.RandAugment`, bit for bit, on uint8 tensors with
-nearest interpolation and black outside the image.
+Every operation gives the same bytes as in `torchvision.transforms.RandAugment`, for uint8 images with nearest
+interpolation and black outside the image.
 """
 
 import math
@@ -18,7 +18,7 @@ SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness"
 OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 STRAIGHT = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
 
-# Operations that move pixels. Each is applied once, to an image of positions (see `_origins`).
+# Operations that move pixels. `_origins` applies an operation to an image of pixel positions, and caches the result.
 GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "ShearX": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [_angle(v), 0.0]}, center=[0, 0]),
     "ShearY": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [0.0, _angle(v)]}, center=[0, 0]),
@@ -26,7 +26,7 @@ GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "TranslateY": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [0, int(v)]}),
     "Rotate": lambda image, v: F.rotate(image, v),
 }
-# Operations that map each of the 256 levels to another, independent of the pixels around it.
+# Operations that change a pixel only by its own grey level: each of the 256 levels gets a new level.
 LEVELS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Brightness": lambda levels, v: F.adjust_brightness(levels, 1.0 + v),
     "Posterize": lambda levels, v: F.posterize(levels, int(v)),
@@ -35,13 +35,14 @@ LEVELS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def _angle(shear: float) -> float:
+    """Return the angle in degrees that belongs to the slope of a shear."""
     return math.degrees(math.atan(shear))
 
 
 def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
-    """Return the absolute strength of an operation: a slope, pixels, degrees or a factor, as the operation has it.
+    """Return the magnitude of an operation without sign: slope, pixels, degrees, number of bits, grey level or factor.
 
-    bin_: one of the `BINS`, from 0. height, width: of the image in pixels.
+    bin_: 0 to `BINS` - 1. height, width: size of the image in pixels.
     """
     if operation == "Posterize":
         return float(8 - round(bin_ / ((BINS - 1) / 4)))
@@ -56,32 +57,35 @@ def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
 
 @lru_cache(maxsize=256)
 def _origins(operation: str, value: float, height: int, width: int, device: torch.device) -> Tensor:
-    """Return the origin of each pixel: 1 + its position in the flat image, 0 outside. (height · width,) int64."""
+    """Return for each pixel of the moved image which pixel it comes from, (height · width,) int64.
+
+    The value is 1 + the index of that pixel in the flat image, or 0 for a position outside the image.
+    """
     positions = torch.arange(1.0, height * width + 1).reshape(1, 1, height, width)
     return GEOMETRY[operation](positions, value).flatten().long().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
 def _levels(operation: str, value: float, device: torch.device) -> Tensor:
-    """Return the new level of each grey level, (256,) uint8."""
+    """Return the new grey level for each grey level, (256,) uint8."""
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256)
     return LEVELS[operation](levels, value).flatten().to(device, non_blocking=True)
 
 
 def _move(images: Tensor, origins: Tensor) -> Tensor:
-    """Return images whose pixels come from `origins`, (H · W,). images: (N, C, H, W)."""
-    planes = torch.nn.functional.pad(images.flatten(2).flatten(0, 1), (1, 0))
+    """Return images with moved pixels. images: (N, C, H, W). origins: (H · W,), see `_origins`."""
+    planes = torch.nn.functional.pad(images.flatten(2).flatten(0, 1), (1, 0))  # index 0: a black pixel
     return planes.gather(1, origins.expand(len(planes), -1)).view_as(images)
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Map every pixel with the table of its plane. tables: (256,) or (N · C, 256)."""
+    """Replace each grey level by its entry in a table. tables: (256,), or one per image and channel, (N · C, 256)."""
     planes = images.flatten(2).flatten(0, 1)
     return tables.expand(len(planes), 256).gather(1, planes.long()).view_as(images)
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Equalise the histogram of every plane by itself. images: (N, C, H, W) uint8."""
+    """Equalise the histogram of each channel of each image. images: (N, C, H, W) uint8."""
     planes = images.flatten(2).flatten(0, 1).long()
     ones = torch.ones((), dtype=torch.int64, device=images.device).expand_as(planes)
     counts = torch.zeros(len(planes), 256, dtype=torch.int64, device=images.device)
@@ -91,19 +95,20 @@ def equalize(images: Tensor) -> Tensor:
     below = torch.nn.functional.pad(counts.cumsum(1)[:, :-1], (1, 0))
     tables = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
     tables[:, 0] = 0
-    # a plane with too few pixels for a step of at least one does not change
+    # a channel with a step of 0 does not change
     levels = torch.arange(256, device=images.device)
     return _look_up(images, torch.where(step == 0, levels, tables).to(torch.uint8))
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
-    """Return factor · image + (1 - factor) · blur, with the blur [1 1 1; 1 5 1; 1 1 1] / 13 inside the border.
+    """Return factor · image + (1 - factor) · blurred.
 
+    blurred is the image filtered with the kernel [1 1 1; 1 5 1; 1 1 1] / 13; its border pixels are not filtered.
     images: (N, C, H, W) uint8.
     """
     if min(images.shape[-2:]) <= 2:
         return images
-    # Sums of integers do not depend on their order, and a thirteenth of one never lies halfway between two integers.
+    # The result is exact: sums of integers do not depend on their order, and n / 13 is never halfway between integers.
     x = images.to(torch.int16)
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     columns = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -114,7 +119,7 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
 
 
 def apply(operation: str, images: Tensor, value: float) -> Tensor:
-    """Apply one operation to every image, (N, C, H, W) uint8. value: its signed magnitude."""
+    """Apply one operation to all images, (N, C, H, W) uint8. value: magnitude with sign."""
     if operation in GEOMETRY:
         return _move(images, _origins(operation, value, *images.shape[-2:], images.device))
     if operation in LEVELS:
@@ -136,9 +141,9 @@ def apply(operation: str, images: Tensor, value: float) -> Tensor:
 
 
 class RandAugment:
-    """A sequence of `rounds` operations per image, each drawn uniformly from `OPERATIONS` with a sign of its own.
+    """Apply `rounds` random operations to each image. Operations and signs are drawn uniformly.
 
-    bin_: magnitude of all operations, one of the `BINS`, from 0.
+    bin_: magnitude of all operations, 0 to `BINS` - 1.
     """
 
     def __init__(self, rounds: int, bin_: int) -> None:
@@ -150,12 +155,12 @@ class RandAugment:
         return torch.randint(2 * len(OPERATIONS), (self.rounds, count), generator=generator)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Apply the drawn operations, round after round.
+        """Apply the drawn operations to each image, one round after the other.
 
         images: (N, C, H, W) uint8, on any device; not changed. draws: as `draw` returns them.
         """
         for draw in draws:
-            # the sizes of the groups are known on the CPU, so nothing waits for the device
+            # Group the images by code. `draw` is on the CPU, so the sizes are known without waiting for the device.
             sizes = draw.bincount(minlength=2 * len(OPERATIONS)).tolist()
             order = draw.argsort(stable=True)
             back = order.argsort().to(images.device, non_blocking=True)
@@ -166,7 +171,8 @@ class RandAugment:
         return images
 
     def change(self, code: int, images: Tensor) -> Tensor:
-        """Apply the operation and the sign that a drawn code stands for."""
+        """Apply the operation that a drawn code stands for, with its sign. See `draw`."""
         operation = OPERATIONS[code // 2]
         value = magnitude(operation, self.bin, *images.shape[-2:])
-        return apply(operation, images, -value if code % 2 and operation in SIGNED else value)
+        is_negative = code % 2 == 1 and operation in SIGNED
+        return apply(operation, images, -value if is_negative else value)

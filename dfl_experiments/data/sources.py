@@ -1,4 +1,4 @@
-"""Sources of data sets in their raw form: the contract, and the data sets that torchvision downloads."""
+"""Base class of the sources of data sets, and the sources that torchvision downloads."""
 
 import contextlib
 import gzip
@@ -17,11 +17,11 @@ import numpy as np
 
 from dfl_experiments.errors import UserError
 
-SILENCE = 20.0  # seconds without an answer after which a download fails
+SILENCE = 20.0  # a download fails after this number of seconds without an answer
 
 
 def kind_of(samples: np.ndarray) -> str:
-    """Return what samples are, by type and number of axes: images, features, tokens, or "" for none of them."""
+    """Return the kind of samples by their type and number of axes: images, features, tokens, or "" for any other."""
     code, axes = samples.dtype.str[1:], samples.ndim
     if code == "u1" and axes == 4:
         return "images"
@@ -39,15 +39,15 @@ class Arrays:
     train_labels: np.ndarray
     """(N,) integers, indices of `classes`."""
     test_images: np.ndarray
-    """As `train_images`."""
+    """Test samples, as `train_images`."""
     test_labels: np.ndarray
-    """As `train_labels`."""
+    """Test labels, as `train_labels`."""
     classes: list[str]
-    """K names, in the order of the labels."""
+    """Names of the K classes, in the order of the labels."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of one sample, (C, H, W) of an image."""
+        """Return the shape of one sample, (C, H, W) for images."""
         return self.train_images.shape[1:]
 
     @property
@@ -60,48 +60,48 @@ class Source(ABC):
     """A data set in its raw form, before it is packed into arrays."""
 
     PARTS: ClassVar = ("train_images", "train_labels", "test_images", "test_labels", "classes")
-    """What messages call the fields of `Arrays` where the data set is not packed."""
+    """Names of the fields of `Arrays` in messages about a data set that is not packed."""
 
     @abstractmethod
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return the data set, read from its raw form in `data_dir`.
 
-        download: fetch the raw form first if it is absent.
-        Raises `UserError` for a mistake in the files that the message can name, and OSError, RuntimeError or
-        ValueError where they are absent, damaged or cannot be fetched.
+        download: download the raw form first if it is absent.
+        Raises `UserError` for a mistake in the files, and OSError, RuntimeError or ValueError for files that are
+        absent, damaged or cannot be downloaded.
         """
 
     @abstractmethod
     def locations(self, data_dir: Path) -> list[Path]:
-        """Return the paths of the raw form; one of them is enough."""
+        """Return the paths where the raw form may be. It is enough if one of the paths exists."""
 
     def cache_name(self, name: str) -> str | None:
-        """Return the folder of `data_dir` for the packed arrays, or None for a data set that is not packed."""
+        """Return the folder in `data_dir` for the packed arrays; None if the data set is not packed."""
         return name
 
 
 def expanded(path: str | Path, key: str) -> Path:
-    """Replace `~` in a path. Raises `UserError`, which names the option `key`, where there is no such home."""
+    """Replace `~` in the value of the option `key`. Raises `UserError` if there is no such home directory."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key}={path}: there is no such home") from error
+        raise UserError(f"{key}={path}: there is no such home directory") from error
 
 
-def official(path: Path, md5: str) -> bytes:
+def read_published(path: Path, md5: str) -> bytes:
     """Return the content of a published file.
 
-    md5: of the published content. Raises `UserError` for other content, OSError where the file is absent.
+    md5: published MD5. Raises `UserError` if the content has another MD5, OSError if the file is absent.
     """
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise UserError(f"{path}: damaged or altered, it is not the published file; delete it to have it fetched again")
+        raise UserError(f"{path}: damaged or altered, its MD5 is wrong; delete it, then it is downloaded again")
     return content
 
 
 @contextlib.contextmanager
 def quiet_download() -> Iterator[None]:
-    """Limit the wait for an answer to `SILENCE`, and show progress bars in terminals only."""
+    """Make downloads in this block fail after `SILENCE` seconds without an answer. Show progress only in a terminal."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
@@ -115,7 +115,7 @@ def quiet_download() -> Iterator[None]:
 
 
 def fetch(url: str, path: Path, md5: str) -> None:
-    """Download a published file; an unfinished one does not get the file's name. Raises OSError or RuntimeError."""
+    """Download a published file to a temporary name, then rename it. Raises OSError or RuntimeError."""
     from torchvision.datasets.utils import download_url
 
     part = path.with_name(f"{path.name}.part")
@@ -134,7 +134,7 @@ class Digits(Source):
     FILE = Path(__file__).with_name("digits.npz")
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """Return the digits, always with the same split."""
+        """Return the digits. The split into training and test images is fixed."""
         with np.load(self.FILE) as parts:
             return Arrays(**parts, classes=[str(digit) for digit in range(10)])
 
@@ -150,7 +150,7 @@ class Digits(Source):
 class Mnist(Source):
     """MNIST in the four files of its authors, as unpacked by torchvision."""
 
-    # torchvision has the checksums of the compressed files only
+    # MD5 of the unpacked files. torchvision only has the MD5 of the compressed files.
     FILES: ClassVar = {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -161,7 +161,7 @@ class Mnist(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return 60,000 training and 10,000 test images, 1x28x28.
 
-        Raises `UserError` for a file that is not the published one.
+        Raises `UserError` for a file that differs from the published one.
         """
         from torchvision.datasets import MNIST
 
@@ -169,8 +169,8 @@ class Mnist(Source):
         if download and not all((raw / name).exists() for name in self.FILES):
             with quiet_download():
                 MNIST(data_dir, download=True)
-        files = [official(raw / name, md5) for name, md5 in self.FILES.items()]
-        return of_idx_files(files, [str(digit) for digit in range(10)])
+        files = [read_published(raw / name, md5) for name, md5 in self.FILES.items()]
+        return read_idx_files(files, [str(digit) for digit in range(10)])
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Return torchvision's folder."""
@@ -178,7 +178,7 @@ class Mnist(Source):
 
 
 class FashionMnist(Source):
-    """Fashion-MNIST in the four compressed files of its authors, whose checksums torchvision has."""
+    """Fashion-MNIST in the four compressed files of its authors. The files' checksums come from torchvision."""
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return 60,000 training and 10,000 test images, as `Mnist` does."""
@@ -189,18 +189,18 @@ class FashionMnist(Source):
         for name, md5 in FashionMNIST.resources:
             if download and not (raw / name).exists():
                 fetch(f"{FashionMNIST.mirrors[0]}{name}", raw / name, md5)
-            files.append(gzip.decompress(official(raw / name, md5)))
-        return of_idx_files(files, FashionMNIST.classes)
+            files.append(gzip.decompress(read_published(raw / name, md5)))
+        return read_idx_files(files, FashionMNIST.classes)
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Return torchvision's folder."""
         return [data_dir / "FashionMNIST" / "raw"]
 
 
-def of_idx_files(files: list[bytes], classes: list[str]) -> Arrays:
-    """Return the images, 1x28x28, and the labels of four files of MNIST's form."""
+def read_idx_files(files: list[bytes], classes: list[str]) -> Arrays:
+    """Return the images, 1x28x28, and the labels of four files in MNIST's format."""
     contents = [np.frombuffer(file, np.uint8) for file in files]
-    # the header of an image file has 16 bytes, that of a label file 8
+    # the header has 16 bytes in an image file, and 8 bytes in a label file
     images = [content[16:].reshape(-1, 1, 28, 28) for content in contents[::2]]
     labels = [content[8:].astype(np.int64) for content in contents[1::2]]
     return Arrays(images[0], labels[0], images[1], labels[1], classes)
@@ -215,7 +215,7 @@ class Cifar(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return 50,000 training and 10,000 test images, 3x32x32.
 
-        Raises `UserError` for a file that is not the published one.
+        Raises `UserError` for a file that differs from the published one.
         """
         from torchvision.datasets import CIFAR10, CIFAR100
         from torchvision.datasets.utils import check_integrity, download_and_extract_archive
@@ -224,20 +224,20 @@ class Cifar(Source):
         splits = (published.train_list, published.test_list)
         meta = published.meta
         folder = data_dir / published.base_folder
-        files = dict([*splits[0], *splits[1], (meta["filename"], meta["md5"])])
+        files = {**dict(splits[0]), **dict(splits[1]), meta["filename"]: meta["md5"]}
         damaged = [name for name, md5 in files.items() if not check_integrity(folder / name, md5)]
         if download and damaged:
             try:
                 with quiet_download():
                     download_and_extract_archive(published.url, data_dir, None, published.filename, published.tgz_md5)
             except (OSError, RuntimeError):
-                for name in damaged:
+                for name in damaged:  # report a damaged file rather than the failed download
                     if (folder / name).exists():
-                        official(folder / name, files[name])
+                        read_published(folder / name, files[name])
                 raise
         contents = {}
         for name, md5 in files.items():
-            contents[name] = pickle.loads(official(folder / name, md5), encoding="latin1")
+            contents[name] = pickle.loads(read_published(folder / name, md5), encoding="latin1")
         label_key = {10: "labels", 100: "fine_labels"}[self.classes]
         arrays: dict[str, Any] = {"classes": contents[meta["filename"]][meta["key"]]}
         for part, split in zip(("train", "test"), splits, strict=True):
@@ -249,7 +249,7 @@ class Cifar(Source):
         return Arrays(**arrays)
 
     def locations(self, data_dir: Path) -> list[Path]:
-        """Return torchvision's folder, and the archive that it unpacks."""
+        """Return the folder that torchvision unpacks, and the archive that torchvision downloads."""
         names = {
             10: ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
             100: ("cifar-100-python", "cifar-100-python.tar.gz"),

@@ -1,4 +1,4 @@
-"""A source that is one .npz file of one's own arrays."""
+"""Source for a .npz file with the user's own arrays."""
 
 import os
 import zipfile
@@ -14,7 +14,7 @@ from dfl_experiments.errors import UserError, reason
 class ArrayFile(Source):
     """An .npz file with X_train, y_train, X_test and y_test, as `numpy.savez` writes it. It is not packed.
 
-    X: see `Arrays`; images (N, H, W) have one channel. y: class labels from 0 to the largest of y_train.
+    X: as in `Arrays`; images (N, H, W) get a channel axis. y: class labels, from 0 to the largest label in y_train.
     """
 
     PARTS = ("X_train", "y_train", "X_test", "y_test", "y_train")
@@ -23,7 +23,7 @@ class ArrayFile(Source):
         self.path = Path(os.path.realpath(expanded(path, "dataset.source.path")))
 
     def locations(self, data_dir: Path) -> list[Path]:
-        """Return the file."""
+        """Return the path of the file."""
         return [self.path]
 
     def cache_name(self, name: str) -> str | None:
@@ -31,7 +31,7 @@ class ArrayFile(Source):
         return None
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
-        """Return the arrays. Raises `UserError` for a file without them, and for labels that are no classes."""
+        """Return the arrays. Raises `UserError` if an array is absent, or if the labels are not class numbers."""
         names = self.PARTS[:4]
         try:
             with zipfile.ZipFile(self.path), np.load(self.path) as file:
@@ -44,6 +44,6 @@ class ArrayFile(Source):
             train, test = train[:, None], test[:, None]
         largest = int(train_labels.max(initial=0)) if train_labels.dtype.kind in "iu" else 1
         if largest > len(train):
-            problem = f"has the label {largest}; labels must be classes, numbered from 0 without large gaps"
+            problem = f"has the label {largest}; labels must be class numbers from 0, without large gaps"
             raise UserError(f"{self.path}: y_train: {problem}")
         return Arrays(train, train_labels, test, test_labels, [str(label) for label in range(largest + 1)])

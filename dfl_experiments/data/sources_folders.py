@@ -1,4 +1,4 @@
-"""Sources that are trees of image files: TinyImageNet, and a folder of one's own images."""
+"""Sources that consist of image files: TinyImageNet, and a folder of the user's own images."""
 
 import hashlib
 import logging
@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,35 +18,44 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
 log = logging.getLogger(__name__)
-DECODING = "turned, on white"  # version of the decoding: packs of another version are made anew
+DECODING = "turned, on white"  # version of the decoding; if it changes, every folder is packed again
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-Listing = tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]
-"""(file, class) of the training images, the same of the test images, and the classes in the order of the labels."""
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a data set, by file name."""
+
+    train: list[tuple[str, str]]
+    """Pairs (file, class) of the training images."""
+    test: list[tuple[str, str]]
+    """Pairs (file, class) of the test images."""
+    classes: list[str]
+    """The classes in the order of the labels."""
 
 
 def arrays_of(tree: Tree, listing: Listing, channels: int, size: int | None = None) -> Arrays:
     """Decode the listed images.
 
-    channels, size: see `pixels`. Raises `UserError` for an image that cannot be decoded, or that differs in size.
+    channels, size: see `pixels`. Raises `UserError` for an image that cannot be decoded, or whose size differs.
     """
-    train, test, classes = listing
-    label_of = {name: label for label, name in enumerate(classes)}
-    images = decode(tree, [file for file, _ in train + test], channels, size)
-    labels = np.array([label_of[name] for _, name in train + test], np.int64)
-    n = len(train)
-    return Arrays(images[:n], labels[:n], images[n:], labels[n:], classes)
+    label_of = {name: label for label, name in enumerate(listing.classes)}
+    listed = listing.train + listing.test
+    images = decode(tree, [file for file, _ in listed], channels, size)
+    labels = np.array([label_of[name] for _, name in listed], np.int64)
+    n = len(listing.train)
+    return Arrays(images[:n], labels[:n], images[n:], labels[n:], listing.classes)
 
 
 def composed(name: str) -> str:
-    """Return a name in Unicode's composed form."""
+    """Return a name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 
 class TinyImageNet(Source):
-    """TinyImageNet: 200 classes of 64x64 images, grey ones as RGB. The labelled `val` split is the test set.
+    """TinyImageNet: 200 classes of 64x64 RGB images. The labelled `val` split is the test set.
 
-    It is read from its unpacked folder if there is one, else from the official archive in place.
+    It is read from the unpacked folder if there is one, otherwise directly from the official archive.
     """
 
     NAME = "tiny-imagenet-200"
@@ -70,7 +79,7 @@ class TinyImageNet(Source):
         except OSError:
             raise
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
-            raise UserError(f"{archive}: damaged or incomplete ({error}); delete it and fetch it again") from error
+            raise UserError(f"{archive}: damaged or incomplete ({error}); delete it and download it again") from error
         with opened:
             return self.arrays(zip_tree(opened, self.NAME))
 
@@ -85,37 +94,36 @@ class TinyImageNet(Source):
         return replace(arrays, classes=classes)
 
     def listing(self, tree: Tree) -> Listing:
-        """Return the images that the data set's lists name. Raises `UserError` where lists and images differ."""
+        """Return the listing of the images. Raises `UserError` if the data set's text files list other images."""
         names = set(tree.names)
-        # a row has the file, the class and a bounding box, which is not used
+        # each line has the file, the class and a bounding box; the bounding box is not used
         rows = [f"{line}\t".split("\t") for line in tree.lines(self.LABELS) if line.strip()]
         images = [name for name in tree.names if re.fullmatch(r"(train/\w+|val)/images/[^/]+\.JPEG", name)]
         train = [(name, name.split("/")[1]) for name in images if name.startswith("train/")]
         test = sorted((f"val/images/{file}", wnid) for file, wnid, *_ in rows)
         listed = {name for name, _ in test}
-        # the published folder lists the training images of every class
+        # the published data set has a text file with the training images of each class
         for file in filter(re.compile(r"train/(\w+)/\1_boxes\.txt").fullmatch, names):
             folder = f"{Path(file).parent}/images"
             listed |= {f"{folder}/{line.split()[0]}" for line in tree.lines(file) if line.strip()}
         if absent := sorted(listed - names):
             raise UserError(f"{tree.label}: incomplete, {absent[0]} is missing")
         if [name for name, _ in test] != [name for name in images if name.startswith("val/")]:
-            raise UserError(f"{tree.label}/{self.LABELS}: damaged, it must have one line for every image of val/images")
+            raise UserError(f"{tree.label}/{self.LABELS}: damaged, it must have one line for each image in val/images")
         trained = sorted({wnid for _, wnid in train})
         tested = sorted({wnid for _, wnid in test})
         wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else trained
         if not sorted(wnids) == trained == tested:
-            raise UserError(f"{tree.label}: train/, {self.LABELS} and wnids.txt do not agree on the classes")
-        return train, test, wnids
+            raise UserError(f"{tree.label}: train/, {self.LABELS} and wnids.txt have different classes")
+        return Listing(train, test, wnids)
 
 
 class Folder(Source):
-    """A folder of one's own images: `path`/train/<class>/… and `path`/test/<class>/…, at any depth below a class.
+    """A folder of the user's own images: `path`/train/<class>/… and `path`/test/<class>/…, at any depth below a class.
 
-    val/ may stand for test/; of both, test/ is used. Classes are sorted by name. Files without the suffix of an image
-    are ignored.
+    If there is no test/, val/ is used. Classes are sorted by name. Files without an image suffix are ignored.
 
-    size: None where all images have one size; otherwise they are scaled and cropped to size x size pixels.
+    size: scale and crop the images to size x size pixels; None: all images have the same size.
     channels: 1 (grey) or 3 (RGB).
     """
 
@@ -130,13 +138,13 @@ class Folder(Source):
         return [self.path]
 
     def cache_name(self, name: str) -> str:
-        """Return the name with a hash of the path, the options and the listing: a changed folder is packed anew.
+        """Return the name with a hash of the path, the options and the files, so that a changed folder is packed again.
 
-        Raises `UserError` as `listing` does, also where a pack exists whose folder is no longer valid.
+        Raises `UserError` as `listing` does, even if the folder was packed before.
         """
-        _, (train, test, _) = self.listing()
+        _, listing = self.listing()
         lines = [DECODING, str(self.path), str(self.size), str(self.channels)]
-        for file, _ in train + test:
+        for file, _ in listing.train + listing.test:
             status = os.stat(self.path / file)
             lines.append(f"{file} {status.st_size} {status.st_mtime_ns}")
         text = "\n".join(lines)
@@ -145,13 +153,13 @@ class Folder(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return the decoded images. Raises `UserError` as `listing` and `arrays_of` do."""
         tree, listing = self.listing()
-        used = {file for file, _ in listing[0] + listing[1]}
-        if others := [name for name in tree.names if name not in used]:
-            log.warning("%s: %d files are ignored, such as %s", self.path, len(others), others[0])
+        used = {file for file, _ in listing.train + listing.test}
+        if ignored := [name for name in tree.names if name not in used]:
+            log.warning("%s: %d files are ignored, such as %s", self.path, len(ignored), ignored[0])
         return arrays_of(tree, listing, self.channels, self.size)
 
     def listing(self) -> tuple[Tree, Listing]:
-        """Return all files of the two splits, and the images among them by class.
+        """Return all files of the two splits, and the listing of the images among them.
 
         Raises `UserError` for a missing folder or split, for fewer than two classes, for a class without images in a
         split, and for an image without a class.
@@ -160,22 +168,27 @@ class Folder(Source):
             raise UserError(f"dataset.source.path={self.path}: no such folder")
         splits = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)][:2]
         if len(splits) < 2 or splits[0] != "train":
-            raise UserError(f"{self.path}: needs train/ and test/ (or val/) with a folder for each class in them")
+            raise UserError(f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class")
         tree = folder_tree(self.path, splits)
-        folders = (path for split in splits for path in (self.path / split).iterdir() if path.is_dir())
-        # operating systems write a name in different normal forms, which count as one class
-        classes = sorted({composed(folder.name) for folder in folders if is_user_folder(folder.name)})
+        names = set()
+        for split in splits:
+            for path in (self.path / split).iterdir():
+                if path.is_dir() and is_user_folder(path.name):
+                    # the same name can have different Unicode forms on different operating systems
+                    names.add(composed(path.name))
+        classes = sorted(names)
         if len(classes) < 2:
-            raise UserError(f"{self.path / 'train'}: needs a folder for each of two classes at least, has {classes}")
+            raise UserError(f"{self.path / 'train'}: needs folders of at least two classes, has {classes}")
         groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for split in splits:
             groups |= {(split, name): [] for name in classes}
         for file in tree.names:
-            if file.lower().endswith(SUFFIXES):
-                split, name, *inner = file.split("/")
-                if not inner:
-                    raise UserError(f"{self.path / file}: an image outside the class folders; put it into one")
-                groups[split, composed(name)].append((file, composed(name)))
+            if not file.lower().endswith(SUFFIXES):
+                continue
+            split, name, *inner = file.split("/")
+            if not inner:
+                raise UserError(f"{self.path / file}: is outside the class folders; move it into one of them")
+            groups[split, composed(name)].append((file, composed(name)))
         for (split, name), images in groups.items():
             if not images:
                 raise UserError(f"{self.path}/{split}/{name}/: no images of this class ({' '.join(SUFFIXES)})")
@@ -183,4 +196,4 @@ class Folder(Source):
         for name in classes:
             train += groups[splits[0], name]
             test += groups[splits[1], name]
-        return tree, (train, test, classes)
+        return tree, Listing(train, test, classes)

@@ -1,1 +1,1 @@
-"""The mathematics of training. It knows no configuration, and no particular method, model or data set."""
+"""The mathematics of training, independent of configuration, methods, models and data sets."""

@@ -1,4 +1,4 @@
-"""Compare the error signals that a method applied with those of backpropagation, on the same trace."""
+"""Compare the error signals of a method with those of backpropagation, on the same trace."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,15 +11,16 @@ from dfl_experiments.engine.quantities import Measurement, exact, exact_type, me
 from dfl_experiments.engine.trace import Trace
 from dfl_experiments.measured import QUANTITIES
 
-CACHED_NUMBERS = 2**16  # entries of each signal: half a megabyte as float64
+CACHED_NUMBERS = 2**16  # entries of a signal that are converted at once: half a megabyte in float64
 TF32_EPS = 2.0**-10
-LONG = 4096  # length of a sample's signal above which dot products are faster on a GPU
+LONG = 4096  # number of entries per sample above which `by_dots` is faster on a GPU
 
 
 def quantity_names(depth: int, extra_quantities: Sequence[str] = ()) -> list[str]:
-    """Return the names of `QUANTITIES`, then `extra_quantities`, for every hidden layer: `cosine_sample/1`, …
+    """Return the column names of all quantities of all hidden layers: `cosine_sample/1`, …
 
-    depth: L.
+    depth: L, the number of blocks.
+    extra_quantities: quantities measured in addition to `QUANTITIES`.
     """
     return [f"{name}/{i}" for i in range(1, depth) for name in (*QUANTITIES, *extra_quantities)]
 
@@ -27,15 +28,15 @@ def quantity_names(depth: int, extra_quantities: Sequence[str] = ()) -> list[str
 def backprop_signals(
     trace: Trace, error: Tensor, known: Sequence[Tensor] = (), last: bool = False
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (i, δ_i^BP) for i = L-1 … 1, at the weights and the batch of the trace; δ_i has the shape of a_i.
+    """Yield (i, δ_i^BP) for i = L-1 … 1, for the weights and the batch of the trace. δ_i has the shape of a_i.
 
-    One vector-Jacobian product per block on the existing graph (Eq. 7 from the top): no second forward pass, no second
-    update of batch statistics, no change of `.grad`.
+    Each block needs one vector-Jacobian product on the existing graph (Eq. 7). So there is no second forward pass, the
+    batch statistics are not updated again, and `.grad` does not change.
 
-    trace: a kept one.
+    trace: must be kept (`trace.kept`).
     error: e, (N, K).
-    known: the signals of the highest layers, from the lowest of them up, if they have been computed already.
-    last: no later caller reads the trace, so its parts are released on the way.
+    known: signals δ_k … δ_{L-1} of the highest layers, if they are already computed.
+    last: whether nothing reads the trace afterwards. If True, every part of the trace is released after its use.
     """
     count, delta = len(trace.preactivations), error
     lowest_known = count - len(known) + 1
@@ -64,27 +65,30 @@ def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
 
 
 def signal_products(delta: Tensor | None, reference: Tensor) -> Tensor:
-    """Return [[⟨δ_n, δ_n⟩, ⟨δ_n, r_n⟩], [⟨δ_n, r_n⟩, ⟨r_n, r_n⟩]] of every sample n, (N, 2, 2).
+    """Return [[⟨δ_n, δ_n⟩, ⟨δ_n, r_n⟩], [⟨δ_n, r_n⟩, ⟨r_n, r_n⟩]] for every sample n, (N, 2, 2).
 
-    In float64, except on MPS: the signal of a confidently classified sample may be 1e-25, and float32 cannot hold its
-    square.
+    The products are computed in float64 (on MPS in float32). The signal of a confidently classified sample may be
+    1e-25, and its square is zero in float32.
 
-    delta: δ, (N, …), the applied signal; None for zero. reference: r, the signal of BP, of the same shape.
+    delta: δ, (N, …), the applied signal; None for zero.
+    reference: r, the signal of BP, in the same shape.
     """
     compared = torch.zeros_like(reference) if delta is None else delta
     signals = [reference] if delta is reference else [compared, reference]
     signals = [signal.detach() for signal in signals]
     if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
-        signals = [signal.movedim(1, 3) for signal in signals]  # in the order of their memory
+        signals = [signal.movedim(1, 3) for signal in signals]  # memory order, so that `flatten` copies nothing
     signals = [signal.flatten(1) for signal in signals]
     is_long = reference.device.type != "cpu" and signals[0].shape[1] > LONG
     return (by_dots(signals) if is_long else by_products(signals)).expand(len(reference), 2, 2)
 
 
 def by_dots(signals: Sequence[Tensor]) -> Tensor:
-    """Return all inner products of S = 1 or 2 signals (N, d), (N, S, S), each as a dot product.
+    """Return the inner products of the signals in every sample, (N, S, S), computed as dot products.
 
-    For long signals a GPU needs a third of the time of `by_products`.
+    For long signals on a GPU, this takes a third of the time of `by_products`.
+
+    signals: S = 1 or 2 tensors, (N, d).
     """
     first, last = exact(signals[0]), exact(signals[-1])
     dot = torch.linalg.vecdot(first, last)
@@ -95,9 +99,9 @@ def by_dots(signals: Sequence[Tensor]) -> Tensor:
 
 
 def by_products(signals: Sequence[Tensor]) -> Tensor:
-    """Return the same as `by_dots`, as one matrix product per sample.
+    """Return the same values as `by_dots`, computed as one matrix product per sample.
 
-    On a CPU it goes through the samples in groups whose copies fit into the cache.
+    On a CPU the samples are processed in groups, so that the float64 copies of a group fit into the cache.
     """
     count, length = signals[0].shape
     rows = max(1, CACHED_NUMBERS // length) if signals[0].device.type == "cpu" else count
@@ -115,13 +119,14 @@ def by_products(signals: Sequence[Tensor]) -> Tensor:
 def compare(products: Tensor, is_rounding: Tensor) -> Tensor:
     """Return the `QUANTITIES` of every layer, (L-1, 5).
 
-    cosine_sample: mean over samples n of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖), without samples where δ_n or r_n is zero or δ_n is
-        nothing but rounding; NaN without samples.
+    cosine_sample: mean of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖) over the samples n. A sample is omitted if δ_n or r_n is zero, or
+        if δ_n consists of rounding errors only. NaN if all samples are omitted.
     cosine_batch: ⟨δ, r⟩ / (‖δ‖ ‖r‖) over all N·d entries.
     norm, norm_bp: ‖δ‖ and ‖r‖, Frobenius norms.
-    zeros: the number of samples that cosine_sample omits.
+    zeros: number of samples that cosine_sample omits.
 
-    products: see `signal_products`, (L-1, N, 2, 2). is_rounding: see `only_rounding`, (L-1, N).
+    products: see `signal_products`, (L-1, N, 2, 2).
+    is_rounding: see `only_rounding`, (L-1, N).
     """
     dd, dot, rr = products[..., 0, 0], products[..., 0, 1], products[..., 1, 1]
     present = (dd != 0) & (rr != 0) & ~is_rounding
@@ -134,9 +139,12 @@ def compare(products: Tensor, is_rounding: Tensor) -> Tensor:
 
 
 def relative_rounding(error: Tensor, product: torch.dtype) -> float:
-    """Return ε: where ‖B e‖ ≤ ε ‖B‖ ‖e‖, B e may be nothing but the rounding of e and of a sum of K terms.
+    """Return ε. If ‖B e‖ ≤ ε ‖B‖ ‖e‖, then B e may contain nothing but rounding errors.
 
-    error: e, (N, K). product: the type in which B e is computed.
+    Rounding errors come from e, and from the sum of K terms in every entry of B e.
+
+    error: e, (N, K).
+    product: data type in which B e is computed.
     """
     relative = error.shape[1] * torch.finfo(error.dtype).eps
     if torch.finfo(product).bits < torch.finfo(error.dtype).bits:
@@ -147,17 +155,18 @@ def relative_rounding(error: Tensor, product: torch.dtype) -> float:
 
 
 def only_rounding(method: Method, trace: Trace, error: Tensor, products: Tensor) -> Tensor:
-    """Return for each layer and sample whether the applied signal is nothing but rounding, (L-1, N).
+    """Return whether the applied signal consists of rounding errors only, for each layer and sample, (L-1, N).
 
-    e sums to zero in every sample, so B e is zero, but for rounding, where the entries of a row of B are equal (for
-    example two classes and one sign). A signal counts as rounding if ‖δ_n‖ ≤ ε ‖B‖ ‖e_n‖, with ε of
-    `relative_rounding`, or if the signal that it was computed from does.
+    The entries of e sum to zero in every sample. So the exact value of B e is zero for a unit whose K entries of B are
+    equal. A signal B e counts as rounding if ‖δ_n‖ ≤ ε ‖B‖ ‖e_n‖, with ε from `relative_rounding`. A signal that is
+    computed from the signal of the layer above counts as rounding if that signal does.
 
-    error: e, (N, K). products: see `signal_products`, (L-1, N, 2, 2).
+    error: e, (N, K).
+    products: see `signal_products`, (L-1, N, 2, 2).
     """
     relative = relative_rounding(error, error.dtype if method.cuts else trace.logits.dtype)
     none = torch.zeros(len(error), dtype=torch.bool, device=error.device)
-    is_rounding = [none]  # the first entry is for e, the next for the highest layer
+    is_rounding = [none]  # first entry: e; then one for each hidden layer, from the highest down
     for i in range(len(products), 0, -1):
         norm = method.feedback_norm(i)
         if norm is not None:
@@ -179,13 +188,13 @@ def measure(
     extra_quantities: Sequence[str] = (),
     last: bool = False,
 ) -> Tensor:
-    """Return `QUANTITIES` and `extra_quantities` of every layer, in the order of `quantity_names`.
+    """Return `QUANTITIES` and `extra_quantities` of every hidden layer, in the order of `quantity_names`.
 
-    trace: a kept one, after its `backward`.
-    applied: δ_1 … δ_{L-1} as `backward` returned them. From `method.exact_from` on they are those of BP.
+    trace: must be kept (`trace.kept`), and its `backward` must have run.
+    applied: δ_1 … δ_{L-1} as `backward` returned them. From layer `method.exact_from` upwards they equal δ_i^BP.
     error: e, (N, K).
     extra_quantities: names from `measured.EXTRA_QUANTITIES`.
-    last: no later caller reads the trace or `applied`, so their parts are released on the way.
+    last: whether nothing reads the trace and `applied` afterwards. If True, each part of both is released after use.
     """
     known = [d for d in applied[method.exact_from - 1 :] if d is not None]
     all_products, all_extra = [], []

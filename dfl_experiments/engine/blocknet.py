@@ -16,17 +16,20 @@ from dfl_experiments.engine.trace import Segment, Trace
 from dfl_experiments.engine.transpose import Transpose, WeightLayer, is_weight_layer
 from dfl_experiments.errors import UserError, clipped
 
-LONGEST_SHAPE = 3  # (C, H, W)
-KEEP_ZEROS = ("torch.nn.modules.pooling", "torch.nn.modules.flatten")  # modules whose layers map zeros to zeros
+LONGEST_SHAPE = 3  # the number of axes of (C, H, W)
+KEEP_ZEROS = ("torch.nn.modules.pooling", "torch.nn.modules.flatten")  # Python modules whose layers map zeros to zeros
 
 
 class Block(nn.Module):
-    """The map h = post(pre(x)) between two feedback boundaries. A sample's h is (d,), tokens (T, C) or (C, H, W).
+    """The map h = post(pre(x)) between two feedback boundaries.
 
-    pre: ends at the block's last pre-activation a, where its error signal is δ = ∂ℒ/∂a.
-    post: the rest: activation, pooling, flattening.
-    leak: `pre` is called as `pre(x, shortcut)`, and at a cut the gradient of `shortcut` still flows into the block
-        below (ResNet18's skip, as in the published code).
+    For one sample, h has the shape (d,), (T, C) for tokens, or (C, H, W).
+
+    pre: layers up to the last pre-activation a of the block, where the error signal δ = ∂ℒ/∂a is measured.
+    post: layers after a: activation, pooling, flattening.
+    leak: whether gradient passes a cut through the shortcut. If True, the block after a cut is called as
+        `pre(x, shortcut)`, where both are h_{i-1}, and the gradient at `shortcut` is added to the signal at h_{i-1}.
+        ResNet18 does this in the published code.
     """
 
     def __init__(self, pre: nn.Module, post: nn.Module, leak: bool = False) -> None:
@@ -43,8 +46,9 @@ class Block(nn.Module):
 class BlockNet(nn.Module):
     """The network h_i = block_i(h_{i-1}), a_L = head(h_{L-1}), which every model function returns.
 
-    input_shape: of one sample of x.
-    example: one sample to try the net on, (1, *h_0); None for zeros of the parameters' type. Tokens need one.
+    input_shape: shape of one sample of x.
+    example: one sample for trial forward passes, (1, *h_0); None for zeros in the data type of the parameters. A net
+        that reads tokens needs an example.
     """
 
     def __init__(self, *blocks: Block, head: nn.Module, input_shape: Sequence[int]) -> None:
@@ -62,7 +66,7 @@ class BlockNet(nn.Module):
         return len(self.blocks) + 1
 
     def forward(self, x: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """Return the logits a_L, (N, K). x: (N, *h_0). watch: function that is called with i and every h_i."""
+        """Return the logits a_L, (N, K). x: (N, *h_0). watch(i, h_i): function that is called for every h_i."""
         for i, block in enumerate(self.blocks, start=1):
             x = block(x)
             if watch is not None:
@@ -81,16 +85,16 @@ class BlockNet(nn.Module):
         return False
 
     def weight_layers(self, i: int) -> list[WeightLayer]:
-        """Return the weight layers that read h_i: of block i+1, or of the head for i = L-1, in module order."""
+        """Return the weight layers of block i+1 (of the head for i = L-1), in module order."""
         module = self.head if i == self.depth - 1 else self.blocks[i]
         return [layer for layer in module.modules() if is_weight_layer(layer)]
 
     def reader(self, i: int) -> WeightLayer | None:
-        """Return the weight layer whose shape a B on h_i has: the first that reads h_i; None without one."""
+        """Return the first weight layer of block i+1, which sets the shape of B on h_i; None if there is none."""
         return next(iter(self.weight_layers(i)), None)
 
     def blank(self, count: int = 1) -> Tensor:
-        """Return samples to try the net on, (count, *h_0)."""
+        """Return samples for a trial forward pass, (count, *h_0)."""
         like = next(self.parameters())
         if self.example is not None:
             return self.example.expand(count, *self.input_shape).to(like.device)
@@ -98,9 +102,9 @@ class BlockNet(nn.Module):
 
     @torch.no_grad()
     def probe(self, cuts: Collection[int] = ()) -> Trace:
-        """Return a kept trace of one blank sample, without a change to the net. cuts: see `trace`.
+        """Return the kept trace of a forward pass on one sample of `blank`. The net does not change. cuts: see `trace`.
 
-        Raises `UserError` where the forward pass fails: a kernel is larger than its input, or two layers do not fit.
+        Raises `UserError` if the forward pass fails, for example because a kernel is larger than its input.
         """
         training = {module: module.training for module in self.modules()}
         x = self.blank()
@@ -119,12 +123,12 @@ class BlockNet(nn.Module):
     def output_shapes(self) -> list[torch.Size]:
         """Return the shapes of h_1 … h_{L-1} for one sample.
 
-        Raises `UserError` for a shape that `Block` does not allow, and for a block that changes its input in place.
+        Raises `UserError` if a shape is none of those in `Block`, or if a block changes its input in place.
         """
         shapes = [h.shape[1:] for h in self.probe(range(1, self.depth)).outputs if h is not None]
         for i, shape in enumerate(shapes, start=1):
             if not 1 <= len(shape) <= LONGEST_SHAPE:
-                raise UserError(f"model: block {i} gives {tuple(shape)} per sample; must be (d,), (T, C) or (C, H, W)")
+                raise UserError(f"model: h_{i} has shape {tuple(shape)} per sample; must be (d,), (T, C) or (C, H, W)")
         return shapes
 
     def parameters_above(self, i: int) -> list[nn.Parameter]:
@@ -132,27 +136,28 @@ class BlockNet(nn.Module):
         return [p for weights in self.weights[i:] for p in weights]
 
     def parameters_below_delta(self, i: int) -> list[nn.Parameter]:
-        """Return the parameters of block i up to where δ_i is measured, its pre-activation a_i."""
+        """Return the parameters of block i up to its pre-activation a_i, where δ_i is measured."""
         return list(self.blocks[i - 1].get_submodule("pre").parameters())
 
     def replay(self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]) -> Tensor:
-        """Return the logits of another forward pass, which changes no buffer.
+        """Return the logits of a second forward pass, which changes no buffer.
 
-        trace: of the first forward pass.
-        replace: function that returns what block i+1 reads, from i and h_i, which is None below the first replaced.
+        trace: trace of the first forward pass.
+        replace(i, h_i): function that returns the input of block i+1. The lowest blocks are skipped, with None as h_i,
+            until the function returns a tensor.
         """
         h: Tensor | None = None
         for i, module in enumerate((*self.blocks, self.head)):
             h = replace(i, h) if i > 0 else None
             if h is not None:
                 h = functional_call(module, self._copies(module), (h,))
-        assert h is not None, "some h_i is replaced"
+        assert h is not None, "`replace` returns a tensor for at least one i"
         return h
 
     @staticmethod
     def _copies(module: nn.Module) -> dict[str, Tensor]:
-        # Copies of the buffers, which batch normalisation changes; and contiguous parameters, because PyTorch 2.11 has
-        # no forward derivative of group normalisation with others.
+        # Buffers are copied, because batch normalisation changes them. Parameters are made contiguous, because in
+        # PyTorch 2.11 the forward derivative of group normalisation rejects other memory formats.
         copies: dict[str, Tensor] = {name: p.contiguous() for name, p in module.named_parameters()}
         return copies | {name: b.clone() for name, b in module.named_buffers()}
 
@@ -164,12 +169,13 @@ class BlockNet(nn.Module):
         keep: bool = False,
         transpose: Transpose | None = None,
     ) -> Trace:
-        """Run the forward pass, and keep what the error signals need.
+        """Run the forward pass, and return what the backward pass needs.
 
         x: (N, *h_0).
-        cuts: boundaries i; block i+1 reads a detached h_i.
-        frozen: number of the lowest blocks that do not learn. They get no graph, and a cut above them.
-        keep: keep the graph of every block for a later reader, down to the block's input.
+        cuts: boundaries i at which block i+1 reads a detached h_i.
+        frozen: number of the lowest blocks that do not learn. The boundary above these blocks is cut, and their graph
+            is recorded only if `keep` is True.
+        keep: whether to keep the graph of every block after `backward`, so that gradients can be computed again.
         transpose: feedback weights that replace Wᵀ in the backward pass.
         """
         trace = Trace(frozenset({*cuts, frozen} - {0}), keep, x, transpose)
@@ -196,18 +202,18 @@ class BlockNet(nn.Module):
                 a = module(*read) if module is self.head else module.pre(*read)
                 if i - 1 in trace.cuts and i - 1 > frozen and read[0]._version != version:
                     raise UserError(
-                        f"model: block {i} changes h_{i - 1}, its input, in place, which feedback to h_{i - 1} needs; "
-                        "begin the block with another operation, such as ReLU(inplace=False)"
+                        f"model: block {i} changes its input h_{i - 1} in place, but the feedback to h_{i - 1} needs "
+                        "the original values; start the block with another operation, such as ReLU(inplace=False)"
                     )
                 if module is self.head:
                     h = trace.logits = a
                 else:
-                    if keep and a._base is not None:  # a view that `post` changes in place would leave the graph
+                    if keep and a._base is not None:  # an in-place `post` would take a view out of the graph
                         a = a.clone()
                     if keep and a.requires_grad:
                         trace.preactivations.append(get_gradient_edge(a))
                     h = module.post(a)
-                    if h is a:  # two tensors are needed: the signal enters at h_i, and δ_i is read at a_i
+                    if h is a:  # h_i must be a second tensor: autograd starts there, and δ_i is read at a_i
                         h = a.view_as(a)
                     trace.outputs.append(h if keep or i in trace.cuts else None)
                 if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:

@@ -1,4 +1,4 @@
-"""Find the weights that multiply hidden values. A sequential rule must replace all of them, or refuse the net."""
+"""Find the weights that multiply hidden values. A sequential rule must replace all of them or reject the net."""
 
 import copy
 import re
@@ -12,31 +12,33 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.transpose import Transpose, WeightLayer, transposed
 from dfl_experiments.errors import UserError
 
-# Operations that combine a parameter with one hidden unit at a time: a bias, a norm's scale, a position embedding.
+# Operations that combine each hidden unit with its own parameter: a bias, a scale, a position embedding.
 UNIT_BY_UNIT = {
     "Add", "Sub", "Rsub", "Maximum", "Minimum", "Clamp", "ClampMin", "ClampMax", "Where", "Cat", "Stack", "Copy",
     "CopySlices", "PreluKernel", "NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm",
     "MiopenBatchNorm", "FusedRmsNorm",
 }  # fmt: skip
-# These operations do so if the parameter has one axis, as a layer scale. One with more axes counts as a matrix.
+# Operations that scale each hidden unit by its own parameter, if the parameter has one axis. With more axes it counts
+# as a matrix.
 SCALING = {"Mul", "Div", "Addcmul", "Addcdiv", "Lerp", "Pow"}
 
 
 def layers_to_replace(net: BlockNet) -> list[int]:
-    """Return the indices of the weight layers that an error signal passes, counted over all blocks.
+    """Return the indices of the weight layers through which error signals pass, counted over all blocks.
 
-    A copy of the net runs in evaluation and in training mode.
-    Raises `UserError` where another parameter meets hidden values in a matrix product, a convolution or an unknown
-    operation: there the signal would be that of backpropagation.
+    They are found by running a copy of the net in evaluation mode and in training mode.
+
+    Raises `UserError` if a parameter outside of weight layers is combined with hidden values in a matrix product, a
+    convolution or an unknown operation. No B can replace it, so the signal would pass it as in backpropagation.
     """
-    twin = copy.deepcopy(net).requires_grad_(True)  # frozen weights must be found too
+    twin = copy.deepcopy(net).requires_grad_(True)  # so that frozen weights are found too
     learns = {p: q.requires_grad for p, q in zip(twin.parameters(), net.parameters(), strict=True)}
     layers = [layer for i in range(twin.depth) for layer in twin.weight_layers(i)]
     probe = Transpose(layers, lambda k, signal, x: x)
     passed: set[int] = set()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for training in (False, True):
-            # two samples, because batch normalisation refuses a single one where planes have one pixel
+            # two samples, because batch normalisation rejects a single sample if its feature maps have one pixel
             x = net.blank(2)
             x.requires_grad_(x.is_floating_point())
             with probe.installed():
@@ -48,13 +50,15 @@ def layers_to_replace(net: BlockNet) -> list[int]:
 def _passed(
     net: BlockNet, x: Tensor, logits: Tensor, learns: Mapping[nn.Parameter, bool], layers: list[WeightLayer]
 ) -> Iterator[int]:
-    """Yield the indices of the layers that pass a signal on to their input. Raises `UserError` for another weight.
+    """Yield the indices of the layers that send an error signal to their input.
 
-    learns: for each parameter, whether the net trains it. layers: all weight layers.
+    learns: for each parameter, whether the net trains it.
+    layers: all weight layers.
+    Raises `UserError` if the signal passes a weight outside of these layers.
     """
     hidden: set[Any] = set()  # nodes that depend on the net's input
-    trained: set[Any] = set()  # nodes that depend on a trained parameter, so that an error signal passes them
-    made_of: dict[Any, list[nn.Parameter]] = {}  # the parameters of every node that is not hidden
+    trained: set[Any] = set()  # nodes that depend on a trained parameter, so that error signals reach them
+    made_of: dict[Any, list[nn.Parameter]] = {}  # for each node that is not hidden: the parameters it is computed from
     for node in from_the_leaves(logits.grad_fn):
         children = [child for child, _ in node.next_functions if child is not None]
         below = set(children)
@@ -70,13 +74,13 @@ def _passed(
             raise not_replaceable(net, max(parameters, key=torch.numel), kind)
         if below & trained or any(learns[p] for p in parameters):
             trained.add(node)
-        # hidden values of tokens begin where the input itself is looked up
+        # if the input is tokens, the first hidden values are the embeddings of these tokens
         is_look_up = kind == "Embedding" and _start(node._saved_indices) == _start(x)
         if below & hidden or not (below or parameters) or is_look_up:
             hidden.add(node)
         made_of[node] = parameters
     if logits.grad_fn not in hidden:
-        raise UserError("model: its output has no gradient by its input, so its weights cannot be found")
+        raise UserError("model: the output has no gradient with respect to the input, so FA cannot find the weights")
 
 
 def _start(x: Tensor) -> int:
@@ -91,9 +95,9 @@ def _mixes(kind: str, parameters: list[nn.Parameter]) -> bool:
 
 
 def check_transpose(layer: WeightLayer, x: Tensor) -> None:
-    """Raise `UserError` for a layer whose vector-Jacobian product differs from `transposed` with its own weight.
+    """Raise `UserError` if the layer's vector-Jacobian product differs from `transposed` with its own weight.
 
-    Such a layer has a hook or a method that replaces the one of its class. x: an input of the layer.
+    A hook, or a method that is set on the instance, can cause a difference. x: an input of the layer.
     """
     start = torch.ones_like(x).requires_grad_()
     output = layer(start)
@@ -102,13 +106,13 @@ def check_transpose(layer: WeightLayer, x: Tensor) -> None:
     expected = transposed(layer, layer.weight, signal, start)
     if (own - expected).norm() > 1e-2 * expected.norm():
         raise UserError(
-            f"model: {layer} does not compute what its class does (a hook or a method of its own changes it), and FA "
-            "and its descendants cannot transpose it; choose a direct method, shallow or bp"
+            f"model: a hook or an overwritten method changes the output of {layer}, so FA and the rules based on it "
+            "cannot transpose this layer; choose a direct method, shallow or bp"
         )
 
 
 def from_the_leaves(root: Any) -> Iterator[Any]:
-    """Yield every node below the root, each after the nodes that it depends on."""
+    """Yield the root and all nodes that it depends on, each node after the nodes that it depends on."""
     seen: set[Any] = set()
     stack = [(root, False)]
     while stack:
@@ -122,12 +126,12 @@ def from_the_leaves(root: Any) -> Iterator[Any]:
 
 
 def not_replaceable(net: nn.Module, weight: nn.Parameter, kind: str) -> UserError:
-    """Return the error for a weight that no B can replace. kind: of the operation that uses the weight."""
-    net = getattr(net, "module", net)  # a user's module has its own names
+    """Return the error for a weight that no B can replace. kind: operation that uses the weight."""
+    net = getattr(net, "module", net)  # for a `ModuleNet`, use the parameter names of the user's module
     name = next(name for name, p in net.named_parameters() if p is weight)
     owner = type(net.get_submodule(name.rpartition(".")[0])).__name__
     return UserError(
-        f"model: {name} of {owner} meets hidden values in an operation ({kind}) that FA and its descendants cannot "
-        "transpose with a B: they replace the weights of Linear, Conv1d to Conv3d and ConvTranspose1d to "
-        "ConvTranspose3d modules; build the layer from these, or choose a direct method, shallow or bp"
+        f"model: {name} of {owner} is combined with hidden values in an operation ({kind}) that FA and the rules based "
+        "on it cannot transpose with a B. These rules replace only the weights of Linear, Conv1d to Conv3d and "
+        "ConvTranspose1d to ConvTranspose3d modules; use these modules, or choose a direct method, shallow or bp"
     )

@@ -1,7 +1,8 @@
-"""Replay the whole training step as one CUDA graph: one launch in place of hundreds, which slow a small network.
+"""Replay the whole training step as one CUDA graph.
 
-The graph holds forward pass, local modules, error signals, alignment and both optimizers. Each batch is copied into the
-tensors of the recorded batch. The learning rate is a tensor on the device, so it can change without a new graph.
+One launch of the graph replaces hundreds of kernel launches, whose overhead slows a small network. The graph contains
+the forward pass, local modules, error signals, alignment and both optimizers. Each batch is copied into the
+graph's input tensors. The learning rate is a tensor on the device, so it can change without a new graph.
 """
 
 import logging
@@ -14,11 +15,11 @@ from dfl_experiments.engine.learner import Learner
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 3  # eager steps before a capture, in which optimizers make their state and libraries choose kernels
+WARM_UP = 3  # eager steps before a capture, in which optimizers create their state and libraries choose kernels
 
 
 def renew_generator(device: torch.device) -> None:
-    """Renew the state of the device's default generator, which a failed capture leaves unusable."""
+    """Make the device's default random generator usable again after a failed capture."""
     default = torch.cuda.default_generators[device.index]
     fresh = torch.Generator(device)
     fresh.set_state(default.get_state())
@@ -27,7 +28,7 @@ def renew_generator(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Recording:
-    """A captured step with its fixed tensors."""
+    """A captured training step with its input and output tensors."""
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
@@ -39,10 +40,11 @@ class Recording:
 
 
 class CapturedStep:
-    """A replacement for `Learner.step` with equal results up to rounding: first eager, then a replayed CUDA graph.
+    """A replacement for `Learner.step`, with equal results up to rounding.
 
-    Batches of another size than `batch_size` run eagerly. So do all steps after a failed capture, with one warning.
-    Steps with and without a measurement of alignment have a graph each.
+    The first steps run eagerly; later steps replay a CUDA graph. Batches of another size than `batch_size` run eagerly.
+    After a failed capture all steps run eagerly, and one warning is logged. There are two graphs: one for steps that
+    measure alignment, and one for the other steps.
     """
 
     def __init__(self, learner: Learner, batch_size: int, device: torch.device) -> None:
@@ -54,7 +56,7 @@ class CapturedStep:
         self.failed = False
 
     def __call__(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
-        """Run one step and return its metrics; the next call overwrites them. Arguments: see `Learner.step`."""
+        """Run one step and return its metrics. The next call overwrites this tensor. Arguments: see `Learner.step`."""
         if self.failed or len(target) != self.batch_size:
             return self.learner.step(x, target, align)
         if align not in self.recordings:
@@ -62,7 +64,7 @@ class CapturedStep:
                 return self._warm_up(x, target, align)
             try:
                 self.recordings[align] = self._record(x, target, align)
-            except RuntimeError as error:  # what CUDA and its allocator raise
+            except RuntimeError as error:  # raised by CUDA and its allocator
                 return self._give_up(error, x, target, align)
         recording = self.recordings[align]
         recording.x.copy_(x)
@@ -71,7 +73,7 @@ class CapturedStep:
         return recording.row
 
     def _warm_up(self, x: Tensor, target: Tensor, align: bool) -> Tensor:
-        # on the stream of the later capture, because some libraries keep a workspace for each stream
+        # use the stream of the later capture, because some libraries keep a workspace for each stream
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
@@ -84,20 +86,20 @@ class CapturedStep:
         graph, x, target = torch.cuda.CUDAGraph(), x.clone(), target.clone()
         main = torch.cuda.current_stream()
         try:
-            # other threads, for example of W&B, may use the device meanwhile
+            # "thread_local": other threads, for example of W&B, may use the device during the capture
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 row = self.learner.step(x, target, align)
         finally:
-            torch.cuda.set_stream(main)  # a failed capture does not restore it
+            torch.cuda.set_stream(main)  # a failed capture does not restore the stream
         return Recording(graph, x, target, row)
 
     def _give_up(self, error: RuntimeError, x: Tensor, target: Tensor, align: bool) -> Tensor:
         self.failed = True
-        self.recordings.clear()  # releases the memory of the other graph
+        self.recordings.clear()  # releases the memory of a graph that was captured before
         torch.cuda.synchronize()
         renew_generator(self.stream.device)
         for optimizer in self.learner.optimizers:
-            optimizer.zero_grad()  # the gradients were recorded, but never computed
+            optimizer.zero_grad()  # the failed capture recorded these gradients but did not compute them
         reason = str(error).strip().partition("\n")[0]
-        log.warning("the step cannot be captured as a CUDA graph and stays eager: %s", reason)
+        log.warning("the training step cannot be captured as a CUDA graph, so it runs eagerly: %s", reason)
         return self.learner.step(x, target, align)

@@ -10,7 +10,7 @@ from dfl_experiments.ranges import WeightInit
 
 
 def kaiming(weight: Tensor) -> None:
-    """Draw W from N(0, 2/fan_in): activations keep their size through ReLU layers (He et al., 2015)."""
+    """Draw W from N(0, 2/fan_in), so that activations keep their size through ReLU layers (He et al., 2015)."""
     nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
@@ -23,9 +23,9 @@ DRAWS: dict[WeightInit, Callable[[Tensor], object]] = {
 
 @torch.no_grad()
 def initialise(net: nn.Module, init: WeightInit) -> None:
-    """Draw every W of a net anew, and set the biases to zero; "default" leaves the net as it was built.
+    """Draw new values for every W of a net, and set the biases to zero; "default" changes nothing.
 
-    Only weight layers change: normalisation and embeddings keep their values.
+    Only weight layers change. Normalisation layers and embeddings keep their values.
     """
     if init == "default":
         return

@@ -16,12 +16,12 @@ from dfl_experiments.ranges import Precision
 
 
 class Learner:
-    """A network, a method and their two optimizers, of the same kind and hyper-parameters by default.
+    """A network, a method, and one optimizer for each. By default both optimizers have the same hyper-parameters.
 
     precision: "bfloat16" runs the forward and backward pass under autocast; weights and loss keep their type.
-    extra_quantities: names from `measured.EXTRA_QUANTITIES` to measure beside the δ-cosine.
-    feedback_optimizer: makes the optimizer of B; by default `optimizer` does.
-    clip_norm: largest norm of W's gradient, over all trained parameters; None for no limit.
+    extra_quantities: names from `measured.EXTRA_QUANTITIES`, measured together with the δ-cosine.
+    feedback_optimizer: factory for the optimizer of B; None for `optimizer`.
+    clip_norm: maximum norm of W's gradient over all trained parameters; None for no limit.
     rates: learning rates of the two optimizers, before the schedule.
     metric_names: names of the values that `step` returns, in order.
     """
@@ -50,7 +50,7 @@ class Learner:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return the network's optimizer, and that of the feedback weights if they learn."""
+        """Return the network's optimizer and, if feedback weights learn, their optimizer."""
         return [self.optimizer, *([self.feedback_optimizer] if self.feedback_optimizer else [])]
 
     def _update_feedback(self) -> None:
@@ -59,7 +59,10 @@ class Learner:
             self.feedback_optimizer.zero_grad()
 
     def set_lr(self, lr: float, feedback_lr: float | None = None) -> None:
-        """Set the learning rates of W and B (by default the same), in place where a captured step reads a tensor."""
+        """Set the learning rates of W and B. A tensor rate is changed in place, because a captured step reads it.
+
+        feedback_lr: rate of B; None for the rate of W.
+        """
         for optimizer, value in zip(self.optimizers, (lr, lr if feedback_lr is None else feedback_lr), strict=False):
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
@@ -68,7 +71,7 @@ class Learner:
                     group["lr"] = value
 
     def _clip(self) -> None:
-        """Scale W's gradient down to `clip_norm`, and with it what a method has made from it in the backward pass."""
+        """Scale W's gradient down to norm `clip_norm`. B's gradient gets the same factor if it was made from W's."""
         if self.clip_norm is None:
             return
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -82,19 +85,19 @@ class Learner:
         return nullcontext()
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ℒ and e, in float32 or more. logits: (N, K). target: (N,)."""
+        """Return ℒ and e, in float32 or higher precision. logits: (N, K). target: (N,)."""
         return self.loss.value_and_error(precise(logits), target)
 
     def step(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
         """Train on one minibatch, in the order of the paper's Algorithms 1 and 2.
 
         Forward pass → update every B → form every δ_i with the updated B → clip the gradient → update all W, b.
-        If the method `sends_first`, B is updated after the signals are formed.
+        If `method.sends_first` is True, B is updated after the signals are formed with the old B.
 
         x: (N, *h_0).
         target: labels, (N,).
-        align: compare the applied signals with those of BP on the same trace. It changes no weight.
-        Returns the values of `metric_names` in one tensor on the device; NaN for alignment that is not measured.
+        align: whether to compare the applied signals with those of BP on the same trace. This changes no weight.
+        Returns the values of `metric_names` in one tensor on the device; alignment is NaN if it is not measured.
         """
         with self.autocast():
             trace = self.net.trace(x, self.method.cuts, self.method.frozen, align, self.method.transpose)

@@ -1,4 +1,4 @@
-"""Output losses, with the error e = ∂ℒ/∂a_L from which every feedback signal is formed."""
+"""Output losses ℒ and their errors e = ∂ℒ/∂a_L, from which every feedback signal is computed."""
 
 from abc import ABC, abstractmethod
 
@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 
 def precise(values: Tensor) -> Tensor:
-    """Return the values in float32 or more: bfloat16 would round the error of a confident sample to zero."""
+    """Return the values in float32 or higher precision.
+
+    In bfloat16 the error of a confidently classified sample would be rounded to zero.
+    """
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -17,7 +20,7 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ℒ, a scalar, and e = ∂ℒ/∂a_L, (N, K), with the factor 1/N of the average.
+        """Return ℒ, a scalar, and e = ∂ℒ/∂a_L, (N, K). Both contain the factor 1/N of the average.
 
         logits: a_L, (N, K). target: labels, (N,).
         """
@@ -26,8 +29,9 @@ class OutputLoss(ABC):
 class CrossEntropy(OutputLoss):
     """The cross-entropy ℒ = -(1/N) Σ log softmax(a_L)[y*], with e = (softmax(a_L) - y*) / N.
 
-    The components of e sum to zero. The target's component is computed as minus the sum of the others: where its
-    probability p rounds to 1 in float32, p - 1 would be 0, and the signal would have another direction.
+    The components of e sum to zero, so the target's component is computed as minus the sum of the others. If it
+    were computed as p - 1, it would be 0 when the target's probability p rounds to 1 in float32, and the signal would
+    have a wrong direction.
     """
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The contract of a learning rule."""
+"""The base class of all learning rules."""
 
 from torch import Tensor, nn
 
@@ -8,39 +8,41 @@ from dfl_experiments.engine.trace import Trace
 from dfl_experiments.engine.transpose import Transpose
 from dfl_experiments.errors import UserError
 
-WeightPair = tuple[Tensor, Tensor]  # a B and the weights that it replaces, of one shape
+WeightPair = tuple[Tensor, Tensor]  # B and the weights that it replaces, in the same shape
 
 
 class Method(nn.Module):
-    """A learning rule: where the graph is cut, which error signals start autograd there, and what replaces Wᵀ.
+    """A learning rule: where the graph is cut, which error signals start autograd at the cuts, and what replaces Wᵀ.
 
-    A subclass sets the attributes below in its constructor. It overrides `signal` if it cuts, and `adapt` or `follow`
-    if it learns feedback weights. The method's own parameters (B) get an optimizer of the network's kind and
-    hyper-parameters, unless `optimizer.feedback` says otherwise.
+    A subclass sets the attributes below in its constructor. It overrides `signal` if it cuts the graph, and `adapt` or
+    `follow` if it learns feedback weights. The optimizer of the method's own parameters (B) has the kind and
+    hyper-parameters of the network's optimizer, unless `optimizer.feedback` sets others.
 
-    On a GPU a whole step is captured as a CUDA graph and replayed, so Python runs for the capture only. In a step, a
-    method must not read a value from the device (no `.item()`, no `if` on a tensor); it draws random numbers from the
-    device's default generator only; and it keeps what changes from step to step in tensors, which it changes in place.
-    `tests/engine/test_step.py` checks this for every method, also for methods of other packages.
+    On a GPU a step is captured as a CUDA graph and then replayed without Python. So during a step a method reads no
+    value from the device (no `.item()`, no `if` on a tensor). It draws random numbers only from the device's default
+    generator. It stores its state in tensors, which it changes in place. `tests/engine/test_step.py` checks this for
+    every method, including those of other packages.
 
-    net: to train. num_classes: K. loss: of the logits.
-    Raises `UserError` for a network without a hidden block, or with another output than (N, K).
+    net: network to train.
+    num_classes: K.
+    loss: loss of the logits.
+    Raises `UserError` if the network has no hidden block, or its output is not (N, K).
     """
 
     cuts: frozenset[int] = frozenset()
-    """Boundaries i in 1 … L-1 where no gradient flows down; there h_i gets its gradient from `signal`."""
+    """Boundaries i in 1 … L-1 through which autograd sends no gradient. There `signal` gives the gradient at h_i."""
     frozen: int = 0
-    """Number of the lowest blocks that get no signal, and keep their initial weights."""
+    """Number of the lowest blocks that receive no signal and keep their initial weights."""
     fixed_blocks: int = 0
-    """Number of the lowest blocks that get signals, but keep their weights: a control that shows what B does alone."""
+    """Number of the lowest blocks that receive signals but keep their weights: a control for the effect of B alone."""
     exact_from: int
     """Lowest layer whose error signal equals BP's by construction (1: all layers; L: no hidden layer)."""
     transpose: Transpose | None = None
     """Feedback weights that replace Wᵀ in the backward pass; None for Wᵀ."""
     sends_first: bool = False
-    """Update B after the signals are formed, not before."""
+    """Whether the signals are formed with the old B, which is updated afterwards."""
     follows_backward: bool = False
-    """`.grad` of B comes from W's gradient in the backward pass, before `follow`: clip it by the same factor."""
+    """Whether `.grad` of B is made from W's gradient in the backward pass, so that clipping scales both alike."""
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
         super().__init__()
@@ -49,38 +51,40 @@ class Method(nn.Module):
         shape = tuple(net.probe().logits.shape)
         if shape != (1, num_classes):
             raise UserError(
-                f"model: its output for one image is {shape}, must be (1, {num_classes}), a value per class"
+                f"model: its output for one sample has shape {shape}; must be (1, {num_classes}), one value per class"
             )
         self.depth = self.exact_from = net.depth
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
         """Learn from the forward pass, before any error signal is formed.
 
-        Set `.grad` of the method's own parameters, for their optimizer, or change its buffers in place. The network
-        must not change.
+        Set `.grad` of the method's own parameters, which their optimizer then updates, or change buffers in place. The
+        network must not change.
 
         error: e, (N, K). target: labels, (N,).
         """
 
     def follow(self, lr: float | Tensor) -> None:
-        """Learn from the backward pass: its gradients are in `.grad` of the network's parameters, clipped if asked.
+        """Learn from the gradients of the backward pass, which are in `.grad` of the network's parameters.
 
-        The network's optimizer steps afterwards, and so does that of B if the method `sends_first`.
+        These gradients are already clipped, if `clip_norm` is set. After this call the network's optimizer updates W,
+        and if the method has `sends_first`, B's optimizer updates B.
 
-        lr: the current learning rate.
+        lr: current learning rate of W.
         """
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
-        """Return the gradient at the block output h_i, in its shape.
+        """Return the gradient at the block output h_i, in the shape of h_i.
 
-        It is called for every cut above the frozen blocks, from the highest down. The blocks above are done by then.
+        It is called for every cut above the frozen blocks, from the highest to the lowest, after the gradients of the
+        blocks above are computed.
 
         error: e, (N, K). target: labels, (N,).
         """
-        raise LookupError(f"{type(self).__name__} cuts behind block {i} and has no signal for it")
+        raise LookupError(f"{type(self).__name__} cuts the graph after block {i} but does not implement `signal`")
 
     def weight_pairs(self, i: int) -> list[WeightPair]:
-        """Return every B through which h_i gets its signal, each with the weights that it replaces."""
+        """Return every B that the signal to h_i passes, each with the weights that it replaces."""
         return []
 
     def feedback_norm(self, i: int) -> Tensor | None:
@@ -88,5 +92,5 @@ class Method(nn.Module):
         return None
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
-        """Return the local module's prediction of the logits from h_i, (N, K); None without a module."""
+        """Return the local module's prediction of the logits from h_i, (N, K); None if h_i has no module."""
         return None

@@ -1,7 +1,7 @@
-"""Any `nn.Module` as a net of blocks: its boundaries are submodules, whose outputs are h_1 … h_{L-1}.
+"""Use any `nn.Module` as a net of blocks. Its boundaries are submodules, whose outputs are h_1 … h_{L-1}.
 
-The module's own forward pass runs untouched. A hook at each boundary hands on a detached h_i where a method cuts. Which
-parameters belong to which block follows from the autograd graph of one forward pass.
+The module's own forward pass runs unchanged. If a method cuts at a boundary, a hook there returns a detached h_i. The
+autograd graph of a forward pass shows which parameters belong to which block.
 """
 
 import copy
@@ -24,17 +24,17 @@ from dfl_experiments.errors import UserError, clipped
 
 Boundaries = Literal["auto"] | list[str]
 Visit = Callable[[int, Tensor], Tensor | None]
-# operations behind a ReLU that map zeros to zeros
+# autograd operations that map zeros to zeros, so that the zeros of a ReLU remain
 KEEPS_ZEROS = re.compile("Pool|Mean|View|Reshape|Squeeze|Permute|Transpose|Clone|Mark")
 
 
 class ModuleNet(BlockNet):
-    """A module whose blocks are the parts between its boundaries; δ_i is ∂ℒ/∂h_i, at the boundary.
+    """A net whose blocks are the parts of a module between its boundaries. δ_i is ∂ℒ/∂h_i, measured at the boundary.
 
     module: any module that maps one tensor to logits. Its parameters may be frozen.
-    boundaries: names of submodules, or "auto" (see `Survey.automatic`). `boundaries` below lists the valid ones.
-    example: an input (N, *h_0) of the module's own kind, such as integers for an embedding.
-    Raises `UserError` for a submodule that is no valid boundary (see `Survey.problem`).
+    boundaries: names of submodules, or "auto" (see `Survey.automatic`). The function `boundaries` lists valid names.
+    example: an input that the module accepts, (N, *h_0), for example integers for an embedding.
+    Raises `UserError` if a submodule is not a valid boundary (see `Survey.problem`).
     """
 
     def __init__(self, module: nn.Module, boundaries: Boundaries, example: Tensor) -> None:
@@ -55,7 +55,7 @@ class ModuleNet(BlockNet):
         return None if self._visit is None else self._visit(i, h)
 
     def _passed(self, visit: Visit, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run a forward pass. visit: returns what block i+1 reads in place of h_i, or None for h_i itself."""
+        """Run a forward pass. visit(i, h_i): returns the input of block i+1, or None, which means h_i."""
         self._visit = visit
         try:
             return run(x)
@@ -91,26 +91,26 @@ class ModuleNet(BlockNet):
         return [layer for layer in self.module.modules() if is_weight_layer(layer) and id(layer.weight) in weights]
 
     def reader(self, i: int) -> WeightLayer | None:
-        """Return the only weight layer that reads h_i, if it reads the whole of it by channels; else None."""
+        """Return the weight layer that reads h_i; None unless exactly one layer reads h_i, with all channels."""
         name = self._readers[i - 1]
         layer: Any = None if name is None else self.module.get_submodule(name)
         return layer
 
     def blank(self, count: int = 1) -> Tensor:
-        """Return an input of the example's kind, (count, *h_0)."""
-        assert self.example is not None, "the constructor has set it"
+        """Return copies of the example, (count, *h_0)."""
+        assert self.example is not None, "the constructor sets the example"
         return copies_of(self.example, count, self.module)
 
     def parameters_above(self, i: int) -> list[nn.Parameter]:
-        """Return the parameters of every block above h_i that are not frozen."""
+        """Return the parameters above h_i, except the frozen ones."""
         return [p for p in super().parameters_above(i) if p.requires_grad]
 
     def parameters_below_delta(self, i: int) -> list[nn.Parameter]:
-        """Return the parameters of block i."""
+        """Return the parameters of block i, all of which are below δ_i."""
         return self.weights[i - 1]
 
     def replay(self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]) -> Tensor:
-        """Return the logits of another forward pass, see `BlockNet.replay`."""
+        """Return the logits of a second forward pass, which skips no block. Arguments: see `BlockNet.replay`."""
         return self._passed(replace, partial(functional_call, self.module, self._copies(self.module)), trace.x)
 
     def _run(self, trace: Trace, x: Tensor, frozen: int) -> None:
@@ -126,12 +126,14 @@ class ModuleNet(BlockNet):
         def at_boundary(i: int, h: Tensor) -> Tensor:
             nonlocal first
             if len(trace.outputs) != i - 1:
-                raise UserError(f"model: {self.boundaries[i - 1]} is called twice or out of turn, so it is no boundary")
+                name = self.boundaries[i - 1]
+                raise UserError(f"model: {name} is called twice or in a different order, so it cannot be a boundary")
             if keep:
                 if learns:
-                    h = h if h.requires_grad else h.detach().requires_grad_()  # above frozen parameters
+                    # if all parameters below are frozen, h has no gradient yet
+                    h = h if h.requires_grad else h.detach().requires_grad_()
                     trace.preactivations.append(get_gradient_edge(h))
-                h = h.view_as(h)  # two tensors are needed: the signal enters at this one, and δ_i is read at the other
+                h = h.view_as(h)  # a second tensor: autograd starts at the view, and δ_i is read at the original
             trace.outputs.append(h if keep or i in trace.cuts else None)
             read = h
             if i in trace.cuts:
@@ -151,7 +153,7 @@ class ModuleNet(BlockNet):
 
 
 class Mark(torch.autograd.Function):
-    """The identity, as a node of its own in the graph. Its output shares memory and version with its input."""
+    """The identity, as a separate node of the graph. Its output shares memory and version counter with its input."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -164,9 +166,10 @@ class Mark(torch.autograd.Function):
 
 
 class Graph:
-    """The graph of one forward pass of a copy of a module, without frozen weights, with a mark behind every submodule.
+    """The autograd graph of one forward pass of a copy of a module.
 
-    Sets of nodes are integers, in which every node has a bit.
+    In the copy no weight is frozen, and a `Mark` follows every submodule. A set of nodes is stored as an integer with
+    one bit for each node.
     """
 
     def __init__(self, module: nn.Module, training: bool, x: Tensor) -> None:
@@ -177,11 +180,11 @@ class Graph:
             twin.get_submodule(name).register_forward_hook(partial(self._mark, name))
         logits = twin(x)
         if not isinstance(logits, Tensor) or logits.grad_fn is None:
-            raise UserError("model: its output must be one tensor that depends on its parameters")
+            raise UserError("model: the output must be one tensor that depends on the model's parameters")
         self.root = logits.grad_fn
         self.bits: dict[Any, int] = {}
-        self.read: dict[Any, int] = {}  # of every node, the nodes that it reads
-        self.below: dict[Any, int] = {}  # of every node, itself and all nodes that it depends on
+        self.read: dict[Any, int] = {}  # for each node: the nodes that it depends on directly
+        self.below: dict[Any, int] = {}  # for each node: itself and all nodes that it depends on
         for k, node in enumerate(from_the_leaves(self.root)):
             self.bits[node], self.read[node], self.below[node] = 1 << k, 0, 1 << k
             for child in children(node):
@@ -199,7 +202,7 @@ class Graph:
         return h
 
     def problem(self, name: str) -> str | None:
-        """Return why a submodule's output is no boundary in this pass; None for a boundary."""
+        """Return the reason why a submodule cannot be a boundary in this forward pass; None if it can."""
         if name not in self.outputs:
             return "there is no such submodule"
         if len(self.outputs[name]) != 1:
@@ -218,20 +221,20 @@ class Graph:
         around = read_above & self.below[node] & ~self.bits[node]
         shared = [name for name, bit in self.parameters.items() if bit & around]
         if len(shared) < around.bit_count():
-            return "a path goes round it"
+            return "the forward pass has a path that bypasses it"
         return f"the blocks below and above it share the weight {shared[0]}" if shared else None
 
     def ends_in_relu(self, name: str) -> bool:
-        """Return whether the last operation before a boundary is a ReLU, apart from those that keep zeros."""
+        """Return whether the last operation before a boundary is a ReLU. Operations in `KEEPS_ZEROS` are skipped."""
         node = self.nodes[name]
         while KEEPS_ZEROS.search(node.name()):
             node = node.next_functions[0][0]
         return node.name().startswith("Relu")
 
     def readers(self, layers: Collection[str], boundaries: Sequence[str]) -> dict[str, list[str]]:
-        """Return the layers that read every boundary's output by a path without another layer."""
+        """Return for every boundary the layers that read its output directly: no other layer or boundary is between."""
         stops = {self.nodes[name] for name in (*layers, *boundaries)}
-        first: dict[Any, int] = {}  # of every node, the stops that it meets first on its paths down
+        first: dict[Any, int] = {}  # for each node: the first stop on each path from it towards the input
         for node in self.bits:
             first[node] = 0
             for child in children(node):
@@ -240,18 +243,19 @@ class Graph:
 
 
 def children(node: Any) -> list[Any]:
-    """Return the nodes that a node of the graph reads."""
+    """Return the nodes that a node of the graph depends on directly."""
     return [child for child, _ in node.next_functions if child is not None]
 
 
 class Survey:
-    """The valid boundaries of a module: valid in a pass in evaluation mode and in one in training mode."""
+    """The valid boundaries of a module. They must be valid both in evaluation mode and in training mode."""
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         self.module = module
         if hasattr(module, "_orig_mod"):
-            raise UserError("model: is compiled; pass the module itself, and compile it afterwards (module.compile())")
-        x = copies_of(example, 2, module)  # because batch normalisation refuses one sample where planes have one pixel
+            raise UserError("model: the module is compiled; pass the original module, then call module.compile()")
+        # two samples, because batch normalisation rejects a single sample if its feature maps have one pixel
+        x = copies_of(example, 2, module)
         try:
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
                 self.graphs = [Graph(module, training, x) for training in (False, True)]
@@ -264,21 +268,21 @@ class Survey:
 
     def _below(self, boundary: str | None) -> frozenset[str]:
         """Return the names of the parameters below a boundary, or below the logits."""
-        found: set[str] = set()
+        names: set[str] = set()
         for graph in self.graphs:
             below = graph.below[graph.nodes[boundary] if boundary else graph.root]
-            found.update(name for name, bit in graph.parameters.items() if bit & below)
-        return frozenset(found)
+            names.update(name for name, bit in graph.parameters.items() if bit & below)
+        return frozenset(names)
 
     def _height(self, name: str) -> int:
         graph = self.graphs[0]
         return graph.below.get(graph.nodes.get(name), 0).bit_count()
 
     def problem(self, name: str) -> str | None:
-        """Return why a submodule is no valid boundary; None for a valid one.
+        """Return the reason why a submodule is not a valid boundary; None if it is valid.
 
-        A boundary is called once in a forward pass. Its output is one tensor, which nothing changes in place later.
-        Every path of gradients from the logits to a weight below goes through it. There are weights below and above.
+        A valid boundary is called once in a forward pass. Its output is one tensor, which no later operation changes in
+        place. All gradients from the logits to the weights below pass through it. There are weights below and above it.
         """
         problems = [problem for graph in self.graphs if (problem := graph.problem(name))]
         if not problems and self._below(name) == self.parameters:
@@ -288,14 +292,16 @@ class Survey:
     @cached_property
     def valid(self) -> dict[str, frozenset[str]]:
         """Return the valid boundaries in the order of the forward pass, each with the parameters below it."""
-        found = [name for name in self.graphs[0].outputs if self.problem(name) is None]
-        return {name: self._below(name) for name in sorted(found, key=self._height)}
+        names = [name for name in self.graphs[0].outputs if self.problem(name) is None]
+        return {name: self._below(name) for name in sorted(names, key=self._height)}
 
     def automatic(self) -> list[str]:
-        """Return the finest chain of boundaries with a weight between any two: of those between the same two, the last.
+        """Return as many boundaries as possible, with a weight between any two of them.
 
-        A weight is a parameter with several axes, of a module without submodules: no position embedding.
-        Raises `UserError` for a module without such a boundary.
+        Of several boundaries between the same two weights, the last is chosen. Here, a weight is a parameter with
+        several axes in a module without submodules. A position embedding does not count, as its module has submodules.
+
+        Raises `UserError` if the module has no boundary with a weight below and a weight above it.
         """
         weights = set()
         for name in self.parameters:
@@ -305,22 +311,28 @@ class Survey:
         chain = {below & weights: name for name, below in self.valid.items()}
         names = [name for below, name in chain.items() if below and below != weights]
         if not names:
-            raise UserError(
-                "model: no submodule has weight layers both below and above its output, so none is a boundary"
-            )
+            raise UserError(f"model: there is no boundary; {self._why_none()}")
         return names
 
+    def _why_none(self) -> str:
+        """Return why no submodule is a boundary. A recurrent layer returns a tuple, which its user can unpack."""
+        for name, outputs in self.graphs[0].outputs.items():
+            if outputs and not isinstance(outputs[0], Tensor):
+                return f"the output of {name} is not one tensor: put it into a module that returns only its tensor"
+        return "no submodule has weight layers both below and above its output"
+
     def checked(self, names: Sequence[str]) -> list[str]:
-        """Return boundaries in the order of the forward pass. Raises `UserError` for one that is not valid."""
+        """Return the named boundaries in the order of the forward pass. Raises `UserError` if one is not valid."""
         for name in names:
             if problem := self.problem(name):
                 higher = [other for other in self.valid if 0 < self._height(name) < self._height(other)]
-                choice = f"the next boundary is {higher[0]}" if higher else f"there are {', '.join(self.valid)}"
+                choice = f"there are {', '.join(self.valid)}" if self.valid else self._why_none()
+                choice = f"the next valid boundary is {higher[0]}" if higher else choice
                 raise UserError(f"model.boundaries: {name}: {problem}; {choice}")
         chain = sorted(names, key=[*self.valid].index)
         for lower, upper in pairwise(chain):
             if self.valid[lower] == self.valid[upper]:
-                raise UserError(f"model.boundaries: {lower}, {upper}: there is no weight between them; choose one")
+                raise UserError(f"model.boundaries: {lower}, {upper}: there is no weight between them; choose only one")
         return chain
 
     def blocks(self, chain: Sequence[str]) -> list[list[nn.Parameter]]:
@@ -350,16 +362,16 @@ def reads_channels(layer: Any, shape: Sequence[int]) -> bool:
 
 
 def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
-    """Return the first sample `count` times, on the module's device, and if it is not of integers in its type."""
+    """Return `count` copies of the first sample, on the module's device. Floats get the data type of the parameters."""
     parameter = next(module.parameters())
     dtype = parameter.dtype if example.is_floating_point() else example.dtype
     return example[:1].detach().to(parameter.device, dtype).repeat(count, *[1] * (example.dim() - 1))
 
 
 def as_net(module: nn.Module, names: Boundaries, input_shape: Sequence[int]) -> BlockNet:
-    """Return a module as a net with these boundaries; a `BlockNet` as it is.
+    """Return a `ModuleNet` of a module with these boundaries; return a `BlockNet` unchanged.
 
-    A module with an embedding that takes vectors gets tokens, which are integers.
+    If the module contains an embedding and one sample is a vector, the sample is a sequence of integer tokens.
     """
     if isinstance(module, BlockNet):
         return module

@@ -1,4 +1,4 @@
-"""Extra quantities: how close B, the gradients and the local predictions are to those of backpropagation."""
+"""Extra quantities: compare B with W, gradients with those of backpropagation, local predictions with the logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dfl_experiments.measured import EXTRA_QUANTITIES
 
 @dataclass(frozen=True)
 class Measurement:
-    """Layer i of a kept trace, after the backward pass."""
+    """The data of a measurement: layer i of a kept trace, after the backward pass."""
 
     net: BlockNet
     """The network, with its gradients in `.grad`."""
@@ -27,7 +27,7 @@ class Measurement:
 
     @cached_property
     def pairs(self) -> list[WeightPair]:
-        """Return every B through which h_i gets its signal, each with the weights that it replaces."""
+        """Return every B that the signal to h_i passes, each with the weights that it replaces."""
         return self.method.weight_pairs(self.i)
 
 
@@ -42,7 +42,10 @@ def exact(values: Tensor) -> Tensor:
 
 
 def pair_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Return ⟨x, y⟩, ‖x‖² and ‖y‖², (3,), of two vectors x and y in pieces; None without pieces."""
+    """Return ⟨x, y⟩, ‖x‖² and ‖y‖², (3,); None if there are no pairs.
+
+    pairs: corresponding parts of the two vectors x and y.
+    """
     total = None
     for x_piece, y_piece in pairs:
         x, y = exact(x_piece).flatten(), exact(y_piece).flatten()
@@ -52,7 +55,7 @@ def pair_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
 
 
 def cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Return the cosine of two vectors in pieces; NaN where one is zero, None without pieces."""
+    """Return the cosine of x and y; NaN if one of them is zero, None if there are no pairs. See `pair_products`."""
     products = pair_products(pairs)
     return None if products is None else products[0] / products[1].sqrt() / products[2].sqrt()
 
@@ -60,13 +63,14 @@ def cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
 def weight_cosine(layer: Measurement) -> Tensor | None:
     """Return cos(vec B, vec W) over the pairs of h_i.
 
-    Of a sequential method these are B and W of the layers of block i+1, of a direct one B_{i+1} and W_{i+1}ᵀ … W_Lᵀ.
+    In a sequential method the pairs are B and W of the layers of block i+1. In a direct method the only pair is B_{i+1}
+    and the product W_{i+1}ᵀ … W_Lᵀ.
     """
     return cosine(layer.pairs)
 
 
 def sign_agreement(layer: Measurement) -> Tensor | None:
-    """Return the share of entries of B that have the sign of the weights that B replaces."""
+    """Return the share of entries of B that have the same sign as the weights that they replace."""
     same = [(b.detach().sign() == w.detach().sign()).flatten() for b, w in layer.pairs]
     return torch.cat(same).float().mean() if same else None
 
@@ -78,7 +82,7 @@ def weight_ratio(layer: Measurement) -> Tensor | None:
 
 
 def gradient_cosine(layer: Measurement) -> Tensor | None:
-    """Return the cosine of (∂W_i, ∂b_i), of all parameters of block i below δ_i, with that of backpropagation."""
+    """Return the cosine of the gradient with BP's gradient, over all parameters of block i below δ_i."""
     parameters = [p for p in layer.net.parameters_below_delta(layer.i) if p.grad is not None]
     if not parameters:
         return None
@@ -94,9 +98,9 @@ def gradient_cosine(layer: Measurement) -> Tensor | None:
 
 
 def output_cosine(layer: Measurement) -> Tensor | None:
-    """Return the mean over samples of cos(a_L, y_i), with the local prediction y_i; NaN for a zero y_i."""
+    """Return the mean over samples of cos(a_L, y_i), with the local prediction y_i; NaN if a y_i is zero."""
     logits = layer.trace.logits
-    # autocast, if the trace was computed under it, because B and h_i then have different types
+    # after a forward pass under autocast, B and h_i have different types, so the prediction needs autocast too
     with torch.autocast(logits.device.type, torch.bfloat16, enabled=logits.dtype == torch.bfloat16):
         y = layer.method.prediction(layer.i, layer.trace)
     if y is None:
@@ -109,7 +113,7 @@ FUNCTIONS: dict[str, Callable[[Measurement], Tensor | None]] = {name: globals()[
 
 
 def measure_extra(names: Sequence[str], layer: Measurement) -> Tensor:
-    """Return extra quantities of a layer, (len(names),); NaN for those that the method does not have."""
+    """Return the named quantities of a layer, (len(names),); NaN for a quantity that the method does not have."""
     nan = exact(layer.reference).new_full((), torch.nan)
     values = [FUNCTIONS[name](layer) for name in names]
     return torch.stack([nan if value is None else value.to(nan) for value in values])

@@ -1,4 +1,4 @@
-"""The trace of one forward pass, in segments between the cuts, and its backward pass."""
+"""The trace of one forward pass, divided into segments by the cuts, and its backward pass."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,11 +22,11 @@ class Segment:
     last: int
     """Highest block; L for the head."""
     top: GradientEdge
-    """Edge of the graph for the gradient at h_last, or at the logits."""
+    """Edge of the autograd graph where the gradient at h_last (or at the logits) enters."""
     parameters: list[nn.Parameter]
-    """Parameters of these blocks that learn."""
+    """Trainable parameters of these blocks."""
     leak: Tensor | None
-    """Second input of a leaking block: h_{first-1} as a leaf that gets a gradient; None without a leak."""
+    """Second input of a block with a leak: h_{first-1}, as a leaf that gets a gradient; None without a leak."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Trace:
     cuts: frozenset[int]
     """Boundaries i where block i+1 reads a detached h_i."""
     kept: bool
-    """The graph remains after `backward`, for a later reader."""
+    """True: the graph remains after `backward`, to measure alignment."""
     x: Tensor
     """Input of the network, (N, *h_0)."""
     transpose: Transpose | None = None
@@ -44,22 +44,22 @@ class Trace:
     logits: Tensor = field(init=False)
     """a_L, (N, K)."""
     outputs: list[Tensor | None] = field(default_factory=list)
-    """h_i at a cut until its signal is formed, and all h_i of a kept trace; else None, which frees the memory."""
+    """h_i: stored at a cut until its signal is formed, and always in a kept trace. Otherwise None, to free memory."""
     segments: list[Segment] = field(default_factory=list)
-    """The segments that learn, the lowest first."""
+    """Segments that learn, from the lowest to the highest."""
     preactivations: list[GradientEdge] = field(default_factory=list)
-    """For a kept trace: the edge of the graph for the gradient at a_i."""
+    """In a kept trace: edge of the autograd graph where the gradient at a_i is read. Otherwise empty."""
     inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
-    """For a kept trace: what block i (the head for i = L) read: h_{i-1}, or after a cut one leaf, two with a leak."""
+    """In a kept trace: input of block i (the head for i = L), h_{i-1}. After a cut: one leaf, or two with a leak."""
 
     def output(self, i: int) -> Tensor:
-        """Return h_i, detached: at a cut before its signal is formed, or of a kept trace."""
+        """Return h_i, detached. A kept trace stores every h_i; others only at cuts, until its signal is formed."""
         h = self.outputs[i - 1]
-        assert h is not None, "it is kept until its signal is formed"
+        assert h is not None, "h_i is stored until its signal is formed"
         return h.detach()
 
     def as_backprop(self) -> AbstractContextManager[object]:
-        """Return the context in which signals through this graph pass Wᵀ, as in backpropagation."""
+        """Return a context in which signals through this graph pass Wᵀ in place of B, as in backpropagation."""
         return nullcontext() if self.transpose is None else self.transpose.backprop()
 
     def backward(
@@ -67,11 +67,11 @@ class Trace:
     ) -> list[Tensor | None]:
         """Set `.grad` of the parameters of all segments, the highest segment first. No gradient crosses a cut.
 
-        signal(i, trace, error, target): returns the gradient at h_i. It is called when the segments above are done, so
-            that their memory is free.
+        signal(i, trace, error, target): returns the gradient at h_i. It is called when the gradients of all segments
+            above are computed, and the memory of these segments is freed.
         error: e = ∂ℒ/∂a_L, (N, K).
         target: labels, (N,).
-        Returns the applied δ_1 … δ_{L-1} of a kept trace, None for a layer without a signal; else an empty list.
+        Returns the applied δ_1 … δ_{L-1}, None for a layer without a signal; an empty list if the trace is not kept.
         """
         deltas: list[Tensor | None] = [None] * len(self.preactivations)
         start, leaked = error, None
@@ -80,7 +80,7 @@ class Trace:
                 start = self._placeholder(segment, partial(signal, segment.last, self, error, target), leaked)
             inside = slice(segment.first - 1, segment.last)
             leak = [] if segment.leak is None else [segment.leak]
-            # not `backward(inputs=…)`, which leaves a hook on every a_i for later readers of the graph
+            # use `autograd.grad`: `backward(inputs=…)` would leave a hook on every a_i that runs again in later passes
             wanted: Any = [*segment.parameters, *leak, *self.preactivations[inside]]
             gradients = torch.autograd.grad([segment.top], wanted, [start], retain_graph=self.kept, allow_unused=True)
             for parameter, gradient in zip(segment.parameters, gradients, strict=False):
@@ -91,17 +91,18 @@ class Trace:
         return deltas
 
     def _placeholder(self, segment: Segment, signal: Callable[[], Tensor], leaked: Tensor | None) -> Tensor:
-        """Return zeros without memory, which a hook replaces by the signal when autograd starts with them.
+        """Return zeros that use no memory. When autograd starts with these zeros, a hook replaces them by the signal.
 
-        So autograd alone holds the signal, and frees it after its use. The signal is as large as h_i.
+        The signal is as large as h_i. Autograd holds the only reference to it, and so frees the signal after its use.
 
-        signal: returns the gradient at the segment's top. leaked: gradient that a leak adds to it.
+        signal: function that returns the gradient at the segment's top.
+        leaked: gradient that a leak adds to the signal.
         """
         h = self.outputs[segment.last - 1]
-        assert h is not None, "it is kept until its signal is formed"
+        assert h is not None, "h_i is stored until its signal is formed"
 
         def replace(placeholder: Tensor) -> Tensor:
-            hook.remove()  # later readers of the graph have signals of their own
+            hook.remove()  # it must not act in later backward passes, which use other signals
             gradient = signal() if leaked is None else signal() + leaked
             if not self.kept:
                 self.outputs[segment.last - 1 :] = [None] * (len(self.outputs) - segment.last + 1)

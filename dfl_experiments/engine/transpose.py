@@ -14,14 +14,15 @@ from dfl_experiments.errors import UserError
 WeightLayer = (
     nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # with a weight (C_in, C_out / groups, …)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weight: (C_in, C_out / groups, …)
 Carry = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
     """Return whether the module is a `WeightLayer`: linear in its input, with its own parameter `weight`.
 
-    A subclass with another forward pass does not count, nor a layer whose weight is computed from other parameters.
+    Return False for a subclass with another forward pass, and for a layer that computes its weight from other
+    parameters.
     """
     if not isinstance(module, WeightLayer):
         return False
@@ -30,21 +31,21 @@ def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
 
 
 def pads_with_zeros(layer: WeightLayer) -> bool:
-    """Return whether a layer is a convolution that pads with a number of zeros, not "same" or "valid"."""
+    """Return whether a layer is a convolution with zero padding whose size is a number (not "same" or "valid")."""
     return not isinstance(layer, nn.Linear) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) -> Tensor:
-    """Return the layer's vector-Jacobian product with B in place of W: the signal at its input.
+    """Return the layer's vector-Jacobian product with B in place of W: the signal at the layer's input.
 
     weight: B, in the shape of W.
-    signal: at the layer's output.
-    x: the layer's input, of which only the shape matters, because the layer is linear.
+    signal: error signal at the layer's output.
+    x: input of the layer. Only its shape matters, because the layer is linear.
     """
     weight = weight.detach().to(signal.dtype)  # autocast converts W in the same way
     if isinstance(layer, nn.Linear):
         return signal @ weight
-    if isinstance(layer, nn.Conv2d) and pads_with_zeros(layer):  # faster, because it needs no forward pass
+    if isinstance(layer, nn.Conv2d) and pads_with_zeros(layer):  # faster than below: no forward pass
         padding: Any = layer.padding
         return conv2d_input(x.shape, weight, signal, layer.stride, padding, layer.dilation, layer.groups)
     parameters = {name: p.detach().to(signal.dtype) for name, p in layer.named_parameters()}
@@ -58,10 +59,10 @@ def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) ->
 class Transpose:
     """The feedback weights that replace Wᵀ in the layers that read hidden values.
 
-    layers: these layers, in the order of the net.
+    layers: layers whose Wᵀ is replaced, in the order of the net.
     carry(k, g, x): returns the signal at the input x of layers[k] from the signal g at its output. It is called in the
-        backward pass, and so uses B as it is then.
-    exact: use Wᵀ, so that the same graph computes the signals of backpropagation.
+        backward pass, so it uses the current B.
+    exact: whether signals pass Wᵀ in place of B, so that the same graph computes the signals of backpropagation.
     """
 
     def __init__(self, layers: Sequence[WeightLayer], carry: Carry) -> None:
@@ -69,18 +70,18 @@ class Transpose:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Make forward passes inside this context record graphs that call `carry`."""
+        """In this context, let every forward pass record a graph whose backward pass calls `carry`."""
         with ExitStack() as stack:
             for k, layer in enumerate(self.layers):
                 inputs: list[Tensor] = []
                 stack.enter_context(layer.register_forward_pre_hook(_detach_input(inputs), with_kwargs=True))
-                # before the hook of a boundary, whose h_i is then behind the crossing
+                # prepend: this hook runs before a boundary's hook, so that h_i is the output of the crossing
                 stack.enter_context(layer.register_forward_hook(self._give(k, inputs), prepend=True))
             yield
 
     @contextmanager
     def backprop(self) -> Iterator[None]:
-        """Make signals pass Wᵀ inside this context."""
+        """In this context, let signals pass Wᵀ in place of B."""
         self.exact = True
         try:
             yield
@@ -97,28 +98,29 @@ class Transpose:
 
 
 def _detach_input(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:
-    """Return a hook that appends a layer's input to `inputs`, and passes it on detached."""
+    """Return a hook that appends a layer's input to `inputs`, and gives the layer the detached input."""
 
     def detach(layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
         if len(args) != 1 or kwargs:
             raise UserError(
-                f"model: {layer} is called with more than its input, and FA and its descendants cannot transpose it; "
-                "call it with one positional argument, or choose another method"
+                f"model: {layer} is called with several arguments or by keyword, and FA and the rules based on it "
+                "cannot transpose such a call; call it with one positional argument, or choose another method"
             )
         inputs.append(args[0])
-        return (args[0].detach(),), {}  # so the layer's node computes gradients of W and b, but not of x
+        return (args[0].detach(),), {}  # so autograd computes the layer's gradients of W and b, but not of x
 
     return detach
 
 
 class Crossing(torch.autograd.Function):
-    """The identity of a layer's output. Its gradient goes to the layer's node, and by `Transpose.send` to the input."""
+    """The identity on a layer's output. Backward, the signal goes to the layer's W and b, and by `send` to x."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, transpose: Transpose, k: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.transpose, ctx.k = transpose, k
-        # Not a view, which `ReLU(inplace=True)` could not change. No weight layer needs the values of its output later.
+        # not a view, because autograd does not let `ReLU(inplace=True)` change a view that a Function returns. This
+        # change is harmless, because the backward pass of a weight layer does not use the layer's output.
         return output.data
 
     @staticmethod

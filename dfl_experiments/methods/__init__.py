@@ -1,4 +1,4 @@
-"""Learning rules: where each cuts the graph, which error signals start autograd there, and what replaces Wᵀ."""
+"""Learning rules. Each defines where the graph is cut, which error signals start there, and what replaces Wᵀ."""
 
 from dfl_experiments.engine.method import Method as Method
 from dfl_experiments.methods.backprop import Backprop as Backprop

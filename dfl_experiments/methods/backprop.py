@@ -14,7 +14,7 @@ class Backprop(Method):
 
 
 class Shallow(Method):
-    """Shallow: δ_{L-1} = (W_Lᵀ e) ⊙ f'(a_{L-1}); every block below keeps its initial weights."""
+    """Shallow: δ_{L-1} = (W_Lᵀ e) ⊙ f'(a_{L-1}); all blocks below keep their initial weights."""
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
         super().__init__(net, num_classes, loss)

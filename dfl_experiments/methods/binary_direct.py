@@ -1,4 +1,4 @@
-"""BDFA: direct feedback through a B with one magnitude and two signs (Han and Yoo, 2019)."""
+"""BDFA: direct feedback through a B whose entries are ±c (Han and Yoo, 2019)."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -14,11 +14,11 @@ from dfl_experiments.methods.direct import Direct
 class BinaryDirectFeedback(Direct):
     """Binary DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), with B = c_i sign(B°) and sign(0) = +1.
 
-    B° is the initial B of DFA. c_i is its root mean square, which keeps the norm of B; the paper's c_i is not known.
+    B° is the initial B of DFA. c_i is the root mean square of B°, so B has the norm of B°. The paper's c_i is unknown.
 
-    convolutions: "backprop": only hidden dense layers receive B e, and the convolutions learn by backpropagation from
-        the lowest of them, as in the paper's abstract; without hidden dense layers, all blocks receive B e.
-        "direct": convolutions receive B e too.
+    convolutions: "direct": all hidden layers receive B e. "backprop": only hidden dense layers receive B e, as in the
+        paper's abstract, and the convolutions learn by backpropagation from the lowest dense layer; in a net without
+        hidden dense layers "backprop" equals "direct".
     options: see `Direct`.
     """
 
@@ -38,7 +38,7 @@ class BinaryDirectFeedback(Direct):
             weight.copy_(torch.where(weight < 0, -size, size))
 
     def boundaries(self, net: BlockNet, shapes: Sequence[torch.Size]) -> Collection[int]:
-        """Return the hidden layers that receive B e: the dense ones, or all."""
+        """Return the hidden layers that receive B e: the dense layers, or all layers."""
         every = super().boundaries(net, shapes)
         dense = [i for i in every if are_dense(net.weight_layers(i - 1))]
         return dense if self.convolutions == "backprop" and dense else every

@@ -1,4 +1,4 @@
-"""The base of all direct methods: at a cut, h_i receives B_{i+1} s."""
+"""The base class of all direct methods. At each cut, h_i receives B_{i+1} s, where s is computed from e or y*."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -15,15 +15,15 @@ from dfl_experiments.ranges import FeedbackInit, FeedbackShape, LocalPooling, Si
 
 
 class Direct(Method):
-    """A direct method: δ_i = (B_{i+1} s) ⊙ f'(a_i). A subclass may replace s = e and the fixed B.
+    """A direct method: δ_i = (B_{i+1} s) ⊙ f'(a_i). Here s = e, and B is fixed; a subclass may change both.
 
     init: initial value of every B (see `LocalModule.initialise`); "product" becomes "default" in a net without
         `Products`.
-    feedback: shape of B on an image-shaped h_i: "conv", that of a convolution, or "dense", a matrix (K, C·H·W).
-    local_pooling: of the local module on an image-shaped h_i.
-    top: what h_{L-1} receives: "backprop", W_Lᵀ e, with B on h_1 … h_{L-2} only; or "direct", B_L s.
+    feedback: shape of B on an image-shaped h_i: "conv" for a convolution, "dense" for a matrix (K, C·H·W).
+    local_pooling: pooling of the local module on an image-shaped h_i.
+    top: signal of h_{L-1}: "backprop" for W_Lᵀ e, so that only h_1 … h_{L-2} have a B; "direct" for B_L s.
     fixed_blocks: number of the lowest blocks that keep their weights.
-    Raises `UserError` where `fixed_blocks` is larger than the number of hidden blocks.
+    Raises `UserError` if `fixed_blocks` is larger than the number of hidden blocks.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Direct(Method):
         self.feedback = nn.ModuleList(self.local_modules.values())
 
     def boundaries(self, net: BlockNet, shapes: Sequence[torch.Size]) -> Collection[int]:
-        """Return the i whose h_i receive B_{i+1} s. shapes: of h_1 … h_{L-1} for one sample."""
+        """Return every i for which h_i receives B_{i+1} s. shapes: shapes of h_1 … h_{L-1} for one sample."""
         return range(1, self.exact_from)
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:
@@ -75,25 +75,25 @@ class Direct(Method):
         return self.local_modules[i].feedback(self.source(error, target))
 
     def weight_pairs(self, i: int) -> list[WeightPair]:
-        """Return B_{i+1}ᵀ and W_L … W_{i+1}, both (K, d_i), in a net with `Products`."""
+        """Return B_{i+1}ᵀ and W_L … W_{i+1}, both (K, d_i); an empty list in a net without `Products`."""
         product = self.products.above(i) if i in self.local_modules else None
         return [] if product is None else [(self.local_modules[i].weight, self.local_modules[i].as_weight(product))]
 
     def feedback_norm(self, i: int) -> Tensor | None:
-        """Return ‖B_{i+1}‖ where h_i has a B, else None."""
+        """Return ‖B_{i+1}‖ if h_i has a B, else None."""
         return self.local_modules[i].norm() if i in self.local_modules else None
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
-        """Return y_i of the local module on h_i, (N, K); None without a module."""
+        """Return y_i of the local module on h_i, (N, K); None if h_i has no module."""
         return self.local_modules[i](trace.output(i)) if i in self.local_modules else None
 
 
 class Products:
-    """The products W_L … W_{i+1}, (K, d_i), of a net where they equal the Jacobian of a_L by h_i without activations.
+    """The products W_L … W_{i+1}, (K, d_i). Without activations, they are the Jacobian of a_L with respect to h_i.
 
-    dense: every hidden layer is a vector, and every block has one matrix, that of a linear layer.
-    residual: every hidden layer is tokens of one width; the residual path alone has the product W_L.
-    Other nets have no such products.
+    Only two kinds of nets have products:
+    dense: every h_i is a vector, and the only matrix of every block is the weight of a linear layer.
+    residual: every h_i is tokens of the same width. Every product is W_L, as if the signal passed only the shortcuts.
     """
 
     def __init__(self, net: BlockNet, shapes: Sequence[torch.Size]) -> None:
@@ -108,7 +108,7 @@ class Products:
 
     @torch.no_grad()
     def above(self, i: int) -> Tensor | None:
-        """Return the product above h_i at the current weights; None in a net without products."""
+        """Return W_L … W_{i+1} for the current weights; None in a net without products."""
         if not self.dense and not self.residual:
             return None
         product = self.layers[-1].weight

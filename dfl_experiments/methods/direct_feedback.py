@@ -1,4 +1,4 @@
-"""DFA, with a fixed B, and LAS and LTAS, with a B that a local loss trains."""
+"""DFA, whose B is fixed, and LAS and LTAS, whose B is trained by a local loss."""
 
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ from dfl_experiments.ranges import LocalReduction
 class DirectFeedback(Direct):
     """DFA (Eqs. 15-18), LAS (Eqs. 19-24) and LTAS (Eqs. 25-27): δ_i = (B_{i+1} e) ⊙ f'(a_i).
 
-    With `top` "direct", the B of the highest layer is fixed.
+    B_L, which exists only with `top` "direct", is always fixed.
 
-    local_target: what trains B. None: nothing (DFA). "logits": ℒ_i = ‖y_i - a_L‖², averaged over the batch (LAS).
-        "labels": the network's own loss at y_i (LTAS), the cross-entropy of softmax(y_i) or ½‖y_i - y*‖².
-    local_reduction: of LAS's loss over the classes: "sum" (Eq. 20), "half_sum", half of it (the step of Eq. 21 and
-        Algorithm 1), or "mean".
+    local_target: chooses the local loss that trains B. None: B is fixed (DFA). "logits": ℒ_i = ‖y_i - a_L‖², averaged
+        over the batch (LAS). "labels": the network's own loss with y_i as logits (LTAS), cross-entropy or ½‖y_i - y*‖².
+    local_reduction: reduction of LAS's loss over the classes: "sum" (Eq. 20), "half_sum" for half of the sum (Eq. 21
+        and Algorithm 1), or "mean".
     options: see `Direct`.
     """
 
@@ -40,12 +40,12 @@ class DirectFeedback(Direct):
             module.requires_grad_(local_target is not None and i < self.depth - 1)
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """Set `.grad` of every B to ∂ℒ_i/∂B = h_i (∂ℒ_i/∂y_i)ᵀ, with which `Learner.step` then updates B."""
+        """Set `.grad` of every B to ∂ℒ_i/∂B = h_i (∂ℒ_i/∂y_i)ᵀ. Afterwards `Learner.step` updates B."""
         if self.local_target is not None:
             self.learn(trace, lambda y: self._local_error(y, trace.logits.detach(), target))
 
     def _local_error(self, y: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """Return ∂ℒ_i/∂y_i, (N, K), computed in float32 or more: a factor times y_i - a_L, or softmax(y_i) - y*."""
+        """Return ∂ℒ_i/∂y_i, (N, K), computed in float32 or higher precision."""
         if self.local_target == "labels":
             error = self.loss.value_and_error(precise(y), target)[1]
         else:

@@ -1,4 +1,4 @@
-"""DKP: direct feedback whose B learns as the weights above it do (Webster et al., 2021)."""
+"""DKP: direct feedback in which B learns by the Kolen-Pollack rule (Webster et al., 2021)."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from dfl_experiments.ranges import NonNegative
 class DirectKolenPollack(Direct):
     """Direct Kolen-Pollack: δ_i = (B_{i+1} e) ⊙ f'(a_i), then B_{i+1} ← (1 - ηλ) B_{i+1} - η h_iᵀ e.
 
-    It is LTAS with the network's error e in place of the local error. At h_{L-1} it is the Kolen-Pollack rule.
+    The rule equals LTAS with e in place of the local error. At h_{L-1} it equals the Kolen-Pollack rule.
 
-    decay: λ ≥ 0, independent of the optimizer; the optimizer's own weight_decay acts on B as it does on W.
+    decay: λ ≥ 0, independent of the optimizer. The optimizer's own weight_decay acts on B as on W.
     options: see `Direct`.
     """
 
@@ -34,7 +34,7 @@ class DirectKolenPollack(Direct):
 
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
-        """Let every B decay. lr: η."""
+        """Multiply every B by 1 - ηλ. lr: η."""
         if self.decay:
             for module in self.local_modules.values():
                 module.weight.mul_(1 - lr * self.decay)

@@ -12,8 +12,8 @@ from dfl_experiments.ranges import SequentialInit
 class FeedbackAlignment(Sequential):
     """Feedback alignment: δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i), with a fixed B at every weight layer.
 
-    init: "default": drawn from the initial distribution of W. "kaiming" or "xavier": uniform, as in Frenkel et al. and
-        in BioTorch. "copy": the initial W, as in Nøkland's published code.
+    init: initial B. "default": drawn from the initial distribution of W. "kaiming" or "xavier": uniform, as in Frenkel
+        et al. and in BioTorch. "copy": the initial W, as in Nøkland's published code.
     """
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, init: SequentialInit) -> None:

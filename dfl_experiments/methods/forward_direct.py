@@ -17,9 +17,10 @@ from dfl_experiments.methods.direct import Direct
 class ForwardDirectFeedback(Direct):
     """Forward DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), then B ← B - η (B - (1/N) Σ_n p_nᵀ d_n).
 
-    p_i ~ N(0, 1), independent, is the tangent added at every h_i with a B, at once. d, (N, K), is the resulting tangent
-    of a_L, from a forward pass of its own that changes no statistics. E[p_iᵀ d] = J_iᵀ, with J_i the Jacobian of a_L by
-    h_i. For a convolutional B = S B̄, the gradient SᵀS B̄ - Sᵀ(pᵀd)/N fits B̄ to the estimate by least squares.
+    A separate forward pass, which changes no batch statistics, adds independent tangents p_i ~ N(0, 1) to all h_i that
+    have a B, and computes the resulting tangent d of a_L, (N, K). E[p_iᵀ d] = J_iᵀ, where J_i is the Jacobian of a_L
+    with respect to h_i. For a convolutional B = S B̄, the gradient SᵀS B̄ - Sᵀ(pᵀd)/N fits B̄ to the estimate by
+    least squares.
 
     options: see `Direct`.
     """
@@ -29,7 +30,7 @@ class ForwardDirectFeedback(Direct):
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, **options: Any) -> None:
         super().__init__(net, num_classes, loss, **options)
         self.feedback.requires_grad_(True)
-        self.replay = net.replay  # not `net`, whose parameters are not those of the method
+        self.replay = net.replay  # not `self.net = net`, which would register the net's parameters as the method's
 
     @torch.no_grad()
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
@@ -38,12 +39,12 @@ class ForwardDirectFeedback(Direct):
         for i, p in noise.items():
             module = self.local_modules[i]
             estimate = (d.T @ module.features(p) / len(d)).view_as(module.weight)
-            # in the memory format of B̄, which fused optimizers need
+            # copied below into the memory format of B̄, which fused optimizers need
             gradient = module.norm_gradient() - estimate
             module.weight.grad = torch.empty_like(module.weight).copy_(gradient)
 
     def tangents(self, trace: Trace) -> tuple[dict[int, Tensor], Tensor]:
-        """Draw and return the p_i, each in the shape of h_i, and return d, (N, K)."""
+        """Draw every p_i, in the shape of h_i, and compute d, (N, K). Return both."""
         noise: dict[int, Tensor] = {}
 
         def replace(i: int, h: Tensor | None) -> Tensor | None:
@@ -54,7 +55,7 @@ class ForwardDirectFeedback(Direct):
             below = None if h is None else forward_ad.unpack_dual(h).tangent
             return forward_ad.make_dual(output, noise[i] if below is None else noise[i] + below)
 
-        # PyTorch warns of its own use of torch.jit. Under autocast, normalisation mixes the types of tangents.
+        # ignore PyTorch's warning about its own torch.jit; no autocast: normalisation would mix types of tangents
         off = torch.autocast(trace.logits.device.type, enabled=False)
         attention = sdpa_kernel(SDPBackend.MATH)  # the only kernel with a forward derivative
         with warnings.catch_warnings(action="ignore", category=FutureWarning), off, attention, forward_ad.dual_level():

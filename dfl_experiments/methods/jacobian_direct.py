@@ -1,4 +1,4 @@
-"""ADFA: direct feedback whose B follows the product of the weights above (Baldi et al., 2018, as read by Yang)."""
+"""ADFA: direct feedback in which B follows the product of the weights above (Baldi et al., 2018, in Yang's version)."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ from dfl_experiments.ranges import Probability
 class ProductDirectFeedback(Direct):
     """Adaptive DFA: B_{i+1} ← B_{i+1} + ρ (W_{i+1}ᵀ … W_Lᵀ - B_{i+1}), then δ_i = (B_{i+1} e) ⊙ f'(a_i).
 
-    It copies the forward weights, so it is a control and no rule for hardware.
+    The rule copies the forward weights, so it is useful as a control, but not as a rule for hardware.
 
-    rate: ρ in [0, 1]; 0 is DFA, and 1 is backpropagation in a linear net.
+    rate: ρ in [0, 1]. ρ = 0 gives DFA. In a linear net, ρ = 1 gives backpropagation.
     options: see `Direct`.
-    Raises `UserError` for a net that is not fully connected.
+    Raises `UserError` if the net is not fully connected.
     """
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, rate: Probability, **options: Any) -> None:
         super().__init__(net, num_classes, loss, **options)
         self.rate = rate
         if not self.products.dense:
-            raise UserError("method: B follows the product of the weights above, so the net must be fully connected")
+            raise UserError("method: B of ADFA follows the product of the weights, so the net must be fully connected")
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
         """Move every B towards the product of the current weights."""

@@ -1,4 +1,4 @@
-"""KP: B learns with the gradients of W, so that the two converge (Kolen and Pollack, 1994; Akrout et al., 2019)."""
+"""KP: B learns with W's gradients, so that B and W converge (Kolen and Pollack, 1994; Akrout et al., 2019)."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from dfl_experiments.ranges import NonNegative
 class KolenPollack(FeedbackAlignment):
     """Kolen-Pollack: W ← (1 - ηλ) W - η g and B ← (1 - ηλ) B - η g, with W's gradient g (Akrout et al., Eqs. 16-17).
 
-    The optimizer of B has W's kind and hyper-parameters, and gets W's gradient. So a B equal to W stays equal, and
-    without decay their difference is constant.
+    B receives W's gradient, and its optimizer has the same hyper-parameters. So a B that equals W stays equal
+    to W, and without decay B - W is constant.
 
-    decay: λ ≥ 0, independent of the optimizer, on W and B of all layers but the first. It multiplies the difference by
-        exactly 1 - ηλ in every step.
+    decay: λ ≥ 0, independent of the optimizer. It acts on W and B of all layers except the first, and multiplies B - W
+        by exactly 1 - ηλ in every step.
     options: see `FeedbackAlignment`.
     """
 
@@ -31,10 +31,10 @@ class KolenPollack(FeedbackAlignment):
 
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
-        """Set `.grad` of every B to the gradient of its W, and let both decay. lr: η."""
+        """Set `.grad` of every B to the gradient of its W, and multiply both weights by 1 - ηλ. lr: η."""
         for layer, feedback in zip(self.layers, self.feedback, strict=True):
             feedback.grad = layer.weight.grad
         if self.decay:
-            # a set, so that a weight that two layers share decays once
+            # a set, so that a weight shared by two layers decays only once
             for weight in {*self.feedback, *(layer.weight for layer in self.layers)}:
                 weight.mul_(1 - lr * self.decay)

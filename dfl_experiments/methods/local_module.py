@@ -1,14 +1,14 @@
 """The local module y_i = pool(conv(h_i; B̄)) and its transpose, the direct feedback of e to h_i.
 
-Both are linear in B̄ through the same small matrices. Let S_v[u, r] = 1 where some output position p of the convolution
-reads row r with kernel row u (r = p·stride + u·dilation - padding, 0 ≤ p < H'), and S_h the same for columns. Then
+Both are computed from B̄ with the same two small matrices. S_v[u, r] = 1 if an output position p of the convolution
+reads row r with kernel row u (r = p·stride + u·dilation - padding, 0 ≤ p < H'), else 0. S_h is the same for columns.
 
-    Σ_p conv(h; B̄)[k, p] = Σ_{c,u,v} B̄[k,c,u,v] (S_v h_c S_hᵀ)[u, v]        window sums in place of a convolution
-    conv_transpose(e ⊗ 1; B̄)[c] = Σ_k e_k G[k, c],  G[k, c] = S_vᵀ B̄[k, c] S_h   G once per step for the whole batch
+    Σ_p conv(h; B̄)[k, p] = Σ_{c,u,v} B̄[k,c,u,v] (S_v h_c S_hᵀ)[u, v]        window sums replace the convolution
+    conv_transpose(e ⊗ 1; B̄)[c] = Σ_k e_k G[k, c],  G[k, c] = S_vᵀ B̄[k, c] S_h   G is computed once for the whole batch
 
-so the feedback is exactly the transpose of the sum-pooled module. Where the network itself averages h_i over its plane
-before a linear layer reads it, the module contains the same average: S_v and S_h hold 1/H and 1/W, and the feedback is
-the transpose of the averaged map, as BP's signal is.
+So the feedback is exactly the transpose of the sum-pooled module. If the network averages each channel of h_i before a
+linear layer reads it, the module does the same: S_v and S_h contain the factors 1/H and 1/W. The feedback is then the
+transpose of the averaged map, as in BP.
 """
 
 import math
@@ -42,7 +42,7 @@ class Axis:
         return (size + self.before + self.after - extent) // self.stride + 1
 
     def windows(self, size: int) -> Tensor:
-        """Return S, (kernel, size): S[u, r] = 1 where kernel element u reads position r for some output, else 0."""
+        """Return S, (kernel, size): S[u, r] = 1 if kernel element u reads position r for any output position."""
         starts = torch.arange(self.outputs(size)) * self.stride - self.before
         offsets = torch.arange(self.kernel) * self.dilation
         positions = starts[None, :] + offsets[:, None]
@@ -53,18 +53,18 @@ class LocalModule(nn.Module):
     """The local module on h_i: a copy of the layer that reads h_i, with K outputs and without bias.
 
     h_i is a vector (d,): y = B̄ h, with B̄ (K, d).
-    h_i is an image (C, H, W) that a convolution reads: B̄ is (K, C, k, k) with its kernel, stride and padding, followed
-        by global pooling.
-    h_i is an image that a linear layer reads after a global average: B̄ is (K, C, 1, 1), after the same average.
-    h_i is tokens (T, C): y = B̄ · mean_t h, with B̄ (K, C), whichever layer reads them.
-    Otherwise, and with `dense`: B̄ is a matrix on the flattened h_i. This holds for an image without a reader, or whose
-        reader is neither linear nor a convolution that pads with zeros.
+    h_i is an image (C, H, W) that a convolution reads: B̄ is a convolution (K, C, k, k) with the reader's kernel size,
+        stride and padding, followed by global pooling.
+    h_i is an image that a linear layer reads after a global average: B̄ is (K, C, 1, 1), applied after the same average.
+    h_i is tokens (T, C): y = B̄ · mean_t h, with B̄ (K, C), for any reader.
+    All other cases, and all cases with `dense`: B̄ is a matrix (K, d) on the flattened h_i. Other cases are images
+        without a reader, and images whose reader is a convolution with a padding mode other than "zeros".
 
-    reader: the layer that reads h_i, or None.
-    shape: of one sample's h_i.
+    reader: layer that reads h_i, or None.
+    shape: shape of h_i for one sample.
     num_classes: K.
     pooling: "average" or "max", after a convolution.
-    dense: use a matrix for every h_i.
+    dense: True to use a matrix for every h_i.
     """
 
     weight: nn.Parameter
@@ -101,7 +101,7 @@ class LocalModule(nn.Module):
                 self.geometry: Any = (reader.stride, reader.padding, reader.dilation)
             self.register_buffer("rows", rows.windows(height).to(like), persistent=False)
             self.register_buffer("columns", columns.windows(width).to(like), persistent=False)
-            if self.linear:  # the factor 1/(H W) of the network's average, forward and backward
+            if self.linear:  # the factor 1/(H W) of the network's average, for y and for the feedback
                 self.rows, self.columns = self.rows / height, self.columns / width
             else:
                 self.positions = rows.outputs(height) * columns.outputs(width)
@@ -112,12 +112,12 @@ class LocalModule(nn.Module):
     def initialise(self, init: FeedbackInit, product: Tensor | None = None) -> None:
         """Set B̄ to its initial value.
 
-        init: "product": W_L … W_{i+1}; without a product, or with one of zeros, "default". "zeros". "kaiming": uniform
+        init: "product": W_L … W_{i+1}, or "default" if the product is missing or zero. "zeros": 0. "kaiming": uniform
             with gain √2, and fan-in K for a linear reader or C·k² for a convolution, as in the published code of DFA.
-            "default": as PyTorch initialises a layer with a weight of B̄'s shape.
+            "default": as PyTorch initialises a layer whose weight has the shape of B̄.
         product: (K, d), or None in a net without products.
         """
-        # some heads start at zero, and a fixed B of zeros would never send a signal
+        # not for a product of zeros, which a head of zeros gives: a fixed B of zeros would send no signal
         if init == "product" and product is not None and product.any():
             self.weight.copy_(self.as_weight(product))
         elif init == "kaiming":
@@ -128,12 +128,12 @@ class LocalModule(nn.Module):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def as_weight(self, product: Tensor) -> Tensor:
-        """Return a product (K, d) in the shape of B̄. For flattened tokens, each of T gets 1/T of a product (K, C)."""
+        """Return a product (K, d) in the shape of B̄. For T flattened tokens, join T copies of product/T."""
         tokens = self.weight.numel() // product.numel()
         return product.view_as(self.weight) if tokens == 1 else (product / tokens).repeat(1, tokens)
 
     def features(self, h: Tensor) -> Tensor:
-        """Return the input of the sum-pooled module as a matrix: h, its mean over tokens, or its window sums.
+        """Return the matrix that B̄ multiplies in the sum-pooled module: h, its mean over tokens, or its window sums.
 
         h: (N, *shape). Returns (N, d).
         """
@@ -148,9 +148,9 @@ class LocalModule(nn.Module):
         return sums.permute(0, 3, 1, 2).flatten(1)
 
     def norm_gradient(self) -> Tensor:
-        """Return SᵀS B̄, the gradient of ½‖S B̄‖² by B̄, in the shape of B̄; B = S B̄ is the matrix that multiplies e.
+        """Return SᵀS B̄, the gradient of ½‖B‖² with respect to B̄, where B = S B̄ multiplies e. It has the shape of B̄.
 
-        For a convolution it is (S_v S_vᵀ) B̄ (S_h S_hᵀ), on T tokens B̄/T.
+        For a convolution SᵀS B̄ is (S_v S_vᵀ) B̄ (S_h S_hᵀ); for T tokens it is B̄/T.
         """
         if self.flat:
             return self.weight
@@ -173,7 +173,10 @@ class LocalModule(nn.Module):
         return y if self.positions == 1 else y / self.positions
 
     def learn(self, h: Tensor, local_error: Callable[[Tensor], Tensor]) -> None:
-        """Set `.grad` of B̄ to Σ_n ε_n ∂y_n/∂B̄. h: (N, *shape). local_error: function that returns ε, (N, K), from y."""
+        """Set `.grad` of the weight B̄ to Σ_n ε_n ∂y_n/∂B̄, where y is the module's prediction from h.
+
+        h: (N, *shape). local_error: function that computes the local error ε, (N, K), from y.
+        """
         if self.pooling == "max" and not self.linear:
             y = self(h)
             y.backward(local_error(y.detach()), inputs=[self.weight])
@@ -182,7 +185,7 @@ class LocalModule(nn.Module):
             features = self.features(h)
             error = local_error(self._product(features)) / self.positions
             gradient = (error.T @ features).view(self.weight.shape)
-            # in the memory format of B̄, which fused optimizers need
+            # copy the gradient into the memory format of B̄, which fused optimizers need
             self.weight.grad = torch.empty_like(self.weight).copy_(gradient)
 
     @torch.no_grad()
@@ -192,7 +195,7 @@ class LocalModule(nn.Module):
             return (error @ self.weight).view(len(error), *self.shape)
         if len(self.shape) == 2:
             return (error @ self.weight / self.shape[0])[:, None].expand(len(error), *self.shape)
-        # no factor 1/(H'W'): the paper repeats e over the plane, it does not average it
+        # without the factor 1/(H'W'): in the paper, e and not e/(H'W') is repeated at every position of the plane
         planes = self.rows.T @ self.weight @ self.columns
         if not is_channels_last(self.weight):
             return (error @ planes.flatten(1)).view(len(error), *self.shape)
@@ -206,7 +209,10 @@ def is_channels_last(images: Tensor) -> bool:
 
 
 def _axes(reader: WeightLayer | None) -> tuple[Axis, ...]:
-    """Return the reader's axes along rows and columns; () for a reader whose shape an image's B cannot have."""
+    """Return kernel size, stride, padding and dilation of the layer that reads h_i, along rows and along columns.
+
+    Return () if the layer is no convolution with zero padding, so that B cannot have its shape.
+    """
     if isinstance(reader, nn.Linear):
         return (Axis(1, 1, 0, 0, 1),) * 2
     if not isinstance(reader, nn.Conv2d) or reader.padding_mode != "zeros":
@@ -218,7 +224,7 @@ def _axis(reader: nn.Conv2d, i: int) -> Axis:
     kernel, stride, dilation = reader.kernel_size[i], reader.stride[i], reader.dilation[i]
     if reader.padding == "same":
         both = dilation * (kernel - 1)
-        before = both // 2  # as in PyTorch, which puts the larger part of an odd padding after the axis
+        before = both // 2  # PyTorch puts the larger part of an odd padding after the axis
         return Axis(kernel, stride, before, both - before, dilation)
     padding = 0 if isinstance(reader.padding, str) else reader.padding[i]
     return Axis(kernel, stride, padding, padding, dilation)

@@ -1,4 +1,4 @@
-"""PFA: signals pass through a product P R, whose R learns from the gradients of W (Li and Benna, 2024)."""
+"""PFA: signals pass through a product P R, in which R learns from the gradients of W (Li and Benna, 2024)."""
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from dfl_experiments.ranges import Count
 class ProductFeedback(Sequential):
     """Product feedback alignment: δ_i = (δ_{i+1} P R) ⊙ f'(a_i), with a fixed P and a learned R.
 
-    P is (d_out, m), R is (m, d_in); d_in = C·k² for a convolution. The gradient of R is Pᵀ g, with W's gradient g.
+    P is (d_out, m) and R is (m, d_in), with d_in = C·k² for a convolution. The gradient of R is Pᵀ g, where g is the
+    gradient of W.
 
-    expansion: m / d_out. Above 1, P and R are Xavier-uniform, P with gain √((1 + 1/expansion)/2), so that P Pᵀ ≈ 1.
-        At 1, P is orthogonal, and SGD with weight decay λ multiplies W - P R by 1 - ηλ in every step.
-    Raises `UserError` for layers that share a weight, and for transposed convolutions.
+    expansion: m / d_out. The initial R is Xavier-uniform. If expansion > 1, P is Xavier-uniform with gain
+        √((1 + 1/expansion)/2), so that P Pᵀ ≈ 1. If expansion = 1, P is orthogonal, and SGD with weight decay λ
+        multiplies W - P R by 1 - ηλ in every step.
+    Raises `UserError` if layers share a weight, or if a layer is a transposed convolution.
     """
 
     sends_first = True
@@ -31,7 +33,7 @@ class ProductFeedback(Sequential):
         self.feedback = nn.ParameterList()
         for k, layer in enumerate(self.layers):
             if isinstance(layer, TRANSPOSED):
-                raise UserError(f"model: PFA has no P for {layer}, whose weight has its inputs first; choose fa or kp")
+                raise UserError(f"model: PFA does not support {layer}, a transposed convolution; choose fa or kp")
             rows, columns = layer.weight.flatten(1).shape
             fixed = torch.empty(rows, expansion * rows).to(layer.weight)
             if expansion == 1:
@@ -49,10 +51,10 @@ class ProductFeedback(Sequential):
         """Return the signal at the input x of layers[k]. For a linear layer, also set R.grad = (δ P)ᵀ x."""
         if not isinstance(self.layers[k], nn.Linear):
             return super().carry(k, signal, x)
-        inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)  # δ P, much cheaper than P R
+        inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)  # (δ P) R is much cheaper than δ (P R)
         r = self.feedback[k]
         gradient = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(r.dtype)
-        r.grad = gradient if r.grad is None else r.grad + gradient  # a layer may be called twice
+        r.grad = gradient if r.grad is None else r.grad + gradient  # a layer may be called twice per pass
         return inner @ r.to(inner.dtype)
 
     @torch.no_grad()

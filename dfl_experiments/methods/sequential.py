@@ -1,4 +1,4 @@
-"""The base of feedback alignment and its descendants: signals pass every weight layer through a B."""
+"""The base class of feedback alignment and the rules based on it: signals pass a B in place of every weight."""
 
 from abc import ABC, abstractmethod
 
@@ -12,12 +12,12 @@ from dfl_experiments.engine.transpose import Transpose, transposed
 
 
 class Sequential(Method, ABC):
-    """A sequential method: δ_L = e and δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i), head and shortcuts included.
+    """A sequential method: δ_L = e and δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i). Head and shortcuts have a B too.
 
-    A subclass implements `feedback_weight`. `layers` are all weight layers but those that read the image, through which
-    no signal passes. Normalisation, pooling and activations keep their own Jacobians.
+    A subclass implements `feedback_weight`. `layers` are the weight layers through which signals pass: all except those
+    that read the net's input. Normalisation, pooling and activations keep their own Jacobians.
 
-    Raises `UserError` for a net with a weight that no B can replace (see `crossings`).
+    Raises `UserError` if the net has a weight that no B can replace (see `crossings`).
     """
 
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss) -> None:
@@ -45,6 +45,6 @@ class Sequential(Method, ABC):
         ]
 
     def feedback_norm(self, i: int) -> Tensor | None:
-        """Return ‖B_L‖ for h_{L-1}, which receives B_L e; None for lower layers, which receive another signal."""
+        """Return ‖B_L‖ for h_{L-1}, which receives B_L e; None for lower layers, which receive other signals."""
         receives_error = i == self.depth - 1 and i in self.blocks
         return self.feedback_weight(len(self.layers) - 1).norm() if receives_error else None

@@ -13,10 +13,12 @@ from dfl_experiments.ranges import Magnitudes, Scale
 class SignSymmetry(Sequential):
     """Sign symmetry: δ_i = (δ_{i+1} V_{i+1}) ⊙ f'(a_i), with V = M ⊙ sign(W) at the current W.
 
-    magnitudes: M is one number s ("uniform", uSF), or is drawn for every batch ("batch", brSF) or once ("fixed", frSF).
-    scale: s, the root mean square of M. "weights": that of the initial W. "xavier": √(2/(fan_in + fan_out)), as in
-        BioTorch. "fan_out": √(2/(k² C_out)) for a convolution, 1/√d_in for a linear layer, as in Xiao et al.
-    normal: draw M as |N(0, s²)|; else uniformly from [0, √3 s], as in Liao et al. [from memory].
+    magnitudes: "uniform": M is one number s (uSF). "batch": M is drawn for every batch (brSF). "fixed": M is drawn once
+        (frSF).
+    scale: s, the root mean square of M. "weights": the root mean square of the initial W. "xavier":
+        √(2/(fan_in + fan_out)), as in BioTorch. "fan_out": √(2/(k² C_out)) for a convolution, 1/√d_in for a linear
+        layer, as in Xiao et al.
+    normal: True: M ~ |N(0, s²)|. False: M is uniform in [0, √3 s], as in Liao et al. [from memory].
     """
 
     def __init__(
@@ -26,20 +28,20 @@ class SignSymmetry(Sequential):
         self.magnitudes, self.normal = magnitudes, normal
         self.scales = [root_mean_square(layer, scale) for layer in self.layers]
         for k, layer in enumerate(self.layers):
-            rows = layer.weight.detach().flatten(1)  # two dimensions, so that every memory format draws the same M
+            rows = layer.weight.detach().flatten(1)  # flat, so that every memory format draws the same M
             shape = (1, 1) if magnitudes == "uniform" else rows.shape
             self.register_buffer(f"magnitude_{k}", rows.new_full(shape, self.scales[k]))
         if magnitudes != "uniform":
             self.draw()
 
     def draw(self) -> None:
-        """Draw every M anew, in place, because a captured step reads the same tensors."""
+        """Draw new values for every M, in place, because a captured step reads the same tensors."""
         for k, s in enumerate(self.scales):
             magnitude = self.get_buffer(f"magnitude_{k}")
             magnitude.normal_(0, s).abs_() if self.normal else magnitude.uniform_(0, 3**0.5 * s)
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """Draw a new M for every batch, with `magnitudes` "batch"."""
+        """Draw new values for every M if `magnitudes` is "batch"."""
         if self.magnitudes == "batch":
             self.draw()
 

@@ -12,15 +12,15 @@ from dfl_experiments.ranges import Count
 
 
 class SparseDirectFeedback(Direct):
-    """Sparse DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), where s of the K entries of B for each hidden unit are not zero.
+    """Sparse DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), where s of the K entries of B for each hidden unit are non-zero.
 
-    The positions are random for every unit. With s = K and `scale` "dense" it is DFA.
+    The positions of these entries are random. With s = K and `scale` "dense" the rule equals DFA.
 
     nonzeros: s; 1 in the paper, where each unit receives the error of one class.
-    scale: the entries that are not zero are those of a dense B ("dense"), or U(±(K s)^¼ / √d_i) as in the published
-        code ("published").
+    scale: distribution of the non-zero entries. "dense": as in a dense B. "published": U(±(K s)^¼ / √d_i), as in the
+        published code.
     options: see `Direct`.
-    Raises `UserError` where s > K.
+    Raises `UserError` if s > K.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class SparseDirectFeedback(Direct):
         if nonzeros > num_classes:
             raise UserError(f"method.nonzeros={nonzeros}: must be at most the number of classes, {num_classes}")
         for module in self.local_modules.values():
-            weight = module.weight.data  # (K, …), with all units of h_i in the other dimensions
+            weight = module.weight.data  # (K, …): K entries for each unit of h_i
             if scale == "published":
                 bound = (num_classes * nonzeros) ** 0.25 * weight[0].numel() ** -0.5
                 weight.uniform_(-bound, bound)

@@ -1,4 +1,4 @@
-"""DRTP, where hidden layers learn from the label alone, and sDFA, from the error's sign (Frenkel et al., 2021)."""
+"""DRTP projects the label to the hidden layers; sDFA projects the sign of the error (Frenkel et al., 2021)."""
 
 from typing import Any, Literal
 
@@ -14,14 +14,14 @@ from dfl_experiments.methods.direct import Direct
 class TargetProjection(Direct):
     """Target projection: δ_i = (B_{i+1} s) ⊙ f'(a_i), with a fixed B and s = -y*/N (DRTP) or sign(e)/N (sDFA).
 
-    -y*/N replaces e = (softmax(a_L) - y*)/N; at the label both are negative. This signal never vanishes, so units that
-    do not saturate, such as ReLU, grow without bound. The authors use tanh [from memory], and so do the protocols where
-    a net has a choice of activation. The authors' signal is +B y* without 1/N: a symmetric B absorbs the sign, and
-    SGD's learning rate absorbs N.
+    -y*/N replaces e = (softmax(a_L) - y*)/N. The label's entry is negative in both. The signal -y*/N never vanishes, so
+    units that do not saturate, such as ReLU, grow without bound. The authors use tanh [from memory]. The protocols use
+    tanh too, if the net has an option for the activation. The authors' signal is +B y* without the factor 1/N. The sign
+    makes no difference if the distribution of B is symmetric, and in SGD the learning rate can contain the factor.
 
     projected: "target" (DRTP) or "error_sign" (sDFA).
     options: see `Direct`.
-    Raises `UserError` for "target" with another loss than cross-entropy: its e may be positive at the label.
+    Raises `UserError` for "target" without cross-entropy, because the e of another loss may be positive at the label.
     """
 
     def __init__(

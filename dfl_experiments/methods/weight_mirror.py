@@ -1,4 +1,4 @@
-"""WM: weight mirror, where B learns W from noise sent through the layers (Akrout et al., 2019)."""
+"""WM: weight mirror, in which B learns W from noise that is sent through the layers (Akrout et al., 2019)."""
 
 from typing import Annotated, Any
 
@@ -16,11 +16,11 @@ from dfl_experiments.ranges import Probability
 class WeightMirror(FeedbackAlignment):
     """Weight mirror: B ← (1 - ρ) B + ρ (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) in every step, with y = ξ Wᵀ and ξ ~ N(0, 1), (M, d_in).
 
-    This is Eq. 7 of the paper, normalised so that E[B] = W; B has the shape of W. Bias, activation and padding are not
-    used: for a convolution ξ are patches, with d_in = C·k².
+    This is Eq. 7 of the paper, normalised so that E[B] = W. B has the shape of W. Bias, activation and padding are not
+    used. For a convolution, ξ are patches with d_in = C·k².
 
     samples: M.
-    rate: ρ; None for 0.08 (M - 1)/(d_in + 1), with which the cosine of B and a constant W converges to 0.98.
+    rate: ρ; None for 0.08 (M - 1)/(d_in + 1). With this ρ, the cosine of B and a constant W converges to 0.98.
     options: see `FeedbackAlignment`.
     """
 
@@ -38,7 +38,7 @@ class WeightMirror(FeedbackAlignment):
 
     @torch.no_grad()
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """Update the B of every layer, in float32 or more."""
+        """Update the B of every layer, in float32 or higher precision."""
         with torch.autocast(error.device.type, enabled=False):
             for layer, feedback in zip(self.layers, self.feedback, strict=True):
                 weight = layer.weight.flatten(1)

@@ -11,10 +11,10 @@ from dfl_experiments.ranges import Activation, Downsampling, Passes, Width, Widt
 
 
 def normalisation(channels: int, updates: int) -> nn.BatchNorm2d:
-    """Return a batch normalisation whose statistics change as after several forward passes over the same batch.
+    """Return a batch normalisation whose running statistics change in one forward pass as in n passes over the batch.
 
-    One pass is r ← (1-m) r + m s, with the running statistics r, those of the batch s, and m = 0.1. n passes are one
-    pass with momentum 1 - (1-m)ⁿ.
+    One update is r ← (1-m) r + m s, with running statistics r, batch statistics s and m = 0.1. n updates equal one
+    update with momentum 1 - (1-m)ⁿ.
 
     updates: n.
     """
@@ -35,8 +35,9 @@ def conv3(
     """Return blocks [conv 5×5, pad 2 (+ norm); activation; max-pool 3×3, stride 2, pad 1], then linear layers to K.
 
     input_shape: (C, H, W). num_classes: K.
-    channels: of each convolution. widths: of the hidden linear layers.
-    downsampling: "max_pool", as in the published code; "stride", as in the text: a convolution of stride 2, no pooling.
+    channels: output channels of each convolution.
+    widths: widths of the hidden linear layers.
+    downsampling: "max_pool", as in the published code; "stride" for stride 2 without pooling, as in the paper's text.
     batch_norm_updates: see `normalisation`.
     layer_norm: normalise over (C, H, W) of each sample.
     """

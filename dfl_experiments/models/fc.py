@@ -34,7 +34,8 @@ def fc(
 ) -> BlockNet:
     """Return the network d_0-widths-K (paper: 784-1024-1024-10 and 3072-4096-4096-4096-K, ReLU).
 
-    input_shape: of one sample, flattened to d_0. num_classes: K.
+    input_shape: shape of one sample, which is flattened to d_0.
+    num_classes: K.
     activation: f; "identity" makes the network linear.
     """
     first, *rest = dense_blocks([math.prod(input_shape), *widths], activation, layer_norm)

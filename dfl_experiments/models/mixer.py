@@ -1,4 +1,4 @@
-"""MLP-Mixer (Tolstikhin et al., 2021): patches, mixed along tokens and along channels in turn."""
+"""MLP-Mixer (Tolstikhin et al., 2021): layers mix image patches along tokens, then along channels."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ Cuts = Literal["simple", "full"]
 
 
 class Patches(nn.Module):
-    """The embedding of patches of p × p pixels, zeros at the border: (N, planes, H, W) -> (N, ⌈H/p⌉ ⌈W/p⌉, C)."""
+    """The embedding of p × p patches, with zero padding: (N, planes, H, W) -> (N, ⌈H/p⌉ ⌈W/p⌉, C)."""
 
     def __init__(self, planes: int, height: int, width: int, patch: int, channels: int) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ def mixer(
     channel_width: Width,
     cuts: Cuts,
 ) -> BlockNet:
-    """Return an MLP-Mixer: patches, layers that mix along tokens, then along channels; head: LN, mean, linear.
+    """Return an MLP-Mixer: patch embedding, layers that mix along tokens and channels, head (LN, mean, linear).
 
     h_i = a_i is the whole residual stream, (N, T, C).
 
     input_shape: (C, H, W). num_classes: K.
-    patch: side in pixels. channels: C of the tokens.
-    layers: their number. token_width, channel_width: hidden widths of the two mixings.
+    patch: side of a patch in pixels. channels: C of the tokens.
+    layers: number of layers. token_width, channel_width: hidden widths of the two mixings.
     cuts: feedback boundaries after every layer ("simple") or after every mixing ("full").
     """
     patches = Patches(*input_shape, patch, channels)

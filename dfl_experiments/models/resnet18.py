@@ -11,7 +11,7 @@ from dfl_experiments.ranges import Depth, Passes, Skip, Widths
 
 
 class Residual(nn.Module):
-    """The sum a = BN(conv(ReLU(BN(conv(x))))) + shortcut(x) of a basic block, before its ReLU.
+    """The sum a = BN(conv(ReLU(BN(conv(x))))) + shortcut(x) of a basic block, before the block's last ReLU.
 
     planes, out: channels of the input and of the output. updates: see `normalisation`.
     """
@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 
 class Stage(nn.Module):
-    """A chain of basic blocks with ReLU between them. Its output is the last sum, the stage's pre-activation."""
+    """A chain of basic blocks with ReLU between them. Its output is the sum of the last block, before the ReLU."""
 
     def __init__(self, *residuals: Residual) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ def resnet18(
     batch_norm_updates_top: Passes | None = None,
     stem: Literal["7x7", "3x3"] = "7x7",
 ) -> BlockNet:
-    """Return a ResNet18: stem (convolution, BN, ReLU, no max-pool), one stage for each width, average, linear.
+    """Return a ResNet18: stem (convolution, BN, ReLU, no max-pool), stages, global average, linear layer.
 
     input_shape: (C, H, W). num_classes: K.
-    channels: of the stages. residuals: basic blocks per stage.
-    skip: at a boundary, "cut" the shortcut as the branch, or let it "leak" the gradient of the stage above.
-    batch_norm_updates: see `normalisation`. batch_norm_updates_top: of the last stage; None for the same.
-    stem: its convolution, "7x7" with stride 2 or "3x3" with stride 1.
+    channels: channels of each stage. residuals: number of basic blocks per stage.
+    skip: gradient through a shortcut at a boundary: "cut" stops it, "leak" sends it into the stage below.
+    batch_norm_updates: see `normalisation`. batch_norm_updates_top: value for the last stage; None for the same value.
+    stem: convolution of the stem: "7x7" with stride 2, or "3x3" with stride 1.
     """
     planes = channels[0]
     kernel, stride, padding = (7, 2, 3) if stem == "7x7" else (3, 1, 1)

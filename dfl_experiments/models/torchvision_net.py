@@ -1,5 +1,6 @@
-"""Any classification network of torchvision, untrained, with its classes and input channels fitted to the data."""
+"""Any classification network of torchvision, untrained. Its classes and input channels are adapted to the data."""
 
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -16,23 +17,24 @@ def torchvision_net(
     """Return a network of `torchvision.models`.
 
     input_shape: (C, H, W). num_classes: K.
-    net: its name, such as "vgg11_bn".
+    net: name of the network, such as "vgg11_bn".
     boundaries: see `ModuleNet`.
-    Raises `UserError` for an unknown name, and for images that do not fit.
+    Raises `UserError` if the name is unknown, or if the network needs square images and gets others.
     """
     names = models.list_models(module=models)
     if net not in names:
-        raise UserError(f"model.net={net}: torchvision has no such network; there are {', '.join(names)}")
+        close = get_close_matches(net, names, n=3) or names
+        raise UserError(f"model.net={net}: torchvision has no such network; choose for example {', '.join(close)}")
     options: dict[str, Any] = {"image_size": input_shape[-1]} if net.startswith("vit_") else {}
     if options and input_shape[1] != input_shape[2]:
-        raise UserError(f"model.net={net}: needs square images, these are {input_shape[1]}×{input_shape[2]}")
+        raise UserError(f"model.net={net}: needs square images, but the images are {input_shape[1]}×{input_shape[2]}")
     module = models.get_model(net, weights=None, num_classes=num_classes, **options)
     fit_channels(module, input_shape[0])
     return ModuleNet(module, boundaries, torch.zeros(1, *input_shape))
 
 
 def fit_channels(module: nn.Module, channels: int) -> None:
-    """Give the module's first convolution another number of input channels, if its own differs."""
+    """Replace the module's first convolution if its number of input channels is not `channels`."""
     name, old = next((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
     if old.in_channels == channels:
         return

@@ -10,7 +10,7 @@ from dfl_experiments.ranges import Depth, Width
 
 
 class Tokens(nn.Module):
-    """The embedding of patches (see `Patches`), plus a learnt position for each: (N, planes, H, W) -> (N, T, C)."""
+    """The embedding of patches (see `Patches`) plus learnt position embeddings: (N, planes, H, W) -> (N, T, C)."""
 
     def __init__(self, patches: Patches, channels: int) -> None:
         super().__init__()
@@ -22,13 +22,14 @@ class Tokens(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention softmax(Q Kᵀ/√d) V of every head, with d = ⌈C/heads⌉, then a linear layer, on (N, T, C)."""
+    """Self-attention on (N, T, C): softmax(Q Kᵀ/√d) V in every head, with d = ⌈C/heads⌉, then a linear layer."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         inner = heads * -(-channels // heads)
-        self.query, self.key, self.value = (nn.Linear(channels, inner) for _ in range(3))
+        self.query, self.value = nn.Linear(channels, inner), nn.Linear(channels, inner)
+        self.key = nn.Linear(channels, inner, bias=False)  # a bias of K would not change the softmax
         self.output = nn.Linear(inner, channels)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class Attention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A layer h' = h + Attention(LN(h)); h' + W_2 GELU(W_1 LN(h') + b_1) + b_2, on (N, T, C)."""
+    """An encoder layer on (N, T, C): h' = h + Attention(LN(h)); output h' + W_2 GELU(W_1 LN(h') + b_1) + b_2."""
 
     def __init__(self, channels: int, heads: int, width: int) -> None:
         super().__init__()
@@ -58,12 +59,13 @@ class Encoder(nn.Module):
 def vit(
     input_shape: tuple[int, int, int], num_classes: int, patch: Width, width: Width, depth: Depth, heads: Width
 ) -> BlockNet:
-    """Return a Vision Transformer: patches with positions, then `depth` encoder layers; head: LN, mean, linear.
+    """Return a Vision Transformer: patch and position embedding, `depth` encoder layers, head (LN, mean, linear).
 
     h_i = a_i is the whole residual stream, (N, T, C), after the embedding and after every layer.
 
     input_shape: (C, H, W). num_classes: K.
-    patch: side in pixels. width: C of the tokens; the hidden layer has 4 C. heads: of the attention.
+    patch: side of a patch in pixels. width: C of the tokens; the hidden layer of each MLP has 4 C units.
+    heads: number of attention heads.
     """
     blocks = [Block(Tokens(Patches(*input_shape, patch, width), width), nn.Identity())]
     blocks += [Block(Encoder(width, heads, 4 * width), nn.Identity()) for _ in range(depth)]

@@ -1,1 +1,1 @@
-"""One run and many: what is built, the epochs, what they leave, who may work where, and how a sweep ends."""
+"""Train single runs and sweeps: building, epochs, files, locks, and the summary of a sweep."""

@@ -1,6 +1,6 @@
-"""Hydra's callbacks: check a run or a sweep before it begins, and sum up a sweep at its end.
+"""Hydra's callbacks: check a run or a sweep before it begins, and print the summary of a sweep.
 
-Hydra turns an error of a callback into a warning, but lets its SystemExit pass.
+Hydra turns an error of a callback into a warning. To stop the command, a callback therefore raises SystemExit.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from dfl_experiments.running.workers import QUEUE
 
 
 def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
-    """Return the checked configuration of a single run, and its directory. Raises `UserError`."""
+    """Return the checked configuration of a single run, and its directory. Raises `UserError` for a wrong option."""
     from dfl_experiments.running.device import choose_device
 
     refuse_chdir(cfg)
@@ -43,13 +43,16 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
 
 
 def refuse_chdir(cfg: DictConfig) -> None:
-    """Raise `UserError` if jobs would change the folder, in which a relative data_dir is another one."""
+    """Raise `UserError` if jobs would change the working directory, because a relative data_dir would then be wrong."""
     if cfg.hydra.job.chdir:
-        raise UserError("hydra.job.chdir=true: a run stays in the folder that it is started in")
+        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Make a folder, and remember it in `Checks.made`. Raises `UserError`, with the option's name, if that fails."""
+    """Make a folder, and store in `Checks.made` the folders that did not exist before.
+
+    Raises `UserError`, which names the option `key`, if the folder cannot be made.
+    """
     Checks.made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def make_folder(folder: Path, key: str) -> None:
 
 
 def pin(config: DictConfig, sweep: Sweep) -> None:
-    """Pass the sweep's folder and the command's id to every job, whenever its launcher composes it."""
+    """Pass the sweep's folder and the command's ID to all jobs, because the launcher composes them later."""
     with read_write(config.hydra):
         config.hydra.sweep.dir = literal(str(sweep.folder))
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
@@ -70,22 +73,22 @@ class Checks(Callback):
     """Check a run or a sweep before it begins, and print the summary of a sweep."""
 
     command: ClassVar[str] = ""
-    """Id of this process, known to its jobs."""
+    """ID of this command, which is passed to its jobs."""
     is_dry: ClassVar[bool] = False
-    """Whether to list the runs and start none."""
+    """Whether to list the runs without starting them."""
     begun: ClassVar[bool] = False
     """Whether a run or sweep has started, so that there may be something to save."""
     stopped_by: ClassVar[int | None] = None
-    """The signal that asked for the end."""
+    """The signal that ended the command."""
     made: ClassVar[list[Path]] = []
-    """Folders made for the run or sweep, the innermost first."""
+    """Folders that were made for the run or sweep, the innermost first."""
     checked: ClassVar[Configuration | None] = None
     """Checked configuration of a single run."""
     sweep: ClassVar[Sweep | None] = None
-    """The sweep, from its check to its summary."""
+    """The sweep; None before its check and after its summary."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse a wrong run before its directory is made."""
+        """Check a single run before its directory is made."""
         with refusing():
             HydraConfig.instance().set_config(config)
             Checks.checked, run_dir = check_run(config)
@@ -99,7 +102,7 @@ class Checks(Callback):
             Checks.begun = True
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse a sweep with a wrong job before any job begins."""
+        """Check all jobs of a sweep before the first one begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
             refuse_chdir(config)
@@ -107,7 +110,7 @@ class Checks(Callback):
             if Checks.is_dry:
                 print(f"sweep {sweep.name}, in {sweep.folder}")
                 if not sweep.points:
-                    print("  its sweeper chooses the points one after another")
+                    print("  the sweeper chooses the points during the sweep")
                 show_plan(planned_runs(sweep), sweep.force, lambda overrides: check_job(config, overrides)[0])
                 raise SystemExit(0)
             make_folder(sweep.folder, "hydra.sweep.dir")
@@ -119,17 +122,17 @@ class Checks(Callback):
                 watch()
             if sweep.launcher == "ray":
                 start_ray(config)
-            Checks.sweep = sweep  # from here on there is something to sum up
+            Checks.sweep = sweep  # from now on, the end of the sweep prints a summary
             Checks.begun = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Drop the configuration of a finished job: Hydra keeps what each job returns until the sweep ends."""
+        """Drop the configuration of a finished job, because Hydra keeps every return value until the sweep ends."""
         job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the summary, and end the process with code 1 unless every point has its result.
+        """Print the summary, and exit with code 1 if a point has no result.
 
-        Hydra 1.4 also calls this for a sweep that an error or a signal ended; `train.main` handles those.
+        Hydra 1.4 also calls this method after an error or a signal. In this case `train.main` does the work.
         """
         if sys.exc_info()[1] is not None:
             return
@@ -140,7 +143,7 @@ class Checks(Callback):
 
 
 def start_ray(config: DictConfig) -> None:
-    """Start or join a Ray cluster, and keep this process's handler of SIGTERM: Ray's own aborts after three seconds."""
+    """Start or join a Ray cluster. Keep the handler of SIGTERM, because Ray's handler aborts the process after 3 s."""
     import ray
 
     before = signal.getsignal(signal.SIGTERM)
@@ -149,6 +152,6 @@ def start_ray(config: DictConfig) -> None:
 
 
 def sum_up(sweep: Sweep) -> int:
-    """Stop counting, print the summary of a sweep, and return the exit code."""
+    """Remove the point counter, print the summary of a sweep, and return the exit code."""
     PointCounter(sweep.folder, sweep.command).remove()
     return print_summary(sweep)

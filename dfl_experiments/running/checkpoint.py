@@ -1,6 +1,7 @@
-"""`last.pt`: everything needed to continue a run bit for bit. A reader never sees a half-written file.
+"""Write and read the checkpoint `last.pt`: all values that are needed to continue a run bit for bit.
 
-The last 64 bytes are the SHA-256 of all bytes before them, because `torch.load` verifies no checksum.
+A reader never sees an incomplete file. The last 64 bytes are the SHA-256 of all bytes before them, because `torch.load`
+verifies no checksum.
 """
 
 import hashlib
@@ -30,9 +31,9 @@ KEYS = {"format", "science", "epoch", "batch", "net", "method", "optimizers", "r
 
 
 def snapshot(learner: Learner, config_digest: str, state: "State") -> dict[str, Any]:
-    """Return weights, buffers, every B, both optimizers, all random states, and the position in training.
+    """Return weights, buffers, every B, both optimizers, all random states, and the progress of training.
 
-    The order of the data needs no entry: it is a function of the seed, the epoch and the batch.
+    The order of the data is not saved, because it depends only on the seed, the epoch and the batch.
 
     config_digest: digest of the run's configuration.
     """
@@ -59,7 +60,7 @@ def snapshot(learner: Learner, config_digest: str, state: "State") -> dict[str, 
 
 
 def restore(learner: Learner, saved: dict[str, Any]) -> None:
-    """Set the learner and all random number generators to a snapshot. The schedule sets the learning rates later."""
+    """Set the learner and all random number generators to a saved state. The schedule sets the learning rates later."""
     learner.net.load_state_dict(saved["net"])
     learner.method.load_state_dict(saved["method"])
     for optimizer, state in zip(learner.optimizers, saved["optimizers"], strict=True):
@@ -73,19 +74,20 @@ def restore(learner: Learner, saved: dict[str, Any]) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Set an optimizer to its saved state, but keep the options that belong to the device.
+    """Set an optimizer to its saved state, but keep the options that depend on the device.
 
-    These are the learning rate, a tensor that a captured step reads, and the flag `capturable`.
+    These options are the flag `capturable`, and the learning rate, which is a tensor on a GPU.
     """
-    kept: list[dict[str, Any]] = []
-    kept += [{key: group[key] for key in ("lr", "capturable") if key in group} for group in optimizer.param_groups]
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, kept, strict=True):
-        group.update(values)
+    for group, earlier in zip(optimizer.param_groups, before, strict=True):
+        for name in ("lr", "capturable"):
+            if name in earlier:
+                group[name] = earlier[name]
 
 
 def save_checkpoint(run_dir: Path, saved: dict[str, Any]) -> None:
-    """Write a snapshot to `last.pt`, and keep the earlier file as `previous.pt`. Raises OSError if that fails."""
+    """Write a snapshot to `last.pt`, and keep the earlier file as `previous.pt`. Raises OSError if writing fails."""
     new = run_dir / f".{LAST}.new"
     try:
         with new.open("w+b") as file:
@@ -97,7 +99,7 @@ def save_checkpoint(run_dir: Path, saved: dict[str, Any]) -> None:
             (run_dir / LAST).replace(run_dir / PREVIOUS)
         new.replace(run_dir / LAST)
         fsync_folder(run_dir)
-    except RuntimeError as error:  # raised by torch.save if a write failed
+    except RuntimeError as error:  # torch.save raises RuntimeError if writing fails
         raise OSError(f"{run_dir / LAST}: cannot be written ({reason(error)})") from error
     finally:
         new.unlink(missing_ok=True)
@@ -110,7 +112,7 @@ def discard_checkpoints(run_dir: Path, *names: str) -> None:
 
 
 def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Remove the checkpoints that a run with this configuration does not keep after its end."""
+    """Remove the checkpoints that an ended run with this configuration does not keep."""
     keeps = (config.get("checkpoint") or {}).get("keep", True)
     discard_checkpoints(run_dir, *([PREVIOUS] if keeps else [LAST, PREVIOUS]))
 
@@ -118,7 +120,8 @@ def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, Any]:
     """Return the snapshot in one file. No code in the file is executed.
 
-    config_digest: of the run that continues from it; the CSV files beside it are then compared with their digests.
+    config_digest: digest of the configuration to continue. The snapshot must have this digest, and the run's CSV files
+        must be unchanged. None: neither is checked.
     Raises `UserError` if the file or a table is damaged or belongs to another run.
     """
     refuse_damaged(path)
@@ -127,7 +130,7 @@ def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, A
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
     if not isinstance(saved, dict) or not set(saved) >= KEYS or not isinstance(saved["threads"], int):
-        raise UserError(f"{path}: is no checkpoint of a run")
+        raise UserError(f"{path}: is not the checkpoint of a run")
     if saved["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: has format {saved['format']}, this version reads {CHECKPOINT_FORMAT}")
     if config_digest is None:
@@ -153,9 +156,9 @@ def refuse_damaged(path: Path) -> None:
 
 
 def load_checkpoint(run_dir: Path, config_digest: str | None = None) -> dict[str, Any]:
-    """Return the snapshot in `last.pt`, or with a warning the one in `previous.pt` if the newer file is unusable.
+    """Return the snapshot in `last.pt`. If this file is unusable, return that in `previous.pt`.
 
-    Raises `UserError`, with both files and the remedy, if neither can be used.
+    A warning says why `last.pt` is unusable. Raises `UserError` if neither file can be used.
     """
     problems = []
     for name in (LAST, PREVIOUS):
@@ -167,6 +170,6 @@ def load_checkpoint(run_dir: Path, config_digest: str | None = None) -> dict[str
             problems.append(str(error))
         else:
             if problems:
-                log.warning("%s; going on from %s", problems[0], name)
+                log.warning("%s; continuing from %s", problems[0], name)
             return saved
-    raise UserError(f"{'; '.join(problems)}; remove {LAST} and {PREVIOUS} to start the run anew")
+    raise UserError(f"{'; '.join(problems)}; remove {LAST} and {PREVIOUS} to start the run again")

@@ -1,4 +1,4 @@
-"""The machine as a run uses it: device, CPU threads, memory, and the seed of the random numbers."""
+"""Set up the machine for a run: device, CPU threads, memory, and random seeds."""
 
 import contextlib
 import ctypes
@@ -17,8 +17,8 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import MemoryFormat, Precision
 
 log = logging.getLogger(__name__)
-ALL_THREADS = torch.get_num_threads()  # as PyTorch chooses, or OMP_NUM_THREADS
-# cuBLAS is deterministic only with this; it reads the variable once, at its start
+ALL_THREADS = torch.get_num_threads()  # PyTorch's default number of threads, or OMP_NUM_THREADS if set
+# cuBLAS is deterministic only with this variable, which it reads once when it starts
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_of_job(device: str, number: int) -> str:
-    """Return the device of a sweep's job: with several GPUs, `auto` assigns them to the jobs in turn."""
+    """Return the device of a sweep's job. If there are several GPUs, `auto` assigns them to the jobs in turn."""
     count = torch.cuda.device_count()
     return f"cuda:{number % count}" if device == "auto" and count > 1 else device
 
@@ -49,18 +49,19 @@ def cores() -> int:
 def threads_of_job(at_once: int) -> int:
     """Return the CPU threads of each job, an equal share of the cores.
 
-    at_once: number of jobs at once; as in joblib, -1 is one per core, -2 one per core but one.
+    at_once: number of jobs at once; as in joblib, -1 is one job per core, and -2 leaves one core without a job.
     """
     jobs = at_once if at_once > 0 else max(1, cores() + 1 + at_once)
     return max(1, min(ALL_THREADS, cores() // jobs))
 
 
 def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precision: Precision) -> torch.memory_format:
-    """Return the memory format of images; `auto` is the faster one as measured, contiguous without convolutions.
+    """Return the memory format of images. `auto` is the format that was faster in measurements.
 
-    On CPUs channels-last takes 0.8 to 0.9 of the time with Conv3's 5×5 kernels. With ResNet18's 3×3 kernels it takes
-    0.9 to 1.0 in bfloat16, and 0.9 to 1.2 in float32, depending on the processor. On GPUs nothing was measured: PyTorch
-    recommends channels-last for all precisions but float32.
+    On CPUs, channels-last with Conv3's 5×5 kernels takes 0.8 to 0.9 times as long as contiguous. With ResNet18's 3×3
+    kernels, the factor is 0.9 to 1.0 in bfloat16, and 0.9 to 1.2 in float32, depending on the processor. Nothing was
+    measured on GPUs; for GPUs, PyTorch recommends channels-last in all precisions except float32. Networks without
+    convolutions always have the contiguous format.
     """
     kernels = [module.kernel_size[0] for module in net.modules() if isinstance(module, nn.Conv2d)]
     if not kernels:
@@ -74,7 +75,7 @@ def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precisio
 
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
-    """Compute in float32 and with gradients inside the block, whatever the caller has set."""
+    """Make float32 the default type and enable gradients inside the block, whatever the caller has set."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -87,11 +88,11 @@ def usual_torch() -> Iterator[None]:
 def set_up(device: torch.device, precision: Precision, seed: int, deterministic: bool, threads: int) -> None:
     """Set PyTorch's global options, so that a seed gives the same bits whatever ran in this process before.
 
-    TF32 is set for products and for convolutions: by default PyTorch allows it for convolutions.
-    Raises `UserError` for tf32 on a device without it.
+    TF32 is switched on or off for both matrix products and convolutions, which have different defaults in PyTorch.
+    Raises `UserError` for tf32 on a device without TF32.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"precision=tf32: {device.type} has none; only a GPU does. There are float32, bfloat16")
+        raise UserError(f"precision=tf32: needs a GPU; device={device.type} has float32 and bfloat16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -103,7 +104,8 @@ def set_up(device: torch.device, precision: Precision, seed: int, deterministic:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if torch.are_deterministic_algorithms_enabled() != deterministic:  # to set it imports the compiler: a second
+    # set the option only if it changes: this takes a second, because PyTorch then imports its compiler
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
@@ -114,18 +116,18 @@ def warn_of_emulation() -> None:
     with contextlib.suppress(OSError):
         flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
         if flags and not flags & {"amx_bf16", "avx512_bf16"}:
-            log.warning("precision=bfloat16: this processor has no instructions for it, and is faster with float32")
+            log.warning("precision=bfloat16: this processor has no instructions for bfloat16; float32 is faster")
 
 
 def reuse_memory() -> None:
-    """Let glibc keep large freed blocks for the next step instead of returning them to the system.
+    """Let glibc keep freed memory for the next step instead of returning it to the system.
 
-    Otherwise a step's gradients and activations are mapped, zeroed and unmapped each time: a quarter of a step of the
-    3×4096 net. Without glibc nothing is done.
+    Otherwise the system maps, zeroes and unmaps memory in each step, which takes a quarter of a step of the 3×4096 net.
+    Without glibc, nothing is changed.
     """
     mmap_threshold, trim_threshold = -3, -1  # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        # some systems allow the smaller value only
+        # some systems refuse 2**30 and only accept 2**25
         if libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25):
             libc.mallopt(trim_threshold, 2**31 - 1)

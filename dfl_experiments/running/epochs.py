@@ -20,52 +20,58 @@ from dfl_experiments.running.signals import Interrupted, Stop
 from dfl_experiments.running.stability import Activations, instability, norm_ratios
 from dfl_experiments.running.tracking import Tracker
 
-UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 6, 1.15  # epoch 5 of the published code, which counts from 0
-SHARE_OF_WRITING = 0.05  # largest share of the time for checkpoints at the ends of epochs
+# the published code counts epochs from 0, so its epoch 5 is epoch 6 here
+UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 6, 1.15
+SHARE_OF_WRITING = 0.05  # maximum fraction of the time that checkpoints at the ends of epochs may take
 
 
 @dataclass
 class State:
-    """Position of a run in its training, beside the weights; saved in every checkpoint."""
+    """Progress of a run. Every checkpoint contains the progress and the weights."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
         arbitrary_types_allowed=True, strict=True, revalidate_instances="always"
     )
     epoch: int = 0
-    """Epochs done."""
+    """Number of epochs done."""
     rows: Tensor | None = None
-    """Metrics of the batches done of the next epoch, (batches, metric_names)."""
+    """Metrics of the batches done in the current epoch, (batches, metric_names)."""
     seconds: float = 0.0
     """Training time of the epochs done."""
     epoch_seconds: float = 0.0
-    """Training time of the next epoch so far."""
+    """Training time of the current epoch so far."""
     initial: float | None = None
     """Test accuracy before the first epoch."""
     end: dict[str, str] | None = None
-    """Status and reason of a run that ends early."""
+    """Status and reason if the run ends early, else None."""
     lengths: dict[str, int | None] = field(default_factory=lambda: {"iterations": None, "epochs": None})
-    """Bytes of the CSV files at the last checkpoint."""
+    """Length of each CSV file in bytes at the last checkpoint."""
     digests: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of these bytes."""
+    """SHA-256 of each CSV file at the last checkpoint."""
     accuracies: list[tuple[float | None, float]] = field(default_factory=list)
     """Validation and test accuracy of every epoch."""
     first_row: dict[str, Any] = field(default_factory=dict)
     """First row of epochs.csv."""
     result: dict[str, Any] = field(default_factory=dict)
-    """Entries of result.json so far."""
+    """Entries of result.json, updated after every epoch."""
     data: str | None = None
     """Digest of the data set."""
     code: dict[str, str] = field(default_factory=dict)
     """Identity of the user's own code, see `code_of`."""
+    standardisation: dict[str, Tensor] | None = None
+    """See `Parts`; None in checkpoints of earlier versions."""
     made_by: list[dict[str, Any]] = field(default_factory=list)
-    """Versions and commit of every part of a resumed run; all but the last with their number of epochs."""
+    """Versions and commit of each part of a run, and the epochs done at the end of each part except the last.
+
+    A new part starts when the run is resumed with another version or commit.
+    """
 
 
 class RunFiles:
     """The CSV files and the checkpoints of a run."""
 
     def __init__(self, parts: Parts, state: State, run_dir: Path, config_digest: str) -> None:
-        """Open the tables, continuing where the state's checkpoint was written."""
+        """Open the tables, and cut off the rows that were written after the state's checkpoint."""
         self.parts, self.state, self.run_dir, self.config_digest = parts, state, run_dir, config_digest
         self.written, self.seconds_to_write = time.perf_counter(), 0.0
         self.tables = {
@@ -74,7 +80,7 @@ class RunFiles:
         }
 
     def save(self) -> None:
-        """Write a checkpoint, after flushing the tables that belong to it."""
+        """Flush the tables to the disk, then write a checkpoint."""
         start = time.perf_counter()
         self.state.lengths = {name: table.sync() for name, table in self.tables.items()}
         self.state.digests = {name: table.sha256.hexdigest() for name, table in self.tables.items()}
@@ -99,11 +105,11 @@ def train(
 ) -> None:
     """Train the remaining epochs, and update the state.
 
-    An epoch's rows are written at its end. A checkpoint is written there and every `checkpoint.every_seconds`. Within
-    an epoch no value is read from the device, except for the progress on a CPU.
+    Rows are written at the end of each epoch. Checkpoints are written at the end of an epoch and every
+    `checkpoint.every_seconds`. Within an epoch no value is read from a GPU, so that the CPU does not wait for the GPU.
 
     is_quiet: see `Progress`.
-    Raises `Interrupted`, after a checkpoint, if a signal has asked for the end.
+    Raises `Interrupted` after a signal, when a checkpoint has been written.
     """
     settings = parts.settings
     metric_names, peek = parts.learner.metric_names, parts.device.type == "cpu"
@@ -126,7 +132,10 @@ def train(
 def train_batches(
     parts: Parts, state: State, factors: list[float], files: RunFiles, progress: Progress, stop: Stop
 ) -> None:
-    """Train the rest of an epoch with the factors of its rates; leave its metrics in `state.rows`, on the CPU."""
+    """Train the remaining batches of an epoch, and store the metrics of all its batches in `state.rows`.
+
+    factors: the schedule's factor of the learning rate for each batch.
+    """
     settings, learner, batches = parts.settings, parts.learner, parts.batches
     every, epoch, seconds_before = settings.alignment.every, state.epoch + 1, state.epoch_seconds
     learner.net.train()
@@ -155,7 +164,7 @@ def train_batches(
 def end_epoch(
     parts: Parts, state: State, lr: float, files: RunFiles, progress: Progress, tracker: Tracker, stop: Stop
 ) -> None:
-    """Evaluate the epoch whose batches are trained, write its rows, update the state, and save a checkpoint if due."""
+    """Evaluate after an epoch, write its rows, update the state, and save a checkpoint if due."""
     settings, metric_names, values = parts.settings, parts.learner.metric_names, state.rows
     assert values is not None
     columns = dict(zip(metric_names, values.T, strict=True))
@@ -179,7 +188,7 @@ def epoch_row(
     """Return the epoch's row of epochs.csv, and whether the network has collapsed.
 
     columns: the epoch's metrics by name, (iterations,) each.
-    check: called before every batch of the evaluation.
+    check: function that is called before every batch of the evaluation.
     """
     activations = Activations(parts.learner.net)
     held_out = len(parts.validation) > 0
@@ -249,8 +258,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Return mean loss and accuracy over a set of images.
 
-    check: called before every batch.
-    activations: collect the statistics of h_i here.
+    check: function that is called before every batch.
+    activations: object that collects statistics of h_i.
     """
     learner = parts.learner
     net = learner.net.eval()
@@ -266,16 +275,18 @@ def evaluate(
         correct = (logits.argmax(1) == target).sum()
         sums.append(torch.stack([value * len(target), correct]))
         count += len(target)
-    # summed on the CPU: not every device has float64
+    # summed on the CPU, because some devices have no float64
     loss, hits = torch.stack(sums).cpu().double().sum(0).tolist()
     return loss / count, hits / count
 
 
 def early_end(losses: Tensor, epoch: int, trained: nn.Module, best: float, initial: float) -> dict[str, str] | None:
-    """Return status and reason of a run that ends early, because of NaN or Inf or by the published code's rule.
+    """Return status and reason if the run must end after this epoch, else None.
 
-    losses: of the epoch's iterations.
-    best, initial: test accuracies.
+    A run ends if a loss or a weight is NaN or Inf, or if test accuracy has hardly improved (a rule of the published
+    code).
+    losses: losses of the epoch's iterations.
+    best, initial: best test accuracy of all epochs, and test accuracy before training.
     """
     bad = (~losses.isfinite()).nonzero()
     if len(bad):

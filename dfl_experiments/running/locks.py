@@ -1,4 +1,4 @@
-"""The lock on a run directory: one process at a time, and which process that is."""
+"""Lock a run directory, so that one process at a time works in it, and record which process that is."""
 
 import json
 import os
@@ -14,46 +14,47 @@ from dfl_experiments.errors import Fault, UserError, reason
 from dfl_experiments.running.run_directory import write_atomically
 from dfl_experiments.seal import read_json
 
-HOLDER = ".running"  # beside the lock: read by processes that do not take the lock
+HOLDER = ".running"  # file that names the process with the lock; reading the file needs no lock
 
 
 class Busy(UserError):
-    """Another process is at work in the run directory."""
+    """Error: another process works in the run directory."""
 
 
 class Holder(NamedTuple):
-    """A process at work in a run directory."""
+    """The process that works in a run directory."""
 
     host: str
-    """Name of its machine."""
+    """Name of the machine on which it runs."""
     pid: int
-    """Its process ID there."""
+    """Process ID on that machine."""
     command: str | None
-    """Id of the sweep's command that it works for; None for a single run."""
+    """ID of the sweep's command; None for a single run."""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} is at work on it"
+        return f"process {self.pid} on {self.host} works in it"
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Raise `UserError` if a run directory holds a symbolic link or a pipe.
+    """Raise `UserError` if a run directory contains a symbolic link or a pipe.
 
-    A run would write through the link to another file, and would wait at the pipe.
+    Through a link, a run would write to a file outside the directory. At a pipe, it would wait forever.
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         for item in os.scandir(run_dir):
             if not item.is_dir(follow_symlinks=False) and not item.is_file(follow_symlinks=False):
-                raise UserError(f"{item.path}: a symbolic link or a pipe, which a run would write through")
+                raise UserError(f"{item.path}: is a symbolic link or a pipe; remove it")
 
 
 @contextmanager
 def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
     """Hold the lock of a run directory inside the block; make the directory if it does not exist.
 
-    The operating system releases the lock when the process ends, however it ends. On a file system without locks, the
-    lock is the file itself, and a killed process leaves it behind. Half-written files of a killed process are removed.
+    The operating system releases the lock when the process ends, even if it is killed. On a file system without locks,
+    the existence of the file `.lock` is the lock, and a killed process leaves this file. Incomplete files of killed
+    processes are removed.
 
-    command: id of the sweep's command that the run belongs to.
+    command: ID of the sweep's command.
     Raises `Busy` if another process holds the lock, `Fault` if the file cannot be locked.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -77,18 +78,18 @@ def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
 
 
 def busy_message(run_dir: Path) -> str:
-    """Return the line that says which process holds a run directory."""
+    """Return a message that names the process that works in a run directory."""
     holder = holder_of(run_dir)
-    message = f"{run_dir}: {holder or 'another process is at work there'}"
+    message = f"{run_dir}: {holder or 'another process works in it'}"
     if holder is not None and holder.host != platform.node():
         message += f"; if that process has ended, remove {run_dir / '.lock'}"
     return message
 
 
 def holder_of(run_dir: Path) -> Holder | None:
-    """Return the process that works in a run directory, None if there is none. The lock is not taken.
+    """Return the process that works in a run directory, None if there is none. This does not take the lock.
 
-    For this host the process ID is checked; for other hosts the file is trusted.
+    If the file names a process on this host, it is checked that the process still runs. Other hosts cannot be checked.
     Raises `UserError` if the file is damaged.
     """
     content = read_json(run_dir / HOLDER)
@@ -99,7 +100,7 @@ def holder_of(run_dir: Path) -> Holder | None:
     except (KeyError, ValueError, TypeError, OverflowError):
         holder = None
     if holder is None or not 0 < holder.pid < 2**31:
-        raise UserError(f"{run_dir / HOLDER}: names no process")
+        raise UserError(f"{run_dir / HOLDER}: does not name a process")
     has_ended = holder.host == platform.node() and not alive(holder.pid)
     return None if has_ended else holder
 
@@ -110,8 +111,8 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it runs, and belongs to another user
+    except PermissionError:  # the process runs, but belongs to another user
         pass
-    with suppress(OSError):  # a zombie has ended; /proc tells, where there is one
+    with suppress(OSError):  # on Linux, /proc shows whether the process is a zombie, so has ended
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -1,4 +1,4 @@
-"""The points of a sweep, and what this command's jobs did with each of them."""
+"""The points of a sweep, and the outcome of each point in this command."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,17 +14,17 @@ from dfl_experiments.running.result import DONE, made_with, read_epochs, read_re
 from dfl_experiments.running.run_directory import CONFIG, write_atomically
 from dfl_experiments.seal import read_json
 
-OUTCOME = ".outcome"  # written by the last command that worked in the directory
-COMMAND = "DFL_COMMAND"  # environment variable: the command's id, for its jobs
+OUTCOME = ".outcome"  # file in a run directory, written by the last command that worked there
+COMMAND = "DFL_COMMAND"  # environment variable that passes the command's ID to its jobs
 
 
 class SweepPoint(NamedTuple):
     """One job of a sweep."""
 
     overrides: list[str]
-    """Its overrides, without Hydra's own."""
+    """Overrides of the job, without those of Hydra's own options."""
     config_digest: str
-    """Digest of its configuration."""
+    """Digest of the job's configuration."""
 
 
 @dataclass
@@ -34,22 +34,22 @@ class Sweep:
     folder: Path
     """Folder of the sweep."""
     name: str
-    """Its name, also its group in W&B."""
+    """Name of the sweep, also its group in W&B."""
     command: str
-    """Id of this command, by which jobs and results are recognised."""
+    """ID of this command, which all its jobs receive and write into their outcomes."""
     launcher: str
     """Hydra's name of the launcher."""
     force: bool
     """Whether earlier results are replaced."""
     points: dict[str, SweepPoint] = field(default_factory=dict)
-    """The points by folder name; empty if a sweeper chooses them one by one."""
+    """The points by folder name; empty if a sweeper chooses them during the sweep."""
 
 
 class Ending(NamedTuple):
-    """The end of one point of a sweep; all texts are safe to print."""
+    """The status and result of one point of a sweep. All texts are printable."""
 
     folder: str
-    """Name of its folder in the sweep's."""
+    """Name of the point's folder."""
     status: str
     """Status of the run, or `not started`, `running`, `damaged`."""
     reason: str
@@ -57,7 +57,7 @@ class Ending(NamedTuple):
     overrides: list[str]
     """Overrides of the job."""
     result: Mapping[str, Any]
-    """Content of result.json; empty if that is not this command's result."""
+    """Content of result.json; empty if the file is absent or does not hold the result of this point."""
 
     @property
     def is_finished(self) -> bool:
@@ -66,14 +66,17 @@ class Ending(NamedTuple):
 
 
 def write_outcome(run_dir: Path, command: str, status: str, reason: str | None = None) -> None:
-    """Write what a command's job did here: "running" once it has given up what was there before."""
+    """Write the status of a job for the command that started it.
+
+    status: status of the job's run. It becomes "running" once the results of an earlier run are deleted.
+    """
     begun = status == "running" or has_begun(run_dir, command)
     outcome = {"command": command, "begun": begun, "status": status, "reason": reason or ""}
     write_atomically(run_dir / OUTCOME, json.dumps(outcome))
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """Return what `write_outcome` wrote last; an empty mapping if there is nothing or it is damaged."""
+    """Return the last outcome that `write_outcome` wrote; an empty mapping if it is absent or damaged."""
     with suppress(UserError):
         outcome = read_json(run_dir / OUTCOME) or {}
         if {"command", "begun", "status", "reason"} <= outcome.keys():
@@ -88,25 +91,26 @@ def has_begun(run_dir: Path, command: str) -> bool:
 
 
 def ending(sweep: Sweep, name: str) -> Ending:
-    """Return how a point ended: the work of this command, or a result that it accepted, never another run's result."""
+    """Return how a point ended in this command. A result that belongs to another run does not count."""
     run_dir, point = sweep.folder / name, sweep.points[name]
     outcome = read_outcome(run_dir)
     status, reason, result = read_status(run_dir)
     if outcome.get("command") == sweep.command:
-        written = outcome["status"], outcome["reason"]
-        if written[0] == "interrupted" and status in DONE and (outcome["begun"] or not sweep.force):
-            written = status, reason  # the signal arrived after the last epoch
-        if written[0] != "running" and written != (status, reason):
-            (status, reason), result = written, {}
+        job_status, job_reason = outcome["status"], outcome["reason"]
+        has_result = status in DONE and (outcome["begun"] or not sweep.force)
+        is_late_signal = job_status == "interrupted" and has_result  # the signal arrived after the last epoch
+        is_other = (job_status, job_reason) != (status, reason)
+        if is_other and not is_late_signal and job_status != "running":
+            status, reason, result = job_status, job_reason, {}
     elif result and config_digest(result["config"]) != point.config_digest:
-        status, reason, result = "not started", "the run there has another configuration", {}
+        status, reason, result = "not started", "the folder has a run with another configuration", {}
     elif sweep.force and status not in ("running", "not started", "damaged"):
-        status, reason, result = "not started", "the run there is an earlier one", {}
+        status, reason, result = "not started", "the folder has a run of an earlier command", {}
     return Ending(*harmless([name, status, reason, point.overrides, result or {}]))
 
 
-def others(sweep: Sweep) -> Iterator[Ending]:
-    """Yield the points in the sweep's folder that belong to other commands."""
+def other_endings(sweep: Sweep) -> Iterator[Ending]:
+    """Yield the endings of those points in the sweep's folder that are not points of this command."""
     for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
         if run_dir.name not in sweep.points:
             status, reason, result = read_status(run_dir)
@@ -117,14 +121,14 @@ def overrides_of(run_dir: Path) -> list[str]:
     """Return the overrides that a run was started with; an empty list if they cannot be read."""
     try:
         return [str(override) for override in read_yaml(run_dir / ".hydra" / "overrides.yaml")]
-    except (UserError, OSError, TypeError):  # they are only shown
+    except (UserError, OSError, TypeError):  # no error, because the overrides are only printed
         return []
 
 
 def objective(run_dir: Path) -> float:
-    """Return what an optimising sweeper maximises: validation accuracy after the epoch that the protocol reports.
+    """Return the value that an optimising sweeper maximises: the validation accuracy after the reported epoch.
 
-    Returns 0 if there is none, as for a failed or diverged run, so that the sweeper searches elsewhere.
+    The value is 0 for a run that did not finish, so that the sweeper tries other points.
     """
     result = read_result(run_dir) or {}
     accuracies = [value or 0.0 for value in read_epochs(run_dir, result).get("validation_accuracy", [])]
@@ -133,7 +137,9 @@ def objective(run_dir: Path) -> float:
     kind = result["config"]["protocol"]["accuracy"]
     if kind == "best_validation":
         return max(accuracies)
-    return accuracies[result["test_accuracy"]["best_epoch"] - 1 if kind == "best_test" else -1]
+    if kind == "best_test":
+        return accuracies[result["test_accuracy"]["best_epoch"] - 1]
+    return accuracies[-1]
 
 
 def count_done(sweep: Sweep) -> int:
@@ -142,7 +148,7 @@ def count_done(sweep: Sweep) -> int:
 
 
 def other_versions(sweep: Sweep, endings: list[Ending]) -> list[str]:
-    """Return the commits and torch versions, if not today's, of the points that this command found done."""
+    """Return the commits and torch versions of points that earlier commands trained, without the current versions."""
     from dfl_experiments.running.provenance import git_commit, versions
 
     used = set[str]()

@@ -1,4 +1,4 @@
-"""`--dry-run`: list the runs of a command, and about how long they take. Nothing is started or written."""
+"""List the runs of a command and estimate their time, for `--dry-run`. Nothing is started or written."""
 
 import itertools
 import time
@@ -15,28 +15,28 @@ from dfl_experiments.running.result import DONE, status_of
 from dfl_experiments.running.run_directory import LAST, PREVIOUS
 from dfl_experiments.running.summary import swept_keys, values_by_key
 
-WARM_UP, TIMED = 3, 20  # batches of a measurement
-SECONDS_OF_TIMING = 2.0  # longest measurement
+WARM_UP, TIMED = 3, 20  # numbers of batches before and in a time measurement
+SECONDS_OF_TIMING = 2.0  # longest duration of a time measurement
 
 
 class PlannedRun(NamedTuple):
     """A run that a command would start."""
 
     folder: Path
-    """Its run directory."""
+    """The run directory."""
     description: str
-    """What tells it from the command's other runs."""
+    """Text that distinguishes the run from the command's other runs."""
     overrides: list[str]
-    """Its overrides."""
+    """The overrides of the run."""
 
     @property
     def kind(self) -> str:
-        """Runs of one kind take the same time: only seed, optimizer's options or schedule differ."""
+        """The overrides that change the training time: all except those of seed, optimizer options and schedule."""
         return " ".join(text for text in self.overrides if not text.startswith(("seed=", "optimizer.", "schedule")))
 
 
 def planned_runs(sweep: Sweep) -> list[PlannedRun]:
-    """Return the runs of a sweep, each described by the values that differ and by its folder."""
+    """Return the runs of a sweep. The description of a run is its folder and the values that differ between runs."""
     values = {name: values_by_key(point.overrides) for name, point in sweep.points.items()}
     keys = swept_keys([*values.values()])
     runs = []
@@ -60,10 +60,10 @@ def planned_status(run_dir: Path, force: bool) -> str:
 
 
 def show_plan(runs: Sequence[PlannedRun], force: bool, compose: Callable[[list[str]], Configuration]) -> None:
-    """Print every run with its status, and about how long those that are not done take.
+    """Print every run with its status, and the estimated time of all runs that are not done.
 
-    force: whether runs that are done start anew.
-    compose: returns the checked configuration of a run's overrides.
+    force: train runs again even if they are done.
+    compose: function that returns the checked configuration for a run's overrides.
     """
     waiting = []
     for run in runs:
@@ -83,9 +83,9 @@ def show_plan(runs: Sequence[PlannedRun], force: bool, compose: Callable[[list[s
 
 
 def seconds_of_run(configuration: Configuration) -> float:
-    """Return about how many seconds a run takes, from some of its training steps and evaluation batches.
+    """Estimate the seconds of a run from the time of some training steps and evaluation batches.
 
-    Raises `UserError` if its data are not prepared on this machine, or its parts do not fit together.
+    Raises `UserError` if the data set is not packed on this machine, or the parts of the run do not fit together.
     """
     from dfl_experiments.running.build import build
     from dfl_experiments.running.device import usual_torch
@@ -112,7 +112,7 @@ def seconds_of_run(configuration: Configuration) -> float:
 
 
 def seconds_per_batch(batches: Iterator[Any], work: Callable[[int, Any], None]) -> float:
-    """Return the mean time of a batch, its preparation included, after some batches to warm up."""
+    """Return the mean time of a batch, including its preparation. The first `WARM_UP` batches do not count."""
     for index, batch in enumerate(itertools.islice(batches, WARM_UP + TIMED)):
         if index == WARM_UP:
             start = time.perf_counter()
@@ -123,7 +123,7 @@ def seconds_per_batch(batches: Iterator[Any], work: Callable[[int, Any], None]) 
 
 
 def refuse_unprepared(configuration: Configuration) -> None:
-    """Raise `UserError` if the data set is not packed: a dry run neither downloads nor packs one."""
+    """Raise `UserError` if the data set is not packed, because a dry run neither downloads nor packs it."""
     from dfl_experiments.data.packs import is_packed
     from dfl_experiments.data.sources import expanded
 

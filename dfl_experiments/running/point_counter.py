@@ -1,4 +1,4 @@
-"""Count the points of a sweep that have ended, and estimate the time left, across a launcher's processes."""
+"""Count the points of a sweep that have ended in all of its processes, and estimate the time left."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in the unit that fits: `45 s`, `12 min`, `3 h 20 min` or `2 days`."""
+    """Format a duration in a suitable unit: `45 s`, `12 min`, `3 h 20 min` or `2 days`."""
     minutes = round(seconds / 60)
     if seconds < 99.5:
         return f"{max(seconds, 1):.0f} s"
@@ -20,10 +20,10 @@ def duration(seconds: float) -> str:
 
 
 class PointCounter:
-    """Count the points of one command's sweep that have ended, in a file of the sweep's folder.
+    """Count the points of a command that have ended. The count is in a file in the sweep's folder.
 
-    The file's first line is the number of points, 0 if unknown. Each further line is one point: its kind, and when it
-    started and ended. Without the file nothing is counted.
+    The first line of the file is the number of points, 0 if unknown. Each further line is one point: kind, start and
+    end. Without the file, nothing is counted.
     """
 
     def __init__(self, folder: Path, command: str) -> None:
@@ -31,7 +31,7 @@ class PointCounter:
         self.path = folder / f".{command}.count"
 
     def start(self, points: int) -> None:
-        """Begin to count a sweep of so many points, 0 if their number is unknown."""
+        """Begin to count. points: number of points of the sweep, 0 if unknown."""
         self.path.write_text(f"{points}\n")
 
     def remove(self) -> None:
@@ -39,14 +39,15 @@ class PointCounter:
         self.path.unlink(missing_ok=True)
 
     def add(self, kind: str, start: float) -> str:
-        """Add a point that ends now, and return how far the sweep has come: `7 of 16 finished, about 2 min left`.
+        """Add a point that ends now, and return the progress, such as `7 of 16 finished, about 2 min left`.
 
-        kind: `ran` now, `found` done already, `failed`, or `elsewhere` if another process works on it.
-        start: time.time() of its start.
+        kind: `ran` if the point was trained now, `found` if it was already done, `failed` if it failed, `elsewhere` if
+            another process works on it.
+        start: time.time() at the start of the point.
         """
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        except OSError:  # the command has ended, and its jobs go on in a queue
+        except OSError:  # the command has ended and removed the file, but its jobs in a queue continue
             return ""
         with os.fdopen(descriptor, "w") as file:
             file.write(f"{kind} {start} {time.time()}\n")
@@ -55,9 +56,9 @@ class PointCounter:
 
 
 def progress_text(points: int, ended: Sequence[list[str]]) -> str:
-    """Return how far a sweep has come. Points found done count, but do not enter the estimate.
+    """Return the progress of a sweep. Points that were done already do not change the estimate of the time left.
 
-    points: all of the sweep, 0 if unknown.
+    points: number of points of the sweep, 0 if unknown.
     ended: kind, start and end of every point that has ended.
     """
     counts = Counter(kind for kind, _, _ in ended)
@@ -69,7 +70,7 @@ def progress_text(points: int, ended: Sequence[list[str]]) -> str:
     if counts["ran"] and remaining > 0:
         first = min(float(start) for kind, start, _ in ended if kind == "ran")
         last = max(float(end) for kind, _, end in ended if kind == "ran")
-        # the time that has passed, by the points that ran: this holds for several jobs at once as well
+        # time per point that ran; the formula is also right if several jobs run at once
         seconds_per_point = (last - first) / counts["ran"]
         text += f", about {duration(seconds_per_point * remaining)} left"
     return text

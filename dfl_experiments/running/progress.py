@@ -1,4 +1,4 @@
-"""The progress of a run on the screen: a bar on a terminal, elsewhere a line from time to time and at epoch ends."""
+"""Show the progress of a run: a bar on a terminal, otherwise a line from time to time and after some epochs."""
 
 import logging
 import math
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 SECONDS_TO_FIRST_LINE = 5.0
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
-GROWTH = 0.05  # lines of a long run are this share of its time apart
+GROWTH = 0.05  # in a long run, the time between two lines is this fraction of the time since the start
 
 
 class Progress:
     """Show epoch, batch, loss, accuracy, learning rate, images/s and the time left of the run.
 
-    Within an epoch, loss and accuracy are means over its training batches so far. They are read from the device only if
-    that makes it wait for nothing (`peek`: on a CPU).
+    Within an epoch, loss and accuracy are means over its training batches so far. They are shown on a CPU only, because
+    reading them from a GPU would slow training down.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Progress:
 
         images: number of training images.
         metric_names: names of a step's metrics, in order.
-        peek: whether loss and accuracy are read within an epoch.
-        is_quiet: in a sweep; print no line in the first seconds, and none for the first and last epoch.
+        peek: whether to show loss and accuracy within an epoch.
+        is_quiet: whether to omit the line in the first seconds and the extra lines after the first and last epoch.
         """
         self.epochs, self.images, self.batch_size = epochs, images, batch_size
         self.batches = math.ceil(images / batch_size)
@@ -50,7 +50,7 @@ class Progress:
             self._last_line -= SECONDS_BETWEEN_LINES - SECONDS_TO_FIRST_LINE
 
     def begin(self, epoch: int, lr: float, batch: int = 0) -> None:
-        """Start an epoch, counted from 1, in which so many batches are done already."""
+        """Start an epoch. epoch: number of the epoch, from 1. batch: number of batches of the epoch already done."""
         self._epoch, self._batch, self.lr = epoch, batch, lr
         self._first_batch, self._epoch_start = batch, time.perf_counter()
         if self.is_terminal:
@@ -66,7 +66,7 @@ class Progress:
     def step(self, rows: Tensor) -> None:
         """Count a batch.
 
-        rows: (batches done of this epoch, metric_names).
+        rows: metrics of the batches done in this epoch, (batches, metric_names).
         """
         self._batch += 1
         self._steps += 1
@@ -95,7 +95,7 @@ class Progress:
             log.info("epoch %d/%d batch %d/%d  %s", self._epoch, self.epochs, self._batch, self.batches, text)
 
     def end(self, row: Mapping[str, Any]) -> None:
-        """End the epoch with its row of epochs.csv."""
+        """End the epoch, and print a line if due. row: the epoch's row of epochs.csv."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -111,18 +111,18 @@ class Progress:
         log.info("epoch %d/%d  %s", self._epoch, self.epochs, self._text(values, self.images / row["seconds"]))
 
     def _is_due(self, last: float) -> bool:
-        """Return whether enough time has passed since the last line; the gap grows with the run."""
+        """Return whether the next line is due; in a long run, lines become rarer. last: time of the last line."""
         now = time.perf_counter()
         gap = max(SECONDS_BETWEEN_LINES, GROWTH * (now - self._start))
         return now - last > gap
 
     def _text(self, values: Mapping[str, str], images_per_second: float) -> str:
-        """Return the values with the learning rate, the speed and the time left."""
+        """Return one line of text: the values, the speed, the time left and the learning rate."""
         parts = [f"{name} {value}" for name, value in values.items()]
         parts.append(f"{images_per_second:.0f} images/s")
         steps_left = (self.epochs - self._epoch + 1) * self.batches - self._batch
         if steps_left > 0 and self._steps > 0:
             seconds_per_step = (time.perf_counter() - self._start) / self._steps
             parts.append(f"{duration(seconds_per_step * steps_left)} left")
-        parts.append(f"lr {self.lr:.3g}")  # last: a narrow terminal cuts the end
+        parts.append(f"lr {self.lr:.3g}")  # last, because a narrow terminal cuts off the end of a line
         return "  ".join(parts)

@@ -1,4 +1,4 @@
-"""The origin of a result: versions, commit, the user's own code, and the device."""
+"""Identify the origin of a result: versions, commit, the user's own code, and the device."""
 
 import hashlib
 import logging
@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import distribution, packages_distributions, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from dfl_experiments import __version__
 from dfl_experiments.configuration.components import PACKAGE, Component
 
 log = logging.getLogger(__name__)
-KNOWN = {PACKAGE, "torch", *sys.stdlib_module_names}  # recorded by `versions` and `git_commit`
+KNOWN = {PACKAGE, "torch", *sys.stdlib_module_names}  # packages that `versions` and `git_commit` record
 
 
 def versions() -> dict[str, str]:
@@ -32,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout, with "+changes" if files differ from it; None for an installed package."""
+    """Return the checkout's commit, with "+changes" if files were changed; None for an installed package."""
     package = Path(__file__).resolve().parent.parent
     if not (package.parent / ".git").exists():
         return None
@@ -48,14 +47,14 @@ def git_commit() -> str | None:
 
 
 def code_of(components: Mapping[str, Component]) -> dict[str, str]:
-    """Identify the code of the components from outside this package, by group; code in a notebook has no identity."""
+    """Identify the code of each component that is not from this package, by group. Code in a notebook is left out."""
     codes = {group: component_code(component.path, component.target) for group, component in components.items()}
     return {group: code for group, code in codes.items() if code}
 
 
 @cache  # a process keeps the code that it has loaded, even if the files change
 def component_code(path: str, target: object) -> str:
-    """Identify every top-level package of a component's path and of its base classes, except `KNOWN` packages."""
+    """Identify the packages that define a component and its base classes, except the packages in `KNOWN`."""
     bases = getattr(target, "__mro__", [target])
     modules = [path.rpartition(".")[0], *(base.__module__ for base in bases)]
     packages = {module.partition(".")[0]: module for module in modules}
@@ -63,9 +62,9 @@ def component_code(path: str, target: object) -> str:
 
 
 def package_code(package: str, module: str) -> str:
-    """Identify a package by the SHA-256 of its `.py` files, "my_rules 3f9c0a1b2c3d", or by its version if installed.
+    """Identify a package by its version if it is installed, otherwise by the SHA-256 of its `.py` files.
 
-    An editable installation counts as files.
+    An example of the second case is "my_rules 3f9c0a1b2c3d". An editable installation also has a SHA-256.
 
     module: a loaded module of the package.
     """
@@ -76,18 +75,21 @@ def package_code(package: str, module: str) -> str:
         if installed.read_text("RECORD") and module_file in files:
             return f"{installed.name} {installed.version}"
     folders = getattr(sys.modules[package], "__path__", ())
-    sources = sorted(chain(*(Path(folder).rglob("[!.]*.py") for folder in folders)))
+    sources: list[Path] = []
+    for folder in folders:
+        sources += Path(folder).rglob("[!.]*.py")
+    sources.sort()
     if not sources:
         sources = [Path(module_file or "")]
     if not sources[0].is_file():
-        log.warning("%s: has no file, so a change of its code will not be noticed", module)
+        log.warning("%s: has no file, so a change of its code cannot be noticed", module)
         return ""
     content = b"".join(file.read_bytes() for file in sources)
     return f"{package} {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a device as people read it: the model, and on a CPU the number of threads."""
+    """Return a readable name of a device: its model, and for a CPU the number of threads."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,4 +1,4 @@
-"""Results of one epoch: the rows of the CSV files, and the entries of result.json."""
+"""Convert the results of an epoch to rows of the CSV files and to entries of result.json."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from dfl_experiments.running.run_directory import Row, iteration_columns
 def iteration_rows(values: Tensor, metric_names: list[str], epoch: int) -> list[Row]:
     """Return the rows of iterations.csv for one epoch.
 
-    values: (iterations, metric_names), on the CPU.
+    values: metrics of all iterations of the epoch, (iterations, metric_names), on the CPU.
     """
     columns = set(iteration_columns(metric_names))
     rows: list[Row] = []
@@ -25,9 +25,9 @@ def iteration_rows(values: Tensor, metric_names: list[str], epoch: int) -> list[
 
 
 def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
-    """Return one quantity by layer number, reduced over an epoch's measured iterations; empty if not measured.
+    """Return one quantity by layer number, reduced over the measured iterations of an epoch; empty without these.
 
-    NaN values, from batches where a signal was zero, are left out; NaN if no value is left.
+    NaN values, which come from batches with a zero signal, are left out. If no value is left, the mean is NaN.
     """
     values = {}
     for name, column in columns.items():
@@ -42,14 +42,14 @@ def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tenso
 
 
 def by_layer(row: dict[str, Any], quantity: str) -> dict[str, Any]:
-    """Return one quantity of a row of epochs.csv by layer number."""
+    """Return the values that a row of epochs.csv has for one quantity, by layer number."""
     prefix = f"{quantity}/"
     names = [name for name in row if name.startswith(prefix)]
     return {name.removeprefix(prefix): row[name] for name in names}
 
 
 def reported_accuracies(epochs: list[tuple[float | None, float]]) -> dict[str, Any]:
-    """Return `test_accuracy` of result.json. Of equally good epochs the first counts.
+    """Return `test_accuracy` of result.json. Of equally good epochs, the first is reported.
 
     epochs: validation and test accuracy of every epoch.
     """

@@ -1,4 +1,4 @@
-"""`result.json`: its schema, reading, writing, and the status of a run that follows from it."""
+"""Read, check and write `result.json`, and derive the status of a run from it."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dfl_experiments.configuration.composition import as_values, changed, names_of
-from dfl_experiments.configuration.recorded import DEEPEST
+from dfl_experiments.configuration.recorded import MAX_DEPTH
 from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.ranges import LARGEST_COSINE, Cosine, NonNegative, Size
@@ -22,7 +22,8 @@ from dfl_experiments.running.locks import holder_of
 from dfl_experiments.running.run_directory import CONFIG, EPOCH_COLUMNS, HEADLINES, LAST, PREVIOUS, write_atomically
 from dfl_experiments.seal import RESULT, read_bytes, read_sealed, sealed
 
-DONE = ("finished", "diverged", "collapsed", "stopped")  # statuses of ended runs: running again gives the same
+# statuses of runs that have ended; running them again would give the same result
+DONE = ("finished", "diverged", "collapsed", "stopped")
 Layer = Annotated[str, Field(pattern=r"^\d{1,4}$")]
 
 
@@ -31,13 +32,13 @@ class Accuracies(BaseModel):
 
     model_config = ConfigDict(strict=True)
     last: Share | None = None
-    """After the last epoch."""
+    """Test accuracy after the last epoch."""
     at_best_validation: Share | None = None
-    """After the epoch with the best validation accuracy."""
+    """Test accuracy after the epoch with the best validation accuracy."""
     best: Share | None = None
-    """Best of all epochs, chosen on the test set itself."""
+    """Highest test accuracy of all epochs."""
     best_epoch: Size | None = None
-    """Epoch of `best`."""
+    """Number of the epoch with the accuracy `best`."""
 
 
 class Result(BaseModel):
@@ -48,29 +49,30 @@ class Result(BaseModel):
     config: dict[str, Any]
     """The resolved configuration."""
     reason: str | None = None
-    """Reason of a status other than finished."""
+    """Reason for the status; None if finished."""
     epochs: Size = 0
-    """Epochs trained."""
+    """Number of epochs trained."""
     accuracy: Share | None = None
     """The test accuracy that the protocol reports."""
     test_accuracy: Accuracies | None = None
     validation_accuracy: Share | None = None
-    """After the last epoch, as the loss."""
+    """Validation accuracy after the last epoch."""
     validation_loss: NonNegative | None = None
+    """Validation loss after the last epoch."""
     cosine: dict[Layer, Cosine | None] = {}
     """Mean of `cosine_sample` over the last epoch."""
     zeros: dict[Layer, NonNegative | None] = {}
-    """Samples of the last epoch whose signal is zero."""
+    """Number of samples in the last epoch whose error signal is zero."""
     activation_rms: dict[Layer, NonNegative | None] = {}
     """Root mean square of the activations, after the last epoch."""
     dead: dict[Layer, Share | None] = {}
-    """Share of dead units, after the last epoch."""
+    """Fraction of dead units, after the last epoch."""
     norm_ratio: dict[Layer, NonNegative | None] = {}
     """Mean of ‖δ_i‖/‖δ_i^BP‖ over the last epoch."""
     unstable: dict[str, Any] | None = None
     """The first sign of instability, see `stability.instability`."""
     cosine_by_construction: list[Layer] = []
-    """Layers whose signal equals BP's by construction."""
+    """Layers whose error signal equals BP's by construction."""
     seconds: NonNegative | None = None
     """Time of training, without evaluation."""
     samples_per_second: NonNegative | None = None
@@ -85,10 +87,10 @@ class Result(BaseModel):
     finished_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT[\d:.]{8,15}\+00:00$")] | None = None
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
+    def _is_consistent(self) -> Self:
         config, accuracies = self.config, self.test_accuracy or Accuracies()
         if too_deep(config):
-            raise UserError(f"config: has more than {DEEPEST} levels")
+            raise UserError(f"config: has more than {MAX_DEPTH} levels of nesting")
         names = {**names_of(config), "seed": config["seed"]}
         for key, value in (self.model_extra or {}).items():
             if key in names and value != names[key]:
@@ -107,8 +109,8 @@ class Result(BaseModel):
         return self
 
 
-def too_deep(value: Any, depth: int = DEEPEST) -> bool:
-    """Return whether lists and mappings are nested deeper than in any configuration."""
+def too_deep(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Return whether lists and mappings are nested deeper than `depth` levels."""
     parts: Any = ()
     if isinstance(value, dict):
         parts = value.values()
@@ -118,10 +120,10 @@ def too_deep(value: Any, depth: int = DEEPEST) -> bool:
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """Return the verified content of `result.json`, None if there is none.
+    """Return the verified content of `result.json`; None if there is no such file.
 
-    Raises `UserError`, with the file's name, if it is damaged, contradicts itself or belongs to no run, or if a file
-    beside it has changed since the run.
+    Raises `UserError`, with the file's name, if `result.json` is damaged or inconsistent, or if another file of the run
+    was changed after the run.
     """
     content = read_sealed(run_dir)
     if content is not None:
@@ -129,26 +131,27 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
             Result.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{run_dir / RESULT}: {refusal(error, '', [])}") from None
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:  # a foreign configuration
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:  # wrong content of `config`
             problem = f"{type(error).__name__}: {reason(error)}"
-            raise UserError(f"{run_dir / RESULT}: is of no run ({problem})") from None
+            raise UserError(f"{run_dir / RESULT}: is not the result of a run ({problem})") from None
     return content
 
 
 def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """Return the columns of `epochs.csv` by name, with None for values that are infinite or not measured.
+    """Return the columns of `epochs.csv` by name. Values that are infinite or not measured are None.
 
     An incomplete last line is left out.
 
-    result: content of result.json, empty if there is none yet.
-    Raises `UserError`, with the file's name, for columns, numbers or row counts that the run cannot have written.
+    result: content of result.json; empty if there is none yet.
+    Raises `UserError`, with the file's name, for wrong columns, impossible numbers or a wrong number of rows.
     """
     path, epochs = run_dir / "epochs.csv", result.get("epochs", 0)
     if not os.path.lexists(path):
         return {}
     content = read_bytes(path)
     try:
-        names, *rows = [*csv.reader(content.decode().split("\n")[:-1])] or [[]]
+        complete_lines = content.decode().split("\n")[:-1]
+        names, *rows = [*csv.reader(complete_lines)] or [[]]
         if not rows and not epochs:
             return {}
         columns = {}
@@ -161,20 +164,21 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
         is_done = result.get("status") in DONE
         is_counted = columns["epoch"] == [*range(1, len(rows) + 1)]
         if len(rows) < epochs or (is_done and len(rows) > epochs) or not is_counted:
-            raise UserError(f"has other rows than those of {epochs} epochs")
+            raise UserError(f"does not have one row for each of {epochs} epochs")
         last = (result.get("test_accuracy") or {}).get("last")
         if last is not None:
             written = columns["test_accuracy"][epochs - 1] or 0.0
             if not math.isclose(written, last, rel_tol=1e-6):
-                raise UserError(f"has another test accuracy than {RESULT}, {last:g}, after epoch {epochs}")
+                raise UserError(f"has test accuracy {written:g} after epoch {epochs}, but {RESULT} has {last:g}")
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: is damaged ({reason(error)})") from None
     return columns
 
 
 def _numbers(name: str, cells: Sequence[str]) -> list[float | None]:
+    """Return the numbers of a column. Raises `UserError` for an unknown column or an impossible value."""
     if name not in EPOCH_COLUMNS and not re.fullmatch(r"[a-z_]+/\d{1,4}", name):
-        raise UserError(f"{name!r} is no column of a run")
+        raise UserError(f"{name!r} is not a column of a run")
     low, high = 0.0, math.inf
     if "cosine" in name:
         low, high = -LARGEST_COSINE, LARGEST_COSINE
@@ -188,15 +192,15 @@ def _numbers(name: str, cells: Sequence[str]) -> list[float | None]:
 
 
 def made_with(result: Mapping[str, Any]) -> set[str]:
-    """Return the commit, shortened, and the torch version that a run was made with."""
+    """Return the shortened commit and the torch version with which a run was trained."""
     commit = result.get("git_commit") or "unknown"
     version = result.get("versions", {}).get("torch", "unknown")
-    # behind the 40 digits of a commit there may be "+changes"
+    # "+changes" may follow the 40 digits of a commit
     return {f"commit {commit[:7]}{commit[40:]}", f"torch {version}"}
 
 
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, atomically, with the seal of the run's files. NaN and Inf, unknown to JSON, become null."""
+    """Write `result.json` atomically, with digests of the run's files. NaN and Inf become null, as JSON requires."""
     finite = changed(result, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
     content = sealed(run_dir, finite)
     text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -204,12 +208,12 @@ def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved configuration to `config.yaml`; a text that looks like an interpolation stays a text."""
+    """Write the resolved configuration to `config.yaml`. Each `${` in a text is escaped."""
     write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(as_values(config)))
 
 
 def status_left(run_dir: Path) -> str | None:
-    """Return the status of the run in a directory, "interrupted" if it was killed; None if nothing can be continued."""
+    """Return the status of a run that has ended or has a checkpoint, otherwise None. A killed run is "interrupted"."""
     result = read_result(run_dir)
     if result is not None and result["status"] in DONE:
         return result["status"]
@@ -219,7 +223,7 @@ def status_left(run_dir: Path) -> str | None:
 
 
 def read_status(run_dir: Path) -> tuple[str, str, dict[str, Any] | None]:
-    """Return status, reason and result.json of a run, without taking its lock; "damaged" and why if unreadable."""
+    """Return status, reason and result.json of a run without taking its lock. An unreadable run is "damaged"."""
     if not run_dir.is_dir():
         return "not started", "", None
     try:
@@ -227,11 +231,11 @@ def read_status(run_dir: Path) -> tuple[str, str, dict[str, Any] | None]:
         if result is None or result["status"] not in DONE:
             if holder := holder_of(run_dir):
                 return "running", str(holder), None
-            result = read_result(run_dir)  # the run may have ended since the first look
+            result = read_result(run_dir)  # the run may have ended since the first reading
     except (UserError, OSError) as error:
         return "damaged", str(error), None
     if result is None:
-        return "interrupted", "its process ended without a word", None
+        return "interrupted", "the process ended without writing a result", None
     return result["status"], result.get("reason") or "", result
 
 

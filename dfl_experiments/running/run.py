@@ -24,6 +24,7 @@ from dfl_experiments.running.build import Parts, build
 from dfl_experiments.running.checkpoint import discard_checkpoints, discard_spent, load_checkpoint, restore
 from dfl_experiments.running.device import ALL_THREADS, usual_torch
 from dfl_experiments.running.epochs import State, train
+from dfl_experiments.running.event_files import refuse_missing_package
 from dfl_experiments.running.locks import lock_run
 from dfl_experiments.running.outcome import write_outcome
 from dfl_experiments.running.provenance import code_of, device_name, git_commit, versions
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """Return status and reason, in one line, of a run that an exception ended."""
+    """Return the status of a run that ended with an exception, and the reason in one line."""
     if isinstance(error, KeyboardInterrupt):
         return {"status": "interrupted", "reason": " ".join(["Interrupted", str(error)]).strip()}
     if isinstance(error, UserError):
@@ -54,9 +55,9 @@ def failure(error: BaseException) -> dict[str, str]:
 
 
 def explained(error: BaseException, settings: Settings, run_dir: Path, started: bool = True) -> BaseException:
-    """Return a `Fault` that says what to change for an error of the machine or of PyTorch; any other error unchanged.
+    """Return a `Fault` with advice for an error of the machine or of PyTorch. Return any other error unchanged.
 
-    started: whether training had been prepared.
+    started: whether `prepare` had returned before the error.
     """
     text = reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
@@ -65,21 +66,20 @@ def explained(error: BaseException, settings: Settings, run_dir: Path, started: 
         return Fault(f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})")
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
         operator = text.split(" does not have")[0]
-        return Fault(f"deterministic=true: {operator} has no deterministic form on device={settings.device}")
+        return Fault(f"deterministic=true: {operator} has no deterministic implementation on device={settings.device}")
     if isinstance(error, OSError):
         problem = of_the_system(error)
         if error.errno == errno.ENOSPC:
-            command = f"resume={run_dir}, or the sweep again"
-            problem += f"; make room, and the run goes on from its last checkpoint ({command})"
+            problem += f"; make room, then continue with resume={run_dir}, or start the sweep again"
         return Fault(problem)
     return error
 
 
-def opening(configuration: Configuration) -> dict[str, Any]:
+def initial_result(configuration: Configuration) -> dict[str, Any]:
     """Return the entries of result.json that are known before the run starts."""
     # resume, repeat and force belong to the command, not to the run
     values = configuration.values | {"resume": None, "repeat": None, "force": False}
-    # an absolute path, so that the data are found from any folder
+    # an absolute path is valid in any working directory
     values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())
     return {
         "status": "failed",
@@ -95,17 +95,17 @@ def opening(configuration: Configuration) -> dict[str, Any]:
 
 
 def rehearse(parts: Parts) -> None:
-    """Run one step on a copy first, so that a run that fails at once does not delete earlier results."""
+    """Run one training step on a copy of the learner. If it fails, no earlier result has been deleted yet."""
     x, target = next(iter(parts.batches.epoch(1)))
     with torch.random.fork_rng(devices=[parts.device] if parts.device.type == "cuda" else []):
         copy.deepcopy(parts.learner).step(x, target, parts.settings.alignment.every > 0)
 
 
 def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop) -> State:
-    """Return the state to train from: the checkpoint's, or a new one, for which earlier results are deleted now.
+    """Return the state of the checkpoint; or for a new run, delete earlier results and return a new state.
 
-    result: entries are added.
-    saved: the checkpoint's snapshot, None to start anew.
+    result: content of result.json, to which this function adds entries.
+    saved: snapshot in the checkpoint; None starts a new run.
     Raises `UserError` for a checkpoint with other data or code, `Interrupted` if a signal has arrived.
     """
     net, method = parts.learner.net, parts.learner.method
@@ -116,11 +116,14 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         "input_shape": list(net.input_shape),
         "num_classes": parts.num_classes,
         "parameters": sum(p.numel() for p in net.parameters()),
-        **({"delta_at": "boundary"} if isinstance(net, ModuleNet) else {}),
+        **({"delta_at": "boundary", "boundaries": net.boundaries} if isinstance(net, ModuleNet) else {}),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
         "device": device_name(parts.device),
         "memory_format": "channels_last" if parts.memory_format == torch.channels_last else "contiguous",
     }
+    if isinstance(net, ModuleNet):
+        names = [f"{i} {name}" for i, name in enumerate(net.boundaries, start=1)]
+        log.info("layers: %s", ", ".join(names))
     if saved is None:
         if any((run_dir / name).exists() for name in (RESULT, LAST, PREVIOUS)):
             rehearse(parts)
@@ -129,33 +132,34 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         state = State(data=result["data"], code=result["code"], made_by=[made_by])
     else:
         state = restored_state(parts, run_dir, saved)
-        log.info("going on after epoch %d, batch %d", saved["epoch"], saved["batch"])
+        log.info("continuing after epoch %d, batch %d", saved["epoch"], saved["batch"])
         add_origin(state, made_by)
         result["earlier"] = state.made_by[:-1]
-    (run_dir / RESULT).unlink(missing_ok=True)  # the result of an earlier part or run
+    state.standardisation = parts.standardisation
+    (run_dir / RESULT).unlink(missing_ok=True)  # an earlier result is no longer true once training begins
     every = rows_apart(parts.settings.tracking, len(parts.batches), parts.settings.alignment.every)
     tracking = result["config"]["tracking"] | {"every": every}
-    # the number of threads decides how sums are rounded: a repetition needs the same
+    # record the number of threads for `repeat`, because it changes how sums are rounded
     result["config"] = result["config"] | {"threads": torch.get_num_threads(), "tracking": tracking}
     write_config(run_dir, result["config"])
     return state
 
 
 def restored_state(parts: Parts, run_dir: Path, saved: dict[str, Any]) -> State:
-    """Return a checkpoint's state, and set the learner to it. Raises `UserError` for a wrong value in it."""
+    """Restore the learner from a checkpoint, and return the state in it. Raises `UserError` for a wrong value."""
     try:
         state = TypeAdapter(State).validate_python(State(saved["epoch"], **saved["training"]))
         restore(parts.learner, saved)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        problem = f"holds a wrong value ({reason(error)}); force=true starts anew"
+        problem = f"has a wrong value ({reason(error)}); force=true starts a new run"
         raise UserError(f"{run_dir / LAST}: {problem}") from error
     return state
 
 
 def add_origin(state: State, made_by: dict[str, Any]) -> None:
-    """Record the versions and commit of a resumed run's next part, with a warning if they differ from before."""
+    """Record the versions and the commit with which a run is resumed. Log a warning if they have changed."""
     before = state.made_by[-1]
     old = {**before["versions"], "commit": before["git_commit"]}
     new = {**made_by["versions"], "commit": made_by["git_commit"]}
@@ -164,7 +168,8 @@ def add_origin(state: State, made_by: dict[str, Any]) -> None:
         if old.get(name) != value:
             differing.append(f"{name} {old.get(name)}, now {value}")
     if differing:
-        log.warning("the part before was made with %s: bits may differ, both are recorded", "; ".join(differing))
+        text = "the earlier epochs used %s; results may differ in the last bits; both are recorded"
+        log.warning(text, "; ".join(differing))
         state.made_by[-1:] = [before | {"epochs": state.epoch}, made_by]
 
 
@@ -174,38 +179,40 @@ def run(
     run_dir: Path,
     group: str | None = None,
     *,
-    go_on: bool = False,
+    resume: bool = False,
     command: str | None = None,
     device: str | None = None,
     threads: int = ALL_THREADS,
 ) -> dict[str, Any]:
     """Train a configuration in a locked directory, and return the content of result.json.
 
-    A run that raises leaves a `result.json` with status "failed" or "interrupted" and the reason.
+    After an error, `result.json` has the status "failed" or "interrupted" and the reason.
 
     group: name of the run's sweep.
-    go_on: continue from the checkpoint, of the same configuration; otherwise start anew.
-    command: id of the sweep's command, None for a single run.
+    resume: continue from the checkpoint, which must have the same configuration; otherwise start a new run.
+    command: ID of the sweep's command; None for a single run.
     device: device to use in place of the configured one.
-    threads: CPU threads, if neither the configuration nor the checkpoint says.
+    threads: number of CPU threads if neither the configuration nor the checkpoint sets it.
     """
-    settings, result = configuration.settings, opening(configuration)
+    settings, result = configuration.settings, initial_result(configuration)
     state: State | None = None
     try:
-        # a run that cannot start must not delete earlier results
-        saved = load_checkpoint(run_dir, configuration.config_digest) if go_on else None
+        # these checks come first: a run that cannot start must not delete earlier results
+        refuse_missing_package(settings.tracking)
+        saved = load_checkpoint(run_dir, configuration.config_digest) if resume else None
         parts = build(configuration, device, threads if saved is None else saved["threads"])
-        with Stop() as stop:  # from here on signals wait for a safe point
+        with Stop() as stop:  # from here on, a signal takes effect only between two steps
             state = prepare(parts, run_dir, result, saved, stop)
             if command is not None:
                 write_outcome(run_dir, command, "running")
-            written = state.lengths if go_on else None
+            written = state.lengths if resume else None
             tracking = settings.tracking.model_copy(update={"every": result["config"]["tracking"]["every"]})
             with track(tracking, run_dir, result["config"], parts.columns, group, written) as tracker:
                 try:
                     train(parts, state, run_dir, configuration.config_digest, tracker, stop, command is not None)
                     result |= state.result | (state.end or {"status": "finished"})
-                    conclude(run_dir, result, started=True)  # written before W&B finishes: a signal may cut that short
+                    # write the result before W&B finishes, because a signal may interrupt W&B
+                    conclude(run_dir, result, started=True)
                     discard_spent(run_dir, result["config"])
                 except BaseException as error:
                     result |= state.result | failure(error)
@@ -215,7 +222,7 @@ def run(
     except BaseException as error:
         explanation = explained(error, settings, run_dir, started=state is not None)
         if result["status"] not in DONE:
-            # a full disk or a damaged result must not hide the error itself
+            # ignore a full disk or a damaged result.json, so that the original error is raised
             with suppress(OSError, UserError):
                 conclude(run_dir, result | failure(explanation), started=state is not None)
         if explanation is error:
@@ -227,10 +234,11 @@ def run(
 def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run one job outside of a sweep, and return the content of result.json.
 
-    With resume=auto, continue the run in the directory if it has the same configuration; otherwise start one.
+    With resume=auto, continue the run in the directory if there is one, otherwise start a new run.
 
-    overrides: of the command line, to be recorded.
-    Raises `UserError` if the directory holds a run already, holds nothing to resume, or is in use.
+    overrides: overrides of the command line, which are recorded.
+    Raises `UserError` if the directory has a run but neither resume nor force is set, if there is nothing to resume, or
+    if another process works in the directory.
     """
     settings = configuration.settings
     is_new = not run_dir.is_dir()
@@ -239,20 +247,22 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
     with lock_run(run_dir):
         is_replaced = settings.force and settings.resume is None
         status = None if is_replaced else status_left(run_dir)
-        go_on = status is not None if settings.resume == AUTO else settings.resume is not None
-        if not go_on and status is not None:
-            choices = f"resume={run_dir} goes on, force=true starts anew"
-            raise UserError(f"{run_dir}: holds a run already ({status}); {choices}")
-        if go_on and (before := result_if_done(configuration, run_dir)):
+        is_resumed = settings.resume is not None
+        if settings.resume == AUTO:
+            is_resumed = status is not None
+        if not is_resumed and status is not None:
+            choices = f"resume={run_dir} continues it, force=true replaces it"
+            raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
+        if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
-        if go_on and status is None:
-            raise UserError(f"resume={run_dir}: holds no checkpoint; repeat={run_dir} starts the run anew")
-        if not go_on:
+        if is_resumed and status is None:
+            raise UserError(f"resume={run_dir}: has no checkpoint; repeat={run_dir} starts the run again")
+        if not is_resumed:
             record_overrides(run_dir, overrides)
         try:
-            result = run(configuration, run_dir, go_on=go_on)
+            result = run(configuration, run_dir, resume=is_resumed)
         except Interrupted:
-            log.info("interrupted; go on: dfl-train resume=%s", as_argument(run_dir))
+            log.info("interrupted; continue with: dfl-train resume=%s", as_argument(run_dir))
             raise
         except UserError as error:
             if is_new and error.exit_code == 2 and not (run_dir / "epochs.csv").exists():
@@ -263,18 +273,20 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
 
 
 def result_if_done(configuration: Configuration, run_dir: Path, group: str | None = None) -> dict[str, Any] | None:
-    """Return the result of the run in a directory if it has ended, else None. An incomplete W&B run is sent again.
+    """Return the result of the run in a directory if it has ended, else None.
+
+    If the run has ended but its W&B run or event files are incomplete, send it to them again.
 
     group: name of the run's sweep.
-    Raises `UserError` if that run has another configuration, other data or other code.
+    Raises `UserError` if the run in the directory has another configuration, other data or other code.
     """
     before = read_result(run_dir)
     if before is None:
         return None
     settings, status = configuration.settings, status_left(run_dir)
     if config_digest(before["config"]) != configuration.config_digest:
-        raise UserError(f"{run_dir}: holds a run with another configuration; force=true replaces it")
-    if status is None:  # it starts anew, and its code may have been corrected
+        raise UserError(f"{run_dir}: has a run with another configuration; force=true replaces it")
+    if status is None:  # the run will start from its beginning, so its code may have changed
         return None
     source = configuration.components["dataset.source"].build()
     data = digest(settings.dataset.name, source, Path(settings.data_dir))
@@ -294,13 +306,17 @@ def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, A
     for name, value in present.items():
         before_value = recorded.get(name)
         if None not in (value, before_value) and value != before_value:
-            change = f"holds a run on other data or code: {name} {before_value}, now {value}"
+            change = f"has a run with other data or code: {name} {before_value}, now {value}"
             advice = "force=true replaces it, a new sweep= or hydra.run.dir= keeps both"
             raise UserError(f"{run_dir.absolute().name}: {change}; {advice}")
 
 
 def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:
-    """Write result.json. For a run that did not start, keep an earlier result and add only why it did not go on."""
+    """Write result.json. If the run did not start, keep an earlier result.
+
+    started: whether the run started. If it did not, an earlier result with a status in `DONE` stays unchanged, and in
+        any other earlier result only status and reason are replaced.
+    """
     before = None if started else read_result(run_dir)
     result["finished_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
     if not (run_dir / CONFIG).exists():
@@ -312,12 +328,12 @@ def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:
 
 
 def log_summary(result: dict[str, Any], run_dir: Path) -> None:
-    """Log the results of a run in a few lines, and how to plot it."""
+    """Log the results of a run in a few lines, and the command that plots it."""
     accuracy = result["test_accuracy"]
     log.info("")
     log.info("%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"])
     if result["config"]["smoke"]:
-        log.info("  a smoke run: %d images, no result", result["config"]["smoke"])
+        log.info("  a smoke run with %d images: a test, not a result", result["config"]["smoke"])
     if result["reason"]:
         log.info("  %s", result["reason"])
     log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])

@@ -1,4 +1,4 @@
-"""The run directory: names of its files, columns of its tables, and safe writing."""
+"""Define the files of a run directory and the columns of its tables, and write files safely."""
 
 import contextlib
 import csv
@@ -22,10 +22,11 @@ EPOCH_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
     "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
-# key of test_accuracy that each choice of protocol.accuracy reports
+# for each value of protocol.accuracy, the entry of `test_accuracy` in result.json that is reported
 HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
-FORMULA = re.compile(r"[=@]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)")  # a negative number such as -0.3 is no formula
+# texts that a spreadsheet reads as a formula; a number such as -0.3 is not a formula
+FORMULA = re.compile(r"[=@]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)")
 Row = dict[str, float | int | None]
 
 
@@ -38,15 +39,16 @@ def iteration_columns(metric_names: Iterable[str]) -> list[str]:
 def epoch_columns(depth: int, extra_quantities: Sequence[str] = ()) -> list[str]:
     """Return the columns of epochs.csv: `EPOCH_COLUMNS`, then several columns for every hidden layer i.
 
-    These are `cosine/i`, the epoch's mean of `cosine_sample/i`; the measures in `STABILITY`; and for every extra
-    quantity its mean, as `weight_cosine_mean/i`: W&B would mix two series of one name.
+    The columns of layer i are `cosine/i`, the mean of `cosine_sample/i` over the epoch; one for each name in
+    `STABILITY`; and the mean of every extra quantity, such as `weight_cosine_mean/i`. The ending `_mean` distinguishes
+    the last kind from the columns of iterations.csv, because W&B joins columns with equal names.
     """
     names = ("cosine", *STABILITY, *(f"{quantity}_mean" for quantity in extra_quantities))
     return [*EPOCH_COLUMNS, *(f"{name}/{i}" for name in names for i in range(1, depth))]
 
 
 def cell(value: float | int | None) -> str:
-    """Format a number for a CSV file: nine significant digits, enough for a float32; empty if not measured."""
+    """Format a number for a CSV file, with nine significant digits, enough for float32. None and NaN become empty."""
     if value is None or math.isnan(value):
         return ""
     return str(value) if isinstance(value, int) else f"{value:.9g}"
@@ -57,18 +59,22 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        writer.writerow(f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row)
+        cells = list(row)
+        for index, value in enumerate(cells):
+            if isinstance(value, str) and FORMULA.match(value):
+                cells[index] = f"'{value}"
+        writer.writerow(cells)
     return text.getvalue()
 
 
 class Table:
-    """A CSV file that only grows. Every `extend` writes to the file and updates its `sha256`."""
+    """A CSV file to which rows are appended. `sha256` is the digest of the whole file."""
 
     def __init__(self, path: Path, columns: Iterable[str], length: int | None = None) -> None:
         """Start a new file, or continue an existing one.
 
-        length: bytes of the existing file to keep, the rest is cut off; None starts anew.
-        Raises `UserError` if the existing file has other columns, as one of an earlier version.
+        length: number of bytes of the existing file to keep; None starts a new file.
+        Raises `UserError` if the existing file has other columns, for example from an earlier version.
         """
         self.path, self.columns = path, list(columns)
         if length is None:
@@ -76,7 +82,7 @@ class Table:
             self.sha256 = hashlib.sha256()
             self._append([self.columns])
         elif header(path) != self.columns:
-            raise UserError(f"{path}: has other columns than this version writes; force=true runs anew")
+            raise UserError(f"{path}: has other columns than this version writes; force=true starts a new run")
         else:
             os.truncate(path, length)
             self.sha256 = sha256_of(path)
@@ -95,7 +101,7 @@ class Table:
             return synced(file)
 
     def extend(self, rows: Iterable[Row]) -> None:
-        """Append rows. A column that a row lacks stays empty."""
+        """Append rows. If a row has no value for a column, the cell stays empty."""
         self._append([cell(row.get(column)) for column in self.columns] for row in rows)
 
 
@@ -107,7 +113,7 @@ def header(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an error raised in writing it."""
+    """Add the file's name to an OSError in the block."""
     try:
         yield
     except OSError as error:
@@ -122,7 +128,7 @@ def synced(file: IO[Any]) -> int:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush the names of a folder's files to the disk, if the system can."""
+    """Flush the names of a folder's files to the disk, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -133,7 +139,8 @@ def fsync_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text to a file so that a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # two commands of one sweep may write its summary
+    # the temporary name has the process ID, because two commands may write a sweep's summary at the same time
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with naming(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -145,18 +152,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def record_overrides(run_dir: Path, overrides: Sequence[str]) -> None:
-    """Write the command line's overrides beside the run. Hydra would do so before the directory is locked."""
+    """Write the overrides of the command line. Hydra itself would write them before the directory is locked."""
     (run_dir / ".hydra").mkdir(exist_ok=True)
     write_atomically(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
 
 
 def as_argument(folder: Path) -> str:
-    """Return a folder as an argument of a shell command, relative to the current folder where it lies in that."""
+    """Return a folder as an argument of a shell command. Inside the current folder, the path is relative."""
     path = folder.absolute()
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     text = str(path)
-    if text.startswith("-"):  # it would be read as an option
+    if text.startswith("-"):  # the shell command would read it as an option
         text = f"./{text}"
     return shlex.quote(text)
 

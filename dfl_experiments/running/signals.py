@@ -1,4 +1,4 @@
-"""Signals that end a run between two steps, so that its work is saved first."""
+"""Handle signals: a run ends between two steps, after a checkpoint is written."""
 
 import signal
 import threading
@@ -7,35 +7,36 @@ from typing import Any
 
 REQUEUE = signal.SIGUSR2
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# sent by a scheduler some time before the end, and by the system at a limit of CPU time
+# signals that a scheduler sends some time before it ends a job; the system sends SIGXCPU when a process reaches its
+# limit of CPU time
 WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end; during training a checkpoint is written first."""
+    """Error: a signal asks the run to end. During training, a checkpoint is written before the process ends."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
 
-class Kept:
-    """Pending signal of a launcher's process, handled at the next safe point of training."""
+class PendingSignal:
+    """The signal that a launcher's process has received. It takes effect after the current training step."""
 
     signum: int | None = None
-    """The signal's number; it stays until the process ends."""
+    """Number of the signal. It is kept until the process ends."""
 
     @classmethod
     def keep(cls, signum: int, frame: FrameType | None = None) -> None:
-        """Remember the signal, as a signal handler. Nothing is interrupted."""
+        """Remember a signal without interrupting anything. This method is a signal handler."""
         cls.signum = signum
 
 
 def handle(handler: Any) -> dict[int, Any]:
-    """Set a handler for every signal that asks for the end, and return the earlier handlers by signal.
+    """Set a handler for every signal that ends a run, and return the earlier handlers by signal.
 
-    A signal that is ignored stays ignored: a script's background job ignores SIGINT, and nohup ignores SIGHUP. A signal
-    of `WARNING` is left alone if another library has set a handler for it.
+    An ignored signal, such as SIGHUP with nohup, stays ignored. If another library has set a handler for a signal in
+    `WARNING`, this handler stays.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -45,20 +46,21 @@ def handle(handler: Any) -> dict[int, Any]:
 
 
 def is_free(signum: int) -> bool:
-    """Return whether no library but this package has set a handler for a signal."""
+    """Return whether no other library has set a handler for a signal."""
     handler = signal.getsignal(signum)
     return handler == signal.SIG_DFL or str(getattr(handler, "__module__", "")).startswith("dfl_experiments.")
 
 
 class Stop:
-    """Inside the block, note the signals that ask for the end; `raise_if_asked` acts on them after each step.
+    """Record the signals that arrive inside the block. `raise_if_asked`, which is called after each step, acts on them.
 
-    A second SIGINT ends the process at once. A library that queues jobs again (submitit) handles SIGUSR2 itself: its
-    handler is called by `pass_on`, once the run is saved, even if SIGTERM arrives together with SIGUSR2.
+    A second SIGINT ends the process at once. Another library may have set a handler for SIGUSR2: submitit's handler
+    queues the job again. `pass_on` calls such a handler after the run is saved. If SIGUSR2 and SIGTERM both arrive,
+    only SIGUSR2 counts.
     """
 
     def __init__(self) -> None:
-        self.requested: int | None = Kept.signum
+        self.requested: int | None = PendingSignal.signum
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -81,12 +83,12 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        # a signal that arrived after the last check, or together with another error
+        # a signal may have arrived after the last check, or together with another error
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.raise_if_asked()
 
 
 def pass_on(stop: KeyboardInterrupt) -> None:
-    """Call another library's handler for the signal that ended a run, if it has one for SIGUSR2."""
+    """Call the handler that another library has set for SIGUSR2, if there is one and SIGUSR2 ended the run."""
     if isinstance(stop, Interrupted) and stop.signum == REQUEUE and not is_free(REQUEUE):
         signal.raise_signal(stop.signum)

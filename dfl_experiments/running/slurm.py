@@ -1,4 +1,4 @@
-"""Job states on a SLURM cluster without accounting: they are read from `squeue` instead of `sacct`."""
+"""Read job states on a SLURM cluster without accounting, from `squeue` instead of `sacct`."""
 
 import itertools
 import subprocess
@@ -6,11 +6,11 @@ import subprocess
 from submitit.slurm import slurm
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
-SECONDS_BETWEEN_QUERIES = 60  # the controller forgets an ended job after some minutes
+SECONDS_BETWEEN_QUERIES = 60  # not much longer, because SLURM forgets a job some minutes after its end
 
 
 class QueueWatcher(slurm.SlurmInfoWatcher):
-    """Ask `squeue` for job states; with `sacct` missing, submitit would wait for a cancelled job for ever."""
+    """Ask `squeue` for job states. Without `sacct`, submitit itself would wait forever for a cancelled job."""
 
     def _make_command(self) -> list[str] | None:
         command = super()._make_command()
@@ -24,14 +24,14 @@ class QueueWatcher(slurm.SlurmInfoWatcher):
         text = string if isinstance(string, str) else string.decode()
         jobs = super().read_info(text.replace("JOBID|STATE|NODELIST", "JobID|State|NodeList", 1))
         for info in jobs.values():
-            # squeue has states of unfinished jobs that submitit would read as ended
+            # without this, submitit would regard some unfinished jobs as ended, because of their state
             if info["State"] not in ENDED:
                 info["State"] = "RUNNING"
         return jobs
 
 
 def watch() -> None:
-    """Choose how submitit watches its jobs: with `sacct` if the cluster has accounting, else with `squeue`."""
+    """Let submitit watch its jobs with `squeue` if the cluster has no accounting."""
     try:
         subprocess.run(["sacct", "--noheader"], capture_output=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

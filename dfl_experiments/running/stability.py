@@ -1,4 +1,4 @@
-"""Early signs of a collapse: the size of the activations, and the share of dead units."""
+"""Measure early signs of a collapse: the size of the activations, and the fraction of dead units."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.quantities import exact
 from dfl_experiments.running.records import by_layer
 
-# A run is unstable above these: activation_rms/i divided by its value in the first epoch, and dead/(L-1).
+# A run is unstable if the activation_rms of a layer has grown since the first epoch by a factor above GROWTH_LIMIT, or
+# if the column `dead` of layer L-1 is above DEAD_LIMIT.
 GROWTH_LIMIT, DEAD_LIMIT = 50.0, 0.95
-SMALLEST_RMS = 1e-3  # smallest value that growth is measured from
+SMALLEST_RMS = 1e-3  # a smaller activation_rms in the first epoch counts as this value
 
 
 class Activations:
@@ -20,11 +21,11 @@ class Activations:
     net: BlockNet
     """The network that is evaluated."""
     squares: dict[int, Tensor]
-    """Of every layer: the sum over images of the mean square of its units."""
+    """For every layer, the mean square of its units, summed over the images."""
     is_active: dict[int, Tensor]
-    """Of every unit: whether it is not 0 for some image. Only for blocks that end in ReLU."""
+    """For every unit of a block that ends in ReLU, whether it is active (not 0) for some image."""
     counts: list[Tensor]
-    """Of every batch: images, images with e ≠ 0, and those of them with an active unit in h_{L-1}."""
+    """For every batch, three numbers of images: all; with e ≠ 0; with e ≠ 0 and an active unit in h_{L-1}."""
 
     def __init__(self, net: BlockNet) -> None:
         self.net = net
@@ -45,16 +46,17 @@ class Activations:
         self._top = h
 
     def add_error(self, error: Tensor) -> None:
-        """Add e of the batch whose h_{L-1} was added last, (N, K)."""
+        """Add e of a batch, (N, K). The last call of `add` must have received h_{L-1} of the same batch."""
         is_wrong = (error != 0).any(1)
         has_active_unit = (self._top.flatten(1) != 0).any(1)
-        counted = torch.stack([is_wrong | True, is_wrong, is_wrong & has_active_unit])
+        counted = torch.stack([torch.ones_like(is_wrong), is_wrong, is_wrong & has_active_unit])
         self.counts.append(counted.sum(1))
 
     def measured(self) -> tuple[dict[str, float], bool]:
-        """Return `activation_rms/i` and, where defined, `dead/i` of every layer; and whether the net has collapsed.
+        """Return two values: the measures by column name, and whether the net has collapsed.
 
-        It has collapsed if some images have an error, and none of them has an active unit in h_{L-1}.
+        The measures are `activation_rms/i` for every layer, and `dead/i` for every layer that ends in ReLU. The net has
+        collapsed if there are images with e ≠ 0, and no such image has an active unit in h_{L-1}.
         """
         images, *errors = torch.stack(self.counts).sum(0)
         measures = {}
@@ -62,7 +64,7 @@ class Activations:
             measures[f"activation_rms/{i}"] = (total / images).sqrt()
         for i, units in self.is_active.items():
             measures[f"dead/{i}"] = 1 - exact(units).mean()
-        # one transfer from the device for all
+        # copy all values from the device at once
         *values, wrong, answered = torch.stack([*measures.values(), *errors]).tolist()
         is_defined = self.net.depth - 1 in self.is_active
         has_collapsed = is_defined and answered == 0 < wrong
@@ -72,7 +74,7 @@ class Activations:
 def norm_ratios(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return `norm_ratio/i` = ‖δ_i‖/‖δ_i^BP‖ of every layer and iteration.
 
-    NaN where δ_i^BP is zero, or one of the two is not finite.
+    The ratio is NaN if δ_i^BP is zero, or if one of the two norms is not finite.
     """
     ratios = {}
     for name, norm_bp in columns.items():
@@ -86,10 +88,10 @@ def norm_ratios(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def instability(row: dict[str, Any], first: dict[str, Any], top: int) -> dict[str, Any] | None:
-    """Return the measure that makes a run unstable after an epoch, for result.json; None if there is none.
+    """Return the measure that is above its limit after an epoch, as an entry of result.json; None if all are below.
 
     row, first: rows of epochs.csv for this epoch and for the first.
-    top: L-1.
+    top: number of the last hidden layer, L-1.
     """
     for layer, rms in by_layer(row, "activation_rms").items():
         start = max(first[f"activation_rms/{layer}"], SMALLEST_RMS)

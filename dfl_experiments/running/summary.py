@@ -1,4 +1,4 @@
-"""The end of a sweep: `summary.csv` with a row per point, and on the terminal one row per setting, over its seeds."""
+"""Summarise a sweep: write `summary.csv` with a row per point, and print a row per setting with means over seeds."""
 
 import shlex
 from collections import Counter
@@ -10,36 +10,44 @@ from typing import Any
 
 from dfl_experiments.configuration.composition import NOT_IN_DIGEST
 from dfl_experiments.errors import printable
-from dfl_experiments.running.outcome import Ending, Sweep, ending, objective, other_versions, others, overrides_of
+from dfl_experiments.running.outcome import (
+    Ending,
+    Sweep,
+    ending,
+    objective,
+    other_endings,
+    other_versions,
+    overrides_of,
+)
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
 
 ROWS_SHOWN = 50
-COMPARED = ("protocol", "stop_collapsed")  # in NOT_IN_DIGEST, but a sweep may compare their values
+COMPARED = ("protocol", "stop_collapsed")  # options in NOT_IN_DIGEST whose values a sweep may compare
 
 
 @dataclass
 class Setting:
-    """Points of a sweep that differ in nothing but the seed."""
+    """The points of a sweep that differ only in the seed."""
 
     values: list[str]
     """Values of the keys that differ between settings."""
     endings: list[Ending]
-    """How its points ended."""
+    """Endings of the points of the setting."""
 
-    def numbers(self, name: str) -> list[float]:
-        """Return one result of every finished point that has it."""
+    def results(self, name: str) -> list[float]:
+        """Return the values of one entry of result.json. Points that did not finish or lack the entry are left out."""
         values = [end.result.get(name) for end in self.endings if end.is_finished]
         return [value for value in values if value is not None]
 
     def rank(self) -> tuple[bool, float]:
-        """Return the sort key: settings without a collapse first, then by validation accuracy, else test accuracy."""
-        has_collapsed = any(end.status in DONE and not end.is_finished for end in self.endings)
-        accuracies = self.numbers("validation_accuracy") or self.numbers("accuracy")
-        return has_collapsed, -mean(accuracies or [0.0])
+        """Return the sort key: the highest accuracy first, but settings with a run that ended early come last."""
+        ended_early = any(end.status in DONE and not end.is_finished for end in self.endings)
+        accuracies = self.results("validation_accuracy") or self.results("accuracy")
+        return ended_early, -mean(accuracies or [0.0])
 
     def row(self) -> list[str]:
-        """Return the cells after the swept values: n, accuracies, and the cosine of layer 1."""
+        """Return the cells that follow the swept values in the table: n, accuracies, and the cosine of layer 1."""
         finished = [end for end in self.endings if end.is_finished]
         count = str(len(finished))
         if len(finished) < len(self.endings):
@@ -48,14 +56,14 @@ class Setting:
         cosines = [cosine for cosine in cosines if cosine is not None]
         return [
             count,
-            with_deviation(self.numbers("accuracy")),
-            with_deviation(self.numbers("validation_accuracy")),
+            with_deviation(self.results("accuracy")),
+            with_deviation(self.results("validation_accuracy")),
             f"{mean(cosines):.3f}" if cosines else "-",
         ]
 
 
 def with_deviation(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation, `0.9611 ± 0.0012`; the value alone for n = 1, a dash for none."""
+    """Return mean ± standard deviation, such as `0.9611 ± 0.0012`; for n = 1 the value, for n = 0 a dash."""
     if not values:
         return "-"
     text = f"{mean(values):.4f}"
@@ -63,12 +71,12 @@ def with_deviation(values: Sequence[float]) -> str:
 
 
 def four_digits(accuracy: float | None) -> str:
-    """Return an accuracy with four digits, a dash if there is none."""
+    """Return an accuracy with four decimals; a dash if it is None."""
     return "-" if accuracy is None else f"{accuracy:.4f}"
 
 
 def values_by_key(overrides: Iterable[str]) -> dict[str, str]:
-    """Return the overrides as values by key, without the keys that change no result, such as `device`."""
+    """Return the values of the overrides by key, without keys that do not change results, such as `device`."""
     values = {}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
@@ -125,7 +133,7 @@ def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:
 
 
 def print_settings(endings: Sequence[Ending]) -> None:
-    """Print one row per setting, means over its seeds, sorted, the best marked; nothing if no point has finished."""
+    """Print one row per setting with means over its seeds, the best first. Without a finished point, print nothing."""
     from tabulate import tabulate
 
     if not any(end.is_finished for end in endings):
@@ -168,10 +176,10 @@ def print_best(folder: Path, endings: Sequence[Ending]) -> None:
 def print_summary(sweep: Sweep) -> int:
     """Write `summary.csv` with every point of the folder, and print how the points of this command ended.
 
-    Returns the exit code: 0 if all of them have ended or another process works on them, else 1.
+    Returns the exit code: 1 if a printed point failed, was interrupted, has not started or is damaged, else 0.
     """
     named = [ending(sweep, name) for name in sweep.points]
-    rest = list(others(sweep))
+    rest = list(other_endings(sweep))
     path, problem = sweep.folder / "summary.csv", None
     try:
         if sweep.folder.is_dir():
@@ -184,13 +192,17 @@ def print_summary(sweep: Sweep) -> int:
     print(f"\nsweep {sweep.folder.name}: {len(shown)} points, {statuses}")
     print_settings(shown)
     print_unfinished(shown)
+    report = printable(f"dfl-report {as_argument(sweep.folder)}")
+    has_more = bool(named and rest)
+    if has_more:
+        print(f"  only the points of this command; the folder holds {len(rest)} more, and {report} shows all")
     if not sweep.force and (versions := other_versions(sweep, named)):
-        print(f"  some points were done before, with {', '.join(versions)}; force=true runs them anew")
+        print(f"  some points were done before, with {', '.join(versions)}; force=true trains them again")
     if not named:
         print_best(sweep.folder, rest)
-    beside = f", with {len(rest)} points of other commands" if named and rest else ""
-    print(f"  {path}{beside}" if problem is None else f"dfl-train: {path}: {problem}")
+    print(f"  {path}" if problem is None else f"dfl-train: {path}: {problem}")
     if any(end.result.get("epochs") for end in shown):
         print(f"  {plot_line(sweep.folder)}")
-        print(printable(f"  compare: dfl-report {as_argument(sweep.folder)}"))
+        if not has_more:
+            print(f"  compare: {report}")
     return 1 if counts.keys() & {"failed", "interrupted", "not started", "damaged"} else 0

@@ -1,4 +1,4 @@
-"""A launcher's processes on this machine: each saves its run before it ends, and none outlives its command."""
+"""Manage a launcher's processes on this machine: each ends when its command ends, and saves its run before that."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ from omegaconf import DictConfig
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.locks import HOLDER, alive, holder_of
 from dfl_experiments.running.outcome import Sweep
-from dfl_experiments.running.signals import Interrupted, Kept, handle
+from dfl_experiments.running.signals import Interrupted, PendingSignal, handle
 
-LOCAL = ("joblib", "submitit_local")  # launchers whose processes run on this machine and end with the command
-QUEUE = "submitit_slurm"  # its jobs go on after the command has ended
+LOCAL = ("joblib", "submitit_local")  # launchers with processes on this machine that end when the command ends
+QUEUE = "submitit_slurm"  # launcher whose jobs continue after the command has ended
 BUSY = threading.Lock()  # held while this process works on a point
 SECONDS_BETWEEN_LOOKS = 1.0
-LONGEST_GRACE = 3600.0
+LONGEST_GRACE = 3600.0  # longest time in seconds to wait until SLURM kills the process
 
 
 def at_work(sweep: Sweep) -> set[int]:
@@ -28,7 +28,7 @@ def at_work(sweep: Sweep) -> set[int]:
     names = list(sweep.points) or [path.parent.name for path in sweep.folder.glob(f"*/{HOLDER}")]
     pids = set()
     for name in names:
-        with suppress(UserError):  # a damaged file is none of this command's
+        with suppress(UserError):  # this command writes no damaged file, so another command wrote it
             holder = holder_of(sweep.folder / name)
             if holder and (holder.host, holder.command) == (platform.node(), sweep.command):
                 pids.add(holder.pid)
@@ -36,18 +36,18 @@ def at_work(sweep: Sweep) -> set[int]:
 
 
 def check_launcher(launcher: str, node: DictConfig) -> None:
-    """Raise `UserError` for launcher options with which no job would run, or none would save in time."""
+    """Raise `UserError` for launcher options that start no job, or leave a job no time to save its run."""
     if node.get("n_jobs") == 0:
         raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs at once, or -1 for one per core")
     if launcher == QUEUE and node.timeout_min * 60 <= node.signal_delay_s:
         raise UserError(
             f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than hydra.launcher.signal_delay_s="
-            f"{node.signal_delay_s} seconds, the time before its end at which a job is told to save"
+            f"{node.signal_delay_s} seconds, the time that a job has to save its run"
         )
 
 
 def wind_down(sweep: Sweep) -> None:
-    """Ask every process that works on a point to save and end, and wait for them. Jobs in a queue stay there."""
+    """Ask all processes that work on points to save and end, and wait until they have. SLURM jobs stay in the queue."""
     if sweep.launcher == QUEUE:
         command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING", f"--name={sweep.name}"]
         with suppress(OSError):
@@ -59,44 +59,46 @@ def wind_down(sweep: Sweep) -> None:
         if not asked:
             print(f"\ndfl-train: {len(pids)} running points save their checkpoints", flush=True)
         for pid in pids - asked:
-            with suppress(ProcessLookupError, PermissionError):  # it has ended in the meantime
+            with suppress(ProcessLookupError, PermissionError):  # the process has ended in the meantime
                 os.kill(pid, signal.SIGTERM)
             asked.add(pid)
         time.sleep(0.05)
 
 
 def enter(command: str, launcher: str, number: int) -> bool:
-    """Prepare a launcher's process for a point, and return whether to start it: not if a signal has arrived.
+    """Prepare a launcher's process for a point. Return False if no point may start, because a signal has arrived.
 
-    From now on signals wait for a safe point of training, the process ends after its command, and every line on the
-    screen starts with the job's number.
+    From now on, a signal takes effect only between two training steps. The process ends when its command ends, and
+    every printed line begins with the job's number.
     """
-    if handle(Kept.keep).get(signal.SIGTERM) != Kept.keep and launcher in LOCAL:
+    is_first_point = handle(PendingSignal.keep).get(signal.SIGTERM) != PendingSignal.keep
+    if is_first_point and launcher in LOCAL:
         parent = int(command[1:].partition("-")[0])
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     logging.raiseExceptions = False
     for handler in logging.root.handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setFormatter(logging.Formatter(f"#{number} %(message)s"))
-    return Kept.signum is None
+    return PendingSignal.signum is None
 
 
-def leave_to_the_queue(stop: KeyboardInterrupt, launcher: str) -> None:
-    """Wait, in a SLURM job that received SIGTERM, until SLURM kills the process.
+def wait_for_slurm(stop: KeyboardInterrupt, launcher: str) -> None:
+    """In a SLURM job that received SIGTERM, wait until SLURM kills the process.
 
-    A job that returned would count as completed, and SLURM would not queue it again. SLURM kills a job that it
-    preempts, queues again or cancels after a time of grace; submitit handles SIGUSR2 in the meantime.
+    If the job returned, SLURM would count it as completed and would not queue it again. SLURM kills the process some
+    time after SIGTERM. During this time, submitit can still handle SIGUSR2, which puts the job back into the queue.
     """
     if launcher == QUEUE and isinstance(stop, Interrupted) and stop.signum == signal.SIGTERM:
         time.sleep(LONGEST_GRACE)
 
 
-def call_no_success() -> None:
-    """Stop submitit from logging success for a point that failed or was interrupted, whose job returns normally."""
+def silence_submitit() -> None:
+    """Keep submitit from logging that a job succeeded: also a job whose point failed returns normally."""
     logging.getLogger("submitit").setLevel(logging.WARNING)
 
 
 def _end_with(parent: int) -> None:
+    """End this process after its parent process has ended."""
     while alive(parent):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGTERM)

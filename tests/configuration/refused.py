@@ -57,7 +57,7 @@ VALUES = {
     "tracking.tags=[5]": ("tracking.tags.0=5", "valid string"),
 }
 NAMES = {
-    "dataset=mnist dataset.name=mien": ("dataset.name='mien'", "is not the name of this source"),
+    "dataset=mnist dataset.name=mien": ("dataset.name='mien'", "this name does not belong to the data source"),
     "dataset=folder dataset.name=mnist dataset.source.path=x": ("dataset.name='mnist'",),
     "dataset=cifar10 dataset.source.classes=100": ("dataset.name='cifar10'",),
     "hydra.job.chdir=true": ("hydra.job.chdir=true",),
@@ -77,7 +77,7 @@ KEYS = {
     "--multirun optimizer.lrr=1e-3,1e-4": ("optimizer.lrr: no such option", "did you mean optimizer.lr?"),
     "method=dfa method.fixed_blocks=1": (
         "method.fixed_blocks",
-        "; +method.fixed_blocks=… passes its constructor one more",
+        "; +method.fixed_blocks=… passes it to the constructor",
     ),
     "optimizer.milestones=[0.5]": ("optimizer.milestones: no such option", "did you mean schedule.milestones?"),
     "++optimizer.decay=0.5": ("optimizer.decay: no such option", "did you mean schedule.decay?"),

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("clean_logging")
 
 
 def refusal(arguments, monkeypatch, capsys):
-    """What `dfl-train` says on stderr, given these arguments."""
+    """Return what `dfl-train` prints on stderr when it refuses these arguments."""
     monkeypatch.setattr(sys, "argv", ["dfl-train", *arguments])
     with pytest.raises(SystemExit) as end:
         main()

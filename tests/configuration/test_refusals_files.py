@@ -148,7 +148,7 @@ def test_a_run_directory_with_a_link_in_it_is_not_written_to(stranger, monkeypat
         link = Path("theirs", name)
         link.unlink(missing_ok=True)
         link.symlink_to(Path("precious").absolute())
-        said = f"theirs/{name}: a symbolic link"
+        said = f"theirs/{name}: is a symbolic link"
         assert said in refusal(["resume=theirs"], monkeypatch, capsys)
         sweep = ["hydra.sweep.dir=.", "hydra.sweep.subdir=theirs", "seed=0"]
         assert said in refusal(["--multirun", *QUICK, *sweep], monkeypatch, capsys)

@@ -43,7 +43,7 @@ class Made(Source):
 
 
 def equal(first: Arrays, second: Arrays) -> bool:
-    """Whether two data sets hold the same."""
+    """Return whether two data sets have equal arrays."""
     return all(np.array_equal(*parts) for parts in zip(*(vars(data).values() for data in (first, second)), strict=True))
 
 

@@ -160,20 +160,20 @@ REFUSED = {
     "empty": ({"X_test": np.ones((0, 12))}, (), "X_test: must be"),
     "channels last": ({"X_train": PICTURES}, (), "X_train: (240, 8, 8, 3) is (N, H, W, C)"),
     "negative tokens": ({"X_train": np.full((240, 12), -1)}, (), "X_train: tokens must be 0 or more"),
-    "other kind": ({"X_test": np.ones((60, 12), int)}, (), "X_test: tokens of (12,), those of"),
-    "other shape": ({"X_test": np.ones((60, 11))}, (), "features of (11,), those of"),
+    "other kind": ({"X_test": np.ones((60, 12), int)}, (), "X_test: has tokens of shape (12,), but"),
+    "other shape": ({"X_test": np.ones((60, 11))}, (), "features of shape (11,), but"),
     "too few labels": ({"y_train": LABELS[:9]}, (), "y_train: must be 240 integers, is int64 (9,)"),
     "targets of a regression": ({"y_train": LABELS / 2}, (), "y_train: must be 240 integers, is float64"),
     "one-hot labels": ({"y_train": np.eye(3, dtype=int)[LABELS]}, (), "is int64 (240, 3)"),
-    "a negative label": ({"y_train": LABELS - 1}, (), "labels must be 0 to 1, one for each class; they go from -1"),
+    "a negative label": ({"y_train": LABELS - 1}, (), "labels must be 0 to 1, one for each class; they range from -1"),
     "a label outside": ({"y_test": LABELS[:60] + 1}, (), "y_test: labels must be 0 to 2"),
     "years for labels": ({"y_train": LABELS + 2000}, (), "y_train: has the label 2002"),
-    "one class": ({"y_train": LABELS * 0, "y_test": LABELS[:60] * 0}, (), "y_train: must name two classes at least"),
-    "a net for images": ({}, ("model=conv3",), "model=conv3: needs samples with 3 axes, but they are (12,)"),
-    "a mixer": ({}, ("model=mixer",), "model=mixer: needs samples with 3 axes, but they are (12,)"),
+    "one class": ({"y_train": LABELS * 0, "y_test": LABELS[:60] * 0}, (), "y_train: must name at least two classes"),
+    "a net for images": ({}, ("model=conv3",), "model=conv3: needs samples with 3 axes, but gets (12,)"),
+    "a mixer": ({}, ("model=mixer",), "model=mixer: needs samples with 3 axes, but gets (12,)"),
     "augmentation": ({}, ("augmentation=crop_flip",), "augmentation=crop_flip: needs uint8 images (N, C, H, W) larger"),
     "flips": ({}, ("augmentation=flip",), "augmentation=flip: needs uint8 images (N, C, H, W), but"),
-    "another name": ({}, ("dataset.name=mnist",), "dataset.name='mnist': is not the name of this source"),
+    "another name": ({}, ("dataset.name=mnist",), "dataset.name='mnist': this name does not belong to the data source"),
     "absent": ({}, ("dataset.source.path=none.npz",), "No such file"),
     "no archive": ({}, ("dataset.source.path=words.npz",), "File is not a zip file"),
     "no path": ({}, ("dataset.source.path=???",), "dataset.source.path: missing"),
@@ -312,7 +312,7 @@ def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
         write(tmp_path, X_train=parts["X_train"] + 1)
     changed = dfl_train(tmp_path, "resume=broken")
     assert changed.returncode == 2
-    assert "holds a run on other data or code: data " in changed.stderr
+    assert "has a run with other data or code: data " in changed.stderr
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.37])

@@ -44,8 +44,8 @@ def test_brought_arrays_need_no_record_and_are_left_alone(brought):
 @pytest.mark.parametrize("place", [0, -1])
 def test_an_altered_byte_is_found(packed, name, place):
     flip(packed / "made" / name, place)
-    message = refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(it does not have the CRC-32 ")
-    assert f"delete {packed / 'made'} to have it packed anew" in message
+    message = refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(its CRC-32 differs ")
+    assert f"delete {packed / 'made'} so that it is packed again" in message
     for file in FILES:
         (packed / "made" / file).unlink()
     assert equal(load_pack("made", Made(), packed), Made().arrays)
@@ -56,7 +56,7 @@ def test_an_altered_byte_is_found(packed, name, place):
 def test_a_truncated_file_is_found(packed, name, length):
     file = packed / "made" / name
     file.write_bytes(file.read_bytes()[:length])
-    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(it does not have the CRC-32 .*\); delete ")
+    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(its CRC-32 differs .*\); delete ")
     (packed / "made" / checksums.RECORD).unlink()
     refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(.*\); .*put an undamaged copy there")
 
@@ -64,7 +64,7 @@ def test_a_truncated_file_is_found(packed, name, length):
 @pytest.mark.parametrize("name", FILES)
 def test_a_part_of_somebody_s_arrays_is_not_written_over(brought, name):
     (brought / "made" / name).unlink()
-    refused("made", Made(), brought, rf"made: incomplete, without {name}; add what is missing")
+    refused("made", Made(), brought, rf"made: incomplete, without {name}; add the missing files")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "7", '{"format": "x"}', '{"format": 1}', '{"format": 1, "files": {}}'])
@@ -78,7 +78,7 @@ def test_a_pack_of_another_version(packed, version):
     record = packed / "made" / checksums.RECORD
     record.write_text(record.read_text().replace('"format": 1', f'"format": {version}'))
     refused(
-        "made", Made(), packed, rf"made/{checksums.RECORD}: .*format Input should be 1.*; delete .*/made to have it"
+        "made", Made(), packed, rf"made/{checksums.RECORD}: .*format Input should be 1.*; delete .*/made so that it"
     )
 
 
@@ -95,22 +95,26 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("test_images", IMAGES.astype(float), r"features of \(1, 2, 2\), those of train_images.npy are images of"),
+        ("test_images", IMAGES.astype(float), r"has features of shape \(1, 2, 2\), but train_images.npy has images of"),
         ("train_images", IMAGES.astype(np.int8), r"must be uint8 images \(N, C, H, W\), .*, is int8 \(4, 1, 2, 2\)"),
         ("train_images", IMAGES.astype(np.int64), "must be uint8"),
         ("train_images", IMAGES[:, 0], r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(4, 2, 2\)"),
         ("test_images", IMAGES[:0], "must be uint8"),
         ("test_images", IMAGES[..., :0], r"must be uint8 .*, is uint8 \(4, 1, 2, 0\)"),
         ("train_images", np.uint8(3), r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(\)"),
-        ("train_images", np.zeros((4, 8, 8, 3), np.uint8), r"\(4, 8, 8, 3\) is \(N, H, W, C\); save images.transpose"),
+        (
+            "train_images",
+            np.zeros((4, 8, 8, 3), np.uint8),
+            r"\(4, 8, 8, 3\) is \(N, H, W, C\), .* save images",
+        ),
         ("train_images", np.zeros((4, 48, 64, 3), np.uint8), r"\(4, 48, 64, 3\) is \(N, H, W, C\)"),
         ("train_images", np.zeros((4, 48, 64, 1), np.uint8), r"\(4, 48, 64, 1\) is \(N, H, W, C\)"),
         (
             "test_images",
             np.zeros((2, 1, 3, 2), np.uint8),
-            r"images of \(1, 3, 2\), those of train_images.npy are images of \(1, 2, 2\)",
+            r"has images of shape \(1, 3, 2\), but train_images.npy has images of shape \(1, 2, 2\)",
         ),
-        ("test_images", np.zeros((2, 3, 2, 2), np.uint8), r"images of \(3, 2, 2\), those of"),
+        ("test_images", np.zeros((2, 3, 2, 2), np.uint8), r"has images of shape \(3, 2, 2\), but"),
         ("test_images", IMAGES[:1], "test_labels.npy: must be 1 integers"),
         ("train_labels", LABELS[:3], r"must be 4 integers, is int64 \(3,\)"),
         ("train_labels", LABELS[:, None], "must be 4 integers"),
@@ -120,13 +124,13 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
         (
             "test_labels",
             np.array([0, 2]),
-            "labels must be 0 to 1, one for each class; they go from 0 to 2",
+            "labels must be 0 to 1, one for each class; they range from 0 to 2",
         ),
-        ("train_labels", np.array([0, 1, -1, 0]), "labels must be 0 to 1, .*; they go from -1 to 1"),
-        ("classes", [], "must name two classes at least"),
-        ("classes", ["a"], "must name two classes at least"),
-        ("classes", ["a", "b", "a"], "must name two classes at least, and none of them twice"),
-        ("classes", {"a": 0, "b": 1}, r'must be a list of class names, as \["cats", "dogs"\]'),
+        ("train_labels", np.array([0, 1, -1, 0]), "labels must be 0 to 1, .*; they range from -1 to 1"),
+        ("classes", [], "must name at least two classes"),
+        ("classes", ["a"], "must name at least two classes"),
+        ("classes", ["a", "b", "a"], "must name at least two classes, and none of them twice"),
+        ("classes", {"a": 0, "b": 1}, r'must be a list of class names, such as \["cats", "dogs"\]'),
         ("classes", [0, 1], "must be a list of class names"),
         ("classes", "ab", "must be a list of class names"),
     ],

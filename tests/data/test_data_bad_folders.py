@@ -1,4 +1,4 @@
-"""What is wrong in a folder of images is one line naming it and what is expected; nothing is written, nor trained."""
+"""A mistake in a folder of images gives one line, which names the mistake and what is expected. Nothing is written."""
 
 import os
 import shutil
@@ -86,14 +86,14 @@ FOLDERS = {
     "test is a file": (all_of(remove("test"), write("test")), "needs train/ and test/"),
     "nothing": (
         all_of(remove("train"), remove("test"), make("train", "test")),
-        r"train: needs a folder for each of two classes .*, has \[\]",
+        r"train: needs folders of at least two classes, has \[\]",
     ),
-    "images without classes": (write("train/x.png"), r"train/x\.png: an image outside the class folders"),
+    "images without classes": (write("train/x.png"), r"train/x\.png: is outside the class folders"),
     "class in train only": (remove("test/dogs"), r"test/dogs/: no images of this class"),
     "class in test only": (make("test/birds"), r"train/birds/: no images of this class"),
     "class of another case": (rename("test/dogs", "test/Dogs"), r"train/Dogs/: no images of this class"),
     "class is a file": (all_of(remove("train/dogs"), write("train/dogs")), r"train/dogs/: no images of this class"),
-    "one class": (all_of(remove("train/dogs"), remove("test/dogs")), r"two classes at least, has \['cats'\]"),
+    "one class": (all_of(remove("train/dogs"), remove("test/dogs")), r"at least two classes, has \['cats'\]"),
     "empty class": (make("train/birds", "test/birds"), r"train/birds/: no images of this class \(\.bmp .* \.webp\)"),
     "class without test images": (remove("test/dogs/a.png"), r"test/dogs/: no images"),
     "class of other files": (rename("test/dogs/a.png", "test/dogs/a.heic"), r"test/dogs/: no images"),
@@ -106,20 +106,29 @@ FOLDERS = {
     "truncated jpeg": (half("train/dogs/x.jpg"), r"x\.jpg: cannot be read as an image \(.*truncated"),
     "truncated bmp": (half("train/dogs/x.bmp"), r"x\.bmp: cannot be read as an image \(.*truncated"),
     "truncated gif": (half("train/dogs/x.gif", mode="L"), r"x\.gif: cannot be read as an image"),
-    "16 bits": (frames("train/dogs/1.png", 1, np.uint16), r"dogs/1\.png: more than 8 bits per channel; convert it"),
-    "floats": (frames("train/dogs/x.tif", 1, np.float32), r"dogs/x\.tif: more than 8 bits per channel"),
-    "animated gif": (frames("train/dogs/x.gif", 3), r"dogs/x\.gif: more than one frame; keep one"),
-    "animated png": (frames("train/dogs/1.png", 2), r"dogs/1\.png: more than one frame"),
-    "several pages": (frames("test/dogs/x.tiff", 2), r"dogs/x\.tiff: more than one frame"),
-    "mixed sizes": (image("test/dogs/x.png", 8, 4), r"train/cats/0\.png is 8x8, test/dogs/x\.png is 8x4; all need one"),
-    "a link to nowhere": (link("train/dogs/x.png", "nowhere"), r"train/dogs/x\.png: neither a file nor a folder"),
-    "a link to itself inside": (link("train/dogs/x.png", "x.png"), r"train/dogs/x\.png: neither a file nor a folder"),
-    "a loop of links": (link("train/dogs/deeper/again", ".."), r"dogs/deeper/again: a link back to a folder"),
+    "16 bits": (frames("train/dogs/1.png", 1, np.uint16), r"dogs/1\.png: has more than 8 bits per channel; convert it"),
+    "floats": (frames("train/dogs/x.tif", 1, np.float32), r"dogs/x\.tif: has more than 8 bits per channel"),
+    "animated gif": (frames("train/dogs/x.gif", 3), r"dogs/x\.gif: has more than one frame; keep one"),
+    "animated png": (frames("train/dogs/1.png", 2), r"dogs/1\.png: has more than one frame"),
+    "several pages": (frames("test/dogs/x.tiff", 2), r"dogs/x\.tiff: has more than one frame"),
+    "mixed sizes": (
+        image("test/dogs/x.png", 8, 4),
+        r"train/cats/0\.png is 8x8, test/dogs/x\.png is 8x4; all images",
+    ),
+    "a link to nowhere": (link("train/dogs/x.png", "nowhere"), r"train/dogs/x\.png: is neither a file nor a folder"),
+    "a link to itself inside": (
+        link("train/dogs/x.png", "x.png"),
+        r"train/dogs/x\.png: is neither a file nor a folder",
+    ),
+    "a loop of links": (
+        link("train/dogs/deeper/again", ".."),
+        r"dogs/deeper/again: is a link to a folder that contains",
+    ),
     "two links that loop": (
         all_of(link("train/dogs/there", "../cats"), link("train/cats/back", "../dogs")),
-        r"train/cats/back/there: a link back to a folder that it lies in; delete it",
+        r"train/cats/back/there: is a link to a folder that contains the link; delete the link",
     ),
-    "a pipe": (lambda root: os.mkfifo(root / "train/dogs/x.png"), r"train/dogs/x\.png: neither a file nor a folder"),
+    "a pipe": (lambda root: os.mkfifo(root / "train/dogs/x.png"), r"train/dogs/x\.png: is neither a file nor a folder"),
     "a file not to be read": (forbid("train/dogs/1.png"), r"dogs/1\.png: cannot be read .*Permission denied"),
     "a folder not to be read": (forbid("train/dogs/deeper"), r"dogs/deeper: cannot be read \(Permission denied"),
 }
@@ -147,24 +156,24 @@ def test_a_folder_that_has_become_bad_is_refused_although_it_is_packed(folder, t
 LABELS, IMAGE = "val/val_annotations.txt", "train/n01/images/n01_2.JPEG"
 TINY = {
     "no labels": (remove(LABELS), f"{LABELS}: cannot be read as text .*No such file"),
-    "labels without an end": (shorten(LABELS, 35), f"{LABELS}: damaged, it must have one line for every"),
-    "labels cut in a class": (shorten(LABELS, 12), "do not agree on the classes"),
-    "labels cut before a class": (shorten(LABELS, 14), "do not agree on the classes"),
+    "labels without an end": (shorten(LABELS, 35), f"{LABELS}: damaged, it must have one line for each"),
+    "labels cut in a class": (shorten(LABELS, 12), "have different classes"),
+    "labels cut before a class": (shorten(LABELS, 14), "have different classes"),
     "an image twice": (append(LABELS, "val_0.JPEG\tn01\t0\t0\t1\t1\n"), f"{LABELS}: damaged, it must have one line"),
     "no text": (write(LABELS, b"\xff\xfe\x00"), f"{LABELS}: cannot be read as text"),
     "no validation image": (remove("val/images/val_3.JPEG"), "incomplete, val/images/val_3.JPEG is missing"),
     "an image too many": (image("val/images/x.JPEG", 64, 64), f"{LABELS}: damaged, it must have one line"),
     "no training images": (
         remove("train"),
-        "do not agree on the classes",
+        "have different classes",
     ),
     "a training image fewer": (remove(IMAGE), f"incomplete, {IMAGE} is missing"),
-    "a class without training images": (remove("train/n01"), "do not agree on the classes"),
-    "a class too few": (write("wnids.txt", b"n02\n"), "wnids.txt do not agree on the classes"),
-    "a class twice": (append("wnids.txt", "n01\n"), "wnids.txt do not agree on the classes"),
-    "a class unknown": (append("wnids.txt", "n09\n"), "wnids.txt do not agree on the classes"),
+    "a class without training images": (remove("train/n01"), "have different classes"),
+    "a class too few": (write("wnids.txt", b"n02\n"), "wnids.txt have different classes"),
+    "a class twice": (append("wnids.txt", "n01\n"), "wnids.txt have different classes"),
+    "a class unknown": (append("wnids.txt", "n09\n"), "wnids.txt have different classes"),
     "a truncated image": (half(IMAGE, format="JPEG"), f"{IMAGE}: cannot be read as an image"),
-    "another size": (image(IMAGE, 32, 64), f"{IMAGE} is 32x64; all need one size"),
+    "another size": (image(IMAGE, 32, 64), f"{IMAGE} is 32x64; all images need the same size"),
     "one class": (
         all_of(
             remove("train/n01"),
@@ -173,7 +182,7 @@ TINY = {
             remove("val/images/val_2.JPEG"),
             remove("val/images/val_3.JPEG"),
         ),
-        "must name two classes at least",
+        "must name at least two classes",
     ),
 }
 

@@ -72,7 +72,7 @@ def test_present_mnist_needs_no_network(offline, mnist):
 def test_damaged_mnist(mnist, name, fault):
     file = mnist / "MNIST" / "raw" / name
     flip(file, -3) if fault == "altered" else file.write_bytes(file.read_bytes()[: -1 if fault == "truncated" else 0])
-    refused("mnist", Mnist(), mnist, rf"{name}: damaged or altered, .*; delete it to have it fetched again")
+    refused("mnist", Mnist(), mnist, rf"{name}: damaged or altered, .*; delete it, then it is downloaded again")
 
 
 def test_another_data_set_in_mnist_s_place(tmp_path):

@@ -228,7 +228,9 @@ def test_with_a_b_of_zeros_nothing_passes(kind):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_weight_that_no_b_can_replace_is_refused_by_name(kind):
     net = net_of(REFUSED[kind])
-    with pytest.raises(UserError, match=rf"^model: blocks\.1\.pre\S*{kind.partition(',')[0]} meets hidden values"):
+    with pytest.raises(
+        UserError, match=rf"^model: blocks\.1\.pre\S*{kind.partition(',')[0]} is combined with hidden values"
+    ):
         FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
     assert all(p.requires_grad for p in net.parameters())
     assert net.training
@@ -256,13 +258,13 @@ def test_frozen_layers_below_the_first_that_learns_need_no_b():
 
 
 def test_a_layer_that_is_given_more_than_its_input_is_refused():
-    with pytest.raises(UserError, match=r"ConvTranspose2d.* is called with more than its input"):
+    with pytest.raises(UserError, match=r"ConvTranspose2d.* is called with several arguments"):
         FeedbackAlignment(net_of(Sized), 4, CROSS_ENTROPY, init="default")
 
 
 @pytest.mark.parametrize("make", [lambda: Standardised(PLANES, PLANES, 3, padding=1), hooked])
 def test_a_layer_that_does_not_compute_what_its_class_does_is_refused(make):
-    with pytest.raises(UserError, match=r"(Standardised|Conv2d)\(.*does not compute what its class does"):
+    with pytest.raises(UserError, match=r"changes the output of (Standardised|Conv2d)\("):
         FeedbackAlignment(net_of(make), 4, CROSS_ENTROPY, init="copy")
 
 
@@ -303,7 +305,7 @@ def test_a_net_whose_only_weights_read_the_image_has_nothing_to_replace():
 
 def test_direct_feedback_refuses_a_block_that_changes_its_input_in_place():
     net = net_of(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(PLANES, PLANES, 3, padding=1)))
-    with pytest.raises(UserError, match="block 2 changes h_1, its input, in place"):
+    with pytest.raises(UserError, match="block 2 changes its input h_1 in place"):
         DirectFeedback(net, 4, CROSS_ENTROPY, local_target="logits", init="default")
     FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
 
@@ -352,7 +354,7 @@ def test_a_look_up_of_the_input_needs_no_b_and_a_table_s_rows_as_a_matrix_are_re
     net.example = torch.full((1, 4), 6)
     if own:
         with pytest.raises(
-            UserError, match=r"^model: blocks\.0\.pre\.0\.rows\.weight of Embedding meets hidden values"
+            UserError, match=r"^model: blocks\.0\.pre\.0\.rows\.weight of Embedding is combined with hidden values"
         ):
             FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
     else:

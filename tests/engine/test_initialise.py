@@ -1,4 +1,4 @@
-"""Where W starts: the variance that an initialisation names, biases of zero, and nothing else touched."""
+"""Every initialisation gives W the stated variance, sets biases to zero, and changes nothing else."""
 
 import math
 

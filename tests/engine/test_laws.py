@@ -290,7 +290,7 @@ def test_shallow_s_frozen_blocks_receive_nothing_through_a_leaking_skip():
 def test_a_method_that_cuts_and_has_no_signal_is_refused():
     t = Tiny("bp", "fc")
     t.method.cuts = frozenset({1})
-    with pytest.raises(LookupError, match="Backprop cuts behind block 1 and has no signal for it"):
+    with pytest.raises(LookupError, match="Backprop cuts the graph after block 1 but does not implement `signal`"):
         t.learner.step(t.x, t.target)
 
 
@@ -298,7 +298,7 @@ def test_a_block_s_output_is_a_vector_tokens_or_an_image():
     block = Block(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, (3, 1, 1, 1))), torch.nn.Identity())
     head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, CLASSES))
     net = BlockNet(block, head=head, input_shape=(3, 1, 1))
-    with pytest.raises(UserError, match=r"block 1 gives \(3, 1, 1, 1\) per sample; must be \(d,\), \(T, C\) or"):
+    with pytest.raises(UserError, match=r"h_1 has shape \(3, 1, 1, 1\) per sample; must be \(d,\), \(T, C\) or"):
         Direct(net, CLASSES, LOSSES["cross_entropy"], top="direct")
 
 

@@ -346,10 +346,10 @@ REFUSALS = {
     "relu": "it is called 2 times in a forward pass, must be called once",
     "unused": "it is called 0 times in a forward pass, must be called once",
     "trained": "it is called 0 times",
-    "skip": "a path goes round it",
+    "skip": "the forward pass has a path that bypasses it",
     "pair": "its output is not one tensor",
     "first": "the blocks below and above it share the weight first.weight",
-    "third": "its output is changed in place afterwards; the next boundary is changed",
+    "third": "its output is changed in place afterwards; the next valid boundary is changed",
     "last": "no weight is above it",
 }
 
@@ -370,14 +370,28 @@ def test_a_module_that_cannot_be_a_net_is_refused():
         def forward(self, x):
             return super().forward(x), x
 
-    with pytest.raises(UserError, match="its output must be one tensor"):
+    with pytest.raises(UserError, match="the output must be one tensor"):
         ModuleNet(Pair(4, 4), "auto", torch.zeros(1, 4))
     with pytest.raises(UserError, match=r"the forward pass fails for input shape \(3,\)"):
         ModuleNet(nn.Linear(4, 4), "auto", torch.zeros(1, 3))
-    with pytest.raises(UserError, match="is compiled; pass the module itself"):
+    with pytest.raises(UserError, match="the module is compiled; pass the original module"):
         ModuleNet(torch.compile(nn.Linear(4, 4)), "auto", torch.zeros(1, 4))
     with pytest.raises(UserError, match="no submodule has weight layers both below and above its output"):
         ModuleNet(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "auto", torch.zeros(1, 4))
+
+
+def test_a_recurrent_layer_without_a_module_around_it_is_named():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.gru(x)[0][:, -1])
+
+    for names in ("auto", ["gru"]):
+        with pytest.raises(UserError, match="the output of gru is not one tensor: put it into a module"):
+            ModuleNet(Last(), names, torch.zeros(1, 6, 4))
 
 
 def test_a_boundary_that_is_skipped_in_training_is_refused_then():

@@ -128,7 +128,7 @@ def test_every_rule_trains_in_a_plain_loop(name):
 
 
 def test_what_is_missing_or_impossible_is_refused():
-    with pytest.raises(UserError, match="its B learns; pass its optimizer"):
+    with pytest.raises(UserError, match="trains B; pass B's optimizer"):
         dfl.rule("las", module(), INPUTS[:1])
     with pytest.raises(UserError, match="pass lr="):
         dfl.rule("kp", module(), INPUTS[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1), decay=0.1)
@@ -139,3 +139,10 @@ def test_what_is_missing_or_impossible_is_refused():
         rule.backward(INPUTS, LABELS)
     with torch.autocast("cpu", torch.bfloat16):
         assert rule.backward(INPUTS, LABELS).dtype == torch.float32
+    with pytest.raises(UserError, match="a sample has shape"):
+        rule.backward(INPUTS[:, 1:], LABELS)
+    for target in (LABELS.float(), LABELS[:, None]):
+        with pytest.raises(UserError, match="must be integer labels"):
+            rule.alignment(INPUTS, target)
+    with pytest.raises(UserError, match="choose cross_entropy or squared_error; pass a function to `backward`"):
+        dfl.rule("dfa", module(), INPUTS[:1], loss=torch.nn.functional.mse_loss)

@@ -1,4 +1,4 @@
-"""What a step asks of the device: the same every time, no value, no more memory than needed; and its precisions."""
+"""A step runs the same operators every time, reads no value, and uses only the memory that it needs."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ class Operators(TorchDispatchMode):
 @CROSS
 @pytest.mark.parametrize("align", [False, True])
 def test_a_step_asks_for_the_same_operators_every_time_and_for_no_value(method, model, align):
-    """What a CUDA graph needs: nothing that depends on the numbers, and nothing that waits for them."""
+    """A CUDA graph needs this: no operator depends on the numbers, and none waits for them."""
     t = Tiny(method, model)
     t.learner.step(t.x, t.target, align)
     steps = []
@@ -53,7 +53,7 @@ def test_a_step_asks_for_the_same_operators_every_time_and_for_no_value(method, 
 
 @CROSS
 def test_a_step_draws_from_the_default_generator_and_leaves_all_else_as_it_is(method, model):
-    """What a CUDA graph needs besides: the registered generator, and no state of Python's that a replay would miss."""
+    """A CUDA graph needs this too: only the registered generator is used, and no Python state changes in a step."""
     t = Tiny(method, model)
     t.learner.step(t.x, t.target)
     twin = copy.deepcopy(t)

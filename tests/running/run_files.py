@@ -1,4 +1,4 @@
-"""What lies in a run directory, read."""
+"""Read the files of a run directory."""
 
 import csv
 import json
@@ -20,6 +20,14 @@ def records(run_dir):
     for record in map(json.loads, lines):
         found.setdefault(record["type"], []).append(record[record["type"]])
     return found
+
+
+def summary(run_dir):
+    """What W&B shows of a run in one row, with the keys under which it stores them."""
+    values = {}
+    for update in records(run_dir)["summary"]:
+        values.update(update.get("update", {}))
+    return values
 
 
 def mirrored(run_dir):

@@ -53,7 +53,7 @@ def missing() -> str | None:
 
 
 def program(name: str) -> str | None:
-    """Where a program is, also one of the system's own that is in no user's PATH."""
+    """Return the path of a program. System folders that are not in a user's PATH are searched too."""
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 

@@ -1,4 +1,4 @@
-"""What a result depends on beside its configuration: one's own code, the data, the version of all the rest."""
+"""A result depends on its configuration, the user's code, the data, and all versions. Each change is noticed."""
 
 import csv
 import importlib
@@ -14,7 +14,7 @@ import pytest
 from processes import dfl_train
 from report_helpers import dfl_report
 
-from dfl_experiments.configuration.components import named
+from dfl_experiments.configuration.components import import_object
 from dfl_experiments.running.provenance import component_code
 from dfl_experiments.running.result import read_result, write_result
 
@@ -94,7 +94,7 @@ def test_a_rule_is_known_by_every_file_of_its_packages_and_by_nothing_else(
         for name in [name for name in sys.modules if name.startswith((target.partition(".")[0], "base_d"))]:
             del sys.modules[name]
         importlib.invalidate_caches()
-        return component_code(target, named(target))
+        return component_code(target, import_object(target))
 
     first = known_by()
     write(tmp_path, {"notes.py": "", "rules_b/notes.txt": "", "rules_c/.#helper.py": ""})

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: the disk, its files, W&B, memory. What was computed stays, and one line says why."""
+"""Faults of the disk, files, W&B or memory do not destroy computed results, and one line states the cause."""
 
 import json
 import os
@@ -169,7 +169,7 @@ DAMAGE = [
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, interrupted):
     damage(interrupted / "here" / "last.pt")
     assert ended(forked(interrupted, "resume=here")) == 0
-    assert "going on from previous.pt" in (interrupted / "output.txt").read_text()
+    assert "continuing from previous.pt" in (interrupted / "output.txt").read_text()
     assert result(interrupted)["status"] == "finished"
     assert rows(interrupted) == 4
     assert rows(interrupted, "iterations.csv") == 4 * 5

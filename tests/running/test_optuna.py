@@ -48,7 +48,7 @@ def test_a_sweep_that_chooses_by_validation_accuracy_holds_images_out(tmp_path):
 def test_a_range_without_a_sweeper_that_chooses_is_refused_in_one_line(swept, tmp_path):
     done = dfl_train(tmp_path, "--multirun", swept, "seed=0,1")
     assert done.returncode == 2
-    assert done.stderr == f"dfl-train: error: {swept}: a range to choose from needs hydra/sweeper=optuna\n"
+    assert done.stderr == f"dfl-train: error: {swept}: a continuous range needs hydra/sweeper=optuna\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -74,8 +74,8 @@ REFUSED = {
     "model.boundaries=[features.1]": "model.boundaries: features.1: its output is changed in place afterwards; the",
     "model.boundaries=first": "model.boundaries",
     "+model.boundary=[head]": "model.boundary: no such option; did you mean model.boundaries?",
-    "model._target_=torch.nn.Identity": "a class or function of any torch.nn.Module",
-    "model=torchvision model.net=vgg11_bm": "model.net=vgg11_bm: torchvision has no such network; there are alexnet",
+    "model._target_=torch.nn.Identity": "a plugin's model may be any torch.nn.Module",
+    "model=torchvision model.net=vgg11_bm": "torchvision has no such network; choose for example vgg11_bn",
     "model=torchvision model.net=vgg11_bn": "model: the forward pass fails for input shape (1, 8, 8)",
 }
 

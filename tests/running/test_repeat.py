@@ -1,4 +1,4 @@
-"""What older versions recorded can be run again: a run's epochs to rounding, and its name in a sweep."""
+"""Runs recorded by older versions can be repeated: epochs are equal up to rounding, and names in a sweep are equal."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def sweeps():
 
 @pytest.fixture(scope="module")
 def composed():
-    """What Hydra composes for any `repeat=…`: the recorded configuration is put in afterwards."""
+    """Return what Hydra composes for `repeat=…`, before the recorded configuration is inserted."""
     return compose(["repeat=here"])
 
 
@@ -119,5 +119,6 @@ def test_no_recorded_text_says_where_w_and_b_sends_a_run(key, tmp_path):
     assert tracking(**foreign) == usual
     assert tracking("tracking=online", **foreign) == plain(compose(["tracking=online"]))["tracking"]
     assert tracking("tracking.entity=us", **foreign) == usual | {"entity": "us"}
-    assert tracking(**foreign | {"mode": "disabled"}) == usual | {"mode": "disabled"}
+    for local in ("disabled", "tensorboard"):
+        assert tracking(**foreign | {"mode": local}) == usual | {"mode": local}
     assert tracking("tracking=offline", **foreign | {"mode": "disabled"}) == usual

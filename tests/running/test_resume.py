@@ -23,7 +23,7 @@ TIMES = ("seconds", "samples_per_second", "finished_at", "seal")
 
 
 def command(folder, *options):
-    """What a person would type: go on from what is there, or else start."""
+    """Return the options that a user would type: resume a run if there is one, else start it."""
     begun = any((folder / "here" / name).exists() for name in ("last.pt", "previous.pt", "result.json"))
     # the same place for all data: the default one is the folder's own, and recorded
     data = f"data_dir={folder.parent}"
@@ -127,7 +127,7 @@ def test_resume_auto_begins_goes_on_and_leaves_a_finished_run_alone(tmp_path):
     assert ended(pid) == 143
     second = dfl_train(tmp_path, *auto)
     assert second.returncode == 0, second.stderr
-    assert "going on after epoch" in second.stdout
+    assert "continuing after epoch" in second.stdout
     assert len((tmp_path / "here" / "epochs.csv").read_text().splitlines()) == 41
     third = dfl_train(tmp_path, *auto)
     assert third.returncode == 0

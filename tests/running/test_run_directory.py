@@ -1,4 +1,4 @@
-"""What a run leaves: its tables, result, checkpoint, summary on the screen, and the same in W&B."""
+"""A run writes its tables, result and checkpoint, prints a summary, and sends the same data to W&B."""
 
 import json
 from contextlib import nullcontext
@@ -7,7 +7,7 @@ import pytest
 import torch
 import wandb
 from processes import dfl_train
-from run_files import records, table
+from run_files import records, summary, table
 
 from dfl_experiments.configuration.schema import Tracking
 from dfl_experiments.running import checkpoint
@@ -87,11 +87,15 @@ def test_wandb_mirrors_the_local_files(default_run):
     assert config["optimizer"]["betas"] == [0.9, 0.999]
     assert found["run"][0]["job_type"] == "las"
     result = json.loads((run_dir / "result.json").read_text())
-    summary = {}
-    for update in found["summary"]:
-        summary.update(update.get("update", {}))
+    shown = summary(run_dir)
+    assert not [key for key, value in shown.items() if isinstance(value, dict)]  # W&B would show it as cosine.1
+    assert shown["test_accuracy"] == pytest.approx(result["test_accuracy"]["last"])
     for key in set(result) - {"config", "seal"}:
-        assert summary[key] == result[key], key
+        value = result[key]
+        if isinstance(value, dict):
+            assert {name: shown[f"{key}/{name}"] for name in value} == value
+        else:
+            assert shown[key] == value, key
 
 
 def test_a_crashed_job_s_run_ends_as_failed_and_the_next_one_is_another(tmp_path):

@@ -52,7 +52,7 @@ def left_out(folder, name):
 
 
 def is_same_json(text, other):
-    """Whether two texts hold the same values; a number that begins with a 0 is no JSON."""
+    """Return whether two texts are JSON with the same values. A number that begins with 0 is not valid JSON."""
     try:
         return json.loads(text) == json.loads(other)
     except json.JSONDecodeError:

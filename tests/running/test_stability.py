@@ -1,4 +1,4 @@
-"""What a run says of its stability is what the spec defines, and a net that is dead ends the run."""
+"""A run measures stability as the specification defines it, and it ends if the net is dead."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ RUN = ("method=ltas", "optimizer.lr=3", "epochs=6", "threads=1", "tracking=disab
 
 
 def seen(net, *batches, error=None):
-    """What a set of images shows of a net; error: of every batch."""
+    """Return the stability of a net on a set of images. error: error of every batch."""
     activations = Activations(net.eval())
     with torch.no_grad():
         for x in batches:

@@ -1,4 +1,4 @@
-"""What a person gets of a sweep: its points beforehand, how far it is, a table at its end, and how to plot it."""
+"""A sweep prints its points before it starts, its progress, a table at its end, and the command that plots it."""
 
 import csv
 import json
@@ -90,6 +90,7 @@ def test_each_finished_run_is_one_line_that_says_how_far_the_sweep_is(ended_swee
 def test_a_run_and_a_sweep_end_with_the_command_that_plots_them(ended_sweep, tmp_path):
     _, done = ended_sweep
     assert done.stdout.splitlines()[-2:] == ["  plot it: dfl-plot outputs/s", "  compare: dfl-report outputs/s"]
+    assert "the folder holds" not in done.stdout
     run = dfl_train(tmp_path, *SMALL, "hydra.run.dir='my run'")
     assert run.stdout.splitlines()[-1] == "  plot it: dfl-plot 'my run'"
     assert "at best" not in run.stdout

@@ -1,4 +1,4 @@
-"""What a sweep's table shows of a point is what this command did there, or found done: never what merely lies there."""
+"""A sweep's table shows only results that its command computed or accepted as finished, never other files."""
 
 import csv
 import json
@@ -104,7 +104,7 @@ def test_the_summary_has_every_point_of_the_folder(tmp_path):
     done = dfl_train(tmp_path, *SWEEP, "seed=1")
     assert rows(tmp_path) == whole
     assert "1 points" in done.stdout
-    assert "with 2 points of other commands" in done.stdout
+    assert "only the points of this command; the folder holds 2 more, and dfl-report grid shows all" in done.stdout
 
 
 def test_the_summary_shows_a_foreign_point_s_texts_and_obeys_none(tmp_path):

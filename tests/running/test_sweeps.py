@@ -42,7 +42,7 @@ def output(folder):
 
 
 def config_digest(folder):
-    """What every point computed: its rows, weights and accuracy."""
+    """Return the rows, weights and accuracy of every point."""
     grid = folder / "outputs" / "grid"
     results = {name: json.loads(text) for name, text in points(folder).items()}
     return {
@@ -87,7 +87,7 @@ def test_a_failed_point_is_retried_and_an_interrupted_one_goes_on(tmp_path):
     assert "iterations.csv" in summary(tmp_path)[names[0]]["reason"]
     (grid / names[0] / "iterations.csv").rmdir()
     assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
-    assert "going on after epoch" in output(tmp_path)
+    assert "continuing after epoch" in output(tmp_path)
     assert config_digest(tmp_path) == whole
 
 
@@ -106,12 +106,12 @@ def test_a_point_in_hand_elsewhere_is_left_to_the_other_and_a_dead_process_holds
     while not points(tmp_path, "epochs.csv"):
         time.sleep(0.01)
     assert ended(forked(tmp_path, *long)) == 0
-    assert f"process {other} on {platform.node()} is at work on it" in output(tmp_path)
+    assert f"process {other} on {platform.node()} works in it" in output(tmp_path)
     assert [row["status"] for row in summary(tmp_path).values()] == ["running"]
     os.kill(other, signal.SIGKILL)
     ended(other)
     third = forked(tmp_path, *long)
-    while "going on after epoch" not in output(tmp_path):
+    while "continuing after epoch" not in output(tmp_path):
         time.sleep(0.01)
     os.kill(third, signal.SIGTERM)
     assert ended(third) == 143
@@ -123,7 +123,7 @@ def test_a_status_is_read_without_the_lock_and_leaves_no_trace(tmp_path):
         (point / ".lock").unlink()  # whoever took the lock now would make it again
         assert status_of(point)[0] == "running"
         assert not (point / ".lock").exists()
-    assert status_of(point) == ("interrupted", None, "its process ended without a word")
+    assert status_of(point) == ("interrupted", None, "the process ended without writing a result")
     # what a killed process leaves, on this machine and on another
     (point / ".running").write_text(json.dumps({"host": platform.node(), "pid": 2**22 + 1}))
     assert status_of(point)[0] == "interrupted"
@@ -241,7 +241,7 @@ def test_a_killed_worker_costs_no_other_point(launcher, tmp_path):
     code = process.wait(timeout=150)
     if launcher == "joblib":
         assert code == 0, output(tmp_path)
-        assert "the sweep goes on" in output(tmp_path)
+        assert "the sweep continues" in output(tmp_path)
     elif code:
         assert ended(forked(tmp_path, *options[:-1])) == 0, output(tmp_path)
     assert list(statuses(tmp_path).values()) == ["finished"] * 3
@@ -256,7 +256,7 @@ def test_a_job_that_its_scheduler_preempts_is_queued_again_and_goes_on(tmp_path)
     assert process.wait(timeout=150) == 0, output(tmp_path)
     assert list(statuses(tmp_path).values()) == ["finished"]
     assert [text.count("\n") for text in points(tmp_path, "epochs.csv").values()] == [61]
-    assert "going on after epoch" in "".join(points(tmp_path, "run.log").values())
+    assert "continuing after epoch" in "".join(points(tmp_path, "run.log").values())
 
 
 @pytest.mark.usefixtures("clean_logging")
