@@ -63,7 +63,9 @@ def test_feedback_alignment_with_the_weights_is_backprop(model, precision):
             t.method.float()
             t.x, t.learner.precision = t.x.float(), precision
     start = vectors(bp.net)
-    row, _ = (t.learner.step(t.x, t.target, align=True) for t in (fa, bp))
+    # with AMX, oneDNN returns a wrong bfloat16 weight gradient for a 3×3 convolution with stride 2 on a plane of 1×1
+    with torch.backends.mkldnn.flags(enabled=precision != "bfloat16"):
+        row, _ = (t.learner.step(t.x, t.target, align=True) for t in (fa, bp))
     assert_moved_alike(fa.net, bp.net, start, tolerance)
     cosines = row[2:].view(-1, 5)[:, :2]
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=max(tolerance, roundoff(2, row.dtype)))

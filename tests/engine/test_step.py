@@ -225,4 +225,4 @@ def test_precision_is_recorded_and_tf32_is_refused_where_there_is_none(tmp_path)
     assert "1 threads" in result["device"]
     refused = dfl_train(tmp_path, "precision=tf32", "device=cpu", "tracking=disabled")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("dfl-train: error: precision=tf32: cpu has none")
+    assert refused.stderr.startswith("dfl-train: error: precision=tf32: needs a GPU")

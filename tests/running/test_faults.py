@@ -215,7 +215,7 @@ def test_out_of_memory_names_the_batch_size(tmp_path):
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 700_000_000, size + 700_000_000))
 
-    options = (HERE, *QUICK, "model.widths=[8192,8192]")  # 270 MB of weights; moments and gradients do not fit
+    options = (HERE, *QUICK, "model.widths=[12000,12000]")  # 580 MB of weights; gradients do not fit
     assert ended(forked(tmp_path, *options, before=little_memory)) == 1
     assert "dfl-train: error: batch_size=64: out of memory on device=" in last_line(tmp_path)
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
