@@ -36,9 +36,10 @@ one learning rate for all rules. At that rate DFA and LTAS fail with Conv3 on CI
 the rules at their best.
 
 Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default initialisation (10 seeds) and with He
-initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 at four rates (seed 0). Begun:
-seeds 1 and 2 of the map at the best rates of each method. Next: their rest, the map with batch normalisation, values
-that others published (`conf/experiment/published/`, two core-hours), the alignment figure with `protocol=paper`.
+initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 at four rates (seed 0); seeds 1
+and 2 of the map on CIFAR-100, each method at its best rate by validation. Next: the same on CIFAR-10 and at the second
+rates, the map with batch normalisation, values that others published (`conf/experiment/published/`, two core-hours),
+the alignment figure with `protocol=paper`.
 """
 
 
