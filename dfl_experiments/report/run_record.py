@@ -11,7 +11,7 @@ from dfl_experiments.configuration.composition import PLACES, harmless, quoted, 
 from dfl_experiments.configuration.history import WITHOUT_EFFECT, with_current_names
 from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.result import DONE, read_epochs, read_result, status_of
+from dfl_experiments.running.result import DONE, flat, read_epochs, read_result, status_of
 from dfl_experiments.running.run_directory import CONFIG
 
 ENDED = ("finished", "collapsed")  # statuses of a run that has an accuracy
@@ -201,17 +201,6 @@ def instability_text(unstable: Mapping[str, Any] | None) -> str:
     value, layer, epoch = unstable["value"], unstable["layer"], unstable["epoch"]
     problem = f"{value:.0%} of units dead" if unstable["measure"] == "dead" else f"activations grew {value:.0f}-fold"
     return f"layer {layer}, epoch {epoch}: {problem}"
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one mapping with dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{prefix}{key}.")
-        else:
-            values[f"{prefix}{key}"] = value
-    return values
 
 
 def as_override(value: Any) -> str:

@@ -243,3 +243,14 @@ def status_of(run_dir: Path) -> tuple[str, float | None, str]:
     """Return status, accuracy and reason of a run, see `read_status`."""
     status, reason, result = read_status(run_dir)
     return status, (result or {}).get("accuracy"), reason
+
+
+def flat(node: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping, with keys such as `optimizer.lr`, or `cosine/1` with separator "/"."""
+    values: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values

@@ -22,6 +22,7 @@ from dfl_experiments.configuration.composition import names_of
 from dfl_experiments.configuration.schema import Tracking
 from dfl_experiments.errors import reason
 from dfl_experiments.running.event_files import EventFiles, refuse_missing_package
+from dfl_experiments.running.result import flat
 from dfl_experiments.running.run_directory import Row, cell, header
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Tracker:
     def summarise(self, result: Mapping[str, Any]) -> None:
         """Send the content of result.json, without the configuration."""
         self._guarded(self._send)
-        values = flat({key: value for key, value in result.items() if key != "config"})
+        values = flat({key: value for key, value in result.items() if key != "config"}, "/")
         self._guarded(lambda: self._run.summary.update(values))
 
     def finish(self, exit_code: int) -> bool:
@@ -101,20 +102,6 @@ class Tracker:
             mirror = TENSORBOARD if isinstance(self._run, EventFiles) else WANDB
             self._run = None
             give_up(error, mirror)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with keys such as `cosine/1`.
-
-    Such keys are the same as the column names. For a nested value, W&B itself would use another name, `cosine.1`.
-    """
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{key}/")
-        else:
-            result[prefix + key] = value
-    return result
 
 
 def give_up(error: Exception, mirror: str) -> None:
