@@ -31,7 +31,7 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.ranges import MemoryFormat
-from dfl_experiments.running.device import ALL_THREADS, choose_device, layout_of, set_up
+from dfl_experiments.running.device import ALL_THREADS, choose_device, layout_of, refuse_wrong_gradients, set_up
 from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
 from dfl_experiments.schedules import Schedule
@@ -129,6 +129,8 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
         normalise, augmentation, settings.batch_size, settings.seed, device, memory_format=layout,
     )  # fmt: skip
     refuse_single_image(net, len(train), settings.batch_size)
+    if device.type == "cpu" and settings.precision == "bfloat16":
+        refuse_wrong_gradients(net)
     optimizer = components["optimizer"].build()
     feedback_optimizer = components.get("optimizer.feedback", components["optimizer"]).build()
     extra_quantities = settings.alignment.quantities if settings.alignment.every else []

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
+from dfl_experiments.running import device
 from dfl_experiments.running.checkpoint import load_checkpoint
 
 ASKED = ["epochs=3", "optimizer.lr=3e-3", "tracking=disabled", "threads=1"]
@@ -97,6 +98,14 @@ def test_features_are_refused_where_the_run_did_not_record_their_mean(folder, mo
 def test_a_mistake_has_the_command_line_s_words(overrides, words):
     with pytest.raises(UserError, match=words):
         dfl.compose(overrides)
+
+
+def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradient(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "processor_flags", lambda: {"amx_bf16"})
+    small = ["model=torchvision", "model.net=resnet18", "method=bp", "smoke=8", "epochs=1", "tracking=disabled"]
+    with pytest.raises(UserError, match=r"\(AMX\) PyTorch computes a wrong gradient for \S*layer3.0.conv1"):
+        dfl.run(dfl.compose([*small, "precision=bfloat16"]), tmp_path / "bfloat16")
+    assert dfl.run(dfl.compose(small), tmp_path / "float32")["status"] == "finished"
 
 
 def test_the_public_names_are_listed():
