@@ -167,7 +167,8 @@ def layers_of(
 def with_axes(panels: Sequence[Panel], columns: int) -> Figure:
     """Return a figure with axes for each panel.
 
-    If all runs use one data set, the panels of a quantity and layer share their y axis.
+    If all runs use one data set, the panels of a quantity and layer share their y axis. For alignment and dead units, the
+    panels of all layers share it.
 
     columns: number of panels in a row, used if it is 2 to 4.
     """
@@ -179,7 +180,8 @@ def with_axes(panels: Sequence[Panel], columns: int) -> Figure:
     datasets = {dataset for panel in panels for dataset in panel.lines.dataset}
     first: dict[Any, Axes] = {}
     for index, panel in enumerate(panels):
-        key = (panel.name, panel.layer) if len(datasets) == 1 else index
+        layer = 0 if panel.name in BOUNDED else panel.layer
+        key = (panel.name, layer) if len(datasets) == 1 else index
         first[key] = figure.add_subplot(rows, columns, index + 1, sharey=first.get(key))
     return figure
 
