@@ -138,7 +138,9 @@ def results_of(
     failed_to_learn = False
     if accuracy is not None and config.get("smoke") is None:
         best = (result.get("test_accuracy") or {}).get("best") or 0.0
-        failed_to_learn = has_failed_to_learn(accuracy, best, result.get("num_classes"))
+        num_classes = result.get("num_classes")
+        chance = result.get("largest_class") or (1 / num_classes if num_classes else 0.0)
+        failed_to_learn = has_failed_to_learn(accuracy, best, chance)
     return {
         "accuracy": number(accuracy),
         "validation_accuracy": number(validation),
@@ -185,13 +187,15 @@ def validation_of(
     return accuracies[best], losses[best] if losses else None
 
 
-def has_failed_to_learn(accuracy: float, best: float, num_classes: int | None) -> bool:
+def has_failed_to_learn(accuracy: float, best: float, chance: float) -> bool:
     """Return whether a test accuracy is below 0.8 × the run's best, or at chance.
 
-    At chance means, for K classes: below both 1.5/K and 1/K + 0.02.
+    At chance means below c + min(c/2, 0.02, (1 − c)/5).
+
+    chance: c, the accuracy of a network that always predicts the most frequent class; 1/K for K equally large classes.
     """
-    chance = 1 / num_classes if num_classes else 0.0
-    return accuracy < max(0.8 * best, min(1.5 * chance, chance + 0.02))
+    margin = min(chance / 2, 0.02, (1 - chance) / 5)
+    return accuracy < max(0.8 * best, chance + margin)
 
 
 def instability_text(unstable: Mapping[str, Any] | None) -> str:

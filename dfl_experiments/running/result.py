@@ -79,6 +79,8 @@ class Result(BaseModel):
     """Training images per second of training."""
     input_shape: Annotated[list[Size], Field(min_length=1)] | None = None
     num_classes: Size | None = None
+    largest_class: Share | None = None
+    """Share of the most frequent class in the test set."""
     data: str | None = None
     device: str | None = None
     git_commit: str | None = None

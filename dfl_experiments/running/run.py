@@ -115,6 +115,7 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
     result |= parts.origin | {
         "input_shape": list(net.input_shape),
         "num_classes": parts.num_classes,
+        "largest_class": float(parts.test.labels.bincount().max() / len(parts.test.labels)),
         "parameters": sum(p.numel() for p in net.parameters()),
         **({"delta_at": "boundary", "boundaries": net.boundaries} if isinstance(net, ModuleNet) else {}),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],

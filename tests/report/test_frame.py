@@ -106,9 +106,15 @@ def test_runs_that_fail_are_counted_apart_and_the_text_says_so(finished_point, t
     assert "fails at this rate: 1 of 1" in dfl_report(tmp_path, ".").stdout
 
 
-@pytest.mark.parametrize(("last", "best", "fails"), [(0.79, 0.99, True), (0.81, 0.99, False), (0.11, 0.11, True)])
-def test_a_run_fails_to_learn_a_fifth_under_its_best_or_at_chance(finished_point, tmp_path, last, best, fails):
-    told = finished(last, 1e-2, 0)
+@pytest.mark.parametrize(
+    ("last", "best", "largest_class", "fails"),
+    [(0.79, 0.99, 0.1, True), (0.81, 0.99, 0.1, False), (0.11, 0.11, 0.1, True), (0.71, 0.71, 0.7, True)]
+    + [(0.73, 0.73, 0.7, False), (0.99, 0.99, 0.98, False)],
+)
+def test_a_run_fails_to_learn_a_fifth_under_its_best_or_at_chance(
+    finished_point, tmp_path, last, best, largest_class, fails
+):
+    told = finished(last, 1e-2, 0) | {"largest_class": largest_class}
     told["test_accuracy"]["best"] = best
     altered(finished_point, tmp_path / "run", **told)
     assert list(runs(tmp_path).failed_to_learn) == [fails]
