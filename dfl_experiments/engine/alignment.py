@@ -28,15 +28,16 @@ def quantity_names(depth: int, extra_quantities: Sequence[str] = ()) -> list[str
 def backprop_signals(
     trace: Trace, error: Tensor, known: Sequence[Tensor] = (), last: bool = False
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (i, δ_i^BP) for i = L-1 … 1, for the weights and the batch of the trace. δ_i has the shape of a_i.
+    """Yield (i, δ_i^BP) for i = L-1 … 1. Every δ_i^BP has the shape of a_i.
 
-    Each block needs one vector-Jacobian product on the existing graph (Eq. 7). So there is no second forward pass, the
-    batch statistics are not updated again, and `.grad` does not change.
+    These are the signals of backpropagation for the weights and the batch of the trace. Each block needs one
+    vector-Jacobian product on the existing graph (Eq. 7). So there is no second forward pass, the batch statistics are
+    not updated again, and `.grad` does not change.
 
     trace: must be kept (`trace.kept`).
     error: e, (N, K).
     known: signals δ_k … δ_{L-1} of the highest layers, if they are already computed.
-    last: whether nothing reads the trace afterwards. If True, every part of the trace is released after its use.
+    last: True if the trace is not needed afterwards. Then every part of the trace is released after its use.
     """
     count, delta = len(trace.preactivations), error
     lowest_known = count - len(known) + 1
@@ -65,10 +66,10 @@ def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
 
 
 def signal_products(delta: Tensor | None, reference: Tensor) -> Tensor:
-    """Return [[⟨δ_n, δ_n⟩, ⟨δ_n, r_n⟩], [⟨δ_n, r_n⟩, ⟨r_n, r_n⟩]] for every sample n, (N, 2, 2).
+    """Return the matrix [[⟨δ_n, δ_n⟩, ⟨δ_n, r_n⟩], [⟨δ_n, r_n⟩, ⟨r_n, r_n⟩]] for every sample n.
 
-    The products are computed in float64 (on MPS in float32). The signal of a confidently classified sample may be
-    1e-25, and its square is zero in float32.
+    The result has shape (N, 2, 2). The products are computed in float64 (on MPS in float32). The signal of a
+    confidently classified sample may be as small as 1e-25. The square of this number would be zero in float32.
 
     delta: δ, (N, …), the applied signal; None for zero.
     reference: r, the signal of BP, in the same shape.
@@ -84,11 +85,12 @@ def signal_products(delta: Tensor | None, reference: Tensor) -> Tensor:
 
 
 def by_dots(signals: Sequence[Tensor]) -> Tensor:
-    """Return the inner products of the signals in every sample, (N, S, S), computed as dot products.
+    """Return the inner products of the signals in every sample, computed as dot products.
 
-    For long signals on a GPU, this takes a third of the time of `by_products`.
+    The result has shape (N, S, S), where S is the number of signals. For long signals on a GPU, this function takes a
+    third of the time of `by_products`.
 
-    signals: S = 1 or 2 tensors, (N, d).
+    signals: one or two tensors of shape (N, d).
     """
     first, last = exact(signals[0]), exact(signals[-1])
     dot = torch.linalg.vecdot(first, last)
@@ -117,12 +119,12 @@ def by_products(signals: Sequence[Tensor]) -> Tensor:
 
 
 def compare(products: Tensor, is_rounding: Tensor) -> Tensor:
-    """Return the `QUANTITIES` of every layer, (L-1, 5).
+    """Return the five `QUANTITIES` of every layer. The result has shape (L-1, 5).
 
     cosine_sample: mean of ⟨δ_n, r_n⟩ / (‖δ_n‖ ‖r_n‖) over the samples n. A sample is omitted if δ_n or r_n is zero, or
         if δ_n consists of rounding errors only. NaN if all samples are omitted.
     cosine_batch: ⟨δ, r⟩ / (‖δ‖ ‖r‖) over all N·d entries.
-    norm, norm_bp: ‖δ‖ and ‖r‖, Frobenius norms.
+    norm, norm_bp: the Frobenius norms ‖δ‖ and ‖r‖.
     zeros: number of samples that cosine_sample omits.
 
     products: see `signal_products`, (L-1, N, 2, 2).
@@ -139,9 +141,10 @@ def compare(products: Tensor, is_rounding: Tensor) -> Tensor:
 
 
 def relative_rounding(error: Tensor, product: torch.dtype) -> float:
-    """Return ε. If ‖B e‖ ≤ ε ‖B‖ ‖e‖, then B e may contain nothing but rounding errors.
+    """Return ε, the limit for rounding errors in B e.
 
-    Rounding errors come from e, and from the sum of K terms in every entry of B e.
+    If ‖B e‖ ≤ ε ‖B‖ ‖e‖, then B e may consist of rounding errors only. The rounding errors come from e, and from the
+    sum of K terms in every entry of B e.
 
     error: e, (N, K).
     product: data type in which B e is computed.
@@ -155,11 +158,13 @@ def relative_rounding(error: Tensor, product: torch.dtype) -> float:
 
 
 def only_rounding(method: Method, trace: Trace, error: Tensor, products: Tensor) -> Tensor:
-    """Return whether the applied signal consists of rounding errors only, for each layer and sample, (L-1, N).
+    """Return for each layer and each sample whether the applied signal consists of rounding errors only.
 
-    The entries of e sum to zero in every sample. So the exact value of B e is zero for a unit whose K entries of B are
-    equal. A signal B e counts as rounding if ‖δ_n‖ ≤ ε ‖B‖ ‖e_n‖, with ε from `relative_rounding`. A signal that is
-    computed from the signal of the layer above counts as rounding if that signal does.
+    The result has shape (L-1, N). The entries of e sum to zero in every sample. So the exact value of B e is zero for a
+    unit whose K entries of B are equal. There are three cases:
+    - A layer receives B e: its signal counts as rounding if ‖δ_n‖ ≤ ε ‖B‖ ‖e_n‖, with ε from `relative_rounding`.
+    - A layer receives another signal at a cut: its signal never counts as rounding.
+    - All other layers receive their signal from the layer above: the result is the same as for the layer above.
 
     error: e, (N, K).
     products: see `signal_products`, (L-1, N, 2, 2).
@@ -191,10 +196,11 @@ def measure(
     """Return `QUANTITIES` and `extra_quantities` of every hidden layer, in the order of `quantity_names`.
 
     trace: must be kept (`trace.kept`), and its `backward` must have run.
-    applied: δ_1 … δ_{L-1} as `backward` returned them. From layer `method.exact_from` upwards they equal δ_i^BP.
+    applied: the signals δ_1 … δ_{L-1}, as `backward` returned them. In layer `method.exact_from` and all layers above,
+        δ_i equals δ_i^BP.
     error: e, (N, K).
     extra_quantities: names from `measured.EXTRA_QUANTITIES`.
-    last: whether nothing reads the trace and `applied` afterwards. If True, each part of both is released after use.
+    last: True if the trace and `applied` are not needed afterwards. Then every part of them is released after its use.
     """
     known = [d for d in applied[method.exact_from - 1 :] if d is not None]
     all_products, all_extra = [], []

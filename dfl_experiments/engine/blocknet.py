@@ -1,7 +1,7 @@
-"""Networks as chains of blocks, with a forward pass that a method can cut.
+"""Networks as chains of blocks. A method can cut the graph of the forward pass between two blocks.
 
-Notation of the whole package: h_0 = x; a_i = pre_i(h_{i-1}) and h_i = post_i(a_i) for i = 1 … L-1; logits
-a_L = head(h_{L-1}).
+Notation of the whole package: The input is h_0 = x. Block i computes a_i = pre_i(h_{i-1}) and h_i = post_i(a_i), for
+i = 1 … L-1. The logits are a_L = head(h_{L-1}).
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -27,9 +27,9 @@ class Block(nn.Module):
 
     pre: layers up to the last pre-activation a of the block, where the error signal δ = ∂ℒ/∂a is measured.
     post: layers after a: activation, pooling, flattening.
-    leak: whether gradient passes a cut through the shortcut. If True, the block after a cut is called as
-        `pre(x, shortcut)`, where both are h_{i-1}, and the gradient at `shortcut` is added to the signal at h_{i-1}.
-        ResNet18 does this in the published code.
+    leak: whether the gradient of the block's shortcut crosses a cut below the block. If True, the block above a cut is
+        called as `pre(x, shortcut)`. Both arguments are h_{i-1}. The gradient at `shortcut` is added to the signal at
+        h_{i-1}. The ResNet18 of the published code has this leak.
     """
 
     def __init__(self, pre: nn.Module, post: nn.Module, leak: bool = False) -> None:
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.leak = leak
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return h_i, (N, *h_i). x: h_{i-1}, (N, *h_{i-1})."""
+        """Return h_i for a batch of inputs. x: h_{i-1}, with the samples along the first axis."""
         return self.post(self.pre(x))
 
 
@@ -47,8 +47,8 @@ class BlockNet(nn.Module):
     """The network h_i = block_i(h_{i-1}), a_L = head(h_{L-1}), which every model function returns.
 
     input_shape: shape of one sample of x.
-    example: one sample for trial forward passes, (1, *h_0); None for zeros in the data type of the parameters. A net
-        that reads tokens needs an example.
+    example: one sample for trial forward passes, (1, *h_0). None: a sample of zeros, in the data type of the
+        parameters. A net that reads tokens needs an example of integers.
     """
 
     def __init__(self, *blocks: Block, head: nn.Module, input_shape: Sequence[int]) -> None:
@@ -66,7 +66,11 @@ class BlockNet(nn.Module):
         return len(self.blocks) + 1
 
     def forward(self, x: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """Return the logits a_L, (N, K). x: (N, *h_0). watch(i, h_i): function that is called for every h_i."""
+        """Return the logits a_L, (N, K).
+
+        x: (N, *h_0).
+        watch(i, h_i): function that is called for every h_i.
+        """
         for i, block in enumerate(self.blocks, start=1):
             x = block(x)
             if watch is not None:
@@ -90,7 +94,7 @@ class BlockNet(nn.Module):
         return [layer for layer in module.modules() if is_weight_layer(layer)]
 
     def reader(self, i: int) -> WeightLayer | None:
-        """Return the first weight layer of block i+1, which sets the shape of B on h_i; None if there is none."""
+        """Return the first weight layer of block i+1; None if there is none. This layer sets the shape of B on h_i."""
         return next(iter(self.weight_layers(i)), None)
 
     def blank(self, count: int = 1) -> Tensor:
@@ -102,8 +106,11 @@ class BlockNet(nn.Module):
 
     @torch.no_grad()
     def probe(self, cuts: Collection[int] = ()) -> Trace:
-        """Return the kept trace of a forward pass on one sample of `blank`. The net does not change. cuts: see `trace`.
+        """Return the trace of a forward pass on one sample of `blank`. The net does not change.
 
+        The trace is kept, so that gradients can be computed.
+
+        cuts: see `trace`.
         Raises `UserError` if the forward pass fails, for example because a kernel is larger than its input.
         """
         training = {module: module.training for module in self.modules()}
@@ -123,7 +130,7 @@ class BlockNet(nn.Module):
     def output_shapes(self) -> list[torch.Size]:
         """Return the shapes of h_1 … h_{L-1} for one sample.
 
-        Raises `UserError` if a shape is none of those in `Block`, or if a block changes its input in place.
+        Raises `UserError` if an h_i has a shape that `Block` does not allow, or if a block changes its input in place.
         """
         shapes = [h.shape[1:] for h in self.probe(range(1, self.depth)).outputs if h is not None]
         for i, shape in enumerate(shapes, start=1):
@@ -143,8 +150,8 @@ class BlockNet(nn.Module):
         """Return the logits of a second forward pass, which changes no buffer.
 
         trace: trace of the first forward pass.
-        replace(i, h_i): function that returns the input of block i+1. The lowest blocks are skipped, with None as h_i,
-            until the function returns a tensor.
+        replace(i, h_i): function that returns the input of block i+1. The pass starts at the lowest i for which the
+            function returns a tensor. All blocks below are skipped, and h_i is None in the calls up to this i.
         """
         h: Tensor | None = None
         for i, module in enumerate((*self.blocks, self.head)):
@@ -171,12 +178,12 @@ class BlockNet(nn.Module):
     ) -> Trace:
         """Run the forward pass, and return what the backward pass needs.
 
-        x: (N, *h_0).
+        x: input, (N, *h_0).
         cuts: boundaries i at which block i+1 reads a detached h_i.
-        frozen: number of the lowest blocks that do not learn. The boundary above these blocks is cut, and their graph
-            is recorded only if `keep` is True.
+        frozen: number of the lowest blocks that do not learn. The boundary above these blocks is cut. The graph of
+            these blocks is recorded if `keep` is True; otherwise it is not recorded.
         keep: whether to keep the graph of every block after `backward`, so that gradients can be computed again.
-        transpose: feedback weights that replace Wᵀ in the backward pass.
+        transpose: feedback weights that replace Wᵀ in the backward pass; None for Wᵀ.
         """
         trace = Trace(frozenset({*cuts, frozen} - {0}), keep, x, transpose)
         with nullcontext() if transpose is None else transpose.installed():

@@ -18,18 +18,20 @@ UNIT_BY_UNIT = {
     "CopySlices", "PreluKernel", "NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm",
     "MiopenBatchNorm", "FusedRmsNorm",
 }  # fmt: skip
-# Operations that scale each hidden unit by its own parameter, if the parameter has one axis. With more axes it counts
-# as a matrix.
+# Operations that scale each hidden unit by its own parameter, if the parameter has one axis. A parameter with several
+# axes counts as a matrix.
 SCALING = {"Mul", "Div", "Addcmul", "Addcdiv", "Lerp", "Pow"}
 
 
 def layers_to_replace(net: BlockNet) -> list[int]:
-    """Return the indices of the weight layers through which error signals pass, counted over all blocks.
+    """Return the indices of the weight layers through which error signals pass.
 
-    They are found by running a copy of the net in evaluation mode and in training mode.
+    The indices count the weight layers of all blocks together, from 0. The layers are found by running a copy of the
+    net in evaluation mode and in training mode.
 
     Raises `UserError` if a parameter outside of weight layers is combined with hidden values in a matrix product, a
-    convolution or an unknown operation. No B can replace it, so the signal would pass it as in backpropagation.
+    convolution or an unknown operation. No B can replace this parameter, so the error signal would be multiplied by
+    the parameter itself, as in backpropagation.
     """
     twin = copy.deepcopy(net).requires_grad_(True)  # so that frozen weights are found too
     learns = {p: q.requires_grad for p, q in zip(twin.parameters(), net.parameters(), strict=True)}
@@ -95,9 +97,11 @@ def _mixes(kind: str, parameters: list[nn.Parameter]) -> bool:
 
 
 def check_transpose(layer: WeightLayer, x: Tensor) -> None:
-    """Raise `UserError` if the layer's vector-Jacobian product differs from `transposed` with its own weight.
+    """Raise `UserError` if the layer's vector-Jacobian product differs from the result of `transposed` with B = W.
 
-    A hook, or a method that is set on the instance, can cause a difference. x: an input of the layer.
+    The two differ if a hook changes the layer's output, or if a method is overwritten on the instance.
+
+    x: an input of the layer.
     """
     start = torch.ones_like(x).requires_grad_()
     output = layer(start)
@@ -112,7 +116,7 @@ def check_transpose(layer: WeightLayer, x: Tensor) -> None:
 
 
 def from_the_leaves(root: Any) -> Iterator[Any]:
-    """Yield the root and all nodes that it depends on, each node after the nodes that it depends on."""
+    """Yield the root and all nodes that it depends on, in topological order: leaves first, the root last."""
     seen: set[Any] = set()
     stack = [(root, False)]
     while stack:
@@ -131,7 +135,7 @@ def not_replaceable(net: nn.Module, weight: nn.Parameter, kind: str) -> UserErro
     name = next(name for name, p in net.named_parameters() if p is weight)
     owner = type(net.get_submodule(name.rpartition(".")[0])).__name__
     return UserError(
-        f"model: {name} of {owner} is combined with hidden values in an operation ({kind}) that FA and the rules based "
-        "on it cannot transpose with a B. These rules replace only the weights of Linear, Conv1d to Conv3d and "
+        f"model: {name} of {owner} is combined with hidden values in the operation {kind}. FA and the rules based on "
+        "FA cannot replace this parameter by a B. They replace only the weights of Linear, Conv1d to Conv3d and "
         "ConvTranspose1d to ConvTranspose3d modules; use these modules, or choose a direct method, shallow or bp"
     )

@@ -56,7 +56,10 @@ class CapturedStep:
         self.failed = False
 
     def __call__(self, x: Tensor, target: Tensor, align: bool = False) -> Tensor:
-        """Run one step and return its metrics. The next call overwrites this tensor. Arguments: see `Learner.step`."""
+        """Run one step and return the tensor of its metrics. The next call overwrites this tensor.
+
+        Arguments: see `Learner.step`.
+        """
         if self.failed or len(target) != self.batch_size:
             return self.learner.step(x, target, align)
         if align not in self.recordings:

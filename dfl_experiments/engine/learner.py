@@ -20,9 +20,9 @@ class Learner:
 
     precision: "bfloat16" runs the forward and backward pass under autocast; weights and loss keep their type.
     extra_quantities: names from `measured.EXTRA_QUANTITIES`, measured together with the δ-cosine.
-    feedback_optimizer: factory for the optimizer of B; None for `optimizer`.
+    feedback_optimizer: factory for the optimizer of B. None: `optimizer` is used for B too.
     clip_norm: maximum norm of W's gradient over all trained parameters; None for no limit.
-    rates: learning rates of the two optimizers, before the schedule.
+    rates: learning rates of W and B before the schedule changes them.
     metric_names: names of the values that `step` returns, in order.
     """
 
@@ -71,7 +71,10 @@ class Learner:
                     group["lr"] = value
 
     def _clip(self) -> None:
-        """Scale W's gradient down to norm `clip_norm`. B's gradient gets the same factor if it was made from W's."""
+        """Scale W's gradient down to norm `clip_norm`.
+
+        B's gradient is scaled by the same factor if it was made from W's gradient (`method.follows_backward`).
+        """
         if self.clip_norm is None:
             return
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -92,12 +95,14 @@ class Learner:
         """Train on one minibatch, in the order of the paper's Algorithms 1 and 2.
 
         Forward pass → update every B → form every δ_i with the updated B → clip the gradient → update all W, b.
-        If `method.sends_first` is True, B is updated after the signals are formed with the old B.
+        If `method.sends_first` is True, every δ_i is formed with the old B. Then B is updated just before W.
 
         x: (N, *h_0).
         target: labels, (N,).
-        align: whether to compare the applied signals with those of BP on the same trace. This changes no weight.
-        Returns the values of `metric_names` in one tensor on the device; alignment is NaN if it is not measured.
+        align: whether to compare the applied signals with those of BP on the same trace. This comparison changes no
+            weight.
+        Returns the values of `metric_names` in one tensor on the device. If `align` is False, all values except loss
+            and correct are NaN.
         """
         with self.autocast():
             trace = self.net.trace(x, self.method.cuts, self.method.frozen, align, self.method.transpose)

@@ -20,9 +20,10 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ℒ, a scalar, and e = ∂ℒ/∂a_L, (N, K). Both contain the factor 1/N of the average.
+        """Return the scalar ℒ and the error e = ∂ℒ/∂a_L. Both contain the factor 1/N of the average.
 
-        logits: a_L, (N, K). target: labels, (N,).
+        logits: a_L, (N, K). The error has the same shape.
+        target: labels, (N,).
         """
 
 

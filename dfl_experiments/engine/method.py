@@ -14,19 +14,20 @@ WeightPair = tuple[Tensor, Tensor]  # B and the weights that it replaces, in the
 class Method(nn.Module):
     """A learning rule: where the graph is cut, which error signals start autograd at the cuts, and what replaces Wᵀ.
 
-    A subclass sets the attributes below in its constructor. It overrides `signal` if it cuts the graph, and `adapt` or
-    `follow` if it learns feedback weights. The optimizer of the method's own parameters (B) has the kind and
-    hyper-parameters of the network's optimizer, unless `optimizer.feedback` sets others.
+    A subclass sets the attributes below in its constructor. It overrides `signal` if it cuts the graph. It overrides
+    `adapt` or `follow` if it learns feedback weights. The method's own parameters are the feedback weights B. By
+    default, their optimizer has the kind and hyper-parameters of the network's optimizer. `optimizer.feedback` can set
+    others.
 
     On a GPU a step is captured as a CUDA graph and then replayed without Python. So during a step a method reads no
     value from the device (no `.item()`, no `if` on a tensor). It draws random numbers only from the device's default
-    generator. It stores its state in tensors, which it changes in place. `tests/engine/test_step.py` checks this for
-    every method, including those of other packages.
+    generator. It stores its state in tensors, which it changes in place. `tests/engine/test_step.py` checks these rules
+    for every method, including methods of other packages.
 
     net: network to train.
     num_classes: K.
     loss: loss of the logits.
-    Raises `UserError` if the network has no hidden block, or its output is not (N, K).
+    Raises `UserError` if the network has no hidden block, or if its output does not have the shape (N, K).
     """
 
     cuts: frozenset[int] = frozenset()
@@ -51,24 +52,25 @@ class Method(nn.Module):
         shape = tuple(net.probe().logits.shape)
         if shape != (1, num_classes):
             raise UserError(
-                f"model: its output for one sample has shape {shape}; must be (1, {num_classes}), one value per class"
+                f"model: the output for one sample has shape {shape}; must be (1, {num_classes}), one value per class"
             )
         self.depth = self.exact_from = net.depth
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
         """Learn from the forward pass, before any error signal is formed.
 
-        Set `.grad` of the method's own parameters, which their optimizer then updates, or change buffers in place. The
-        network must not change.
+        There are two ways to learn. Either set `.grad` of the method's own parameters: their optimizer updates them
+        later. Or change the method's buffers in place. Do not change the network.
 
-        error: e, (N, K). target: labels, (N,).
+        error: e, (N, K).
+        target: labels, (N,).
         """
 
     def follow(self, lr: float | Tensor) -> None:
         """Learn from the gradients of the backward pass, which are in `.grad` of the network's parameters.
 
-        These gradients are already clipped, if `clip_norm` is set. After this call the network's optimizer updates W,
-        and if the method has `sends_first`, B's optimizer updates B.
+        If `clip_norm` is set, these gradients are already clipped. After this call, B's optimizer updates B if
+        `sends_first` is True. Then the network's optimizer updates W.
 
         lr: current learning rate of W.
         """
@@ -79,7 +81,8 @@ class Method(nn.Module):
         It is called for every cut above the frozen blocks, from the highest to the lowest, after the gradients of the
         blocks above are computed.
 
-        error: e, (N, K). target: labels, (N,).
+        error: e, (N, K).
+        target: labels, (N,).
         """
         raise LookupError(f"{type(self).__name__} cuts the graph after block {i} but does not implement `signal`")
 
@@ -88,7 +91,7 @@ class Method(nn.Module):
         return []
 
     def feedback_norm(self, i: int) -> Tensor | None:
-        """Return ‖B‖ (Frobenius) where h_i receives B e; None where it receives another signal."""
+        """Return the Frobenius norm of B if h_i receives B e; None if h_i receives another signal."""
         return None
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:

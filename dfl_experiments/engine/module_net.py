@@ -32,7 +32,7 @@ class ModuleNet(BlockNet):
     """A net whose blocks are the parts of a module between its boundaries. δ_i is ∂ℒ/∂h_i, measured at the boundary.
 
     module: any module that maps one tensor to logits. Its parameters may be frozen.
-    boundaries: names of submodules, or "auto" (see `Survey.automatic`). The function `boundaries` lists valid names.
+    boundaries: names of submodules, or "auto" (see `Survey.automatic`). The function `boundaries` returns valid names.
     example: an input that the module accepts, (N, *h_0), for example integers for an embedding.
     Raises `UserError` if a submodule is not a valid boundary (see `Survey.problem`).
     """
@@ -55,7 +55,10 @@ class ModuleNet(BlockNet):
         return None if self._visit is None else self._visit(i, h)
 
     def _passed(self, visit: Visit, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run a forward pass. visit(i, h_i): returns the input of block i+1, or None, which means h_i."""
+        """Run a forward pass, and call visit(i, h_i) at every boundary.
+
+        visit: function that returns the input of block i+1. If it returns None, the input is h_i.
+        """
         self._visit = visit
         try:
             return run(x)
@@ -74,7 +77,7 @@ class ModuleNet(BlockNet):
         return self._passed(watch, self.module, x)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's own `state_dict`: its keys have no prefix."""
+        """Return the module's own `state_dict`, whose keys have no prefix."""
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +94,10 @@ class ModuleNet(BlockNet):
         return [layer for layer in self.module.modules() if is_weight_layer(layer) and id(layer.weight) in weights]
 
     def reader(self, i: int) -> WeightLayer | None:
-        """Return the weight layer that reads h_i; None unless exactly one layer reads h_i, with all channels."""
+        """Return the only weight layer that reads h_i.
+
+        Return None if no layer or several layers read h_i, or if the only layer does not read all channels.
+        """
         name = self._readers[i - 1]
         layer: Any = None if name is None else self.module.get_submodule(name)
         return layer
@@ -130,7 +136,7 @@ class ModuleNet(BlockNet):
                 raise UserError(f"model: {name} is called twice or in a different order, so it cannot be a boundary")
             if keep:
                 if learns:
-                    # if all parameters below are frozen, h has no gradient yet
+                    # if all parameters below are frozen, h does not require a gradient yet
                     h = h if h.requires_grad else h.detach().requires_grad_()
                     trace.preactivations.append(get_gradient_edge(h))
                 h = h.view_as(h)  # a second tensor: autograd starts at the view, and δ_i is read at the original
@@ -232,7 +238,7 @@ class Graph:
         return node.name().startswith("Relu")
 
     def readers(self, layers: Collection[str], boundaries: Sequence[str]) -> dict[str, list[str]]:
-        """Return for every boundary the layers that read its output directly: no other layer or boundary is between."""
+        """Return for every boundary the layers that read its output, without another layer or boundary in between."""
         stops = {self.nodes[name] for name in (*layers, *boundaries)}
         first: dict[Any, int] = {}  # for each node: the first stop on each path from it towards the input
         for node in self.bits:
@@ -298,8 +304,9 @@ class Survey:
     def automatic(self) -> list[str]:
         """Return as many boundaries as possible, with a weight between any two of them.
 
-        Of several boundaries between the same two weights, the last is chosen. Here, a weight is a parameter with
-        several axes in a module without submodules. A position embedding does not count, as its module has submodules.
+        If several boundaries lie between the same two weights, the last of these boundaries is chosen. In this
+        function, a weight is a parameter that has several axes and belongs to a module without submodules. So a
+        position embedding does not count as a weight if its module has submodules.
 
         Raises `UserError` if the module has no boundary with a weight below and a weight above it.
         """
@@ -315,7 +322,7 @@ class Survey:
         return names
 
     def _why_none(self) -> str:
-        """Return why no submodule is a boundary. A recurrent layer returns a tuple, which its user can unpack."""
+        """Return why no submodule is a boundary. A possible reason: a layer returns a tuple, as an LSTM does."""
         for name, outputs in self.graphs[0].outputs.items():
             if outputs and not isinstance(outputs[0], Tensor):
                 return f"the output of {name} is not one tensor: put it into a module that returns only its tensor"
@@ -371,7 +378,8 @@ def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
 def as_net(module: nn.Module, names: Boundaries, input_shape: Sequence[int]) -> BlockNet:
     """Return a `ModuleNet` of a module with these boundaries; return a `BlockNet` unchanged.
 
-    If the module contains an embedding and one sample is a vector, the sample is a sequence of integer tokens.
+    The example for a `ModuleNet` consists of zeros. The zeros are integers (tokens) if the module contains an embedding
+    and one sample is a vector. Otherwise they are floats.
     """
     if isinstance(module, BlockNet):
         return module

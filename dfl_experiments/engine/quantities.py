@@ -1,4 +1,4 @@
-"""Extra quantities: compare B with W, gradients with those of backpropagation, local predictions with the logits."""
+"""Extra quantities: compare B with W, gradients with those of BP, and local predictions with the logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,9 +42,9 @@ def exact(values: Tensor) -> Tensor:
 
 
 def pair_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Return ⟨x, y⟩, ‖x‖² and ‖y‖², (3,); None if there are no pairs.
+    """Return one tensor with the three values ⟨x, y⟩, ‖x‖² and ‖y‖²; None if there are no pairs.
 
-    pairs: corresponding parts of the two vectors x and y.
+    pairs: corresponding parts of x and y. All parts together are the two vectors.
     """
     total = None
     for x_piece, y_piece in pairs:
@@ -55,16 +55,16 @@ def pair_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
 
 
 def cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Return the cosine of x and y; NaN if one of them is zero, None if there are no pairs. See `pair_products`."""
+    """Return the cosine of x and y (see `pair_products`); NaN if x or y is zero, None if there are no pairs."""
     products = pair_products(pairs)
     return None if products is None else products[0] / products[1].sqrt() / products[2].sqrt()
 
 
 def weight_cosine(layer: Measurement) -> Tensor | None:
-    """Return cos(vec B, vec W) over the pairs of h_i.
+    """Return the cosine of B and W, flattened to vectors, over all pairs of h_i.
 
-    In a sequential method the pairs are B and W of the layers of block i+1. In a direct method the only pair is B_{i+1}
-    and the product W_{i+1}ᵀ … W_Lᵀ.
+    In a sequential method there is one pair B and W for each layer of block i+1. In a direct method there is only one
+    pair: B_{i+1} and the product W_{i+1}ᵀ … W_Lᵀ.
     """
     return cosine(layer.pairs)
 
@@ -82,7 +82,7 @@ def weight_ratio(layer: Measurement) -> Tensor | None:
 
 
 def gradient_cosine(layer: Measurement) -> Tensor | None:
-    """Return the cosine of the gradient with BP's gradient, over all parameters of block i below δ_i."""
+    """Return the cosine of the method's gradient and BP's gradient, over all parameters of block i below δ_i."""
     parameters = [p for p in layer.net.parameters_below_delta(layer.i) if p.grad is not None]
     if not parameters:
         return None
@@ -98,7 +98,7 @@ def gradient_cosine(layer: Measurement) -> Tensor | None:
 
 
 def output_cosine(layer: Measurement) -> Tensor | None:
-    """Return the mean over samples of cos(a_L, y_i), with the local prediction y_i; NaN if a y_i is zero."""
+    """Return the mean over samples of cos(a_L, y_i), with the local prediction y_i; NaN if y_i is zero for a sample."""
     logits = layer.trace.logits
     # after a forward pass under autocast, B and h_i have different types, so the prediction needs autocast too
     with torch.autocast(logits.device.type, torch.bfloat16, enabled=logits.dtype == torch.bfloat16):
@@ -113,7 +113,7 @@ FUNCTIONS: dict[str, Callable[[Measurement], Tensor | None]] = {name: globals()[
 
 
 def measure_extra(names: Sequence[str], layer: Measurement) -> Tensor:
-    """Return the named quantities of a layer, (len(names),); NaN for a quantity that the method does not have."""
+    """Return the quantities of a layer, in the order of `names`; NaN for a quantity that the method does not have."""
     nan = exact(layer.reference).new_full((), torch.nan)
     values = [FUNCTIONS[name](layer) for name in names]
     return torch.stack([nan if value is None else value.to(nan) for value in values])

@@ -44,7 +44,7 @@ class Trace:
     logits: Tensor = field(init=False)
     """a_L, (N, K)."""
     outputs: list[Tensor | None] = field(default_factory=list)
-    """h_i: stored at a cut until its signal is formed, and always in a kept trace. Otherwise None, to free memory."""
+    """h_i of every block. If the trace is not kept: None, except at a cut until the signal there is formed."""
     segments: list[Segment] = field(default_factory=list)
     """Segments that learn, from the lowest to the highest."""
     preactivations: list[GradientEdge] = field(default_factory=list)
@@ -53,7 +53,10 @@ class Trace:
     """In a kept trace: input of block i (the head for i = L), h_{i-1}. After a cut: one leaf, or two with a leak."""
 
     def output(self, i: int) -> Tensor:
-        """Return h_i, detached. A kept trace stores every h_i; others only at cuts, until its signal is formed."""
+        """Return h_i, detached.
+
+        A kept trace stores every h_i. Any other trace stores h_i only at a cut, until the signal at h_i is formed.
+        """
         h = self.outputs[i - 1]
         assert h is not None, "h_i is stored until its signal is formed"
         return h.detach()
@@ -67,11 +70,12 @@ class Trace:
     ) -> list[Tensor | None]:
         """Set `.grad` of the parameters of all segments, the highest segment first. No gradient crosses a cut.
 
-        signal(i, trace, error, target): returns the gradient at h_i. It is called when the gradients of all segments
-            above are computed, and the memory of these segments is freed.
+        signal(i, trace, error, target): function that returns the gradient at h_i. Before each call, the gradients of
+            all segments above h_i are computed. The graph of these segments is then freed, except in a kept trace.
         error: e = ∂ℒ/∂a_L, (N, K).
         target: labels, (N,).
-        Returns the applied δ_1 … δ_{L-1}, None for a layer without a signal; an empty list if the trace is not kept.
+        Returns the applied signals δ_1 … δ_{L-1}, with None for a layer without a signal. If the trace is not kept,
+            the list is empty.
         """
         deltas: list[Tensor | None] = [None] * len(self.preactivations)
         start, leaked = error, None
@@ -80,7 +84,7 @@ class Trace:
                 start = self._placeholder(segment, partial(signal, segment.last, self, error, target), leaked)
             inside = slice(segment.first - 1, segment.last)
             leak = [] if segment.leak is None else [segment.leak]
-            # use `autograd.grad`: `backward(inputs=…)` would leave a hook on every a_i that runs again in later passes
+            # Do not use `backward(inputs=…)`. It would leave a hook on every a_i that runs again in later passes.
             wanted: Any = [*segment.parameters, *leak, *self.preactivations[inside]]
             gradients = torch.autograd.grad([segment.top], wanted, [start], retain_graph=self.kept, allow_unused=True)
             for parameter, gradient in zip(segment.parameters, gradients, strict=False):
@@ -91,9 +95,10 @@ class Trace:
         return deltas
 
     def _placeholder(self, segment: Segment, signal: Callable[[], Tensor], leaked: Tensor | None) -> Tensor:
-        """Return zeros that use no memory. When autograd starts with these zeros, a hook replaces them by the signal.
+        """Return zeros that use no memory. Autograd starts with these zeros, and a hook replaces them by the signal.
 
-        The signal is as large as h_i. Autograd holds the only reference to it, and so frees the signal after its use.
+        The signal is as large as h_i. Only autograd holds a reference to the signal, so autograd frees the signal after
+        its use.
 
         signal: function that returns the gradient at the segment's top.
         leaked: gradient that a leak adds to the signal.

@@ -36,7 +36,7 @@ def pads_with_zeros(layer: WeightLayer) -> bool:
 
 
 def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) -> Tensor:
-    """Return the layer's vector-Jacobian product with B in place of W: the signal at the layer's input.
+    """Return the signal at the layer's input: the layer's vector-Jacobian product with B in place of W.
 
     weight: B, in the shape of W.
     signal: error signal at the layer's output.
@@ -60,9 +60,10 @@ class Transpose:
     """The feedback weights that replace Wᵀ in the layers that read hidden values.
 
     layers: layers whose Wᵀ is replaced, in the order of the net.
-    carry(k, g, x): returns the signal at the input x of layers[k] from the signal g at its output. It is called in the
-        backward pass, so it uses the current B.
-    exact: whether signals pass Wᵀ in place of B, so that the same graph computes the signals of backpropagation.
+    carry(k, g, x): function that computes the signal at the input x of layers[k] from the signal g at the layer's
+        output. It is called in the backward pass, so it uses the current B.
+    exact: whether the backward pass uses Wᵀ in place of B. If True, the same graph computes the signals of
+        backpropagation.
     """
 
     def __init__(self, layers: Sequence[WeightLayer], carry: Carry) -> None:
@@ -75,7 +76,7 @@ class Transpose:
             for k, layer in enumerate(self.layers):
                 inputs: list[Tensor] = []
                 stack.enter_context(layer.register_forward_pre_hook(_detach_input(inputs), with_kwargs=True))
-                # prepend: this hook runs before a boundary's hook, so that h_i is the output of the crossing
+                # `prepend` makes this hook run before the hook of a boundary, so h_i is the output of `Crossing`
                 stack.enter_context(layer.register_forward_hook(self._give(k, inputs), prepend=True))
             yield
 
@@ -92,13 +93,13 @@ class Transpose:
         return lambda layer, args, output: Crossing.apply(output, inputs.pop(), self, k)
 
     def send(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
-        """Return the signal at the input x of layers[k] from the signal at its output."""
+        """Compute the signal at the input x of layers[k] from the signal at the layer's output."""
         layer = self.layers[k]
         return transposed(layer, layer.weight, signal, x) if self.exact else self.carry(k, signal, x)
 
 
 def _detach_input(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:
-    """Return a hook that appends a layer's input to `inputs`, and gives the layer the detached input."""
+    """Return a hook that appends a layer's input to `inputs`, and passes the detached input to the layer."""
 
     def detach(layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
         if len(args) != 1 or kwargs:
@@ -113,14 +114,17 @@ def _detach_input(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], di
 
 
 class Crossing(torch.autograd.Function):
-    """The identity on a layer's output. Backward, the signal goes to the layer's W and b, and by `send` to x."""
+    """The identity on a layer's output, with its own backward pass.
+
+    The signal at the output goes to the layer's W and b as usual. `Transpose.send` computes the signal at the input x.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, transpose: Transpose, k: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.transpose, ctx.k = transpose, k
-        # not a view, because autograd does not let `ReLU(inplace=True)` change a view that a Function returns. This
-        # change is harmless, because the backward pass of a weight layer does not use the layer's output.
+        # Do not return a view: autograd does not let `ReLU(inplace=True)` change a view that a Function returns. An
+        # in-place change is harmless here, because the backward pass of a weight layer does not use the layer's output.
         return output.data
 
     @staticmethod

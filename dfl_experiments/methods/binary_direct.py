@@ -16,9 +16,9 @@ class BinaryDirectFeedback(Direct):
 
     B° is the initial B of DFA. c_i is the root mean square of B°, so B has the norm of B°. The paper's c_i is unknown.
 
-    convolutions: "direct": all hidden layers receive B e. "backprop": only hidden dense layers receive B e, as in the
-        paper's abstract, and the convolutions learn by backpropagation from the lowest dense layer; in a net without
-        hidden dense layers "backprop" equals "direct".
+    convolutions: signal of the convolutions. "direct": all hidden layers receive B e. "backprop": only the hidden dense
+        layers receive B e, as in the paper's abstract. The convolutions learn by backpropagation from the lowest dense
+        layer. In a net without hidden dense layers, "backprop" equals "direct".
     options: see `Direct`.
     """
 

@@ -15,13 +15,15 @@ from dfl_experiments.ranges import FeedbackInit, FeedbackShape, LocalPooling, Si
 
 
 class Direct(Method):
-    """A direct method: δ_i = (B_{i+1} s) ⊙ f'(a_i). Here s = e, and B is fixed; a subclass may change both.
+    """A direct method: δ_i = (B_{i+1} s) ⊙ f'(a_i).
 
-    init: initial value of every B (see `LocalModule.initialise`); "product" becomes "default" in a net without
+    In this class s = e, and B is fixed. A subclass can use another s, and can train B.
+
+    init: initial value of every B (see `LocalModule.initialise`); "product" means "default" in a net without
         `Products`.
-    feedback: shape of B on an image-shaped h_i: "conv" for a convolution, "dense" for a matrix (K, C·H·W).
-    local_pooling: pooling of the local module on an image-shaped h_i.
-    top: signal of h_{L-1}: "backprop" for W_Lᵀ e, so that only h_1 … h_{L-2} have a B; "direct" for B_L s.
+    feedback: form of B if h_i is an image. "conv": a convolution. "dense": a matrix of shape (K, C·H·W).
+    local_pooling: pooling of the local module if h_i is an image.
+    top: signal of h_{L-1}. "backprop": W_Lᵀ e, so only h_1 … h_{L-2} have a B. "direct": B_L s.
     fixed_blocks: number of the lowest blocks that keep their weights.
     Raises `UserError` if `fixed_blocks` is larger than the number of hidden blocks.
     """
@@ -61,11 +63,18 @@ class Direct(Method):
         return range(1, self.exact_from)
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:
-        """Return s, (N, K). error: e, (N, K). target: labels, (N,)."""
+        """Return s, in the shape of e.
+
+        error: e, (N, K).
+        target: labels, (N,).
+        """
         return error
 
     def learn(self, trace: Trace, local_error: Callable[[Tensor], Tensor]) -> None:
-        """Set `.grad` to h_i εᵀ for every B that learns. local_error: function that returns ε, (N, K), from y_i."""
+        """Set `.grad` of every B that learns to h_i εᵀ.
+
+        local_error: function that computes the local error ε from the prediction y_i. Both have shape (N, K).
+        """
         for i, module in self.local_modules.items():
             if module.weight.requires_grad:
                 module.learn(trace.output(i), local_error)
@@ -75,12 +84,15 @@ class Direct(Method):
         return self.local_modules[i].feedback(self.source(error, target))
 
     def weight_pairs(self, i: int) -> list[WeightPair]:
-        """Return B_{i+1}ᵀ and W_L … W_{i+1}, both (K, d_i); an empty list in a net without `Products`."""
+        """Return the pair of B_{i+1}ᵀ and W_L … W_{i+1}, both of shape (K, d_i).
+
+        Return an empty list if h_i has no B, or if the net has no `Products`.
+        """
         product = self.products.above(i) if i in self.local_modules else None
         return [] if product is None else [(self.local_modules[i].weight, self.local_modules[i].as_weight(product))]
 
     def feedback_norm(self, i: int) -> Tensor | None:
-        """Return ‖B_{i+1}‖ if h_i has a B, else None."""
+        """Return ‖B_{i+1}‖ if h_i has a B; otherwise None."""
         return self.local_modules[i].norm() if i in self.local_modules else None
 
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
@@ -89,11 +101,14 @@ class Direct(Method):
 
 
 class Products:
-    """The products W_L … W_{i+1}, (K, d_i). Without activations, they are the Jacobian of a_L with respect to h_i.
+    """The products W_L … W_{i+1}, each of shape (K, d_i).
+
+    In a net without activations, the product is the Jacobian of a_L with respect to h_i.
 
     Only two kinds of nets have products:
-    dense: every h_i is a vector, and the only matrix of every block is the weight of a linear layer.
-    residual: every h_i is tokens of the same width. Every product is W_L, as if the signal passed only the shortcuts.
+    dense: every h_i is a vector, and every block has exactly one matrix, which is the weight of a linear layer.
+    residual: every h_i consists of tokens, and all tokens have the same width. Every product is W_L, as if the signal
+        passed only through the shortcuts.
     """
 
     def __init__(self, net: BlockNet, shapes: Sequence[torch.Size]) -> None:

@@ -14,12 +14,14 @@ from dfl_experiments.ranges import LocalReduction
 class DirectFeedback(Direct):
     """DFA (Eqs. 15-18), LAS (Eqs. 19-24) and LTAS (Eqs. 25-27): δ_i = (B_{i+1} e) ⊙ f'(a_i).
 
-    B_L, which exists only with `top` "direct", is always fixed.
+    B_L exists only if `top` is "direct". B_L is always fixed.
 
-    local_target: chooses the local loss that trains B. None: B is fixed (DFA). "logits": ℒ_i = ‖y_i - a_L‖², averaged
-        over the batch (LAS). "labels": the network's own loss with y_i as logits (LTAS), cross-entropy or ½‖y_i - y*‖².
-    local_reduction: reduction of LAS's loss over the classes: "sum" (Eq. 20), "half_sum" for half of the sum (Eq. 21
-        and Algorithm 1), or "mean".
+    local_target: chooses the local loss ℒ_i that trains B.
+        None: no local loss, B is fixed (DFA).
+        "logits": ℒ_i = ‖y_i - a_L‖², averaged over the batch (LAS).
+        "labels": ℒ_i is the network's own loss, cross-entropy or ½‖y_i - y*‖², with y_i as logits (LTAS).
+    local_reduction: reduction of LAS's loss over the classes. "sum": the sum (Eq. 20). "half_sum": half of the sum
+        (Eq. 21 and Algorithm 1). "mean": the mean.
     options: see `Direct`.
     """
 

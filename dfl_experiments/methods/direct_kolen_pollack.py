@@ -13,7 +13,7 @@ from dfl_experiments.ranges import NonNegative
 
 
 class DirectKolenPollack(Direct):
-    """Direct Kolen-Pollack: δ_i = (B_{i+1} e) ⊙ f'(a_i), then B_{i+1} ← (1 - ηλ) B_{i+1} - η h_iᵀ e.
+    """Direct Kolen-Pollack: δ_i = (B_{i+1} e) ⊙ f'(a_i), then B_{i+1} ← (1 - ηλ) B_{i+1} - η h_i eᵀ.
 
     The rule equals LTAS with e in place of the local error. At h_{L-1} it equals the Kolen-Pollack rule.
 

@@ -15,12 +15,14 @@ from dfl_experiments.methods.direct import Direct
 
 
 class ForwardDirectFeedback(Direct):
-    """Forward DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), then B ← B - η (B - (1/N) Σ_n p_nᵀ d_n).
+    """Forward DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), then B ← B - η (B - (1/N) Σ_n p_n d_nᵀ).
 
-    A separate forward pass, which changes no batch statistics, adds independent tangents p_i ~ N(0, 1) to all h_i that
-    have a B, and computes the resulting tangent d of a_L, (N, K). E[p_iᵀ d] = J_iᵀ, where J_i is the Jacobian of a_L
-    with respect to h_i. For a convolutional B = S B̄, the gradient SᵀS B̄ - Sᵀ(pᵀd)/N fits B̄ to the estimate by
-    least squares.
+    A separate forward pass adds an independent random tangent p_i ~ N(0, 1) to every h_i that has a B. This pass
+    computes the resulting tangent d of a_L, and changes no batch statistics. The expected value of p_i dᵀ is J_iᵀ,
+    where J_i is the Jacobian of a_L with respect to h_i. So p_i dᵀ is an estimate of J_iᵀ.
+
+    If B is a convolution, it has the form B = S B̄ (see `LocalModule.norm_gradient`). Then the gradient
+    SᵀS B̄ - (1/N) Σ_n Sᵀ p_n d_nᵀ fits B̄ to the estimate by least squares.
 
     options: see `Direct`.
     """
@@ -34,17 +36,20 @@ class ForwardDirectFeedback(Direct):
 
     @torch.no_grad()
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
-        """Set `.grad` of every B̄ to SᵀS B̄ - (1/N) Σ_n Sᵀp_nᵀ d_n, with S = 1 for a dense B."""
+        """Set `.grad` of every B̄ to SᵀS B̄ - (1/N) Σ_n Sᵀ p_n d_nᵀ. For a dense B, S = 1."""
         noise, d = self.tangents(trace) if self.local_modules else ({}, trace.logits)
         for i, p in noise.items():
             module = self.local_modules[i]
             estimate = (d.T @ module.features(p) / len(d)).view_as(module.weight)
-            # copied below into the memory format of B̄, which fused optimizers need
             gradient = module.norm_gradient() - estimate
+            # copy the gradient into the memory format of B̄, which fused optimizers need
             module.weight.grad = torch.empty_like(module.weight).copy_(gradient)
 
     def tangents(self, trace: Trace) -> tuple[dict[int, Tensor], Tensor]:
-        """Draw every p_i, in the shape of h_i, and compute d, (N, K). Return both."""
+        """Draw every p_i and compute d. Return all p_i, by their i, and d.
+
+        Every p_i has the shape of h_i, and d has shape (N, K).
+        """
         noise: dict[int, Tensor] = {}
 
         def replace(i: int, h: Tensor | None) -> Tensor | None:
@@ -55,7 +60,8 @@ class ForwardDirectFeedback(Direct):
             below = None if h is None else forward_ad.unpack_dual(h).tangent
             return forward_ad.make_dual(output, noise[i] if below is None else noise[i] + below)
 
-        # ignore PyTorch's warning about its own torch.jit; no autocast: normalisation would mix types of tangents
+        # Ignore PyTorch's warning about its own torch.jit. Switch autocast off, because it would make normalisation
+        # layers mix tangents of different data types.
         off = torch.autocast(trace.logits.device.type, enabled=False)
         attention = sdpa_kernel(SDPBackend.MATH)  # the only kernel with a forward derivative
         with warnings.catch_warnings(action="ignore", category=FutureWarning), off, attention, forward_ad.dual_level():

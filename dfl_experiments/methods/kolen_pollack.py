@@ -1,4 +1,4 @@
-"""KP: B learns with W's gradients, so that B and W converge (Kolen and Pollack, 1994; Akrout et al., 2019)."""
+"""KP: B learns with W's gradients, and decay brings B and W together (Kolen and Pollack, 1994; Akrout et al., 2019)."""
 
 from typing import Any
 

@@ -1,14 +1,23 @@
 """The local module y_i = pool(conv(h_i; B̄)) and its transpose, the direct feedback of e to h_i.
 
-Both are computed from B̄ with the same two small matrices. S_v[u, r] = 1 if an output position p of the convolution
-reads row r with kernel row u (r = p·stride + u·dilation - padding, 0 ≤ p < H'), else 0. S_h is the same for columns.
+Both are computed from B̄ with two small matrices, S_v and S_h. S_v[u, r] is 1 if kernel row u touches input row r at
+some output position p, that is, if r = p·stride + u·dilation - padding for some p with 0 ≤ p < H'. Otherwise it is 0.
+S_h is defined in the same way for columns.
 
-    Σ_p conv(h; B̄)[k, p] = Σ_{c,u,v} B̄[k,c,u,v] (S_v h_c S_hᵀ)[u, v]        window sums replace the convolution
-    conv_transpose(e ⊗ 1; B̄)[c] = Σ_k e_k G[k, c],  G[k, c] = S_vᵀ B̄[k, c] S_h   G is computed once for the whole batch
+Average pooling needs the sum of the convolution over all output positions. This sum is computed without a convolution:
 
-So the feedback is exactly the transpose of the sum-pooled module. If the network averages each channel of h_i before a
-linear layer reads it, the module does the same: S_v and S_h contain the factors 1/H and 1/W. The feedback is then the
-transpose of the averaged map, as in BP.
+    Σ_p conv(h; B̄)[k, p] = Σ_{c,u,v} B̄[k,c,u,v] (S_v h_c S_hᵀ)[u, v]
+
+The feedback repeats e at every output position and applies the transposed convolution. The matrices G[k, c] are
+computed once for the whole batch:
+
+    conv_transpose(e ⊗ 1; B̄)[c] = Σ_k e_k G[k, c]
+    G[k, c] = S_vᵀ B̄[k, c] S_h
+
+So the feedback is exactly the transpose of the linear map h ↦ Σ_p conv(h; B̄)[:, p].
+
+If the network averages each channel of h_i before a linear layer reads it, the module takes the same average. Then S_v
+contains the factor 1/H, and S_h contains the factor 1/W. The feedback contains both factors too, as in BP.
 """
 
 import math
@@ -42,7 +51,10 @@ class Axis:
         return (size + self.before + self.after - extent) // self.stride + 1
 
     def windows(self, size: int) -> Tensor:
-        """Return S, (kernel, size): S[u, r] = 1 if kernel element u reads position r for any output position."""
+        """Return the matrix S with shape (kernel, size).
+
+        S[u, r] is 1 if kernel element u touches input position r at some output position. Otherwise it is 0.
+        """
         starts = torch.arange(self.outputs(size)) * self.stride - self.before
         offsets = torch.arange(self.kernel) * self.dilation
         positions = starts[None, :] + offsets[:, None]
@@ -52,13 +64,16 @@ class Axis:
 class LocalModule(nn.Module):
     """The local module on h_i: a copy of the layer that reads h_i, with K outputs and without bias.
 
-    h_i is a vector (d,): y = B̄ h, with B̄ (K, d).
-    h_i is an image (C, H, W) that a convolution reads: B̄ is a convolution (K, C, k, k) with the reader's kernel size,
-        stride and padding, followed by global pooling.
-    h_i is an image that a linear layer reads after a global average: B̄ is (K, C, 1, 1), applied after the same average.
-    h_i is tokens (T, C): y = B̄ · mean_t h, with B̄ (K, C), for any reader.
-    All other cases, and all cases with `dense`: B̄ is a matrix (K, d) on the flattened h_i. Other cases are images
-        without a reader, and images whose reader is a convolution with a padding mode other than "zeros".
+    There are five cases:
+    - h_i is a vector of shape (d,). Then y = B̄ h, and B̄ has shape (K, d).
+    - h_i is an image of shape (C, H, W) that a convolution reads. Then B̄ is the kernel of a convolution with the
+      reader's kernel size, stride and padding. Global pooling follows. B̄ has shape (K, C, k, k).
+    - h_i is an image that a linear layer reads after a global average. Then y = B̄ h, with the same average of h. B̄ has
+      shape (K, C, 1, 1).
+    - h_i consists of tokens and has shape (T, C). Then y = B̄ · mean_t h, and B̄ has shape (K, C). The reader does not
+      matter.
+    - All other cases, and every h_i if `dense` is True: y = B̄ h with the flattened h, and B̄ has shape (K, d). For
+      example, an image may have no reader, or its reader may pad with other values than zeros.
 
     reader: layer that reads h_i, or None.
     shape: shape of h_i for one sample.
@@ -112,12 +127,15 @@ class LocalModule(nn.Module):
     def initialise(self, init: FeedbackInit, product: Tensor | None = None) -> None:
         """Set B̄ to its initial value.
 
-        init: "product": W_L … W_{i+1}, or "default" if the product is missing or zero. "zeros": 0. "kaiming": uniform
-            with gain √2, and fan-in K for a linear reader or C·k² for a convolution, as in the published code of DFA.
+        init: distribution or value of B̄.
             "default": as PyTorch initialises a layer whose weight has the shape of B̄.
+            "zeros": 0.
+            "product": W_L … W_{i+1}, or "default" if the product is missing or zero.
+            "kaiming": Kaiming-uniform with gain √2, as in the published code of DFA. The fan-in is C·k² if B̄ is the
+                kernel of a convolution, and K in all other cases.
         product: (K, d), or None in a net without products.
         """
-        # not for a product of zeros, which a head of zeros gives: a fixed B of zeros would send no signal
+        # A head of zeros gives a product of zeros. Do not copy it: a fixed B of zeros would send no signal.
         if init == "product" and product is not None and product.any():
             self.weight.copy_(self.as_weight(product))
         elif init == "kaiming":
@@ -128,14 +146,20 @@ class LocalModule(nn.Module):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def as_weight(self, product: Tensor) -> Tensor:
-        """Return a product (K, d) in the shape of B̄. For T flattened tokens, join T copies of product/T."""
+        """Return the product, (K, d), in the shape of B̄.
+
+        If B̄ reads T flattened tokens, the result consists of T copies of product/T, side by side.
+        """
         tokens = self.weight.numel() // product.numel()
         return product.view_as(self.weight) if tokens == 1 else (product / tokens).repeat(1, tokens)
 
     def features(self, h: Tensor) -> Tensor:
-        """Return the matrix that B̄ multiplies in the sum-pooled module: h, its mean over tokens, or its window sums.
+        """Return the features of h that B̄ multiplies.
 
-        h: (N, *shape). Returns (N, d).
+        The features are h itself, the mean of h over tokens, or the window sums S_v h_c S_hᵀ.
+
+        h: (N, *shape).
+        Returns a matrix with one row for each sample. A row has as many entries as B̄ has for each class.
         """
         if self.flat:
             return h.flatten(1)
@@ -148,9 +172,10 @@ class LocalModule(nn.Module):
         return sums.permute(0, 3, 1, 2).flatten(1)
 
     def norm_gradient(self) -> Tensor:
-        """Return SᵀS B̄, the gradient of ½‖B‖² with respect to B̄, where B = S B̄ multiplies e. It has the shape of B̄.
+        """Return SᵀS B̄, where S is the linear map from B̄ to the matrix B = S B̄ that multiplies e.
 
-        For a convolution SᵀS B̄ is (S_v S_vᵀ) B̄ (S_h S_hᵀ); for T tokens it is B̄/T.
+        SᵀS B̄ is the gradient of ½‖B‖² with respect to B̄, and has the shape of B̄. For a convolution it equals
+        (S_v S_vᵀ) B̄ (S_h S_hᵀ). For the mean of T tokens it equals B̄/T.
         """
         if self.flat:
             return self.weight
@@ -163,7 +188,10 @@ class LocalModule(nn.Module):
         return (self.weight * self.norm_gradient()).sum().sqrt()
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return y = Bᵀ h (Eq. 19), or pool(conv(h; B̄)), (N, K). h: (N, *shape)."""
+        """Return the prediction y = Bᵀ h (Eq. 19), or y = pool(conv(h; B̄)). The result has shape (N, K).
+
+        h: (N, *shape).
+        """
         if self.pooling == "max" and not self.linear:
             return F.conv2d(h, self.weight, None, *self.geometry).amax((2, 3))
         return self._product(self.features(h))
@@ -175,7 +203,8 @@ class LocalModule(nn.Module):
     def learn(self, h: Tensor, local_error: Callable[[Tensor], Tensor]) -> None:
         """Set `.grad` of the weight B̄ to Σ_n ε_n ∂y_n/∂B̄, where y is the module's prediction from h.
 
-        h: (N, *shape). local_error: function that computes the local error ε, (N, K), from y.
+        h: (N, *shape).
+        local_error: function that computes the local error ε from y. Both ε and y have shape (N, K).
         """
         if self.pooling == "max" and not self.linear:
             y = self(h)
@@ -190,12 +219,15 @@ class LocalModule(nn.Module):
 
     @torch.no_grad()
     def feedback(self, error: Tensor) -> Tensor:
-        """Return B e, the direct error signal (Eq. 24), (N, *shape). error: e, (N, K)."""
+        """Return B e, the direct error signal (Eq. 24). The signal has the shape of h_i.
+
+        error: e, (N, K).
+        """
         if self.flat:
             return (error @ self.weight).view(len(error), *self.shape)
         if len(self.shape) == 2:
             return (error @ self.weight / self.shape[0])[:, None].expand(len(error), *self.shape)
-        # without the factor 1/(H'W'): in the paper, e and not e/(H'W') is repeated at every position of the plane
+        # The factor 1/(H'W') of average pooling is omitted: the paper repeats e itself at every output position.
         planes = self.rows.T @ self.weight @ self.columns
         if not is_channels_last(self.weight):
             return (error @ planes.flatten(1)).view(len(error), *self.shape)
@@ -209,9 +241,10 @@ def is_channels_last(images: Tensor) -> bool:
 
 
 def _axes(reader: WeightLayer | None) -> tuple[Axis, ...]:
-    """Return kernel size, stride, padding and dilation of the layer that reads h_i, along rows and along columns.
+    """Return the geometry of the layer that reads h_i, first along rows, then along columns.
 
-    Return () if the layer is no convolution with zero padding, so that B cannot have its shape.
+    A linear layer has the geometry of a 1×1 convolution. Return () if the reader is neither a linear layer nor a
+    `Conv2d` with zero padding. Then B cannot take the shape of the reader.
     """
     if isinstance(reader, nn.Linear):
         return (Axis(1, 1, 0, 0, 1),) * 2

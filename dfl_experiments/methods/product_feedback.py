@@ -14,12 +14,11 @@ from dfl_experiments.ranges import Count
 class ProductFeedback(Sequential):
     """Product feedback alignment: δ_i = (δ_{i+1} P R) ⊙ f'(a_i), with a fixed P and a learned R.
 
-    P is (d_out, m) and R is (m, d_in), with d_in = C·k² for a convolution. The gradient of R is Pᵀ g, where g is the
-    gradient of W.
+    P has shape (d_out, m), and R has shape (m, d_in). For a convolution, d_in = C·k². The gradient of R is Pᵀ g, where
+    g is the gradient of W. The initial R is Xavier-uniform.
 
-    expansion: m / d_out. The initial R is Xavier-uniform. If expansion > 1, P is Xavier-uniform with gain
-        √((1 + 1/expansion)/2), so that P Pᵀ ≈ 1. If expansion = 1, P is orthogonal, and SGD with weight decay λ
-        multiplies W - P R by 1 - ηλ in every step.
+    expansion: m / d_out. If expansion > 1, P is Xavier-uniform with gain √((1 + 1/expansion)/2), so that P Pᵀ ≈ 1. If
+        expansion = 1, P is orthogonal. Then SGD with weight decay λ multiplies W - P R by 1 - ηλ in every step.
     Raises `UserError` if layers share a weight, or if a layer is a transposed convolution.
     """
 

@@ -12,10 +12,11 @@ from dfl_experiments.engine.transpose import Transpose, transposed
 
 
 class Sequential(Method, ABC):
-    """A sequential method: δ_L = e and δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i). Head and shortcuts have a B too.
+    """A sequential method: δ_L = e and δ_i = (δ_{i+1} B_{i+1}ᵀ) ⊙ f'(a_i). The head and shortcuts have a B too.
 
-    A subclass implements `feedback_weight`. `layers` are the weight layers through which signals pass: all except those
-    that read the net's input. Normalisation, pooling and activations keep their own Jacobians.
+    A subclass implements `feedback_weight`. `layers` are the weight layers through which signals pass. These are all
+    weight layers except those that read the net's input. Normalisation, pooling and activations keep their own
+    Jacobians.
 
     Raises `UserError` if the net has a weight that no B can replace (see `crossings`).
     """
@@ -33,7 +34,7 @@ class Sequential(Method, ABC):
         """Return the B of layers[k], in the shape of its weight."""
 
     def carry(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
-        """Return the signal at the input x of layers[k] from the signal at its output."""
+        """Compute the signal at the input x of layers[k] from the signal at the layer's output."""
         return transposed(self.layers[k], self.feedback_weight(k), signal, x)
 
     def weight_pairs(self, i: int) -> list[WeightPair]:

@@ -10,13 +10,14 @@ from dfl_experiments.methods.direct import Direct
 
 
 class SharedDirectFeedback(Direct):
-    """DFA with a shared matrix: δ_i = (B_{i+1} e) ⊙ f'(a_i). B_{i+1} is c_i times the first d_i rows of S, (d_max, K).
+    """DFA with a shared matrix: δ_i = (B_{i+1} e) ⊙ f'(a_i). B_{i+1} is c_i times the first d_i rows of S.
 
-    A convolutional B has C·k² rows.
+    S has shape (d_max, K), where d_max is the largest d_i. For a convolutional B, d_i is C·k².
 
-    scale: "layerwise", as first published: S ~ N(0, 1/(d_max K)) and c_i = √(d_max/d_i), so that all layers have the
-        same B_{i+1} √d_i in the rows that they share. "global", as in the authors' code of 2020: S ~ U[-1, 1)/√d_max
-        and c_i = 1.
+    scale: distribution of S, and c_i.
+        "layerwise", as first published: S ~ N(0, 1/(d_max K)) and c_i = √(d_max/d_i). Then the first rows of
+            B_{i+1} √d_i are equal in all layers.
+        "global", as in the authors' code of 2020: S ~ U[-1, 1)/√d_max and c_i = 1.
     options: see `Direct`.
     """
 

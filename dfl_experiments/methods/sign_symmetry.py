@@ -18,7 +18,8 @@ class SignSymmetry(Sequential):
     scale: s, the root mean square of M. "weights": the root mean square of the initial W. "xavier":
         √(2/(fan_in + fan_out)), as in BioTorch. "fan_out": √(2/(k² C_out)) for a convolution, 1/√d_in for a linear
         layer, as in Xiao et al.
-    normal: True: M ~ |N(0, s²)|. False: M is uniform in [0, √3 s], as in Liao et al. [from memory].
+    normal: distribution of a drawn M. True: M ~ |N(0, s²)|. False: M is uniform in [0, √3 s], as in Liao et al. (not
+        checked against the paper).
     """
 
     def __init__(

@@ -12,13 +12,14 @@ from dfl_experiments.ranges import Count
 
 
 class SparseDirectFeedback(Direct):
-    """Sparse DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), where s of the K entries of B for each hidden unit are non-zero.
+    """Sparse DFA: δ_i = (B_{i+1} e) ⊙ f'(a_i), with a sparse B.
 
-    The positions of these entries are random. With s = K and `scale` "dense" the rule equals DFA.
+    B has K entries for each hidden unit. Only s of these entries, at random positions, are non-zero. With s = K and
+    `scale` "dense" the rule equals DFA.
 
-    nonzeros: s; 1 in the paper, where each unit receives the error of one class.
-    scale: distribution of the non-zero entries. "dense": as in a dense B. "published": U(±(K s)^¼ / √d_i), as in the
-        published code.
+    nonzeros: s. In the paper s = 1, so each unit receives the error of one class.
+    scale: distribution of the non-zero entries. "dense": as in a dense B. "published": uniform between
+        -(K s)^¼ / √d_i and (K s)^¼ / √d_i, as in the published code.
     options: see `Direct`.
     Raises `UserError` if s > K.
     """

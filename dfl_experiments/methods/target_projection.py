@@ -14,14 +14,17 @@ from dfl_experiments.methods.direct import Direct
 class TargetProjection(Direct):
     """Target projection: δ_i = (B_{i+1} s) ⊙ f'(a_i), with a fixed B and s = -y*/N (DRTP) or sign(e)/N (sDFA).
 
-    -y*/N replaces e = (softmax(a_L) - y*)/N. The label's entry is negative in both. The signal -y*/N never vanishes, so
-    units that do not saturate, such as ReLU, grow without bound. The authors use tanh [from memory]. The protocols use
-    tanh too, if the net has an option for the activation. The authors' signal is +B y* without the factor 1/N. The sign
-    makes no difference if the distribution of B is symmetric, and in SGD the learning rate can contain the factor.
+    DRTP replaces e = (softmax(a_L) - y*)/N by -y*/N. In e and in -y*/N, the entry of the label is negative. But -y*/N
+    never vanishes, so units that do not saturate, such as ReLU, grow without bound. The authors use tanh (not checked
+    against the paper). The protocols use tanh too, if the net has an option for the activation.
+
+    The authors' signal is +B y* without the factor 1/N. The sign makes no difference if the distribution of B is
+    symmetric. In SGD, the learning rate can contain the factor 1/N.
 
     projected: "target" (DRTP) or "error_sign" (sDFA).
     options: see `Direct`.
-    Raises `UserError` for "target" without cross-entropy, because the e of another loss may be positive at the label.
+    Raises `UserError` if `projected` is "target" and the loss is not cross-entropy. With another loss, the label's
+        entry of e may be positive.
     """
 
     def __init__(
@@ -38,7 +41,11 @@ class TargetProjection(Direct):
         self.projected = projected
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:
-        """Return s, (N, K). error: e, (N, K). target: labels, (N,)."""
+        """Return s, in the shape of e.
+
+        error: e, (N, K).
+        target: labels, (N,).
+        """
         if self.projected == "target":
             return F.one_hot(target, error.shape[1]).to(error) / -len(target)
         return error.sign() / len(target)

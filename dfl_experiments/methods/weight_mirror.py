@@ -14,13 +14,15 @@ from dfl_experiments.ranges import Probability
 
 
 class WeightMirror(FeedbackAlignment):
-    """Weight mirror: B ← (1 - ρ) B + ρ (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) in every step, with y = ξ Wᵀ and ξ ~ N(0, 1), (M, d_in).
+    """Weight mirror: B ← (1 - ρ) B + ρ (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) in every step, with y = ξ Wᵀ.
 
-    This is Eq. 7 of the paper, normalised so that E[B] = W. B has the shape of W. Bias, activation and padding are not
-    used. For a convolution, ξ are patches with d_in = C·k².
+    ξ is noise of shape (M, d_in) with entries from N(0, 1). The rule is Eq. 7 of the paper, normalised so that
+    E[B] = W. B has the shape of W. Bias, activation and padding are not used. For a convolution, every row of ξ is one
+    patch with d_in = C·k² entries.
 
     samples: M.
-    rate: ρ; None for 0.08 (M - 1)/(d_in + 1). With this ρ, the cosine of B and a constant W converges to 0.98.
+    rate: ρ. None: 0.08 (M - 1)/(d_in + 1), but at most 1. With this ρ, the cosine of B and a constant W converges to
+        0.98.
     options: see `FeedbackAlignment`.
     """
 
@@ -50,7 +52,11 @@ class WeightMirror(FeedbackAlignment):
 
 
 def mirrored(weight: Tensor, noise: Tensor) -> Tensor:
-    """Return (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) with y = ξ Wᵀ, (d_out, d_in). weight: W, (d_out, d_in). noise: ξ, (M, d_in)."""
+    """Return (y - ȳ)ᵀ(ξ - ξ̄)/(M - 1) with y = ξ Wᵀ. The result has the shape of W.
+
+    weight: W, (d_out, d_in).
+    noise: ξ, (M, d_in).
+    """
     centred = noise - noise.mean(0)
     y = noise @ weight.T
     return (y - y.mean(0)).T @ centred / (len(noise) - 1)

@@ -11,10 +11,10 @@ from dfl_experiments.ranges import Activation, Downsampling, Passes, Width, Widt
 
 
 def normalisation(channels: int, updates: int) -> nn.BatchNorm2d:
-    """Return a batch normalisation whose running statistics change in one forward pass as in n passes over the batch.
+    """Return a batch normalisation that updates its running statistics n times in every forward pass.
 
-    One update is r ← (1-m) r + m s, with running statistics r, batch statistics s and m = 0.1. n updates equal one
-    update with momentum 1 - (1-m)ⁿ.
+    One update is r ← (1-m) r + m s, with running statistics r, batch statistics s and momentum m = 0.1. The n updates
+    use the same s. So they equal one update with momentum 1 - (1-m)ⁿ.
 
     updates: n.
     """
@@ -32,7 +32,10 @@ def conv3(
     layer_norm: bool = False,
     activation: Activation = "relu",
 ) -> BlockNet:
-    """Return blocks [conv 5×5, pad 2 (+ norm); activation; max-pool 3×3, stride 2, pad 1], then linear layers to K.
+    """Return a net of convolutional blocks, followed by linear layers.
+
+    A convolutional block is: convolution 5×5 with padding 2, normalisation if it is chosen, activation, max-pooling 3×3
+    with stride 2 and padding 1.
 
     input_shape: (C, H, W). num_classes: K.
     channels: output channels of each convolution.

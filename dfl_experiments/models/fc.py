@@ -32,7 +32,9 @@ def dense_blocks(widths: list[int], activation: Activation = "relu", layer_norm:
 def fc(
     input_shape: tuple[int, ...], num_classes: int, widths: Widths, activation: Activation, layer_norm: bool = False
 ) -> BlockNet:
-    """Return the network d_0-widths-K (paper: 784-1024-1024-10 and 3072-4096-4096-4096-K, ReLU).
+    """Return a fully connected network with layers of d_0, *widths and K units.
+
+    The paper uses 784-1024-1024-10 and 3072-4096-4096-4096-K units with ReLU.
 
     input_shape: shape of one sample, which is flattened to d_0.
     num_classes: K.

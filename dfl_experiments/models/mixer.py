@@ -24,7 +24,10 @@ class Patches(nn.Module):
 
 
 class Mixing(nn.Module):
-    """The residual layer h + W_2 GELU(W_1 LN(h) + b_1) + b_2 along the channels or the tokens, on (N, T, C)."""
+    """The residual layer h + W_2 GELU(W_1 LN(h) + b_1) + b_2 on h of shape (N, T, C).
+
+    The weights W_1 and W_2 mix the tokens if `along_tokens` is True. Otherwise they mix the channels.
+    """
 
     def __init__(self, channels: int, mixed: int, width: int, along_tokens: bool) -> None:
         super().__init__()

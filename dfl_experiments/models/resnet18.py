@@ -30,7 +30,11 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(planes, out, 1, stride, bias=False), normalisation(out, updates))
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
-        """Return a. x: input of the branch. skipped: input of the shortcut; None for x. Both (N, C, H, W)."""
+        """Return the sum a.
+
+        x: input of the branch, (N, C, H, W).
+        skipped: input of the shortcut, in the shape of x. None: the shortcut reads x.
+        """
         return self.branch(x) + self.shortcut(x if skipped is None else skipped)
 
 
@@ -63,8 +67,9 @@ def resnet18(
 
     input_shape: (C, H, W). num_classes: K.
     channels: channels of each stage. residuals: number of basic blocks per stage.
-    skip: gradient through a shortcut at a boundary: "cut" stops it, "leak" sends it into the stage below.
-    batch_norm_updates: see `normalisation`. batch_norm_updates_top: value for the last stage; None for the same value.
+    skip: whether the gradient of a shortcut stops at a boundary ("cut") or flows into the stage below ("leak").
+    batch_norm_updates: `updates` of `normalisation`.
+    batch_norm_updates_top: `updates` in the last stage; None for `batch_norm_updates`.
     stem: convolution of the stem: "7x7" with stride 2, or "3x3" with stride 1.
     """
     planes = channels[0]

@@ -19,7 +19,7 @@ def torchvision_net(
     input_shape: (C, H, W). num_classes: K.
     net: name of the network, such as "vgg11_bn".
     boundaries: see `ModuleNet`.
-    Raises `UserError` if the name is unknown, or if the network needs square images and gets others.
+    Raises `UserError` if the name is unknown, or if the network needs square images and the images are not square.
     """
     names = models.list_models(module=models)
     if net not in names:

@@ -38,7 +38,7 @@ class Attention(nn.Module):
         return self.output(weighted.transpose(1, 2).flatten(2))
 
     def split(self, tokens: Tensor) -> Tensor:
-        """Return the tokens of every head, (N, heads, T, d)."""
+        """Return the tokens, split into heads. The result has shape (N, heads, T, d)."""
         return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
