@@ -13,8 +13,9 @@ from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, clipped, shown
 
 PACKAGE = "dfl_experiments"
-# Base class of each component, by key. A model is a function, so its entry is the class of the network that it builds;
-# a plugin's model may build any `MODULE`. Classes are listed by name, because importing torch is slow.
+# The base class of each component, by key. A model is a function, so the entry of "model" is the class of the network
+# that the function returns. A plugin's model may return any `MODULE`. Classes are listed by name, because importing
+# torch is slow.
 KINDS = {
     "method": f"{PACKAGE}.engine.method.Method",
     "model": f"{PACKAGE}.engine.blocknet.BlockNet",
@@ -36,7 +37,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespac
 
 @dataclass(frozen=True)
 class Component:
-    """A class or function that a configuration names, with its checked options."""
+    """The class or function that a `_target_` names, and its checked options."""
 
     key: str
     """Key in the configuration, such as "method"."""
@@ -76,8 +77,9 @@ def import_object(target: str) -> Any:
 def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     """Import the class or function that `_target_` names.
 
-    The target must have the component's base class. Its module must belong to this package or to a plugin, so that a
-    configuration cannot call arbitrary functions. An optimizer may also be a class of torch.optim.
+    The target must be a subclass of the base class in `KINDS`. For a model, it may also be a function that returns an
+    object of such a class. The target must be defined in this package or in a plugin, so that a configuration cannot
+    call arbitrary functions. An optimizer may also be a class of torch.optim.
     key: the component's key, such as "method". plugins: names of the plugin packages.
     Raises `UserError` for a target that breaks these rules.
     """
@@ -111,7 +113,7 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
 
 
 def returned_class(target: Any) -> Any:
-    """Return a class itself, or the return annotation of a function (None if it has none)."""
+    """Return a class itself. For a function, return its return annotation, or None if there is no annotation."""
     return get_type_hints(target).get("return") if inspect.isfunction(target) else target
 
 
@@ -146,7 +148,8 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
     """Return a pydantic model of the target's options: its parameters except those in `PASSED`.
 
-    Raises `UserError` if the target lacks a parameter in `PASSED`, or a type annotation.
+    Raises `UserError` if a parameter in `PASSED` is missing, or if another parameter has no type annotation. A plain
+    module (see `is_plain_module`) may lack both.
     """
     parameters = parameters_of(target)
     passed = PASSED.get(key, ())

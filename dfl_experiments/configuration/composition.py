@@ -27,7 +27,8 @@ MIGRATION = "register_new_resolver|The version_base parameter|ConfigStore config
 warnings.filterwarnings("ignore", MIGRATION)
 AUTO = "auto"  # value of `resume`: continue the run if it has a checkpoint
 # Options that the digest leaves out, because they do not change what a run computes. `stop_collapsed` only ends runs
-# that no longer learn; if the digest contained it, the folders of older sweep points would have wrong names.
+# that no longer learn. This option was added later. If the digest contained this option, the digests in the names of
+# older folders would be wrong.
 NOT_IN_DIGEST = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
     "repeat", "force", "stop_collapsed",
@@ -36,7 +37,7 @@ NOT_IN_DATASET_DIGEST = ("epochs", "fc_widths")  # options of `dataset` that onl
 
 
 def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
-    """Return the configuration that `dfl-train` composes from overrides. hydra: keep the key `hydra`."""
+    """Return the configuration that `dfl-train` composes from overrides. hydra: whether to keep the key `hydra`."""
     application = GlobalHydra.instance()
     outer, application.hydra = application.hydra, None  # the caller may itself be a Hydra application
     try:
@@ -52,7 +53,7 @@ def group_options(group: str) -> list[str]:
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration as dictionaries, lists and scalars, without interpolations and the key `hydra`."""
+    """Return a configuration as dictionaries, lists and scalars. Resolve interpolations, and omit the key `hydra`."""
     result: dict[str, Any] = {}
     for key in cfg:
         if key == "hydra":  # this key cannot be resolved before a job starts
@@ -76,13 +77,16 @@ def result_options(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     dataset = values["dataset"].items()
     decisive["dataset"] = {key: value for key, value in dataset if key not in NOT_IN_DATASET_DIGEST}
     decisive = without_unrecorded_options(decisive)
-    # The protocol's other options are left out: they only set options of other groups, which are included.
+    # All other options of the protocol are left out. They only set options in other groups, and those are included.
     decisive["protocol"] = {key: values["protocol"][key] for key in ("name", "accuracy")}
     return decisive
 
 
 def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """Return a digest of the options that decide what a run computes. Older option names give the same digest."""
+    """Return a digest of the options that decide what a run computes.
+
+    A configuration with older names of the options has the same digest.
+    """
     values = changed(with_recorded_names(result_options(cfg)), _integer_if_whole)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -93,7 +97,7 @@ def _integer_if_whole(value: Any) -> Any:
 
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return nested mappings and lists with a function applied to every key and every scalar."""
+    """Apply a function to every key and every scalar of nested mappings and lists, and return the result."""
     if isinstance(value, Mapping):
         return {change(key): changed(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -102,7 +106,7 @@ def changed(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def harmless(value: Any) -> Any:
-    """Return nested values with escaped control characters. The strings may come from somebody else's file."""
+    """Escape control characters in nested values, because somebody else may have written these values."""
     return changed(value, lambda item: printable(item) if isinstance(item, str) else item)
 
 

@@ -1,4 +1,4 @@
-"""List the points of a grid, which an experiment in conf/ or the command line of a sweep defines."""
+"""List the points of a grid. An experiment in conf/ or the command line of a sweep defines the grid."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ class Grid:
     """The value of every group in `PLACES` that is not swept."""
 
     def points(self) -> Iterator[dict[str, str]]:
-        """Yield every point: a value for each swept key and each fixed group."""
+        """Yield every point of the grid, with a value for each swept key and each fixed group."""
         for values in itertools.product(*self.axes.values()):
             yield {**self.fixed, **dict(zip(self.axes, values, strict=True))}
 

@@ -1,7 +1,7 @@
-"""Translate the configurations that older versions recorded: options were renamed, moved and added later.
+"""Translate the configurations that older versions recorded. Since then, options were renamed, moved and added.
 
-The digest of a recorded run stays valid, because `composition.config_digest` uses the older names of options. It omits
-an option that was added later, if the option has the value that all runs used before it existed.
+The digest of a recorded run stays valid, because `composition.config_digest` uses the older names of options. The
+digest leaves out an added option if the option has the value that all runs used before the option existed.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 RENAMED = {"method.held": "method.fixed_blocks"}
 # options that moved from the optimizer to the schedule
 MOVED = {"optimizer.milestones": "schedule.milestones", "optimizer.decay": "schedule.decay"}
-STEP = "dfl_experiments.schedules.Step"  # the only schedule of older versions, which did not record it
+STEP = "dfl_experiments.schedules.Step"  # older versions had only this schedule, and did not record it
 # for each option that was added later, the value that all runs used before the option existed
 VALUES_BEFORE: dict[str, Any] = {
     "memory_format": "contiguous",
@@ -25,10 +25,10 @@ VALUES_BEFORE: dict[str, Any] = {
     "schedule.warmup": 0,
     "schedule.per": "epoch",
 }
-# the same for options that only one model has, by the model's `_target_`
+# as `VALUES_BEFORE`, but for options that only one model has; the key is the model's `_target_`
 MODEL_VALUES_BEFORE = {"dfl_experiments.models.conv3": {"model.activation": "relu"}}
-# options that have no effect in a model, by the model's `_target_`: where every h_i is a vector, there is only one
-# memory format and one shape of B
+# Options that have no effect in a model; the key is the model's `_target_`. In a fully connected net every h_i is a
+# vector, so there is only one memory format and one shape of B.
 WITHOUT_EFFECT = {"dfl_experiments.models.fc": ("memory_format", "method.feedback")}
 
 
@@ -62,10 +62,10 @@ def _renamed(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[st
 
 
 def without_unrecorded_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without some of the options that were added after the first version.
+    """Return a configuration without the added options that change nothing.
 
-    An option that was added later is left out if it has the value that all runs used before it existed, or if it has
-    no effect.
+    An option that was added after the first version changes nothing in two cases: it has the value that all runs used
+    before the option existed, or it has no effect in this model.
     """
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     result.get("schedule", {}).pop("name", None)  # the name does not change what a run computes
@@ -84,8 +84,9 @@ def without_unrecorded_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def feedback_overrides(feedback: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that are set for B's optimizer. An option that is None has the value of W's optimizer.
+    """Return the options that are set for B's optimizer, without those that are None.
 
+    B's optimizer takes the other options from W's optimizer.
     feedback: the options in `optimizer.feedback`.
     """
     return {key: value for key, value in feedback.items() if value is not None and key != "feedback"}

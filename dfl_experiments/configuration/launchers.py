@@ -32,7 +32,7 @@ def register_launchers() -> None:
 
         @dataclass
         class Local(LocalQueueConf):
-            # Let submitit's controller ignore Ctrl-C: it would kill the jobs, whereas dfl-train lets them save.
+            # Submitit's controller must ignore Ctrl-C, or it kills the jobs. dfl-train lets the jobs save instead.
             setup: list[str] = field(default_factory=lambda: ["trap '' INT HUP"])
 
         local = Local(timeout_min=DAY, name="${sweep}")
@@ -42,7 +42,7 @@ def register_launchers() -> None:
     with suppress(ImportError):
         from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher
 
-        # no value for object_store_memory, because an existing Ray cluster does not accept the one that the plugin sets
+        # object_store_memory is None, because an existing Ray cluster does not accept the plugin's default value
         node = {"init": {"address": None, "object_store_memory": None}, "remote": {}}
         target = f"{RayLauncher.__module__}.{RayLauncher.__name__}"
         store.store("ray", {"_target_": target, "ray": node}, group="hydra/launcher", provider="dfl_experiments")

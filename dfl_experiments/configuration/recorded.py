@@ -20,16 +20,16 @@ MAX_DEPTH = 20  # largest depth of nested lists and mappings in a configuration
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 # Options that the command line may set together with resume or repeat. All others come from the recorded configuration.
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
-# Options whose recorded values are not used, because somebody else may have made the run directory. Only some recorded
-# modes of tracking are used, see `_tracking`.
+# Options whose recorded values are not used, because somebody else may have made the run directory. There is one
+# exception: `_tracking` may use the recorded mode of tracking.
 COMMAND_ONLY = ("tracking", "plugins")
 
 
 def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Return the configuration to run: with `resume` or `repeat` the recorded one, otherwise the composed one.
 
-    overrides: overrides of the command line; with `resume` or `repeat`, they may only set `OPERATIONAL` options.
-    Raises `UserError` if they set another option, or if there is no recorded configuration.
+    overrides: overrides of the command line. With `resume` or `repeat`, they may set `OPERATIONAL` options only.
+    Raises `UserError` if an override sets another option, or if there is no recorded configuration.
     """
     values = plain(cfg)
     key = next((key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)), None)
@@ -58,9 +58,10 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
 
 
 def _tracking(composed: dict[str, Any], recorded: Any, is_set: bool, folder: Path) -> dict[str, Any]:
-    """Return the composed tracking options. A recorded mode `disabled` or `tensorboard` is kept if not `is_set`.
+    """Return the tracking options of the composed configuration.
 
-    is_set: whether the command line has a tracking option.
+    If the command line sets no tracking option, a recorded mode `disabled` or `tensorboard` replaces the composed mode.
+    is_set: whether the command line sets a tracking option.
     """
     mode = recorded.get("mode") if isinstance(recorded, dict) else None
     if mode in ("disabled", "tensorboard") and not is_set:
@@ -73,8 +74,8 @@ def _tracking(composed: dict[str, Any], recorded: Any, is_set: bool, folder: Pat
 def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Return a recorded configuration with today's option names, and with the options that were added after the run.
 
-    An added option that changes results gets the value that all runs used before it existed. Any other added option
-    gets the composed value.
+    An added option that changes results gets the value that all runs used before the option existed. Any other added
+    option gets the composed value.
     values: the composed configuration.
     """
     before: dict[str, Any] = {"memory_format": "contiguous", "stop_collapsed": False, "validation_split": "random"}
@@ -90,7 +91,8 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
     """Read a recorded configuration.
 
     source: name of the option or folder, for the error messages of this function.
-    Raises `UserError` if the file is absent or has an interpolation, which could read environment variables.
+    Raises `UserError` if the file is absent, or if it has an interpolation. An interpolation could read environment
+    variables.
     """
     try:
         content = read_yaml(path)
@@ -112,7 +114,8 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> Any:
     """Return the values of a YAML file without resolving interpolations.
 
-    Raises `UserError` for a file that cannot be read, for deep nesting, and for aliases, which may exhaust the memory.
+    Raises `UserError` for a file that cannot be read, for deep nesting, and for YAML aliases. Such aliases may exhaust
+    the memory.
     """
     content, depth = read_bytes(path), 0
     try:

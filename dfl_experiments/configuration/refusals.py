@@ -27,14 +27,14 @@ MOST_GUESSES = 3
 
 
 def refuse(error: BaseException, program: str = "dfl-train") -> NoReturn:
-    """Print the error in one line and exit, with code 2 for a user's mistake and 1 for a `Fault`."""
+    """Print the error in one line and exit. The exit code is 2 for a user's mistake and 1 for a `Fault`."""
     print(f"{program}: error: {one_line(error)}", file=sys.stderr)
     raise SystemExit(getattr(error, "exit_code", 2)) from None
 
 
 @contextmanager
 def refusing(program: str = "dfl-train") -> Iterator[None]:
-    """Exit on an error in the block. Print one line for a user's mistake or an OSError, otherwise the traceback."""
+    """Exit if the block raises an error. Print one line for a user's mistake or an OSError, otherwise the traceback."""
     try:
         yield
     except MISTAKES as error:
@@ -49,7 +49,10 @@ def refusing(program: str = "dfl-train") -> Iterator[None]:
 
 
 def uncomposed(error: Exception, overrides: Iterable[str]) -> Exception:
-    """Return an error of a composition as a `UserError` that names the override. `MISTAKES` are returned unchanged."""
+    """Convert an error of Hydra's composition to a `UserError` that names the override.
+
+    An error that is already one of `MISTAKES` is returned unchanged.
+    """
     if isinstance(error, MISTAKES):
         return error
     for override in overrides:
@@ -85,7 +88,8 @@ def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 def did_you_mean(key: str, names: Iterable[str]) -> str:
     """Return "; did you mean …?" with the known names closest to an unknown key, or "" if none is close.
 
-    Names in the same group as the key are preferred. If there is none, the names with the fewest dots are suggested.
+    Among the close names, those in the group of the key are preferred. If this group has no close name, the close names
+    with the fewest dots are suggested.
     """
     group, _, last = key.lower().rpartition(".")
     if renamed := (RENAMED | MOVED).get(key):
@@ -101,7 +105,8 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
 def _close_names(word: str, names: Sequence[str]) -> list[str]:
     """Return the names whose last part equals a word.
 
-    If there is none, return those with the same initials, as `lr` and `learning_rate`, or else those that are similar.
+    If no last part equals the word, return the names with the same initials, such as `learning_rate` for `lr`. If there
+    are no such names either, return the names whose last part is similar to the word.
     """
     last_parts = {name: name.rpartition(".")[2] for name in names}
     if equal := [name for name, part in last_parts.items() if part == word]:
@@ -139,7 +144,7 @@ def message_with_choices(error: BaseException | None) -> str | None:
 
 
 def _how_to_quote(override: str) -> str | None:
-    """Return a message with the quoted override; None if its value is empty, or already has quotes or brackets."""
+    """Return a message with the quoted override; None if the value is empty, or contains quotes or brackets."""
     key, _, value = override.partition("=")
     if not value or set(value) & set("'\"[]{}"):
         return None

@@ -21,7 +21,7 @@ GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")  # `compon
 
 
 class Options(BaseModel):
-    """A part of the configuration. An unknown option is an error, and so is a value of a wrong type."""
+    """A part of the configuration. An unknown option is an error. A value of a wrong type is also an error."""
 
     model_config = STRICT
 
@@ -50,7 +50,10 @@ class Checkpoint(Options):
     """Options of checkpoints."""
 
     every_seconds: ranges.NonNegative
-    """Seconds between two checkpoints within an epoch. One is also written after each epoch, unless writing is slow."""
+    """Smallest number of seconds between two checkpoints within an epoch.
+
+    A checkpoint is also written at the end of an epoch, if writing takes at most 5 % of the time.
+    """
     keep: bool
     """Keep the last checkpoint after the run has finished."""
 
@@ -103,7 +106,7 @@ SHARED: dict[str, type[Options]] = {"model": Model, "optimizer": Optimizer}
 
 
 class Protocol(Options):
-    """Choices in which the paper's text, its published code and this project differ (see conf/protocol)."""
+    """Choices in which the paper's text, the published code and this project differ (see conf/protocol)."""
 
     name: Name
     conv3_downsampling: ranges.Downsampling
@@ -203,7 +206,7 @@ def _identity(source: Mapping[str, Any]) -> tuple[Any, Any]:
 
 @cache
 def names_by_identity() -> dict[tuple[Any, Any], str]:
-    """Return the names of the data sets in conf/, by the `_identity` of their sources."""
+    """Return the name of each data set in conf/. The key is the `_identity` of its source."""
     name_of = {}
     for name in group_options("dataset"):
         node: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{name}.yaml")

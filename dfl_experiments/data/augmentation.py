@@ -11,13 +11,14 @@ from dfl_experiments.ranges import Count, Magnitude, Probability, Size
 
 
 class Augmentation:
-    """RandAugment -> crop -> normalisation -> cutout -> horizontal flip; each part is optional.
+    """Apply RandAugment, crop, normalisation, cutout and horizontal flip, in this order.
 
+    Normalisation is always applied. All other steps are optional.
     flip: probability that an image is mirrored left to right.
-    randaugment: apply `num_ops` random operations to each uint8 image, of strength `magnitude` (0 to 30).
-    cutout: side in pixels of the square that is set to zero around a random pixel; 0: no square.
-    crop: pad each border of the uint8 image by this number of reflected pixels, then cut out an image of the original
-        size at a random position; 0: no crop.
+    randaugment: whether to apply `num_ops` random operations of strength `magnitude` (0 to 30) to each uint8 image.
+    cutout: side of a square in pixels. The square lies around a random pixel and is set to zero. 0: no square.
+    crop: each border of the uint8 image is extended by this number of reflected pixels. Then an image of the original
+        size is cut out at a random position. 0: no crop.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Augmentation:
             return
         if not are_images or self.crop >= min(shape[1:]):
             size = f" larger than crop={self.crop}" if self.crop else ""
-            raise UserError(f"augmentation={name}: needs uint8 images (N, C, H, W){size}, but gets {shape}")
+            raise UserError(f"augmentation={name}: needs uint8 images{size}, but a sample has shape {shape}")
 
     def __call__(self, images: Tensor, normalise: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
         """Return augmented and normalised images, as floats of the same shape.
@@ -82,7 +83,7 @@ class Augmentation:
 
 
 def shifted(images: Tensor, offsets: Tensor, axis: int) -> Tensor:
-    """Shift each image along an axis. Pixels from beyond the border are reflections of the image.
+    """Shift each image along an axis. Positions beyond the border are filled with reflected pixels.
 
     images: (N, C, H, W). offsets: (N,); pixel i of the result is pixel i + offset of the image.
     """
@@ -95,11 +96,11 @@ def shifted(images: Tensor, offsets: Tensor, axis: int) -> Tensor:
 
 
 def cut_out(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
-    """Set one square of each image to zero, which is the mean after normalisation. Changes x in place.
+    """Set one square of each image to zero, in place. Zero is the mean of normalised images.
 
     x: (N, C, H, W).
-    rows, columns: (N,), the centre of each square. The square begins side // 2 pixels before its centre.
-    side: side of the square in pixels. Parts outside the image are ignored.
+    rows, columns: position of the centre of each square, (N,). A square begins side // 2 pixels before its centre.
+    side: side of the square in pixels. A square may extend beyond the image.
     """
     in_rows = _is_inside(rows, side, x.shape[-2])
     in_columns = _is_inside(columns, side, x.shape[-1])
@@ -108,7 +109,7 @@ def cut_out(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
 
 
 def _is_inside(centres: Tensor, side: int, length: int) -> Tensor:
-    """Return a mask (N, length) that is true for the `side` pixels around each centre. centres: (N,)."""
+    """Return a mask of shape (N, length). It is true for the `side` pixels around each centre. centres: (N,)."""
     first = centres[:, None] - side // 2
     positions = torch.arange(length)
     return (positions >= first) & (positions < first + side)

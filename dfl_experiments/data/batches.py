@@ -30,7 +30,7 @@ def split(n: int, fraction: float, seed: int, labels: np.ndarray | None = None) 
     """Shuffle the indices 0 … n-1, and split them into training indices and validation indices.
 
     fraction: share of validation indices.
-    labels: (n,), to take the same fraction of each class; None: ignore the classes.
+    labels: class of each sample, (n,). Every class is split by the same fraction. None: ignore the classes.
     Raises `UserError` if a fraction above zero leaves one of the two parts empty.
     """
     order = torch.randperm(n, generator=random_stream(seed, SPLIT))
@@ -43,10 +43,10 @@ def split(n: int, fraction: float, seed: int, labels: np.ndarray | None = None) 
 
 
 def stratified(labels: Tensor, fraction: float) -> Tensor:
-    """Return a mask (n,) that is true for the first samples of each class, n · fraction samples in all.
+    """Return a mask that selects the same fraction of each class. labels: (n,). The mask has shape (n,).
 
-    All classes have the same fraction. The number in each class is rounded down. Then the classes with the largest
-    remainders get one sample more each, until there are n · fraction samples.
+    In each class the first samples are selected, and their number is rounded down. Then one more sample is selected in
+    the classes with the largest remainders, until n · fraction samples are selected in all.
     """
     shares = labels.bincount().double() * fraction
     quotas = shares.long()
@@ -59,11 +59,11 @@ def stratified(labels: Tensor, fraction: float) -> Tensor:
 
 
 def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return images and labels on the device, the labels as int64 (N,).
+    """Return images and labels as tensors on the device. The labels are int64.
 
-    Both stay on the CPU if the images need more than half of the GPU's free memory.
+    Images and labels stay on the CPU if the images need more than half of the GPU's free memory.
     """
-    # `np.require` copies a memory-mapped file, but not an array that is already in memory
+    # `np.require` copies a memory-mapped file, because it is read-only; it does not copy a writable array in memory
     image_copies = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     label_copies = torch.from_numpy(labels.astype(np.int64))
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
@@ -92,10 +92,10 @@ class Normalise:
         self.shift = (-means / deviations).float()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return normalised images, float32. Features and tokens stay as `preparation` returned them.
+        """Return normalised images, float32. Features and tokens are returned unchanged.
 
         images: (N, C, H, W) uint8.
-        Raises `UserError` if `mean` and `std` have several values, but not one for each channel.
+        Raises `UserError` if the number of values in `mean` and `std` is neither 1 nor the number of channels.
         """
         if images.dtype != torch.uint8:
             return images
@@ -113,23 +113,23 @@ class Normalise:
 class Standardise:
     """The map (x - mean) / std of features.
 
-    mean, std: float64; the axis of features has its full length, the other axes have length 1.
+    mean, std: float64 arrays with one value for each feature. All other axes have length 1.
     """
 
     mean: np.ndarray
     std: np.ndarray
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Return standardised features, float32."""
+        """Return standardised features in float32."""
         return ((samples - self.mean) / self.std).astype(np.float32)
 
 
 def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that converts samples before training: tokens to int64, features to float32, images unchanged.
 
-    training: the training samples.
-    standardise: convert each feature to (x - mean) / std, with mean and std over `training`. A constant feature becomes
-        0. A feature is a column of (N, D), or a channel of (N, T, C) or (N, C, …).
+    training: the training samples. The mean and std of each feature are computed from them.
+    standardise: whether to convert each feature to (x - mean) / std. A constant feature becomes 0. The features are the
+        columns of an array (N, D), or the channels C of an array (N, T, C) or (N, C, …).
     """
     if training.dtype.kind != "f":
         return partial(np.asarray, dtype=np.uint8 if training.dtype == np.uint8 else np.int64)
@@ -146,7 +146,7 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
 class Batches:
     """Batches of a training set. In every epoch, the samples are shuffled and augmented anew.
 
-    images: the samples, on the GPU or on the CPU. Samples that are images are (N, C, H, W) uint8.
+    images: the samples, on the GPU or on the CPU. If they are images, the shape is (N, C, H, W) and the type uint8.
     labels: (N,) int64, on the same device as `images`.
     device: device of the batches.
     """

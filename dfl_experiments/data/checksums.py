@@ -37,7 +37,7 @@ def damaged(path: Path, why: str, is_pack: bool = True) -> UserError:
 class ChecksumWriter:
     """A writable file that computes the CRC-32 of the bytes passed to `write`.
 
-    The bytes are not read back from the disk, so the CRC-32 is right even if the disk stores them wrongly.
+    The CRC-32 is computed from memory, not from the file, so it is right even if the disk stores wrong bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:

@@ -37,7 +37,7 @@ class Tree:
 
 
 def is_user_folder(name: str) -> bool:
-    """Return whether a folder is neither hidden nor one of `SYSTEM_FOLDERS`."""
+    """Return whether a folder belongs to the user: it is not hidden, and not one of `SYSTEM_FOLDERS`."""
     return not name.startswith(".") and name not in SYSTEM_FOLDERS
 
 
@@ -75,8 +75,9 @@ def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
 
 
 def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray:
-    """Decode one image as (C, H, W) uint8, rotated as its EXIF orientation says. Transparent pixels become white.
+    """Decode one image and rotate it as its EXIF orientation says. Transparent pixels become white.
 
+    The result has shape (C, H, W) and type uint8.
     channels: 1 (grey) or 3 (RGB).
     size: scale the image and crop its centre to size x size pixels; None: keep its size.
     Raises `UserError` if the file is not an image, has several frames, or has more than 8 bits per channel.
@@ -103,7 +104,7 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
 
 
 def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = None) -> np.ndarray:
-    """Decode the named images into one array, (N, C, H, W) uint8. Raises `UserError` if the images differ in size."""
+    """Decode images into one uint8 array of shape (N, C, H, W). Raises `UserError` if the images differ in size."""
     first = pixels(tree, names[0], channels, size)
     images = np.empty((len(names), *first.shape), np.uint8)
 

@@ -27,14 +27,14 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def is_packed(folder: Path) -> bool:
-    """Return whether the folder holds all arrays of a data set: a pack, or the user's own arrays.
+    """Return whether the folder holds all arrays of a data set, either as a pack or as the user's own arrays.
 
-    Raises `UserError` if the user's own arrays are incomplete, or the record is damaged.
+    Raises `UserError` if the user's own arrays are incomplete, or if the record is damaged.
     """
-    # without permission, os.path.isfile returns False, as wanted; Path.is_file would raise an error
+    # in a folder without permission, os.path.isfile returns False, but Path.is_file raises an error
     missing = [name for name in FILES if not os.path.isfile(folder / name)]
     has_any = any(os.path.lexists(folder / name) for name in FILES)
-    # incomplete arrays with a record are no error: they are left from an interrupted run, and are packed again
+    # if incomplete arrays have a record, they are left from an interrupted run, and will be packed again
     belongs_to_user = read_record(folder) is None
     if belongs_to_user and missing and has_any:
         names = ", ".join(missing)
@@ -43,17 +43,17 @@ def is_packed(folder: Path) -> bool:
 
 
 def load_pack(name: str, source: Source, data_dir: Path, download: bool = True) -> Arrays:
-    """Return the data set, mapped from its pack in `data_dir`. If there is no pack, make it first.
+    """Map the pack of a data set into memory, and return its arrays. If there is no pack in `data_dir`, make it first.
 
     download: download the raw form if it is absent.
-    Raises `UserError` if the raw form is absent and cannot be downloaded, if files are damaged, incomplete or do not
-    fit together, and if the pack cannot be written.
+    Raises `UserError` in three cases: the raw form cannot be found or downloaded; the files are damaged, incomplete or
+    inconsistent; the pack cannot be written.
     """
     return load_with_digest(name, source, data_dir, download)[0]
 
 
 def load_with_digest(name: str, source: Source, data_dir: Path, download: bool = True) -> tuple[Arrays, str]:
-    """Return the data set as `load_pack` does, and the digest of its images, labels and classes."""
+    """Return the arrays of a data set (see `load_pack`), and a digest of its images, labels and classes."""
     data_dir = expanded(data_dir, "data_dir")
     cache = source.cache_name(name)
     if cache is None:
@@ -74,7 +74,7 @@ def load_with_digest(name: str, source: Source, data_dir: Path, download: bool =
 
 
 def test_images_in_training(name: str, arrays: Arrays) -> int:
-    """Count the test images that equal a training image byte for byte, and log a warning if there are any."""
+    """Count the test images that equal a training image byte for byte. If there are such images, log a warning."""
     training = {hash(image.tobytes()) for image in arrays.train_images}
     count = sum(hash(image.tobytes()) in training for image in arrays.test_images)
     if count:
@@ -83,7 +83,7 @@ def test_images_in_training(name: str, arrays: Arrays) -> int:
 
 
 def digest(name: str, source: Source, data_dir: Path) -> str | None:
-    """Return the digest of a data set, or None if the data set is absent. If it is not packed yet, pack it first.
+    """Return the digest of a data set, or None if the data set is absent. If there is no pack, make it first.
 
     Raises `UserError` as `load_pack` does.
     """
@@ -99,7 +99,7 @@ def digest(name: str, source: Source, data_dir: Path) -> str | None:
 def digest_of(folder: Path) -> str:
     """Return the digest of packed arrays.
 
-    It is computed from the checksums in the record. Without a record, the checksums of the files are computed first.
+    The digest is computed from the checksums in the record. If there is no record, the checksums are computed first.
     """
     record = read_record(folder)
     if record is None:
@@ -130,7 +130,11 @@ def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
 
 
 def read_raw(name: str, source: Source, folder: Path, download: bool) -> Arrays:
-    """Read the raw form of a data set. Raises `UserError` with the tried paths and how to get the data set."""
+    """Read the raw form of a data set.
+
+    Raises `UserError` if the raw form cannot be read. The message lists the paths that were tried, and says how to get
+    the data set.
+    """
     try:
         return source.read(folder.parent, download)
     except UserError:
@@ -145,7 +149,7 @@ def read_raw(name: str, source: Source, folder: Path, download: bool) -> Arrays:
 def pack(arrays: Arrays, folder: Path) -> None:
     """Write the arrays into a temporary folder, then move them into `folder`.
 
-    Raises `UserError` as `check_arrays` does, and if the arrays cannot be written.
+    Raises `UserError` if the arrays do not fit together (see `check_arrays`), or if they cannot be written.
     """
     check_arrays(arrays, [str(folder / file) for file in FILES])
     temporary = folder.with_name(f".{folder.name}.partial")
@@ -155,7 +159,8 @@ def pack(arrays: Arrays, folder: Path) -> None:
         temporary.mkdir()
         for name, part in zip(FILES, vars(arrays).values(), strict=True):
             with (temporary / name).open("wb") as file:
-                # np.save gets a writer, because on a file it does not notice if the disk becomes full at the last bytes
+                # Do not pass the file itself to np.save. It would then call `tofile`, which raises no error if the disk
+                # becomes full at the last bytes.
                 writer = ChecksumWriter(file)
                 if name == CLASSES:
                     writer.write(json.dumps(part).encode())
@@ -163,8 +168,9 @@ def pack(arrays: Arrays, folder: Path) -> None:
                     np.save(writer, part)
             record.files[name] = {"bytes": (temporary / name).stat().st_size, "crc32": writer.crc32}
         (temporary / RECORD).write_text(record.model_dump_json(indent=1))
-        # Move single files, not the folder, because `folder` may exist already. It can hold an unfinished pack or, if
-        # file names ignore case, the raw form. The list of classes is moved last: without it, there is no pack.
+        # Move the files one by one, because `folder` may exist already. It may hold an unfinished pack. On a system
+        # that ignores case in file names, it may also hold the raw form, because MNIST/ and mnist/ are the same folder.
+        # The list of classes is moved last, because a folder without this list is not a pack.
         folder.mkdir(exist_ok=True)
         (folder / CLASSES).unlink(missing_ok=True)
         for name in (RECORD, *FILES):
@@ -199,9 +205,9 @@ def open_packed(folder: Path) -> Arrays:
 
 
 def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
-    """Raise `UserError` unless types, lengths, shapes, values and labels fit together.
+    """Raise `UserError` if the types, lengths, shapes, values or labels of the arrays do not fit together.
 
-    names: names of the parts in messages, in the order of `FILES`.
+    names: for each file in `FILES`, the name that messages use.
     """
 
     def demand(fits: bool, name: str, message: str) -> None:
@@ -230,7 +236,7 @@ def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
-    """Raise `UserError` unless an array holds images, features or tokens with usable values."""
+    """Raise `UserError` if an array does not hold images, features or tokens, or if it has unusable values."""
     kind, shape, problem = kind_of(samples), samples.shape, ""
     if not kind or samples.size == 0:
         problem = "must be uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
@@ -239,7 +245,7 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         problem = f"{shape} is (N, H, W, C), but must be (N, C, H, W); save images.transpose(0, 3, 1, 2)"
     elif kind == "tokens" and samples.min() < 0:
         problem = f"tokens must be 0 or more, the smallest is {samples.min()}"
-    # if a value is NaN, min and max are NaN, and the comparison is false
+    # this also finds NaN: min and max are then NaN, and every comparison with NaN is false
     elif kind == "features" and not -LARGEST <= samples.min() <= samples.max() <= LARGEST:
         index = np.argwhere(~(np.abs(samples) <= LARGEST))[0].tolist()
         problem = f"holds {samples[tuple(index)]} at {index}; values must be finite in float32"

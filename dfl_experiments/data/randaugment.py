@@ -1,7 +1,7 @@
-"""Apply RandAugment (Cubuk et al., 2020) to whole batches: images with the same drawn operation are changed together.
+"""Apply RandAugment (Cubuk et al., 2020) to whole batches. Images with the same drawn operation are changed together.
 
-Every operation gives the same bytes as in `torchvision.transforms.RandAugment`, for uint8 images with nearest
-interpolation and black outside the image.
+Every operation gives the same bytes as in `torchvision.transforms.RandAugment`. Images are uint8, interpolation is
+nearest, and positions outside the image are black.
 """
 
 import math
@@ -18,7 +18,7 @@ SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness"
 OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 STRAIGHT = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
 
-# Operations that move pixels. `_origins` applies an operation to an image of pixel positions, and caches the result.
+# Operations that move pixels. `_origins` applies them to an image whose values are the positions of its pixels.
 GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "ShearX": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [_angle(v), 0.0]}, center=[0, 0]),
     "ShearY": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [0.0, _angle(v)]}, center=[0, 0]),
@@ -26,7 +26,7 @@ GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "TranslateY": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [0, int(v)]}),
     "Rotate": lambda image, v: F.rotate(image, v),
 }
-# Operations that change a pixel only by its own grey level: each of the 256 levels gets a new level.
+# Operations in which the new grey level of a pixel depends only on its old grey level.
 LEVELS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Brightness": lambda levels, v: F.adjust_brightness(levels, 1.0 + v),
     "Posterize": lambda levels, v: F.posterize(levels, int(v)),
@@ -35,13 +35,14 @@ LEVELS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def _angle(shear: float) -> float:
-    """Return the angle in degrees that belongs to the slope of a shear."""
+    """Return the angle of a shear in degrees. shear: slope."""
     return math.degrees(math.atan(shear))
 
 
 def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
-    """Return the magnitude of an operation without sign: slope, pixels, degrees, number of bits, grey level or factor.
+    """Return the magnitude of an operation without its sign.
 
+    Its unit depends on the operation: slope, pixels, degrees, number of bits, grey level, or change of a factor.
     bin_: 0 to `BINS` - 1. height, width: size of the image in pixels.
     """
     if operation == "Posterize":
@@ -57,9 +58,9 @@ def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
 
 @lru_cache(maxsize=256)
 def _origins(operation: str, value: float, height: int, width: int, device: torch.device) -> Tensor:
-    """Return for each pixel of the moved image which pixel it comes from, (height · width,) int64.
+    """Return the origin of each pixel of the moved image, as int64 of shape (height · width,).
 
-    The value is 1 + the index of that pixel in the flat image, or 0 for a position outside the image.
+    The origin is 1 + the index of a pixel in the flat image, or 0 for a position outside the image.
     """
     positions = torch.arange(1.0, height * width + 1).reshape(1, 1, height, width)
     return GEOMETRY[operation](positions, value).flatten().long().to(device, non_blocking=True)
@@ -67,19 +68,22 @@ def _origins(operation: str, value: float, height: int, width: int, device: torc
 
 @lru_cache(maxsize=256)
 def _levels(operation: str, value: float, device: torch.device) -> Tensor:
-    """Return the new grey level for each grey level, (256,) uint8."""
+    """Return a table with the new level of each grey level. The table is uint8 of shape (256,)."""
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256)
     return LEVELS[operation](levels, value).flatten().to(device, non_blocking=True)
 
 
 def _move(images: Tensor, origins: Tensor) -> Tensor:
-    """Return images with moved pixels. images: (N, C, H, W). origins: (H · W,), see `_origins`."""
+    """Move the pixels of images. images: (N, C, H, W). origins: result of `_origins`, (H · W,)."""
     planes = torch.nn.functional.pad(images.flatten(2).flatten(0, 1), (1, 0))  # index 0: a black pixel
     return planes.gather(1, origins.expand(len(planes), -1)).view_as(images)
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace each grey level by its entry in a table. tables: (256,), or one per image and channel, (N · C, 256)."""
+    """Replace each grey level by its entry in a table.
+
+    tables: one table for all images, (256,); or one table for each channel of each image, (N · C, 256).
+    """
     planes = images.flatten(2).flatten(0, 1)
     return tables.expand(len(planes), 256).gather(1, planes.long()).view_as(images)
 
@@ -95,7 +99,7 @@ def equalize(images: Tensor) -> Tensor:
     below = torch.nn.functional.pad(counts.cumsum(1)[:, :-1], (1, 0))
     tables = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
     tables[:, 0] = 0
-    # a channel with a step of 0 does not change
+    # a channel whose step is 0 keeps its levels
     levels = torch.arange(256, device=images.device)
     return _look_up(images, torch.where(step == 0, levels, tables).to(torch.uint8))
 
@@ -108,7 +112,8 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
     """
     if min(images.shape[-2:]) <= 2:
         return images
-    # The result is exact: sums of integers do not depend on their order, and n / 13 is never halfway between integers.
+    # The result equals torchvision's exactly. The sums are sums of integers, so their order does not matter. A sum
+    # divided by 13 is never halfway between two integers, so rounding is unambiguous.
     x = images.to(torch.int16)
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     columns = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -119,7 +124,7 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
 
 
 def apply(operation: str, images: Tensor, value: float) -> Tensor:
-    """Apply one operation to all images, (N, C, H, W) uint8. value: magnitude with sign."""
+    """Apply one operation to all images. images: (N, C, H, W) uint8. value: magnitude with its sign."""
     if operation in GEOMETRY:
         return _move(images, _origins(operation, value, *images.shape[-2:], images.device))
     if operation in LEVELS:
@@ -151,13 +156,16 @@ class RandAugment:
         self.bin = bin_
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw a code for each round and image, (rounds, count): 2 · operation, plus 1 for a negative magnitude."""
+        """Draw a random code for each round and each image. The result has shape (rounds, count).
+
+        A code is 2 · operation, plus 1 if the magnitude is negative.
+        """
         return torch.randint(2 * len(OPERATIONS), (self.rounds, count), generator=generator)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         """Apply the drawn operations to each image, one round after the other.
 
-        images: (N, C, H, W) uint8, on any device; not changed. draws: as `draw` returns them.
+        images: (N, C, H, W) uint8, on any device; not changed. draws: result of `draw`.
         """
         for draw in draws:
             # Group the images by code. `draw` is on the CPU, so the sizes are known without waiting for the device.
@@ -171,7 +179,7 @@ class RandAugment:
         return images
 
     def change(self, code: int, images: Tensor) -> Tensor:
-        """Apply the operation that a drawn code stands for, with its sign. See `draw`."""
+        """Apply the operation and the sign of a code to all images. See `draw` for the codes."""
         operation = OPERATIONS[code // 2]
         value = magnitude(operation, self.bin, *images.shape[-2:])
         is_negative = code % 2 == 1 and operation in SIGNED

@@ -21,7 +21,7 @@ SILENCE = 20.0  # a download fails after this number of seconds without an answe
 
 
 def kind_of(samples: np.ndarray) -> str:
-    """Return the kind of samples by their type and number of axes: images, features, tokens, or "" for any other."""
+    """Return the kind of samples: "images", "features" or "tokens". Return "" for an array of any other kind."""
     code, axes = samples.dtype.str[1:], samples.ndim
     if code == "u1" and axes == 4:
         return "images"
@@ -37,7 +37,7 @@ class Arrays:
     train_images: np.ndarray
     """Images (N, C, H, W) uint8, features (N, …) float32 or float64, or tokens (N, T) int32 or int64."""
     train_labels: np.ndarray
-    """(N,) integers, indices of `classes`."""
+    """Integers (N,). Each is an index of `classes`."""
     test_images: np.ndarray
     """Test samples, as `train_images`."""
     test_labels: np.ndarray
@@ -67,8 +67,8 @@ class Source(ABC):
         """Return the data set, read from its raw form in `data_dir`.
 
         download: download the raw form first if it is absent.
-        Raises `UserError` for a mistake in the files, and OSError, RuntimeError or ValueError for files that are
-        absent, damaged or cannot be downloaded.
+        Raises `UserError` for a mistake in the files. Raises OSError, RuntimeError or ValueError if files are absent or
+        damaged, or cannot be downloaded.
         """
 
     @abstractmethod
@@ -91,7 +91,7 @@ def expanded(path: str | Path, key: str) -> Path:
 def read_published(path: Path, md5: str) -> bytes:
     """Return the content of a published file.
 
-    md5: published MD5. Raises `UserError` if the content has another MD5, OSError if the file is absent.
+    md5: published MD5. Raises `UserError` if the content has another MD5, and OSError if the file is absent.
     """
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
@@ -125,8 +125,9 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 class Digits(Source):
-    """Bundled handwritten digits, 1x8x8: 1,437 training and 360 test images, stratified by class.
+    """Handwritten digits that are part of this package: 1,437 training and 360 test images, stratified by class.
 
+    An image has shape (1, 8, 8).
     Source: the test part of *Optical Recognition of Handwritten Digits* (Alpaydin and Kaynak, UCI, 1998, CC BY 4.0), as
     in scikit-learn. Its 17 grey levels are scaled to 0 … 255.
     """
@@ -198,7 +199,7 @@ class FashionMnist(Source):
 
 
 def read_idx_files(files: list[bytes], classes: list[str]) -> Arrays:
-    """Return the images, 1x28x28, and the labels of four files in MNIST's format."""
+    """Read four files in MNIST's format. Return their images and labels. An image has shape (1, 28, 28)."""
     contents = [np.frombuffer(file, np.uint8) for file in files]
     # the header has 16 bytes in an image file, and 8 bytes in a label file
     images = [content[16:].reshape(-1, 1, 28, 28) for content in contents[::2]]

@@ -1,4 +1,4 @@
-"""Source for a .npz file with the user's own arrays."""
+"""Source for an .npz file with the user's own arrays."""
 
 import os
 import zipfile
@@ -14,7 +14,8 @@ from dfl_experiments.errors import UserError, reason
 class ArrayFile(Source):
     """An .npz file with X_train, y_train, X_test and y_test, as `numpy.savez` writes it. It is not packed.
 
-    X: as in `Arrays`; images (N, H, W) get a channel axis. y: class labels, from 0 to the largest label in y_train.
+    X_train, X_test: samples, see `Arrays`. Images of shape (N, H, W) get an axis for their single channel.
+    y_train, y_test: class labels. The classes are 0 to the largest label in y_train.
     """
 
     PARTS = ("X_train", "y_train", "X_test", "y_test", "y_train")

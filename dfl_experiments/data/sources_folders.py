@@ -37,7 +37,7 @@ class Listing:
 def arrays_of(tree: Tree, listing: Listing, channels: int, size: int | None = None) -> Arrays:
     """Decode the listed images.
 
-    channels, size: see `pixels`. Raises `UserError` for an image that cannot be decoded, or whose size differs.
+    channels, size: see `pixels`. Raises `UserError` if an image cannot be decoded, or if the images differ in size.
     """
     label_of = {name: label for label, name in enumerate(listing.classes)}
     listed = listing.train + listing.test
@@ -94,7 +94,7 @@ class TinyImageNet(Source):
         return replace(arrays, classes=classes)
 
     def listing(self, tree: Tree) -> Listing:
-        """Return the listing of the images. Raises `UserError` if the data set's text files list other images."""
+        """Return the listing of the images. Raises `UserError` if it differs from the text files of the data set."""
         names = set(tree.names)
         # each line has the file, the class and a bounding box; the bounding box is not used
         rows = [f"{line}\t".split("\t") for line in tree.lines(self.LABELS) if line.strip()]
@@ -119,11 +119,12 @@ class TinyImageNet(Source):
 
 
 class Folder(Source):
-    """A folder of the user's own images: `path`/train/<class>/… and `path`/test/<class>/…, at any depth below a class.
+    """A folder of the user's own images. It has the folders `path`/train/<class>/ and `path`/test/<class>/.
 
-    If there is no test/, val/ is used. Classes are sorted by name. Files without an image suffix are ignored.
+    The folder of a class may have subfolders with more images. If there is no test/, val/ is used. Classes are sorted
+    by name. A file is ignored if its suffix is not one of `SUFFIXES`.
 
-    size: scale and crop the images to size x size pixels; None: all images have the same size.
+    size: scale and crop the images to size x size pixels; None: all images must have the same size.
     channels: 1 (grey) or 3 (RGB).
     """
 
@@ -138,8 +139,9 @@ class Folder(Source):
         return [self.path]
 
     def cache_name(self, name: str) -> str:
-        """Return the name with a hash of the path, the options and the files, so that a changed folder is packed again.
+        """Return the name with a hash. After a change, the folder has another hash and is packed again.
 
+        The hash is computed from the path, the options, and the name, size and time of each image file.
         Raises `UserError` as `listing` does, even if the folder was packed before.
         """
         _, listing = self.listing()
