@@ -4,9 +4,9 @@ From Python, for example in a notebook:
 
     import dfl_experiments as dfl
 
-    configuration = dfl.compose(["method=ltas", "epochs=3"])   # as in `dfl-train method=ltas epochs=3`
+    configuration = dfl.compose(["method=ltas", "epochs=3"])   # as for `dfl-train method=ltas epochs=3`
     result = dfl.run(configuration, "outputs/mine")            # trains, and returns the content of result.json
-    columns = dfl.read_rows("outputs/mine", "iterations")      # for pandas.DataFrame(columns)
+    columns = dfl.read_rows("outputs/mine", "iterations")      # a NumPy array for each column name
     net = dfl.load_net("outputs/mine")                         # the trained network, a torch.nn.Module
     runs = dfl.runs("outputs/mine")                            # a DataFrame, one row for each run
     figure = dfl.draw(runs, what=["alignment"])                # curves of these runs
@@ -21,7 +21,8 @@ if sys.platform == "win32":
     raise SystemExit(2)
 
 __version__ = "0.1.0"
-# the module that defines each public name; it is imported when the name is first used, because torch is slow to import
+# For each public name, the module that defines the name. A module is imported when one of its names is first used,
+# because importing torch is slow.
 NAMES = {
     **dict.fromkeys(["compose", "load_net", "load_run", "read_rows", "run"], "api"),
     **dict.fromkeys(["curves", "runs"], "report.frame"),

@@ -90,7 +90,10 @@ class TrainedRun:
     """
 
     def __init__(self, run_dir: str | Path, plugins: Sequence[str] = ()) -> None:
-        """Read the result. plugins: packages outside dfl_experiments whose classes the configuration may use."""
+        """Read the result.
+
+        plugins: packages outside dfl_experiments whose classes the configuration may use.
+        """
         self.folder, self.plugins = Path(run_dir), plugins
         result = read_result(self.folder)
         if result is None:
@@ -120,17 +123,23 @@ class TrainedRun:
 
     @cached_property
     def _standardisation(self) -> dict[str, Tensor] | None:
-        """Return mean and std of the run's features; {} without standardisation; None if they were not recorded."""
+        """Return the mean and std with which the run standardised its features.
+
+        Returns an empty mapping if the run standardised nothing. Returns None if an early version wrote the
+        checkpoint, because early versions did not record these values.
+        """
         return load_checkpoint(self.folder)["training"].get("standardisation")
 
     @torch.no_grad()
     def predict(self, images: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
-        """Return the logits (N, K) of raw samples, which are normalised or standardised as in the run.
+        """Return the logits of raw samples. The samples are first normalised or standardised as in the run.
 
-        images: (N, C, H, W) uint8, or features or tokens as in the run's data set.
+        images: the samples. Images are uint8 and have shape (N, C, H, W). Features and tokens have the form that the
+            run's data set has.
+        Returns a tensor of shape (N, K).
 
         Raises:
-            UserError: `images` are features, but an early version wrote the checkpoint, without their mean and std.
+            UserError: the samples are features, and the checkpoint of an early version lacks their mean and std.
         """
         samples, dataset = np.asarray(images), self.config["dataset"]
         recorded, prepare = self._standardisation, preparation(samples, standardise=False)

@@ -15,13 +15,16 @@ from typing import NoReturn
 
 
 def leave(program: str, signum: int, frame: FrameType | None = None) -> NoReturn:
-    """End the process at once. It raises no exception, because an import could catch it. There is nothing to save."""
+    """End the process at once. Raise no exception, because the code of an import could catch the exception.
+
+    The process has nothing to save yet.
+    """
     os.write(2, f"{program}: interrupted ({signal.Signals(signum).name})\n".encode())
     os._exit(128 + signum)
 
 
 def run(program: str, module: str) -> None:
-    """Call a module's `main` as a program. If the reader of its output, like `head`, ends early, show no traceback."""
+    """Call a module's `main` as a program. Show no traceback if the output is closed, for example by `| head`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored SIGINT stays ignored
         signal.signal(signal.SIGINT, partial(leave, program))
     for stream in (sys.stdout, sys.stderr):

@@ -26,7 +26,10 @@ NO_SIZES = ("", "", "", "")
 
 
 def data_set_of(cfg: DictConfig) -> tuple[str, Source, Path]:
-    """Return the name and the source of a configuration's data set, and the path data_dir. Raises `UserError`."""
+    """Return the name and the source of a configuration's data set, and the path data_dir.
+
+    Raises `UserError` for a wrong option.
+    """
     configuration = check(cfg)
     settings = configuration.settings
     source: Source = configuration.components["dataset.source"].build()
@@ -34,7 +37,7 @@ def data_set_of(cfg: DictConfig) -> tuple[str, Source, Path]:
 
 
 def row(overrides: list[str]) -> tuple[str, ...]:
-    """Return a data set's row of the table: name, state, train, test, shape, classes, and its path or its problem."""
+    """Return a data set's row of the table. The last cell is a path, or the reason why the data set cannot be used."""
     cfg = compose(overrides)
     if unset := sorted(OmegaConf.missing_keys(cfg.dataset)):
         return cfg.dataset.name, "unset", *NO_SIZES, f"needs {', '.join(unset)}"
@@ -62,7 +65,7 @@ def sizes_of(arrays: Arrays) -> tuple[str, ...]:
 
 
 def other_packs(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Yield a table row for each pack in a folder, such as the user's own. shown: names of packs to leave out."""
+    """Yield a table row for each pack in a folder. shown: names of packs to leave out."""
     for folder in sorted(path.parent for path in data_dir.glob(f"*/{CLASSES}")):
         with suppress(UserError):
             if folder.name not in shown and is_packed(folder):
@@ -72,9 +75,9 @@ def other_packs(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...
 def show(choices: list[list[str]], folder: Path | None = None) -> None:
     """Print a table of data sets.
 
-    choices: the overrides that choose each data set.
-    folder: list also the packs in this folder that are not among these data sets.
-    Raises `UserError`.
+    choices: for each data set, the list of overrides that selects it.
+    folder: the table also lists all other packs in this folder.
+    Raises `UserError` for wrong overrides.
     """
     rows = [("name", "state", "train", "test", "shape", "classes", "where"), *(row(choice) for choice in choices)]
     if folder is not None:
@@ -101,7 +104,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with refusing("dfl-data"):
         if arguments.command == "prepare" and not is_named:
-            raise UserError(f"prepare: needs a data set, dataset=NAME; there are {', '.join(names)}")
+            raise UserError(f"prepare: needs a data set; add dataset=NAME with one of the names {', '.join(names)}")
         try:
             if arguments.command == "prepare":
                 load_pack(*data_set_of(compose(overrides)))

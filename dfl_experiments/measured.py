@@ -1,8 +1,8 @@
 """Names of the quantities that are measured for every hidden layer i. Options, tables and figures use these names."""
 
-# measured for the applied signal δ_i and for δ_i^BP, every `alignment.every` iterations (engine/alignment.py)
+# Quantities of the applied signal δ_i and of δ_i^BP, measured every `alignment.every` iterations (engine/alignment.py).
 QUANTITIES = ("cosine_sample", "cosine_batch", "norm", "norm_bp", "zeros")
-# measured if `alignment.quantities` lists them; each is a function in engine/quantities.py
+# Quantities that are measured only if `alignment.quantities` lists them. engine/quantities.py has a function for each.
 EXTRA_QUANTITIES = {
     "weight_cosine": "cosine of B with the weights that it replaces",
     "sign_agreement": "fraction of the entries of B that have the sign of the weights that B replaces",
@@ -10,5 +10,5 @@ EXTRA_QUANTITIES = {
     "gradient_cosine": "cosine of the weights' gradient with the gradient of backpropagation",
     "output_cosine": "cosine of the local module's prediction with the logits",
 }
-# measured at the end of every epoch (running/stability.py)
+# Quantities that are measured at the end of every epoch (running/stability.py).
 STABILITY = ("activation_rms", "dead", "norm_ratio")

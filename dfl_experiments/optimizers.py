@@ -1,4 +1,7 @@
-"""Optimizers of the network and of B. Both have the same options, except those that `optimizer.feedback` sets."""
+"""Make the network's optimizer and B's optimizer.
+
+Both optimizers have the same options. For B's optimizer, values in `optimizer.feedback` replace these options.
+"""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -15,14 +18,19 @@ from torch import Tensor
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Fraction, NonNegative, Positive
 
-# parameters of torch's optimizers that do not become fields in `of_torch`
+# parameters of torch's optimizers for which `of_torch` adds no fields
 NO_OPTIONS = ("params", "lr", "capturable", "differentiable")
+# methods of torch's optimizers, besides `step`, with wrappers that import PyTorch's compiler
 WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
 @cache
 def eager(kind: type[torch.optim.Optimizer]) -> type[Any]:
-    """Return the optimizer class without the wrappers that import PyTorch's compiler, which takes 1.4 s."""
+    """Return an optimizer class whose methods do not import PyTorch's compiler. This import would take 1.4 s.
+
+    The methods of `kind` are wrapped by functions that import the compiler. The returned subclass has the methods
+    without these functions.
+    """
     members: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in WRAPPED}
     members["step"] = torch.no_grad()(inspect.unwrap(kind.step))
     members["_warned_capturable_if_run_uncaptured"] = True  # do not warn about steps before the graph is captured
@@ -41,9 +49,9 @@ class OptimizerFactory(ABC):
 
     @abstractmethod
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Make the optimizer of parameters on one device.
+        """Make an optimizer of parameters that are all on one device.
 
-        On a GPU the learning rate is a tensor, so that it can change after the step is captured in a CUDA graph.
+        On a GPU the learning rate is a tensor. The rate can then change after a CUDA graph has captured the step.
         """
 
     def starting_lr(self, parameters: Sequence[Tensor]) -> float | Tensor:
@@ -73,7 +81,10 @@ class Adam(OptimizerFactory):
 
 
 class AdamW(Adam):
-    """Make AdamW optimizers (Loshchilov and Hutter, 2019): W ← (1 - lr · weight_decay) W, then Adam without L2 term."""
+    """Make AdamW optimizers (Loshchilov and Hutter, 2019).
+
+    A step computes W ← (1 - lr · weight_decay) W, and then makes a step of Adam with weight_decay = 0.
+    """
 
     kind = torch.optim.AdamW
 
@@ -99,12 +110,12 @@ class SGD(OptimizerFactory):
 
 @dataclass(frozen=True)
 class OfTorch(OptimizerFactory):
-    """Make optimizers of a class in torch.optim. `of_torch` makes a subclass with this class's parameters as fields."""
+    """Base class of the factories for any optimizer in torch.optim. `of_torch` makes one subclass per optimizer."""
 
     kind: ClassVar[Any]
 
     def __post_init__(self) -> None:
-        """Try one step, so that an option that the class rejects raises an error before training."""
+        """Run one step, so that a wrong option raises an error before training."""
         trial = [torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]
         for parameter in trial:
             parameter.grad = torch.ones_like(parameter)
@@ -119,9 +130,10 @@ class OfTorch(OptimizerFactory):
 
 @cache
 def of_torch(target: str, key: str) -> type[OptimizerFactory]:
-    """Return the factory class for a class in torch.optim. Its fields are the parameters of that class.
+    """Return a factory class for an optimizer in torch.optim. The fields of the factory are the optimizer's options.
 
-    target: full name of the optimizer's class. key: key of the optimizer in the configuration.
+    target: full name of the optimizer's class.
+    key: key of the optimizer in the configuration.
     Raises `UserError` if there is no such class, or if the optimizer's step needs a closure that evaluates the loss.
     """
     kinds: dict[str, Any] = {}

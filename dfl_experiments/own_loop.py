@@ -39,8 +39,8 @@ class Rule:
     def backward(self, inputs: Tensor, target: Tensor, loss: Loss | None = None, step_feedback: bool = True) -> Tensor:
         """Add the rule's gradients to `.grad` of the network's parameters, and return the loss.
 
-        B is updated before the error signals are computed, or after them if the rule has `sends_first`. The forward
-        pass runs in the caller's autocast. The error signals are computed outside of autocast.
+        B is updated before the error signals are computed. If the rule has `sends_first`, B is updated after them.
+        The forward pass runs in the caller's autocast. The error signals are computed outside of autocast.
 
         inputs, target: a batch for the network and the loss.
         loss: any differentiable function of logits and target. Autograd then computes e, and BP equals
@@ -49,8 +49,9 @@ class Rule:
             batch.
 
         Raises:
-            UserError: inputs of another shape than the example's, targets that are no labels, or autocast to float16.
-                float16 needs a gradient scaler, which would not scale the error signals.
+            UserError: the samples do not have the shape of the example; without `loss`, the targets are not labels; or
+                autocast to float16 is enabled. float16 needs a gradient scaler, and the scaler would not scale the
+                error signals.
         """
         refuse_float16(inputs.device.type)
         self._check(inputs, target, loss)
@@ -75,9 +76,10 @@ class Rule:
     def alignment(self, inputs: Tensor, target: Tensor, loss: Loss | None = None) -> dict[str, dict[str, float]]:
         """Compare the rule's error signals with those of BP on a batch. Weights and gradients do not change.
 
-        Returns for each boundary the columns cosine_sample, cosine_batch, norm, norm_bp and zeros of iterations.csv.
-        The key of a boundary is its name, or the number of the layer if the network has no boundary names. Cosines
-        are 1 from the boundary on at which the rule uses BP's own signal (`rule.method.exact_from`).
+        Returns one mapping for each boundary. It has the keys cosine_sample, cosine_batch, norm, norm_bp and zeros.
+        These quantities are also columns of iterations.csv. The key of a boundary is its name, or the number of the
+        layer if the network has no boundary names. From layer `rule.method.exact_from` upwards, the rule uses BP's
+        own signal. The cosines of these layers are 1.
         """
         self._check(inputs, target, loss)
         method = self.method
@@ -144,7 +146,7 @@ def rule(
     module: any `nn.Module`; it is not changed.
     example: a batch of one or more inputs of the module.
     boundaries: names of submodules whose outputs are h_1 … h_{L-1}; "auto": see `dfl.boundaries`.
-    optimizer: makes B's optimizer for B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
+    optimizer: function that makes an optimizer of B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
     lr: the network's learning rate; rules with `decay` need it.
     loss: cross_entropy or squared_error, with labels as targets. `Rule.backward` accepts any other loss.
     options: the rule's own options, such as init="zeros".

@@ -13,9 +13,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Size = Annotated[int, Field(ge=0, lt=2**31)]
-# an int, because Literal[1, 2] would also accept the value true
+# This is not Literal[1, 2], because that type also accepts the value true.
 Passes = Annotated[int, Field(ge=1, le=2)]
-# with an upper limit, because a mistyped large number could exhaust the memory
+# The upper limit is needed, because a mistyped large number could exhaust the memory.
 Depth = Annotated[int, Field(gt=0, le=1000)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=1000)]

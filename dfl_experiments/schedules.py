@@ -32,7 +32,9 @@ class Schedule(ABC):
     def factors(self, epoch: int, epochs: int, batches: int) -> list[float]:
         """Return the factor for each batch.
 
-        epoch: number of the epoch, from 1. epochs: epochs of the run. batches: batches per epoch.
+        epoch: number of the epoch, from 1.
+        epochs: number of epochs of the run.
+        batches: number of batches per epoch.
         """
         changes = 1 if self.per == "epoch" else batches
         factors = []
@@ -44,7 +46,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def factor(self, done: float, epochs: int) -> float:
-        """Return the factor without the warm-up. done: t, completed epochs. epochs: epochs of the run."""
+        """Return the factor without the warm-up.
+
+        done: t, the number of completed epochs, which may be a fraction.
+        epochs: number of epochs of the run.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ def sha256_of(path: Path, length: int = sys.maxsize) -> "hashlib._Hash":
 
 
 def own_digest(result: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a result as JSON with sorted keys. Its seal is included, except this digest itself."""
+    """Return the SHA-256 of a result as JSON with sorted keys. The seal is included, without this digest itself."""
     others = {name: digest for name, digest in result["seal"].items() if name != RESULT}
     return hashlib.sha256(json.dumps({**result, "seal": others}, sort_keys=True).encode()).hexdigest()
 

@@ -45,7 +45,9 @@ KILLED = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's errors for a
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def job(cfg: DictConfig) -> float | None:
-    """Run one job. Return the accuracy that the protocol reports; an optimising sweeper gets the validation accuracy.
+    """Run one job, and return the accuracy that the protocol reports.
+
+    For an optimising sweeper, return the validation accuracy instead.
 
     A single run uses the configuration that `on_run_start` checked. For a job of a sweep, the configuration is composed
     and checked again here, because the launcher may run the job in another process.
@@ -89,7 +91,7 @@ def main() -> None:
     Checks.begun, Checks.stopped_by, Checks.made = False, None, []
     logging.raiseExceptions = False  # no traceback if the output is a closed pipe
     sys.argv[1:] = overrides_first([argument for argument in sys.argv[1:] if argument != DRY_RUN])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors; `refusing` prints one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and `refusing` prints one line
     handlers = handle(on_signal)
     ended_before = -1
     try:
@@ -108,7 +110,8 @@ def main() -> None:
                     if type(error).__name__ not in KILLED or ended <= ended_before:
                         problem = f"{type(error).__name__}: {reason(error)}"
                         raise Fault(f"hydra/launcher={Checks.sweep.launcher}: {problem}") from error
-                    # joblib ends all workers if one is killed: repeat the sweep until a repetition finishes no point
+                    # If one worker is killed, joblib ends all workers. Repeat the sweep until a repetition finishes
+                    # no further point.
                     ended_before = ended
                     print("dfl-train: a worker was killed; the sweep continues")
                     if not any(argument.startswith("sweep=") for argument in sys.argv):
@@ -125,7 +128,7 @@ def main() -> None:
                     workers.wind_down(Checks.sweep)
             sum_up(Checks.sweep)
         for folder in Checks.made:
-            with suppress(OSError):  # a folder is empty, and rmdir works, only if the run was refused
+            with suppress(OSError):  # rmdir removes only an empty folder, so only that of a refused run
                 folder.rmdir()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
@@ -155,7 +158,7 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
 
 
 def on_signal(signum: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal outside of training. Only the processes of a launcher have something to save."""
+    """Handle a signal that arrives outside of training. Then only the launcher's processes have something to save."""
     if not Checks.begun:
         leave("dfl-train", signum)
     if Checks.sweep is not None and not (signum == signal.SIGINT and Checks.stopped_by):

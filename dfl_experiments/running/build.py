@@ -99,7 +99,7 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed, strata)
     train, held_out = (index.numpy() for index in indices)
     loss = LOSSES[settings.loss]
-    # the network is built on the CPU, so that a seed gives the same W on every device and for every method
+    # Build the network on the CPU, so that a seed gives the same W on every device and for every method.
     refuse_shape(components["model"], arrays.shape)
     net = components["model"].build(input_shape=arrays.shape, num_classes=arrays.num_classes)
     kind = kind_of(arrays.train_images)
@@ -151,7 +151,10 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
 
 
 def refuse_shape(model: Component, shape: tuple[int, ...]) -> None:
-    """Raise `UserError` if the model's annotation of `input_shape` has another number of axes than the samples."""
+    """Raise `UserError` if the samples have the wrong number of axes for the model.
+
+    shape: shape of a sample. The type hint of the model's parameter `input_shape` tells how many axes the model needs.
+    """
     axes = get_args(get_type_hints(model.target).get("input_shape"))
     if axes and Ellipsis not in axes and len(axes) != len(shape):
         raise UserError(f"model={model.target.__name__}: needs samples with {len(axes)} axes, but gets {shape}")

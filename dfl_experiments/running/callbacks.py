@@ -43,7 +43,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
 
 
 def refuse_chdir(cfg: DictConfig) -> None:
-    """Raise `UserError` if jobs would change the working directory, because a relative data_dir would then be wrong."""
+    """Raise `UserError` for hydra.job.chdir=true. In another working directory, a relative data_dir would be wrong."""
     if cfg.hydra.job.chdir:
         raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
 
@@ -51,7 +51,8 @@ def refuse_chdir(cfg: DictConfig) -> None:
 def make_folder(folder: Path, key: str) -> None:
     """Make a folder, and store in `Checks.made` the folders that did not exist before.
 
-    Raises `UserError`, which names the option `key`, if the folder cannot be made.
+    key: option that sets the folder.
+    Raises `UserError` if the folder cannot be made.
     """
     Checks.made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -61,7 +62,10 @@ def make_folder(folder: Path, key: str) -> None:
 
 
 def pin(config: DictConfig, sweep: Sweep) -> None:
-    """Pass the sweep's folder and the command's ID to all jobs, because the launcher composes them later."""
+    """Add the sweep's folder and the command's ID to the overrides of all jobs.
+
+    The launcher composes the configuration of each job later. The overrides give all jobs the same two values.
+    """
     with read_write(config.hydra):
         config.hydra.sweep.dir = literal(str(sweep.folder))
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
@@ -126,13 +130,13 @@ class Checks(Callback):
             Checks.begun = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Drop the configuration of a finished job, because Hydra keeps every return value until the sweep ends."""
+        """Remove the configuration from a job's return value. Hydra keeps all return values until the sweep ends."""
         job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the summary, and exit with code 1 if a point has no result.
 
-        Hydra 1.4 also calls this method after an error or a signal. In this case `train.main` does the work.
+        Hydra 1.4 also calls this method after an error or a signal. In this case `train.main` prints the summary.
         """
         if sys.exc_info()[1] is not None:
             return
@@ -143,7 +147,10 @@ class Checks(Callback):
 
 
 def start_ray(config: DictConfig) -> None:
-    """Start or join a Ray cluster. Keep the handler of SIGTERM, because Ray's handler aborts the process after 3 s."""
+    """Start or join a Ray cluster, and restore the handler of SIGTERM afterwards.
+
+    Ray sets its own handler, which aborts the process 3 s after the signal.
+    """
     import ray
 
     before = signal.getsignal(signal.SIGTERM)

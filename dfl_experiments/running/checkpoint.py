@@ -76,7 +76,7 @@ def restore(learner: Learner, saved: dict[str, Any]) -> None:
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Set an optimizer to its saved state, but keep the options that depend on the device.
 
-    These options are the flag `capturable`, and the learning rate, which is a tensor on a GPU.
+    These options are the flag `capturable` and the learning rate. On a GPU, the learning rate is a tensor.
     """
     before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -120,8 +120,8 @@ def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, Any]:
     """Return the snapshot in one file. No code in the file is executed.
 
-    config_digest: digest of the configuration to continue. The snapshot must have this digest, and the run's CSV files
-        must be unchanged. None: neither is checked.
+    config_digest: digest of the configuration to continue. If it is given, the snapshot must have this digest, and the
+        run's CSV files must have the content that the snapshot recorded.
     Raises `UserError` if the file or a table is damaged or belongs to another run.
     """
     refuse_damaged(path)
@@ -156,9 +156,9 @@ def refuse_damaged(path: Path) -> None:
 
 
 def load_checkpoint(run_dir: Path, config_digest: str | None = None) -> dict[str, Any]:
-    """Return the snapshot in `last.pt`. If this file is unusable, return that in `previous.pt`.
+    """Return the snapshot in `last.pt`. If this file is unusable, return the snapshot in `previous.pt`.
 
-    A warning says why `last.pt` is unusable. Raises `UserError` if neither file can be used.
+    In the second case, a warning says why `last.pt` is unusable. Raises `UserError` if neither file can be used.
     """
     problems = []
     for name in (LAST, PREVIOUS):

@@ -19,12 +19,15 @@ from dfl_experiments.ranges import MemoryFormat, Precision
 
 log = logging.getLogger(__name__)
 ALL_THREADS = torch.get_num_threads()  # PyTorch's default number of threads, or OMP_NUM_THREADS if set
-# cuBLAS is deterministic only with this variable, which it reads once when it starts
+# cuBLAS is deterministic only with this variable. It reads the variable once, when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def choose_device(name: str) -> torch.device:
-    """Return a device by name; `auto` is the first GPU, else the CPU. Raises `UserError` for a missing device."""
+    """Return a device by name. `auto` is the first GPU, or the CPU if there is no GPU.
+
+    Raises `UserError` if this machine does not have the device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -48,21 +51,25 @@ def cores() -> int:
 
 
 def threads_of_job(at_once: int) -> int:
-    """Return the CPU threads of each job, an equal share of the cores.
+    """Return the number of CPU threads of each job. The jobs share the cores equally.
 
-    at_once: number of jobs at once; as in joblib, -1 is one job per core, and -2 leaves one core without a job.
+    at_once: number of jobs that run at once. -1 means one job per core, and -2 means one job less, as in joblib.
     """
     jobs = at_once if at_once > 0 else max(1, cores() + 1 + at_once)
     return max(1, min(ALL_THREADS, cores() // jobs))
 
 
 def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precision: Precision) -> torch.memory_format:
-    """Return the memory format of images. `auto` is the format that was faster in measurements.
+    """Return the memory format of images. `auto` chooses the format that is expected to be faster.
 
-    On CPUs, channels-last with Conv3's 5×5 kernels takes 0.8 to 0.9 times as long as contiguous. With ResNet18's 3×3
-    kernels, the factor is 0.9 to 1.0 in bfloat16, and 0.9 to 1.2 in float32, depending on the processor. Nothing was
-    measured on GPUs; for GPUs, PyTorch recommends channels-last in all precisions except float32. Networks without
-    convolutions always have the contiguous format.
+    Networks without convolutions always have the contiguous format. For CPUs, `auto` follows measurements. The
+    list shows the time with channels-last divided by the time with contiguous. The ratio depends on the processor.
+
+    - 5×5 kernels of Conv3: 0.8 to 0.9
+    - 3×3 kernels of ResNet18 in bfloat16: 0.9 to 1.0
+    - 3×3 kernels of ResNet18 in float32: 0.9 to 1.2
+
+    GPUs were not measured. For GPUs, `auto` follows PyTorch's recommendation: channels-last, but not in float32.
     """
     kernels = [module.kernel_size[0] for module in net.modules() if isinstance(module, nn.Conv2d)]
     if not kernels:
@@ -76,7 +83,7 @@ def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precisio
 
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
-    """Make float32 the default type and enable gradients inside the block, whatever the caller has set."""
+    """Set float32 as the default type and enable gradients inside the block. Restore the old settings afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -87,9 +94,9 @@ def usual_torch() -> Iterator[None]:
 
 
 def set_up(device: torch.device, precision: Precision, seed: int, deterministic: bool, threads: int) -> None:
-    """Set PyTorch's global options, so that a seed gives the same bits whatever ran in this process before.
+    """Set PyTorch's global options and the random seeds. Earlier runs in this process then have no influence.
 
-    TF32 is switched on or off for both matrix products and convolutions, which have different defaults in PyTorch.
+    TF32 is set for matrix products and for convolutions, because PyTorch's defaults for them differ.
     Raises `UserError` for tf32 on a device without TF32.
     """
     if precision == "tf32" and device.type != "cuda":
@@ -105,7 +112,7 @@ def set_up(device: torch.device, precision: Precision, seed: int, deterministic:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    # set the option only if it changes: this takes a second, because PyTorch then imports its compiler
+    # Call this function only if the value changes. The call takes a second, because PyTorch then imports its compiler.
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
@@ -157,8 +164,8 @@ def refuse_wrong_gradients(net: BlockNet) -> None:
 def reuse_memory() -> None:
     """Let glibc keep freed memory for the next step instead of returning it to the system.
 
-    Otherwise the system maps, zeroes and unmaps memory in each step, which takes a quarter of a step of the 3×4096 net.
-    Without glibc, nothing is changed.
+    By default, the system maps, zeroes and unmaps memory in each step. This takes a quarter of the time of a step of
+    the 3×4096 network. On systems without glibc, nothing is changed.
     """
     mmap_threshold, trim_threshold = -3, -1  # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):

@@ -20,9 +20,9 @@ from dfl_experiments.running.signals import Interrupted, Stop
 from dfl_experiments.running.stability import Activations, instability, norm_ratios
 from dfl_experiments.running.tracking import Tracker
 
-# the published code counts epochs from 0, so its epoch 5 is epoch 6 here
+# Limits of the published code, see `early_end`. That code counts epochs from 0, so its epoch 5 is epoch 6 here.
 UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 6, 1.15
-SHARE_OF_WRITING = 0.05  # maximum fraction of the time that checkpoints at the ends of epochs may take
+SHARE_OF_WRITING = 0.05  # largest fraction of the time that checkpoints after epochs may take
 
 
 @dataclass
@@ -35,7 +35,7 @@ class State:
     epoch: int = 0
     """Number of epochs done."""
     rows: Tensor | None = None
-    """Metrics of the batches done in the current epoch, (batches, metric_names)."""
+    """Metrics of the batches done in the current epoch: one row per batch, one column per metric."""
     seconds: float = 0.0
     """Training time of the epochs done."""
     epoch_seconds: float = 0.0
@@ -71,7 +71,7 @@ class RunFiles:
     """The CSV files and the checkpoints of a run."""
 
     def __init__(self, parts: Parts, state: State, run_dir: Path, config_digest: str) -> None:
-        """Open the tables, and cut off the rows that were written after the state's checkpoint."""
+        """Open the tables, and remove the rows that were written after the last checkpoint."""
         self.parts, self.state, self.run_dir, self.config_digest = parts, state, run_dir, config_digest
         self.written, self.seconds_to_write = time.perf_counter(), 0.0
         self.tables = {
@@ -109,7 +109,7 @@ def train(
     `checkpoint.every_seconds`. Within an epoch no value is read from a GPU, so that the CPU does not wait for the GPU.
 
     is_quiet: see `Progress`.
-    Raises `Interrupted` after a signal, when a checkpoint has been written.
+    Raises `Interrupted` after a signal. Before that, a checkpoint is written.
     """
     settings = parts.settings
     metric_names, peek = parts.learner.metric_names, parts.device.type == "cpu"
@@ -187,7 +187,7 @@ def epoch_row(
 ) -> tuple[dict[str, Any], bool]:
     """Return the epoch's row of epochs.csv, and whether the network has collapsed.
 
-    columns: the epoch's metrics by name, (iterations,) each.
+    columns: the epoch's metrics by name. Each has shape (iterations,).
     check: function that is called before every batch of the evaluation.
     """
     activations = Activations(parts.learner.net)
@@ -275,18 +275,20 @@ def evaluate(
         correct = (logits.argmax(1) == target).sum()
         sums.append(torch.stack([value * len(target), correct]))
         count += len(target)
-    # summed on the CPU, because some devices have no float64
+    # Sum on the CPU, because some devices have no float64.
     loss, hits = torch.stack(sums).cpu().double().sum(0).tolist()
     return loss / count, hits / count
 
 
 def early_end(losses: Tensor, epoch: int, trained: nn.Module, best: float, initial: float) -> dict[str, str] | None:
-    """Return status and reason if the run must end after this epoch, else None.
+    """Return status and reason if the run must end after this epoch, otherwise None.
 
-    A run ends if a loss or a weight is NaN or Inf, or if test accuracy has hardly improved (a rule of the published
-    code).
+    A run ends if a loss or a weight is NaN or Inf. A run also ends if its test accuracy has hardly improved. This
+    second rule is from the published code.
+
     losses: losses of the epoch's iterations.
-    best, initial: best test accuracy of all epochs, and test accuracy before training.
+    best: best test accuracy of all epochs.
+    initial: test accuracy before training; 0 switches the second rule off.
     """
     bad = (~losses.isfinite()).nonzero()
     if len(bad):

@@ -18,25 +18,25 @@ class EventFiles:
     def __init__(self, run_dir: Path) -> None:
         """Start a new event file, and empty the event files that the run directory already has.
 
-        The rows of a resumed run are written again from its CSV files, because after a crash an event file may be
-        ahead of the last checkpoint, or may end in the middle of an event.
+        The rows of a resumed run are written again from its CSV files. The old event files cannot be continued:
+        after a crash, they may have rows that are newer than the last checkpoint, or an incomplete last event.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         for path in run_dir.glob("events.out.tfevents.*"):
-            os.truncate(path, 0)  # not deleted, because a running TensorBoard stops at a file that disappears
+            os.truncate(path, 0)  # a running TensorBoard stops when a file is deleted
         # purge_step=0 makes a running TensorBoard drop the events that it has already read
         self._writer: Any = SummaryWriter(str(run_dir), purge_step=0, flush_secs=SECONDS_TO_FLUSH)
         self._steps: dict[str, str] = {}
-        self.summary: dict[str, Any] = {}  # a `Tracker` fills it; it is not written, as TensorBoard only shows series
+        self.summary: dict[str, Any] = {}  # set by a `Tracker`, but not written: TensorBoard shows only series
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        """Store which column counts the steps of a metric: iteration or epoch."""
+        """Store the name of the column that counts a metric's steps: `iteration` or `epoch`."""
         if step_metric is not None:
             self._steps[name] = step_metric
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Write the metrics of one row as one event. To call `add_scalar` for each metric takes five times as long."""
+        """Write the metrics of one row as one event. Calls of `add_scalar` would take five times as long."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         summary = Summary()

@@ -1,4 +1,4 @@
-"""Lock a run directory, so that one process at a time works in it, and record which process that is."""
+"""Lock a run directory for one process at a time, and record the ID of this process."""
 
 import json
 import os
@@ -48,14 +48,14 @@ def refuse_links(run_dir: Path) -> None:
 
 @contextmanager
 def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
-    """Hold the lock of a run directory inside the block; make the directory if it does not exist.
+    """Hold the lock of a run directory inside the block. Make the directory if it does not exist.
 
-    The operating system releases the lock when the process ends, even if it is killed. On a file system without locks,
-    the existence of the file `.lock` is the lock, and a killed process leaves this file. Incomplete files of killed
-    processes are removed.
+    The operating system releases the lock when the process ends, even if the process is killed. Some file systems have
+    no locks. There, the directory is locked while the file `.lock` exists, and a killed process leaves this file
+    behind. Incomplete files of killed processes are removed.
 
-    command: ID of the sweep's command.
-    Raises `Busy` if another process holds the lock, `Fault` if the file cannot be locked.
+    command: ID of the sweep's command; None for a single run.
+    Raises `Busy` if another process holds the lock, and `Fault` if the file cannot be locked.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -87,9 +87,10 @@ def busy_message(run_dir: Path) -> str:
 
 
 def holder_of(run_dir: Path) -> Holder | None:
-    """Return the process that works in a run directory, None if there is none. This does not take the lock.
+    """Return the process that works in a run directory; None if there is none. This works without the lock.
 
-    If the file names a process on this host, it is checked that the process still runs. Other hosts cannot be checked.
+    The file `.running` names the process. On this host, the function checks that the process still runs. A process on
+    another host is assumed to run.
     Raises `UserError` if the file is damaged.
     """
     content = read_json(run_dir / HOLDER)
@@ -113,6 +114,6 @@ def alive(pid: int) -> bool:
         return False
     except PermissionError:  # the process runs, but belongs to another user
         pass
-    with suppress(OSError):  # on Linux, /proc shows whether the process is a zombie, so has ended
+    with suppress(OSError):  # a zombie process has ended; on Linux, /proc shows this state
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -66,9 +66,9 @@ class Ending(NamedTuple):
 
 
 def write_outcome(run_dir: Path, command: str, status: str, reason: str | None = None) -> None:
-    """Write the status of a job for the command that started it.
+    """Write the status of a job to the file `.outcome`, for the command that started the job.
 
-    status: status of the job's run. It becomes "running" once the results of an earlier run are deleted.
+    status: status of the job's run. "running" means that the results of an earlier run are already deleted.
     """
     begun = status == "running" or has_begun(run_dir, command)
     outcome = {"command": command, "begun": begun, "status": status, "reason": reason or ""}
@@ -76,7 +76,7 @@ def write_outcome(run_dir: Path, command: str, status: str, reason: str | None =
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """Return the last outcome that `write_outcome` wrote; an empty mapping if it is absent or damaged."""
+    """Return the last outcome that `write_outcome` wrote; an empty mapping if the file is absent or damaged."""
     with suppress(UserError):
         outcome = read_json(run_dir / OUTCOME) or {}
         if {"command", "begun", "status", "reason"} <= outcome.keys():
@@ -91,7 +91,10 @@ def has_begun(run_dir: Path, command: str) -> bool:
 
 
 def ending(sweep: Sweep, name: str) -> Ending:
-    """Return how a point ended in this command. A result that belongs to another run does not count."""
+    """Return how a point ended in this command.
+
+    A result of another configuration is ignored. With force=true, a result of an earlier command is also ignored.
+    """
     run_dir, point = sweep.folder / name, sweep.points[name]
     outcome = read_outcome(run_dir)
     status, reason, result = read_status(run_dir)
@@ -110,7 +113,7 @@ def ending(sweep: Sweep, name: str) -> Ending:
 
 
 def other_endings(sweep: Sweep) -> Iterator[Ending]:
-    """Yield the endings of those points in the sweep's folder that are not points of this command."""
+    """Yield the ending of every run in the sweep's folder that is not in `sweep.points`."""
     for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
         if run_dir.name not in sweep.points:
             status, reason, result = read_status(run_dir)
@@ -148,7 +151,7 @@ def count_done(sweep: Sweep) -> int:
 
 
 def other_versions(sweep: Sweep, endings: list[Ending]) -> list[str]:
-    """Return the commits and torch versions of points that earlier commands trained, without the current versions."""
+    """Return the commits and torch versions of points that earlier commands trained. Omit the current ones."""
     from dfl_experiments.running.provenance import git_commit, versions
 
     used = set[str]()

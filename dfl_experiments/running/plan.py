@@ -15,7 +15,7 @@ from dfl_experiments.running.result import DONE, status_of
 from dfl_experiments.running.run_directory import LAST, PREVIOUS
 from dfl_experiments.running.summary import swept_keys, values_by_key
 
-WARM_UP, TIMED = 3, 20  # numbers of batches before and in a time measurement
+WARM_UP, TIMED = 3, 20  # number of batches before a time measurement, and largest number of batches in it
 SECONDS_OF_TIMING = 2.0  # longest duration of a time measurement
 
 
@@ -31,7 +31,7 @@ class PlannedRun(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The overrides that change the training time: all except those of seed, optimizer options and schedule."""
+        """The overrides that can change the training time. Seed, optimizer options and schedule do not change it."""
         return " ".join(text for text in self.overrides if not text.startswith(("seed=", "optimizer.", "schedule")))
 
 
@@ -47,7 +47,7 @@ def planned_runs(sweep: Sweep) -> list[PlannedRun]:
 
 
 def planned_status(run_dir: Path, force: bool) -> str:
-    """Return `done`, `interrupted` or `new`; `running` or `damaged` for a run that cannot start now."""
+    """Return `done`, `interrupted` or `new`. Return `running` or `damaged` for a run that cannot start now."""
     status = status_of(run_dir)[0]
     if status in ("running", "damaged"):
         return status

@@ -22,8 +22,8 @@ def duration(seconds: float) -> str:
 class PointCounter:
     """Count the points of a command that have ended. The count is in a file in the sweep's folder.
 
-    The first line of the file is the number of points, 0 if unknown. Each further line is one point: kind, start and
-    end. Without the file, nothing is counted.
+    The first line of the file is the number of points in the sweep; 0 if it is unknown. Each further line has the
+    kind, the start and the end of one point. If the file does not exist, nothing is counted.
     """
 
     def __init__(self, folder: Path, command: str) -> None:
@@ -56,7 +56,7 @@ class PointCounter:
 
 
 def progress_text(points: int, ended: Sequence[list[str]]) -> str:
-    """Return the progress of a sweep. Points that were done already do not change the estimate of the time left.
+    """Return the progress of a sweep. The time left is estimated from the points that were trained now.
 
     points: number of points of the sweep, 0 if unknown.
     ended: kind, start and end of every point that has ended.
@@ -70,7 +70,7 @@ def progress_text(points: int, ended: Sequence[list[str]]) -> str:
     if counts["ran"] and remaining > 0:
         first = min(float(start) for kind, start, _ in ended if kind == "ran")
         last = max(float(end) for kind, _, end in ended if kind == "ran")
-        # time per point that ran; the formula is also right if several jobs run at once
+        # Divide the whole time by the number of trained points. This is also right if several jobs run at once.
         seconds_per_point = (last - first) / counts["ran"]
         text += f", about {duration(seconds_per_point * remaining)} left"
     return text

@@ -35,7 +35,8 @@ class Progress:
         images: number of training images.
         metric_names: names of a step's metrics, in order.
         peek: whether to show loss and accuracy within an epoch.
-        is_quiet: whether to omit the line in the first seconds and the extra lines after the first and last epoch.
+        is_quiet: whether to print fewer lines. The first line then comes later, and the first and the last epoch
+            have no extra line.
         """
         self.epochs, self.images, self.batch_size = epochs, images, batch_size
         self.batches = math.ceil(images / batch_size)
@@ -50,7 +51,12 @@ class Progress:
             self._last_line -= SECONDS_BETWEEN_LINES - SECONDS_TO_FIRST_LINE
 
     def begin(self, epoch: int, lr: float, batch: int = 0) -> None:
-        """Start an epoch. epoch: number of the epoch, from 1. batch: number of batches of the epoch already done."""
+        """Start an epoch.
+
+        epoch: number of the epoch, from 1.
+        lr: learning rate.
+        batch: number of batches of the epoch that are already done.
+        """
         self._epoch, self._batch, self.lr = epoch, batch, lr
         self._first_batch, self._epoch_start = batch, time.perf_counter()
         if self.is_terminal:
@@ -66,7 +72,7 @@ class Progress:
     def step(self, rows: Tensor) -> None:
         """Count a batch.
 
-        rows: metrics of the batches done in this epoch, (batches, metric_names).
+        rows: metrics of the batches done in this epoch; one row per batch, one column per metric.
         """
         self._batch += 1
         self._steps += 1
@@ -111,7 +117,10 @@ class Progress:
         log.info("epoch %d/%d  %s", self._epoch, self.epochs, self._text(values, self.images / row["seconds"]))
 
     def _is_due(self, last: float) -> bool:
-        """Return whether the next line is due; in a long run, lines become rarer. last: time of the last line."""
+        """Return whether it is time for the next line. In a long run, the time between two lines grows.
+
+        last: time of the last line.
+        """
         now = time.perf_counter()
         gap = max(SECONDS_BETWEEN_LINES, GROWTH * (now - self._start))
         return now - last > gap

@@ -47,7 +47,7 @@ def git_commit() -> str | None:
 
 
 def code_of(components: Mapping[str, Component]) -> dict[str, str]:
-    """Identify the code of each component that is not from this package, by group. Code in a notebook is left out."""
+    """Return the identity of the user's own code for each configuration group. Code in a notebook is left out."""
     codes = {group: component_code(component.path, component.target) for group, component in components.items()}
     return {group: code for group, code in codes.items() if code}
 
@@ -64,7 +64,7 @@ def component_code(path: str, target: object) -> str:
 def package_code(package: str, module: str) -> str:
     """Identify a package by its version if it is installed, otherwise by the SHA-256 of its `.py` files.
 
-    An example of the second case is "my_rules 3f9c0a1b2c3d". An editable installation also has a SHA-256.
+    An editable installation counts as not installed. The SHA-256 is shortened, as in "my_rules 3f9c0a1b2c3d".
 
     module: a loaded module of the package.
     """

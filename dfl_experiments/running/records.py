@@ -11,7 +11,7 @@ from dfl_experiments.running.run_directory import Row, iteration_columns
 def iteration_rows(values: Tensor, metric_names: list[str], epoch: int) -> list[Row]:
     """Return the rows of iterations.csv for one epoch.
 
-    values: metrics of all iterations of the epoch, (iterations, metric_names), on the CPU.
+    values: metrics of the epoch, on the CPU; one row per iteration, one column per metric.
     """
     columns = set(iteration_columns(metric_names))
     rows: list[Row] = []
@@ -25,9 +25,13 @@ def iteration_rows(values: Tensor, metric_names: list[str], epoch: int) -> list[
 
 
 def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
-    """Return one quantity by layer number, reduced over the measured iterations of an epoch; empty without these.
+    """Reduce one quantity over the iterations of an epoch. Return one number for each layer, by layer number.
 
-    NaN values, which come from batches with a zero signal, are left out. If no value is left, the mean is NaN.
+    A layer without measurements in this epoch is left out. NaN values come from batches with a zero signal. They are
+    also left out. If no value is left, the mean is NaN.
+
+    columns: the epoch's metrics by name, such as `norm/1`.
+    reduce: the reduction, such as torch.mean.
     """
     values = {}
     for name, column in columns.items():
@@ -42,14 +46,14 @@ def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tenso
 
 
 def by_layer(row: dict[str, Any], quantity: str) -> dict[str, Any]:
-    """Return the values that a row of epochs.csv has for one quantity, by layer number."""
+    """Return the values of one quantity in a row of epochs.csv, by layer number."""
     prefix = f"{quantity}/"
     names = [name for name in row if name.startswith(prefix)]
     return {name.removeprefix(prefix): row[name] for name in names}
 
 
 def reported_accuracies(epochs: list[tuple[float | None, float]]) -> dict[str, Any]:
-    """Return `test_accuracy` of result.json. Of equally good epochs, the first is reported.
+    """Return the entry `test_accuracy` of result.json. If several epochs are equally good, the first one counts.
 
     epochs: validation and test accuracy of every epoch.
     """

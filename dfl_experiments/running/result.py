@@ -42,7 +42,7 @@ class Accuracies(BaseModel):
 
 
 class Result(BaseModel):
-    """The entries of result.json that this package reads; other entries are allowed. A layer is named by its number."""
+    """The entries of result.json that this package reads. Other entries are allowed. Layers have numbers as keys."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     status: Literal["finished", "diverged", "collapsed", "stopped", "failed", "interrupted"]
@@ -124,8 +124,8 @@ def too_deep(value: Any, depth: int = MAX_DEPTH) -> bool:
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """Return the verified content of `result.json`; None if there is no such file.
 
-    Raises `UserError`, with the file's name, if `result.json` is damaged or inconsistent, or if another file of the run
-    was changed after the run.
+    Raises `UserError` if `result.json` is damaged or inconsistent, or if another file has changed since the run. The
+    message names the file.
     """
     content = read_sealed(run_dir)
     if content is not None:
@@ -140,7 +140,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 
 def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """Return the columns of `epochs.csv` by name. Values that are infinite or not measured are None.
+    """Return the columns of `epochs.csv` by name. A value is None if it is infinite or was not measured.
 
     An incomplete last line is left out.
 
@@ -215,7 +215,10 @@ def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
 
 
 def status_left(run_dir: Path) -> str | None:
-    """Return the status of a run that has ended or has a checkpoint, otherwise None. A killed run is "interrupted"."""
+    """Return the status of a run that has ended or has a checkpoint, otherwise None.
+
+    The status of a killed run with a checkpoint is "interrupted".
+    """
     result = read_result(run_dir)
     if result is not None and result["status"] in DONE:
         return result["status"]
@@ -248,7 +251,7 @@ def status_of(run_dir: Path) -> tuple[str, float | None, str]:
 
 
 def flat(node: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one mapping, with keys such as `optimizer.lr`, or `cosine/1` with separator "/"."""
+    """Return nested mappings as one mapping. The separator joins the keys, such as `optimizer.lr` or `cosine/1`."""
     values: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):

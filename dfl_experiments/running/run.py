@@ -95,18 +95,20 @@ def initial_result(configuration: Configuration) -> dict[str, Any]:
 
 
 def rehearse(parts: Parts) -> None:
-    """Run one training step on a copy of the learner. If it fails, no earlier result has been deleted yet."""
+    """Run one training step on a copy of the learner. An error then occurs before earlier results are deleted."""
     x, target = next(iter(parts.batches.epoch(1)))
     with torch.random.fork_rng(devices=[parts.device] if parts.device.type == "cuda" else []):
         copy.deepcopy(parts.learner).step(x, target, parts.settings.alignment.every > 0)
 
 
 def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop) -> State:
-    """Return the state of the checkpoint; or for a new run, delete earlier results and return a new state.
+    """Prepare the run directory, and return the state with which training begins.
 
-    result: content of result.json, to which this function adds entries.
-    saved: snapshot in the checkpoint; None starts a new run.
-    Raises `UserError` for a checkpoint with other data or code, `Interrupted` if a signal has arrived.
+    A resumed run begins with the state of its checkpoint. For a new run, earlier results are deleted.
+
+    result: content of result.json. The function adds entries to it.
+    saved: snapshot in the checkpoint; None for a new run.
+    Raises `UserError` if the checkpoint belongs to other data or code, and `Interrupted` if a signal has arrived.
     """
     net, method = parts.learner.net, parts.learner.method
     made_by = {key: result[key] for key in ("versions", "git_commit")}
@@ -140,7 +142,7 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
     (run_dir / RESULT).unlink(missing_ok=True)  # an earlier result is no longer true once training begins
     every = rows_apart(parts.settings.tracking, len(parts.batches), parts.settings.alignment.every)
     tracking = result["config"]["tracking"] | {"every": every}
-    # record the number of threads for `repeat`, because it changes how sums are rounded
+    # Record the number of threads, because it changes how sums are rounded. `repeat` uses the same number.
     result["config"] = result["config"] | {"threads": torch.get_num_threads(), "tracking": tracking}
     write_config(run_dir, result["config"])
     return state
@@ -169,7 +171,7 @@ def add_origin(state: State, made_by: dict[str, Any]) -> None:
         if old.get(name) != value:
             differing.append(f"{name} {old.get(name)}, now {value}")
     if differing:
-        text = "the earlier epochs used %s; results may differ in the last bits; both are recorded"
+        text = "the earlier epochs used %s; results may differ in the last bits; result.json names all versions"
         log.warning(text, "; ".join(differing))
         state.made_by[-1:] = [before | {"epochs": state.epoch}, made_by]
 
@@ -190,10 +192,10 @@ def run(
     After an error, `result.json` has the status "failed" or "interrupted" and the reason.
 
     group: name of the run's sweep.
-    resume: continue from the checkpoint, which must have the same configuration; otherwise start a new run.
+    resume: whether to continue from the checkpoint. The checkpoint must have the same configuration.
     command: ID of the sweep's command; None for a single run.
     device: device to use in place of the configured one.
-    threads: number of CPU threads if neither the configuration nor the checkpoint sets it.
+    threads: default number of CPU threads. A number in the configuration or in the checkpoint replaces it.
     """
     settings, result = configuration.settings, initial_result(configuration)
     state: State | None = None
@@ -235,11 +237,11 @@ def run(
 def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run one job outside of a sweep, and return the content of result.json.
 
-    With resume=auto, continue the run in the directory if there is one, otherwise start a new run.
+    With resume=auto, continue the run in the directory. If there is none, start a new run.
 
     overrides: overrides of the command line, which are recorded.
-    Raises `UserError` if the directory has a run but neither resume nor force is set, if there is nothing to resume, or
-    if another process works in the directory.
+    Raises `UserError` in three cases: there is nothing to resume; another process works in the directory; the directory
+    already has a run, and the configuration sets neither resume nor force.
     """
     settings = configuration.settings
     is_new = not run_dir.is_dir()
@@ -274,9 +276,9 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
 
 
 def result_if_done(configuration: Configuration, run_dir: Path, group: str | None = None) -> dict[str, Any] | None:
-    """Return the result of the run in a directory if it has ended, else None.
+    """Return the result of the run in a directory if the run has ended, otherwise None.
 
-    If the run has ended but its W&B run or event files are incomplete, send it to them again.
+    If the W&B run or the event files of an ended run are incomplete, all rows are sent again.
 
     group: name of the run's sweep.
     Raises `UserError` if the run in the directory has another configuration, other data or other code.
@@ -287,7 +289,7 @@ def result_if_done(configuration: Configuration, run_dir: Path, group: str | Non
     settings, status = configuration.settings, status_left(run_dir)
     if config_digest(before["config"]) != configuration.config_digest:
         raise UserError(f"{run_dir}: has a run with another configuration; force=true replaces it")
-    if status is None:  # the run will start from its beginning, so its code may have changed
+    if status is None:  # the run will start again, so other code is allowed
         return None
     source = configuration.components["dataset.source"].build()
     data = digest(settings.dataset.name, source, Path(settings.data_dir))
@@ -301,7 +303,11 @@ def result_if_done(configuration: Configuration, run_dir: Path, group: str | Non
 
 
 def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `UserError` if the data or the user's own code differ from those that a result or checkpoint recorded."""
+    """Raise `UserError` if the data or the user's own code have changed since a run.
+
+    before: entries of the run's result or checkpoint.
+    now: the current entries.
+    """
     recorded = {"data": before.get("data"), **before.get("code", {})}
     present = {"data": now.get("data"), **now.get("code", {})}
     for name, value in present.items():
@@ -313,10 +319,12 @@ def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, A
 
 
 def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:
-    """Write result.json. If the run did not start, keep an earlier result.
+    """Write result.json.
 
-    started: whether the run started. If it did not, an earlier result with a status in `DONE` stays unchanged, and in
-        any other earlier result only status and reason are replaced.
+    If the run did not start, an earlier result is kept. If the status of the earlier result is in `DONE`, nothing is
+    changed. Otherwise, only its status and reason are replaced.
+
+    started: whether the run started.
     """
     before = None if started else read_result(run_dir)
     result["finished_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")

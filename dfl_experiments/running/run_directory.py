@@ -22,16 +22,16 @@ EPOCH_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
     "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
-# for each value of protocol.accuracy, the entry of `test_accuracy` in result.json that is reported
+# The value of protocol.accuracy decides which entry of `test_accuracy` in result.json is reported.
 HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
-# texts that a spreadsheet reads as a formula; a number such as -0.3 is not a formula
+# Texts that a spreadsheet reads as a formula. A number such as -0.3 is not a formula.
 FORMULA = re.compile(r"[=@]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)")
 Row = dict[str, float | int | None]
 
 
 def iteration_columns(metric_names: Iterable[str]) -> list[str]:
-    """Return the columns of iterations.csv: `iteration, epoch`, then a step's metrics without `correct` and `zeros`."""
+    """Return the columns of iterations.csv: `iteration`, `epoch`, and a step's metrics except `correct` and `zeros`."""
     metrics = [name for name in metric_names if name != "correct" and not name.startswith("zeros/")]
     return ["iteration", "epoch", *metrics]
 
@@ -39,23 +39,24 @@ def iteration_columns(metric_names: Iterable[str]) -> list[str]:
 def epoch_columns(depth: int, extra_quantities: Sequence[str] = ()) -> list[str]:
     """Return the columns of epochs.csv: `EPOCH_COLUMNS`, then several columns for every hidden layer i.
 
-    The columns of layer i are `cosine/i`, the mean of `cosine_sample/i` over the epoch; one for each name in
-    `STABILITY`; and the mean of every extra quantity, such as `weight_cosine_mean/i`. The ending `_mean` distinguishes
-    the last kind from the columns of iterations.csv, because W&B joins columns with equal names.
+    - `cosine/i` is the mean of `cosine_sample/i` over the epoch.
+    - Each name in `STABILITY` has one column, such as `dead/i`.
+    - Each extra quantity has a column with its mean over the epoch, such as `weight_cosine_mean/i`. The name ends in
+      `_mean`, because iterations.csv has a column `weight_cosine/i`, and W&B joins columns with equal names.
     """
     names = ("cosine", *STABILITY, *(f"{quantity}_mean" for quantity in extra_quantities))
     return [*EPOCH_COLUMNS, *(f"{name}/{i}" for name in names for i in range(1, depth))]
 
 
 def cell(value: float | int | None) -> str:
-    """Format a number for a CSV file, with nine significant digits, enough for float32. None and NaN become empty."""
+    """Format a number for a CSV file. Nine significant digits are enough for float32. None and NaN become empty."""
     if value is None or math.isnan(value):
         return ""
     return str(value) if isinstance(value, int) else f"{value:.9g}"
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Format rows as CSV, with a ' before each text that a spreadsheet would read as a formula."""
+    """Format rows as CSV. An apostrophe is put before each text that a spreadsheet would read as a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
@@ -113,7 +114,7 @@ def header(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an OSError in the block."""
+    """Add the file's name to an OSError that the block raises."""
     try:
         yield
     except OSError as error:
@@ -138,7 +139,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text to a file so that a reader sees the old text or the new one, never a part."""
+    """Write a text to a file. A reader sees either the old text or the new text, never a part of it."""
     # the temporary name has the process ID, because two commands may write a sweep's summary at the same time
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -152,7 +153,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def record_overrides(run_dir: Path, overrides: Sequence[str]) -> None:
-    """Write the overrides of the command line. Hydra itself would write them before the directory is locked."""
+    """Write the overrides of the command line. Hydra would write them too early, before the directory is locked."""
     (run_dir / ".hydra").mkdir(exist_ok=True)
     write_atomically(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
 

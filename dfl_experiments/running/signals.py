@@ -7,8 +7,8 @@ from typing import Any
 
 REQUEUE = signal.SIGUSR2
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# signals that a scheduler sends some time before it ends a job; the system sends SIGXCPU when a process reaches its
-# limit of CPU time
+# Signals that a scheduler sends some time before it ends a job. The operating system sends SIGXCPU when a process
+# reaches its limit of CPU time.
 WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
@@ -35,8 +35,8 @@ class PendingSignal:
 def handle(handler: Any) -> dict[int, Any]:
     """Set a handler for every signal that ends a run, and return the earlier handlers by signal.
 
-    An ignored signal, such as SIGHUP with nohup, stays ignored. If another library has set a handler for a signal in
-    `WARNING`, this handler stays.
+    An ignored signal stays ignored, for example SIGHUP under nohup. If another library has set a handler for a signal
+    in `WARNING`, this handler stays.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -52,11 +52,11 @@ def is_free(signum: int) -> bool:
 
 
 class Stop:
-    """Record the signals that arrive inside the block. `raise_if_asked`, which is called after each step, acts on them.
+    """Record the signals that arrive inside the block. After each step, `raise_if_asked` ends the run if needed.
 
-    A second SIGINT ends the process at once. Another library may have set a handler for SIGUSR2: submitit's handler
-    queues the job again. `pass_on` calls such a handler after the run is saved. If SIGUSR2 and SIGTERM both arrive,
-    only SIGUSR2 counts.
+    A second SIGINT ends the process at once. Another library may have set a handler for SIGUSR2. For example, the
+    handler of submitit queues the job again. `pass_on` calls this handler after the run is saved. If SIGUSR2 and
+    another signal arrive, only SIGUSR2 counts.
     """
 
     def __init__(self) -> None:
@@ -89,6 +89,6 @@ class Stop:
 
 
 def pass_on(stop: KeyboardInterrupt) -> None:
-    """Call the handler that another library has set for SIGUSR2, if there is one and SIGUSR2 ended the run."""
+    """If SIGUSR2 ended the run, call the handler of another library for SIGUSR2. There may be none."""
     if isinstance(stop, Interrupted) and stop.signum == REQUEUE and not is_free(REQUEUE):
         signal.raise_signal(stop.signum)

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_QUERIES = 60  # not much longer, because SLURM forgets a job som
 
 
 class QueueWatcher(slurm.SlurmInfoWatcher):
-    """Ask `squeue` for job states. Without `sacct`, submitit itself would wait forever for a cancelled job."""
+    """Ask `squeue` for job states. submitit asks `sacct`, and without `sacct` waits forever for a cancelled job."""
 
     def _make_command(self) -> list[str] | None:
         command = super()._make_command()
@@ -24,7 +24,7 @@ class QueueWatcher(slurm.SlurmInfoWatcher):
         text = string if isinstance(string, str) else string.decode()
         jobs = super().read_info(text.replace("JOBID|STATE|NODELIST", "JobID|State|NodeList", 1))
         for info in jobs.values():
-            # without this, submitit would regard some unfinished jobs as ended, because of their state
+            # submitit knows only some states of unfinished jobs; it regards a job in any other state as ended
             if info["State"] not in ENDED:
                 info["State"] = "RUNNING"
         return jobs

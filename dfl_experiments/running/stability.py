@@ -9,14 +9,14 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.quantities import exact
 from dfl_experiments.running.records import by_layer
 
-# A run is unstable if the activation_rms of a layer has grown since the first epoch by a factor above GROWTH_LIMIT, or
-# if the column `dead` of layer L-1 is above DEAD_LIMIT.
+# A run is unstable in two cases. The activation_rms of a layer is more than GROWTH_LIMIT times its value after the
+# first epoch, or the column `dead` of layer L-1 is above DEAD_LIMIT.
 GROWTH_LIMIT, DEAD_LIMIT = 50.0, 0.95
 SMALLEST_RMS = 1e-3  # a smaller activation_rms in the first epoch counts as this value
 
 
 class Activations:
-    """Statistics of h_1 … h_{L-1} over a set of images, summed on the device."""
+    """Statistics of h_1 … h_{L-1} over a set of images. The sums stay on the device until the end."""
 
     net: BlockNet
     """The network that is evaluated."""
@@ -25,7 +25,7 @@ class Activations:
     is_active: dict[int, Tensor]
     """For every unit of a block that ends in ReLU, whether it is active (not 0) for some image."""
     counts: list[Tensor]
-    """For every batch, three numbers of images: all; with e ≠ 0; with e ≠ 0 and an active unit in h_{L-1}."""
+    """For every batch, three counts: all images, images with e ≠ 0, and images with e ≠ 0 and h_{L-1} ≠ 0."""
 
     def __init__(self, net: BlockNet) -> None:
         self.net = net
@@ -34,7 +34,7 @@ class Activations:
         self.counts = []
 
     def add(self, i: int, h: Tensor) -> None:
-        """Add h_i of a batch, (N, *h_i)."""
+        """Add the activations of layer i. The first axis of `h` is the batch."""
         axes = tuple(range(1, h.dim()))
         kind = torch.promote_types(h.dtype, torch.float32)
         norms = torch.linalg.vector_norm(h, dim=axes, dtype=kind)
@@ -46,17 +46,20 @@ class Activations:
         self._top = h
 
     def add_error(self, error: Tensor) -> None:
-        """Add e of a batch, (N, K). The last call of `add` must have received h_{L-1} of the same batch."""
+        """Add the output error e of a batch, after `add` has received h_{L-1} of this batch.
+
+        error: e, with shape (N, K).
+        """
         is_wrong = (error != 0).any(1)
         has_active_unit = (self._top.flatten(1) != 0).any(1)
         counted = torch.stack([torch.ones_like(is_wrong), is_wrong, is_wrong & has_active_unit])
         self.counts.append(counted.sum(1))
 
     def measured(self) -> tuple[dict[str, float], bool]:
-        """Return two values: the measures by column name, and whether the net has collapsed.
+        """Return the measures by column name, and whether the network has collapsed.
 
-        The measures are `activation_rms/i` for every layer, and `dead/i` for every layer that ends in ReLU. The net has
-        collapsed if there are images with e ≠ 0, and no such image has an active unit in h_{L-1}.
+        The measures are `activation_rms/i` for every layer, and `dead/i` for every layer that ends in ReLU. A network
+        whose layer L-1 ends in ReLU has collapsed if there are images with e ≠ 0, and h_{L-1} = 0 for all of them.
         """
         images, *errors = torch.stack(self.counts).sum(0)
         measures = {}
@@ -88,9 +91,10 @@ def norm_ratios(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def instability(row: dict[str, Any], first: dict[str, Any], top: int) -> dict[str, Any] | None:
-    """Return the measure that is above its limit after an epoch, as an entry of result.json; None if all are below.
+    """Return the entry `unstable` of result.json; None if no measure is above its limit after this epoch.
 
-    row, first: rows of epochs.csv for this epoch and for the first.
+    row: row of epochs.csv for this epoch.
+    first: row of epochs.csv for the first epoch.
     top: number of the last hidden layer, L-1.
     """
     for layer, rms in by_layer(row, "activation_rms").items():

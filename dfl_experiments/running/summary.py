@@ -41,7 +41,7 @@ class Setting:
         return [value for value in values if value is not None]
 
     def rank(self) -> tuple[bool, float]:
-        """Return the sort key: the highest accuracy first, but settings with a run that ended early come last."""
+        """Return the sort key. The highest accuracy comes first. Settings with a run that ended early come last."""
         ended_early = any(end.status in DONE and not end.is_finished for end in self.endings)
         accuracies = self.results("validation_accuracy") or self.results("accuracy")
         return ended_early, -mean(accuracies or [0.0])
@@ -63,7 +63,7 @@ class Setting:
 
 
 def with_deviation(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation, such as `0.9611 ± 0.0012`; for n = 1 the value, for n = 0 a dash."""
+    """Return mean ± standard deviation, such as `0.9611 ± 0.0012`. A single value has no ±. No value gives a dash."""
     if not values:
         return "-"
     text = f"{mean(values):.4f}"
@@ -121,7 +121,7 @@ def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
 
 
 def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:
-    """Return the keys that differ between settings, and the settings, the best first."""
+    """Return the keys whose values differ between settings, and the settings themselves, the best first."""
     points = [values_by_key(end.overrides) for end in endings]
     keys = [key for key in swept_keys(points) if key != "seed"]
     settings: dict[tuple[str, ...], Setting] = {}
@@ -133,7 +133,10 @@ def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:
 
 
 def print_settings(endings: Sequence[Ending]) -> None:
-    """Print one row per setting with means over its seeds, the best first. Without a finished point, print nothing."""
+    """Print a table with one row per setting, the best first. A row has the means over the setting's seeds.
+
+    If no point has finished, nothing is printed.
+    """
     from tabulate import tabulate
 
     if not any(end.is_finished for end in endings):

@@ -47,7 +47,7 @@ class SweepJob:
     at_once: int = 1
     """Number of jobs that the launcher runs at once; -1: one per core."""
     folder: Path | None = None
-    """Folder of the sweep, in which the points are counted; None: do not count."""
+    """Folder of the sweep, where the ended points are counted; None: do not count."""
 
     def count(self, kind: str, start: float) -> str:
         """Count the point as ended, and return the progress of the sweep, see `PointCounter.add`."""
@@ -61,8 +61,7 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
 
     cfg: Hydra's configuration of the whole sweep.
     command: ID of this command.
-    Raises one of `MISTAKES` if there is no job, if a job is wrong, if two jobs are the same run, or if two jobs would
-    write to the same folder.
+    Raises one of `MISTAKES` if there is no job or a wrong job, or if two jobs are the same run or have the same folder.
     """
     params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
     sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher"))
@@ -168,7 +167,7 @@ def run_point(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], job: Swe
         job.count("failed", start)
         if not isinstance(error, UserError | OSError):
             (run_dir / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        # Hydra keeps the error of a job; if its frames were not cleared, network and images would stay in memory
+        # Hydra keeps the error of a job. Clear the error's frames, which would keep network and images in memory.
         traceback.clear_frames(error.__traceback__)
         log.error("%s: failed: %s", run_dir.name, one_line(error))
         silence_submitit()
@@ -183,7 +182,7 @@ def run_or_find(
     from dfl_experiments.running.run import result_if_done, run
 
     settings = configuration.settings
-    # with force=true, a command starts a point anew only once; if a queue starts the job again, the point continues
+    # With force=true, a command starts a point anew only once. If a queue starts the job again, the point continues.
     is_forced = settings.force and not has_begun(run_dir, job.command)
     if not is_forced and (before := result_if_done(configuration, run_dir, settings.sweep)):
         return before, False

@@ -1,7 +1,7 @@
-"""Mirror the local files of a run in W&B or TensorBoard. Each of the two is imported only if it is used.
+"""Mirror the local files of a run in W&B or TensorBoard. A package is imported only if it is used.
 
-The rows of a resumed run are sent again from its files, in W&B under the same id. They replace the rows that the mirror
-received before. If a finished run has an incomplete mirror, all its rows are sent again when the run is next started.
+A resumed run sends the rows in its files again. They replace the rows that the mirror received before. The run keeps
+its W&B id. If the mirror of a finished run is incomplete, all rows are sent again when the run is started again.
 """
 
 import csv
@@ -39,9 +39,10 @@ unreachable: set[str] = set()  # tracking modes in which W&B could not be reache
 
 
 class Tracker:
-    """Send the rows of the CSV files, those of several seconds at once, and the result as the run's summary.
+    """Send the rows of the CSV files to the mirror, and at the end the result as a summary.
 
-    If W&B or TensorBoard fails, log one warning and send nothing more. Training and writing the local files continue.
+    The rows of several seconds are sent together. If the mirror fails, one warning is logged and no more is sent.
+    Training and writing the local files continue.
     """
 
     def __init__(self, run: Any, tables: Iterable[Sequence[str]], every: int) -> None:
@@ -141,7 +142,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
     """Start a W&B run and return it. If W&B cannot be reached, log a warning and start an offline run.
 
     Returns None if the offline run fails too.
-    go_on: whether to replace the W&B run that the directory already has. The new run keeps the old id.
+    go_on: whether a run is resumed. The new W&B run then replaces the one in the directory and gets its id.
     """
     import wandb
 
@@ -165,7 +166,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
                 tags=[*dict.fromkeys([*names.values(), *smoke, *tracking.tags])],
                 config=dict(config),
                 id=run_id,
-                # otherwise a new run would continue an earlier run of this process that is unfinished
+                # without this, W&B would continue an unfinished run of this process instead of starting a new one
                 reinit="finish_previous",
                 settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_START),
             )
@@ -174,7 +175,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
                 give_up(error, WANDB)
                 return None
             unreachable.add(mode)
-            log.warning("W&B cannot be reached (%s); kept offline, for `wandb sync`", reason(error))
+            log.warning("W&B cannot be reached (%s); the run is kept offline; `wandb sync` uploads it", reason(error))
             end_service()  # the service still holds the run's id
             continue
         for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
@@ -185,7 +186,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
 
 
 def start_event_files(run_dir: Path) -> EventFiles | None:
-    """Return a writer of event files; None, with a warning, if that fails."""
+    """Return a writer of event files. If this fails, log a warning and return None."""
     try:
         return EventFiles(run_dir)
     except Exception as error:  # an error of the file system, or of TensorBoard's imports
@@ -199,10 +200,10 @@ def marker(tracking: Tracking, run_dir: Path) -> Path:
 
 
 def rows_apart(tracking: Tracking, batches: int, measured: int) -> int:
-    """Return the distance in iterations between two rows that the mirror receives; 1 if it receives every row.
+    """Return a number n. The mirror receives every n-th row of iterations.csv.
 
-    By default, the mirror receives every iteration if an epoch has at least `ROWS_AN_EPOCH` batches. With fewer batches
-    it receives only some of the measured iterations, because then a training step is usually faster than sending a row.
+    By default, n = 1 if an epoch has at least `ROWS_AN_EPOCH` batches. With fewer batches, a training step is usually
+    faster than sending a row. Then n is larger, and the mirror receives only a part of the measured iterations.
 
     batches: number of batches per epoch.
     measured: the option `alignment.every`.
@@ -221,9 +222,9 @@ def track(
     group: str | None,
     written: Mapping[str, int | None] | None = None,
 ) -> Iterator[Tracker]:
-    """Provide a tracker for one job. The mirror's run ends at the end of the block, as failed after an exception.
+    """Provide a tracker for one job. The mirror's run ends with the block. An exception marks it as failed.
 
-    tracking: options of tracking, with the value of `every` from `rows_apart`.
+    tracking: options of tracking. `every` is the number that `rows_apart` returned.
     config: the resolved configuration.
     tables: column names by table, see `Tracker`.
     group: name of the job's sweep.
@@ -239,7 +240,7 @@ def track(
     tracker = Tracker(run, tables.values(), tracking.every or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
-    # no `with run`, because W&B would then print the traceback of every exception, even of an interruption
+    # Do not use `with run`. W&B would print a traceback for every exception, even for an interruption.
     try:
         yield tracker
     except BaseException:
@@ -250,7 +251,7 @@ def track(
 
 
 def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], group: str | None) -> None:
-    """Send an ended run to its mirror from its files, unless the mirror is complete or tracking is off."""
+    """Send the rows and the result of an ended run to its mirror, if tracking is on and the mirror is incomplete."""
     paths = {name: run_dir / f"{name}.csv" for name in ("iterations", "epochs")}
     is_mirrored = tracking.mode == "disabled" or marker(tracking, run_dir).exists()
     if is_mirrored or not all(map(Path.is_file, paths.values())):

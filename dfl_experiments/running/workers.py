@@ -1,4 +1,4 @@
-"""Manage a launcher's processes on this machine: each ends when its command ends, and saves its run before that."""
+"""Manage the processes that a launcher starts on this machine. When the command ends, they save their runs and end."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from dfl_experiments.running.locks import HOLDER, alive, holder_of
 from dfl_experiments.running.outcome import Sweep
 from dfl_experiments.running.signals import Interrupted, PendingSignal, handle
 
-LOCAL = ("joblib", "submitit_local")  # launchers with processes on this machine that end when the command ends
+LOCAL = ("joblib", "submitit_local")  # launchers whose processes run on this machine and end with the command
 QUEUE = "submitit_slurm"  # launcher whose jobs continue after the command has ended
 BUSY = threading.Lock()  # held while this process works on a point
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -28,7 +28,7 @@ def at_work(sweep: Sweep) -> set[int]:
     names = list(sweep.points) or [path.parent.name for path in sweep.folder.glob(f"*/{HOLDER}")]
     pids = set()
     for name in names:
-        with suppress(UserError):  # this command writes no damaged file, so another command wrote it
+        with suppress(UserError):  # a damaged file is from another command
             holder = holder_of(sweep.folder / name)
             if holder and (holder.host, holder.command) == (platform.node(), sweep.command):
                 pids.add(holder.pid)
@@ -36,7 +36,7 @@ def at_work(sweep: Sweep) -> set[int]:
 
 
 def check_launcher(launcher: str, node: DictConfig) -> None:
-    """Raise `UserError` for launcher options that start no job, or leave a job no time to save its run."""
+    """Raise `UserError` if the launcher's options would start no job, or leave a job no time to save its run."""
     if node.get("n_jobs") == 0:
         raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs at once, or -1 for one per core")
     if launcher == QUEUE and node.timeout_min * 60 <= node.signal_delay_s:
@@ -47,7 +47,7 @@ def check_launcher(launcher: str, node: DictConfig) -> None:
 
 
 def wind_down(sweep: Sweep) -> None:
-    """Ask all processes that work on points to save and end, and wait until they have. SLURM jobs stay in the queue."""
+    """Ask all processes that work on points to save and end. Wait for their end. SLURM jobs stay in the queue."""
     if sweep.launcher == QUEUE:
         command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING", f"--name={sweep.name}"]
         with suppress(OSError):
@@ -66,7 +66,7 @@ def wind_down(sweep: Sweep) -> None:
 
 
 def enter(command: str, launcher: str, number: int) -> bool:
-    """Prepare a launcher's process for a point. Return False if no point may start, because a signal has arrived.
+    """Prepare a launcher's process for a point. Return whether the point may start. After a signal it may not.
 
     From now on, a signal takes effect only between two training steps. The process ends when its command ends, and
     every printed line begins with the job's number.
@@ -85,15 +85,15 @@ def enter(command: str, launcher: str, number: int) -> bool:
 def wait_for_slurm(stop: KeyboardInterrupt, launcher: str) -> None:
     """In a SLURM job that received SIGTERM, wait until SLURM kills the process.
 
-    If the job returned, SLURM would count it as completed and would not queue it again. SLURM kills the process some
-    time after SIGTERM. During this time, submitit can still handle SIGUSR2, which puts the job back into the queue.
+    If the job returned now, SLURM would count the job as completed and not queue it again. SLURM kills the process some
+    time after SIGTERM. During this time, submitit can still handle SIGUSR2, and put the job back into the queue.
     """
     if launcher == QUEUE and isinstance(stop, Interrupted) and stop.signum == signal.SIGTERM:
         time.sleep(LONGEST_GRACE)
 
 
 def silence_submitit() -> None:
-    """Keep submitit from logging that a job succeeded: also a job whose point failed returns normally."""
+    """Suppress submitit's message that a job succeeded. A job returns normally even if its point failed."""
     logging.getLogger("submitit").setLevel(logging.WARNING)
 
 
