@@ -167,8 +167,8 @@ def layers_of(
 def with_axes(panels: Sequence[Panel], columns: int) -> Figure:
     """Return a figure with axes for each panel.
 
-    If all runs use one data set, the panels of a quantity and layer share their y axis. For alignment and dead units, the
-    panels of all layers share it.
+    If all runs use one data set, the panels of a quantity and layer share their y axis. For alignment and dead units,
+    the panels of all layers share it.
 
     columns: number of panels in a row, used if it is 2 to 4.
     """

@@ -25,9 +25,9 @@ EXPLANATIONS = {
     ),
     "n": (
         "Failing runs: a run fails if it diverges, if it collapses (no unit of the last hidden layer is active), or if "
-        "it fails to learn (its accuracy is at chance, which is the share of the most frequent class, or below 0.8 × its "
-        "own best test accuracy). A method with failing runs ranks below all others; its means are over the runs that "
-        "did not fail."
+        "it fails to learn: its accuracy is below 0.8 × its own best test accuracy, or at chance, which is the share "
+        "of the most frequent class. A method with failing runs ranks below all others; its means are over the runs "
+        "that did not fail."
     ),
     "minus BP": (
         "Minus BP, minus DFA: differences of the means in percentage points, with simultaneous 95 % confidence "

@@ -108,8 +108,14 @@ def test_runs_that_fail_are_counted_apart_and_the_text_says_so(finished_point, t
 
 @pytest.mark.parametrize(
     ("last", "best", "largest_class", "fails"),
-    [(0.79, 0.99, 0.1, True), (0.81, 0.99, 0.1, False), (0.11, 0.11, 0.1, True), (0.71, 0.71, 0.7, True)]
-    + [(0.73, 0.73, 0.7, False), (0.99, 0.99, 0.98, False)],
+    [
+        (0.79, 0.99, 0.1, True),
+        (0.81, 0.99, 0.1, False),
+        (0.11, 0.11, 0.1, True),
+        (0.71, 0.71, 0.7, True),
+        (0.73, 0.73, 0.7, False),
+        (0.99, 0.99, 0.98, False),
+    ],
 )
 def test_a_run_fails_to_learn_a_fifth_under_its_best_or_at_chance(
     finished_point, tmp_path, last, best, largest_class, fails
