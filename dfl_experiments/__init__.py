@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 NAMES = {
     **dict.fromkeys(["compose", "load_net", "load_run", "read_rows", "run"], "api"),
     **dict.fromkeys(["curves", "runs"], "report.frame"),
-    "boundaries": "engine.module_net",
+    "boundaries": "engine.module_survey",
     "draw": "report.lines",
     "rule": "own_loop",
 }

@@ -1,0 +1,111 @@
+"""The autograd graph of a module's forward pass: which submodules are valid boundaries, and which layers read them."""
+
+import copy
+import re
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfl_experiments.engine.crossings import from_the_leaves
+from dfl_experiments.errors import UserError
+
+# autograd operations that map zeros to zeros, so that the zeros of a ReLU remain
+KEEPS_ZEROS = re.compile("Pool|Mean|View|Reshape|Squeeze|Permute|Transpose|Clone|Mark")
+
+
+class Mark(torch.autograd.Function):
+    """The identity, as a separate node of the graph. Its output shares memory and version counter with its input."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.version = h._version
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, signal: Tensor) -> Tensor:
+        return signal
+
+
+class Graph:
+    """The autograd graph of one forward pass of a copy of a module.
+
+    In the copy no weight is frozen, and a `Mark` follows every submodule. A set of nodes is stored as an integer with
+    one bit for each node.
+    """
+
+    def __init__(self, module: nn.Module, training: bool, x: Tensor) -> None:
+        twin = copy.deepcopy(module).requires_grad_(True).train(training)
+        self.outputs: dict[str, list[Any]] = {name: [] for name, _ in twin.named_modules() if name}
+        self.nodes: dict[str, Any] = {}
+        for name in self.outputs:
+            twin.get_submodule(name).register_forward_hook(partial(self._mark, name))
+        logits = twin(x)
+        if not isinstance(logits, Tensor) or logits.grad_fn is None:
+            raise UserError("model: the output must be one tensor that depends on the model's parameters")
+        self.root = logits.grad_fn
+        self.bits: dict[Any, int] = {}
+        self.read: dict[Any, int] = {}  # for each node: the nodes that it depends on directly
+        self.below: dict[Any, int] = {}  # for each node: itself and all nodes that it depends on
+        for k, node in enumerate(from_the_leaves(self.root)):
+            self.bits[node], self.read[node], self.below[node] = 1 << k, 0, 1 << k
+            for child in children(node):
+                self.read[node] |= self.bits[child]
+                self.below[node] |= self.below[child]
+        names: dict[Any, str] = {p: name for name, p in twin.named_parameters()}
+        leaves = {names.get(getattr(node, "variable", None)): bit for node, bit in self.bits.items()}
+        self.parameters = {name: bit for name, bit in leaves.items() if name is not None}
+
+    def _mark(self, name: str, module: nn.Module, inputs: Any, h: Any) -> Tensor | None:
+        if isinstance(h, Tensor) and h.requires_grad:
+            h = Mark.apply(h)
+            self.nodes[name] = h.grad_fn
+        self.outputs[name].append(h)
+        return h
+
+    def problem(self, name: str) -> str | None:
+        """Return the reason why a submodule cannot be a boundary in this forward pass; None if it can."""
+        if name not in self.outputs:
+            return "there is no such submodule"
+        if len(self.outputs[name]) != 1:
+            return f"it is called {len(self.outputs[name])} times in a forward pass, must be called once"
+        (h,), node = self.outputs[name], self.nodes.get(name)
+        if not isinstance(h, Tensor):
+            return "its output is not one tensor"
+        if node is None or node not in self.below:
+            return "no weight is below it, or the logits do not depend on it"
+        if h._version != node.version:
+            return "its output is changed in place afterwards"
+        read_above = 0
+        for other, bit in self.bits.items():
+            if not bit & self.below[node]:
+                read_above |= self.read[other]
+        around = read_above & self.below[node] & ~self.bits[node]
+        shared = [name for name, bit in self.parameters.items() if bit & around]
+        if len(shared) < around.bit_count():
+            return "the forward pass has a path that bypasses it"
+        return f"the blocks below and above it share the weight {shared[0]}" if shared else None
+
+    def ends_in_relu(self, name: str) -> bool:
+        """Return whether the last operation before a boundary is a ReLU. Operations in `KEEPS_ZEROS` are skipped."""
+        node = self.nodes[name]
+        while KEEPS_ZEROS.search(node.name()):
+            node = node.next_functions[0][0]
+        return node.name().startswith("Relu")
+
+    def readers(self, layers: Collection[str], boundaries: Sequence[str]) -> dict[str, list[str]]:
+        """Return for every boundary the layers that read its output, without another layer or boundary in between."""
+        stops = {self.nodes[name] for name in (*layers, *boundaries)}
+        first: dict[Any, int] = {}  # for each node: the first stop on each path from it towards the input
+        for node in self.bits:
+            first[node] = 0
+            for child in children(node):
+                first[node] |= self.bits[child] if child in stops else first[child]
+        return {name: [k for k in layers if first[self.nodes[k]] & self.bits[self.nodes[name]]] for name in boundaries}
+
+
+def children(node: Any) -> list[Any]:
+    """Return the nodes that a node of the graph depends on directly."""
+    return [child for child, _ in node.next_functions if child is not None]

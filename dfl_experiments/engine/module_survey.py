@@ -1,0 +1,140 @@
+"""Find the valid boundaries of a module, and the parameters and the weight layer that belong to each of them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfl_experiments.engine.module_graph import Graph
+from dfl_experiments.engine.transpose import is_weight_layer
+from dfl_experiments.errors import UserError, clipped
+
+
+class Survey:
+    """The valid boundaries of a module. They must be valid both in evaluation mode and in training mode."""
+
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        self.module = module
+        if hasattr(module, "_orig_mod"):
+            raise UserError("model: the module is compiled; pass the original module, then call module.compile()")
+        # two samples, because batch normalisation rejects a single sample if its feature maps have one pixel
+        x = copies_of(example, 2, module)
+        try:
+            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
+                self.graphs = [Graph(module, training, x) for training in (False, True)]
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            shape, reason = tuple(example.shape[1:]), clipped(str(error), 200)
+            raise UserError(f"model: the forward pass fails for input shape {shape} ({reason})") from error
+        self.parameters = self._below(None)
+
+    def _below(self, boundary: str | None) -> frozenset[str]:
+        """Return the names of the parameters below a boundary, or below the logits."""
+        names: set[str] = set()
+        for graph in self.graphs:
+            below = graph.below[graph.nodes[boundary] if boundary else graph.root]
+            names.update(name for name, bit in graph.parameters.items() if bit & below)
+        return frozenset(names)
+
+    def _height(self, name: str) -> int:
+        graph = self.graphs[0]
+        return graph.below.get(graph.nodes.get(name), 0).bit_count()
+
+    def problem(self, name: str) -> str | None:
+        """Return the reason why a submodule is not a valid boundary; None if it is valid.
+
+        A valid boundary is called once in a forward pass. Its output is one tensor, which no later operation changes in
+        place. All gradients from the logits to the weights below pass through it. There are weights below and above it.
+        """
+        problems = [problem for graph in self.graphs if (problem := graph.problem(name))]
+        if not problems and self._below(name) == self.parameters:
+            return "no weight is above it"
+        return problems[0] if problems else None
+
+    @cached_property
+    def valid(self) -> dict[str, frozenset[str]]:
+        """Return the valid boundaries in the order of the forward pass, each with the parameters below it."""
+        names = [name for name in self.graphs[0].outputs if self.problem(name) is None]
+        return {name: self._below(name) for name in sorted(names, key=self._height)}
+
+    def automatic(self) -> list[str]:
+        """Return as many boundaries as possible, with a weight between any two of them.
+
+        If several boundaries lie between the same two weights, the last of these boundaries is chosen. In this
+        function, a weight is a parameter that has several axes and belongs to a module without submodules. So a
+        position embedding does not count as a weight if its module has submodules.
+
+        Raises `UserError` if the module has no boundary with a weight below and a weight above it.
+        """
+        weights = set()
+        for name in self.parameters:
+            owner = self.module.get_submodule(name.rpartition(".")[0])
+            if self.module.get_parameter(name).dim() > 1 and not [*owner.children()]:
+                weights.add(name)
+        chain = {below & weights: name for name, below in self.valid.items()}
+        names = [name for below, name in chain.items() if below and below != weights]
+        if not names:
+            raise UserError(f"model: there is no boundary; {self._why_none()}")
+        return names
+
+    def _why_none(self) -> str:
+        """Return why no submodule is a boundary. A possible reason: a layer returns a tuple, as an LSTM does."""
+        for name, outputs in self.graphs[0].outputs.items():
+            if outputs and not isinstance(outputs[0], Tensor):
+                return f"the output of {name} is not one tensor: put it into a module that returns only its tensor"
+        return "no submodule has weight layers both below and above its output"
+
+    def checked(self, names: Sequence[str]) -> list[str]:
+        """Return the named boundaries in the order of the forward pass. Raises `UserError` if one is not valid."""
+        for name in names:
+            if problem := self.problem(name):
+                higher = [other for other in self.valid if 0 < self._height(name) < self._height(other)]
+                choice = f"there are {', '.join(self.valid)}" if self.valid else self._why_none()
+                choice = f"the next valid boundary is {higher[0]}" if higher else choice
+                raise UserError(f"model.boundaries: {name}: {problem}; {choice}")
+        chain = sorted(names, key=[*self.valid].index)
+        for lower, upper in pairwise(chain):
+            if self.valid[lower] == self.valid[upper]:
+                raise UserError(f"model.boundaries: {lower}, {upper}: there is no weight between them; choose only one")
+        return chain
+
+    def blocks(self, chain: Sequence[str]) -> list[list[nn.Parameter]]:
+        """Return the parameters of every block."""
+        limits = [frozenset(), *(self.valid[name] for name in chain), self.parameters]
+        named = self.module.named_parameters
+        return [[p for name, p in named() if name in upper - lower] for lower, upper in pairwise(limits)]
+
+    def readers(self, chain: Sequence[str]) -> list[str | None]:
+        """Return for every boundary the name of the layer that `ModuleNet.reader` returns."""
+        graph, modules = self.graphs[0], dict(self.module.named_modules())
+        layers = [name for name in graph.nodes if is_weight_layer(modules[name]) and graph.nodes[name] in graph.bits]
+        names: list[str | None] = []
+        for boundary, readers in graph.readers(layers, chain).items():
+            shape = graph.outputs[boundary][0].shape[1:]
+            is_read = len(readers) == 1 and reads_channels(modules[readers[0]], shape)
+            names.append(readers[0] if is_read else None)
+        return names
+
+
+def reads_channels(layer: Any, shape: Sequence[int]) -> bool:
+    """Return whether a layer reads the channels of h, whose shape is (d,), (T, C) or (C, H, W) for one sample."""
+    channels = shape[0] if len(shape) == 3 else shape[-1]
+    if isinstance(layer, nn.Linear):
+        return layer.in_features == channels
+    return len(shape) == 3 and layer.in_channels == channels
+
+
+def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
+    """Return `count` copies of the first sample, on the module's device. Floats get the data type of the parameters."""
+    parameter = next(module.parameters())
+    dtype = parameter.dtype if example.is_floating_point() else example.dtype
+    return example[:1].detach().to(parameter.device, dtype).repeat(count, *[1] * (example.dim() - 1))
+
+
+def boundaries(module: nn.Module, example: Tensor) -> list[str]:
+    """Return the names of a module's valid boundaries, in the order of the forward pass. example: input (N, *h_0)."""
+    return [*Survey(module, example).valid]
