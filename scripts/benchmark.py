@@ -4,9 +4,9 @@
                                 [--methods bp,fa,…|all] [--precisions float32,bfloat16] [--out FILE]
     python scripts/benchmark.py --sweep 1000
 
-It prints tables of medians and of ratios within this run, and writes them to a JSON file. Images are random, because
-their content does not change the time. The contenders of a table alternate after every step, so that other load on the
-machine affects all of them equally.
+The script prints tables of median times and of their ratios, and writes the measurements to a JSON file. Images are
+random, because the content of an image does not change the time. The contenders of a table (the methods and plain
+PyTorch) take turns after every step. If other programs slow the machine down, they slow down all contenders equally.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from dfl_experiments.running.device import layout_of, set_up
 from dfl_experiments.running.provenance import device_name, git_commit, versions
 
 PAPER = ("bp", "shallow", "dfa", "las", "ltas")
-ADAM_BYTES = 32  # bytes per weight in float32: gradient written and read; weight and both moments read and written
+ADAM_BYTES = 32  # bytes per weight in float32: 4 to read and 4 to write, for gradient, weight and both moments
 
 
 def contenders_of(setting: Setting, methods: Sequence[str]) -> tuple[Calls, dict[str, int]]:
     """Return a training step of every contender, and the number of trained weights of some contenders.
 
-    `floor_ms` is computed for the contenders with a number of weights.
+    A contender without a number of weights gets no `floor_ms`.
     """
     x, target = random_batch(MODELS[setting.model][2], CLASSES, BATCH, setting.device)
     plain = plain_steps(setting)
@@ -87,11 +87,18 @@ def bp_in_other_format(setting: Setting, x: Tensor, target: Tensor) -> Calls:
 
 
 def step_times(setting: Setting, methods: Sequence[str], rounds: int, instances: int) -> dict[str, Numbers]:
-    """Return the milliseconds per step of every contender; for some also peak memory, operations and optimizer bytes.
+    """Return the measured numbers of every contender.
+
+        ms: milliseconds per step.
+        peak_mb: peak memory in MB. Compiled and captured steps lack this number.
+        gflop: floating-point operations of the step, divided by 10⁹.
+        optimizer_mb: MB that the optimizer reads and writes.
+
+    Only contenders with a number of trained weights have `gflop` and `optimizer_mb`.
 
     rounds: number of steps of each contender, over all instances.
-    instances: how often all contenders are created. The time of a small network depends by several per cent on the
-        memory addresses of its weights, so the result is the median over the instances.
+    instances: how often all contenders are created. The time of a small network changes by several per cent with the
+        memory addresses of its weights. The result is therefore the median over the instances.
     """
     times: list[Numbers] = []
     for _ in range(instances):
@@ -123,9 +130,10 @@ class Operation:
 
 
 def operations_of(device: torch.device, dtype: torch.dtype) -> list[Operation]:
-    """Return products, convolutions, copies and sums, in the models' sizes and memory formats and in larger sizes.
+    """Return matrix products, convolutions, copies and sums that can reach the highest rates of the machine.
 
-    No training step of a model can have higher rates than the best of these operations.
+    Their memory formats are those of the models. Their sizes are those of the models, or larger. No training step of a
+    model can have higher rates than the best of these operations.
     """
     sizes, megabytes = [(2048, 2048), (BATCH, 1024), (BATCH, 4096), (1024, BATCH)], [4, 64]
     if device.type == "cuda":
@@ -171,7 +179,10 @@ def add_floor(setting: Setting, values: Numbers, rate: Numbers) -> None:
 
 
 def show_steps(setting: Setting, steps: dict[str, Numbers]) -> None:
-    """Print the table of a model. Column "/ plain": time relative to the fastest variant of plain PyTorch."""
+    """Print the table of a model.
+
+    The column "/ plain" is the time divided by that of the fastest step in plain PyTorch.
+    """
     values = pd.DataFrame.from_dict(steps, orient="index")
     ms, base = values.ms, values.index.str.removesuffix(" + alignment")
     table = pd.DataFrame({"ms": ms})
@@ -186,7 +197,7 @@ def show_steps(setting: Setting, steps: dict[str, Numbers]) -> None:
 
 
 def rounds_of(model: str, quick: bool, on_gpu: bool) -> tuple[int, int]:
-    """Return the numbers of rounds and instances for `step_times`."""
+    """Return the number of rounds and the number of instances for `step_times`."""
     rounds, instances = {"fc-mnist": (350, 7), "fc-cifar10": (18, 3)}.get(model, (12, 1))
     if quick:
         rounds, instances = rounds // 2, min(instances, 3)
@@ -221,7 +232,7 @@ def main() -> None:
     names = group_options("method") if options.methods == "all" else options.methods.split(",")
     methods = ["bp", *(method for method in names if method != "bp")]
     precisions = options.precisions.split(",")
-    # plain PyTorch gets the same settings as a run
+    # Set up PyTorch as a training run does, also for the steps in plain PyTorch.
     as_a_run = partial(set_up, device, seed=0, deterministic=False, threads=options.threads)
     rate = {}
     for precision in precisions:

@@ -1,13 +1,13 @@
-"""Judge the paper's claims on the runs in a folder: a table, and one picture of claims × settings.
+"""Judge the paper's claims on the runs in a folder: print tables, and draw a picture of claims × settings.
 
     python scripts/claims.py outputs/reference [--figure claims.svg]
 
 A claim says that a difference is positive. It is supported if the 95 % interval of Welch's t is above zero,
-contradicted if the interval is below zero, and undecided otherwise. If a run of either method fails, the verdict says
-so. If BP is not significantly more accurate than Shallow, accuracy cannot rank the rules in this setting.
+contradicted if the interval is below zero, and undecided otherwise. There are three more verdicts: a run of one of the
+two methods fails, there are too few seeds, or accuracy cannot rank the rules in this setting. Accuracy cannot rank the
+rules if BP is not significantly more accurate than Shallow.
 
-A second table compares published values (conf/experiment/published/values.csv) with the runs of the experiments that
-reproduce them.
+Another table compares the published values in conf/experiment/published/values.csv with the runs that reproduce them.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MARKS = {SUPPORTED: "✓", CONTRADICTED: "✗", UNDECIDED: "?", FAILS: "fails", 
 MODEL_OPTION = re.compile(r", model\.\w+=\[[^]]*\]")  # left out of the picture's labels
 COLORS = {SUPPORTED: "#009E73", CONTRADICTED: "#D55E00", UNDECIDED: "#999999", FAILS: "#7b3294", CANNOT_RANK: "#666666"}
 
-# Pairs of methods that a claim compares: the first should have the larger value.
+# Pairs of methods that a claim compares. The claim says that the first method has the larger value.
 ALIGNMENT = (("las", "dfa"), ("ltas", "dfa"))
 CLASSES = ALIGNMENT
 OVER_SHALLOW = (("dfa", "shallow"), ("las", "shallow"), ("ltas", "shallow"))
@@ -49,14 +49,19 @@ ACCURACY = (*ALIGNMENT, *OVER_SHALLOW, *UNDER_BP)
 
 
 def claims(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each claim in each setting: claim, setting, n, found (a text), verdict, estimate."""
+    """Return a table with one row for each claim in each setting.
+
+    Columns: claim, setting, n (number of seeds), found (a text), verdict, value, low, high.
+
+    The last three columns are the difference and its interval.
+    """
     real = frame[~frame.smoke]
     chosen = choose(real)
     rows: list[dict[str, Any]] = []
     for key, row in chosen.groupby(ROW, sort=True):
         all_points = real[(real[ROW] == list(key)).all(axis="columns")]
         suffixes = {method.removeprefix(rule) for method, rule in zip(row.method, row.rule, strict=True)}
-        for suffix in sorted(suffixes):  # options of methods, such as ", init=default"; no options come first
+        for suffix in sorted(suffixes):  # options of methods, such as ", init=default"; "" (no options) is first
             variant = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
             setting = row_title(row.iloc[0]) + variant
             rows += alignment_claims(row, all_points, suffix, setting)
@@ -66,7 +71,10 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged(claim: str, setting: str, estimate: Estimate, n: int, unit: str, failing: str) -> dict[str, Any]:
-    """Return a claim's row with the verdict. failing: text on failing runs, empty if there are none; see `failures`."""
+    """Return a claim's row with the verdict.
+
+    failing: what `failures` returns for the methods of the claim.
+    """
     verdict = {1: SUPPORTED, -1: CONTRADICTED, 0: UNDECIDED, None: TOO_FEW}[estimate.verdict]
     if n < compare.FEWEST_SEEDS:
         verdict = TOO_FEW
@@ -83,7 +91,10 @@ def judged(claim: str, setting: str, estimate: Estimate, n: int, unit: str, fail
 
 
 def failures(runs_of: pd.DataFrame, methods: Iterable[str]) -> str:
-    """Return as text which methods of a claim fail: "DFA fails: 3 of 3". A method with a single run is ignored."""
+    """Return a text on the methods of a claim that have failing runs, such as "DFA fails: 3 of 3".
+
+    The text is empty if there are none. A method with a single run is ignored.
+    """
     texts = []
     for method in methods:
         side = runs_of[runs_of.method == method]
@@ -93,7 +104,10 @@ def failures(runs_of: pd.DataFrame, methods: Iterable[str]) -> str:
 
 
 def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[dict[str, Any]]:
-    """Yield the claims on accuracy in a setting. row: the runs of each method at its chosen grid point."""
+    """Yield the claims on accuracy in a setting.
+
+    row: the runs of each method at its chosen grid point.
+    """
     samples = compare.samples_of(row)
     has_span = {"bp", "shallow"} <= samples.keys()
     ranks = not has_span or compare.can_rank(samples, compare.TEST_IMAGES.get(row.dataset.iloc[0]))
@@ -115,7 +129,7 @@ def alignment_claims(
 ) -> Iterator[dict[str, Any]]:
     """Yield the claims on layer 1's cosine in a setting.
 
-    A cosine is the mean over the learning rates that both methods have.
+    Each method's cosine is averaged over the learning rates that both methods have.
 
     row: the runs at the chosen grid points. all_points: the runs at all grid points.
     """
@@ -139,7 +153,10 @@ def alignment_claims(
 
 
 def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield the claims that a lead over DFA is larger on CIFAR-100 than on CIFAR-10, in otherwise equal settings."""
+    """Yield the claims that a method's lead over DFA is larger on CIFAR-100 than on CIFAR-10.
+
+    All other settings are equal on these two data sets.
+    """
     others = [name for name in ROW if name != "dataset"]
     cifar = chosen[chosen.dataset.isin(["cifar10", "cifar100"])]
     for _, rows in cifar.groupby(others, sort=True):
@@ -158,10 +175,14 @@ def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def published(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each published value: source, method, published (in percent), n, found (a text), verdict.
+    """Return a table with one row for each published value.
 
-    A value agrees with the runs of its experiment if it lies in the 95 % interval of their mean (Student's t over the
-    seeds), or within the noise floor √(p(1 − p)/N) of one accuracy on the test images.
+    Columns: source, method, published (in percent), n (number of seeds), found (a text), verdict.
+
+    A published value agrees with the runs of its experiment in two cases:
+    - It lies in the 95 % interval of the runs' mean (Student's t over the seeds).
+    - It differs from this mean by at most the noise floor √(p(1 − p)/N). p is the published value, and N is the
+      number of test images.
     """
     rows = []
     for value in pd.read_csv(PUBLISHED, keep_default_na=False).itertuples():
@@ -186,7 +207,10 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def runs_with(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
-    """Return the ended runs with this configuration and any seed, number of epochs, alignment and memory format."""
+    """Return the ended runs with this configuration.
+
+    Seed, number of epochs, alignment settings and memory format may differ from this configuration.
+    """
     same = frame[(frame.rule == values["method"]["name"]) & (frame.lr == values["optimizer"]["lr"])]
     same = distinct(same[same.accuracy.notna() | same.fails])
     free = {key: values[key] for key in ("seed", "epochs", "alignment", "memory_format")}
@@ -216,7 +240,7 @@ def counts(verdicts: pd.DataFrame) -> pd.DataFrame:
 
 
 def picture(verdicts: pd.DataFrame) -> Figure:
-    """Draw claims × settings: a mark for each verdict."""
+    """Draw a grid of claims (rows) and settings (columns), with a mark for each verdict."""
     shown = verdicts[verdicts.verdict != TOO_FEW]
     names, settings = list(shown.claim.unique()), list(shown.setting.unique())
     figure = Figure(figsize=(4.7 + 0.62 * len(settings), 1.9 + 0.34 * len(names)), layout="constrained")

@@ -1,11 +1,13 @@
-"""Show up to which depth each rule trains: accuracy, alignment and dead units against depth for two initialisations.
+"""Show up to which depth each rule trains: draw accuracy, alignment and dead units against depth.
 
     python scripts/depth_ladder.py                        print the table and draw the figure from the kept summary
     python scripts/depth_ladder.py --collect A B          write the runs of these sweeps to the summary first
 
-There is a sweep for each initialisation. The first is `dfl-train --multirun experiment=depth_digits`. The second is the
-same command with `model.init=kaiming sweep=depth_digits_kaiming`. The summary is a CSV file with a row for each run.
-`--collect` replaces the runs of those initialisations that the given sweeps have, and keeps all other runs.
+There is one sweep for each of two initialisations. The first sweep is `dfl-train --multirun experiment=depth_digits`.
+The second sweep is the same command with `model.init=kaiming sweep=depth_digits_kaiming`.
+
+The summary is a CSV file with a row for each run. `--collect` replaces the runs of the initialisations that the given
+sweeps contain. Runs of other initialisations stay in the summary.
 """
 
 import argparse
@@ -26,7 +28,7 @@ SINGLE = ("bp", "shallow")  # rules with thick lines; the others have thin lines
 def collected(folders: list[Path]) -> pd.DataFrame:
     """Return one row for each run.
 
-    depth: number of hidden layers. dead: share of dead units in the layer where it is largest.
+    depth: number of hidden layers. dead: largest share of dead units over the layers.
     """
     parts = []
     for folder in folders:
@@ -46,7 +48,7 @@ def with_collected(summary: pd.DataFrame, folders: list[Path]) -> pd.DataFrame:
 
 
 def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs at the best learning rate by validation accuracy, for each rule, depth and initialisation."""
+    """Return the runs of each rule, depth and initialisation at the learning rate with the best validation accuracy."""
     cell = ["init", "depth", "rule"]
     scores = summary.groupby([*cell, "lr"], as_index=False).validation_accuracy.mean()
     best = scores.loc[scores.groupby(cell).validation_accuracy.idxmax(), [*cell, "lr"]]
@@ -54,7 +56,7 @@ def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return mean test accuracy in percent by rule (rows) and by initialisation and depth (columns)."""
+    """Return mean test accuracies in percent. A row is a rule. A column is an initialisation and a depth."""
     means = at_best_rate(summary).pivot_table("accuracy", "rule", ["init", "depth"]) * 100
     order = sorted(means.index, key=method_order)
     return means.loc[order].round(1)
@@ -69,7 +71,10 @@ def markdown(summary: pd.DataFrame) -> str:
 
 
 def draw_rules(axes, means: pd.DataFrame) -> None:
-    """Draw a thin line for each rule and a thick line for each family. means: one column for each rule."""
+    """Draw a thin line for each rule and a thick line for the mean of each family.
+
+    means: one column for each rule.
+    """
     for family, members in FAMILIES.items():
         colour = FAMILY_COLOURS[family]
         present = means[[rule for rule in members if rule in means]]
@@ -126,7 +131,7 @@ def main() -> None:
 
 
 def write_figure(folder: Path) -> Path:
-    """Draw the summary in a folder, and return the path of the figure."""
+    """Draw the figure of the summary in a folder, and return the figure's path."""
     path = folder / "depth.png"
     save(figure(pd.read_csv(folder / "summary.csv")), path, dpi=120)
     return path

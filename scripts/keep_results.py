@@ -1,10 +1,11 @@
-"""Copy finished runs, but only the files that a report needs, into a folder small enough to keep with the code.
+"""Copy the files of finished runs that a report needs. The copies are small enough to keep with the code.
 
     python scripts/keep_results.py outputs/fc_table outputs/reference/fc_table
 
-It verifies `result.json`, `epochs.csv` and `config.yaml` of every run directory, copies them, and seals the copies.
-`dfl-report` reads a copy like the original, and `dfl-train repeat=<copy>` repeats its run. The option `data_dir` is set
-to its default, because its value is valid on this machine only.
+The script checks `result.json`, `epochs.csv` and `config.yaml` of every run directory and copies them. It stores the
+SHA-256 of the copied files in the new `result.json`. `dfl-report` reads a copy like the original, and
+`dfl-train repeat=<copy>` repeats its run. In a copy, the option `data_dir` has its default value, because the original
+path is valid on this machine only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Measure times and memory for the benchmark: of contenders that take turns, and of whole processes."""
+"""Measure the time and memory of single calls and of whole processes, for the benchmark."""
 
 import itertools
 import os
@@ -36,10 +36,10 @@ def medians(
     summary: Callable[[list[float]], float] = statistics.median,
     calls: int = 10,
 ) -> Numbers:
-    """Return the median seconds per call of each contender. Every round calls each contender in turn.
+    """Return the median seconds per call of each contender. In every round, all contenders are called in turn.
 
-    summary: function that replaces the median, such as `min`.
-    calls: on a GPU, number of calls that a round starts without waiting for a result, as in training.
+    summary: function that is used in place of the median, such as `min`.
+    calls: on a GPU, how often each round calls each contender. These calls do not wait for results, as in training.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + WARM_UP):
@@ -50,7 +50,11 @@ def medians(
 
 
 def cpu_seconds(call: Call) -> float:
-    """Return the seconds of a call. With one thread they are CPU time, which other programs do not change."""
+    """Return the seconds of a call.
+
+    With one thread, CPU time is measured, because other programs do not change it. With more threads, wall time is
+    measured.
+    """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     call()
@@ -90,7 +94,10 @@ def random_batch(shape: tuple[int, ...], classes: int, size: int, device: torch.
 
 
 class Live(TorchDispatchMode):
-    """A context that counts the bytes of tensors created inside it: `bytes` in use now, and `peak`, their maximum."""
+    """Count the bytes of the tensors that are created in this context.
+
+    `bytes`: number of bytes in use now. `peak`: largest value of `bytes`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +107,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self.seen.add(tensor.untyped_storage())  # so that tensors from outside and their views do not count
+                self.seen.add(tensor.untyped_storage())  # tensors from outside and their views do not count
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -121,7 +128,7 @@ class Live(TorchDispatchMode):
 
 
 def peak_mb(call: Call, device: torch.device) -> float:
-    """Return the megabytes that a call uses at its peak. On a CPU only tensors count, on a GPU all allocated memory."""
+    """Return the peak memory of a call in MB. On a CPU only tensors count. On a GPU all allocated memory counts."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -135,9 +142,9 @@ def peak_mb(call: Call, device: torch.device) -> float:
 
 
 def sweep_times(points: int) -> Numbers:
-    """Return for a sweep on the digits the seconds to its first result, seconds per point, and memory per point.
+    """Run a sweep on the digits. Return the seconds to its first result, the seconds per point and the MB per point.
 
-    The memory per point follows from the peak memory of this sweep and of a sweep with a tenth of the points.
+    The MB per point is computed from the peak memory of two sweeps. The other sweep has a tenth of the points.
     """
     few = max(1, points // 10)
     small, _ = sweep(few)
@@ -153,7 +160,10 @@ def sweep_times(points: int) -> Numbers:
 
 
 def sweep(points: int) -> tuple[float, list[float]]:
-    """Run a sweep of one-step runs. Return its peak memory in MB, and the seconds after which each run ended."""
+    """Run a sweep in which every run trains for one step.
+
+    Return the sweep's peak memory in MB. Also return the end of each run, in seconds since the start of the sweep.
+    """
     one_step = ("limit=64", "smoke=64", "epochs=1", "threads=1", "tracking=disabled", "checkpoint.keep=false")
     command = [sys.executable, "-m", "dfl_experiments.train", "--multirun", "sweep=s", f"seed=range({points})"]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Write all texts about the kept runs: the reference page with its figures and tables, and the counts in the README.
+"""Write the reference page on the kept runs, its figures and tables, and the counts of verdicts in the README.
 
     python scripts/reference.py [--runs outputs/reference] [--readme README.md]
 
@@ -44,7 +44,7 @@ the alignment figure with `protocol=paper`.
 
 
 def table(frame: pd.DataFrame) -> str:
-    """Return a table in Markdown. frame: the table, with texts only."""
+    """Return a table in Markdown. All values of the frame are texts."""
     return f"{frame.map(markdown).to_markdown(index=False, tablefmt='github', disable_numparse=True)}\n"
 
 
@@ -92,7 +92,10 @@ def published_part(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def controls_part(runs: pd.DataFrame) -> Iterator[str]:
-    """Yield the section on the alignment figure: layer 1's cosine in the figure's runs and in control runs."""
+    """Yield the section on the control runs of the alignment figure.
+
+    It compares layer 1's cosine in the runs of the figure and in the control runs.
+    """
     sgd = runs[(runs.optimizer == "sgd") & (runs.dataset == "mnist") & (runs.status == "finished")]
     if sgd.empty:
         return
@@ -159,7 +162,10 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def correlation(means: pd.DataFrame) -> str:
-    """Return as text Spearman's ρ over the rules, and the number of rules; a dash if there are too few rules."""
+    """Return Spearman's ρ between layer 1's cosine and accuracy over the rules, and the number of rules, as text.
+
+    Return a dash if there are too few rules.
+    """
     rho = means["cosine/1"].corr(means.accuracy, method="spearman")
     return f"{rho:+.2f} ({len(means)})" if len(means) >= FEWEST_RULES else NONE
 
@@ -178,7 +184,8 @@ def page(
 ) -> str:
     """Return the reference page.
 
-    parts: the sections of the report. drawings: its figures, whose files are in folder/figures.
+    parts: the sections of the report.
+    drawings: the figures of the report. Their files are in folder/figures.
     """
     options = {"--format": "markdown", "--out": f"{folder}/README.md", "--figures": f"{folder}/figures"}
     asked = dfl_report.arguments([str(folder), *itertools.chain(*options.items())])

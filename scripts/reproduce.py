@@ -1,4 +1,7 @@
-"""Run the experiments of the paper, as the `reproduce_*.sh` scripts ask; see `reproduce_arguments.py`."""
+"""Run the experiments of the paper. The `reproduce_*.sh` scripts call this script.
+
+`reproduce_arguments.py` defines the command line.
+"""
 
 import argparse
 import contextlib
@@ -37,7 +40,7 @@ MOST_JOBS_AT_ONCE = 500  # SLURM accepts arrays of up to 1,000
 
 
 def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid | None:
-    """Return the part of a grid that --only selects, or None if it selects nothing."""
+    """Return the part of a grid that --only selects. Return None if --only selects nothing of this grid."""
     axes = dict(grid.axes)
     for group in PLACES:
         wanted = [word for word in only if word in choices[group]]
@@ -51,7 +54,11 @@ def narrowed(grid: Grid, only: list[str], choices: dict[str, set[str]]) -> Grid 
 
 
 def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
-    """Return the sweep name and the grid of every call. Raises `UserError` for an unknown word in --only."""
+    """Return the sweep name and the grid of every call of `dfl-train`.
+
+    Raises:
+        UserError: --only has an unknown word, or no run has all words of --only.
+    """
     grids = [
         (sweep, grid_of(name))
         for sweep in (EXPERIMENTS if target == "all" else [target])
@@ -66,12 +73,15 @@ def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
             raise UserError(f"--only {word}: choose from {', '.join(sorted(set().union(*choices.values())))}")
     selected = [(sweep, part) for sweep, grid in grids if (part := narrowed(grid, only, choices))]
     if not selected:
-        raise UserError(f"--only {','.join(only)}: no cell has all of these")
+        raise UserError(f"--only {','.join(only)}: no run combines these words")
     return selected
 
 
 def launcher_options(launcher: str, jobs: int | None) -> list[str]:
-    """Return the overrides for a launcher. jobs: number of jobs at once, or None for the default."""
+    """Return the overrides for a launcher.
+
+    jobs: number of jobs that run at the same time, or None for the launcher's default.
+    """
     if launcher == "joblib":
         return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs or 2}"]
     if launcher == "slurm":  # a job that reaches its time limit (default: a day) is queued again
@@ -99,9 +109,10 @@ def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[
 
 
 def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
-    """Return the calls of `dfl-train` in order: all grids with the first seed, then all grids with the next seed.
+    """Return the calls of `dfl-train` in order, each with its grid.
 
-    On a cluster, one call for each grid has all seeds.
+    All grids run with the first seed, then all grids run with the next seed. With the launchers slurm and ray, there is
+    only one call for each grid, which runs all seeds.
     """
     seeds_of_calls = [[seed] for seed in range(asked.seeds)]
     if asked.launcher not in ("basic", "joblib"):
@@ -130,7 +141,7 @@ def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> 
 
 
 def single_valued(overrides: list[str]) -> tuple[list[str], int]:
-    """Return the overrides with a single value, and the number of combinations of the overrides with several values.
+    """Return the overrides with a single value. Also return the number of combinations of the other overrides.
 
     Overrides of Hydra's own options are left out.
     """
@@ -146,14 +157,17 @@ def single_valued(overrides: list[str]) -> tuple[list[str], int]:
 
 
 def fixed_overrides(asked: argparse.Namespace) -> tuple[list[str], int]:
-    """Return the overrides that are equal in all runs, and the number of combinations of all other overrides."""
+    """Return the overrides that are equal in all runs.
+
+    Also return the number of combinations of the other overrides.
+    """
     fixed, times = single_valued(asked.overrides)
     return [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed, times
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """The runs of one seed in one cell of a table: a method at all points of its grid."""
+    """The runs of one cell of a table with one seed: a method at all points of the cell's grid."""
 
     sweep: str
     grid: Grid
@@ -186,7 +200,7 @@ def unfinished(sweep: str, grid: Grid, seed: int, overrides: list[str]) -> int:
     for point in grid.points():
         names = "-".join(point[group] for group in ("method", "model", "dataset", "augmentation"))
         done = False
-        if any(folder.glob(f"{names}-seed{seed}-*")):  # compose, which is slow, only if there may be a run
+        if any(folder.glob(f"{names}-seed{seed}-*")):  # if there may be a run; composing is slow
             values = [f"{key}={value}" for key, value in point.items()]
             cfg = compose([f"experiment={grid.experiment}", *values, f"seed={seed}", *overrides])
             done = status_of(folder / point_name(cfg))[0] in DONE
@@ -201,7 +215,7 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
     """
     fixed, times = fixed_overrides(asked)
     grids = [(sweep, grid) for sweep, whole in chosen(asked.target, asked.only) for grid in cells_of(whole)]
-    seconds: dict[tuple[str, ...], float] = {}  # of one run, taken as equal for all augmentations and grid points
+    seconds: dict[tuple[str, ...], float] = {}  # one run's; assumed equal for all augmentations and grid points
     planned = []
     for seed in range(asked.seeds):
         of_seed = []
@@ -278,7 +292,7 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
 
 
 def finish(child: subprocess.Popen[bytes]) -> int:
-    """Wait for a process, pass signals on to it, and return its exit code.
+    """Wait for a process and return its exit code. Pass the signal SIGTERM on to the process.
 
     After a signal, `dfl-train` writes a checkpoint and ends by itself, so this function keeps waiting.
     """
@@ -296,7 +310,10 @@ def finish(child: subprocess.Popen[bytes]) -> int:
 
 
 def run(asked: argparse.Namespace, planned: list[list[str]]) -> int:
-    """Make the planned calls, then the report, and return the highest exit code. planned: arguments of each call."""
+    """Make the planned calls, then write the report. Return the highest exit code.
+
+    planned: arguments of each call.
+    """
     codes, sweeps = [0], []
     for arguments in planned:
         sweeps.append(next(argument for argument in arguments if argument.startswith("sweep=")).partition("=")[2])

@@ -1,6 +1,7 @@
 """Read the command line of the `reproduce_*.sh` scripts, before anything is installed.
 
-This module needs only the standard library. Run as a script, it prints the package extras that a call needs.
+This module needs only the standard library. If it is run as a script, it prints the extras of the package that the
+given options need.
 """
 
 import argparse

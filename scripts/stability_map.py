@@ -1,9 +1,9 @@
-"""Draw at which learning rates each rule is stable: accuracy, activations and dead units against the rate.
+"""Show at which learning rates each rule is stable: draw accuracy, activations and dead units against the rate.
 
     python scripts/stability_map.py [outputs/reference/stability_map]
 
-The runs are those of `dfl-train --multirun sweep=stability_map …`; the whole command is on the reference page. Each
-column of the figure shows a net on a data set. A cross marks a rate at which a run fails.
+The folder has runs at several learning rates. The reference page describes the kept runs. Each column of the figure
+shows one net on one data set. A cross marks a rate at which a run fails.
 """
 
 import argparse
@@ -27,9 +27,9 @@ ROWS = {
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each figure column, rule and learning rate.
+    """Return one row for each net, data set, rule and learning rate.
 
-    A row has the means over seeds of the quantities in `ROWS`, and whether a run fails.
+    A row has the means over the seeds of the quantities in `ROWS`. Its column `fails` says whether a run fails.
     """
     frame = frame.assign(
         accuracy=100 * frame.accuracy,

@@ -1,9 +1,9 @@
-"""Create the W&B workspace of a project: accuracy by method, alignment by iteration and layer, the grid, throughput.
+"""Create the W&B workspace of a project. It shows accuracy, alignment, stability, learning rates and throughput.
 
     python scripts/wandb_dashboard.py --entity TEAM [--project dfl-experiments] [--layers 5] [--out dashboard.json]
 
-It needs `pip install "dfl-experiments[dashboard]"` and a login (`wandb login`). Without a login, a network or an
-entity, it writes the specification of the workspace to a file instead, and prints why.
+The script needs `pip install "dfl-experiments[dashboard]"` and a login (`wandb login`). If the login, the network or
+the entity is missing, the script writes the specification of the workspace to a file, and prints the reason.
 """
 
 import argparse

@@ -14,7 +14,9 @@ STABILITY = {
 
 
 def lines(title: str, x: str, y: str, label: str) -> panels.LinePlot:
-    """Return a plot of a metric over epochs or iterations, with the mean and the range of the runs of each method.
+    """Return a plot of a metric over epochs or iterations.
+
+    A line shows the mean over the runs of a method. A band shows the range of these runs.
 
     x: "epoch" or "iteration". y: name of the metric. label: label of the y axis.
     """
@@ -25,7 +27,10 @@ def lines(title: str, x: str, y: str, label: str) -> panels.LinePlot:
 
 
 def bars(title: str, key: str) -> panels.BarPlot:
-    """Return a plot of one value of the runs' results, with a bar for each method. key: name of the value."""
+    """Return a bar plot of one result of the runs, with a bar for each method.
+
+    key: name of the result.
+    """
     return panels.BarPlot(title=title, metrics=[panels.SummaryMetric(key)], groupby=METHOD, max_runs_to_show=100)
 
 

@@ -1,4 +1,7 @@
-"""Measure the time of augmentation, of tracking, and of whole epochs of LAS in this project and in published code."""
+"""Measure the time of augmentation, of tracking, and of whole epochs of LAS.
+
+The epochs of LAS are measured twice: as this project trains, and as published code trains.
+"""
 
 import json
 import tempfile
@@ -48,16 +51,21 @@ def augmentation_times(count: int, rounds: int) -> Numbers:
 
 
 def random_data(shape: tuple[int, ...], count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return random images, uint8, and their labels. shape: shape of one image."""
+    """Return random images of type uint8 and their labels.
+
+    shape: shape of one image. count: number of images.
+    """
     random = np.random.default_rng(seed)
     images = random.integers(0, 256, (count, *shape), np.uint8)
     return images, random.integers(0, CLASSES, count)
 
 
 def tracking_times(count: int, device: torch.device, threads: int) -> Numbers:
-    """Return the seconds of an FC epoch with alignment at every iteration: with W&B disabled, and with W&B offline.
+    """Return the seconds of one epoch of an FC net that measures alignment at every iteration.
 
-    count: number of training images, which have the size of MNIST images.
+    The epoch is timed with W&B disabled and with W&B offline.
+
+    count: number of training images. They have the size of MNIST images.
     """
     times: dict[str, list[float]] = {"disabled": [], "offline": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +84,10 @@ def tracking_times(count: int, device: torch.device, threads: int) -> Numbers:
 
 
 def write_mnist(folder: Path, count: int) -> None:
-    """Write random images and labels as the MNIST data set. count: number of training images."""
+    """Write random images and labels in the format of the MNIST data set.
+
+    count: number of training images.
+    """
     folder.mkdir()
     for split, size, seed in (("train", count, 0), ("test", 100, 1)):
         images, labels = random_data((1, 28, 28), size, seed)
@@ -86,7 +97,7 @@ def write_mnist(folder: Path, count: int) -> None:
 
 
 def epoch_times(model: str, count: int, device: torch.device) -> Numbers:
-    """Return milliseconds per image: of a LAS epoch as in published code, of a LAS epoch here, and of an evaluation.
+    """Return milliseconds per image of a LAS epoch as in published code, of a LAS epoch here, and of an evaluation.
 
     count: number of images.
     """
@@ -117,7 +128,7 @@ def epoch_times(model: str, count: int, device: torch.device) -> Numbers:
 
 
 def to_picture(image: np.ndarray) -> Any:
-    """Return a PIL image. image: (C, H, W) uint8."""
+    """Convert an image to a PIL image. The image has shape (C, H, W) and type uint8."""
     from PIL import Image
 
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))

@@ -1,4 +1,4 @@
-"""Implement what the benchmark compares the engine with: plain PyTorch, and LAS as in published code."""
+"""Implement what the benchmark compares this project with: plain PyTorch, and LAS as in published code."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -78,9 +78,10 @@ def plain(setting: Setting, channels_last: bool, compiled: bool) -> Step:
 
 
 def plain_steps(setting: Setting) -> dict[str, Step]:
-    """Return training steps in plain PyTorch: in one or both memory formats, eager and compiled.
+    """Return training steps in plain PyTorch, eager and compiled, in each memory format.
 
-    A fully connected net has one memory format. Without an installed compiler there are no compiled steps.
+    A fully connected net has one memory format, and other nets have two. If no compiler is installed, there are no
+    compiled steps.
     """
     torch.compiler.reset()  # restart PyTorch's count of compilations, which has a limit
     has_compiler = setting.on_gpu or shutil.which("g++") is not None
@@ -96,16 +97,21 @@ def plain_steps(setting: Setting) -> dict[str, Step]:
 
 
 def captured_plain(step: Step, device: torch.device) -> Step:
-    """Return a plain step as one CUDA graph. Each batch is copied into the graph's input, as in the engine."""
+    """Return a step in plain PyTorch as one CUDA graph.
+
+    Each batch is copied into the graph's input, as in the engine.
+    """
     trainer: Any = SimpleNamespace(optimizers=(), step=lambda x, target, align: step(x, target))
     return CapturedStep(trainer, BATCH, device)
 
 
 class PublishedLas:
-    """LAS as in published code: images converted one by one, two forward passes, a convolution for every local module.
+    """LAS as in published code.
 
-    torchvision's transforms turn each picture into a tensor, and a `DataLoader` makes batches. The first forward pass
-    trains the local modules. The second trains the weights, with every h detached before the next block.
+    Images are converted one by one: torchvision's transforms turn each picture into a tensor, and a `DataLoader` makes
+    batches. The local module of h is a convolution if a convolution reads h. Each step has two forward passes. The
+    first pass trains the local modules. The second pass trains the weights. In both passes, every h with a local module
+    is detached before the next block.
     """
 
     def __init__(self, net: BlockNet, pictures: list[tuple[Any, int]], batch: int) -> None:
@@ -152,7 +158,7 @@ class PublishedLas:
         self.optimizer.step()
 
     def pass_through(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield h_1 … h_{L-1} and the logits. If h_i has a local module, it is detached before the next block."""
+        """Yield h_1 … h_{L-1} and the logits. If h_i has a local module, the next block reads a detached h_i."""
         for i, block in enumerate(self.blocks):
             h = block(x)
             yield h
@@ -161,7 +167,7 @@ class PublishedLas:
 
 
 def local_module(net: BlockNet, i: int) -> nn.Module:
-    """Return a new layer like the layer that reads h_i, but with an output for each class."""
+    """Return a new local module for h_i. It is like the layer that reads h_i, but has an output for each class."""
     reader = net.weight_layers(i)[0]
     if isinstance(reader, nn.Linear):
         return nn.Linear(reader.in_features, CLASSES, bias=False)
@@ -170,14 +176,14 @@ def local_module(net: BlockNet, i: int) -> nn.Module:
 
 
 def predicted(module: nn.Module, h: Tensor) -> Tensor:
-    """Return the output of a local module, averaged over the image."""
+    """Return the output of a local module. The output of a convolution is averaged over all positions."""
     y = module(h)
     return y.mean((2, 3)) if y.dim() == 4 else y
 
 
 @torch.no_grad()
 def sent_back(module: Any, error: Tensor, h: Tensor) -> Tensor:
-    """Apply the transpose of the local module to the error, and return the result in the shape of h.
+    """Apply the transpose of the local module to the error. The result has the shape of h.
 
     For a convolution, the error is first repeated at every position of the module's output.
     """

@@ -13,12 +13,14 @@ TIE = 1e-9  # scores that differ by less than this count as equal
 
 
 def choose(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs at the best grid point of each cell, one for each seed; none for a cell without an accuracy.
+    """Return the runs at the best grid point of each cell, one run for each seed.
 
-    Every two grid points are compared over the seeds that both have. The point with the higher mean score wins. If the
-    scores are equal, the point with the lower validation loss wins. The best point is the one that wins most
-    comparisons. A point with a failing run is considered only if every point has one. The score is the validation
-    accuracy, or the test accuracy if there is no validation set.
+    Every pair of grid points is compared over the seeds that both points have. The point with the higher mean score
+    wins. If the scores are equal, the point with the lower validation loss wins. The best point has the most wins.
+
+    The score is the validation accuracy. If there is no validation set, the score is the test accuracy. A point with a
+    failing run is left out. If every point has a failing run, all points are compared. The result has no runs of a cell
+    without an accuracy.
     """
     runs = distinct(runs)
     needed = runs[[*CELL, *POINT_IN_CELL, "seed", "status", "fails", "score", "validation_loss"]]
@@ -58,7 +60,9 @@ def points_of(runs: pd.DataFrame) -> set[tuple[float, float]]:
 
 
 def beats(scores: pd.DataFrame, losses: pd.DataFrame) -> bool:
-    """Return whether the first of two grid points wins, compared over the seeds that both have.
+    """Return whether the first of two grid points wins against the second.
+
+    Only seeds with a run at both points count.
 
     scores, losses: one row for each seed, one column for each of the two points.
     """
@@ -71,7 +75,7 @@ def beats(scores: pd.DataFrame, losses: pd.DataFrame) -> bool:
 
 
 def counted(chosen: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs that are averaged: those that ended and do not fail.
+    """Return the runs that are averaged: all ended runs that do not fail.
 
     If all ended runs of a cell fail, all of them are averaged.
     """
@@ -82,15 +86,21 @@ def counted(chosen: pd.DataFrame) -> pd.DataFrame:
 
 
 def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each cell: the means of the runs at its chosen grid point, and how its runs ended.
+    """Return a table with one row for each cell, computed from the runs at its chosen grid point.
 
     chosen: what `choose` returns for the runs.
 
-    Columns: `CELL`, `rule`, `lr` and `weight_decay`; `n`, the number of averaged runs (0 if the cell has no accuracy
-    yet); `accuracy`, `score`, `hours` and the values of every layer, means over these runs; `sd`, the standard
-    deviation of the accuracy; `ended`, the number of ended runs at this grid point, and `failing`, the number of these
-    that fail; `states`, the number of runs of each status at all grid points; `unstable`, the first instability;
-    `unstable_runs`, the number of unstable runs; `devices`, the devices of the averaged runs.
+    Columns:
+        `CELL`, `rule`, `lr`, `weight_decay`: the cell, its rule and its chosen grid point.
+        `n`: number of averaged runs; 0 if the cell has no accuracy yet.
+        `accuracy`, `score`, `hours`, `cosine/1`, `dead/1`, …: means over the averaged runs.
+        `sd`: standard deviation of the accuracy.
+        `ended`: number of ended runs.
+        `failing`: number of ended runs that fail.
+        `states`: number of runs of each status, counted over all grid points.
+        `unstable`: first instability, as text.
+        `unstable_runs`: number of unstable runs.
+        `devices`: devices of the averaged runs.
     """
     every = distinct(runs).groupby(CELL, sort=False)
     averaged = counted(chosen).groupby(CELL, sort=False)

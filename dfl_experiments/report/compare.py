@@ -16,9 +16,9 @@ LEVEL = 0.95
 FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
 LARGEST_RATIO = 3.0  # a method is pooled if its standard deviation is at most this multiple of the other methods'
 FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
-MOST_ZEROS = 0.5  # if the signal is zero for a larger share of samples, the layer has no cosine
+MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
 NOISE_FLOORS = 3.0  # BP's lead over Shallow in single runs must exceed this many noise floors
-# Number of test images. A data set is listed if every run evaluates its whole test set.
+# Number of test images of the data sets whose whole test set is evaluated in every run.
 TEST_IMAGES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000}
 
 
@@ -58,12 +58,16 @@ def samples_of(runs: pd.DataFrame) -> dict[str, np.ndarray]:
 def against(chosen: pd.DataFrame, control: str) -> pd.DataFrame:
     """Compare every method of each setting with a control by Dunnett's many-to-one comparison.
 
-    The difference is d = mean(method) − mean(control). Its interval is d ± c s √(1/n + 1/n₀), with n runs of the method
-    and n₀ runs of the control. s² is the variance pooled over the methods of the setting. c is Dunnett's two-sided
-    critical value, so that the intervals of a setting are simultaneous at level `LEVEL`. There is no interval with
-    fewer than 2 runs of the method, 2 runs of the control, or 6 degrees of freedom for s². Methods with a failing run
-    are left out. If a method's standard deviation exceeds 3 × that of the other methods, the method is not pooled, and
-    gets Welch's t interval instead (`test` = "Welch").
+        difference = mean(method) − mean(control)
+        interval = difference ± c s √(1/n + 1/n₀)
+
+    The method has n runs, and the control has n₀ runs. s² is the variance pooled over the methods of the setting. c is
+    Dunnett's two-sided critical value. It makes the intervals of a setting simultaneous: with probability `LEVEL`, all
+    of them contain their true differences.
+
+    An interval needs 2 runs of the method, 2 runs of the control, and 6 degrees of freedom of s². Methods with a
+    failing run are left out. A method is not pooled if its standard deviation exceeds 3 × that of the other methods.
+    Such a method has Welch's t interval (`test` = "Welch").
 
     Args:
         chosen: runs at one grid point for each method, see `choose.choose`.
@@ -122,7 +126,7 @@ def is_odd(method: str, samples: Mapping[str, np.ndarray]) -> bool:
 def pooled_variance(samples: Iterable[np.ndarray]) -> tuple[float, int]:
     """Return the pooled variance s² = Σ (x − mean)² / Σ (n − 1) and its degrees of freedom Σ (n − 1).
 
-    Both are 0 if every sample has a single value.
+    If every sample has a single value, the variance and the degrees of freedom are 0.
     """
     squares, degrees = 0.0, 0
     for values in samples:
@@ -132,7 +136,10 @@ def pooled_variance(samples: Iterable[np.ndarray]) -> tuple[float, int]:
 
 
 def standard_error(variance: float, first: np.ndarray, second: np.ndarray) -> float:
-    """Return s √(1/n + 1/n₀), the standard error of the difference between the means of two samples. variance: s²."""
+    """Return s √(1/n + 1/n₀), the standard error of the difference between the means of two samples.
+
+    variance: s².
+    """
     return math.sqrt(variance * (1 / len(first) + 1 / len(second)))
 
 
@@ -157,15 +164,16 @@ def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
 
 
 def welch(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """Return mean(first) − mean(second) with Welch's t interval. The interval needs 2 values in each sample."""
+    """Return mean(first) − mean(second) with Welch's t interval, see `contrast`."""
     return contrast([first, second], [1.0, -1.0])
 
 
 def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimate:
-    """Return Σ w_k mean(x_k), with an interval that allows unequal variances.
+    """Return Σ w_k mean(x_k) with an interval that does not assume equal variances.
 
-    Sample x_k has n_k values with variance s_k². The standard error is √(Σ w_k² s_k²/n_k), with Welch–Satterthwaite
-    degrees of freedom. There is no interval if a sample has fewer than 2 values, or if all variances are 0.
+    The weights are w_k. Sample x_k has n_k values with variance s_k². The standard error is √(Σ w_k² s_k²/n_k), with
+    Welch–Satterthwaite degrees of freedom. There is no interval if a sample has fewer than 2 values, or if all
+    variances are 0.
     """
     n = np.array([len(values) for values in samples])
     means = np.array([values.mean() for values in samples])
@@ -183,13 +191,17 @@ def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimat
 
 
 def depth_utility(chosen: pd.DataFrame) -> pd.DataFrame:
-    """Return the depth utility of each method of a setting that has BP and Shallow.
+    """Return the depth utility of each method, for every setting that has BP and Shallow.
 
-    utility = (accuracy − accuracy_Shallow) / (accuracy_BP − accuracy_Shallow), where each method has its own best
-    learning rate. The utility is 0 for a method equal to Shallow, which does not train the lower blocks, and 1 for BP.
-    The interval is Fieller's, with the pooled variance of the setting; it needs 3 seeds. `ranks` says whether BP is
-    significantly more accurate than Shallow (for single runs: by more than 3 noise floors). If `ranks` is False, there
-    is no utility. Methods with a failing run are left out.
+        utility = (accuracy − accuracy_Shallow) / (accuracy_BP − accuracy_Shallow)
+
+    Each accuracy is that of a method at its own best learning rate. Shallow does not train the lower blocks. A method
+    as accurate as Shallow has utility 0, and a method as accurate as BP has utility 1. The interval is Fieller's, with
+    the variance pooled over the setting. The interval needs 3 seeds.
+
+    The column `ranks` says whether BP is significantly more accurate than Shallow. If BP or Shallow has a single run,
+    BP must be better by more than 3 noise floors. If `ranks` is False, the utility is NaN. Methods with a failing run
+    are left out.
 
     Source: Fieller, "Some problems in interval estimation", 1954.
     """
@@ -253,10 +265,11 @@ def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, all_samples
 
 
 def cosines(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs whose cosines are meaningful: all but BP, Shallow and failing runs.
+    """Return the runs with meaningful cosines. Runs of BP, runs of Shallow and failing runs are left out.
 
-    The cosine of a layer becomes NaN if the layer's signal equals BP's by construction, or if the signal is zero for
-    more than half of the samples at this grid point. The column `no_signal` lists the layers with that many zeros.
+    A layer's cosine becomes NaN if its signal equals BP's by construction. It also becomes NaN if the signal is zero
+    for more than half of the samples at this grid point. The column `no_signal` lists the layers whose signal is zero
+    that often.
     """
     kept = counted(distinct(runs))
     kept = kept[~kept.fails & ~kept.rule.isin(["bp", "shallow"])].assign(no_signal="")
@@ -271,9 +284,9 @@ def cosines(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
-    """Return the share of samples for which a layer's signal is zero.
+    """Return the share of samples for which a layer's signal is zero in the last epoch.
 
-    The share is that of the last epoch, averaged over the runs at the grid point.
+    The share is averaged over the runs at the grid point.
     """
     if f"zeros/{layer}" not in kept:
         return pd.Series(0.0, kept.index)
@@ -286,7 +299,8 @@ def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
 def alignment(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the mean cosine of every layer in the last epoch, for each method at each learning rate.
 
-    The cosine depends on the learning rate: compare methods at one rate only. `cosines` says which values are left out.
+    Compare methods only at the same learning rate, because the cosine depends on it. `cosines` describes which cosines
+    are left out.
     """
     kept = cosines(runs)
     names = layer_names(kept, "cosine")

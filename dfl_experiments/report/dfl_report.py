@@ -47,7 +47,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def report(asked: argparse.Namespace) -> None:
-    """Read the runs and write the report. Raises `UserError` and OSError."""
+    """Read the runs and write the report.
+
+    Raises:
+        UserError: a folder does not exist, there are no runs, or no run has the rule of --card.
+        OSError: a file cannot be written.
+    """
     from dfl_experiments.report.frame import runs as read_runs
     from dfl_experiments.report.tables import sections as sections_of
 
@@ -164,7 +169,7 @@ def picture(file: Path, page: Path | None) -> str:
 
 
 def latex(sections: "list[Section]", with_paper: bool) -> str:
-    """Return the table of methods of every section in LaTeX; needs the package booktabs."""
+    """Return the table of methods of every section in LaTeX. The LaTeX document needs the package booktabs."""
     from dfl_experiments.report import table_text
     from dfl_experiments.report.paper import published
     from dfl_experiments.report.tables import answer
@@ -195,7 +200,10 @@ def csv_of(sections: "list[Section]") -> str:
 
 
 def commands(sections: "list[Section]") -> str:
-    """Return one command for each run in the table of methods: it repeats the run; a comment gives the accuracy."""
+    """Return one line for each run in the table of methods.
+
+    The line is a command that repeats the run. A comment in the line gives the accuracy.
+    """
     import pandas as pd
 
     from dfl_experiments.report.tables import ordered

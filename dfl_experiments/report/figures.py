@@ -24,7 +24,7 @@ from dfl_experiments.report.style import (
 )
 from dfl_experiments.report.tables import Section, among
 
-MOST_LINES = 6  # with more methods, the legend names the families, not the methods
+MOST_LINES = 6  # if there are more methods, the legend names their families instead
 
 
 @dataclass
@@ -68,7 +68,7 @@ def lay_out(figure: Figure) -> None:
 def figures_of_row(row: pd.DataFrame, chosen: pd.DataFrame, title: str) -> dict[str, Figure]:
     """Return the figures of one setting by kind. A figure without values is left out.
 
-    row: the runs of the setting. chosen: those of them at the best grid points.
+    row: all runs of the setting. chosen: its runs at the best grid points.
     """
     shown = chosen if len(chosen) else row
     aligned = at_common_rate(row, shown)
@@ -81,10 +81,10 @@ def figures_of_row(row: pd.DataFrame, chosen: pd.DataFrame, title: str) -> dict[
 
 
 def at_common_rate(row: pd.DataFrame, shown: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs with cosines at one common grid point, because cosines depend on the learning rate.
+    """Return the runs with cosines at one common grid point. Cosines at different learning rates are not comparable.
 
-    This is the grid point at which the most methods have cosines. If there are several such points, it is the
-    point at which the most methods have runs in `shown`.
+    The common grid point is the one with cosines of the largest number of methods. If several points have this number,
+    the point with the most methods in `shown` is taken.
     """
     measured = compare.cosines(row)
     names = layer_names(measured, "cosine")
@@ -123,7 +123,10 @@ def differences(chosen: pd.DataFrame, title: str) -> Figure | None:
 
 
 def rates(row: pd.DataFrame, title: str) -> Figure | None:
-    """Draw accuracy over the learning rate, marking points with a failing run. Return None for fewer than two rates."""
+    """Draw accuracy against the learning rate. A cross marks a rate with a failing run.
+
+    Return None if there are fewer than two rates.
+    """
     ended = distinct(row[row.status.isin(ENDED) | row.fails])
     all_rates = sorted(ended.lr.unique())
     if len(all_rates) < 2:
@@ -152,7 +155,10 @@ def rates(row: pd.DataFrame, title: str) -> Figure | None:
 
 
 def limits_without_outliers(values: pd.Series) -> tuple[float, float]:
-    """Return axis limits that leave out values far from all others. The tables still show the values left out."""
+    """Return axis limits that leave out outliers. The tables still show the outliers.
+
+    An outlier is more than 5 interquartile ranges below the lower quartile or above the upper quartile.
+    """
     low, high = values.quantile(0.25), values.quantile(0.75)
     reach = 5 * max(high - low, 0.1)
     shown = values[values.between(low - reach, high + reach)]
@@ -161,6 +167,6 @@ def limits_without_outliers(values: pd.Series) -> tuple[float, float]:
 
 
 def add_families(axes: Axes, methods: list[str]) -> None:
-    """Add one entry to the legend for the colour of each family."""
+    """Add the colour of each family to the legend."""
     for family in dict.fromkeys(map(family_of, methods)):
         axes.plot([], color=FAMILY_COLOURS[family], label=family.replace(", B ", ",\nB "))

@@ -1,4 +1,4 @@
-"""The table of runs: one row for each run directory, with its settings and results; and the curves of the runs."""
+"""Read run directories into the table of runs, which has one row for each run. Also read the curves of the runs."""
 
 import logging
 import os
@@ -19,22 +19,27 @@ from dfl_experiments.seal import opened
 
 log = logging.getLogger(__name__)
 
-# Columns that identify a setting. The column `setting` is a text with all other options that differ between runs.
+# Columns that together identify a setting. The last one, `setting`, is a text with all other options that differ.
 ROW = [
     "smoke", "dataset", "model", "augmentation", "epochs", "limit", "optimizer", "schedule", "precision", "protocol",
     "setting",
 ]  # fmt: skip
 CELL = [*ROW, "method"]  # columns that identify a cell: one method in a setting
-POINT = [*CELL, "lr", "weight_decay"]  # columns that identify a grid point of a cell: one run for each seed
+POINT = [*CELL, "lr", "weight_decay"]  # columns that identify a grid point of a cell; it has a run for each seed
 
 
 def runs(*folders: str | Path) -> pd.DataFrame:
-    """Return one row for each run in and below the folders.
+    """Return a table with one row for each run in and below the folders.
 
-    Columns: `folder`, `status`, `reason`; the settings (`ROW`, `method`, `rule`, `lr`, `weight_decay`, `seed`, and
-    every configuration key that differs between runs of one net and data set); the results (`accuracy`,
-    `validation_accuracy`, `score`, `seconds`, `cosine/1`, `dead/1`, …); and the audit (`unstable`, `failed_to_learn`,
-    `fails`). Accuracies are fractions. A run that cannot be read is named in a warning and left out.
+    Columns:
+        `folder`, `status`, `reason`: the run directory, how the run ended, and why.
+        `ROW`, `method`, `rule`, `lr`, `weight_decay`, `seed`: the settings. There is also a column for every other
+            configuration key that differs between runs of one net and data set.
+        `accuracy`, `validation_accuracy`, `score`, `seconds`, `cosine/1`, `dead/1`, …: the results. Accuracies are
+            fractions of 1.
+        `unstable`, `failed_to_learn`, `fails`: whether and how the run went wrong.
+
+    A run that cannot be read is left out, and a warning names it.
 
     Raises:
         UserError: a folder does not exist, or there is no run in any folder.
@@ -65,17 +70,17 @@ def run_folders(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if name not in ("wandb", ".hydra"))
-        # Some of these files are enough: the directory is then a damaged run, and `record_of` reports what is missing.
+        # A directory with one of these files is a run. If it lacks other files, `record_of` reports a damaged run.
         if {CONFIG, RESULT, LAST, "epochs.csv"} & {*files, *below}:
             below.clear()
             yield Path(path)
 
 
 def by_precedence(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sort the runs. Among runs with the same configuration and seed, the run to use comes first.
+    """Sort the runs by preference. Of several runs with the same configuration and seed, the first one is used.
 
-    Finished runs come first, then runs that ended in another way, then all others. Within each of these groups, runs
-    that measured alignment come first, and after that runs that ended later.
+    Finished runs come first, then runs that ended in another way, then all others. Each of these groups begins with the
+    runs that measured alignment. Runs that are still equal are sorted by the time they ended, the latest first.
     """
     order = frame.assign(
         is_finished=frame.status == "finished",
@@ -117,7 +122,8 @@ def layer_names(frame: pd.DataFrame, quantity: str) -> list[str]:
 def curves(frame: pd.DataFrame, table: str = "epochs") -> pd.DataFrame:
     """Return the rows of `epochs.csv` or `iterations.csv` of all runs, with a column for the run's `folder`.
 
-    An incomplete last line is left out: a run that still trains may be writing it. A run without the file has no rows.
+    An incomplete last line is left out, because a run that still trains may be writing it. A run without the file has
+    no rows.
     """
     tables = []
     for folder in frame.folder:
@@ -134,14 +140,15 @@ def curves(frame: pd.DataFrame, table: str = "epochs") -> pd.DataFrame:
         except ValueError as error:  # another user's file can hold anything
             log.warning("left out: %s", printable(f"{path} ({one_line(error)})"))
             continue
-        tables.append(rows.copy().assign(folder=folder))  # a copy is one block, which columns are added to fast
+        tables.append(rows.copy().assign(folder=folder))  # the copy is one block of memory, so adding a column is fast
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"folder": []})
 
 
 def with_key(frame: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Return the frame with a column for a configuration key; unchanged if it has a column of this name.
+    """Return the frame with a column for a configuration key. A frame that has this column is returned unchanged.
 
-    The column holds numbers if every run has a number. Otherwise it holds texts, empty for a run without the key.
+    The column holds numbers if the key has a number in every run. Otherwise it holds texts. The text is empty for a run
+    without the key.
 
     Raises:
         UserError: no run has the key.

@@ -19,9 +19,10 @@ PROTOCOL_OPTION = re.compile(r"\$\{protocol\.(\w+)\}")
 
 
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns `setting` and `method`, and a column for each option that differs between runs.
+    """Add the columns `setting` and `method`, and a column for each option that these two columns name.
 
-    `setting` and `method` are texts that contain these options.
+    `method` is a text with the rule and those of its options that `method_options` returns. `setting` is a text with
+    all other options that differ between runs.
     """
     settings, methods = {}, {}
     columns: dict[Any, dict[str, str]] = {}
@@ -48,7 +49,10 @@ def assignments(options: Mapping[str, str]) -> list[str]:
 
 
 def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
-    """Return the keys whose values differ between runs. A missing digest of data or code does not count."""
+    """Return the keys whose values differ between runs.
+
+    Digests of data or code are compared only between the runs that recorded them.
+    """
     all_options = list(all_options)
     keys = []
     for key in sorted(set().union(*all_options)):
@@ -61,7 +65,7 @@ def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 def method_options(rule: str, protocol: str, options: Mapping[str, str], differing_keys: list[str]) -> dict[str, str]:
-    """Return the options of a method whose value is not the default.
+    """Return those options of a method that differ from their default.
 
     An option without a known default is returned if its key is in `differing_keys`.
     """
@@ -76,9 +80,10 @@ def method_options(rule: str, protocol: str, options: Mapping[str, str], differi
 
 @cache
 def method_defaults(rule: str, protocol: str) -> dict[str, str]:
-    """Return the default options of a rule under a protocol, as text, from conf/method/RULE.yaml.
+    """Return the default options of a rule as texts, read from conf/method/RULE.yaml.
 
-    An option whose default depends on other options is left out.
+    A default that refers to an option of the protocol is replaced by the value in conf/protocol/PROTOCOL.yaml. An
+    option whose default refers to anything else is left out.
     """
     values, choices = conf_values("method", rule), conf_values("protocol", protocol)
     defaults = {}
@@ -92,12 +97,12 @@ def method_defaults(rule: str, protocol: str) -> dict[str, str]:
 
 @cache
 def conf_values(group: str, option: str) -> dict[str, Any]:
-    """Return the values of a file in conf/, with unresolved interpolations; empty if there is no such file."""
+    """Return the values of a YAML file in conf/; empty if there is no such file. Interpolations are not resolved."""
     path = Path(CONF_DIR) / group / f"{option}.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def option_names(frame: pd.DataFrame) -> list[str]:
-    """Return the options that are named in the column `setting` and have a column of their own."""
+    """Return the options that occur in the texts of the column `setting` and that have a column of their own."""
     keys = set(OPTION.findall(", ".join(set(frame.setting))))
     return sorted(keys.intersection(frame.columns))

@@ -1,4 +1,4 @@
-"""The lines of a figure: which runs form a line, and its label, colour and dash."""
+"""Group runs into the lines of a figure, and choose the label, the colour and the dash of each line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from dfl_experiments.report.series import span
 from dfl_experiments.report.style import DASHES, PALETTE, Look, family_of, gradient, look_of, title_of, words
 
 MOST_LABELS = 6  # largest number of labels in the legend; with more, the legend explains only the colours
-# Columns for the label of a line. Order in the label: FIRST_NAMES, the options that differ, LAST_NAMES.
+# Columns that can appear in the label of a line. Options appear after FIRST_NAMES and before LAST_NAMES.
 FIRST_NAMES = ("method", "model", "dataset", "augmentation")
 LAST_NAMES = (
     "lr", "weight_decay", "epochs", "limit", "optimizer", "schedule", "precision", "protocol", "smoke", "origin",
@@ -21,10 +21,12 @@ LAST_NAMES = (
 
 
 def with_lines(frame: pd.DataFrame, keys: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """Return the runs to draw, with two more columns. Unfinished runs are left out if their line has finished runs.
+    """Return the runs to draw, with the columns `line` and `origin`.
 
-    line: number of the line that a run belongs to.
-    origin: name of a folder, if runs with the same seed differ only in their folder; else empty.
+    line: number of the line that the run belongs to.
+    origin: name of the run's folder, if there is another run with the same settings and seed; else empty.
+
+    If a line has finished runs, its other runs are left out. Sentences about unfinished runs are added to `notes`.
     """
     point = list(dict.fromkeys([*POINT, *keys, "origin"]))
     frame = frame.reset_index(drop=True).assign(origin="")
@@ -50,12 +52,13 @@ def with_lines(frame: pd.DataFrame, keys: Sequence[str], notes: list[str]) -> pd
 
 
 def lines_of(frame: pd.DataFrame, color: str | None, facet: str | None, notes: list[str]) -> pd.DataFrame:
-    """Return one row for each line, with the line's number as index, and with these columns.
+    """Return a table with one row for each line. The index is the line's number. The new columns are:
 
-    facet, heading: the value of the key `facet`, and this value as a label.
-    label: a text with the values that differ between lines.
+    facet: value of the key `facet`.
+    heading: this value as a label.
+    label: text with the values that differ between lines.
     look: colour and dash.
-    legend: the line's text in the legend: its label or, if there are many lines, the meaning of its colour.
+    legend: the line's text in the legend. It is the label or, if there are many lines, the meaning of the colour.
     """
     lines = frame.drop_duplicates("line").set_index("line").sort_index()
     lines["facet"] = lines[facet] if facet else ""
@@ -98,7 +101,7 @@ def in_words(lines: pd.DataFrame, column: str) -> list[str]:
 def looks(lines: pd.DataFrame, key: str) -> list[Look]:
     """Return the look of each line. The value in the column `key` decides the colour.
 
-    If there are few labels, lines of one colour have different dashes.
+    If there are few labels, lines of the same colour get different dashes.
     """
     values = sorted(lines[key].unique())
     is_number = is_numeric_dtype(lines[key])
@@ -122,9 +125,10 @@ def looks(lines: pd.DataFrame, key: str) -> list[Look]:
 
 
 def title(lines: pd.DataFrame) -> str:
-    """Return the title of a figure: the nets and data sets, or their number if there are more than three.
+    """Return the title of a figure: nets and data sets, method, learning rate.
 
-    The method and the learning rate follow, each only if it is the same for all lines.
+    If there are more than three pairs of net and data set, the title only gives their number. The method is left out if
+    it differs between lines. The learning rate is also left out if it differs.
     """
     titles = list(dict.fromkeys(title_of(row) for row in lines.to_dict("records")))
     if len(titles) > 3:

@@ -20,11 +20,11 @@ from dfl_experiments.report.series import WHAT, axis_of, measured, over_seeds
 from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 
 DEFAULT = ("loss", "accuracy", "alignment")
-RELATIVE = ("alignment", "norm")  # relative to BP, and so constant in a layer whose signal equals BP's
+RELATIVE = ("alignment", "norm")  # relative to BP: constant in a layer whose signal equals BP's
 BOUNDED = ("accuracy", "alignment", "dead")  # quantities with a fixed range
 MOST_PANELS = 60
 MOST_LAYERS = 6  # largest number of layers that have a panel
-MOST_COLOURS = 12  # largest number of colours in the legend; with more, the legend shows only some
+MOST_COLOURS = 12  # largest number of colours in the legend; of more colours, only some are shown
 MOST_DETAILED = 3  # a panel with more curves shows neither measured values nor validation curves
 ALIASES = {
     "optimizer.lr": "lr",
@@ -57,21 +57,22 @@ def draw(
 ) -> Figure:
     """Draw the curves of the runs.
 
-    Runs that differ only in the seed become one line: the mean over the seeds, with a band from the lowest to the
-    highest value.
+    Runs that differ only in the seed become one line, which shows the mean over the seeds. A band around the line
+    reaches from the lowest to the highest value.
 
     Parameters:
         frame: the runs, as `frame.runs` returns them.
-        what: names of quantities in `WHAT`; default loss, accuracy and alignment, if measured.
-        layers: hidden layers, counted from 1; default: all, or six evenly spaced layers if there are more.
-        by: the x axis; default iteration if every run has iterations.csv.
-        color: column or configuration key; each of its values gets a colour. Default: the first column that differs.
-        facet: column or configuration key; each of its values gets a panel for each quantity and layer.
-        smooth: window of the running mean, in measured iterations; 1: no smoothing; default: 1/40 of each curve.
+        what: names of quantities in `WHAT`. Default: those of loss, accuracy and alignment that were measured.
+        layers: hidden layers, counted from 1. Default: all, or six evenly spaced ones if there are more.
+        by: the x axis. Default: iteration if every run has iterations.csv, else epoch.
+        color: column or configuration key. Each of its values gets a colour. Default: the first column that differs.
+        facet: column or configuration key. Each of its values gets a panel for each quantity and layer.
+        smooth: window of the running mean, in measured iterations. 1: no smoothing. Default: 1/40 of each curve.
         log: use a logarithmic y axis for loss, norm and rms.
 
     Raises:
-        UserError: no run has the quantity, the layer or the key, or no run has values.
+        UserError: no run has a requested quantity, layer or key; no run has values; the figure would have too many
+            panels; or `smooth` is set and the x axis shows epochs.
     """
     names = list(what or DEFAULT)
     for name in names:
@@ -96,7 +97,7 @@ def draw(
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
             draw_panel(axes, panel, values, notes)
-        for axes, panel in zip(figure.axes, panels, strict=True):  # after every curve on shared axes is drawn
+        for axes, panel in zip(figure.axes, panels, strict=True):  # now all curves are drawn, also on shared axes
             if panel.name not in BOUNDED and axes.lines:
                 set_scale(axes, panel.name, log, notes)
         add_legend(figure, notes)
@@ -105,7 +106,7 @@ def draw(
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Return at most `most` of the indices 0 … count-1, evenly spaced, including the first and the last."""
+    """Return at most `most` evenly spaced indices from 0 … count-1. The first and the last index are among them."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
@@ -167,10 +168,10 @@ def layers_of(
 def with_axes(panels: Sequence[Panel], columns: int) -> Figure:
     """Return a figure with axes for each panel.
 
-    If all runs use one data set, the panels of a quantity and layer share their y axis. For alignment and dead units,
-    the panels of all layers share it.
+    If all runs use one data set, all panels that show the same quantity and layer share one y axis. For alignment and
+    dead units, the panels of all layers share one y axis.
 
-    columns: number of panels in a row, used if it is 2 to 4.
+    columns: number of panels in a row, if it is 2, 3 or 4. Otherwise the function chooses this number.
     """
     number = len(panels)
     if not 1 < columns < 5:
@@ -223,7 +224,10 @@ def draw_curve(axes: Axes, rows: pd.DataFrame, label: str, look: Look, is_detail
 
 
 def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
-    """Set the limits of a y axis so that outliers do not compress the curves; use a log axis for a wide range."""
+    """Set the scale and the limits of a y axis so that outliers do not compress the curves.
+
+    The axis is logarithmic if `log` is set. Outliers also make it logarithmic, but not for the loss.
+    """
     siblings = axes.get_shared_y_axes().get_siblings(axes)
     drawn = [np.asarray(line.get_ydata()) for sibling in siblings for line in sibling.lines]
     values = np.concatenate(drawn)
@@ -242,8 +246,8 @@ def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
 def ceiling(drawn: Sequence[np.ndarray], times: float) -> float:
     """Return the largest drawn value that is not an outlier.
 
-    The height of a curve is its first value or its 98 % quantile, whichever is larger. A value is an outlier if it
-    exceeds `times` × the upper quartile of the curves' heights.
+    The height of a curve is its first value or its 98 % quantile, whichever is larger. The usual height is the upper
+    quartile of the heights of all curves. A value is an outlier if it exceeds `times` × the usual height.
     """
     heights = [max(curve[0], np.quantile(curve, 0.98)) for curve in drawn]
     usual = np.quantile(heights, 0.75, method="lower") or max(heights)
@@ -259,7 +263,7 @@ def plain_ticks(axes: Axes) -> None:
 
 
 def add_legend(figure: Figure, notes: list[str]) -> None:
-    """Add one legend for all panels. If it has more than `MOST_COLOURS` entries, show only some of the entries."""
+    """Add one legend for all panels. If there are more than `MOST_COLOURS` entries, show only some of them."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -13,12 +13,12 @@ from dfl_experiments.report.run_record import ALL_IMAGES
 from dfl_experiments.report.style import method_name, title_of
 
 ROWS = ["dataset", "augmentation", "model"]
-# Columns in which a run must equal a published row.
+# A run is compared with a published accuracy if both have equal values in these columns.
 SETTINGS = [*ROWS, "method", "epochs", "limit", "optimizer", "schedule", "setting"]
 
 
 def published() -> pd.DataFrame:
-    """Return the published accuracies as fractions of 1, with the settings that a comparable run has."""
+    """Return the published accuracies as fractions of 1. The other columns hold the settings of a comparable run."""
     frame = pd.read_csv(Path(__file__).with_name("paper_tables.csv"))
     frame["epochs"] = [int(conf_values("dataset", name)["epochs"]) for name in frame.dataset]
     return frame.assign(limit=ALL_IMAGES, optimizer="adam", schedule="step", setting="", smoke=False).rename(

@@ -17,9 +17,9 @@ from dfl_experiments.running.run_directory import CONFIG
 ENDED = ("finished", "collapsed")  # statuses of a run that has an accuracy
 UNFIT = ("diverged", "collapsed", "stopped", "failed")  # statuses of a run that fails
 GROUPS = (*PLACES, "optimizer", "schedule", "protocol")
-ALL_IMAGES = "all"  # value of the column `limit` of a run that trains on all training images
+ALL_IMAGES = "all"  # value in the column `limit` if a run trains on all training images
 PER_LAYER = ("cosine", "activation_rms", "dead", "norm_ratio", "zeros")
-# Options that are not part of the setting: each has its own column, or does not change the results.
+# Options that the column `setting` does not show. They have a column of their own, or do not change the results.
 NOT_IN_SETTING = {
     "epochs",
     "precision",
@@ -51,7 +51,7 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     epochs = read_epochs(run_dir, result)
     needs_epochs = config["protocol"]["accuracy"] == "best_validation"
     if status == "finished" and needs_epochs and not epochs:
-        raise UserError("there is no epochs.csv, which protocol.accuracy=best_validation needs to choose a grid point")
+        raise UserError("epochs.csv is missing, but protocol.accuracy=best_validation needs its validation accuracies")
     return {
         "folder": str(run_dir),
         "status": status,
@@ -175,7 +175,10 @@ def number(value: float | None) -> float:
 def validation_of(
     config: Mapping[str, Any], result: Mapping[str, Any], epochs: Mapping[str, Sequence[float | None]]
 ) -> tuple[float | None, float | None]:
-    """Return validation accuracy and loss at the epoch that the protocol reports; None for an unrecorded value."""
+    """Return the validation accuracy and the validation loss at the epoch that the protocol reports.
+
+    A value that was not recorded is None.
+    """
     if config["protocol"]["accuracy"] != "best_validation":
         return result.get("validation_accuracy"), result.get("validation_loss")
     accuracies = [number(value) for value in epochs.get("validation_accuracy", ())]
@@ -188,11 +191,12 @@ def validation_of(
 
 
 def has_failed_to_learn(accuracy: float, best: float, chance: float) -> bool:
-    """Return whether a test accuracy is below 0.8 × the run's best, or at chance.
+    """Return whether a test accuracy is below 0.8 × the run's best test accuracy, or at chance.
 
-    At chance means below c + min(c/2, 0.02, (1 − c)/5).
+    An accuracy is at chance if it is below c + min(c/2, 0.02, (1 − c)/5).
 
-    chance: c, the accuracy of a network that always predicts the most frequent class; 1/K for K equally large classes.
+    chance: c, the accuracy of a network that always predicts the most frequent class. It is 1/K for K classes of the
+        same size.
     """
     margin = min(chance / 2, 0.02, (1 - chance) / 5)
     return accuracy < max(0.8 * best, chance + margin)

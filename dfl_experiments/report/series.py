@@ -41,7 +41,8 @@ BY_ITERATION = ("loss", "alignment", "norm")  # in iterations.csv; other quantit
 def axis_of(frame: pd.DataFrame, names: Sequence[str], by: str | None, notes: list[str]) -> str:
     """Return the x axis, "iteration" or "epoch".
 
-    It is "epoch" if `by` asks for it, if a run has no iterations.csv, or if iterations.csv has none of the quantities.
+    The axis is "epoch" in three cases: `by` is "epoch", a run has no iterations.csv, or iterations.csv has none of the
+    quantities.
     """
     lacking = sum(not (Path(folder) / "iterations.csv").exists() for folder in frame.folder)
     if by == "epoch" or not set(names) & set(BY_ITERATION):
@@ -57,7 +58,8 @@ def axis_of(frame: pd.DataFrame, names: Sequence[str], by: str | None, notes: li
 def measured(frame: pd.DataFrame, names: Sequence[str], by: str, smooth: int | None, notes: list[str]) -> pd.DataFrame:
     """Return the values of the runs in the format of `long`.
 
-    If the x axis shows iterations, a value that is measured once an epoch is placed at the epoch's last iteration.
+    Some quantities are measured once an epoch. On an x axis of iterations, their values are placed at the last
+    iteration of the epoch.
     """
     epochs = curves(frame)
     if by == "epoch":
@@ -74,7 +76,10 @@ def measured(frame: pd.DataFrame, names: Sequence[str], by: str, smooth: int | N
 
 
 def with_names_of_epochs(iterations: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of iterations with the column names of epochs.csv, and with ‖δ‖ / ‖δ of BP‖ of each layer."""
+    """Return the table of iterations.csv with the column names of epochs.csv.
+
+    The ratio ‖δ‖ / ‖δ of BP‖ of each layer is added.
+    """
     table = iterations.rename(columns=lambda name: name.replace("cosine_sample/", "cosine/"))
     table = table.rename(columns={"loss": "train_loss"})
     ratios = {}
@@ -86,9 +91,16 @@ def with_names_of_epochs(iterations: pd.DataFrame) -> pd.DataFrame:
 
 
 def long(table: pd.DataFrame, x: str, names: Sequence[str]) -> pd.DataFrame:
-    """Return one row for each value: folder, x, value, raw, what, layer, is_validation.
+    """Return a table with one row for each value in `table`.
 
-    raw: NaN, until `smoothed` sets it. what: name of the quantity. layer: 0 for a quantity of the whole net.
+    Columns:
+        folder: the run directory.
+        x: iteration or epoch.
+        value: the value in the unit of the figure.
+        raw: NaN. `smoothed` writes the measured value here.
+        what: name of the quantity in `WHAT`.
+        layer: hidden layer, or 0 for a quantity of the whole net.
+        is_validation: whether the value was measured on the validation set.
     """
     empty = {"folder": "", "x": 0.0, "value": 0.0, "raw": 0.0, "what": "", "layer": 0, "is_validation": False}
     parts = [pd.DataFrame([empty]).iloc[:0]]
@@ -105,7 +117,10 @@ def long(table: pd.DataFrame, x: str, names: Sequence[str]) -> pd.DataFrame:
 
 
 def smoothed(table: pd.DataFrame, smooth: int | None, notes: list[str]) -> pd.DataFrame:
-    """Return running means in column `value`, measured values in column `raw`, at most `MOST_POINTS` for each curve."""
+    """Return the table with running means in the column `value` and the measured values in the column `raw`.
+
+    Curves with more than `MOST_POINTS` points are thinned.
+    """
     groups = table.groupby(["folder", "what", "layer"], sort=False)
     index = groups.cumcount()
     size = groups.value.transform("size")
@@ -120,12 +135,15 @@ def smoothed(table: pd.DataFrame, smooth: int | None, notes: list[str]) -> pd.Da
 
 
 def running_mean(values: pd.Series, window: int) -> pd.Series:
-    """Return the centred running mean over `window` values. At the two ends of a curve it is over fewer values."""
+    """Return the centred running mean over `window` values. At the two ends, the mean is over fewer values."""
     return values.rolling(window, center=True, min_periods=1).mean() if window > 1 else values
 
 
 def over_seeds(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return for each line the mean, lowest and highest value over its runs, at every x that all of its runs have."""
+    """Return the mean, the lowest and the highest value of each line at every x.
+
+    The values are computed over the runs of the line. An x is left out if one of these runs has no value there.
+    """
     table = table.merge(frame[["folder", "line"]], on="folder")
     curve = ["line", "what", "layer", "is_validation"]
     values = table.groupby([*curve, "x"], as_index=False).agg(

@@ -1,4 +1,4 @@
-"""Style of figures and tables: colours of the methods, names as papers print them, and the writing of figures."""
+"""Define the style of figures and tables: colours and printed names of methods. Also write figures to files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,7 +54,7 @@ IN_WORDS = {
     },
     "optimizer": {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"},
 }
-# Settings that a title names only if they have another value.
+# Usual values of settings. A title names such a setting only if its value differs from the usual one.
 USUAL = {"limit": "all", "precision": "float32", "optimizer": "adam", "schedule": "step", "protocol": "fair"}
 # None keeps dates and versions out of the files, so that the same runs give the same bytes.
 METADATA: dict[str, Any] = {
@@ -109,7 +109,8 @@ def method_order(method: str) -> tuple[int, str]:
 def family_of(method: str) -> str:
     """Return a method's family.
 
-    It is `OTHER` for a user's own rule, and for a method with options other than `feedback` (the shape of B).
+    The option `feedback` (the shape of B) does not change the family. A method with other options belongs to `OTHER`. A
+    user's own rule also belongs to `OTHER`.
     """
     rule, *options = method.split(", ")
     if all(option.startswith("feedback=") for option in options):
@@ -120,7 +121,7 @@ def family_of(method: str) -> str:
 
 
 def look_of(method: str) -> Look:
-    """Return a method's look, the same in every figure: the colour of its family, and a dash."""
+    """Return a method's look: the colour of its family, and a dash. A method has the same look in every figure."""
     rule = method.partition(", ")[0]
     family = family_of(method)
     members = FAMILIES.get(family, ())
@@ -174,7 +175,7 @@ def row_title(row: Mapping[str, Any]) -> str:
 
 
 def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
-    """Add a title above a figure, and the notes as a caption below the figure, each note once."""
+    """Add a title above a figure, and a caption below the figure. The caption has each note once."""
     width = figure.get_figwidth()
     caption = " ".join(dict.fromkeys(notes))
     figure.suptitle("\n".join(wrap(title, int(9 * width))))
@@ -193,10 +194,10 @@ def styled(**options: Any) -> Iterator[None]:
 
 @cache
 def small_font() -> str:
-    """Make a copy of DejaVu Sans that has only the usual characters, and return its name.
+    """Make a copy of DejaVu Sans that has only the usual characters, and return the name of the copy.
 
-    Every PDF file embeds a subset of its font. The copy saves time: computing this subset from the whole font takes
-    longer than the rest of writing the file.
+    Every PDF file contains those characters of the font that the figure uses. Extracting them from the whole font
+    takes longer than everything else in writing the file. Extracting them from the small copy is fast.
     """
     from fontTools import subset
     from matplotlib import font_manager
@@ -224,7 +225,7 @@ def temporary_folder() -> "TemporaryDirectory[str]":
 
 
 def ending_of(path: Path) -> str:
-    """Return the format of a figure's file: its ending. Raises `UserError` if it is not png, pdf or svg."""
+    """Return the ending of a figure's file. Raises `UserError` if the ending is not png, pdf or svg."""
     ending = path.suffix[1:].lower()
     if ending not in METADATA:
         raise UserError(f"{path}: a figure's file ends in .png, .pdf or .svg")
@@ -232,7 +233,10 @@ def ending_of(path: Path) -> str:
 
 
 def save(figure: "Figure", path: Path, dpi: int = 150) -> None:
-    """Write a figure to a file, in the format that the file's ending names. The same runs give the same bytes."""
+    """Write a figure to a file. The file's ending decides the format.
+
+    Figures of the same runs give files with the same bytes.
+    """
     ending = ending_of(path)
     options = {"font.sans-serif": [small_font()]} if ending == "pdf" else {}
     with naming(path), styled(**options):

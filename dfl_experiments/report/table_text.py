@@ -12,10 +12,10 @@ from tabulate import LATEX_ESCAPE_RULES, tabulate
 from dfl_experiments.report.style import method_name
 
 NONE = "–"
-# Markdown syntax within a line. To disable a link, it is enough to escape the ]. A _ inside a word is not syntax.
+# Characters that are Markdown syntax. A link is disabled by escaping its ]. A _ inside a word is not syntax.
 MARKDOWN_SYNTAX = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
 LATEX_SYMBOLS = {"±": r"$\pm$", "−": "$-$", "–": "--", "‖": r"$\|$", "δ": r"$\delta$", "₁": "$_1$"}
-# Explanations of columns. A report ends with those of the columns that its tables have.
+# Explanations of columns, by column name. A report ends with the explanations of the columns in its tables.
 EXPLANATIONS = {
     "accuracy, %": (
         "Accuracy: test accuracy in percent, as the protocol reports it; mean over n seeds ± sample standard "
@@ -72,7 +72,7 @@ class Table:
 
 
 def explanations(columns: Collection[str], has_smoke: bool) -> list[str]:
-    """Return the explanations of these columns, and of smoke runs if there are any."""
+    """Return the explanations of these columns. If there are smoke runs, also explain what a smoke run is."""
     sentences = [sentence for column, sentence in EXPLANATIONS.items() if column in columns]
     return [*sentences, SMOKE] if has_smoke else sentences
 

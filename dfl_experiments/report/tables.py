@@ -33,7 +33,7 @@ class Section:
 
 
 def sections(runs: pd.DataFrame) -> list[Section]:
-    """Return the sections of a report, smoke runs last."""
+    """Return the sections of a report. Smoke runs come last."""
     chosen = choose(runs)
     frame = compared_cells(runs, chosen)
     parts = []
@@ -49,7 +49,7 @@ def among(chosen: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared_cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `choose.cells`, with columns for the differences from BP and DFA and for the depth utility.
+    """Return the rows of `choose.cells` with more columns: the differences from BP and DFA, and the depth utility.
 
     chosen: what `choose.choose` returns for the runs.
     """
@@ -74,11 +74,14 @@ def ordered(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_settings(frame: pd.DataFrame, runs: pd.DataFrame, columns: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Return a table of texts. Its columns are the settings that differ between rows, the method, then `columns`.
+    """Return a table of texts.
 
-    An entry of `columns` with nothing but dashes is left out.
+    The first columns are the settings that differ between rows. The next column is the method. The last columns are
+    those of `columns`. A column that contains only dashes is left out.
 
-    frame: the setting and the method of each row. runs: the runs of the table, with a column for each option.
+    frame: the setting and the method of each row.
+    runs: the runs of the table, with a column for each option.
+    columns: the texts of each further column.
     """
     shown = pd.DataFrame(index=frame.index)
     for key in ROW:
@@ -97,7 +100,9 @@ def with_settings(frame: pd.DataFrame, runs: pd.DataFrame, columns: Mapping[str,
 
 
 def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
-    """Return the table of methods, best first: accuracy, differences from BP and DFA with intervals, depth utility.
+    """Return the table of methods. In each setting, the best method comes first.
+
+    The table shows accuracies, differences from BP and DFA with their intervals, and depth utilities.
 
     paper: published accuracies, see `paper.published`. Each is shown in the row with the same settings and epochs.
     """
@@ -126,7 +131,7 @@ def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
 
 
 def best_of_setting(frame: pd.DataFrame) -> pd.Series:
-    """Return for each row whether its accuracy, rounded, is the highest of its setting.
+    """Return for each row whether its rounded accuracy is the highest of its setting.
 
     Methods with a failing run are left out. If fewer than two methods of a setting remain, no row is best.
     """
@@ -137,7 +142,7 @@ def best_of_setting(frame: pd.DataFrame) -> pd.Series:
 
 
 def verdict(frame: pd.DataFrame, is_best: pd.Series) -> str:
-    """Return the meaning of the marks.
+    """Return the part of the caption that explains the mark of the best methods.
 
     If all rows have one setting, also name the methods without a significant difference from BP.
     """
@@ -181,7 +186,7 @@ def answer_caption(frame: pd.DataFrame) -> str:
 def accuracy_text(row: Any) -> str:
     """Return a cell's accuracy as text, such as "98.64 ± 0.07" or "66.56 (1 of 3; 2 failed)".
 
-    For a cell without an accuracy, return the number of its runs of each status.
+    If the cell has no accuracy, return the number of its runs of each status instead.
     """
     if row.n == 0:
         return row.states
@@ -196,14 +201,14 @@ def accuracy_text(row: Any) -> str:
 
 
 def utility_text(row: Any) -> str:
-    """Return a cell's depth utility in percent, or "cannot rank" if accuracy cannot rank the rules of the setting."""
+    """Return a cell's depth utility in percent. Return "cannot rank" if BP is not significantly better than Shallow."""
     if pd.notna(row.ranks) and not row.ranks:
         return "cannot rank"
     return interval_text(row.utility, row.utility_low, row.utility_high, style=".0f")
 
 
 def details(section: Section) -> list[Table]:
-    """Return the tables after the table of methods: rates, alignment and stability, without empty tables."""
+    """Return the tables that follow the table of methods: rates, alignment and stability. Empty tables are left out."""
     tables = [rates(section.runs), alignment(section.runs), stability(section)]
     return [table for table in tables if table is not None]
 
@@ -269,7 +274,7 @@ def stability(section: Section) -> Table | None:
 
 
 def largest(frame: pd.DataFrame, quantity: str, style: str) -> list[str]:
-    """Return as text, for each row, the largest value over the layers and the layer that has it."""
+    """Return for each row a text such as "12% (layer 3)": the largest value over the layers, and its layer."""
     texts = []
     for _, row in frame[layer_names(frame, quantity)].iterrows():
         values = row.dropna()
@@ -288,7 +293,10 @@ def unstable_text(row: Any) -> str:
 
 
 def notes(section: Section) -> list[str]:
-    """Return one note for each status that means no accuracy: number of runs, their methods, and the first reason."""
+    """Return one note for each status of the runs without an accuracy.
+
+    The note has the number of these runs, their methods, and the first reason.
+    """
     texts = []
     unfinished = section.runs[~section.runs.status.isin(ENDED)]
     for status, part in unfinished.groupby("status"):

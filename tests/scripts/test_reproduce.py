@@ -129,7 +129,7 @@ def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
     ("arguments", "words"),
     [
         (["--only", "svhn"], "--only svhn: choose from bp, cifar10"),
-        (["--only", "mnist,flip"], "no cell has all of these"),
+        (["--only", "mnist,flip"], "no run combines these words"),
         (["--seeds", "0"], "'0': must be a whole number above zero"),
         (["--launcher", "cloud"], "invalid choice: 'cloud'"),
         (["--launcher", "basic", "--jobs", "3"], "choose --launcher joblib"),
