@@ -15,7 +15,7 @@ from typing import NoReturn
 
 
 def leave(program: str, signum: int, frame: FrameType | None = None) -> NoReturn:
-    """End the process at once. Raise no exception, because the code of an import could catch the exception.
+    """End the process at once, without an exception, because a module that is being imported could catch an exception.
 
     The process has nothing to save yet.
     """

@@ -144,7 +144,7 @@ def of_torch(target: str, key: str) -> type[OptimizerFactory]:
         if closure.default is None:
             kinds[f"torch.optim.{name}"] = kind
     if target not in kinds:
-        raise UserError(f"{key}._target_={target}: must be an optimizer that needs no closure: {', '.join(kinds)}")
+        raise UserError(f"{key}._target_={target}: must be one of {', '.join(kinds)}, which need no closure")
     kind = kinds[target]
     hints = get_type_hints(kind.__init__)
     options = []

@@ -179,6 +179,8 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: source, method, published (in percent), n (number of seeds), found (a text), verdict.
 
+    A comparison needs three seeds.
+
     A published value agrees with the runs of its experiment in two cases:
     - It lies in the 95 % interval of the runs' mean (Student's t over the seeds).
     - It differs from this mean by at most the noise floor √(p(1 − p)/N). p is the published value, and N is the
@@ -195,7 +197,7 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
             row |= {"found": value.not_reproducible, "verdict": NOT_REPRODUCIBLE}
         elif whole.fails.any():
             row |= {"found": failures(whole, whole.method.unique()), "verdict": FAILS}
-        elif len(rates) > 1:
+        elif len(rates) >= compare.FEWEST_SEEDS:
             row |= compared(rates, value.accuracy / 100, compare.TEST_IMAGES[values["dataset"]["name"]])
         else:
             lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))

@@ -102,7 +102,7 @@ def controls_part(runs: pd.DataFrame) -> Iterator[str]:
     yield "## Controls of the alignment figure\n"
     yield (
         "MNIST with SGD at 1e-4, mean over seeds. `fixed_blocks=2` keeps the hidden layers' W, so that only B and the "
-        "head learn; `init=default` draws B anew in place of the product of the W above it.\n"
+        "head learn; `init=default` draws a random B; by default, the initial B is the product of the W above it.\n"
     )
     curves = frame.curves(sgd).merge(sgd[["folder", "method"]], on="folder")
     means = curves.groupby(["method", "epoch"])[["cosine/1", "test_accuracy"]].mean().unstack("epoch")

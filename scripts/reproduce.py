@@ -241,7 +241,7 @@ def cells_within(asked: argparse.Namespace) -> list[PlannedCell]:
     totals = list(itertools.accumulate(cell.hours for cell in planned))
     fitting = [cell for cell, total in zip(planned, totals, strict=True) if total <= asked.budget]
     if planned and not fitting:
-        raise UserError(f"--budget: the cheapest cell takes about {planned[0].hours:.2g} hours on this machine")
+        raise UserError(f"--budget: too small; the cheapest cell takes about {planned[0].hours:.2g} hours here")
     for cell in fitting:
         print(cell)
     runs, total = sum(cell.runs for cell in fitting), sum(cell.hours for cell in fitting)

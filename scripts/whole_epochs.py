@@ -97,7 +97,9 @@ def write_mnist(folder: Path, count: int) -> None:
 
 
 def epoch_times(model: str, count: int, device: torch.device) -> Numbers:
-    """Return milliseconds per image of a LAS epoch as in published code, of a LAS epoch here, and of an evaluation.
+    """Return three times: a LAS epoch of the published code, a LAS epoch of this project, and an evaluation.
+
+    The times are in milliseconds per image.
 
     count: number of images.
     """

@@ -39,7 +39,7 @@ class Residual(nn.Module):
 
 
 class Stage(nn.Module):
-    """A chain of basic blocks with ReLU between them. Its output is the sum of the last block, before the ReLU."""
+    """A chain of basic blocks with a ReLU between them. There is no ReLU after the last block."""
 
     def __init__(self, *residuals: Residual) -> None:
         super().__init__()

@@ -66,8 +66,8 @@ def against(chosen: pd.DataFrame, control: str) -> pd.DataFrame:
     of them contain their true differences.
 
     An interval needs 2 runs of the method, 2 runs of the control, and 6 degrees of freedom of s². Methods with a
-    failing run are left out. A method is not pooled if its standard deviation exceeds 3 × that of the other methods.
-    Such a method has Welch's t interval (`test` = "Welch").
+    failing run are left out. s² leaves out a method whose standard deviation is more than 3 × the pooled standard
+    deviation of the other methods. Such a method gets Welch's t interval (`test` = "Welch").
 
     Args:
         chosen: runs at one grid point for each method, see `choose.choose`.

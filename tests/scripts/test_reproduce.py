@@ -111,7 +111,7 @@ def test_a_budget_takes_the_cheapest_cells_first_and_one_seed_of_all_before_a_se
 def test_a_budget_that_is_too_small_says_what_the_cheapest_cell_takes(planned):
     done = planned("fc_table", "--only", "mnist,bp", "--budget", "0.001h")
     assert done.returncode == 2
-    assert re.search(r"--budget: the cheapest cell takes about [\d.e-]+ hours on this machine$", done.stderr)
+    assert re.search(r"--budget: too small; the cheapest cell takes about [\d.e-]+ hours here$", done.stderr)
 
 
 def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
