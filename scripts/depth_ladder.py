@@ -48,7 +48,10 @@ def with_collected(summary: pd.DataFrame, folders: list[Path]) -> pd.DataFrame:
 
 
 def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of each rule, depth and initialisation at the learning rate with the best validation accuracy."""
+    """Return the runs of each combination of rule, depth and initialisation at its best learning rate.
+
+    The best rate has the highest validation accuracy.
+    """
     cell = ["init", "depth", "rule"]
     scores = summary.groupby([*cell, "lr"], as_index=False).validation_accuracy.mean()
     best = scores.loc[scores.groupby(cell).validation_accuracy.idxmax(), [*cell, "lr"]]
@@ -56,7 +59,10 @@ def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return mean test accuracies in percent. A row is a rule. A column is an initialisation and a depth."""
+    """Return mean test accuracies in percent.
+
+    There is a row for each rule, and a column for each combination of initialisation and depth.
+    """
     means = at_best_rate(summary).pivot_table("accuracy", "rule", ["init", "depth"]) * 100
     order = sorted(means.index, key=method_order)
     return means.loc[order].round(1)

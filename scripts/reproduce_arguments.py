@@ -28,7 +28,7 @@ def positive(text: str) -> int:
 
 
 def hours(text: str) -> float:
-    """Return the hours of a time such as 12h or 90m. Raises `ArgumentTypeError`."""
+    """Convert a time such as 12h or 90m to hours. Raises `ArgumentTypeError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", text)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a time above zero, such as 12h or 90m")

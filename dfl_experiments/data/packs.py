@@ -126,7 +126,8 @@ def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
             log.info("waiting for another process: %s", busy)
             return lock.acquire()
     except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
-        raise UserError(f"data_dir={data_dir}: {cache} cannot be packed there ({reason(error)})") from error
+        problem = f"the packed data set {cache} cannot be written there ({reason(error)})"
+        raise UserError(f"data_dir={data_dir}: {problem}") from error
 
 
 def read_raw(name: str, source: Source, folder: Path, download: bool) -> Arrays:

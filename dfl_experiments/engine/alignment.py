@@ -30,13 +30,13 @@ def backprop_signals(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (i, δ_i^BP) for i = L-1 … 1. Every δ_i^BP has the shape of a_i.
 
-    These are the signals of backpropagation for the weights and the batch of the trace. Each block needs one
-    vector-Jacobian product on the existing graph (Eq. 7). So there is no second forward pass, the batch statistics are
-    not updated again, and `.grad` does not change.
+    δ_i^BP is the signal of backpropagation, for the same weights and the same batch as in the trace. Each block needs
+    one vector-Jacobian product on the existing graph (Eq. 7). So there is no second forward pass, the batch statistics
+    are not updated again, and `.grad` does not change.
 
     trace: must be kept (`trace.kept`).
     error: e, (N, K).
-    known: signals δ_k … δ_{L-1} of the highest layers, if they are already computed.
+    known: δ_k^BP … δ_{L-1}^BP, the signals of the highest layers, if they are already computed.
     last: True if the trace is not needed afterwards. Then every part of the trace is released after its use.
     """
     count, delta = len(trace.preactivations), error

@@ -29,9 +29,9 @@ def layers_to_replace(net: BlockNet) -> list[int]:
     The indices count the weight layers of all blocks together, from 0. The layers are found by running a copy of the
     net in evaluation mode and in training mode.
 
-    Raises `UserError` if a parameter outside of weight layers is combined with hidden values in a matrix product, a
-    convolution or an unknown operation. No B can replace this parameter, so the error signal would be multiplied by
-    the parameter itself, as in backpropagation.
+    B can only replace the weights of weight layers. Raises `UserError` if another parameter is combined with hidden
+    values in a matrix product, a convolution or an unknown operation: the error signal would then be multiplied by the
+    parameter itself, as in backpropagation.
     """
     twin = copy.deepcopy(net).requires_grad_(True)  # so that frozen weights are found too
     learns = {p: q.requires_grad for p, q in zip(twin.parameters(), net.parameters(), strict=True)}

@@ -107,7 +107,7 @@ class ModuleNet(BlockNet):
         return [p for p in super().parameters_above(i) if p.requires_grad]
 
     def parameters_below_delta(self, i: int) -> list[nn.Parameter]:
-        """Return the parameters of block i, all of which are below δ_i."""
+        """Return all parameters of block i. δ_i is at the output of the block, so all of them are below it."""
         return self.weights[i - 1]
 
     def replay(self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]) -> Tensor:
@@ -128,7 +128,7 @@ class ModuleNet(BlockNet):
             nonlocal first
             if len(trace.outputs) != i - 1:
                 name = self.boundaries[i - 1]
-                raise UserError(f"model: {name} is called twice or in a different order, so it cannot be a boundary")
+                raise UserError(f"model: {name} cannot be a boundary: it is called twice, or in another order")
             if keep:
                 if learns:
                     # if all parameters below are frozen, h does not require a gradient yet

@@ -59,7 +59,10 @@ class Direct(Method):
         self.feedback = nn.ModuleList(self.local_modules.values())
 
     def boundaries(self, net: BlockNet, shapes: Sequence[torch.Size]) -> Collection[int]:
-        """Return every i for which h_i receives B_{i+1} s. shapes: shapes of h_1 … h_{L-1} for one sample."""
+        """Return every i for which h_i receives the signal B_{i+1} s.
+
+        shapes: shapes of h_1 … h_{L-1} for one sample.
+        """
         return range(1, self.exact_from)
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class SignSymmetry(Sequential):
             self.draw()
 
     def draw(self) -> None:
-        """Draw new values for every M, in place, because a captured step reads the same tensors."""
+        """Draw new values for every M. The tensors stay the same, because a CUDA graph keeps their addresses."""
         for k, s in enumerate(self.scales):
             magnitude = self.get_buffer(f"magnitude_{k}")
             magnitude.normal_(0, s).abs_() if self.normal else magnitude.uniform_(0, 3**0.5 * s)

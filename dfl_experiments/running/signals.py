@@ -33,7 +33,7 @@ class PendingSignal:
 
 
 def handle(handler: Any) -> dict[int, Any]:
-    """Set a handler for every signal that ends a run, and return the earlier handlers by signal.
+    """Set a handler for every signal that ends a run. Return the earlier handler of each signal.
 
     An ignored signal stays ignored, for example SIGHUP under nohup. If another library has set a handler for a signal
     in `WARNING`, this handler stays.

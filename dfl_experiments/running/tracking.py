@@ -142,7 +142,7 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
     """Start a W&B run and return it. If W&B cannot be reached, log a warning and start an offline run.
 
     Returns None if the offline run fails too.
-    go_on: whether a run is resumed. The new W&B run then replaces the one in the directory and gets its id.
+    go_on: whether this run is resumed. Then its W&B run gets the id of the earlier one and replaces it.
     """
     import wandb
 

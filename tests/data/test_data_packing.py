@@ -158,7 +158,7 @@ def test_lock_ends_with_its_context(tmp_path):
 
 def test_data_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^data_dir=.*file.*: mnist cannot be packed there"):
+    with pytest.raises(UserError, match=r"^data_dir=.*file.*: the packed data set mnist cannot be written there"):
         load_pack("mnist", Mnist(), tmp_path / "file" / "inside")
     with pytest.raises(UserError, match=r"^data_dir=~nobody-at-all/x: there is no such home"):
         load_pack("mnist", Mnist(), Path("~nobody-at-all/x"))
