@@ -59,18 +59,17 @@ def chosen(target: str, only: list[str]) -> list[tuple[str, Grid]]:
     Raises:
         UserError: --only has an unknown word, or no run has all words of --only.
     """
-    grids = [
-        (sweep, grid_of(name))
-        for sweep in (EXPERIMENTS if target == "all" else [target])
-        for name in EXPERIMENTS[sweep]
-    ]
+    grids = []
+    for sweep in EXPERIMENTS if target == "all" else [target]:
+        grids += [(sweep, grid_of(name)) for name in EXPERIMENTS[sweep]]
     choices: dict[str, set[str]] = {group: set() for group in PLACES}
     for _, grid in grids:
         for group in PLACES:
             choices[group] |= set(grid.axes.get(group) or [grid.fixed[group]])
     for word in only:
         if not any(word in values for values in choices.values()):
-            raise UserError(f"--only {word}: choose from {', '.join(sorted(set().union(*choices.values())))}")
+            names = sorted(set().union(*choices.values()))
+            raise UserError(f"--only {word}: choose from {', '.join(names)}")
     selected = [(sweep, part) for sweep, grid in grids if (part := narrowed(grid, only, choices))]
     if not selected:
         raise UserError(f"--only {','.join(only)}: no run combines these words")
@@ -162,7 +161,12 @@ def fixed_overrides(asked: argparse.Namespace) -> tuple[list[str], int]:
     Also return the number of combinations of the other overrides.
     """
     fixed, times = single_valued(asked.overrides)
-    return [f"{key}={value}" for key in ("protocol", "epochs") if (value := getattr(asked, key))] + fixed, times
+    own = []
+    for key in ("protocol", "epochs"):
+        value = getattr(asked, key)
+        if value:
+            own.append(f"{key}={value}")
+    return own + fixed, times
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,9 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
     The cells of the first seed come first, then those of the next seed. Within a seed, the cheapest cell comes first.
     """
     fixed, times = fixed_overrides(asked)
-    grids = [(sweep, grid) for sweep, whole in chosen(asked.target, asked.only) for grid in cells_of(whole)]
+    grids = []
+    for sweep, whole in chosen(asked.target, asked.only):
+        grids += [(sweep, grid) for grid in cells_of(whole)]
     seconds: dict[tuple[str, ...], float] = {}  # one run's; assumed equal for all augmentations and grid points
     planned = []
     for seed in range(asked.seeds):
@@ -328,7 +334,9 @@ def run(asked: argparse.Namespace, planned: list[list[str]]) -> int:
 def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse an override of a key that the script sets itself, because the report would not know of the override."""
     overrides, asked.overrides = asked.overrides, []
-    own = {argument.partition("=")[0] for _, arguments in calls(asked) for argument in arguments}
+    own: set[str] = set()
+    for _, arguments in calls(asked):
+        own.update(argument.partition("=")[0] for argument in arguments)
     asked.overrides = overrides
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]

@@ -103,7 +103,11 @@ class Graph:
             first[node] = 0
             for child in children(node):
                 first[node] |= self.bits[child] if child in stops else first[child]
-        return {name: [k for k in layers if first[self.nodes[k]] & self.bits[self.nodes[name]]] for name in boundaries}
+        found: dict[str, list[str]] = {}
+        for name in boundaries:
+            bit = self.bits[self.nodes[name]]
+            found[name] = [layer for layer in layers if first[self.nodes[layer]] & bit]
+        return found
 
 
 def children(node: Any) -> list[Any]:

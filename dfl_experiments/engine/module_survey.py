@@ -105,8 +105,11 @@ class Survey:
     def blocks(self, chain: Sequence[str]) -> list[list[nn.Parameter]]:
         """Return the parameters of every block."""
         limits = [frozenset(), *(self.valid[name] for name in chain), self.parameters]
-        named = self.module.named_parameters
-        return [[p for name, p in named() if name in upper - lower] for lower, upper in pairwise(limits)]
+        blocks = []
+        for lower, upper in pairwise(limits):
+            names = upper - lower
+            blocks.append([p for name, p in self.module.named_parameters() if name in names])
+        return blocks
 
     def readers(self, chain: Sequence[str]) -> list[str | None]:
         """Return for every boundary the name of the layer that `ModuleNet.reader` returns."""

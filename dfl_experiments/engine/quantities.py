@@ -10,7 +10,6 @@ from torch import Tensor
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.method import Method, WeightPair
 from dfl_experiments.engine.trace import Trace
-from dfl_experiments.measured import EXTRA_QUANTITIES
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,13 @@ def output_cosine(layer: Measurement) -> Tensor | None:
     return ((y * logits).sum(1) / y.norm(dim=1) / logits.norm(dim=1)).mean()
 
 
-FUNCTIONS: dict[str, Callable[[Measurement], Tensor | None]] = {name: globals()[name] for name in EXTRA_QUANTITIES}
+FUNCTIONS: dict[str, Callable[[Measurement], Tensor | None]] = {
+    "weight_cosine": weight_cosine,
+    "sign_agreement": sign_agreement,
+    "weight_ratio": weight_ratio,
+    "gradient_cosine": gradient_cosine,
+    "output_cosine": output_cosine,
+}
 
 
 def measure_extra(names: Sequence[str], layer: Measurement) -> Tensor:

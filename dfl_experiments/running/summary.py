@@ -89,7 +89,12 @@ def values_by_key(overrides: Iterable[str]) -> dict[str, str]:
 def swept_keys(points: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the keys whose values differ between points, in the order of the command line."""
     keys = dict.fromkeys(key for values in points for key in values)
-    return [key for key in keys if len({values.get(key) for values in points}) > 1]
+    swept = []
+    for key in keys:
+        values_of_key = {values.get(key) for values in points}
+        if len(values_of_key) > 1:
+            swept.append(key)
+    return swept
 
 
 def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
