@@ -1,6 +1,9 @@
 """Use a learning rule in your own training loop: call `rule.backward` in place of `loss.backward`."""
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from dfl_experiments.ranges import LossName
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Gradients = list[Tensor | None]
+LAST_NET: weakref.WeakValueDictionary[str, BlockNet] = weakref.WeakValueDictionary()  # of the last call of `backward`
 
 
 class Rule:
@@ -35,6 +39,7 @@ class Rule:
         self, net: BlockNet, method: Method, loss: OutputLoss, optimizer: torch.optim.Optimizer | None, lr: float | None
     ) -> None:
         self.net, self.method, self.loss, self.optimizer, self.lr = net, method, loss, optimizer, lr
+        self._parameters = list(net.parameters())
 
     def backward(self, inputs: Tensor, target: Tensor, loss: Loss | None = None, step_feedback: bool = True) -> Tensor:
         """Add the rule's gradients to `.grad` of the network's parameters, and return the loss.
@@ -49,32 +54,52 @@ class Rule:
             batch.
 
         Raises:
-            UserError: the samples do not have the shape of the example; without `loss`, the targets are not labels; or
-                autocast to float16 is enabled. float16 needs a gradient scaler, and the scaler would not scale the
-                error signals.
+            UserError: the samples do not have the shape of the example; without `loss`, the targets are not labels;
+                gradients are disabled; no parameter can learn; a parameter of the network was replaced; or autocast to
+                float16 is enabled. float16 needs a gradient scaler, and the scaler would not scale the error signals.
         """
         refuse_float16(inputs.device.type)
+        if not torch.is_grad_enabled():
+            raise UserError("backward: gradients are disabled here; call it outside of torch.no_grad()")
         self._check(inputs, target, loss)
+        use_own_compiled_code(self.net)
         method = self.method
-        before = take_gradients(self.net.parameters())
+        before = take_gradients(self._parameters)
         before_feedback = take_gradients(method.parameters())
-        trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
-        value, error = self._value_and_error(trace.logits, target, loss)
-        method.adapt(trace, error, target)
+        try:
+            trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
+            value, error = self._value_and_error(trace.logits, target, loss)
+            method.adapt(trace, error, target)
+        except BaseException:
+            set_gradients(self._parameters, before)
+            set_gradients(method.parameters(), before_feedback)
+            raise
         add_gradients(method.parameters(), before_feedback)
         with torch.autocast(inputs.device.type, enabled=False):
             if step_feedback and not method.sends_first:
-                self._update_feedback()
+                self._step_optimizer()
             trace.backward(method.signal, error, target)
-            add_gradients(self.net.parameters(), before)
-            if step_feedback:
+            add_gradients(self._parameters, before)
+            if step_feedback and method.sends_first:
+                self.update_feedback()
+            elif step_feedback:
                 method.follow(0.0 if self.lr is None else self.lr)
-                if method.sends_first:
-                    self._update_feedback()
         return value
 
+    def update_feedback(self) -> None:
+        """Update B of a rule that has `sends_first`, after a `backward` with `step_feedback=False`.
+
+        In between you can clip the gradients: KP learns B from the clipped gradients of the network. PFA has gradients
+        of its own, in `rule.method.parameters()`.
+        """
+        self.method.follow(0.0 if self.lr is None else self.lr)
+        self._step_optimizer()
+
     def alignment(self, inputs: Tensor, target: Tensor, loss: Loss | None = None) -> dict[str, dict[str, float]]:
-        """Compare the rule's error signals with those of BP on a batch. Weights and gradients do not change.
+        """Compare the rule's error signals with those of BP on a batch. Nothing else changes.
+
+        The network keeps its weights, gradients, batch statistics and random state. A compiled network runs without
+        its compiled code.
 
         Returns one mapping for each boundary. It has the keys cosine_sample, cosine_batch, norm, norm_bp and zeros.
         These quantities are also columns of iterations.csv. The key of a boundary is its name, or the number of the
@@ -83,14 +108,13 @@ class Rule:
         """
         self._check(inputs, target, loss)
         method = self.method
-        before = take_gradients(self.net.parameters())
-        trace = self.net.trace(inputs, method.cuts, method.frozen, True, method.transpose)
-        _, error = self._value_and_error(trace.logits, target, loss)
-        with torch.autocast(inputs.device.type, enabled=False):
-            deltas = trace.backward(method.signal, error, target)
-            values = measure(self.net, method, trace, deltas, error, last=True).reshape(-1, len(QUANTITIES)).tolist()
-        for parameter, gradient in zip(self.net.parameters(), before, strict=True):
-            parameter.grad = gradient
+        with unchanged(nn.ModuleList([self.net, method]), inputs.device), torch.enable_grad(), eager():
+            trace = self.net.trace(inputs, method.cuts, method.frozen, True, method.transpose)
+            _, error = self._value_and_error(trace.logits, target, loss)
+            with torch.autocast(inputs.device.type, enabled=False):
+                deltas = trace.backward(method.signal, error, target)
+                measured = measure(self.net, method, trace, deltas, error, last=True)
+        values = measured.reshape(-1, len(QUANTITIES)).tolist()
         names = getattr(self.net, "boundaries", None) or [str(i) for i in range(1, self.net.depth)]
         return {name: dict(zip(QUANTITIES, row, strict=True)) for name, row in zip(names, values, strict=True)}
 
@@ -106,17 +130,28 @@ class Rule:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def _check(self, inputs: Tensor, target: Tensor, loss: Loss | None) -> None:
-        """Raise `UserError` for a batch that the rule cannot take."""
+        """Raise `UserError` for a batch that the rule cannot take, or for a network that has changed."""
+        if torch.is_inference_mode_enabled():
+            raise UserError("the rule needs autograd; call it outside of torch.inference_mode()")
         shape = tuple(inputs.shape[1:])
         if self.method.cuts and shape != self.net.input_shape:  # B has the shape of h_i
             raise UserError(f"inputs: a sample has shape {shape}, but the example had {self.net.input_shape}")
-        is_labels = target.dim() == 1 and not target.is_floating_point()
-        if loss is None and not is_labels:
-            problem = f"target: {target.dtype} of shape {tuple(target.shape)}; must be integer labels (N,)"
-            raise UserError(f"{problem}. For other targets, pass loss= to this call")
+        parameters = list(self.net.parameters())
+        if list(map(id, parameters)) != list(map(id, self._parameters)):
+            raise UserError("model: a parameter was added or replaced after dfl.rule; call dfl.rule again")
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise UserError("model: all parameters are frozen (requires_grad=False)")
+        is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
+        if not is_labels and (loss is None or self.method.needs_labels):
+            problem = f"target: {target.dtype} of shape {tuple(target.shape)}; must be labels (N,) of type torch.int64"
+            advice = "this rule needs labels" if self.method.needs_labels else "for other targets, pass loss="
+            raise UserError(f"{problem}; {advice}")
 
     def _value_and_error(self, logits: Tensor, target: Tensor, loss: Loss | None) -> tuple[Tensor, Tensor]:
         if loss is None:
+            if not target.is_cuda and (target.min() < 0 or target.max() >= logits.shape[1]):
+                labels = f"{int(target.min())} to {int(target.max())}"
+                raise UserError(f"target: labels {labels}; must be 0 to {logits.shape[1] - 1}")
             return self.loss.value_and_error(precise(logits), target)
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
@@ -124,7 +159,7 @@ class Rule:
         (error,) = torch.autograd.grad(value, leaf)
         return value.detach(), precise(error)
 
-    def _update_feedback(self) -> None:
+    def _step_optimizer(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -160,7 +195,11 @@ def rule(
         raise UserError(f"rule {name!r}: no such method{did_you_mean(name, choices)}; there are {', '.join(choices)}")
     node = plain(compose([f"method={name}"]))["method"] | options
     net = module if isinstance(module, BlockNet) else ModuleNet(module, boundaries, example)
-    classes = net.probe().logits.shape[1]
+    logits = net.probe().logits
+    if logits.dim() != 2:
+        shape = tuple(logits.shape[1:])
+        raise UserError(f"model: the output for one sample has shape {shape}; must be (K,), so (1,) for a single value")
+    classes = logits.shape[1]
     if loss not in LOSSES:
         raise UserError(f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead")
     output_loss = LOSSES[loss]
@@ -180,6 +219,40 @@ def refuse_float16(device: str) -> None:
         raise UserError("float16 needs a gradient scaler, which does not scale the error signals; use bfloat16")
 
 
+def use_own_compiled_code(net: BlockNet) -> None:
+    """Discard the compiled code of other networks, if `net` is not the network of the last call.
+
+    torch.compile shares its code between modules of the same class, and does not notice that their hooks differ.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    dynamo.config.skip_nnmodule_hook_guards = False
+    if LAST_NET.get("net") is not net:
+        torch.compiler.reset()
+        LAST_NET["net"] = net
+
+
+def eager() -> AbstractContextManager[object]:
+    """Return a context in which compiled modules run without their compiled code."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """At the end of this context, restore the gradients, the buffers and the random state."""
+    parameters, buffers = list(module.parameters()), list(module.buffers())
+    gradients, copies = take_gradients(parameters), [buffer.clone() for buffer in buffers]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        set_gradients(parameters, gradients)
+        with torch.no_grad():
+            for buffer, saved in zip(buffers, copies, strict=True):
+                buffer.copy_(saved)
+
+
 def take_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
     """Return `.grad` of the parameters, and set it to None."""
     gradients: Gradients = []
@@ -187,6 +260,12 @@ def take_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
         gradients.append(parameter.grad)
         parameter.grad = None
     return gradients
+
+
+def set_gradients(parameters: Iterable[nn.Parameter], gradients: Gradients) -> None:
+    """Set `.grad` to the gradients that `take_gradients` returned."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def add_gradients(parameters: Iterable[nn.Parameter], gradients: Gradients) -> None:

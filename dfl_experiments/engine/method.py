@@ -40,6 +40,8 @@ class Method(nn.Module):
     """Lowest layer whose error signal equals BP's by construction (1: all layers; L: no hidden layer)."""
     transpose: Transpose | None = None
     """Feedback weights that replace Wᵀ in the backward pass; None for Wᵀ."""
+    needs_labels: bool = False
+    """Whether the rule reads the labels, and not only e."""
     sends_first: bool = False
     """Whether the signals are formed with the old B, which is updated afterwards."""
     follows_backward: bool = False

@@ -42,6 +42,7 @@ class Graph:
         self.nodes: dict[str, Any] = {}
         for name in self.outputs:
             twin.get_submodule(name).register_forward_hook(partial(self._mark, name))
+        self.batch = x.shape[:1]
         logits = twin(x)
         if not isinstance(logits, Tensor) or logits.grad_fn is None:
             raise UserError("model: the output must be one tensor that depends on the model's parameters")
@@ -74,6 +75,10 @@ class Graph:
         (h,), node = self.outputs[name], self.nodes.get(name)
         if not isinstance(h, Tensor):
             return "its output is not one tensor"
+        if "parametrizations" in name.split("."):
+            return "it computes a weight"
+        if h.shape[:1] != self.batch:
+            return "the first axis of its output is not the batch"
         if node is None or node not in self.below:
             return "no weight is below it, or the logits do not depend on it"
         if h._version != node.version:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dfl_experiments.engine.module_graph import Graph
 from dfl_experiments.engine.transpose import is_weight_layer
 from dfl_experiments.errors import UserError, clipped
+
+WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 class Survey:
@@ -18,14 +21,13 @@ class Survey:
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         self.module = module
-        if hasattr(module, "_orig_mod"):
-            raise UserError("model: the module is compiled; pass the original module, then call module.compile()")
+        refuse_wrappers(module)
         # two samples, because batch normalisation rejects a single sample if its feature maps have one pixel
         x = copies_of(example, 2, module)
         try:
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
                 self.graphs = [Graph(module, training, x) for training in (False, True)]
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             shape, reason = tuple(example.shape[1:]), clipped(str(error), 200)
@@ -40,6 +42,11 @@ class Survey:
             names.update(name for name, bit in graph.parameters.items() if bit & below)
         return frozenset(names)
 
+    def _is_above(self, upper: str, lower: str) -> bool:
+        """Return whether the output of `upper` depends on the output of `lower`."""
+        graph = self.graphs[0]
+        return bool(graph.below[graph.nodes[upper]] & graph.bits[graph.nodes[lower]])
+
     def _height(self, name: str) -> int:
         graph = self.graphs[0]
         return graph.below.get(graph.nodes.get(name), 0).bit_count()
@@ -47,8 +54,9 @@ class Survey:
     def problem(self, name: str) -> str | None:
         """Return the reason why a submodule is not a valid boundary; None if it is valid.
 
-        A valid boundary is called once in a forward pass. Its output is one tensor, which no later operation changes in
-        place. All gradients from the logits to the weights below pass through it. There are weights below and above it.
+        A valid boundary is called once in a forward pass. Its output is one tensor with the batch as its first axis. No
+        later operation changes this tensor in place. All gradients from the logits to the weights below pass through
+        it. There are weights below and above it.
         """
         problems = [problem for graph in self.graphs if (problem := graph.problem(name))]
         if not problems and self._below(name) == self.parameters:
@@ -62,24 +70,29 @@ class Survey:
         return {name: self._below(name) for name in sorted(names, key=self._height)}
 
     def automatic(self) -> list[str]:
-        """Return as many boundaries as possible, with a weight between any two of them.
+        """Return a chain of boundaries, each above the one before, with a weight between any two of them.
 
-        If several boundaries lie between the same two weights, the last of these boundaries is chosen. In this
-        function, a weight is a parameter that has several axes and belongs to a module without submodules. So a
-        position embedding does not count as a weight if its module has submodules.
+        If several boundaries lie between the same two weights, the last of these boundaries is chosen. Of parallel
+        branches, only the first has boundaries. In this function, a weight is a parameter that has several axes and
+        belongs to a module without submodules. So a position embedding does not count as a weight if its module has
+        submodules.
 
         Raises `UserError` if the module has no boundary with a weight below and a weight above it.
         """
         weights = set()
         for name in self.parameters:
             owner = self.module.get_submodule(name.rpartition(".")[0])
-            if self.module.get_parameter(name).dim() > 1 and not [*owner.children()]:
+            is_layer = isinstance(owner, ParametrizationList) or not [*owner.children()]
+            if self.module.get_parameter(name).dim() > 1 and is_layer:
                 weights.add(name)
-        chain = {below & weights: name for name, below in self.valid.items()}
-        names = [name for below, name in chain.items() if below and below != weights]
-        if not names:
+        last = {below & weights: name for name, below in self.valid.items()}
+        chain: list[str] = []
+        for below, name in last.items():
+            if below and below != weights and (not chain or self._is_above(name, chain[-1])):
+                chain.append(name)
+        if not chain:
             raise UserError(f"model: there is no boundary; {self._why_none()}")
-        return names
+        return chain
 
     def _why_none(self) -> str:
         """Return why no submodule is a boundary. A possible reason: a layer returns a tuple, as an LSTM does."""
@@ -100,6 +113,8 @@ class Survey:
         for lower, upper in pairwise(chain):
             if self.valid[lower] == self.valid[upper]:
                 raise UserError(f"model.boundaries: {lower}, {upper}: there is no weight between them; choose only one")
+            if not self._is_above(upper, lower):
+                raise UserError(f"model.boundaries: {lower}, {upper}: are in parallel branches; choose only one")
         return chain
 
     def blocks(self, chain: Sequence[str]) -> list[list[nn.Parameter]]:
@@ -123,6 +138,17 @@ class Survey:
         return names
 
 
+def refuse_wrappers(module: nn.Module) -> None:
+    """Raise `UserError` for a module in a wrapper that does not work with the rules."""
+    if hasattr(module, "_orig_mod"):
+        raise UserError("model: the module is compiled; pass the original module, then call module.compile()")
+    for part in module.modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__} & WRAPPERS
+        if kinds:
+            problem = f"{kinds.pop()} would not average the rule's gradients over the processes"
+            raise UserError(f"model: {problem}; pass the original module, and average .grad yourself before the step")
+
+
 def reads_channels(layer: Any, shape: Sequence[int]) -> bool:
     """Return whether a layer reads the channels of h, whose shape is (d,), (T, C) or (C, H, W) for one sample."""
     channels = shape[0] if len(shape) == 3 else shape[-1]
@@ -133,7 +159,9 @@ def reads_channels(layer: Any, shape: Sequence[int]) -> bool:
 
 def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
     """Return `count` copies of the first sample, on the module's device. Floats get the data type of the parameters."""
-    parameter = next(module.parameters())
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        raise UserError("model: the module has no parameters")
     dtype = parameter.dtype if example.is_floating_point() else example.dtype
     return example[:1].detach().to(parameter.device, dtype).repeat(count, *[1] * (example.dim() - 1))
 

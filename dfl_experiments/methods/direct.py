@@ -109,7 +109,8 @@ class Products:
     In a net without activations, the product is the Jacobian of a_L with respect to h_i.
 
     Only two kinds of nets have products:
-    dense: every h_i is a vector, and every block has exactly one matrix, which is the weight of a linear layer.
+    dense: every h_i is a vector, and every block has exactly one matrix, which is the weight of a linear layer. This
+        layer reads all of h_i.
     residual: every h_i consists of tokens, and all tokens have the same width. Every product is W_L, as if the signal
         passed only through the shortcuts.
     """
@@ -120,7 +121,8 @@ class Products:
         matrices = [p for p in net.parameters() if p.dim() > 1]
         has_one_each = all(len(layers) == 1 and isinstance(layers[0], nn.Linear) for layers in by_block)
         is_flat = all(len(shape) == 1 for shape in shapes)
-        self.dense = has_one_each and is_flat and len(matrices) == net.depth
+        reads_all = [layer.weight.shape[1:] for layer in self.layers[1:]] == list(shapes)
+        self.dense = has_one_each and is_flat and reads_all and len(matrices) == net.depth
         width = self.layers[-1].weight.shape[1] if self.layers else 0
         self.residual = all(len(shape) == 2 and shape[1] == width for shape in shapes)
 

@@ -37,6 +37,7 @@ class DirectFeedback(Direct):
         super().__init__(net, num_classes, loss, **options)
         self.loss = loss
         self.local_target = local_target
+        self.needs_labels = local_target == "labels"
         self.scale = {"sum": 2.0, "half_sum": 1.0, "mean": 2.0 / num_classes}[local_reduction]
         for i, module in self.local_modules.items():
             module.requires_grad_(local_target is not None and i < self.depth - 1)

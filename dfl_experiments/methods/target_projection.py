@@ -39,6 +39,7 @@ class TargetProjection(Direct):
         if projected == "target" and not isinstance(loss, CrossEntropy):
             raise UserError("method.projected=target: needs loss=cross_entropy; or choose method.projected=error_sign")
         self.projected = projected
+        self.needs_labels = projected == "target"
 
     def source(self, error: Tensor, target: Tensor) -> Tensor:
         """Return s, in the shape of e.

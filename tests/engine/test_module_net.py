@@ -7,6 +7,7 @@ import torch
 from conftest import METHODS, tiny_configuration
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import DenseNet, ResNet, VisionTransformer, densenet121, resnet18, vgg11_bn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
@@ -378,6 +379,93 @@ def test_a_module_that_cannot_be_a_net_is_refused():
         ModuleNet(torch.compile(nn.Linear(4, 4)), "auto", torch.zeros(1, 4))
     with pytest.raises(UserError, match="no submodule has weight layers both below and above its output"):
         ModuleNet(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "auto", torch.zeros(1, 4))
+
+
+def test_wrappers_of_distributed_training_are_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(UserError, match="DataParallel would not average the rule's gradients"):
+        ModuleNet(nn.DataParallel(net), "auto", torch.zeros(1, 4))
+    with pytest.raises(UserError, match="the module has no parameters"):
+        ModuleNet(nn.ReLU(), "auto", torch.zeros(1, 4))
+
+
+class Branches(nn.Module):
+    """Two parallel branches, then a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Sequential(nn.Linear(4, 5), nn.Tanh()) for _ in range(2))
+        self.middle, self.head = nn.Sequential(nn.Linear(10, 6), nn.Tanh()), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.middle(torch.cat([self.left(x), self.right(x)], 1)))
+
+
+class Merged(nn.Module):
+    """A net that applies its first layers to all tokens of the batch at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Sequential(nn.Linear(15, 6), nn.Tanh())
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        h = self.first(x.reshape(-1, 4))
+        return self.head(self.second(h.reshape(len(x), -1)))
+
+
+class Gated(nn.Module):
+    """A net whose layers do not read all of the vector below."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 12), nn.Linear(6, 8)
+        self.gate, self.head = nn.GLU(), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.gate(self.second(self.gate(self.first(x)))))
+
+
+def normed():
+    return nn.Sequential(
+        weight_norm(nn.Linear(4, 5)), nn.Tanh(), weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "expected"),
+    [
+        (Branches, (4,), ["left", "middle"]),
+        (Merged, (3, 4), ["second"]),
+        (Gated, (4,), ["first", "second"]),
+        (normed, (4,), ["1", "3"]),
+    ],
+)
+@pytest.mark.parametrize("method", ["bp", "dfa", "las"])
+def test_unusual_nets_train_as_autograd_says(make, shape, expected, method):
+    torch.manual_seed(1)
+    module = make()
+    x, target = torch.randn(BATCH, *shape), torch.randint(CLASSES, (BATCH,))
+    rule = dfl.rule(method, module, x[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    assert rule.net.boundaries == expected
+    rule.backward(x, target)
+    found = [p.grad.clone() for p in module.parameters()]
+    assert set(rule.alignment(x, target)) == set(expected)
+    module.zero_grad()
+    F.cross_entropy(module(x), target).backward()
+    exact = [name for block in rule.net.weights[rule.method.exact_from :] for name in map(id, block)]
+    for parameter, gradient in zip(module.parameters(), found, strict=True):
+        if method == "bp" or id(parameter) in exact:
+            assert torch.allclose(gradient, parameter.grad, atol=1e-6)
+        else:
+            assert gradient.any()
+
+
+def test_boundaries_in_parallel_branches_are_refused():
+    with pytest.raises(UserError, match="left, right: are in parallel branches; choose only one"):
+        ModuleNet(Branches(), ["left", "right"], torch.zeros(1, 4))
+    with pytest.raises(UserError, match="first: the first axis of its output is not the batch"):
+        ModuleNet(Merged(), ["first"], torch.zeros(1, 3, 4))
 
 
 def test_a_recurrent_layer_without_a_module_around_it_is_named():

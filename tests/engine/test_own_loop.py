@@ -77,17 +77,84 @@ def test_four_micro_batches_are_one_step_on_the_summed_gradient(name):
         assert torch.allclose(one, 4 * another, atol=1e-6)
 
 
-def test_alignment_has_names_and_changes_nothing():
-    net = module()
-    rule = rule_of("dfa", net, boundaries=["1", "3"])
-    rule.backward(INPUTS, LABELS)
-    before, weights = gradients(net), [p.clone() for p in net.parameters()]
-    found = rule.alignment(INPUTS, LABELS)
+def with_state():
+    """A net whose forward pass changes buffers and draws random numbers."""
+    torch.manual_seed(1)
+    normalised = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
+    return nn.Sequential(normalised, nn.Sequential(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 3))
+
+
+def test_alignment_has_names():
+    found = rule_of("dfa", module(), boundaries=["1", "3"]).alignment(INPUTS, LABELS)
     assert list(found) == ["1", "3"]
     assert -1 <= found["1"]["cosine_sample"] < 1
     assert found["3"]["cosine_sample"] == pytest.approx(1)  # BP's own signal
+
+
+@pytest.mark.parametrize("name", group_options("method"))
+def test_training_is_the_same_with_and_without_alignment(name):
+    states = []
+    for is_measured in (False, True):
+        net = with_state()
+        rule = rule_of(name, net)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        torch.manual_seed(4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            rule.backward(INPUTS, LABELS)
+            if is_measured:
+                with torch.no_grad():
+                    rule.alignment(INPUTS.flip(0), LABELS.flip(0))
+            optimizer.step()
+        states.append([*net.state_dict().values(), *rule.method.state_dict().values()])
+    assert all(map(torch.equal, *states))
+
+
+def test_a_refused_batch_leaves_the_gradients_as_they_are():
+    net = module()
+    rule = rule_of("las", net)
+    rule.backward(INPUTS, LABELS)
+    before = gradients(net)
+    for call in (rule.backward, rule.alignment):
+        with pytest.raises(UserError, match="labels 0 to 3; must be 0 to 2"):
+            call(INPUTS, LABELS.roll(1).where(LABELS > 0, 3 * (LABELS == 0)))
     assert all(map(torch.equal, before, gradients(net)))
-    assert all(map(torch.equal, weights, net.parameters()))
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa", "fa", "las"])
+def test_compiled_nets_of_one_class_do_not_share_their_hooks(name):
+    expected, compiled = module(), module()
+    rule_of(name, expected).backward(INPUTS, LABELS, step_feedback=False)
+    plain, other = module(), module()
+    plain.compile(backend="aot_eager")
+    plain(INPUTS).sum().backward()
+    rule, rule_before = rule_of(name, compiled), rule_of("dkp", other)
+    for net in (compiled, other):
+        net.compile(backend="aot_eager")
+    for _ in range(2):
+        rule_before.backward(INPUTS, LABELS)
+        compiled.zero_grad()
+        rule.backward(INPUTS, LABELS, step_feedback=False)
+        for found, gradient in zip(gradients(compiled), gradients(expected), strict=True):
+            assert torch.allclose(found, gradient, atol=1e-6)
+        plain(INPUTS)
+    found, alignment = (each.alignment(INPUTS, LABELS)["1"] for each in (rule, rule_of(name, expected)))
+    assert found == pytest.approx(alignment)
+
+
+def test_kp_learns_from_clipped_gradients():
+    net = module()
+    rule = rule_of("kp", net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    distances = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        rule.backward(INPUTS, LABELS, step_feedback=False)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        rule.update_feedback()
+        optimizer.step()
+        distances.append(rule.method.feedback[0].detach() - net[2].weight.detach())
+    assert torch.allclose(distances[0], distances[-1], atol=1e-6)  # without decay, B - W is constant
 
 
 def test_regression_works_with_a_loss_of_one_s_own():
@@ -141,8 +208,18 @@ def test_what_is_missing_or_impossible_is_refused():
         assert rule.backward(INPUTS, LABELS).dtype == torch.float32
     with pytest.raises(UserError, match="a sample has shape"):
         rule.backward(INPUTS[:, 1:], LABELS)
-    for target in (LABELS.float(), LABELS[:, None]):
-        with pytest.raises(UserError, match="must be integer labels"):
+    for target in (LABELS.float(), LABELS[:, None], LABELS[1:], LABELS.to(torch.uint8)):
+        with pytest.raises(UserError, match="must be labels"):
             rule.alignment(INPUTS, target)
+    with pytest.raises(UserError, match="this rule needs labels"):
+        rule_of("ltas", module()).backward(INPUTS, torch.zeros(12, 3), loss=F.mse_loss)
+    with torch.no_grad(), pytest.raises(UserError, match=r"outside of torch.no_grad\(\)"):
+        rule.backward(INPUTS, LABELS)
+    rule.net.requires_grad_(False)
+    with pytest.raises(UserError, match="all parameters are frozen"):
+        rule.backward(INPUTS, LABELS)
+    rule.net.module[4] = nn.Linear(16, 3)
+    with pytest.raises(UserError, match=r"call dfl\.rule again"):
+        rule.backward(INPUTS, LABELS)
     with pytest.raises(UserError, match="choose cross_entropy or squared_error; pass a function to `backward`"):
         dfl.rule("dfa", module(), INPUTS[:1], loss=torch.nn.functional.mse_loss)
