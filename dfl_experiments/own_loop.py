@@ -33,12 +33,20 @@ class Rule:
     method: computes the error signals.
     optimizer: B's optimizer; None if B does not learn by gradients.
     lr: the network's learning rate, which rules with `decay` use. Set it again when a scheduler changes the rate.
+    classes: K, the number of logits.
     """
 
     def __init__(
-        self, net: BlockNet, method: Method, loss: OutputLoss, optimizer: torch.optim.Optimizer | None, lr: float | None
+        self,
+        net: BlockNet,
+        method: Method,
+        loss: OutputLoss,
+        optimizer: torch.optim.Optimizer | None,
+        lr: float | None,
+        classes: int,
     ) -> None:
         self.net, self.method, self.loss, self.optimizer, self.lr = net, method, loss, optimizer, lr
+        self.classes = classes
         self._parameters = list(net.parameters())
 
     def backward(self, inputs: Tensor, target: Tensor, loss: Loss | None = None, step_feedback: bool = True) -> Tensor:
@@ -66,14 +74,9 @@ class Rule:
         method = self.method
         before = take_gradients(self._parameters)
         before_feedback = take_gradients(method.parameters())
-        try:
-            trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
-            value, error = self._value_and_error(trace.logits, target, loss)
-            method.adapt(trace, error, target)
-        except BaseException:
-            set_gradients(self._parameters, before)
-            set_gradients(method.parameters(), before_feedback)
-            raise
+        trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
+        value, error = self._value_and_error(trace.logits, target, loss)
+        method.adapt(trace, error, target)
         add_gradients(method.parameters(), before_feedback)
         with torch.autocast(inputs.device.type, enabled=False):
             if step_feedback and not method.sends_first:
@@ -146,12 +149,13 @@ class Rule:
             problem = f"target: {target.dtype} of shape {tuple(target.shape)}; must be labels (N,) of type torch.int64"
             advice = "this rule needs labels" if self.method.needs_labels else "for other targets, pass loss="
             raise UserError(f"{problem}; {advice}")
+        # on a GPU, this check would wait for the device
+        if is_labels and loss is None and not target.is_cuda and not 0 <= target.min() <= target.max() < self.classes:
+            labels = f"{int(target.min())} to {int(target.max())}"
+            raise UserError(f"target: labels {labels}; must be 0 to {self.classes - 1}")
 
     def _value_and_error(self, logits: Tensor, target: Tensor, loss: Loss | None) -> tuple[Tensor, Tensor]:
         if loss is None:
-            if not target.is_cuda and (target.min() < 0 or target.max() >= logits.shape[1]):
-                labels = f"{int(target.min())} to {int(target.max())}"
-                raise UserError(f"target: labels {labels}; must be 0 to {logits.shape[1] - 1}")
             return self.loss.value_and_error(precise(logits), target)
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
@@ -210,7 +214,7 @@ def rule(
         raise UserError(f"rule {name}: trains B; pass B's optimizer, such as lambda p: torch.optim.Adam(p, 1e-4)")
     if getattr(method, "decay", 0) and lr is None:
         raise UserError(f"rule {name}: decay={node['decay']} needs the network's learning rate; pass lr=")
-    return Rule(net, method, output_loss, optimizer(learnt) if learnt and optimizer else None, lr)
+    return Rule(net, method, output_loss, optimizer(learnt) if learnt and optimizer else None, lr, classes)
 
 
 def refuse_float16(device: str) -> None:
@@ -247,7 +251,8 @@ def unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        set_gradients(parameters, gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         with torch.no_grad():
             for buffer, saved in zip(buffers, copies, strict=True):
                 buffer.copy_(saved)
@@ -260,12 +265,6 @@ def take_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
         gradients.append(parameter.grad)
         parameter.grad = None
     return gradients
-
-
-def set_gradients(parameters: Iterable[nn.Parameter], gradients: Gradients) -> None:
-    """Set `.grad` to the gradients that `take_gradients` returned."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
 
 
 def add_gradients(parameters: Iterable[nn.Parameter], gradients: Gradients) -> None:
