@@ -27,7 +27,7 @@ class Survey:
         try:
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
                 self.graphs = [Graph(module, training, x) for training in (False, True)]
-        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if isinstance(error, UserError):
                 raise
             shape, reason = tuple(example.shape[1:]), clipped(str(error), 200)
