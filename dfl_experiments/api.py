@@ -14,19 +14,30 @@ from dfl_experiments.configuration.composition import AUTO
 from dfl_experiments.configuration.recorded import completed, with_recorded
 from dfl_experiments.configuration.refusals import one_line, uncomposed
 from dfl_experiments.configuration.schema import Configuration, check
-from dfl_experiments.data.batches import Normalise, Standardise, preparation
+from dfl_experiments.data.batches import Normalise, Standardise
+from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.build import build
 from dfl_experiments.running.checkpoint import load_checkpoint
 from dfl_experiments.running.device import usual_torch
 from dfl_experiments.running.epochs import evaluate
+from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.result import read_result
-from dfl_experiments.running.run import run_alone
+from dfl_experiments.running.run import refuse_changes, run_alone
 from dfl_experiments.seal import opened
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# For each kind of samples: its name in messages, the type that the net gets, and the types that are converted to it.
+# The last entry is the parameter `casting` of `numpy.can_cast`.
+TYPES: dict[str, tuple[str, Any, Any]] = {
+    "images": ("uint8 images", np.uint8, "equiv"),
+    "features": ("float features", np.float32, "same_kind"),
+    "tokens": ("integer tokens", np.int64, "same_kind"),
+}
+RESTORE = "restore the data and the code that the run had"
 
 
 def compose(overrides: Sequence[str] = ()) -> Configuration:
@@ -52,6 +63,8 @@ def run(
     exist_ok: "resume" continues a run that is already in the directory. If that run has ended, its result is returned.
     Raises `UserError` if there is already a run in the directory, unless the configuration has force=true.
     """
+    if exist_ok not in (False, "resume"):
+        raise UserError(f'exist_ok={exist_ok!r}: must be False or "resume"')
     if exist_ok:
         configuration = check(configuration.values | {"resume": AUTO})
     return run_alone(configuration, Path(run_dir))
@@ -59,6 +72,8 @@ def run(
 
 def read_rows(run_dir: str | Path, table: Literal["epochs", "iterations"] = "epochs") -> dict[str, np.ndarray]:
     """Return the columns of a table by name, as `pandas.DataFrame` accepts them. An empty cell is NaN."""
+    if table not in ("epochs", "iterations"):
+        raise UserError(f"table={table!r}: choose epochs or iterations")
     read_result(Path(run_dir))  # raises UserError if the table is damaged
     with opened(Path(run_dir) / f"{table}.csv") as file:
         names = file.readline().decode().strip().split(",")
@@ -71,13 +86,14 @@ def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
     """Return the trained network of a run directory, on the CPU, in evaluation mode.
 
     plugins: packages outside dfl_experiments whose classes the recorded configuration may use.
-    Raises `UserError` if there is no result or no checkpoint.
+    Raises `UserError` if there is no result or no checkpoint, or if the model's code has changed since the run.
     """
     result = read_result(Path(run_dir))
     if result is None or "input_shape" not in result:
         raise UserError(f"{run_dir}: has no result.json with the network's configuration")
     values = completed(result["config"], composition.plain(composition.compose([]))) | {"plugins": [*plugins]}
     model = check(values).components["model"]
+    refuse_changes(Path(run_dir), result, {"code": code_of({"model": model})}, RESTORE)
     net: BlockNet = model.build(input_shape=tuple(result["input_shape"]), num_classes=result["num_classes"])
     net.load_state_dict(load_checkpoint(Path(run_dir))["net"])
     return net.eval()
@@ -139,24 +155,45 @@ class TrainedRun:
         Returns a tensor of shape (N, K).
 
         Raises:
-            UserError: the samples are features, and the checkpoint of an early version lacks their mean and std.
+            UserError: the samples have another type or shape than the run's samples; or they are features, and the
+                checkpoint of an early version lacks their mean and std.
         """
-        samples, dataset = np.asarray(images), self.config["dataset"]
-        recorded, prepare = self._standardisation, preparation(samples, standardise=False)
-        if recorded:
-            prepare = Standardise(recorded["mean"].numpy(), recorded["std"].numpy())
-        elif recorded is None and samples.dtype.kind == "f" and dataset.get("standardise", True):
+        samples = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
+        dataset, recorded = self.config["dataset"], self._standardisation
+        kind, shape = self._kind(samples), self.net.input_shape
+        name, dtype, casting = TYPES[kind]
+        if samples.shape[1:] != shape or not np.can_cast(samples.dtype, dtype, casting):
+            needed = f"needs {name} of shape (N, {', '.join(map(str, shape))})"
+            raise UserError(f"{self.folder}: {needed}, but gets {samples.dtype} of shape {samples.shape}")
+        if kind == "features" and recorded is None and dataset.get("standardise", True):
             raise UserError(f"{self.folder}: its checkpoint does not hold the features' mean and std; repeat the run")
+        if recorded:
+            samples = Standardise(recorded["mean"].numpy(), recorded["std"].numpy())(samples)
         normalise = Normalise(dataset["mean"], dataset["std"])
-        tensor = normalise(torch.from_numpy(prepare(samples)))
+        tensor = normalise(torch.from_numpy(np.ascontiguousarray(samples, dtype)))
         return torch.cat([self.net(part) for part in tensor.split(batch_size)])
+
+    def _kind(self, samples: np.ndarray) -> str:
+        """Return the kind of the run's samples. An early version did not record it; then it is inferred."""
+        if kind := self.result.get("samples"):
+            return kind
+        if self._standardisation:
+            return "features"
+        # without `standardise`, samples with three axes may be images or features
+        is_clear = self._standardisation is not None and self.config["dataset"].get("standardise", True)
+        return "images" if is_clear and len(self.net.input_shape) == 3 else kind_of(samples) or "features"
 
     @usual_torch()
     def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracy on the run's own test set, which must be on this machine."""
+        """Return loss and accuracy on the run's own test set, which must be on this machine.
+
+        Raises `UserError` if the data or the model's code have changed since the run.
+        """
         current = composition.plain(composition.compose([]))
         settings = completed(self.config, current) | {"plugins": [*self.plugins], "device": "cpu"}
         parts = build(check(settings))
+        code = {"model": parts.origin["code"].get("model")}
+        refuse_changes(self.folder, self.result, {"data": parts.origin["data"], "code": code}, RESTORE)
         parts.learner.net.load_state_dict(load_checkpoint(self.folder)["net"])
         loss, accuracy = evaluate(parts, parts.test)
         return {"loss": loss, "accuracy": accuracy}

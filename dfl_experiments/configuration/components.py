@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from dfl_experiments.configuration.refusals import refusal
-from dfl_experiments.errors import UserError, clipped, shown
+from dfl_experiments.errors import UserError, reason, shown
 
 PACKAGE = "dfl_experiments"
 # The base class of each component, by key. A model is a function, so the entry of "model" is the class of the network
@@ -62,10 +62,9 @@ class Component:
             return import_object(AS_NET)(module, boundaries, arguments.get("input_shape"))
         except UserError:
             raise
-        except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
             options_text = ", ".join(f"{name}={shown(value)}" for name, value in self.options.items()) or "no options"
-            message = clipped(str(error), 200)  # messages of torch may have several lines
-            raise UserError(f"{self.key}: cannot be built with {options_text} ({message})") from error
+            raise UserError(f"{self.key}: cannot be built with {options_text} ({reason(error)})") from error
 
 
 def import_object(target: str) -> Any:
@@ -131,11 +130,12 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     functions: list[Callable[..., Any]] = [target]
     if inspect.isclass(target):
         functions = [vars(c)["__init__"] for c in inspect.getmro(target)[:-1] if "__init__" in vars(c)]
+    skipped = int(inspect.isclass(target))  # the first parameter of a constructor, usually `self`
     for function in functions:
         hints = get_type_hints(function, include_extras=True)
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())[skipped:]
         for p in parameters:
-            if p.name == "self" or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 continue
             hint = hints.get(p.name, p.empty)
             parameters_by_name.setdefault(p.name, (hint, p.default))

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 CLASSES = "classes.json"
 # one file for each field of `Arrays`, in the same order
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", CLASSES)
+MOST_NAMED = 5  # largest number of classes that a warning names
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -74,12 +75,28 @@ def load_with_digest(name: str, source: Source, data_dir: Path, download: bool =
 
 
 def test_images_in_training(name: str, arrays: Arrays) -> int:
-    """Count the test images that equal a training image byte for byte. If there are such images, log a warning."""
-    training = {hash(image.tobytes()) for image in arrays.train_images}
-    count = sum(hash(image.tobytes()) in training for image in arrays.test_images)
+    """Count the test images that equal a training image byte for byte. If there are such images, log a warning.
+
+    If the types of training and test images differ, the images are compared in the type with fewer bytes.
+    """
+    images = (arrays.train_images, arrays.test_images)
+    dtype = min((part.dtype for part in images), key=lambda dtype: dtype.itemsize)
+    train, test = ([hash(image.astype(dtype, copy=False).tobytes()) for image in part] for part in images)
+    training = set(train)
+    count = sum(image in training for image in test)
     if count:
         log.warning("%s: %d of %d test samples are also training samples", name, count, len(arrays.test_images))
     return count
+
+
+def warn_of_empty_classes(name: str, arrays: Arrays) -> None:
+    """Log a warning if classes have no training sample."""
+    present = set(arrays.train_labels.tolist())
+    empty = [text for label, text in enumerate(arrays.classes) if label not in present]
+    if empty:
+        text = "%s: %d of %d classes have no training sample: %s"
+        shown = ", ".join(empty[:MOST_NAMED]) + (", …" if len(empty) > MOST_NAMED else "")
+        log.warning(text, name, len(empty), arrays.num_classes, shown)
 
 
 def digest(name: str, source: Source, data_dir: Path) -> str | None:

@@ -1,5 +1,8 @@
 """uSF, brSF and frSF: feedback through the signs of the weights (Liao et al., 2016; Xiao et al., 2019)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from dfl_experiments.engine.blocknet import BlockNet
@@ -28,12 +31,21 @@ class SignSymmetry(Sequential):
         super().__init__(net, num_classes, loss)
         self.magnitudes, self.normal = magnitudes, normal
         self.scales = [root_mean_square(layer, scale) for layer in self.layers]
+        self.register_load_state_dict_pre_hook(add_scales)
         for k, layer in enumerate(self.layers):
             rows = layer.weight.detach().flatten(1)  # flat, so that every memory format draws the same M
             shape = (1, 1) if magnitudes == "uniform" else rows.shape
             self.register_buffer(f"magnitude_{k}", rows.new_full(shape, self.scales[k]))
         if magnitudes != "uniform":
             self.draw()
+
+    def get_extra_state(self) -> Tensor:
+        """Return the scales, which `state_dict` includes. They stay numbers, so that a step reads no device."""
+        return torch.tensor(self.scales, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Use the scales of a saved state in later draws."""
+        self.scales = state.tolist()
 
     def draw(self) -> None:
         """Draw new values for every M. The tensors stay the same, because a CUDA graph keeps their addresses."""
@@ -50,6 +62,11 @@ class SignSymmetry(Sequential):
         """Return V = M ⊙ sign(W), in the shape of W."""
         rows = self.layers[k].weight.detach().flatten(1)
         return rows.sign().mul_(self.get_buffer(f"magnitude_{k}")).view_as(self.layers[k].weight)
+
+
+def add_scales(rule: SignSymmetry, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add the rule's own scales to the state of an early version, which lacks them."""
+    state.setdefault(f"{prefix}_extra_state", rule.get_extra_state())
 
 
 def root_mean_square(layer: WeightLayer, scale: Scale) -> float:

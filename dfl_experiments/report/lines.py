@@ -71,9 +71,11 @@ def draw(
         log: use a logarithmic y axis for loss, norm and rms.
 
     Raises:
-        UserError: no run has a requested quantity, layer or key; no run has values; the figure would have too many
-            panels; or `smooth` is set and the x axis shows epochs.
+        UserError: the frame is empty; no run has a requested quantity, layer or key; no run has values; the figure
+            would have too many panels; or `smooth` is set and the x axis shows epochs.
     """
+    if frame.empty:
+        raise UserError("frame: has no runs to draw")
     names = list(what or DEFAULT)
     for name in names:
         if name not in WHAT:

@@ -18,11 +18,12 @@ from dfl_experiments.data.batches import (
     EvaluationBatches,
     Normalise,
     Standardise,
+    count_new_variation,
     preparation,
     resident,
     split,
 )
-from dfl_experiments.data.packs import load_with_digest, test_images_in_training
+from dfl_experiments.data.packs import load_with_digest, test_images_in_training, warn_of_empty_classes
 from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.cuda_graph import CapturedStep
@@ -48,7 +49,7 @@ class Parts:
     device: torch.device
     """Device of the network and its batches."""
     origin: dict[str, Any]
-    """Entries of result.json: digests of data and user's code, and how many test images are also training images."""
+    """Entries of result.json: kind of samples, digests of data and code, number of test images in the training set."""
     standardisation: dict[str, Tensor]
     """Mean and std with which float features are standardised; empty if the run standardises nothing."""
     batches: Batches
@@ -94,7 +95,9 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     source, data_dir = components["dataset.source"].build(), Path(settings.data_dir)
     arrays, data = load_with_digest(dataset.name, source, data_dir)
     repeated = test_images_in_training(dataset.name, arrays)
-    origin = {"data": data, "code": code_of(components), "test_images_in_training": repeated}
+    warn_of_empty_classes(dataset.name, arrays)
+    kind = kind_of(arrays.train_images)
+    origin = {"samples": kind, "data": data, "code": code_of(components), "test_images_in_training": repeated}
     strata = arrays.train_labels if settings.validation_split == "stratified" else None
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed, strata)
     train, held_out = (index.numpy() for index in indices)
@@ -102,7 +105,6 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     # Build the network on the CPU, so that a seed gives the same W on every device and for every method.
     refuse_shape(components["model"], arrays.shape)
     net = components["model"].build(input_shape=arrays.shape, num_classes=arrays.num_classes)
-    kind = kind_of(arrays.train_images)
     if kind == "tokens":
         highest = max(arrays.train_images.max(), arrays.test_images.max())
         net.example = torch.full((1, *arrays.shape), int(highest))
@@ -119,6 +121,9 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     standardisation = {}
     if isinstance(prepared, Standardise):
         standardisation = {"mean": torch.from_numpy(prepared.mean), "std": torch.from_numpy(prepared.std)}
+        if count := count_new_variation(training, arrays.test_images):
+            text = "%s: %d features are constant in the training samples, but not in the test samples; not scaled"
+            log.warning(text, dataset.name, count)
     evaluation = partial(EvaluationBatches, normalise=normalise, device=device, memory_format=layout)
     validation = evaluation(*resident(prepared(images[held_out]), labels[held_out], device))
     test = evaluation(*resident(prepared(arrays.test_images[:smoke]), arrays.test_labels[:smoke], device))

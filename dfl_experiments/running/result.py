@@ -79,6 +79,8 @@ class Result(BaseModel):
     """Training images per second of training."""
     input_shape: Annotated[list[Size], Field(min_length=1)] | None = None
     num_classes: Size | None = None
+    samples: Literal["images", "features", "tokens"] | None = None
+    """Kind of the samples, see `kind_of`. Early versions did not record it."""
     largest_class: Share | None = None
     """Share of the most frequent class in the test set."""
     data: str | None = None

@@ -43,6 +43,7 @@ from dfl_experiments.running.summary import four_digits
 from dfl_experiments.running.tracking import make_whole, rows_apart, track
 
 log = logging.getLogger(__name__)
+KEEP = "force=true replaces it, a new sweep= or hydra.run.dir= keeps both"
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -254,7 +255,9 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
         if settings.resume == AUTO:
             is_resumed = status is not None
         if not is_resumed and status is not None:
-            choices = f"resume={run_dir} continues it, force=true replaces it"
+            choices = "force=true replaces it, another hydra.run.dir= keeps both"
+            if status not in DONE:
+                choices = f"resume={run_dir} continues it, {choices}"
             raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
         if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
@@ -302,11 +305,12 @@ def result_if_done(configuration: Configuration, run_dir: Path, group: str | Non
     return before
 
 
-def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = KEEP) -> None:
     """Raise `UserError` if the data or the user's own code have changed since a run.
 
     before: entries of the run's result or checkpoint.
     now: the current entries.
+    advice: what the user can do.
     """
     recorded = {"data": before.get("data"), **before.get("code", {})}
     present = {"data": now.get("data"), **now.get("code", {})}
@@ -314,7 +318,6 @@ def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, A
         before_value = recorded.get(name)
         if None not in (value, before_value) and value != before_value:
             change = f"has a run with other data or code: {name} {before_value}, now {value}"
-            advice = "force=true replaces it, a new sweep= or hydra.run.dir= keeps both"
             raise UserError(f"{run_dir.absolute().name}: {change}; {advice}")
 
 

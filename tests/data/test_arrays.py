@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_helpers import Made
 from processes import dfl_train, ended, forked
 
 from dfl_experiments.configuration.composition import compose, config_digest, point_name
 from dfl_experiments.data.augmentation import Augmentation
-from dfl_experiments.data.batches import Batches, Normalise, preparation, split
-from dfl_experiments.data.packs import load_pack
+from dfl_experiments.data.batches import Batches, Normalise, count_new_variation, preparation, split
+from dfl_experiments.data.packs import load_pack, warn_of_empty_classes
+from dfl_experiments.data.packs import test_images_in_training as images_in_training
 from dfl_experiments.data.sources import Digits
 from dfl_experiments.data.sources_arrays import ArrayFile
 from dfl_experiments.errors import UserError
@@ -194,6 +196,48 @@ def test_what_does_not_fit_is_one_line_before_training(tmp_path, case):
 def test_a_class_without_training_samples_and_any_kind_of_integer_are_allowed(tmp_path):
     write(tmp_path, y_train=(LABELS * 2).astype(np.uint8), y_test=(LABELS[:60] + 1).astype(np.int16))
     assert trained(tmp_path, "epochs=1")["num_classes"] == 5
+    log = (tmp_path / "here" / "run.log").read_text()
+    assert log.count("arrays: 2 of 5 classes have no training sample: 1, 3\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.int8])
+def test_only_some_of_many_empty_classes_are_named(dtype, caplog):
+    classes = [f"class {label}" for label in range(100)]
+    warn_of_empty_classes("made", Made(train_labels=np.array([0, 1, 0, 99], dtype), classes=classes).arrays)
+    (text,) = caplog.messages
+    assert text == "made: 97 of 100 classes have no training sample: class 2, class 3, class 4, class 5, class 6, …"
+    warn_of_empty_classes("made", Made().arrays)
+    assert caplog.messages == [text]
+
+
+@pytest.mark.parametrize("types", [("f4", "f4"), ("f8", "f4"), ("f4", "f8"), (">f4", "<f4"), ("i4", "i8")])
+def test_test_samples_that_are_training_samples_are_found_whatever_their_types(types, caplog):
+    samples = np.round(RANDOM.normal(size=(9, 5)) * 1e3, 3 if "f" in types[0] else 0)
+    train, test = samples[:7].astype(types[0]), samples[4:].astype(types[1])
+    assert images_in_training("made", Made(train_images=train, test_images=test).arrays) == 3
+    assert caplog.messages == ["made: 3 of 5 test samples are also training samples"]
+
+
+def test_a_feature_that_is_constant_in_training_alone_is_told(tmp_path):
+    with np.load(write(tmp_path)) as parts:
+        train, test = parts["X_train"], parts["X_test"]
+    train[:, 3:6] = test[:, 3:6] = 0.1
+    test[7, 4], test[8, 5] = 1e6, -1e6
+    write(tmp_path, X_train=train, X_test=test.astype(np.float32))
+    trained(tmp_path, "epochs=1")
+    log = (tmp_path / "here" / "run.log").read_text()
+    assert log.count("arrays: 2 features are constant in the training samples, but not in the test samples") == 1
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (4, 3, 2)], ids=str)
+def test_constant_features_are_counted_along_their_axis(shape):
+    training, test = RANDOM.normal(size=(9, *shape)), RANDOM.normal(size=(6, *shape))
+    first = (slice(None), slice(None), 0) if len(shape) == 2 else (slice(None), 0)
+    assert count_new_variation(training, test) == 0
+    training[first] = 2.0
+    assert count_new_variation(training, test) == 1
+    test[first] = 2.0
+    assert count_new_variation(training, test) == 0
 
 
 def test_an_npz_is_read_as_it_is(tmp_path):

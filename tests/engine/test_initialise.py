@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
 from dfl_experiments.engine.initialise import initialise
+from dfl_experiments.models import torchvision_net
 
 
 def net():
@@ -40,3 +42,46 @@ def test_default_keeps_every_bit_and_no_initialisation_touches_a_normalisation()
         initialise(model, init)
         assert torch.equal(model[1].weight, before[1].weight)
         assert torch.equal(model[0].weight, before[0].weight) == (init == "default")
+
+
+# standard deviation of the first convolution's weights, as the network's constructor in torchvision has it
+STEMS = {
+    "resnet18": lambda w: math.sqrt(2 / w[:, 0].numel()),  # kaiming, fan_out: the channels do not matter
+    "vgg11_bn": lambda w: math.sqrt(2 / w[:, 0].numel()),
+    "googlenet": lambda w: 0.01,
+    "densenet121": lambda w: math.sqrt(2 / w[0].numel()),  # kaiming, fan_in
+    "squeezenet1_1": lambda w: math.sqrt(2 / w[0].numel()),
+    "vit_b_32": lambda w: math.sqrt(1 / w[0].numel()),
+    "alexnet": lambda w: math.sqrt(1 / (3 * w[0].numel())),  # PyTorch's default
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_network_of_torchvision_draws_its_first_convolution_as_its_constructor_does(name, channels):
+    torch.manual_seed(0)
+    net = torchvision_net((channels, 64, 64), 10, name)
+    weights, stem = net.state_dict(), next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
+    assert stem.in_channels == stem.weight.shape[1] == channels
+    assert stem.weight.std().item() == pytest.approx(STEMS[name](stem.weight), rel=0.05)
+    assert stem.bias is None or bool(stem.bias.any()) == (name == "alexnet")
+    torch.manual_seed(0)
+    options = {"image_size": 64} if name == "vit_b_32" else {}
+    if name == "googlenet":
+        options = {"aux_logits": False, "init_weights": True}
+    own = models.get_model(name, weights=None, num_classes=10, **options).state_dict()
+    changed = [key for key in own if own[key].shape != weights[key].shape]
+    assert len(changed) == (channels != 3)
+    assert channels != 3 or all(torch.equal(own[key], weights[key]) for key in own)
+
+
+def test_each_network_of_torchvision_has_one_convolution_for_its_images():
+    for name in models.list_models(module=models):
+        if name.startswith("regnet"):  # cannot be built without memory; they share one stem
+            continue
+        with torch.device("meta"):
+            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            module = models.get_model(name, weights=None, num_classes=10, **options)
+        channels = [layer.in_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+        assert channels[0] == 3, name
+        assert channels.count(3) == 1, name

@@ -180,6 +180,28 @@ def test_a_rule_goes_on_from_its_state():
     assert all(map(torch.equal, rule.method.parameters(), twin.method.parameters()))
 
 
+@pytest.mark.parametrize("is_early", [False, True])
+@pytest.mark.parametrize("name", ["brsf", "frsf", "usf"])
+def test_sign_symmetry_keeps_its_scales_with_its_state(name, is_early):
+    net, other = module(), module()
+    other[2].weight.data *= 3
+    rule = rule_of(name, net)
+    twin = rule_of(name, net if is_early else other)  # early states lack the scales; W then has to be the same
+    state = rule.state_dict()
+    if is_early:
+        del state["method"]["_extra_state"]
+    twin.load_state_dict(state)
+    other.load_state_dict(net.state_dict())
+    found = []
+    for each in (rule, twin):
+        torch.manual_seed(4)
+        each.net.zero_grad()
+        each.backward(INPUTS, LABELS)
+        found.append(gradients(each.net))
+    assert all(map(torch.equal, *found))
+    assert torch.equal(rule.method.get_buffer("magnitude_1"), twin.method.get_buffer("magnitude_1"))
+
+
 @pytest.mark.parametrize("name", group_options("method"))
 def test_every_rule_trains_in_a_plain_loop(name):
     net = module()

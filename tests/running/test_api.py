@@ -34,8 +34,12 @@ def test_a_trained_run_predicts_from_raw_images_and_evaluates_as_it_was_reported
 
 
 def test_a_cell_that_runs_twice_goes_on_or_returns_what_is_there(folder):
-    with pytest.raises(UserError, match="has a run already"):
-        dfl.run(dfl.compose(ASKED), folder)
+    for changed in ([], ["epochs=4"]):  # the run has ended, so nothing continues it
+        with pytest.raises(UserError, match=r"has a run already \(finished\); force=true replaces it, another hydra"):
+            dfl.run(dfl.compose([*ASKED, *changed]), folder)
+    for value in (True, "overwrite"):
+        with pytest.raises(UserError, match=f'exist_ok={value!r}: must be False or "resume"'):
+            dfl.run(dfl.compose(ASKED), folder, exist_ok=value)
     again = dfl.run(dfl.compose(ASKED), folder, exist_ok="resume")
     assert again["finished_at"] == dfl.load_run(folder).result["finished_at"]
 
@@ -78,6 +82,73 @@ def test_features_that_a_run_took_as_given_are_predicted_as_given(tmp_path):
     assert (guesses == labels).mean() == run.result["accuracy"]
 
 
+IMAGES = np.zeros((3, 1, 8, 8), np.uint8)
+NO_IMAGES = {
+    "floats": IMAGES.astype(np.float32),
+    "fractions": torch.zeros(3, 1, 8, 8, requires_grad=True),
+    "wide integers": IMAGES.astype(np.uint16),
+    "booleans": IMAGES > 0,
+    "no channel": IMAGES[:, 0],
+    "channels last": IMAGES.transpose(0, 2, 3, 1),
+    "flat": IMAGES.reshape(3, 64),
+    "one image": IMAGES[0],
+    "a number": np.uint8(3),
+}
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+@pytest.mark.parametrize("case", NO_IMAGES)
+def test_a_run_on_images_predicts_from_nothing_else(folder, case, is_early):
+    run = dfl.load_run(folder)
+    assert run.result["samples"] == "images"
+    if is_early:
+        del run.result["samples"]
+    with pytest.raises(UserError, match=r"run: needs uint8 images of shape \(N, 1, 8, 8\), but gets \w+ of shape \("):
+        run.predict(NO_IMAGES[case])
+
+
+def test_images_in_another_order_of_memory_are_predicted_alike(folder):
+    run, images = dfl.load_run(folder), np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
+    expected = run.predict(images)
+    assert torch.equal(run.predict(images[::-1]), expected.flip(0))
+    assert torch.equal(run.predict(np.asfortranarray(images)), expected)
+
+
+def npz(folder, features, labels):
+    np.savez(folder / "data.npz", X_train=features, y_train=labels, X_test=features[:60], y_test=labels[:60])
+    return ["dataset=arrays", f"dataset.source.path={folder / 'data.npz'}", "model.widths=[32]", *ASKED]
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_a_run_on_features_takes_numbers_of_its_own_shape(tmp_path, standardise):
+    features, labels = samples_of("bytes")
+    asked = [*npz(tmp_path, features.reshape(300, 3, 2, 2), labels), f"dataset.standardise={standardise}"]
+    dfl.run(dfl.compose(asked), tmp_path / "here")
+    run = dfl.load_run(tmp_path / "here")
+    features = features.reshape(300, 3, 2, 2)
+    expected = run.predict(features)
+    for dtype in (np.uint8, np.int64, np.float32, ">f8"):  # whole numbers up to 255 are no images
+        assert torch.equal(run.predict(features.astype(dtype)), expected)
+    for wrong in (features[:, :1], features[0], features.astype(complex), features.astype(str)):
+        with pytest.raises(UserError, match=r"here: needs float features of shape \(N, 3, 2, 2\), but gets "):
+            run.predict(wrong)
+
+
+def test_a_run_is_not_evaluated_on_other_data(tmp_path):
+    features, labels = samples_of("raw")
+    result = dfl.run(dfl.compose(npz(tmp_path, features, labels)), tmp_path / "here")
+    run = dfl.load_run(tmp_path / "here")
+    assert run.evaluate()["accuracy"] == result["accuracy"]
+    npz(tmp_path, features * 5 + 3, labels)
+    with pytest.raises(
+        UserError, match=r"here: has a run with other data or code: data \w+, now \w+; restore the data"
+    ):
+        run.evaluate()
+    del run.result["data"]  # as in runs of early versions
+    run.evaluate()
+    assert run.predict(features).shape == (300, 3)  # needs no data
+
+
 def test_features_are_refused_where_the_run_did_not_record_their_mean(folder, monkeypatch):
     def earlier(run_dir):
         saved = load_checkpoint(run_dir)
@@ -86,6 +157,7 @@ def test_features_are_refused_where_the_run_did_not_record_their_mean(folder, mo
 
     monkeypatch.setattr("dfl_experiments.api.load_checkpoint", earlier)
     run = dfl.load_run(folder)
+    del run.result["samples"]
     assert run.predict(np.zeros((2, 1, 8, 8), np.uint8)).shape == (2, 10)
     with pytest.raises(UserError, match="does not hold the features' mean and std"):
         run.predict(np.zeros((2, 1, 8, 8), np.float32))
@@ -106,6 +178,13 @@ def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradien
     with pytest.raises(UserError, match=r"\(AMX\) PyTorch computes a wrong gradient for \S*layer3.0.conv1"):
         dfl.run(dfl.compose([*small, "precision=bfloat16"]), tmp_path / "bfloat16")
     assert dfl.run(dfl.compose(small), tmp_path / "float32")["status"] == "finished"
+
+
+def test_what_is_no_table_and_a_frame_without_runs_are_refused(folder):
+    with pytest.raises(UserError, match="table='steps': choose epochs or iterations"):
+        dfl.read_rows(folder, "steps")
+    with pytest.raises(UserError, match="frame: has no runs to draw"):
+        dfl.draw(dfl.runs(folder).iloc[:0])
 
 
 def test_the_public_names_are_listed():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -18,8 +19,9 @@ from torch import nn
 
 
 class Small(nn.Module):
-    def __init__(self, num_classes, planes=6):
+    def __init__(this, num_classes, planes=6):
         super().__init__()
+        self = this
         layers = [nn.Conv2d(1, planes, 3), nn.BatchNorm2d(planes), nn.ReLU(inplace=True), nn.Dropout(0.1)]
         self.features = nn.Sequential(*layers, nn.Conv2d(planes, planes, 3), nn.ReLU())
         self.head = nn.Linear(planes, num_classes)
@@ -70,12 +72,28 @@ def test_a_network_is_trained_from_the_command_line(case, tmp_path):
     assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+@pytest.mark.usefixtures("own_modules")
+def test_a_network_is_not_loaded_with_other_code(tmp_path):
+    assert dfl_train(tmp_path, *OPTIONS, *MINE).returncode == 0
+    code = "import dfl_experiments as dfl; run = dfl.load_run('here', ['own_modules']); print(run.{})"
+    asked = {name: [sys.executable, "-c", code.format(name)] for name in ("net", "evaluate()")}
+    outcomes = {}
+    for text in (SMALL, SMALL.replace("nn.ReLU", "nn.Tanh").replace("inplace=True", "")):
+        (tmp_path / "own_modules.py").write_text(text)
+        for name, command in asked.items():
+            outcomes[text == SMALL, name] = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    for name in asked:
+        assert outcomes[True, name].returncode == 0, outcomes[True, name].stderr
+        assert "here: has a run with other data or code: model own_modules " in outcomes[False, name].stderr
+
+
 REFUSED = {
     "model.boundaries=[features.1]": "model.boundaries: features.1: its output is changed in place afterwards; the",
     "model.boundaries=first": "model.boundaries",
     "+model.boundary=[head]": "model.boundary: no such option; did you mean model.boundaries?",
     "model._target_=torch.nn.Identity": "a plugin's model may be any torch.nn.Module",
     "model=torchvision model.net=vgg11_bm": "torchvision has no such network; choose for example vgg11_bn",
+    "model=torchvision model.net=vit_b_16": "boundaries='auto' (Input shape indivisible by patch size!)",
     "model=torchvision model.net=vgg11_bn": "model: the forward pass fails for input shape (1, 8, 8)",
 }
 
