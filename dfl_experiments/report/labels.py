@@ -10,24 +10,28 @@ import pandas as pd
 import yaml
 
 from dfl_experiments.configuration.composition import CONF_DIR
-from dfl_experiments.report.run_record import as_override
+from dfl_experiments.report.run_record import as_override, flat
 
 # Options are compared only between runs that are equal in these columns.
 NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "protocol"]
 OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
-PROTOCOL_OPTION = re.compile(r"\$\{protocol\.(\w+)\}")
+REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns `setting` and `method`, and a column for each option that these two columns name.
+    """Add the columns `setting`, `shared` and `method`, and a column for each option that `setting` or `method` names.
 
     `method` is a text with the rule and those of its options that `method_options` returns. `setting` is a text with
-    all other options that differ between runs.
+    all other options that differ between runs. `shared` is a text with the options that all runs share and that differ
+    from their defaults.
     """
     settings, methods = {}, {}
+    shared: dict[Any, str] = {}
     columns: dict[Any, dict[str, str]] = {}
-    for _, group in frame.groupby(NAMES, sort=False):
+    for names, group in frame.groupby(NAMES, sort=False):
         keys = differing(group.options)
+        text = ", ".join(assignments(shared_options(dict(zip(NAMES, names, strict=True)), group.options)))
+        shared |= dict.fromkeys(group.index, text)
         for index, options in group.options.items():
             shown = {key: options[key] for key in keys if key in options}
             settings[index] = ", ".join(assignments(shown))
@@ -38,7 +42,7 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
             shown = method_options(str(rule), str(protocol), options, keys)
             methods[index] = ", ".join([str(rule), *assignments(shown)])
             columns[index] |= {f"method.{key}": value for key, value in shown.items()}
-    frame = frame.assign(setting=settings, method=methods).drop(columns=["options", "method_options"])
+    frame = frame.assign(setting=settings, shared=shared, method=methods).drop(columns=["options", "method_options"])
     shown_options = pd.DataFrame.from_dict(columns, orient="index").fillna("")
     return frame.join(shown_options[sorted(shown_options.columns.difference(frame.columns))])
 
@@ -64,6 +68,41 @@ def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
     return keys
 
 
+def shared_options(names: Mapping[str, str], all_options: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return the options that have the same value in all runs, and another value in conf/.
+
+    names: for each group of conf/, the name of the file that the runs use.
+    """
+    first, *others = all_options
+    defaults = as_texts(conf_values(".", "config"), names)
+    for group, name in names.items():
+        values = as_texts(conf_values(group, name), names)
+        defaults |= {f"{group}.{key}": value for key, value in values.items()}
+    shared = {}
+    for key, value in first.items():
+        is_default = defaults.get(key, value) == value
+        if not is_default and all(options.get(key) == value for options in others):
+            shared[key] = value
+    return shared
+
+
+def as_texts(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """Return the values of a file in conf/ as texts.
+
+    A value that refers to a data set or a protocol is replaced by the value in their file. Other references are left
+    out.
+
+    names: name of the data set and of the protocol.
+    """
+    texts = {}
+    for key, value in flat(values).items():
+        if isinstance(value, str) and (link := REFERENCE.fullmatch(value)):
+            value = conf_values(link[1], names.get(link[1], "")).get(link[2], "${}")
+        if "${" not in str(value):
+            texts[key] = as_override(value)
+    return texts
+
+
 def method_options(rule: str, protocol: str, options: Mapping[str, str], differing_keys: list[str]) -> dict[str, str]:
     """Return those options of a method that differ from their default.
 
@@ -85,14 +124,7 @@ def method_defaults(rule: str, protocol: str) -> dict[str, str]:
     A default that refers to an option of the protocol is replaced by the value in conf/protocol/PROTOCOL.yaml. An
     option whose default refers to anything else is left out.
     """
-    values, choices = conf_values("method", rule), conf_values("protocol", protocol)
-    defaults = {}
-    for key, value in values.items():
-        if isinstance(value, str) and (link := PROTOCOL_OPTION.fullmatch(value)):
-            value = choices.get(link[1], "${}")
-        if "${" not in str(value):
-            defaults[key] = as_override(value)
-    return defaults
+    return as_texts(conf_values("method", rule), {"protocol": protocol})
 
 
 @cache

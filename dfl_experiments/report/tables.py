@@ -126,7 +126,7 @@ def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
         published = frame.merge(paper, on=SETTINGS, how="left").published
         columns["paper, %"] = numbers(100 * published, ".2f")
         columns["minus paper"] = numbers(100 * (frame.accuracy - published), "+.2f")
-    caption = f"{verdict(frame, is_best)} {answer_caption(frame)}".strip()
+    caption = f"{verdict(frame, is_best)} {answer_caption(frame, section.runs)}".strip()
     return Table("Methods", with_settings(frame, section.runs, columns), caption, is_best.tolist())
 
 
@@ -158,8 +158,11 @@ def verdict(frame: pd.DataFrame, is_best: pd.Series) -> str:
     return f"{text} All differences from BP are significant." if frame.low_bp.notna().any() else text
 
 
-def answer_caption(frame: pd.DataFrame) -> str:
-    """Return the settings that all rows share, the noise floors, and the number of rows without an interval."""
+def answer_caption(frame: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """Return the settings that all rows share, the noise floors, and the number of rows without an interval.
+
+    frame: the rows of the table. runs: the runs of its section.
+    """
     parts = []
     if frame.epochs.nunique() == 1:
         parts.append(words("epochs", frame.epochs.iloc[0]))
@@ -168,6 +171,9 @@ def answer_caption(frame: pd.DataFrame) -> str:
         if frame[key].nunique() == 1 and value != default:
             parts.append(words(key, value))
     counted = frame[frame.n > 0]
+    shared = runs.shared.iloc[0]
+    if shared and runs.shared.nunique() == 1:
+        parts.append(shared)
     floors = []
     for row in counted[~counted.smoke].itertuples():
         floor = compare.noise_floor(row.accuracy, compare.TEST_IMAGES.get(row.dataset))

@@ -202,6 +202,13 @@ def test_an_option_is_shown_for_every_run_of_a_section(finished_point, tmp_path)
 
 
 def test_a_caption_names_what_all_rows_share_and_what_is_not_usual(finished_point, tmp_path):
-    altered(finished_point, tmp_path / "a", {"optimizer.name": "adamw", "limit": 200})
+    changes = {"optimizer.name": "adamw", "limit": 200, "batch_size": 32, "model.widths": [40, 30]}
+    for seed in (0, 1):
+        altered(finished_point, tmp_path / str(seed), {**changes, "seed": seed})
     (section,) = sections(runs(tmp_path))
-    assert "200 training images; AdamW" in answer(section).caption
+    for text in ("200 training images; AdamW; model.widths=[40,30]", "batch_size=32"):
+        assert text in answer(section).caption
+    altered(finished_point, tmp_path / "2", {**changes, "seed": 2, "batch_size": 16})
+    (section,) = sections(runs(tmp_path))
+    assert "AdamW; model.widths=[40,30]" in answer(section).caption
+    assert "batch_size" not in answer(section).caption  # it has a column
