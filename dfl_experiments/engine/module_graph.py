@@ -108,11 +108,11 @@ class Graph:
             first[node] = 0
             for child in children(node):
                 first[node] |= self.bits[child] if child in stops else first[child]
-        found: dict[str, list[str]] = {}
+        readers: dict[str, list[str]] = {}
         for name in boundaries:
             bit = self.bits[self.nodes[name]]
-            found[name] = [layer for layer in layers if first[self.nodes[layer]] & bit]
-        return found
+            readers[name] = [layer for layer in layers if first[self.nodes[layer]] & bit]
+        return readers
 
 
 def children(node: Any) -> list[Any]:
