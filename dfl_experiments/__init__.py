@@ -17,7 +17,10 @@ from importlib import import_module
 from typing import Any
 
 if sys.platform == "win32":
-    print("dfl-experiments: error: Windows is not supported; use the Windows Subsystem for Linux", file=sys.stderr)
+    print(
+        "dfl-experiments: error: Windows is not supported; use the Windows Subsystem for Linux",
+        file=sys.stderr,
+    )
     raise SystemExit(2)
 
 __version__ = "0.1.0"
@@ -30,7 +33,18 @@ NAMES = {
     "draw": "report.lines",
     "rule": "own_loop",
 }
-__all__ = ["boundaries", "compose", "curves", "draw", "load_net", "load_run", "read_rows", "rule", "run", "runs"]
+__all__ = [
+    "boundaries",
+    "compose",
+    "curves",
+    "draw",
+    "load_net",
+    "load_run",
+    "read_rows",
+    "rule",
+    "run",
+    "runs",
+]
 
 
 def __getattr__(name: str) -> Any:

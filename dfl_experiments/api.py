@@ -47,7 +47,9 @@ def compose(overrides: Sequence[str] = ()) -> Configuration:
     message that `dfl-train` would print.
     """
     if isinstance(overrides, str):
-        raise UserError(f"compose({overrides!r}): takes a list of overrides, such as [{overrides!r}]")
+        raise UserError(
+            f"compose({overrides!r}): takes a list of overrides, such as [{overrides!r}]"
+        )
     composition.register_resolvers()
     try:
         return check(with_recorded(composition.compose([*overrides]), [*overrides]))
@@ -70,7 +72,9 @@ def run(
     return run_alone(configuration, Path(run_dir))
 
 
-def read_rows(run_dir: str | Path, table: Literal["epochs", "iterations"] = "epochs") -> dict[str, np.ndarray]:
+def read_rows(
+    run_dir: str | Path, table: Literal["epochs", "iterations"] = "epochs"
+) -> dict[str, np.ndarray]:
     """Return the columns of a table by name, as `pandas.DataFrame` accepts them. An empty cell is NaN."""
     if table not in ("epochs", "iterations"):
         raise UserError(f"table={table!r}: choose epochs or iterations")
@@ -78,7 +82,8 @@ def read_rows(run_dir: str | Path, table: Literal["epochs", "iterations"] = "epo
     with opened(Path(run_dir) / f"{table}.csv") as file:
         names = file.readline().decode().strip().split(",")
         rows = np.genfromtxt(file, delimiter=",", ndmin=2)
-    return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))  # a table without rows gives empty columns
+    # a table without rows gives empty columns
+    return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))
 
 
 @usual_torch()
@@ -91,10 +96,14 @@ def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
     result = read_result(Path(run_dir))
     if result is None or "input_shape" not in result:
         raise UserError(f"{run_dir}: has no result.json with the network's configuration")
-    values = completed(result["config"], composition.plain(composition.compose([]))) | {"plugins": [*plugins]}
+    values = completed(result["config"], composition.plain(composition.compose([]))) | {
+        "plugins": [*plugins]
+    }
     model = check(values).components["model"]
     refuse_changes(Path(run_dir), result, {"code": code_of({"model": model})}, RESTORE)
-    net: BlockNet = model.build(input_shape=tuple(result["input_shape"]), num_classes=result["num_classes"])
+    net: BlockNet = model.build(
+        input_shape=tuple(result["input_shape"]), num_classes=result["num_classes"]
+    )
     net.load_state_dict(load_checkpoint(Path(run_dir))["net"])
     return net.eval()
 
@@ -164,9 +173,13 @@ class TrainedRun:
         name, dtype, casting = TYPES[kind]
         if samples.shape[1:] != shape or not np.can_cast(samples.dtype, dtype, casting):
             needed = f"needs {name} of shape (N, {', '.join(map(str, shape))})"
-            raise UserError(f"{self.folder}: {needed}, but gets {samples.dtype} of shape {samples.shape}")
+            raise UserError(
+                f"{self.folder}: {needed}, but gets {samples.dtype} of shape {samples.shape}"
+            )
         if kind == "features" and recorded is None and dataset.get("standardise", True):
-            raise UserError(f"{self.folder}: its checkpoint does not hold the features' mean and std; repeat the run")
+            raise UserError(
+                f"{self.folder}: its checkpoint does not hold the features' mean and std; repeat the run"
+            )
         if recorded:
             samples = Standardise(recorded["mean"].numpy(), recorded["std"].numpy())(samples)
         normalise = Normalise(dataset["mean"], dataset["std"])
@@ -180,8 +193,14 @@ class TrainedRun:
         if self._standardisation:
             return "features"
         # without `standardise`, samples with three axes may be images or features
-        is_clear = self._standardisation is not None and self.config["dataset"].get("standardise", True)
-        return "images" if is_clear and len(self.net.input_shape) == 3 else kind_of(samples) or "features"
+        is_clear = self._standardisation is not None and self.config["dataset"].get(
+            "standardise", True
+        )
+        return (
+            "images"
+            if is_clear and len(self.net.input_shape) == 3
+            else kind_of(samples) or "features"
+        )
 
     @usual_torch()
     def evaluate(self) -> dict[str, float]:
@@ -193,7 +212,9 @@ class TrainedRun:
         settings = completed(self.config, current) | {"plugins": [*self.plugins], "device": "cpu"}
         parts = build(check(settings))
         code = {"model": parts.origin["code"].get("model")}
-        refuse_changes(self.folder, self.result, {"data": parts.origin["data"], "code": code}, RESTORE)
+        refuse_changes(
+            self.folder, self.result, {"data": parts.origin["data"], "code": code}, RESTORE
+        )
         parts.learner.net.load_state_dict(load_checkpoint(self.folder)["net"])
         loss, accuracy = evaluate(parts, parts.test)
         return {"loss": loss, "accuracy": accuracy}

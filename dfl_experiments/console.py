@@ -25,10 +25,12 @@ def leave(program: str, signum: int, frame: FrameType | None = None) -> NoReturn
 
 def run(program: str, module: str) -> None:
     """Call a module's `main` as a program. Show no traceback if the output is closed, for example by `| head`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored SIGINT stays ignored
+    # an ignored SIGINT stays ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, partial(leave, program))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # if the terminal's encoding lacks a character, print ?
+        # if the terminal's encoding lacks a character, print ?
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         try:
@@ -36,7 +38,8 @@ def run(program: str, module: str) -> None:
         finally:
             sys.stdout.flush()
     except OSError as error:  # the output is closed, or the disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it ends
+        # Python flushes stdout again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(128 + signal.SIGPIPE) from None
         raise SystemExit(f"{program}: error: {error}") from None

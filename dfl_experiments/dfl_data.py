@@ -61,7 +61,12 @@ def row(overrides: list[str]) -> tuple[str, ...]:
 def sizes_of(arrays: Arrays) -> tuple[str, ...]:
     """Return the numbers of training and test samples, the shape of a sample, and the number of classes."""
     shape = "x".join(str(length) for length in arrays.shape)
-    return str(len(arrays.train_labels)), str(len(arrays.test_labels)), shape, str(arrays.num_classes)
+    return (
+        str(len(arrays.train_labels)),
+        str(len(arrays.test_labels)),
+        shape,
+        str(arrays.num_classes),
+    )
 
 
 def other_packs(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -79,7 +84,10 @@ def show(choices: list[list[str]], folder: Path | None = None) -> None:
     folder: the table also lists all other packs in this folder.
     Raises `UserError` for wrong overrides.
     """
-    rows = [("name", "state", "train", "test", "shape", "classes", "where"), *(row(choice) for choice in choices)]
+    rows = [
+        ("name", "state", "train", "test", "shape", "classes", "where"),
+        *(row(choice) for choice in choices),
+    ]
     if folder is not None:
         rows += other_packs(folder, [name for name, *_ in rows])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
@@ -104,7 +112,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with refusing("dfl-data"):
         if arguments.command == "prepare" and not is_named:
-            raise UserError(f"prepare: needs a data set; add dataset=NAME with one of the names {', '.join(names)}")
+            raise UserError(
+                f"prepare: needs a data set; add dataset=NAME with one of the names {', '.join(names)}"
+            )
         try:
             if arguments.command == "prepare":
                 load_pack(*data_set_of(compose(overrides)))

@@ -41,4 +41,8 @@ def reason(error: BaseException) -> str:
 
 def of_the_system(error: OSError) -> str:
     """Return the operating system's message, with the file's name if there is one."""
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else reason(error)
+    return (
+        f"{error.filename}: {error.strerror}"
+        if error.filename and error.strerror
+        else reason(error)
+    )

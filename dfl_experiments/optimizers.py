@@ -33,7 +33,8 @@ def eager(kind: type[torch.optim.Optimizer]) -> type[Any]:
     """
     members: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in WRAPPED}
     members["step"] = torch.no_grad()(inspect.unwrap(kind.step))
-    members["_warned_capturable_if_run_uncaptured"] = True  # do not warn about steps before the graph is captured
+    # do not warn about steps before the graph is captured
+    members["_warned_capturable_if_run_uncaptured"] = True
     return type(kind.__name__, (kind,), members)
 
 
@@ -77,7 +78,9 @@ class Adam(OptimizerFactory):
         first, second = self.betas
         lr = self.starting_lr(parameters)
         options = {"fused": True, "capturable": isinstance(lr, Tensor)}
-        return eager(self.kind)(parameters, lr, (first, second), self.eps, self.weight_decay, **options)
+        return eager(self.kind)(
+            parameters, lr, (first, second), self.eps, self.weight_decay, **options
+        )
 
 
 class AdamW(Adam):
@@ -104,7 +107,12 @@ class SGD(OptimizerFactory):
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         lr = self.starting_lr(parameters)
         return eager(torch.optim.SGD)(
-            parameters, lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True
+            parameters,
+            lr,
+            self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+            fused=True,
         )
 
 
@@ -138,13 +146,19 @@ def of_torch(target: str, key: str) -> type[OptimizerFactory]:
     """
     kinds: dict[str, Any] = {}
     for name, kind in vars(torch.optim).items():
-        if not inspect.isclass(kind) or not issubclass(kind, torch.optim.Optimizer) or kind is torch.optim.Optimizer:
+        if (
+            not inspect.isclass(kind)
+            or not issubclass(kind, torch.optim.Optimizer)
+            or kind is torch.optim.Optimizer
+        ):
             continue
         closure = inspect.signature(inspect.unwrap(kind.step)).parameters["closure"]
         if closure.default is None:
             kinds[f"torch.optim.{name}"] = kind
     if target not in kinds:
-        raise UserError(f"{key}._target_={target}: must be one of {', '.join(kinds)}, which need no closure")
+        raise UserError(
+            f"{key}._target_={target}: must be one of {', '.join(kinds)}, which need no closure"
+        )
     kind = kinds[target]
     hints = get_type_hints(kind.__init__)
     options = []
@@ -152,7 +166,9 @@ def of_torch(target: str, key: str) -> type[OptimizerFactory]:
         if name not in NO_OPTIONS:
             options.append((name, without_tensor(hints[name]), field(default=parameter.default)))
     members = {"kind": kind, "captured": kind is torch.optim.RMSprop}
-    return make_dataclass(kind.__name__, options, bases=(OfTorch,), namespace=members, frozen=True, kw_only=True)
+    return make_dataclass(
+        kind.__name__, options, bases=(OfTorch,), namespace=members, frozen=True, kw_only=True
+    )
 
 
 def without_tensor(hint: Any) -> Any:

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dfl_experiments.configuration.components import component
-from dfl_experiments.configuration.composition import compose, group_options, plain, register_resolvers
+from dfl_experiments.configuration.composition import (
+    compose,
+    group_options,
+    plain,
+    register_resolvers,
+)
 from dfl_experiments.configuration.refusals import did_you_mean
 from dfl_experiments.engine.alignment import measure
 from dfl_experiments.engine.blocknet import BlockNet
@@ -23,7 +28,8 @@ from dfl_experiments.ranges import LossName
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Gradients = list[Tensor | None]
-LAST_NET: weakref.WeakValueDictionary[str, BlockNet] = weakref.WeakValueDictionary()  # of the last call of `backward`
+# of the last call of `backward`
+LAST_NET: weakref.WeakValueDictionary[str, BlockNet] = weakref.WeakValueDictionary()
 
 
 class Rule:
@@ -49,7 +55,9 @@ class Rule:
         self.classes = classes
         self._parameters = list(net.parameters())
 
-    def backward(self, inputs: Tensor, target: Tensor, loss: Loss | None = None, step_feedback: bool = True) -> Tensor:
+    def backward(
+        self, inputs: Tensor, target: Tensor, loss: Loss | None = None, step_feedback: bool = True
+    ) -> Tensor:
         """Add the rule's gradients to `.grad` of the network's parameters, and return the loss.
 
         B is updated before the error signals are computed. If the rule has `sends_first`, B is updated after them.
@@ -68,7 +76,9 @@ class Rule:
         """
         refuse_float16(inputs.device.type)
         if not torch.is_grad_enabled():
-            raise UserError("backward: gradients are disabled here; call it outside of torch.no_grad()")
+            raise UserError(
+                "backward: gradients are disabled here; call it outside of torch.no_grad()"
+            )
         self._check(inputs, target, loss)
         use_own_compiled_code(self.net)
         method = self.method
@@ -98,7 +108,9 @@ class Rule:
         self.method.follow(0.0 if self.lr is None else self.lr)
         self._step_optimizer()
 
-    def alignment(self, inputs: Tensor, target: Tensor, loss: Loss | None = None) -> dict[str, dict[str, float]]:
+    def alignment(
+        self, inputs: Tensor, target: Tensor, loss: Loss | None = None
+    ) -> dict[str, dict[str, float]]:
         """Compare the rule's error signals with those of BP on a batch. Nothing else changes.
 
         The network keeps its weights, gradients, batch statistics and random state. A compiled network runs without
@@ -111,7 +123,11 @@ class Rule:
         """
         self._check(inputs, target, loss)
         method = self.method
-        with unchanged(nn.ModuleList([self.net, method]), inputs.device), torch.enable_grad(), eager():
+        with (
+            unchanged(nn.ModuleList([self.net, method]), inputs.device),
+            torch.enable_grad(),
+            eager(),
+        ):
             trace = self.net.trace(inputs, method.cuts, method.frozen, True, method.transpose)
             _, error = self._value_and_error(trace.logits, target, loss)
             with torch.autocast(inputs.device.type, enabled=False):
@@ -119,7 +135,10 @@ class Rule:
                 measured = measure(self.net, method, trace, deltas, error, last=True)
         values = measured.reshape(-1, len(QUANTITIES)).tolist()
         names = getattr(self.net, "boundaries", None) or [str(i) for i in range(1, self.net.depth)]
-        return {name: dict(zip(QUANTITIES, row, strict=True)) for name, row in zip(names, values, strict=True)}
+        return {
+            name: dict(zip(QUANTITIES, row, strict=True))
+            for name, row in zip(names, values, strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return B and its optimizer's state."""
@@ -138,23 +157,38 @@ class Rule:
             raise UserError("the rule needs autograd; call it outside of torch.inference_mode()")
         shape = tuple(inputs.shape[1:])
         if self.method.cuts and shape != self.net.input_shape:  # B has the shape of h_i
-            raise UserError(f"inputs: a sample has shape {shape}, but the example had {self.net.input_shape}")
+            raise UserError(
+                f"inputs: a sample has shape {shape}, but the example had {self.net.input_shape}"
+            )
         parameters = list(self.net.parameters())
         if list(map(id, parameters)) != list(map(id, self._parameters)):
-            raise UserError("model: a parameter was added or replaced after dfl.rule; call dfl.rule again")
+            raise UserError(
+                "model: a parameter was added or replaced after dfl.rule; call dfl.rule again"
+            )
         if not any(parameter.requires_grad for parameter in parameters):
             raise UserError("model: all parameters are frozen (requires_grad=False)")
         is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
         if not is_labels and (loss is None or self.method.needs_labels):
             problem = f"target: {target.dtype} of shape {tuple(target.shape)}; must be labels (N,) of type torch.int64"
-            advice = "this rule needs labels" if self.method.needs_labels else "for other targets, pass loss="
+            advice = (
+                "this rule needs labels"
+                if self.method.needs_labels
+                else "for other targets, pass loss="
+            )
             raise UserError(f"{problem}; {advice}")
         # on a GPU, this check would wait for the device
-        if is_labels and loss is None and not target.is_cuda and not 0 <= target.min() <= target.max() < self.classes:
+        if (
+            is_labels
+            and loss is None
+            and not target.is_cuda
+            and not 0 <= target.min() <= target.max() < self.classes
+        ):
             labels = f"{int(target.min())} to {int(target.max())}"
             raise UserError(f"target: labels {labels}; must be 0 to {self.classes - 1}")
 
-    def _value_and_error(self, logits: Tensor, target: Tensor, loss: Loss | None) -> tuple[Tensor, Tensor]:
+    def _value_and_error(
+        self, logits: Tensor, target: Tensor, loss: Loss | None
+    ) -> tuple[Tensor, Tensor]:
         if loss is None:
             return self.loss.value_and_error(precise(logits), target)
         leaf = logits.detach().requires_grad_()
@@ -196,31 +230,45 @@ def rule(
     register_resolvers()
     choices = group_options("method")
     if name not in choices:
-        raise UserError(f"rule {name!r}: no such method{did_you_mean(name, choices)}; there are {', '.join(choices)}")
+        raise UserError(
+            f"rule {name!r}: no such method{did_you_mean(name, choices)}; there are {', '.join(choices)}"
+        )
     node = plain(compose([f"method={name}"]))["method"] | options
     net = module if isinstance(module, BlockNet) else ModuleNet(module, boundaries, example)
     logits = net.probe().logits
     if logits.dim() != 2:
         shape = tuple(logits.shape[1:])
-        raise UserError(f"model: the output for one sample has shape {shape}; must be (K,), so (1,) for a single value")
+        raise UserError(
+            f"model: the output for one sample has shape {shape}; must be (K,), so (1,) for a single value"
+        )
     classes = logits.shape[1]
     if loss not in LOSSES:
-        raise UserError(f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead")
+        raise UserError(
+            f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead"
+        )
     output_loss = LOSSES[loss]
     method: Method = component(node, "method").build(net=net, num_classes=classes, loss=output_loss)
     method.to(example.device)
     learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if learnt and optimizer is None:
-        raise UserError(f"rule {name}: trains B; pass B's optimizer, such as lambda p: torch.optim.Adam(p, 1e-4)")
+        raise UserError(
+            f"rule {name}: trains B; pass B's optimizer, such as lambda p: torch.optim.Adam(p, 1e-4)"
+        )
     if getattr(method, "decay", 0) and lr is None:
-        raise UserError(f"rule {name}: decay={node['decay']} needs the network's learning rate; pass lr=")
-    return Rule(net, method, output_loss, optimizer(learnt) if learnt and optimizer else None, lr, classes)
+        raise UserError(
+            f"rule {name}: decay={node['decay']} needs the network's learning rate; pass lr="
+        )
+    return Rule(
+        net, method, output_loss, optimizer(learnt) if learnt and optimizer else None, lr, classes
+    )
 
 
 def refuse_float16(device: str) -> None:
     """Raise `UserError` if autocast to float16 is enabled."""
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-        raise UserError("float16 needs a gradient scaler, which does not scale the error signals; use bfloat16")
+        raise UserError(
+            "float16 needs a gradient scaler, which does not scale the error signals; use bfloat16"
+        )
 
 
 def use_own_compiled_code(net: BlockNet) -> None:
@@ -239,7 +287,11 @@ def use_own_compiled_code(net: BlockNet) -> None:
 
 def eager() -> AbstractContextManager[object]:
     """Return a context in which compiled modules run without their compiled code."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return (
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else nullcontext()
+    )
 
 
 @contextmanager

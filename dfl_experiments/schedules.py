@@ -27,7 +27,9 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         if self.per == "epoch" and 0 < self.warmup <= 1:
-            raise UserError(f"schedule.warmup={self.warmup}: a value of at most 1 needs schedule.per=iteration")
+            raise UserError(
+                f"schedule.warmup={self.warmup}: a value of at most 1 needs schedule.per=iteration"
+            )
 
     def factors(self, epoch: int, epochs: int, batches: int) -> list[float]:
         """Return the factor for each batch.

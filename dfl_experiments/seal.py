@@ -55,13 +55,17 @@ def sha256_of(path: Path, length: int = sys.maxsize) -> "hashlib._Hash":
 def own_digest(result: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a result as JSON with sorted keys. The seal is included, without this digest itself."""
     others = {name: digest for name, digest in result["seal"].items() if name != RESULT}
-    return hashlib.sha256(json.dumps({**result, "seal": others}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({**result, "seal": others}, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def sealed(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result with its seal: the SHA-256 of each sealed file in the run directory, and of the result itself."""
     content = json.loads(json.dumps(result))
-    content["seal"] = {name: sha256_of(run_dir / name).hexdigest() for name in SEALED if (run_dir / name).exists()}
+    content["seal"] = {
+        name: sha256_of(run_dir / name).hexdigest() for name in SEALED if (run_dir / name).exists()
+    }
     content["seal"][RESULT] = own_digest(content)
     return content
 

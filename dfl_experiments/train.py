@@ -38,7 +38,15 @@ from dfl_experiments.running.sweep import SweepJob, run_point
 register_resolvers()
 register_launchers()
 # flags that are followed by a value, which may look like an override
-FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
+FLAGS_WITH_VALUE = (
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--experimental-rerun",
+)
 DRY_RUN = "--dry-run"
 KILLED = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's errors for a killed worker
 
@@ -64,7 +72,9 @@ def job(cfg: DictConfig) -> float | None:
             if not is_main and not workers.enter(sweep_job.command, launcher, node.job.num):
                 return None
             accuracy = run_point(cfg, run_dir, overrides, sweep_job)
-            return accuracy if node.runtime.choices["hydra/sweeper"] == BASIC else objective(run_dir)
+            return (
+                accuracy if node.runtime.choices["hydra/sweeper"] == BASIC else objective(run_dir)
+            )
         with refusing():
             from dfl_experiments.running.run import run_alone
 
@@ -74,7 +84,8 @@ def job(cfg: DictConfig) -> float | None:
         pass_on(stop)
         if is_main:
             raise
-        PendingSignal.keep(signal.SIGTERM)  # so that this launcher's process starts no further point
+        # so that this launcher's process starts no further point
+        PendingSignal.keep(signal.SIGTERM)
         workers.silence_submitit()
         workers.wait_for_slurm(stop, node.runtime.choices["hydra/launcher"])
         return None
@@ -85,13 +96,15 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         print(f"dfl-experiments {__version__}")
         return
-    Checks.command = f"c{os.getpid()}-{uuid4().hex}"  # workers end when the process with this ID ends
+    # workers end when the process with this ID ends
+    Checks.command = f"c{os.getpid()}-{uuid4().hex}"
     Checks.is_dry = DRY_RUN in sys.argv[1:]
     Checks.checked, Checks.sweep = None, None
     Checks.begun, Checks.stopped_by, Checks.made = False, None, []
     logging.raiseExceptions = False  # no traceback if the output is a closed pipe
     sys.argv[1:] = overrides_first([argument for argument in sys.argv[1:] if argument != DRY_RUN])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and `refusing` prints one line
+    # Hydra then raises its errors, and `refusing` prints one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     handlers = handle(on_signal)
     ended_before = -1
     try:
@@ -118,7 +131,9 @@ def main() -> None:
                         # repeat the sweep under the same name, which by default is made from the current time
                         sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")
     except KeyboardInterrupt as stop:
-        signum = stop.signum if isinstance(stop, Interrupted) else Checks.stopped_by or signal.SIGINT
+        signum = (
+            stop.signum if isinstance(stop, Interrupted) else Checks.stopped_by or signal.SIGINT
+        )
         print(f"dfl-train: interrupted ({signal.Signals(signum).name})", file=sys.stderr)
         raise SystemExit(128 + signum) from None
     finally:
@@ -128,7 +143,8 @@ def main() -> None:
                     workers.wind_down(Checks.sweep)
             sum_up(Checks.sweep)
         for folder in Checks.made:
-            with suppress(OSError):  # rmdir removes only an empty folder, so only that of a refused run
+            # rmdir removes only an empty folder, so only that of a refused run
+            with suppress(OSError):
                 folder.rmdir()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
@@ -137,7 +153,9 @@ def main() -> None:
 def refuse_dashes(arguments: Sequence[str]) -> None:
     """Raise `UserError` for an option that is written with dashes, such as --epochs=3 or --method dfa."""
     keys = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
-    keys |= yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8")).keys() - {"hydra"}
+    keys |= yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8")).keys() - {
+        "hydra"
+    }
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and name.partition(".")[0] in keys:

@@ -35,7 +35,8 @@ from dfl_experiments.running.device import layout_of, set_up
 from dfl_experiments.running.provenance import device_name, git_commit, versions
 
 PAPER = ("bp", "shallow", "dfa", "las", "ltas")
-ADAM_BYTES = 32  # bytes per weight in float32: 4 to read and 4 to write, for gradient, weight and both moments
+# bytes per weight in float32: 4 to read and 4 to write, for gradient, weight and both moments
+ADAM_BYTES = 32
 
 
 def contenders_of(setting: Setting, methods: Sequence[str]) -> tuple[Calls, dict[str, int]]:
@@ -86,7 +87,9 @@ def bp_in_other_format(setting: Setting, x: Tensor, target: Tensor) -> Calls:
     return {f"bp captured, {name}": partial(captured, x.contiguous(memory_format=layout), target)}
 
 
-def step_times(setting: Setting, methods: Sequence[str], rounds: int, instances: int) -> dict[str, Numbers]:
+def step_times(
+    setting: Setting, methods: Sequence[str], rounds: int, instances: int
+) -> dict[str, Numbers]:
     """Return the measured numbers of every contender.
 
         ms: milliseconds per step.
@@ -108,7 +111,8 @@ def step_times(setting: Setting, methods: Sequence[str], rounds: int, instances:
     for name, step in steps.items():
         seconds = statistics.median(of_instance[name] for of_instance in times)
         result[name] = {"ms": seconds * 1e3}
-        if "compiled" not in name and "captured" not in name:  # tensors of compiled or captured steps cannot be counted
+        # tensors of compiled or captured steps cannot be counted
+        if "compiled" not in name and "captured" not in name:
             result[name]["peak_mb"] = peak_mb(step, setting.device)
     for name, count in weights.items():
         with FlopCounterMode(display=False) as counter:
@@ -148,7 +152,9 @@ def operations_of(device: torch.device, dtype: torch.dtype) -> list[Operation]:
         for planes, side, size in ((96, 16, 5), (64, 32, 3)):
             images = torch.randn(BATCH, planes, side, side, device=device)
             kernels = torch.randn(128, planes, size, size, device=device)
-            images, kernels = (tensor.to(dtype, memory_format=layout) for tensor in (images, kernels))
+            images, kernels = (
+                tensor.to(dtype, memory_format=layout) for tensor in (images, kernels)
+            )
             call = partial(F.conv2d, images, kernels, padding=size // 2)
             operations.append(Operation("convolution", call, 2.0 * images.numel() * 128 * size**2))
     for size in megabytes:
@@ -213,16 +219,32 @@ def shown(times: Numbers, digits: int) -> Numbers:
 
 def main() -> None:
     """Measure, print the tables, and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds; takes under a minute")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=torch.device, default="cpu", help="cpu or cuda (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     choices = ", ".join(MODELS)
-    parser.add_argument("--models", default="", help=f"any of {choices} (default: all; the first with --quick)")
-    parser.add_argument("--methods", default=",".join(PAPER), help="methods beside BP, or all (default: %(default)s)")
-    parser.add_argument("--precisions", default="float32", help="float32, bfloat16, tf32 (default: %(default)s)")
-    parser.add_argument("--sweep", type=int, metavar="N", help="measure only a sweep of N points on the digits")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"), help="default: %(default)s")
+    parser.add_argument(
+        "--models", default="", help=f"any of {choices} (default: all; the first with --quick)"
+    )
+    parser.add_argument(
+        "--methods",
+        default=",".join(PAPER),
+        help="methods beside BP, or all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precisions", default="float32", help="float32, bfloat16, tf32 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sweep", type=int, metavar="N", help="measure only a sweep of N points on the digits"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/benchmark.json"), help="default: %(default)s"
+    )
     options = parser.parse_args()
     if options.sweep:
         print(shown(sweep_times(options.sweep), 3))
@@ -239,7 +261,9 @@ def main() -> None:
         as_a_run(precision)
         rate[precision] = best = rates(device, precision)
         gflops = {name: round(best[name] / 1e9) for name in ("product", "convolution")}
-        print(f"{device_name(device)}, {precision}: Gflop/s {gflops}, copy {best['bytes_per_s'] / 1e9:.1f} GB/s")
+        print(
+            f"{device_name(device)}, {precision}: Gflop/s {gflops}, copy {best['bytes_per_s'] / 1e9:.1f} GB/s"
+        )
     report: dict[str, Any] = {
         "device": device_name(device), "machine": platform.platform(), "versions": versions(),
         "git_commit": git_commit(), "rates": rate, "steps": {}, "epochs": {},
@@ -256,7 +280,9 @@ def main() -> None:
             show_steps(setting, steps)
             report["steps"][f"{model} {precision}"] = steps
         images = 12800 if model == "fc-mnist" or on_gpu else 640
-        report["epochs"][model] = times = epoch_times(model, images // 4 if quick else images, device)
+        report["epochs"][model] = times = epoch_times(
+            model, images // 4 if quick else images, device
+        )
         print("whole epochs of las, ms an image: ", shown(times, 4))
         print(f"  published way / here {times['published way'] / times['here']:.2f}", end="")
         print(f", evaluation takes {times['evaluation'] / times['here']:.0%} of the training time")

@@ -36,9 +36,22 @@ FAILS, CANNOT_RANK, TOO_FEW = "fails at this rate", "cannot rank", "too few seed
 AGREES, DIFFERS, OTHER_LENGTH = "agrees", "differs", "other length"
 NOT_REPRODUCIBLE = "not reproducible as published"
 PUBLISHED = CONF_DIR / "experiment" / "published" / "values.csv"
-MARKS = {SUPPORTED: "✓", CONTRADICTED: "✗", UNDECIDED: "?", FAILS: "fails", CANNOT_RANK: "=", TOO_FEW: ""}
+MARKS = {
+    SUPPORTED: "✓",
+    CONTRADICTED: "✗",
+    UNDECIDED: "?",
+    FAILS: "fails",
+    CANNOT_RANK: "=",
+    TOO_FEW: "",
+}
 MODEL_OPTION = re.compile(r", model\.\w+=\[[^]]*\]")  # left out of the picture's labels
-COLORS = {SUPPORTED: "#009E73", CONTRADICTED: "#D55E00", UNDECIDED: "#999999", FAILS: "#7b3294", CANNOT_RANK: "#666666"}
+COLORS = {
+    SUPPORTED: "#009E73",
+    CONTRADICTED: "#D55E00",
+    UNDECIDED: "#999999",
+    FAILS: "#7b3294",
+    CANNOT_RANK: "#666666",
+}
 
 # Pairs of methods that a claim compares. The claim says that the first method has the larger value.
 ALIGNMENT = (("las", "dfa"), ("ltas", "dfa"))
@@ -60,8 +73,11 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for key, row in chosen.groupby(ROW, sort=True):
         all_points = real[(real[ROW] == list(key)).all(axis="columns")]
-        suffixes = {method.removeprefix(rule) for method, rule in zip(row.method, row.rule, strict=True)}
-        for suffix in sorted(suffixes):  # options of methods, such as ", init=default"; "" (no options) is first
+        suffixes = {
+            method.removeprefix(rule) for method, rule in zip(row.method, row.rule, strict=True)
+        }
+        # options of methods, such as ", init=default"; "" (no options) is first
+        for suffix in sorted(suffixes):
             variant = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
             setting = row_title(row.iloc[0]) + variant
             rows += alignment_claims(row, all_points, suffix, setting)
@@ -70,7 +86,9 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def judged(claim: str, setting: str, estimate: Estimate, n: int, unit: str, failing: str) -> dict[str, Any]:
+def judged(
+    claim: str, setting: str, estimate: Estimate, n: int, unit: str, failing: str
+) -> dict[str, Any]:
     """Return a claim's row with the verdict.
 
     failing: what `failures` returns for the methods of the claim.
@@ -99,7 +117,9 @@ def failures(runs_of: pd.DataFrame, methods: Iterable[str]) -> str:
     for method in methods:
         side = runs_of[runs_of.method == method]
         if side.fails.any() and len(side) > 1:
-            texts.append(f"{method_name(side.rule.iloc[0])} fails: {side.fails.sum()} of {len(side)}")
+            texts.append(
+                f"{method_name(side.rule.iloc[0])} fails: {side.fails.sum()} of {len(side)}"
+            )
     return ", ".join(texts)
 
 
@@ -118,7 +138,9 @@ def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[di
         if n == 0:
             continue
         claim = f"{method_name(first)} is more accurate than {method_name(second)}"
-        verdict = judged(claim, setting, compare.welch(*accuracies), n, "points", failures(row, methods))
+        verdict = judged(
+            claim, setting, compare.welch(*accuracies), n, "points", failures(row, methods)
+        )
         if not ranks and verdict["verdict"] not in (FAILS, TOO_FEW):
             verdict["verdict"] = CANNOT_RANK
         yield verdict
@@ -136,14 +158,21 @@ def alignment_claims(
     measured = compare.cosines(all_points)
     if "cosine/1" not in measured:
         return
-    by_rate = measured.pivot_table("cosine/1", ["method", "seed"], ["lr", "weight_decay"], dropna=False)
+    by_rate = measured.pivot_table(
+        "cosine/1", ["method", "seed"], ["lr", "weight_decay"], dropna=False
+    )
     for first, second in ALIGNMENT:
         methods = [first + suffix, second + suffix]
         if not set(methods) <= set(all_points.method):
             continue
-        sides = [by_rate.query("method == @method").dropna(axis="columns", how="all") for method in methods]
+        sides = [
+            by_rate.query("method == @method").dropna(axis="columns", how="all")
+            for method in methods
+        ]
         common = sides[0].columns.intersection(sides[1].columns)
-        means = [side[common].mean(axis="columns", skipna=False).dropna().to_numpy() for side in sides]
+        means = [
+            side[common].mean(axis="columns", skipna=False).dropna().to_numpy() for side in sides
+        ]
         n = min(map(len, means))
         failing = failures(row, methods)
         if n or failing:
@@ -162,12 +191,19 @@ def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for _, rows in cifar.groupby(others, sort=True):
         accuracies = rows.groupby(["dataset", "method"]).accuracy.apply(np.array)
         for first, second in CLASSES:
-            sides = [("cifar100", first), ("cifar100", second), ("cifar10", first), ("cifar10", second)]
+            sides = [
+                ("cifar100", first),
+                ("cifar100", second),
+                ("cifar10", first),
+                ("cifar10", second),
+            ]
             if accuracies.index.isin(sides).sum() < len(sides):
                 continue
             samples = list(accuracies[sides])
             claim = f"{method_name(first)}'s lead over {method_name(second)} grows with the classes"
-            setting = row_title(rows.iloc[0]).replace("CIFAR-100", "CIFAR").replace("CIFAR-10", "CIFAR")
+            setting = (
+                row_title(rows.iloc[0]).replace("CIFAR-100", "CIFAR").replace("CIFAR-10", "CIFAR")
+            )
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
             estimate = compare.contrast(samples, [1, -1, -1, 1])
@@ -188,17 +224,26 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for value in pd.read_csv(PUBLISHED, keep_default_na=False).itertuples():
-        values = plain(compose([f"experiment=published/{value.experiment}", f"method={value.rule}"]))
+        values = plain(
+            compose([f"experiment=published/{value.experiment}", f"method={value.rule}"])
+        )
         runs_of = runs_with(frame, values)
         whole = runs_of[runs_of.epochs == values["epochs"]]
         rates = whole.accuracy.to_numpy()
-        row = {"source": value.source, "method": method_name(value.rule), "published": value.accuracy, "n": len(rates)}
+        row = {
+            "source": value.source,
+            "method": method_name(value.rule),
+            "published": value.accuracy,
+            "n": len(rates),
+        }
         if value.not_reproducible:
             row |= {"found": value.not_reproducible, "verdict": NOT_REPRODUCIBLE}
         elif whole.fails.any():
             row |= {"found": failures(whole, whole.method.unique()), "verdict": FAILS}
         elif len(rates) >= compare.FEWEST_SEEDS:
-            row |= compared(rates, value.accuracy / 100, compare.TEST_IMAGES[values["dataset"]["name"]])
+            row |= compared(
+                rates, value.accuracy / 100, compare.TEST_IMAGES[values["dataset"]["name"]]
+            )
         else:
             lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))
             is_other = whole.empty and bool(lengths)
@@ -217,7 +262,9 @@ def runs_with(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
     same = distinct(same[same.accuracy.notna() | same.fails])
     free = {key: values[key] for key in ("seed", "epochs", "alignment", "memory_format")}
     digest = config_digest(values)
-    digests = [config_digest(read_recorded(Path(folder) / CONFIG, folder) | free) for folder in same.folder]
+    digests = [
+        config_digest(read_recorded(Path(folder) / CONFIG, folder) | free) for folder in same.folder
+    ]
     return same[np.array(digests, dtype=object) == digest]
 
 
@@ -245,31 +292,48 @@ def picture(verdicts: pd.DataFrame) -> Figure:
     """Draw a grid of claims (rows) and settings (columns), with a mark for each verdict."""
     shown = verdicts[verdicts.verdict != TOO_FEW]
     names, settings = list(shown.claim.unique()), list(shown.setting.unique())
-    figure = Figure(figsize=(4.7 + 0.62 * len(settings), 1.9 + 0.34 * len(names)), layout="constrained")
+    figure = Figure(
+        figsize=(4.7 + 0.62 * len(settings), 1.9 + 0.34 * len(names)), layout="constrained"
+    )
     axes = figure.subplots()
     for row in shown.itertuples():
         x, y = settings.index(row.setting), names.index(row.claim)
         mark = MARKS[row.verdict]
-        axes.fill_between([x - 0.46, x + 0.46], y - 0.42, y + 0.42, color=COLORS[row.verdict], alpha=0.22, linewidth=0)
+        axes.fill_between(
+            [x - 0.46, x + 0.46],
+            y - 0.42,
+            y + 0.42,
+            color=COLORS[row.verdict],
+            alpha=0.22,
+            linewidth=0,
+        )
         axes.text(x, y, mark, ha="center", va="center", fontsize=11 if len(mark) == 1 else 8)
     axes.set(xlim=(-0.5, len(settings) - 0.5), ylim=(len(names) - 0.5, -0.5))
     labels = [MODEL_OPTION.sub("", setting) for setting in settings]
     is_clear = len(set(labels)) == len(labels)
-    axes.set_xticks(range(len(settings)), labels if is_clear else settings, rotation=35, ha="left", fontsize=8)
+    axes.set_xticks(
+        range(len(settings)), labels if is_clear else settings, rotation=35, ha="left", fontsize=8
+    )
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    legend = [f"{mark} {verdict}" for verdict, mark in MARKS.items() if verdict not in (FAILS, TOO_FEW)]
+    legend = [
+        f"{mark} {verdict}" for verdict, mark in MARKS.items() if verdict not in (FAILS, TOO_FEW)
+    ]
     axes.set_xlabel("   ".join([*legend, "fails: a run of one side fails"]), fontsize=8)
     return figure
 
 
 def main() -> None:
     """Read the command line, print the claims and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="write the picture there (png, pdf, svg)")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="write the picture there (png, pdf, svg)"
+    )
     asked = parser.parse_args()
     frame = runs(*asked.folders)
     verdicts = claims(frame)

@@ -19,7 +19,17 @@ from dfl_experiments.report.frame import layer_names, runs, with_key
 from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, method_order, save
 
 KEPT = Path("outputs/reference/depth_digits")
-COLUMNS = ["init", "depth", "rule", "lr", "seed", "status", "accuracy", "validation_accuracy", "fails"]
+COLUMNS = [
+    "init",
+    "depth",
+    "rule",
+    "lr",
+    "seed",
+    "status",
+    "accuracy",
+    "validation_accuracy",
+    "fails",
+]
 AUDIT = {"cosine/1": "cosine with BP, layer 1", "dead": "dead units, worst layer"}
 INITS = {"default": "PyTorch's default initialisation", "kaiming": "He initialisation"}
 SINGLE = ("bp", "shallow")  # rules with thick lines; the others have thin lines
@@ -33,7 +43,9 @@ def collected(folders: list[Path]) -> pd.DataFrame:
     parts = []
     for folder in folders:
         frame = with_key(runs(folder), "model.widths")
-        frame["init"] = with_key(frame, "model.init")["model.init"] if "kaiming" in folder.name else "default"
+        frame["init"] = (
+            with_key(frame, "model.init")["model.init"] if "kaiming" in folder.name else "default"
+        )
         frame["depth"] = frame["model.widths"].str.count(",") + 1
         frame["dead"] = frame[layer_names(frame, "dead")].max(axis=1)
         parts.append(frame[[*COLUMNS, "cosine/1", "norm_ratio/1", "dead"]])
@@ -85,7 +97,11 @@ def draw_rules(axes, means: pd.DataFrame) -> None:
         colour = FAMILY_COLOURS[family]
         present = means[[rule for rule in members if rule in means]]
         for rule in present:
-            look = {"linewidth": 2.0, "label": method_name(rule)} if rule in SINGLE else {"linewidth": 0.6}
+            look = (
+                {"linewidth": 2.0, "label": method_name(rule)}
+                if rule in SINGLE
+                else {"linewidth": 0.6}
+            )
             dash = "--" if rule == "shallow" else "-"
             axes.plot(present[rule], color=colour, linestyle=dash, **look)
         if family != "backpropagation":
@@ -101,7 +117,9 @@ def figure(summary: pd.DataFrame):
     quantities = {"accuracy": "test accuracy", **AUDIT}
     inits = [init for init in INITS if init in set(chosen["init"])]
     drawing = Figure(figsize=(4.6 * len(inits), 7.4), layout="constrained")
-    all_axes = drawing.subplots(len(quantities), len(inits), sharex=True, sharey="row", squeeze=False)
+    all_axes = drawing.subplots(
+        len(quantities), len(inits), sharex=True, sharey="row", squeeze=False
+    )
     for column, init in enumerate(inits):
         runs_of_init = chosen[chosen["init"] == init]
         for axes, name in zip(all_axes[:, column], quantities, strict=True):
@@ -117,8 +135,16 @@ def figure(summary: pd.DataFrame):
 
 def main() -> None:
     """With --collect, write the summary. Then print the table and write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", type=Path, nargs="+", metavar="FOLDER", help="folders of sweeps for a new summary")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--collect",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folders of sweeps for a new summary",
+    )
     parser.add_argument(
         "--out",
         type=Path,

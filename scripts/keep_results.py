@@ -15,7 +15,13 @@ from pathlib import Path
 
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import run_folders
-from dfl_experiments.running.result import DONE, read_epochs, read_result, write_config, write_result
+from dfl_experiments.running.result import (
+    DONE,
+    read_epochs,
+    read_result,
+    write_config,
+    write_result,
+)
 
 
 def keep(source: Path, destination: Path) -> int:
@@ -45,7 +51,9 @@ def keep(source: Path, destination: Path) -> int:
 
 def main() -> None:
     """Read the command line, and copy the runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="folder with run directories")
     parser.add_argument("destination", type=Path, help="folder for the copies")
     options = parser.parse_args()

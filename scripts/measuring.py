@@ -72,7 +72,9 @@ def gpu_seconds(call: Call, calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU) -> Learner:
+def learner_of(
+    cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU
+) -> Learner:
     """Return the learner that a run with this configuration uses.
 
     shape: shape of one image. classes: number of classes.
@@ -88,7 +90,9 @@ def learner_of(cfg: Configuration, shape: tuple[int, ...], classes: int, device:
     return Learner(net, method, loss, optimizer, precision)
 
 
-def random_batch(shape: tuple[int, ...], classes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_batch(
+    shape: tuple[int, ...], classes: int, size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return random images and labels. Their content does not change the time."""
     return torch.randn(size, *shape, device=device), torch.randint(classes, (size,), device=device)
 
@@ -104,10 +108,13 @@ class Live(TorchDispatchMode):
         self.bytes = self.peak = 0
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self.seen.add(tensor.untyped_storage())  # tensors from outside and their views do not count
+                # tensors from outside and their views do not count
+                self.seen.add(tensor.untyped_storage())
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -164,8 +171,22 @@ def sweep(points: int) -> tuple[float, list[float]]:
 
     Return the sweep's peak memory in MB. Also return the end of each run, in seconds since the start of the sweep.
     """
-    one_step = ("limit=64", "smoke=64", "epochs=1", "threads=1", "tracking=disabled", "checkpoint.keep=false")
-    command = [sys.executable, "-m", "dfl_experiments.train", "--multirun", "sweep=s", f"seed=range({points})"]
+    one_step = (
+        "limit=64",
+        "smoke=64",
+        "epochs=1",
+        "threads=1",
+        "tracking=disabled",
+        "checkpoint.keep=false",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "dfl_experiments.train",
+        "--multirun",
+        "sweep=s",
+        f"seed=range({points})",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         begun = time.time()
         process = subprocess.Popen([*command, *one_step], cwd=folder, stdout=subprocess.DEVNULL)

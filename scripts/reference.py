@@ -15,7 +15,18 @@ from pathlib import Path
 import depth_ladder
 import pandas as pd
 import stability_map
-from claims import CANNOT_RANK, CONTRADICTED, FAILS, SUPPORTED, TOO_FEW, UNDECIDED, claims, counts, picture, published
+from claims import (
+    CANNOT_RANK,
+    CONTRADICTED,
+    FAILS,
+    SUPPORTED,
+    TOO_FEW,
+    UNDECIDED,
+    claims,
+    counts,
+    picture,
+    published,
+)
 
 from dfl_experiments.report import dfl_report, frame
 from dfl_experiments.report.compare import cosines
@@ -105,10 +116,14 @@ def controls_part(runs: pd.DataFrame) -> Iterator[str]:
         "head learn; `init=default` draws a random B; by default, the initial B is the product of the W above it.\n"
     )
     curves = frame.curves(sgd).merge(sgd[["folder", "method"]], on="folder")
-    means = curves.groupby(["method", "epoch"])[["cosine/1", "test_accuracy"]].mean().unstack("epoch")
+    means = (
+        curves.groupby(["method", "epoch"])[["cosine/1", "test_accuracy"]].mean().unstack("epoch")
+    )
     shown = pd.DataFrame({"method": means.index.map(method_name)})
     for epoch in EPOCHS:
-        shown[f"layer-1 cosine, epoch {epoch}"] = [f"{value:+.2f}" for value in means["cosine/1", epoch]]
+        shown[f"layer-1 cosine, epoch {epoch}"] = [
+            f"{value:+.2f}" for value in means["cosine/1", epoch]
+        ]
     accuracies = 100 * means["test_accuracy", EPOCHS[-1]]
     shown[f"test accuracy, epoch {EPOCHS[-1]}, %"] = [f"{value:.1f}" for value in accuracies]
     yield table(shown)
@@ -147,7 +162,9 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
     yield "Spearman's ρ over the rules' means at one rate (number of rules). Rules are near copies of each other.\n"
     measured = cosines(runs[~runs.smoke])
     plain = measured[measured.method.str.partition(",")[0] == measured.rule]
-    plain = plain.assign(setting=[f"{row_title(row)}, lr {row.lr:g}" for _, row in plain.iterrows()])
+    plain = plain.assign(
+        setting=[f"{row_title(row)}, lr {row.lr:g}" for _, row in plain.iterrows()]
+    )
     rows = []
     for setting, part in plain.groupby("setting"):
         means = part.groupby("rule")[["cosine/1", "accuracy"]].mean().dropna()
@@ -180,16 +197,29 @@ def contents(text: str) -> str:
 
 
 def page(
-    runs: pd.DataFrame, parts: list[Section], verdicts: pd.DataFrame, folder: Path, drawings: list[Drawing]
+    runs: pd.DataFrame,
+    parts: list[Section],
+    verdicts: pd.DataFrame,
+    folder: Path,
+    drawings: list[Drawing],
 ) -> str:
     """Return the reference page.
 
     parts: the sections of the report.
     drawings: the figures of the report. Their files are in folder/figures.
     """
-    options = {"--format": "markdown", "--out": f"{folder}/README.md", "--figures": f"{folder}/figures"}
+    options = {
+        "--format": "markdown",
+        "--out": f"{folder}/README.md",
+        "--figures": f"{folder}/figures",
+    }
     asked = dfl_report.arguments([str(folder), *itertools.chain(*options.items())])
-    texts = [*claims_part(verdicts), *published_part(runs), *stability_part(folder), *ladder_part(folder)]
+    texts = [
+        *claims_part(verdicts),
+        *published_part(runs),
+        *stability_part(folder),
+        *ladder_part(folder),
+    ]
     texts += [*controls_part(runs), *families_part(runs)]
     body = "\n".join([*texts, dfl_report.text(parts, asked, drawings)])
     return "\n".join([TOP.format(count=len(runs)), contents(body), body])
@@ -203,9 +233,15 @@ def readme(text: str, verdicts: pd.DataFrame) -> str:
 
 def main() -> None:
     """Write the files that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("outputs/reference"), help="default: %(default)s")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("outputs/reference"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=Path("README.md"), help="default: %(default)s"
+    )
     asked = parser.parse_args()
     runs = frame.runs(asked.runs)
     verdicts = claims(runs)

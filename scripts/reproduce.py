@@ -35,7 +35,8 @@ SIZES = {  # number of training images, shape of an image, number of classes
     "cifar100": (50_000, (3, 32, 32), 100),
     "tinyimagenet": (100_000, (3, 64, 64), 200),
 }
-BESIDE_STEPS = 1.15  # a run takes this multiple of its steps' time, because of evaluation and augmentation
+# a run takes this multiple of its steps' time, because of evaluation and augmentation
+BESIDE_STEPS = 1.15
 MOST_JOBS_AT_ONCE = 500  # SLURM accepts arrays of up to 1,000
 
 
@@ -85,15 +86,25 @@ def launcher_options(launcher: str, jobs: int | None) -> list[str]:
         return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs or 2}"]
     if launcher == "slurm":  # a job that reaches its time limit (default: a day) is queued again
         batch = f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}"
-        return ["hydra/launcher=submitit_slurm", f"hydra.launcher.array_parallelism={jobs or 100}", batch]
+        return [
+            "hydra/launcher=submitit_slurm",
+            f"hydra.launcher.array_parallelism={jobs or 100}",
+            batch,
+        ]
     if launcher == "ray":  # without a number of jobs, Ray runs one job per core
-        return ["hydra/launcher=ray", *([f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else [])]
+        return [
+            "hydra/launcher=ray",
+            *([f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else []),
+        ]
     return []
 
 
 def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[int]) -> list[str]:
     """Return the arguments of one call of `dfl-train`."""
-    fixed = {**(SMOKE if asked.smoke else {}), **({"epochs": str(asked.epochs)} if asked.epochs else {})}
+    fixed = {
+        **(SMOKE if asked.smoke else {}),
+        **({"epochs": str(asked.epochs)} if asked.epochs else {}),
+    }
     return [
         "--multirun",
         f"experiment={grid.experiment}",
@@ -121,18 +132,31 @@ def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
         for sweep, grid in chosen(asked.target, asked.only):
             if asked.smoke:  # every cell runs only one point of its grid
                 sweep = f"{sweep}-smoke"
-                grid = replace(grid, axes={key: v if key in PLACES else v[:1] for key, v in grid.axes.items()})
+                grid = replace(
+                    grid, axes={key: v if key in PLACES else v[:1] for key, v in grid.axes.items()}
+                )
             result.append((grid, arguments_of(asked, sweep, grid, seeds)))
     return result
 
 
 def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> float:
     """Return the estimated seconds of a run on this machine, from two steps with random images."""
-    cfg = check(compose([f"experiment={experiment}", *(f"{group}={point[group]}" for group in PLACES), *overrides]))
+    cfg = check(
+        compose(
+            [
+                f"experiment={experiment}",
+                *(f"{group}={point[group]}" for group in PLACES),
+                *overrides,
+            ]
+        )
+    )
     count, shape, classes = SIZES[point["dataset"]]
     learner = learner_of(cfg, shape, classes, choose_device(cfg.settings.device))
     batch = random_batch(shape, classes, cfg.settings.batch_size, learner.device)
-    steps = {"plain": lambda: learner.step(*batch), "measured": lambda: learner.step(*batch, align=True)}
+    steps = {
+        "plain": lambda: learner.step(*batch),
+        "measured": lambda: learner.step(*batch, align=True),
+    }
     times = medians(steps, 2, learner.device)
     every = cfg.settings.alignment.every or math.inf
     step = times["plain"] + (times["measured"] - times["plain"]) / every
@@ -221,7 +245,8 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
     grids = []
     for sweep, whole in chosen(asked.target, asked.only):
         grids += [(sweep, grid) for grid in cells_of(whole)]
-    seconds: dict[tuple[str, ...], float] = {}  # one run's; assumed equal for all augmentations and grid points
+    # one run's; assumed equal for all augmentations and grid points
+    seconds: dict[tuple[str, ...], float] = {}
     planned = []
     for seed in range(asked.seeds):
         of_seed = []
@@ -232,7 +257,9 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
             if runs and kind not in seconds:
                 seconds[kind] = seconds_of(point, grid.experiment, fixed)
             if runs:
-                of_seed.append(PlannedCell(sweep, grid, seed, runs, BESIDE_STEPS * runs * seconds[kind] / 3600))
+                of_seed.append(
+                    PlannedCell(sweep, grid, seed, runs, BESIDE_STEPS * runs * seconds[kind] / 3600)
+                )
         planned += sorted(of_seed, key=lambda cell: cell.hours)
     return planned
 
@@ -247,12 +274,16 @@ def cells_within(asked: argparse.Namespace) -> list[PlannedCell]:
     totals = list(itertools.accumulate(cell.hours for cell in planned))
     fitting = [cell for cell, total in zip(planned, totals, strict=True) if total <= asked.budget]
     if planned and not fitting:
-        raise UserError(f"--budget: too small; the cheapest cell takes about {planned[0].hours:.2g} hours here")
+        raise UserError(
+            f"--budget: too small; the cheapest cell takes about {planned[0].hours:.2g} hours here"
+        )
     for cell in fitting:
         print(cell)
     runs, total = sum(cell.runs for cell in fitting), sum(cell.hours for cell in fitting)
     left = len(planned) - len(fitting)
-    print(f"{total:9.3g} h  in all, {runs} runs of {len(fitting)} cells; {left} unfinished cells do not fit")
+    print(
+        f"{total:9.3g} h  in all, {runs} runs of {len(fitting)} cells; {left} unfinished cells do not fit"
+    )
     return fitting
 
 
@@ -273,14 +304,22 @@ def dry_run(asked: argparse.Namespace) -> None:
     print(f"\n{sum(count for _, count in kinds.values())} runs", flush=True)
     if not asked.smoke:
         print(f"timing 2 steps of each of {len(kinds)} kinds of run", file=sys.stderr)
-        total = sum(count * seconds_of(point, kind[0], fixed) for kind, (point, count) in kinds.items())
+        total = sum(
+            count * seconds_of(point, kind[0], fixed) for kind, (point, count) in kinds.items()
+        )
         hours = float(f"{BESIDE_STEPS * total / 3600:.2g}")
-        print(f"about {hours:,g} hours on this machine, one run after the other (from 2 steps of every kind of run)")
+        print(
+            f"about {hours:,g} hours on this machine, one run after the other (from 2 steps of every kind of run)"
+        )
 
 
 def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
     """Print the tables, and write a report in all formats into a folder."""
-    folders = [str(Path("outputs", sweep)) for sweep in dict.fromkeys(sweeps) if Path("outputs", sweep).is_dir()]
+    folders = [
+        str(Path("outputs", sweep))
+        for sweep in dict.fromkeys(sweeps)
+        if Path("outputs", sweep).is_dir()
+    ]
     if not folders:
         print("no report: no run has a folder in outputs/")
         return
@@ -288,7 +327,12 @@ def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
     shutil.rmtree(target, ignore_errors=True)  # delete the report of the previous call
     from dfl_experiments.report.dfl_report import main as dfl_report
 
-    written = {"markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "html": "report.html"}
+    written = {
+        "markdown": "tables.md",
+        "csv": "tables.csv",
+        "latex": "tables.tex",
+        "html": "report.html",
+    }
     asked_for = [*folders, "--paper"]
     with contextlib.suppress(SystemExit):  # if the report fails, it has printed the reason
         dfl_report(asked_for)
@@ -322,10 +366,17 @@ def run(asked: argparse.Namespace, planned: list[list[str]]) -> int:
     """
     codes, sweeps = [0], []
     for arguments in planned:
-        sweeps.append(next(argument for argument in arguments if argument.startswith("sweep=")).partition("=")[2])
+        sweeps.append(
+            next(argument for argument in arguments if argument.startswith("sweep=")).partition(
+                "="
+            )[2]
+        )
         print("dfl-train", *arguments, flush=True)
-        codes.append(finish(subprocess.Popen([sys.executable, "-m", "dfl_experiments.train", *arguments])))
-        if codes[-1] in (2, 130, 143) or codes[-1] < 0:  # the call was refused, or stopped by a signal
+        codes.append(
+            finish(subprocess.Popen([sys.executable, "-m", "dfl_experiments.train", *arguments]))
+        )
+        # the call was refused, or stopped by a signal
+        if codes[-1] in (2, 130, 143) or codes[-1] < 0:
             break
     report(asked, sweeps)
     return max(code if code >= 0 else 128 - code for code in codes)

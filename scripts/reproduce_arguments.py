@@ -38,15 +38,28 @@ def hours(text: str) -> float:
 def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Return the parser and the options of the command line."""
     parser = argparse.ArgumentParser(
-        "reproduce", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+        "reproduce",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--smoke", action="store_true", help="try every cell once on a few images; no results")
-    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), help="default: fair")
-    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 … N-1 (default: 1)")
-    parser.add_argument("--epochs", type=positive, metavar="N", help="number of epochs (default: as in the paper)")
     parser.add_argument(
-        "--only", type=words, default=[], metavar="WORDS", help="run only these, for example cifar10,conv3,las"
+        "--smoke", action="store_true", help="try every cell once on a few images; no results"
+    )
+    parser.add_argument("--protocol", choices=("paper", "authors", "fair"), help="default: fair")
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="seeds 0 … N-1 (default: 1)"
+    )
+    parser.add_argument(
+        "--epochs", type=positive, metavar="N", help="number of epochs (default: as in the paper)"
+    )
+    parser.add_argument(
+        "--only",
+        type=words,
+        default=[],
+        metavar="WORDS",
+        help="run only these, for example cifar10,conv3,las",
     )
     parser.add_argument(
         "--budget",
@@ -55,11 +68,18 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="only the cells that fit into this time on this machine, such as 12h: the cheapest\n"
         "first, one seed of all before a second of any; what is finished does not count",
     )
-    parser.add_argument("--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1")
     parser.add_argument(
-        "--jobs", type=positive, metavar="N", help="runs at once (default: joblib 2, slurm 100, ray 1 per core)"
+        "--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of the time")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="runs at once (default: joblib 2, slurm 100, ray 1 per core)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the runs and an estimate of the time"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -74,7 +94,11 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.error("--budget: counts runs one after another; omit --launcher and --jobs")
     if asked.budget and asked.smoke:
         parser.error("--budget: --smoke takes minutes; omit one of the two")
-    if asked.launcher == "ray" and asked.jobs and any("ray.init.address=" in word for word in asked.overrides):
+    if (
+        asked.launcher == "ray"
+        and asked.jobs
+        and any("ray.init.address=" in word for word in asked.overrides)
+    ):
         parser.error("--jobs: Ray counts the cores of an existing cluster itself; omit --jobs")
     return parser, asked
 

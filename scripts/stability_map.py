@@ -69,7 +69,14 @@ def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
     for rule in sorted(shown.rule.unique(), key=method_order):
         curve = shown[shown.rule == rule].sort_values("lr")
         look = look_of(rule)
-        axes.plot(curve.lr, curve[name], "o", color=look.colour, linestyle=look.dash, label=method_name(rule))
+        axes.plot(
+            curve.lr,
+            curve[name],
+            "o",
+            color=look.colour,
+            linestyle=look.dash,
+            label=method_name(rule),
+        )
         failing = curve[curve.fails]
         axes.plot(failing.lr, failing[name], "x", color="black", markersize=9)
     axes.plot([], [], "x", color="black", label="a run fails")
@@ -77,7 +84,9 @@ def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
 
 def main() -> None:
     """Read the command line, and write the figure of the runs in a folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=KEPT, help="default: %(default)s")
     print(write_figure(parser.parse_args().folder))
 

@@ -31,7 +31,9 @@ def bars(title: str, key: str) -> panels.BarPlot:
 
     key: name of the result.
     """
-    return panels.BarPlot(title=title, metrics=[panels.SummaryMetric(key)], groupby=METHOD, max_runs_to_show=100)
+    return panels.BarPlot(
+        title=title, metrics=[panels.SummaryMetric(key)], groupby=METHOD, max_runs_to_show=100
+    )
 
 
 def dashboard(entity: str, project: str, layers: int) -> workspaces.Workspace:
@@ -49,15 +51,25 @@ def dashboard(entity: str, project: str, layers: int) -> workspaces.Workspace:
     alignment = []
     for i in range(1, layers + 1):
         for span, name in (("iteration", "cosine_sample"), ("epoch", "cosine")):
-            alignment.append(lines(f"Layer {i}, {span}", span, f"{name}/{i}", "cosine with BP's error signal"))
+            alignment.append(
+                lines(f"Layer {i}, {span}", span, f"{name}/{i}", "cosine with BP's error signal")
+            )
     stability = []
     for i in range(1, layers + 1):
         for name, label in STABILITY.items():
             stability.append(lines(f"Layer {i}, {name}", "epoch", f"{name}/{i}", label))
     rate, decay = panels.Config("optimizer.lr"), panels.Config("optimizer.weight_decay")
     final = panels.SummaryMetric("accuracy")
-    axes: dict[str, Any] = {"method": METHOD, "learning rate": rate, "weight decay": decay, "accuracy": final}
-    columns = [panels.ParallelCoordinatesPlotColumn(metric, display_name=name) for name, metric in axes.items()]
+    axes: dict[str, Any] = {
+        "method": METHOD,
+        "learning rate": rate,
+        "weight decay": decay,
+        "accuracy": final,
+    }
+    columns = [
+        panels.ParallelCoordinatesPlotColumn(metric, display_name=name)
+        for name, metric in axes.items()
+    ]
     grid = [
         panels.ParallelCoordinatesPlot(title="Every point of the grid", columns=columns),
         panels.ScatterPlot(title="Accuracy over the learning rate", x=rate, y=final, log_x=True),
@@ -74,9 +86,15 @@ def dashboard(entity: str, project: str, layers: int) -> workspaces.Workspace:
         entity=entity,
         project=project,
         name="Direct feedback learning",
-        sections=[workspaces.Section(name=name, panels=plots, is_open=True) for name, plots in sections.items()],
+        sections=[
+            workspaces.Section(name=name, panels=plots, is_open=True)
+            for name, plots in sections.items()
+        ],
         runset_settings=workspaces.RunsetSettings(
-            filters=[workspaces.Tags().notin(["smoke"])],  # leave out smoke runs, which only test the pipeline
-            groupby=[workspaces.Config(f"{group}.name") for group in ("dataset", "model", "method")],
+            # leave out smoke runs, which only test the pipeline
+            filters=[workspaces.Tags().notin(["smoke"])],
+            groupby=[
+                workspaces.Config(f"{group}.name") for group in ("dataset", "model", "method")
+            ],
         ),
     )

@@ -38,7 +38,12 @@ def augmentation_times(count: int, rounds: int) -> Numbers:
     pictures = [to_pil_image(image) for image in images]
     normalise = transforms.Normalize([0.5] * 3, [0.25] * 3)
     each = transforms.Compose(
-        [transforms.RandAugment(), transforms.ToTensor(), normalise, transforms.RandomHorizontalFlip()]
+        [
+            transforms.RandAugment(),
+            transforms.ToTensor(),
+            normalise,
+            transforms.RandomHorizontalFlip(),
+        ]
     )
     whole = Augmentation(flip=0.5, randaugment=True, cutout=14)
     together = Normalise([0.5], [0.25])
@@ -71,13 +76,20 @@ def tracking_times(count: int, device: torch.device, threads: int) -> Numbers:
     with tempfile.TemporaryDirectory() as folder:
         write_mnist(Path(folder) / "mnist", count)
         for mode in ("disabled", "offline") * 3:
-            overrides = ["dataset=mnist", f"data_dir={folder}", "epochs=1", "protocol=paper", "sweep=benchmark"]
+            overrides = [
+                "dataset=mnist",
+                f"data_dir={folder}",
+                "epochs=1",
+                "protocol=paper",
+                "sweep=benchmark",
+            ]
             overrides += [f"tracking={mode}", f"device={device}", f"threads={threads}"]
             cfg = check(compose(overrides))
             run_dir = Path(tempfile.mkdtemp(dir=folder))
             parts, state = build(cfg), State()
             with track(cfg.settings.tracking, run_dir, cfg.values, parts.columns, None) as tracker:
-                start = time.perf_counter()  # wall time, because W&B has its own threads and process
+                # wall time, because W&B has its own threads and process
+                start = time.perf_counter()
                 train(parts, state, run_dir, cfg.config_digest, tracker, Stop())
                 times[mode].append(time.perf_counter() - start)
     return {mode: min(values) for mode, values in times.items()}
@@ -105,7 +117,9 @@ def epoch_times(model: str, count: int, device: torch.device) -> Numbers:
     """
     setting = Setting(model, device)
     images, labels = random_data(MODELS[model][2], count)
-    pictures = [(to_picture(image), int(label)) for image, label in zip(images, labels, strict=True)]
+    pictures = [
+        (to_picture(image), int(label)) for image, label in zip(images, labels, strict=True)
+    ]
     published = PublishedLas(learner("bp", setting).net, pictures, BATCH)
     trainer = learner("las", setting)
     layout = layout_of("auto", trainer.net, device, trainer.precision)

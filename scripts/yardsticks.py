@@ -117,7 +117,9 @@ class PublishedLas:
     def __init__(self, net: BlockNet, pictures: list[tuple[Any, int]], batch: int) -> None:
         from torchvision import transforms
 
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.25])])
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize([0.5], [0.25])]
+        )
         samples: Any = pictures
         self.data = DataLoader(samples, batch, shuffle=True, collate_fn=self.batch)
         self.blocks, self.head = list(net.blocks), net.head

@@ -47,12 +47,18 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -
     """Assert that ‖found - expected‖ ≤ tolerance · ‖expected‖."""
     assert found.shape == expected.shape
     error, size = (found - expected).norm().item(), expected.norm().item()
-    assert error <= tolerance * size, f"an error of {error:.2g} in {size:.2g}; {tolerance * size:.2g} is rounding"
+    assert error <= tolerance * size, (
+        f"an error of {error:.2g} in {size:.2g}; {tolerance * size:.2g} is rounding"
+    )
 
 
 # methods and models of one's own, which the same laws are for: their YAML, and the package that they name
 OWN_CONF, OWN_PLUGINS = os.environ.get("DFL_CONFIG_DIR"), os.environ.get("DFL_PLUGINS", "")
-OWN = [f"hydra.searchpath=[file://{Path(OWN_CONF).absolute()}]", f"plugins=[{OWN_PLUGINS}]"] if OWN_CONF else []
+OWN = (
+    [f"hydra.searchpath=[file://{Path(OWN_CONF).absolute()}]", f"plugins=[{OWN_PLUGINS}]"]
+    if OWN_CONF
+    else []
+)
 
 
 def options(group: str) -> list[str]:
@@ -67,7 +73,9 @@ METHODS, MODELS, PROTOCOLS = (options(group) for group in ("method", "model", "p
 MODELS = [name for name in MODELS if name not in ("module", "torchvision", "resnet18_cifar")]
 # whose B follows a product of matrices
 REFUSED = [("adfa", model) for model in MODELS if not model.startswith("fc")]
-PAIRS = [(method, model) for method in METHODS for model in MODELS if (method, model) not in REFUSED]
+PAIRS = [
+    (method, model) for method in METHODS for model in MODELS if (method, model) not in REFUSED
+]
 CROSS = pytest.mark.parametrize(("method", "model"), PAIRS)
 
 
@@ -87,7 +95,9 @@ def node(group: str, name: str) -> DictConfig:
 @cache
 def tiny_configuration(method: str, model: str, *overrides: str) -> Configuration:
     """Every size of the model made small, with no two neighbours alike."""
-    special = [override for override in overrides if override.lstrip("+").startswith(("method.", "model."))]
+    special = [
+        override for override in overrides if override.lstrip("+").startswith(("method.", "model."))
+    ]
     if any("experiment=" in override for override in overrides):
         values = plain(compose([*OWN, f"method={method}", f"model={model}", *overrides]))
     else:
@@ -123,12 +133,18 @@ def clean_logging():
 class Tiny:
     """A tiny float64 network with its method and its learner, and a batch to learn from."""
 
-    def __init__(self, method: str, model: str, *overrides: str, classes: int = CLASSES, device: str = "cpu") -> None:
+    def __init__(
+        self, method: str, model: str, *overrides: str, classes: int = CLASSES, device: str = "cpu"
+    ) -> None:
         cfg = tiny_configuration(method, model, "dataset.fc_widths=[1,1,1]", *overrides)
         torch.manual_seed(3)
         self.loss = LOSSES[cfg.settings.loss]
-        self.net: BlockNet = cfg.components["model"].build(input_shape=SHAPE, num_classes=classes).double()
-        self.method: Method = cfg.components["method"].build(net=self.net, num_classes=classes, loss=self.loss)
+        self.net: BlockNet = (
+            cfg.components["model"].build(input_shape=SHAPE, num_classes=classes).double()
+        )
+        self.method: Method = cfg.components["method"].build(
+            net=self.net, num_classes=classes, loss=self.loss
+        )
         self.optimizer = cfg.components["optimizer"].build()
         feedback = cfg.components.get("optimizer.feedback", cfg.components["optimizer"]).build()
         self.learner = Learner(
@@ -157,7 +173,9 @@ class Tiny:
 
     def trace(self, keep: bool = False) -> Trace:
         """One forward pass, as the method wants it."""
-        return self.net.trace(self.x, self.method.cuts, self.method.frozen, keep, self.method.transpose)
+        return self.net.trace(
+            self.x, self.method.cuts, self.method.frozen, keep, self.method.transpose
+        )
 
     def start(self, trace: Trace, error: torch.Tensor) -> list[torch.Tensor | None]:
         """Start autograd from the method's signals for this error."""

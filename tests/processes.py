@@ -15,7 +15,9 @@ import dfl_experiments.running.run  # noqa: F401  # what a fork has, it need not
 from dfl_experiments.train import main
 
 
-def dfl_train(folder: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 280):
+def dfl_train(
+    folder: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 280
+):
     """Run `dfl-train` in a folder as a person would, with what it writes.
 
     In a fork of this process, which has PyTorch already; in a new one where an environment is given.
@@ -24,7 +26,9 @@ def dfl_train(folder: Path, *arguments: str, environment: dict[str, str] | None 
     if environment is not None:
         # one thread, or two busy cores make a tiny network's threads wait for one another most of the time
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout
+        )
     with tempfile.TemporaryDirectory() as place:
         files = Path(place) / "out", Path(place) / "err"
         code = ended(forked(folder, *arguments, files=files))
@@ -52,7 +56,8 @@ def forked(
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a launcher starts
-        if torch.get_num_threads() > 1:  # a fork waits for ever for OpenMP's threads, which stay with its parent
+        # a fork waits for ever for OpenMP's threads, which stay with its parent
+        if torch.get_num_threads() > 1:
             torch.set_num_threads(1)
             torch.set_num_threads = lambda count: None
         sys.argv = ["dfl-train", *arguments]

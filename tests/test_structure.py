@@ -27,8 +27,14 @@ ALLOWED = {
 def rooms_imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom | ast.Import):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            yield from (name.split(".")[1] for name in names if name and name.startswith("dfl_experiments."))
+            names = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+            yield from (
+                name.split(".")[1] for name in names if name and name.startswith("dfl_experiments.")
+            )
 
 
 @pytest.mark.parametrize("room", ALLOWED)
@@ -83,7 +89,11 @@ def own(tmp_path, monkeypatch):
     """The files that the README and the guide show, in a folder of their own, on the path; and how it calls them."""
     text = prose()
     blocks = re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", text, re.S)
-    assert sorted(Path(name).name for name, _ in blocks) == ["clipped.yaml", "conv2.yaml", "my_rules.py"]
+    assert sorted(Path(name).name for name, _ in blocks) == [
+        "clipped.yaml",
+        "conv2.yaml",
+        "my_rules.py",
+    ]
     assert sum(content.count("\n") + 1 for _, content in blocks) < 60
     for name, content in blocks:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +115,17 @@ def test_the_readme_s_new_method_obeys_the_laws(own):
         "tests/engine/test_laws.py",
     ]
     environment = {**os.environ, "DFL_CONFIG_DIR": str(own / "my_conf"), "DFL_PLUGINS": "my_rules"}
-    done = subprocess.run(laws, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        laws, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
     assert "clipped-conv2" in done.stdout
 
 
-def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_package_is_named(own):
+def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_package_is_named(
+    own,
+):
     def dfl_train(*arguments):
         command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
         return subprocess.run(command, cwd=own, capture_output=True, text=True, timeout=280)
@@ -123,13 +137,19 @@ def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_p
     assert "finished: clipped, conv2 on digits" in done.stdout
     refused = dfl_train("repeat=here")
     assert refused.returncode == 2
-    assert "method._target_=my_rules.ClippedFeedback: must be a subclass of Method" in refused.stderr
+    assert (
+        "method._target_=my_rules.ClippedFeedback: must be a subclass of Method" in refused.stderr
+    )
     assert dfl_train("repeat=here", "plugins=[my_rules]", "hydra.run.dir=there").returncode == 0
-    assert (own / "there" / "iterations.csv").read_bytes() == (own / "here" / "iterations.csv").read_bytes()
+    assert (own / "there" / "iterations.csv").read_bytes() == (
+        own / "here" / "iterations.csv"
+    ).read_bytes()
 
 
 def test_the_readme_s_python_gives_what_it_says(tmp_path):
-    (code,) = re.findall(r"```python\n(import dfl_experiments as dfl\n\nconfiguration.*?)```", prose(), re.S)
+    (code,) = re.findall(
+        r"```python\n(import dfl_experiments as dfl\n\nconfiguration.*?)```", prose(), re.S
+    )
     check = """
 assert result["status"] == "finished" and result["epochs"] == 3
 assert len(table["loss"]) == 63 and 0.5 < table["cosine_sample/1"].mean() < 1
@@ -138,6 +158,10 @@ import torch
 assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code + check],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr

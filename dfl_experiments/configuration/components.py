@@ -51,7 +51,8 @@ class Component:
     def build(self, **arguments: Any) -> Any:
         """Call the target with its options and `arguments`. Raises `UserError` if the target refuses a value."""
         options, accepted = dict(self.options), arguments
-        if self.key == "model":  # a plugin's model may lack the parameters input_shape and num_classes
+        # a plugin's model may lack the parameters input_shape and num_classes
+        if self.key == "model":
             parameters = parameters_of(self.target)
             accepted = {name: value for name, value in arguments.items() if name in parameters}
         try:
@@ -63,8 +64,13 @@ class Component:
         except UserError:
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
-            options_text = ", ".join(f"{name}={shown(value)}" for name, value in self.options.items()) or "no options"
-            raise UserError(f"{self.key}: cannot be built with {options_text} ({reason(error)})") from error
+            options_text = (
+                ", ".join(f"{name}={shown(value)}" for name, value in self.options.items())
+                or "no options"
+            )
+            raise UserError(
+                f"{self.key}: cannot be built with {options_text} ({reason(error)})"
+            ) from error
 
 
 def import_object(target: str) -> Any:
@@ -82,7 +88,11 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     key: the component's key, such as "method". plugins: names of the plugin packages.
     Raises `UserError` for a target that breaks these rules.
     """
-    if isinstance(target, str) and target.startswith("torch.optim.") and key.startswith("optimizer"):
+    if (
+        isinstance(target, str)
+        and target.startswith("torch.optim.")
+        and key.startswith("optimizer")
+    ):
         return import_object(f"{PACKAGE}.optimizers.of_torch")(target, key)
     base = import_object(KINDS[key])
     packages = (PACKAGE, *plugins)
@@ -129,7 +139,9 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     parameters_by_name: dict[str, tuple[Any, Any]] = {}
     functions: list[Callable[..., Any]] = [target]
     if inspect.isclass(target):
-        functions = [vars(c)["__init__"] for c in inspect.getmro(target)[:-1] if "__init__" in vars(c)]
+        functions = [
+            vars(c)["__init__"] for c in inspect.getmro(target)[:-1] if "__init__" in vars(c)
+        ]
     skipped = int(inspect.isclass(target))  # the first parameter of a constructor, usually `self`
     for function in functions:
         hints = get_type_hints(function, include_extras=True)
@@ -160,19 +172,25 @@ def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
     else:
         for name in passed:
             if name not in parameters:
-                raise UserError(f"{key}._target_={target.__name__}: needs a parameter {name}, which the program passes")
+                raise UserError(
+                    f"{key}._target_={target.__name__}: needs a parameter {name}, which the program passes"
+                )
     for name, (hint, default) in parameters.items():
         if name in passed:
             continue
         if hint is inspect.Parameter.empty and is_plain:
             hint = Any
         elif hint is inspect.Parameter.empty:
-            raise UserError(f"{key}.{name}: parameter {name} of {target.__name__} needs a type annotation")
+            raise UserError(
+                f"{key}.{name}: parameter {name} of {target.__name__} needs a type annotation"
+            )
         fields[name] = (hint, ... if default is inspect.Parameter.empty else default)
     return create_model("Options", __config__=STRICT, **fields)
 
 
-def component(node: Mapping[str, Any], key: str, plugins: Sequence[str] = (), names: Sequence[str] = ()) -> Component:
+def component(
+    node: Mapping[str, Any], key: str, plugins: Sequence[str] = (), names: Sequence[str] = ()
+) -> Component:
     """Check a component's options against the type annotations of its constructor, and return the component.
 
     node: the part of the configuration with `_target_` and the options.
@@ -183,7 +201,11 @@ def component(node: Mapping[str, Any], key: str, plugins: Sequence[str] = (), na
     if node.get("_target_", "???") == "???":
         raise UserError(f"{key}._target_: missing; set {key}._target_=…")
     target = locate(node["_target_"], key, plugins)
-    options = {name: value for name, value in node.items() if name not in ("_target_", "name") and value != "???"}
+    options = {
+        name: value
+        for name, value in node.items()
+        if name not in ("_target_", "name") and value != "???"
+    }
     model = options_of(target, key)
     try:
         checked = model.model_validate(options)

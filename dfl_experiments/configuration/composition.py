@@ -20,8 +20,10 @@ from dfl_experiments.errors import printable
 _PACKAGE = Path(__file__).resolve().parent.parent
 _CONF_DIRS = (_PACKAGE / "conf", _PACKAGE.parent / "conf")
 CONF_DIR = next((path for path in _CONF_DIRS if path.is_dir()), _CONF_DIRS[-1])
-PLACES = ("dataset", "augmentation", "model", "method")  # the groups that identify a cell of the paper's tables
-MAX_BYTES = 200  # largest number of bytes for the names of method, model and so on in a folder's name
+# the groups that identify a cell of the paper's tables
+PLACES = ("dataset", "augmentation", "model", "method")
+# largest number of bytes for the names of method, model and so on in a folder's name
+MAX_BYTES = 200
 # Hydra 1.4 warns about changes in 1.5. This code ignores the warnings, because it must also run on Hydra 1.3.
 MIGRATION = "register_new_resolver|The version_base parameter|ConfigStore config|hydra.utils.instantiate.. resolved"
 warnings.filterwarnings("ignore", MIGRATION)
@@ -33,13 +35,15 @@ NOT_IN_DIGEST = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
     "repeat", "force", "stop_collapsed",
 )  # fmt: skip
-NOT_IN_DATASET_DIGEST = ("epochs", "fc_widths")  # options of `dataset` that only set `epochs` and `model.widths`
+# options of `dataset` that only set `epochs` and `model.widths`
+NOT_IN_DATASET_DIGEST = ("epochs", "fc_widths")
 
 
 def compose(overrides: list[str], hydra: bool = False) -> DictConfig:
     """Return the configuration that `dfl-train` composes from overrides. hydra: whether to keep the key `hydra`."""
     application = GlobalHydra.instance()
-    outer, application.hydra = application.hydra, None  # the caller may itself be a Hydra application
+    # the caller may itself be a Hydra application
+    outer, application.hydra = application.hydra, None
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             return hydra_compose("config", overrides, return_hydra_config=hydra)
@@ -123,13 +127,17 @@ def quoted(text: str) -> str:
 
 def as_values(values: Mapping[str, Any]) -> DictConfig:
     """Return values as an OmegaConf configuration. `${` is escaped, so that no text is read as an interpolation."""
-    config: Any = OmegaConf.create(changed(values, lambda item: literal(item) if isinstance(item, str) else item))
+    config: Any = OmegaConf.create(
+        changed(values, lambda item: literal(item) if isinstance(item, str) else item)
+    )
     return config
 
 
 def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
     """Return a sweep point's folder name: method, model, data set, augmentation, seed and `config_digest`."""
-    names = "-".join(str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation"))
+    names = "-".join(
+        str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation")
+    )
     return f"{shortened(names)}-seed{cfg['seed']}-{config_digest(cfg)}"
 
 

@@ -66,7 +66,8 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
     texts: the overrides of the command line. sweeper: name of Hydra's sweeper.
     Raises `UserError` for a continuous range with the basic sweeper, and for a `glob(…)` that matches nothing.
     """
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # the parser needs the loader for glob(*)
+    # the parser needs the loader for glob(*)
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     choices: dict[str, list[str]] = {}
     for override in parser.parse_overrides(list(texts)):
         key = override.get_key_element()
@@ -75,7 +76,9 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
         elif override.is_discrete_sweep():
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not choices[key]:
-                raise UserError(f"{override.input_line}: matches no option, so the sweep has no job")
+                raise UserError(
+                    f"{override.input_line}: matches no option, so the sweep has no job"
+                )
         elif sweeper == BASIC:
             raise UserError(f"{override.input_line}: a continuous range needs hydra/sweeper=optuna")
     return (list(point) for point in itertools.product(*choices.values()))

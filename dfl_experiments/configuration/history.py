@@ -11,7 +11,8 @@ from typing import Any
 RENAMED = {"method.held": "method.fixed_blocks"}
 # options that moved from the optimizer to the schedule
 MOVED = {"optimizer.milestones": "schedule.milestones", "optimizer.decay": "schedule.decay"}
-STEP = "dfl_experiments.schedules.Step"  # older versions had only this schedule, and did not record it
+# older versions had only this schedule, and did not record it
+STEP = "dfl_experiments.schedules.Step"
 # for each option that was added later, the value that all runs used before the option existed
 VALUES_BEFORE: dict[str, Any] = {
     "memory_format": "contiguous",
@@ -52,7 +53,9 @@ def with_recorded_names(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _renamed(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
     """Return a configuration with new names for some options. A new name may move the option to another group."""
-    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    result = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
+    }
     for old, new in new_names.items():
         (group, option), (new_group, new_option) = old.split("."), new.split(".")
         options = result.get(group)
@@ -67,7 +70,9 @@ def without_unrecorded_options(config: Mapping[str, Any]) -> dict[str, Any]:
     An option that was added after the first version changes nothing in two cases: it has the value that all runs used
     before the option existed, or it has no effect in this model.
     """
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    result = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in config.items()
+    }
     result.get("schedule", {}).pop("name", None)  # the name does not change what a run computes
     feedback = result["optimizer"].get("feedback")
     if isinstance(feedback, Mapping):
@@ -89,4 +94,6 @@ def feedback_overrides(feedback: Mapping[str, Any]) -> dict[str, Any]:
     B's optimizer takes the other options from W's optimizer.
     feedback: the options in `optimizer.feedback`.
     """
-    return {key: value for key, value in feedback.items() if value is not None and key != "feedback"}
+    return {
+        key: value for key, value in feedback.items() if value is not None and key != "feedback"
+    }

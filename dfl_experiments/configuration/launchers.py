@@ -11,7 +11,8 @@ from hydra.core.plugins import Plugins
 
 JOBS_AT_ONCE = 2
 DAY = 24 * 60  # minutes
-TIMEOUTS = 30  # how often a SLURM job that reaches its time limit is restarted; it continues from its checkpoint
+# how often a SLURM job that reaches its time limit is restarted; it continues from its checkpoint
+TIMEOUTS = 30
 
 
 def register_launchers() -> None:
@@ -20,7 +21,8 @@ def register_launchers() -> None:
     joblib runs two jobs at once instead of one per core. submitit gives each job one day instead of one hour. Optuna
     maximises instead of minimising, and runs two trials at once.
     """
-    Plugins.instance()  # load the plugins' own defaults first, so that the defaults below replace them
+    # load the plugins' own defaults first, so that the defaults below replace them
+    Plugins.instance()
     store = ConfigStore.instance()
     with suppress(ImportError):
         from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
@@ -45,7 +47,12 @@ def register_launchers() -> None:
         # object_store_memory is None, because an existing Ray cluster does not accept the plugin's default value
         node = {"init": {"address": None, "object_store_memory": None}, "remote": {}}
         target = f"{RayLauncher.__module__}.{RayLauncher.__name__}"
-        store.store("ray", {"_target_": target, "ray": node}, group="hydra/launcher", provider="dfl_experiments")
+        store.store(
+            "ray",
+            {"_target_": target, "ray": node},
+            group="hydra/launcher",
+            provider="dfl_experiments",
+        )
     with suppress(ImportError):
         from hydra_plugins.hydra_optuna_sweeper.config import Direction, OptunaSweeperConf
 

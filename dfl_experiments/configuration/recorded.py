@@ -46,7 +46,9 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     recorded = read_recorded(path, f"{key}={values[key]}")
     of_command = {name: values[name] for name in (*COMMAND_ONLY, "resume", "repeat")}
     is_tracking_set = any(name.partition(".")[0] == "tracking" for name in keys)
-    of_command["tracking"] = _tracking(values["tracking"], recorded.get("tracking"), is_tracking_set, path.parent)
+    of_command["tracking"] = _tracking(
+        values["tracking"], recorded.get("tracking"), is_tracking_set, path.parent
+    )
     merged = completed(recorded, values) | of_command
     for name in keys:
         group, _, option = name.partition(".")
@@ -57,7 +59,9 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     return merged
 
 
-def _tracking(composed: dict[str, Any], recorded: Any, is_set: bool, folder: Path) -> dict[str, Any]:
+def _tracking(
+    composed: dict[str, Any], recorded: Any, is_set: bool, folder: Path
+) -> dict[str, Any]:
     """Return the tracking options of the composed configuration.
 
     If the command line sets no tracking option, a recorded mode `disabled` or `tensorboard` replaces the composed mode.
@@ -67,7 +71,9 @@ def _tracking(composed: dict[str, Any], recorded: Any, is_set: bool, folder: Pat
     if mode in ("disabled", "tensorboard") and not is_set:
         return composed | {"mode": mode}
     if mode == "online" and composed["mode"] != mode:
-        log.warning("tracking=%s, but the recorded run in %s had tracking=online", composed["mode"], folder)
+        log.warning(
+            "tracking=%s, but the recorded run in %s had tracking=online", composed["mode"], folder
+        )
     return composed
 
 
@@ -78,10 +84,15 @@ def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, 
     option gets the composed value.
     values: the composed configuration.
     """
-    before: dict[str, Any] = {"memory_format": "contiguous", "stop_collapsed": False, "validation_split": "random"}
+    before: dict[str, Any] = {
+        "memory_format": "contiguous",
+        "stop_collapsed": False,
+        "validation_split": "random",
+    }
     merged = {name: values[name] for name in OPERATIONAL} | before | with_current_names(recorded)
     today = values | {"protocol": values["protocol"] | {"stop_collapsed": False}}
-    for name in ("checkpoint", "alignment", "protocol", "tracking"):  # groups to which options were added later
+    # groups to which options were added later
+    for name in ("checkpoint", "alignment", "protocol", "tracking"):
         if isinstance(merged.get(name), dict):
             merged[name] = today[name] | merged[name]
     return merged
@@ -99,8 +110,11 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
         texts: list[str] = []
         changed(content, lambda item: texts.append(str(item)))
         if any(INTERPOLATION.search(text) for text in texts):
-            raise UserError(f"{path} has an interpolation; a recorded configuration must contain values only")
-        values: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)  # also removes escapes of `${`
+            raise UserError(
+                f"{path} has an interpolation; a recorded configuration must contain values only"
+            )
+        # also removes escapes of `${`
+        values: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
         read_sealed(path.parent)
     except FileNotFoundError:
         raise UserError(f"{source}: is not a run directory, {path} does not exist") from None

@@ -59,7 +59,9 @@ def uncomposed(error: Exception, overrides: Iterable[str]) -> Exception:
         group, _, value = override.partition("=")
         options = group_options(group)
         if options and not isinstance(yaml.safe_load(value), str):
-            return UserError(f"{override}: is not an option of this group; there are {', '.join(options)}")
+            return UserError(
+                f"{override}: is not an option of this group; there are {', '.join(options)}"
+            )
     return UserError(f"{reason(error)} (in {' '.join(overrides)})")
 
 
@@ -138,7 +140,9 @@ def message_with_choices(error: BaseException | None) -> str | None:
         choices = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
         return f"{group}={name}: {choices} (--config-dir=<folder> adds your own options)"
     cause = error.__cause__ if isinstance(error, HydraException) else error
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(cause.parent_node):
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(
+        cause.parent_node
+    ):
         return _unknown_key(cause)
     return None
 
@@ -148,7 +152,9 @@ def _how_to_quote(override: str) -> str | None:
     key, _, value = override.partition("=")
     if not value or set(value) & set("'\"[]{}"):
         return None
-    return f"""quote a value with other characters than letters, digits and -_./: "{key}='{value}'\""""
+    return (
+        f"""quote a value with other characters than letters, digits and -_./: "{key}='{value}'\""""
+    )
 
 
 def _unknown_key(error: Any) -> str:
@@ -157,7 +163,9 @@ def _unknown_key(error: Any) -> str:
     everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     key = str(error.full_key)
     hint = f"; +{key}=… passes it to the constructor" if "_target_" in error.parent_node else ""
-    return f"{key}: no such option{did_you_mean(key, flat_keys(everything))}; there are {known}{hint}"
+    return (
+        f"{key}: no such option{did_you_mean(key, flat_keys(everything))}; there are {known}{hint}"
+    )
 
 
 def yaml_line(error: MarkedYAMLError) -> str | None:
@@ -165,13 +173,18 @@ def yaml_line(error: MarkedYAMLError) -> str | None:
     mark = error.problem_mark or error.context_mark
     if mark is None or not Path(mark.name).is_file():
         return None
-    lines = Path(mark.name).read_text(encoding="utf-8", errors="replace").splitlines()[: mark.line + 1]
-    while lines and not lines[-1].strip():  # an unclosed bracket is reported on the last line, which may be empty
+    lines = (
+        Path(mark.name).read_text(encoding="utf-8", errors="replace").splitlines()[: mark.line + 1]
+    )
+    # an unclosed bracket is reported on the last line, which may be empty
+    while lines and not lines[-1].strip():
         lines.pop()
     return f"{mark.name}, line {len(lines)}: {clipped(lines[-1] if lines else '', 100)} ({error.problem})"
 
 
-def refusal(error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()) -> UserError:
+def refusal(
+    error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()
+) -> UserError:
     """Return pydantic's first error as a `UserError` with the full name of the key.
 
     where: key of the validated group. options: the group's known options.
@@ -180,10 +193,13 @@ def refusal(error: ValidationError, where: str, options: Sequence[str], names: I
     first = error.errors()[0]
     key = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
     if first["type"] == "extra_forbidden":
-        return UserError(f"{key}: no such option{did_you_mean(key, names)}; there are {', '.join(options) or 'none'}")
+        return UserError(
+            f"{key}: no such option{did_you_mean(key, names)}; there are {', '.join(options) or 'none'}"
+        )
     if first["type"] == "missing":
         return UserError(f"{key}: missing; set {key}=…")
-    if first["type"] == "value_error":  # raised by a validator of this project, whose message is complete
+    # raised by a validator of this project, whose message is complete
+    if first["type"] == "value_error":
         return UserError(str(first["ctx"]["error"]))
     message = first["msg"]
     return UserError(f"{key}={shown(first['input'])}: {message[0].lower()}{message[1:]}")

@@ -17,7 +17,8 @@ from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
 from dfl_experiments.measured import EXTRA_QUANTITIES
 
-GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")  # `components` checks the options of these groups
+# `components` checks the options of these groups
+GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")
 
 
 class Options(BaseModel):
@@ -40,7 +41,9 @@ class Alignment(Options):
         option = f"alignment.quantities={shown(quantities)}"
         for name in quantities:
             if name not in EXTRA_QUANTITIES:
-                raise UserError(f"{option}: {shown(name)} is not a quantity; there are {', '.join(EXTRA_QUANTITIES)}")
+                raise UserError(
+                    f"{option}: {shown(name)} is not a quantity; there are {', '.join(EXTRA_QUANTITIES)}"
+                )
             if quantities.count(name) > 1:
                 raise UserError(f"{option}: lists {name} twice")
         return quantities
@@ -85,7 +88,9 @@ class Dataset(Options):
     def _has_std_for_each_mean(self) -> Self:
         if len(self.mean) != len(self.std):
             option = f"dataset.std={shown(self.std)}"
-            raise UserError(f"{option}: needs as many values as dataset.mean, which has {len(self.mean)}")
+            raise UserError(
+                f"{option}: needs as many values as dataset.mean, which has {len(self.mean)}"
+            )
         return self
 
 
@@ -164,7 +169,9 @@ class Settings(Options):
         if self.force and self.resume is not None:
             raise UserError("force=true: starts a new run, but resume continues a run; choose one")
         if self.protocol.accuracy == "best_validation" and not self.validation_fraction:
-            raise UserError("protocol.accuracy='best_validation': needs a validation split; set validation_fraction")
+            raise UserError(
+                "protocol.accuracy='best_validation': needs a validation split; set validation_fraction"
+            )
         return self
 
 
@@ -239,7 +246,9 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
         node = values.get(group)
         if not isinstance(node, Mapping) or "name" not in node:
             problem = "missing" if node is None else f"{shown(node)} is not an option of this group"
-            raise UserError(f"{group}: {problem}; set {group}=…, there are {', '.join(group_options(group))}")
+            raise UserError(
+                f"{group}: {problem}; set {group}=…, there are {', '.join(group_options(group))}"
+            )
     options = {key: value for key, value in values.items() if key not in GROUPS}
     try:
         settings = Settings.model_validate(options)
@@ -253,14 +262,18 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     nodes = {group: dict(values[group]) for group in GROUPS}
     shared: dict[str, Any] = {}
     for group, kind in SHARED.items():
-        options = {name: nodes[group].pop(name) for name in kind.model_fields if name in nodes[group]}
+        options = {
+            name: nodes[group].pop(name) for name in kind.model_fields if name in nodes[group]
+        }
         try:
             shared[group] = kind.model_validate(options)
         except ValidationError as error:
             raise refusal(error, group, list(kind.model_fields), every_key) from None
     feedback = feedback_overrides(shared["optimizer"].feedback)
     if feedback:
-        nodes["optimizer.feedback"] = feedback if "_target_" in feedback else nodes["optimizer"] | feedback
+        nodes["optimizer.feedback"] = (
+            feedback if "_target_" in feedback else nodes["optimizer"] | feedback
+        )
     nodes["dataset.source"] = settings.dataset.source
     components = {}
     for key, node in nodes.items():
@@ -269,4 +282,6 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     if warmup >= settings.epochs:
         raise UserError(f"schedule.warmup={warmup}: must be shorter than epochs={settings.epochs}")
     check_name(settings.dataset)
-    return Configuration(values, settings, components, shared["model"].init, shared["optimizer"].clip_norm)
+    return Configuration(
+        values, settings, components, shared["model"].init, shared["optimizer"].clip_norm
+    )

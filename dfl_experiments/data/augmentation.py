@@ -52,9 +52,13 @@ class Augmentation:
             return
         if not are_images or self.crop >= min(shape[1:]):
             size = f" larger than crop={self.crop}" if self.crop else ""
-            raise UserError(f"augmentation={name}: needs uint8 images{size}, but a sample has shape {shape}")
+            raise UserError(
+                f"augmentation={name}: needs uint8 images{size}, but a sample has shape {shape}"
+            )
 
-    def __call__(self, images: Tensor, normalise: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, images: Tensor, normalise: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Return augmented and normalised images, as floats of the same shape.
 
         images: (N, C, H, W) uint8 on any device; not changed.
@@ -88,7 +92,8 @@ def shifted(images: Tensor, offsets: Tensor, axis: int) -> Tensor:
     images: (N, C, H, W). offsets: (N,); pixel i of the result is pixel i + offset of the image.
     """
     last = images.shape[axis] - 1
-    sources = (torch.arange(last + 1) + offsets[:, None]).abs()  # reflect indices before the first pixel
+    # reflect indices before the first pixel
+    sources = (torch.arange(last + 1) + offsets[:, None]).abs()
     sources = last - (last - sources).abs()  # reflect indices after the last pixel
     sources = sources[:, None, :, None] if axis == 2 else sources[:, None, None, :]
     sources = sources.to(images.device, non_blocking=True)

@@ -13,7 +13,8 @@ from dfl_experiments.errors import UserError
 
 CHUNK = 2048  # number of images that are augmented together
 PLAIN_CHUNK = 512  # number of images that are normalised together, without augmentation
-ROUNDING = 1e-12  # a feature is constant if its standard deviation is at most this fraction of its mean
+# a feature is constant if its standard deviation is at most this fraction of its mean
+ROUNDING = 1e-12
 SHUFFLE, AUGMENT, SPLIT = range(3)  # purposes of a random stream
 
 
@@ -26,7 +27,9 @@ def random_stream(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def split(n: int, fraction: float, seed: int, labels: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+def split(
+    n: int, fraction: float, seed: int, labels: np.ndarray | None = None
+) -> tuple[Tensor, Tensor]:
     """Shuffle the indices 0 … n-1, and split them into training indices and validation indices.
 
     fraction: share of validation indices.
@@ -36,8 +39,12 @@ def split(n: int, fraction: float, seed: int, labels: np.ndarray | None = None) 
     order = torch.randperm(n, generator=random_stream(seed, SPLIT))
     held_out = round(n * fraction)
     if fraction > 0 and not 0 < held_out < n:
-        raise UserError(f"validation_fraction={fraction}: selects {held_out} of {n} samples; choose another value")
-    strata = torch.zeros_like(order) if labels is None else torch.from_numpy(labels.astype(np.int64))
+        raise UserError(
+            f"validation_fraction={fraction}: selects {held_out} of {n} samples; choose another value"
+        )
+    strata = (
+        torch.zeros_like(order) if labels is None else torch.from_numpy(labels.astype(np.int64))
+    )
     is_held_out = stratified(strata[order], fraction)
     return order[~is_held_out], order[is_held_out]
 
@@ -102,7 +109,9 @@ class Normalise:
         if self.scale.ndim and len(self.scale) != images.shape[1]:
             channels = images.shape[1]
             values = len(self.scale)
-            raise UserError(f"dataset.mean, dataset.std: {values} values, but the images have {channels} channels")
+            raise UserError(
+                f"dataset.mean, dataset.std: {values} values, but the images have {channels} channels"
+            )
         if self.scale.ndim and self.scale.device != images.device:
             self.scale = moved(self.scale, images.device)
             self.shift = moved(self.shift, images.device)
@@ -199,7 +208,9 @@ class Batches:
             generator = random_stream(self.seed, AUGMENT, epoch, chunk)
             x = self.augmentation(images, self.normalise, generator)
             x = x.to(memory_format=self.memory_format)
-            batches = list(zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True))
+            batches = list(
+                zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
+            )
             start = skipped if chunk == first else 0
             yield from batches[start:]
 

@@ -14,7 +14,8 @@ from tqdm.contrib.concurrent import thread_map
 from dfl_experiments.errors import UserError, reason
 
 THREADS = min(8, os.cpu_count() or 1)
-SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # folders that operating systems create, for example for thumbnails
+# folders that operating systems create, for example for thumbnails
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Tree:
         try:
             return self.read(name).decode().splitlines()
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
-            raise UserError(f"{self.label}/{name}: cannot be read as text ({reason(error)})") from error
+            raise UserError(
+                f"{self.label}/{name}: cannot be read as text ({reason(error)})"
+            ) from error
 
 
 def is_user_folder(name: str) -> bool:
@@ -55,14 +58,18 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     for start in inside:
         for folder, subfolders, files in os.walk(root / start, onerror=refuse, followlinks=True):
             if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
-                raise UserError(f"{folder}: is a link to a folder that contains the link; delete the link")
+                raise UserError(
+                    f"{folder}: is a link to a folder that contains the link; delete the link"
+                )
             subfolders[:] = filter(is_user_folder, subfolders)
             for name in files:
                 path = Path(folder, name)
                 if name.startswith("."):
                     continue
                 if not os.path.isfile(path):
-                    raise UserError(f"{path}: is neither a file nor a folder (a broken link?); delete it")
+                    raise UserError(
+                        f"{path}: is neither a file nor a folder (a broken link?); delete it"
+                    )
                 names.append(path.relative_to(root).as_posix())
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
@@ -71,7 +78,9 @@ def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
     """List the files in the folder `inner` of an archive. Nothing is extracted to the disk."""
     prefix = f"{inner}/"
     names = {name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)}
-    return Tree(f"{archive.filename}:{inner}", sorted(names), lambda name: archive.read(prefix + name))
+    return Tree(
+        f"{archive.filename}:{inner}", sorted(names), lambda name: archive.read(prefix + name)
+    )
 
 
 def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray:
@@ -93,9 +102,13 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
                 decoded = Image.alpha_composite(Image.new("RGBA", decoded.size, "white"), decoded)
             decoded = decoded.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # Pillow and zipfile raise errors of many types for a damaged file
-        raise UserError(f"{tree.label}/{name}: cannot be read as an image ({reason(error)})") from error
+        raise UserError(
+            f"{tree.label}/{name}: cannot be read as an image ({reason(error)})"
+        ) from error
     if mode.startswith(("I", "F")):
-        raise UserError(f"{tree.label}/{name}: has more than 8 bits per channel; convert it to 8 bits")
+        raise UserError(
+            f"{tree.label}/{name}: has more than 8 bits per channel; convert it to 8 bits"
+        )
     if animated:
         raise UserError(f"{tree.label}/{name}: has more than one frame; keep one of them")
     if size is not None:
@@ -113,10 +126,14 @@ def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = N
         if image.shape != first.shape:
             _, first_height, first_width = first.shape
             _, height, width = image.shape
-            sizes = f"{names[0]} is {first_width}x{first_height}, {names[index]} is {width}x{height}"
+            sizes = (
+                f"{names[0]} is {first_width}x{first_height}, {names[index]} is {width}x{height}"
+            )
             advice = "all images need the same size (for dataset=folder, set for example dataset.source.size=64)"
             raise UserError(f"{tree.label}: {sizes}; {advice}")
         images[index] = image
 
-    thread_map(fill, range(len(names)), max_workers=THREADS, desc="decoding", unit=" images", disable=None)
+    thread_map(
+        fill, range(len(names)), max_workers=THREADS, desc="decoding", unit=" images", disable=None
+    )
     return images

@@ -15,7 +15,15 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.lib.format import open_memmap
 
-from dfl_experiments.data.checksums import RECORD, ChecksumWriter, Record, crc32_of, damaged, read_record, verify
+from dfl_experiments.data.checksums import (
+    RECORD,
+    ChecksumWriter,
+    Record,
+    crc32_of,
+    damaged,
+    read_record,
+    verify,
+)
 from dfl_experiments.data.sources import Arrays, Source, expanded, kind_of
 from dfl_experiments.errors import UserError, reason
 
@@ -39,7 +47,9 @@ def is_packed(folder: Path) -> bool:
     belongs_to_user = read_record(folder) is None
     if belongs_to_user and missing and has_any:
         names = ", ".join(missing)
-        raise UserError(f"{folder}: incomplete, without {names}; add the missing files, or delete {folder}")
+        raise UserError(
+            f"{folder}: incomplete, without {names}; add the missing files, or delete {folder}"
+        )
     return not missing
 
 
@@ -53,7 +63,9 @@ def load_pack(name: str, source: Source, data_dir: Path, download: bool = True) 
     return load_with_digest(name, source, data_dir, download)[0]
 
 
-def load_with_digest(name: str, source: Source, data_dir: Path, download: bool = True) -> tuple[Arrays, str]:
+def load_with_digest(
+    name: str, source: Source, data_dir: Path, download: bool = True
+) -> tuple[Arrays, str]:
     """Return the arrays of a data set (see `load_pack`), and a digest of its images, labels and classes."""
     data_dir = expanded(data_dir, "data_dir")
     cache = source.cache_name(name)
@@ -81,11 +93,18 @@ def test_images_in_training(name: str, arrays: Arrays) -> int:
     """
     images = (arrays.train_images, arrays.test_images)
     dtype = min((part.dtype for part in images), key=lambda dtype: dtype.itemsize)
-    train, test = ([hash(image.astype(dtype, copy=False).tobytes()) for image in part] for part in images)
+    train, test = (
+        [hash(image.astype(dtype, copy=False).tobytes()) for image in part] for part in images
+    )
     training = set(train)
     count = sum(image in training for image in test)
     if count:
-        log.warning("%s: %d of %d test samples are also training samples", name, count, len(arrays.test_images))
+        log.warning(
+            "%s: %d of %d test samples are also training samples",
+            name,
+            count,
+            len(arrays.test_images),
+        )
     return count
 
 
@@ -142,7 +161,8 @@ def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
         except Timeout as busy:
             log.info("waiting for another process: %s", busy)
             return lock.acquire()
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
+    # NotImplementedError: the file system has no locks
+    except (OSError, NotImplementedError) as error:
         problem = f"the packed data set {cache} cannot be written there ({reason(error)})"
         raise UserError(f"data_dir={data_dir}: {problem}") from error
 
@@ -236,7 +256,11 @@ def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
     are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     demand(are_names, names[4], 'must be a list of class names, such as ["cats", "dogs"]')
     are_unique = len(set(classes)) == len(classes)
-    demand(are_unique and len(classes) > 1, names[4], "must name at least two classes, and none of them twice")
+    demand(
+        are_unique and len(classes) > 1,
+        names[4],
+        "must name at least two classes, and none of them twice",
+    )
     parts = (arrays.train_images, arrays.train_labels, arrays.test_images, arrays.test_labels)
     expected = f"{kind_of(arrays.train_images)} of shape {arrays.shape}"
     for first in (0, 2):  # indices in `parts` of the training images and the test images
@@ -244,23 +268,39 @@ def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
         samples_name, labels_name = names[first : first + 2]
         check_samples(samples, samples_name)
         actual = f"{kind_of(samples)} of shape {samples.shape[1:]}"
-        demand(actual == expected, samples_name, f"has {actual}, but {Path(names[0]).name} has {expected}")
+        demand(
+            actual == expected,
+            samples_name,
+            f"has {actual}, but {Path(names[0]).name} has {expected}",
+        )
         are_integers = labels.shape == (len(samples),) and labels.dtype.kind in "iu"
-        demand(are_integers, labels_name, f"must be {len(samples)} integers, is {labels.dtype} {labels.shape}")
+        demand(
+            are_integers,
+            labels_name,
+            f"must be {len(samples)} integers, is {labels.dtype} {labels.shape}",
+        )
         lowest, highest = labels.min(), labels.max()
         are_classes = 0 <= lowest <= highest < len(classes)
         allowed = f"0 to {len(classes) - 1}, one for each class"
-        demand(are_classes, labels_name, f"labels must be {allowed}; they range from {lowest} to {highest}")
+        demand(
+            are_classes,
+            labels_name,
+            f"labels must be {allowed}; they range from {lowest} to {highest}",
+        )
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
     """Raise `UserError` if an array does not hold images, features or tokens, or if it has unusable values."""
     kind, shape, problem = kind_of(samples), samples.shape, ""
     if not kind or samples.size == 0:
-        problem = "must be uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
+        problem = (
+            "must be uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
+        )
         problem += f", is {samples.dtype} {shape}"
     elif kind == "images" and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
-        problem = f"{shape} is (N, H, W, C), but must be (N, C, H, W); save images.transpose(0, 3, 1, 2)"
+        problem = (
+            f"{shape} is (N, H, W, C), but must be (N, C, H, W); save images.transpose(0, 3, 1, 2)"
+        )
     elif kind == "tokens" and samples.min() < 0:
         problem = f"tokens must be 0 or more, the smallest is {samples.min()}"
     # this also finds NaN: min and max are then NaN, and every comparison with NaN is false

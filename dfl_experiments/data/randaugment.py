@@ -14,14 +14,28 @@ from torch import Tensor
 
 from dfl_experiments.ranges import MAGNITUDE_BINS as BINS
 
-SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
+SIGNED = (
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+)
 OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 STRAIGHT = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
 
 # Operations that move pixels. `_origins` applies them to an image whose values are the positions of its pixels.
 GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "ShearX": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [_angle(v), 0.0]}, center=[0, 0]),
-    "ShearY": lambda image, v: F.affine(image, **STRAIGHT | {"shear": [0.0, _angle(v)]}, center=[0, 0]),
+    "ShearX": lambda image, v: F.affine(
+        image, **STRAIGHT | {"shear": [_angle(v), 0.0]}, center=[0, 0]
+    ),
+    "ShearY": lambda image, v: F.affine(
+        image, **STRAIGHT | {"shear": [0.0, _angle(v)]}, center=[0, 0]
+    ),
     "TranslateX": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [int(v), 0]}),
     "TranslateY": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [0, int(v)]}),
     "Rotate": lambda image, v: F.rotate(image, v),
@@ -75,7 +89,8 @@ def _levels(operation: str, value: float, device: torch.device) -> Tensor:
 
 def _move(images: Tensor, origins: Tensor) -> Tensor:
     """Move the pixels of images. images: (N, C, H, W). origins: result of `_origins`, (H · W,)."""
-    planes = torch.nn.functional.pad(images.flatten(2).flatten(0, 1), (1, 0))  # index 0: a black pixel
+    # index 0: a black pixel
+    planes = torch.nn.functional.pad(images.flatten(2).flatten(0, 1), (1, 0))
     return planes.gather(1, origins.expand(len(planes), -1)).view_as(images)
 
 
@@ -120,7 +135,9 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
     total = columns + 4 * x[..., 1:-1, 1:-1]
     blurred = images.float()
     blurred[..., 1:-1, 1:-1] = total.float().div_(13).round_()
-    return images.float().mul_(factor).add_(blurred.mul_(1.0 - factor)).clamp_(0, 255).to(torch.uint8)
+    return (
+        images.float().mul_(factor).add_(blurred.mul_(1.0 - factor)).clamp_(0, 255).to(torch.uint8)
+    )
 
 
 def apply(operation: str, images: Tensor, value: float) -> Tensor:

@@ -95,7 +95,9 @@ def read_published(path: Path, md5: str) -> bytes:
     """
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise UserError(f"{path}: damaged or altered, its MD5 is wrong; delete it, then it is downloaded again")
+        raise UserError(
+            f"{path}: damaged or altered, its MD5 is wrong; delete it, then it is downloaded again"
+        )
     return content
 
 
@@ -230,7 +232,9 @@ class Cifar(Source):
         if download and damaged:
             try:
                 with quiet_download():
-                    download_and_extract_archive(published.url, data_dir, None, published.filename, published.tgz_md5)
+                    download_and_extract_archive(
+                        published.url, data_dir, None, published.filename, published.tgz_md5
+                    )
             except (OSError, RuntimeError):
                 for name in damaged:  # report a damaged file rather than the failed download
                     if (folder / name).exists():

@@ -39,12 +39,18 @@ class ArrayFile(Source):
                 parts = [file[name] for name in names]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             needed = f"must be an .npz file with {', '.join(names)}"
-            raise UserError(f"dataset.source.path={self.path}: {needed} ({reason(error)})") from error
+            raise UserError(
+                f"dataset.source.path={self.path}: {needed} ({reason(error)})"
+            ) from error
         train, train_labels, test, test_labels = parts
         if train.dtype == test.dtype == np.uint8 and train.ndim == test.ndim == 3:
             train, test = train[:, None], test[:, None]
         largest = int(train_labels.max(initial=0)) if train_labels.dtype.kind in "iu" else 1
         if largest > len(train):
-            problem = f"has the label {largest}; labels must be class numbers from 0, without large gaps"
+            problem = (
+                f"has the label {largest}; labels must be class numbers from 0, without large gaps"
+            )
             raise UserError(f"{self.path}: y_train: {problem}")
-        return Arrays(train, train_labels, test, test_labels, [str(label) for label in range(largest + 1)])
+        return Arrays(
+            train, train_labels, test, test_labels, [str(label) for label in range(largest + 1)]
+        )

@@ -18,8 +18,22 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
 log = logging.getLogger(__name__)
-DECODING = "turned, on white"  # version of the decoding; if it changes, every folder is packed again
-SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# version of the decoding; if it changes, every folder is packed again
+DECODING = "turned, on white"
+SUFFIXES = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,9 @@ class TinyImageNet(Source):
         except OSError:
             raise
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
-            raise UserError(f"{archive}: damaged or incomplete ({error}); delete it and download it again") from error
+            raise UserError(
+                f"{archive}: damaged or incomplete ({error}); delete it and download it again"
+            ) from error
         with opened:
             return self.arrays(zip_tree(opened, self.NAME))
 
@@ -98,7 +114,9 @@ class TinyImageNet(Source):
         names = set(tree.names)
         # each line has the file, the class and a bounding box; the bounding box is not used
         rows = [f"{line}\t".split("\t") for line in tree.lines(self.LABELS) if line.strip()]
-        images = [name for name in tree.names if re.fullmatch(r"(train/\w+|val)/images/[^/]+\.JPEG", name)]
+        images = [
+            name for name in tree.names if re.fullmatch(r"(train/\w+|val)/images/[^/]+\.JPEG", name)
+        ]
         train = [(name, name.split("/")[1]) for name in images if name.startswith("train/")]
         test = sorted((f"val/images/{file}", wnid) for file, wnid, *_ in rows)
         listed = {name for name, _ in test}
@@ -109,12 +127,16 @@ class TinyImageNet(Source):
         if absent := sorted(listed - names):
             raise UserError(f"{tree.label}: incomplete, {absent[0]} is missing")
         if [name for name, _ in test] != [name for name in images if name.startswith("val/")]:
-            raise UserError(f"{tree.label}/{self.LABELS}: damaged, it must have one line for each image in val/images")
+            raise UserError(
+                f"{tree.label}/{self.LABELS}: damaged, it must have one line for each image in val/images"
+            )
         trained = sorted({wnid for _, wnid in train})
         tested = sorted({wnid for _, wnid in test})
         wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else trained
         if not sorted(wnids) == trained == tested:
-            raise UserError(f"{tree.label}: train/, {self.LABELS} and wnids.txt have different classes")
+            raise UserError(
+                f"{tree.label}: train/, {self.LABELS} and wnids.txt have different classes"
+            )
         return Listing(train, test, wnids)
 
 
@@ -130,7 +152,9 @@ class Folder(Source):
 
     def __init__(self, path: str, size: Count | None = None, channels: Literal[1, 3] = 3) -> None:
         if path in ("", "???"):
-            raise UserError("dataset.source.path: missing; set it to the folder that contains train/ and test/")
+            raise UserError(
+                "dataset.source.path: missing; set it to the folder that contains train/ and test/"
+            )
         self.path = Path(os.path.realpath(expanded(path, "dataset.source.path")))
         self.size, self.channels = size, channels
 
@@ -168,9 +192,13 @@ class Folder(Source):
         """
         if not os.path.isdir(self.path):
             raise UserError(f"dataset.source.path={self.path}: no such folder")
-        splits = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)][:2]
+        splits = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)][
+            :2
+        ]
         if len(splits) < 2 or splits[0] != "train":
-            raise UserError(f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class")
+            raise UserError(
+                f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class"
+            )
         tree = folder_tree(self.path, splits)
         names = set()
         for split in splits:
@@ -180,7 +208,9 @@ class Folder(Source):
                     names.add(composed(path.name))
         classes = sorted(names)
         if len(classes) < 2:
-            raise UserError(f"{self.path / 'train'}: needs folders of at least two classes, has {classes}")
+            raise UserError(
+                f"{self.path / 'train'}: needs folders of at least two classes, has {classes}"
+            )
         groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for split in splits:
             groups |= {(split, name): [] for name in classes}
@@ -189,11 +219,15 @@ class Folder(Source):
                 continue
             split, name, *inner = file.split("/")
             if not inner:
-                raise UserError(f"{self.path / file}: is outside the class folders; move it into one of them")
+                raise UserError(
+                    f"{self.path / file}: is outside the class folders; move it into one of them"
+                )
             groups[split, composed(name)].append((file, composed(name)))
         for (split, name), images in groups.items():
             if not images:
-                raise UserError(f"{self.path}/{split}/{name}/: no images of this class ({' '.join(SUFFIXES)})")
+                raise UserError(
+                    f"{self.path}/{split}/{name}/: no images of this class ({' '.join(SUFFIXES)})"
+                )
         train, test = [], []
         for name in classes:
             train += groups[splits[0], name]

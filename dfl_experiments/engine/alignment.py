@@ -51,7 +51,9 @@ def backprop_signals(
             with trace.as_backprop():
                 read = torch.autograd.grad(root, trace.inputs[i], delta, retain_graph=not last)
                 signal = read[0] if len(read) == 1 else read[0] + read[1]
-                (delta,) = torch.autograd.grad(h, trace.preactivations[i - 1], signal, retain_graph=not last)
+                (delta,) = torch.autograd.grad(
+                    h, trace.preactivations[i - 1], signal, retain_graph=not last
+                )
             del root, h, read, signal
         if last:
             del trace.inputs[i:], trace.preactivations[i:]
@@ -78,7 +80,8 @@ def signal_products(delta: Tensor | None, reference: Tensor) -> Tensor:
     signals = [reference] if delta is reference else [compared, reference]
     signals = [signal.detach() for signal in signals]
     if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
-        signals = [signal.movedim(1, 3) for signal in signals]  # memory order, so that `flatten` copies nothing
+        # memory order, so that `flatten` copies nothing
+        signals = [signal.movedim(1, 3) for signal in signals]
     signals = [signal.flatten(1) for signal in signals]
     is_long = reference.device.type != "cpu" and signals[0].shape[1] > LONG
     return (by_dots(signals) if is_long else by_products(signals)).expand(len(reference), 2, 2)
@@ -207,7 +210,9 @@ def measure(
     for i, reference in backprop_signals(trace, error, known, last):
         all_products.append(signal_products(applied[i - 1], reference))
         if extra_quantities:
-            all_extra.append(measure_extra(extra_quantities, Measurement(net, method, trace, i, reference)))
+            all_extra.append(
+                measure_extra(extra_quantities, Measurement(net, method, trace, i, reference))
+            )
         if last:
             applied[i - 1] = None
             del known[i - method.exact_from :]

@@ -17,7 +17,8 @@ from dfl_experiments.engine.transpose import Transpose, WeightLayer, is_weight_l
 from dfl_experiments.errors import UserError, clipped
 
 LONGEST_SHAPE = 3  # the number of axes of (C, H, W)
-KEEP_ZEROS = ("torch.nn.modules.pooling", "torch.nn.modules.flatten")  # Python modules whose layers map zeros to zeros
+# Python modules whose layers map zeros to zeros
+KEEP_ZEROS = ("torch.nn.modules.pooling", "torch.nn.modules.flatten")
 
 
 class Block(nn.Module):
@@ -135,7 +136,9 @@ class BlockNet(nn.Module):
         shapes = [h.shape[1:] for h in self.probe(range(1, self.depth)).outputs if h is not None]
         for i, shape in enumerate(shapes, start=1):
             if not 1 <= len(shape) <= LONGEST_SHAPE:
-                raise UserError(f"model: h_{i} has shape {tuple(shape)} per sample; must be (d,), (T, C) or (C, H, W)")
+                raise UserError(
+                    f"model: h_{i} has shape {tuple(shape)} per sample; must be (d,), (T, C) or (C, H, W)"
+                )
         return shapes
 
     def parameters_above(self, i: int) -> list[nn.Parameter]:
@@ -146,7 +149,9 @@ class BlockNet(nn.Module):
         """Return the parameters of block i up to its pre-activation a_i, where δ_i is measured."""
         return list(self.blocks[i - 1].get_submodule("pre").parameters())
 
-    def replay(self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]) -> Tensor:
+    def replay(
+        self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]
+    ) -> Tensor:
         """Return the logits of a second forward pass, which changes no buffer.
 
         trace: trace of the first forward pass.
@@ -215,14 +220,21 @@ class BlockNet(nn.Module):
                 if module is self.head:
                     h = trace.logits = a
                 else:
-                    if keep and a._base is not None:  # an in-place `post` would take a view out of the graph
+                    # an in-place `post` would take a view out of the graph
+                    if keep and a._base is not None:
                         a = a.clone()
                     if keep and a.requires_grad:
                         trace.preactivations.append(get_gradient_edge(a))
                     h = module.post(a)
-                    if h is a:  # h_i must be a second tensor: autograd starts there, and δ_i is read at a_i
+                    # h_i must be a second tensor: autograd starts there, and δ_i is read at a_i
+                    if h is a:
                         h = a.view_as(a)
                     trace.outputs.append(h if keep or i in trace.cuts else None)
                 if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:
-                    parameters = [p for weights in self.weights[first - 1 : i] for p in weights if p.requires_grad]
+                    parameters = [
+                        p
+                        for weights in self.weights[first - 1 : i]
+                        for p in weights
+                        if p.requires_grad
+                    ]
                     trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, leak))

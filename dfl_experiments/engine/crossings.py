@@ -50,7 +50,11 @@ def layers_to_replace(net: BlockNet) -> list[int]:
 
 
 def _passed(
-    net: BlockNet, x: Tensor, logits: Tensor, learns: Mapping[nn.Parameter, bool], layers: list[WeightLayer]
+    net: BlockNet,
+    x: Tensor,
+    logits: Tensor,
+    learns: Mapping[nn.Parameter, bool],
+    layers: list[WeightLayer],
 ) -> Iterator[int]:
     """Yield the indices of the layers that send an error signal to their input.
 
@@ -59,8 +63,10 @@ def _passed(
     Raises `UserError` if the signal passes a weight outside of these layers.
     """
     hidden: set[Any] = set()  # nodes that depend on the net's input
-    trained: set[Any] = set()  # nodes that depend on a trained parameter, so that error signals reach them
-    made_of: dict[Any, list[nn.Parameter]] = {}  # for each node that is not hidden: the parameters it is computed from
+    # nodes that depend on a trained parameter, so that error signals reach them
+    trained: set[Any] = set()
+    # for each node that is not hidden: the parameters it is computed from
+    made_of: dict[Any, list[nn.Parameter]] = {}
     for node in from_the_leaves(logits.grad_fn):
         children = [child for child, _ in node.next_functions if child is not None]
         below = set(children)
@@ -82,7 +88,9 @@ def _passed(
             hidden.add(node)
         made_of[node] = parameters
     if logits.grad_fn not in hidden:
-        raise UserError("model: the output has no gradient with respect to the input, so FA cannot find the weights")
+        raise UserError(
+            "model: the output has no gradient with respect to the input, so FA cannot find the weights"
+        )
 
 
 def _start(x: Tensor) -> int:
@@ -105,7 +113,11 @@ def check_transpose(layer: WeightLayer, x: Tensor) -> None:
     """
     start = torch.ones_like(x).requires_grad_()
     output = layer(start)
-    signal = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).cos().view_as(output)
+    signal = (
+        torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+        .cos()
+        .view_as(output)
+    )
     (own,) = torch.autograd.grad(output, start, signal)
     expected = transposed(layer, layer.weight, signal, start)
     if (own - expected).norm() > 1e-2 * expected.norm():
@@ -131,7 +143,8 @@ def from_the_leaves(root: Any) -> Iterator[Any]:
 
 def not_replaceable(net: nn.Module, weight: nn.Parameter, kind: str) -> UserError:
     """Return the error for a weight that no B can replace. kind: operation that uses the weight."""
-    net = getattr(net, "module", net)  # for a `ModuleNet`, use the parameter names of the user's module
+    # for a `ModuleNet`, use the parameter names of the user's module
+    net = getattr(net, "module", net)
     name = next(name for name, p in net.named_parameters() if p is weight)
     owner = type(net.get_submodule(name.rpartition(".")[0])).__name__
     return UserError(

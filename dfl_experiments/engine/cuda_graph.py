@@ -15,7 +15,8 @@ from dfl_experiments.engine.learner import Learner
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 3  # eager steps before a capture, in which optimizers create their state and libraries choose kernels
+# eager steps before a capture, in which optimizers create their state and libraries choose kernels
+WARM_UP = 3
 
 
 def renew_generator(device: torch.device) -> None:
@@ -102,7 +103,10 @@ class CapturedStep:
         torch.cuda.synchronize()
         renew_generator(self.stream.device)
         for optimizer in self.learner.optimizers:
-            optimizer.zero_grad()  # the failed capture recorded these gradients but did not compute them
+            # the failed capture recorded these gradients but did not compute them
+            optimizer.zero_grad()
         reason = str(error).strip().partition("\n")[0]
-        log.warning("the training step cannot be captured as a CUDA graph, so it runs eagerly: %s", reason)
+        log.warning(
+            "the training step cannot be captured as a CUDA graph, so it runs eagerly: %s", reason
+        )
         return self.learner.step(x, target, align)

@@ -63,7 +63,9 @@ class Learner:
 
         feedback_lr: rate of B; None for the rate of W.
         """
-        for optimizer, value in zip(self.optimizers, (lr, lr if feedback_lr is None else feedback_lr), strict=False):
+        for optimizer, value in zip(
+            self.optimizers, (lr, lr if feedback_lr is None else feedback_lr), strict=False
+        ):
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(value)
@@ -105,14 +107,18 @@ class Learner:
             and correct are NaN.
         """
         with self.autocast():
-            trace = self.net.trace(x, self.method.cuts, self.method.frozen, align, self.method.transpose)
+            trace = self.net.trace(
+                x, self.method.cuts, self.method.frozen, align, self.method.transpose
+            )
             loss, error = self.value_and_error(trace.logits, target)
             self.method.adapt(trace, error, target)
         if not self.method.sends_first:
             self._update_feedback()
         deltas = trace.backward(self.method.signal, error, target)
         if align:
-            measured = measure(self.net, self.method, trace, deltas, error, self.extra_quantities, last=True).to(loss)
+            measured = measure(
+                self.net, self.method, trace, deltas, error, self.extra_quantities, last=True
+            ).to(loss)
         else:
             measured = loss.new_full((len(self.metric_names) - 2,), torch.nan)
         self._clip()

@@ -86,7 +86,9 @@ class Method(nn.Module):
         error: e, (N, K).
         target: labels, (N,).
         """
-        raise LookupError(f"{type(self).__name__} cuts the graph after block {i} but does not implement `signal`")
+        raise LookupError(
+            f"{type(self).__name__} cuts the graph after block {i} but does not implement `signal`"
+        )
 
     def weight_pairs(self, i: int) -> list[WeightPair]:
         """Return every B that the signal to h_i passes, each with the weights that it replaces."""

@@ -45,7 +45,9 @@ class Graph:
         self.batch = x.shape[:1]
         logits = twin(x)
         if not isinstance(logits, Tensor) or logits.grad_fn is None:
-            raise UserError("model: the output must be one tensor that depends on the model's parameters")
+            raise UserError(
+                "model: the output must be one tensor that depends on the model's parameters"
+            )
         self.root = logits.grad_fn
         self.bits: dict[Any, int] = {}
         self.read: dict[Any, int] = {}  # for each node: the nodes that it depends on directly
@@ -56,7 +58,9 @@ class Graph:
                 self.read[node] |= self.bits[child]
                 self.below[node] |= self.below[child]
         names: dict[Any, str] = {p: name for name, p in twin.named_parameters()}
-        leaves = {names.get(getattr(node, "variable", None)): bit for node, bit in self.bits.items()}
+        leaves = {
+            names.get(getattr(node, "variable", None)): bit for node, bit in self.bits.items()
+        }
         self.parameters = {name: bit for name, bit in leaves.items() if name is not None}
 
     def _mark(self, name: str, module: nn.Module, inputs: Any, h: Any) -> Tensor | None:
@@ -103,7 +107,8 @@ class Graph:
     def readers(self, layers: Collection[str], boundaries: Sequence[str]) -> dict[str, list[str]]:
         """Return for every boundary the layers that read its output, without another layer or boundary in between."""
         stops = {self.nodes[name] for name in (*layers, *boundaries)}
-        first: dict[Any, int] = {}  # for each node: the first stop on each path from it towards the input
+        # for each node: the first stop on each path from it towards the input
+        first: dict[Any, int] = {}
         for node in self.bits:
             first[node] = 0
             for child in children(node):

@@ -86,7 +86,11 @@ class ModuleNet(BlockNet):
     def weight_layers(self, i: int) -> list[WeightLayer]:
         """Return the weight layers of block i+1, in module order."""
         weights = {id(p) for p in self.weights[i]}
-        return [layer for layer in self.module.modules() if is_weight_layer(layer) and id(layer.weight) in weights]
+        return [
+            layer
+            for layer in self.module.modules()
+            if is_weight_layer(layer) and id(layer.weight) in weights
+        ]
 
     def reader(self, i: int) -> WeightLayer | None:
         """Return the only weight layer that reads h_i.
@@ -110,9 +114,13 @@ class ModuleNet(BlockNet):
         """Return all parameters of block i. δ_i is at the output of the block, so all of them are below it."""
         return self.weights[i - 1]
 
-    def replay(self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]) -> Tensor:
+    def replay(
+        self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]
+    ) -> Tensor:
         """Return the logits of a second forward pass, which skips no block. Arguments: see `BlockNet.replay`."""
-        return self._passed(replace, partial(functional_call, self.module, self._copies(self.module)), trace.x)
+        return self._passed(
+            replace, partial(functional_call, self.module, self._copies(self.module)), trace.x
+        )
 
     def _run(self, trace: Trace, x: Tensor, frozen: int) -> None:
         keep, first, learns = trace.kept, 1, torch.is_grad_enabled()
@@ -121,20 +129,25 @@ class ModuleNet(BlockNet):
 
         def end(i: int, h: Tensor) -> None:
             if i > frozen and h.requires_grad:
-                parameters = [p for block in self.weights[first - 1 : i] for p in block if p.requires_grad]
+                parameters = [
+                    p for block in self.weights[first - 1 : i] for p in block if p.requires_grad
+                ]
                 trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, None))
 
         def at_boundary(i: int, h: Tensor) -> Tensor:
             nonlocal first
             if len(trace.outputs) != i - 1:
                 name = self.boundaries[i - 1]
-                raise UserError(f"model: {name} cannot be a boundary: it is called twice, or in another order")
+                raise UserError(
+                    f"model: {name} cannot be a boundary: it is called twice, or in another order"
+                )
             if keep:
                 if learns:
                     # if all parameters below are frozen, h does not require a gradient yet
                     h = h if h.requires_grad else h.detach().requires_grad_()
                     trace.preactivations.append(get_gradient_edge(h))
-                h = h.view_as(h)  # a second tensor: autograd starts at the view, and δ_i is read at the original
+                # a second tensor: autograd starts at the view, and δ_i is read at the original
+                h = h.view_as(h)
             trace.outputs.append(h if keep or i in trace.cuts else None)
             read = h
             if i in trace.cuts:
@@ -149,7 +162,9 @@ class ModuleNet(BlockNet):
         with torch.set_grad_enabled(learns and (keep or not frozen)):
             trace.logits = self._passed(at_boundary, self.module, x)
             if len(trace.outputs) != self.depth - 1:
-                raise UserError(f"model: {self.boundaries[len(trace.outputs)]} is not called in this forward pass")
+                raise UserError(
+                    f"model: {self.boundaries[len(trace.outputs)]} is not called in this forward pass"
+                )
             end(self.depth, trace.logits)
 
 

@@ -25,13 +25,18 @@ class Survey:
         # two samples, because batch normalisation rejects a single sample if its feature maps have one pixel
         x = copies_of(example, 2, module)
         try:
-            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
+            with (
+                torch.random.fork_rng(devices=[x.device] if x.is_cuda else []),
+                torch.enable_grad(),
+            ):
                 self.graphs = [Graph(module, training, x) for training in (False, True)]
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if isinstance(error, UserError):
                 raise
             shape, reason = tuple(example.shape[1:]), clipped(str(error), 200)
-            raise UserError(f"model: the forward pass fails for input shape {shape} ({reason})") from error
+            raise UserError(
+                f"model: the forward pass fails for input shape {shape} ({reason})"
+            ) from error
         self.parameters = self._below(None)
 
     def _below(self, boundary: str | None) -> frozenset[str]:
@@ -105,16 +110,22 @@ class Survey:
         """Return the named boundaries in the order of the forward pass. Raises `UserError` if one is not valid."""
         for name in names:
             if problem := self.problem(name):
-                higher = [other for other in self.valid if 0 < self._height(name) < self._height(other)]
+                higher = [
+                    other for other in self.valid if 0 < self._height(name) < self._height(other)
+                ]
                 choice = f"there are {', '.join(self.valid)}" if self.valid else self._why_none()
                 choice = f"the next valid boundary is {higher[0]}" if higher else choice
                 raise UserError(f"model.boundaries: {name}: {problem}; {choice}")
         chain = sorted(names, key=[*self.valid].index)
         for lower, upper in pairwise(chain):
             if self.valid[lower] == self.valid[upper]:
-                raise UserError(f"model.boundaries: {lower}, {upper}: there is no weight between them; choose only one")
+                raise UserError(
+                    f"model.boundaries: {lower}, {upper}: there is no weight between them; choose only one"
+                )
             if not self._is_above(upper, lower):
-                raise UserError(f"model.boundaries: {lower}, {upper}: are in parallel branches; choose only one")
+                raise UserError(
+                    f"model.boundaries: {lower}, {upper}: are in parallel branches; choose only one"
+                )
         return chain
 
     def blocks(self, chain: Sequence[str]) -> list[list[nn.Parameter]]:
@@ -129,7 +140,11 @@ class Survey:
     def readers(self, chain: Sequence[str]) -> list[str | None]:
         """Return for every boundary the name of the layer that `ModuleNet.reader` returns."""
         graph, modules = self.graphs[0], dict(self.module.named_modules())
-        layers = [name for name in graph.nodes if is_weight_layer(modules[name]) and graph.nodes[name] in graph.bits]
+        layers = [
+            name
+            for name in graph.nodes
+            if is_weight_layer(modules[name]) and graph.nodes[name] in graph.bits
+        ]
         names: list[str | None] = []
         for boundary, readers in graph.readers(layers, chain).items():
             shape = graph.outputs[boundary][0].shape[1:]
@@ -141,12 +156,16 @@ class Survey:
 def refuse_wrappers(module: nn.Module) -> None:
     """Raise `UserError` for a module in a wrapper that does not work with the rules."""
     if hasattr(module, "_orig_mod"):
-        raise UserError("model: the module is compiled; pass the original module, then call module.compile()")
+        raise UserError(
+            "model: the module is compiled; pass the original module, then call module.compile()"
+        )
     for part in module.modules():
         kinds = {kind.__name__ for kind in type(part).__mro__} & WRAPPERS
         if kinds:
             problem = f"{kinds.pop()} would not average the rule's gradients over the processes"
-            raise UserError(f"model: {problem}; pass the original module, and average .grad yourself before the step")
+            raise UserError(
+                f"model: {problem}; pass the original module, and average .grad yourself before the step"
+            )
 
 
 def reads_channels(layer: Any, shape: Sequence[int]) -> bool:
@@ -163,7 +182,9 @@ def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
     if parameter is None:
         raise UserError("model: the module has no parameters")
     dtype = parameter.dtype if example.is_floating_point() else example.dtype
-    return example[:1].detach().to(parameter.device, dtype).repeat(count, *[1] * (example.dim() - 1))
+    return (
+        example[:1].detach().to(parameter.device, dtype).repeat(count, *[1] * (example.dim() - 1))
+    )
 
 
 def boundaries(module: nn.Module, example: Tensor) -> list[str]:

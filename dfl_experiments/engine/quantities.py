@@ -87,7 +87,11 @@ def gradient_cosine(layer: Measurement) -> Tensor | None:
         return None
     with layer.trace.as_backprop():
         backprop = torch.autograd.grad(
-            layer.trace.preactivations[layer.i - 1], parameters, layer.reference, retain_graph=True, allow_unused=True
+            layer.trace.preactivations[layer.i - 1],
+            parameters,
+            layer.reference,
+            retain_graph=True,
+            allow_unused=True,
         )
     pairs = []
     for parameter, gradient in zip(parameters, backprop, strict=True):

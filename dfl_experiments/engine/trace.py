@@ -66,7 +66,10 @@ class Trace:
         return nullcontext() if self.transpose is None else self.transpose.backprop()
 
     def backward(
-        self, signal: Callable[[int, "Trace", Tensor, Tensor], Tensor], error: Tensor, target: Tensor
+        self,
+        signal: Callable[[int, "Trace", Tensor, Tensor], Tensor],
+        error: Tensor,
+        target: Tensor,
     ) -> list[Tensor | None]:
         """Set `.grad` of the parameters of all segments, the highest segment first. No gradient crosses a cut.
 
@@ -81,12 +84,16 @@ class Trace:
         start, leaked = error, None
         for segment in reversed(self.segments):
             if segment.last <= len(self.outputs):
-                start = self._placeholder(segment, partial(signal, segment.last, self, error, target), leaked)
+                start = self._placeholder(
+                    segment, partial(signal, segment.last, self, error, target), leaked
+                )
             inside = slice(segment.first - 1, segment.last)
             leak = [] if segment.leak is None else [segment.leak]
             # Do not use `backward(inputs=…)`. It would leave a hook on every a_i that runs again in later passes.
             wanted: Any = [*segment.parameters, *leak, *self.preactivations[inside]]
-            gradients = torch.autograd.grad([segment.top], wanted, [start], retain_graph=self.kept, allow_unused=True)
+            gradients = torch.autograd.grad(
+                [segment.top], wanted, [start], retain_graph=self.kept, allow_unused=True
+            )
             for parameter, gradient in zip(segment.parameters, gradients, strict=False):
                 parameter.grad = gradient
             below = gradients[len(segment.parameters) :]
@@ -94,7 +101,9 @@ class Trace:
             deltas[inside] = below[len(leak) :]
         return deltas
 
-    def _placeholder(self, segment: Segment, signal: Callable[[], Tensor], leaked: Tensor | None) -> Tensor:
+    def _placeholder(
+        self, segment: Segment, signal: Callable[[], Tensor], leaked: Tensor | None
+    ) -> Tensor:
         """Return zeros that use no memory. Autograd starts with these zeros, and a hook replaces them by the signal.
 
         The signal is as large as h_i. Only autograd holds a reference to the signal, so autograd frees the signal after

@@ -12,9 +12,16 @@ from torch.nn.grad import conv2d_input
 from dfl_experiments.errors import UserError
 
 WeightLayer = (
-    nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    nn.Linear
+    | nn.Conv1d
+    | nn.Conv2d
+    | nn.Conv3d
+    | nn.ConvTranspose1d
+    | nn.ConvTranspose2d
+    | nn.ConvTranspose3d
 )
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weight: (C_in, C_out / groups, …)
+# weight: (C_in, C_out / groups, …)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Carry = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -27,12 +34,18 @@ def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
     if not isinstance(module, WeightLayer):
         return False
     kind = next(kind for kind in WeightLayer.__args__ if isinstance(module, kind))
-    return type(module).forward is kind.forward and "weight" in dict(module.named_parameters(recurse=False))
+    return type(module).forward is kind.forward and "weight" in dict(
+        module.named_parameters(recurse=False)
+    )
 
 
 def pads_with_zeros(layer: WeightLayer) -> bool:
     """Return whether a layer is a convolution with zero padding whose size is a number (not "same" or "valid")."""
-    return not isinstance(layer, nn.Linear) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return (
+        not isinstance(layer, nn.Linear)
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
 
 
 def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) -> Tensor:
@@ -45,9 +58,12 @@ def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) ->
     weight = weight.detach().to(signal.dtype)  # autocast converts W in the same way
     if isinstance(layer, nn.Linear):
         return signal @ weight
-    if isinstance(layer, nn.Conv2d) and pads_with_zeros(layer):  # faster than below: no forward pass
+    # faster than below: no forward pass
+    if isinstance(layer, nn.Conv2d) and pads_with_zeros(layer):
         padding: Any = layer.padding
-        return conv2d_input(x.shape, weight, signal, layer.stride, padding, layer.dilation, layer.groups)
+        return conv2d_input(
+            x.shape, weight, signal, layer.stride, padding, layer.dilation, layer.groups
+        )
     parameters = {name: p.detach().to(signal.dtype) for name, p in layer.named_parameters()}
     parameters["weight"] = weight
     with torch.enable_grad():
@@ -75,9 +91,13 @@ class Transpose:
         with ExitStack() as stack:
             for k, layer in enumerate(self.layers):
                 inputs: list[Tensor] = []
-                stack.enter_context(layer.register_forward_pre_hook(_detach_input(inputs), with_kwargs=True))
+                stack.enter_context(
+                    layer.register_forward_pre_hook(_detach_input(inputs), with_kwargs=True)
+                )
                 # `prepend` makes this hook run before the hook of a boundary, so h_i is the output of `Crossing`
-                stack.enter_context(layer.register_forward_hook(self._give(k, inputs), prepend=True))
+                stack.enter_context(
+                    layer.register_forward_hook(self._give(k, inputs), prepend=True)
+                )
             yield
 
     @contextmanager
@@ -95,20 +115,25 @@ class Transpose:
     def send(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
         """Compute the signal at the input x of layers[k] from the signal at the layer's output."""
         layer = self.layers[k]
-        return transposed(layer, layer.weight, signal, x) if self.exact else self.carry(k, signal, x)
+        return (
+            transposed(layer, layer.weight, signal, x) if self.exact else self.carry(k, signal, x)
+        )
 
 
 def _detach_input(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:
     """Return a hook that appends a layer's input to `inputs`, and passes the detached input to the layer."""
 
-    def detach(layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+    def detach(
+        layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor], dict[str, Any]]:
         if len(args) != 1 or kwargs:
             raise UserError(
                 f"model: {layer} is called with several arguments or by keyword, and FA and the rules based on it "
                 "cannot transpose such a call; call it with one positional argument, or choose another method"
             )
         inputs.append(args[0])
-        return (args[0].detach(),), {}  # so autograd computes the layer's gradients of W and b, but not of x
+        # so autograd computes the layer's gradients of W and b, but not of x
+        return (args[0].detach(),), {}
 
     return detach
 
@@ -130,5 +155,7 @@ class Crossing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, signal: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        below = ctx.transpose.send(ctx.k, signal, x).to(x.dtype) if ctx.needs_input_grad[1] else None
+        below = (
+            ctx.transpose.send(ctx.k, signal, x).to(x.dtype) if ctx.needs_input_grad[1] else None
+        )
         return signal, below, None, None

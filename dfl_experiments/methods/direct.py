@@ -92,7 +92,11 @@ class Direct(Method):
         Return an empty list if h_i has no B, or if the net has no `Products`.
         """
         product = self.products.above(i) if i in self.local_modules else None
-        return [] if product is None else [(self.local_modules[i].weight, self.local_modules[i].as_weight(product))]
+        return (
+            []
+            if product is None
+            else [(self.local_modules[i].weight, self.local_modules[i].as_weight(product))]
+        )
 
     def feedback_norm(self, i: int) -> Tensor | None:
         """Return ‖B_{i+1}‖ if h_i has a B; otherwise None."""
@@ -119,7 +123,9 @@ class Products:
         by_block = [net.weight_layers(i) for i in range(net.depth)]
         self.layers = [layer for layers in by_block for layer in layers]
         matrices = [p for p in net.parameters() if p.dim() > 1]
-        has_one_each = all(len(layers) == 1 and isinstance(layers[0], nn.Linear) for layers in by_block)
+        has_one_each = all(
+            len(layers) == 1 and isinstance(layers[0], nn.Linear) for layers in by_block
+        )
         is_flat = all(len(shape) == 1 for shape in shapes)
         reads_all = [layer.weight.shape[1:] for layer in self.layers[1:]] == list(shapes)
         self.dense = has_one_each and is_flat and reads_all and len(matrices) == net.depth

@@ -16,7 +16,9 @@ class FeedbackAlignment(Sequential):
         et al. and in BioTorch. "copy": the initial W, as in Nøkland's published code.
     """
 
-    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, init: SequentialInit) -> None:
+    def __init__(
+        self, net: BlockNet, num_classes: int, loss: OutputLoss, init: SequentialInit
+    ) -> None:
         super().__init__(net, num_classes, loss)
         self.feedback = nn.ParameterList(drawn(layer.weight, init) for layer in self.layers)
         self.feedback.requires_grad_(False)

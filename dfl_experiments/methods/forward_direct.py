@@ -32,7 +32,8 @@ class ForwardDirectFeedback(Direct):
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, **options: Any) -> None:
         super().__init__(net, num_classes, loss, **options)
         self.feedback.requires_grad_(True)
-        self.replay = net.replay  # not `self.net = net`, which would register the net's parameters as the method's
+        # not `self.net = net`, which would register the net's parameters as the method's
+        self.replay = net.replay
 
     @torch.no_grad()
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
@@ -64,6 +65,11 @@ class ForwardDirectFeedback(Direct):
         # layers mix tangents of different data types.
         off = torch.autocast(trace.logits.device.type, enabled=False)
         attention = sdpa_kernel(SDPBackend.MATH)  # the only kernel with a forward derivative
-        with warnings.catch_warnings(action="ignore", category=FutureWarning), off, attention, forward_ad.dual_level():
+        with (
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+            off,
+            attention,
+            forward_ad.dual_level(),
+        ):
             logits = self.replay(trace, replace)
             return noise, forward_ad.unpack_dual(logits).tangent

@@ -23,11 +23,15 @@ class ProductDirectFeedback(Direct):
     Raises `UserError` if the net is not fully connected.
     """
 
-    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, rate: Probability, **options: Any) -> None:
+    def __init__(
+        self, net: BlockNet, num_classes: int, loss: OutputLoss, rate: Probability, **options: Any
+    ) -> None:
         super().__init__(net, num_classes, loss, **options)
         self.rate = rate
         if not self.products.dense:
-            raise UserError("method: B of ADFA follows the product of the weights, so the net must be fully connected")
+            raise UserError(
+                "method: B of ADFA follows the product of the weights, so the net must be fully connected"
+            )
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
         """Move every B towards the product of the current weights."""

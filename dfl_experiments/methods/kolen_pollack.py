@@ -24,7 +24,9 @@ class KolenPollack(FeedbackAlignment):
 
     sends_first = True
 
-    def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, decay: NonNegative, **options: Any) -> None:
+    def __init__(
+        self, net: BlockNet, num_classes: int, loss: OutputLoss, decay: NonNegative, **options: Any
+    ) -> None:
         super().__init__(net, num_classes, loss, **options)
         self.decay = decay
         self.feedback.requires_grad_(True)

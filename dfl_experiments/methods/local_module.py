@@ -116,7 +116,8 @@ class LocalModule(nn.Module):
                 self.geometry: Any = (reader.stride, reader.padding, reader.dilation)
             self.register_buffer("rows", rows.windows(height).to(like), persistent=False)
             self.register_buffer("columns", columns.windows(width).to(like), persistent=False)
-            if self.linear:  # the factor 1/(H W) of the network's average, for y and for the feedback
+            # the factor 1/(H W) of the network's average, for y and for the feedback
+            if self.linear:
                 self.rows, self.columns = self.rows / height, self.columns / width
             else:
                 self.positions = rows.outputs(height) * columns.outputs(width)
@@ -139,7 +140,9 @@ class LocalModule(nn.Module):
         if init == "product" and product is not None and product.any():
             self.weight.copy_(self.as_weight(product))
         elif init == "kaiming":
-            nn.init.kaiming_uniform_(self.weight, mode="fan_out" if self.linear else "fan_in", nonlinearity="relu")
+            nn.init.kaiming_uniform_(
+                self.weight, mode="fan_out" if self.linear else "fan_in", nonlinearity="relu"
+            )
         elif init == "zeros":
             nn.init.zeros_(self.weight)
         else:
@@ -231,7 +234,8 @@ class LocalModule(nn.Module):
         planes = self.rows.T @ self.weight @ self.columns
         if not is_channels_last(self.weight):
             return (error @ planes.flatten(1)).view(len(error), *self.shape)
-        signal = error @ planes.permute(0, 2, 3, 1).flatten(1)  # in the memory format of h_i, to avoid a copy
+        # in the memory format of h_i, to avoid a copy
+        signal = error @ planes.permute(0, 2, 3, 1).flatten(1)
         return signal.unflatten(1, (*self.shape[1:], self.shape[0])).permute(0, 3, 1, 2)
 
 

@@ -28,11 +28,15 @@ class ProductFeedback(Sequential):
     def __init__(self, net: BlockNet, num_classes: int, loss: OutputLoss, expansion: Count) -> None:
         super().__init__(net, num_classes, loss)
         if len({layer.weight for layer in self.layers}) < len(self.layers):
-            raise UserError("model: two layers share a weight, but PFA needs an R for each layer; choose fa or kp")
+            raise UserError(
+                "model: two layers share a weight, but PFA needs an R for each layer; choose fa or kp"
+            )
         self.feedback = nn.ParameterList()
         for k, layer in enumerate(self.layers):
             if isinstance(layer, TRANSPOSED):
-                raise UserError(f"model: PFA does not support {layer}, a transposed convolution; choose fa or kp")
+                raise UserError(
+                    f"model: PFA does not support {layer}, a transposed convolution; choose fa or kp"
+                )
             rows, columns = layer.weight.flatten(1).shape
             fixed = torch.empty(rows, expansion * rows).to(layer.weight)
             if expansion == 1:
@@ -40,7 +44,9 @@ class ProductFeedback(Sequential):
             else:
                 nn.init.xavier_uniform_(fixed, ((1 + 1 / expansion) / 2) ** 0.5)
             self.register_buffer(f"fixed_{k}", fixed)
-            self.feedback.append(nn.init.xavier_uniform_(torch.empty(expansion * rows, columns).to(layer.weight)))
+            self.feedback.append(
+                nn.init.xavier_uniform_(torch.empty(expansion * rows, columns).to(layer.weight))
+            )
 
     def feedback_weight(self, k: int) -> Tensor:
         """Return P R, in the shape of the weight of layers[k]."""
@@ -50,10 +56,12 @@ class ProductFeedback(Sequential):
         """Return the signal at the input x of layers[k]. For a linear layer, also set R.grad = (δ P)ᵀ x."""
         if not isinstance(self.layers[k], nn.Linear):
             return super().carry(k, signal, x)
-        inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)  # (δ P) R is much cheaper than δ (P R)
+        # (δ P) R is much cheaper than δ (P R)
+        inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)
         r = self.feedback[k]
         gradient = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(r.dtype)
-        r.grad = gradient if r.grad is None else r.grad + gradient  # a layer may be called twice per pass
+        # a layer may be called twice per pass
+        r.grad = gradient if r.grad is None else r.grad + gradient
         return inner @ r.to(inner.dtype)
 
     @torch.no_grad()

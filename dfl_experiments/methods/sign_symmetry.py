@@ -26,14 +26,21 @@ class SignSymmetry(Sequential):
     """
 
     def __init__(
-        self, net: BlockNet, num_classes: int, loss: OutputLoss, magnitudes: Magnitudes, scale: Scale, normal: bool
+        self,
+        net: BlockNet,
+        num_classes: int,
+        loss: OutputLoss,
+        magnitudes: Magnitudes,
+        scale: Scale,
+        normal: bool,
     ) -> None:
         super().__init__(net, num_classes, loss)
         self.magnitudes, self.normal = magnitudes, normal
         self.scales = [root_mean_square(layer, scale) for layer in self.layers]
         self.register_load_state_dict_pre_hook(add_scales)
         for k, layer in enumerate(self.layers):
-            rows = layer.weight.detach().flatten(1)  # flat, so that every memory format draws the same M
+            # flat, so that every memory format draws the same M
+            rows = layer.weight.detach().flatten(1)
             shape = (1, 1) if magnitudes == "uniform" else rows.shape
             self.register_buffer(f"magnitude_{k}", rows.new_full(shape, self.scales[k]))
         if magnitudes != "uniform":

@@ -35,7 +35,9 @@ class SparseDirectFeedback(Direct):
     ) -> None:
         super().__init__(net, num_classes, loss, **options)
         if nonzeros > num_classes:
-            raise UserError(f"method.nonzeros={nonzeros}: must be at most the number of classes, {num_classes}")
+            raise UserError(
+                f"method.nonzeros={nonzeros}: must be at most the number of classes, {num_classes}"
+            )
         for module in self.local_modules.values():
             weight = module.weight.data  # (K, …): K entries for each unit of h_i
             if scale == "published":

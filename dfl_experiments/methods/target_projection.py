@@ -37,7 +37,9 @@ class TargetProjection(Direct):
     ) -> None:
         super().__init__(net, num_classes, loss, **options)
         if projected == "target" and not isinstance(loss, CrossEntropy):
-            raise UserError("method.projected=target: needs loss=cross_entropy; or choose method.projected=error_sign")
+            raise UserError(
+                "method.projected=target: needs loss=cross_entropy; or choose method.projected=error_sign"
+            )
         self.projected = projected
         self.needs_labels = projected == "target"
 

@@ -44,7 +44,9 @@ class WeightMirror(FeedbackAlignment):
         with torch.autocast(error.device.type, enabled=False):
             for layer, feedback in zip(self.layers, self.feedback, strict=True):
                 weight = layer.weight.flatten(1)
-                noise = torch.randn(self.samples, weight.shape[1], dtype=weight.dtype, device=weight.device)
+                noise = torch.randn(
+                    self.samples, weight.shape[1], dtype=weight.dtype, device=weight.device
+                )
                 rate = self.rate
                 if rate is None:
                     rate = min(1.0, 0.08 * (self.samples - 1) / (weight.shape[1] + 1))

@@ -16,7 +16,9 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 }
 
 
-def dense_blocks(widths: list[int], activation: Activation = "relu", layer_norm: bool = False) -> list[Block]:
+def dense_blocks(
+    widths: list[int], activation: Activation = "relu", layer_norm: bool = False
+) -> list[Block]:
     """Return blocks a_i = W_i h_{i-1} + b_i, h_i = f(a_i); with layer_norm, a_i = LN(W_i h_{i-1} + b_i).
 
     widths: [d_0, d_1, …].
@@ -30,7 +32,11 @@ def dense_blocks(widths: list[int], activation: Activation = "relu", layer_norm:
 
 
 def fc(
-    input_shape: tuple[int, ...], num_classes: int, widths: Widths, activation: Activation, layer_norm: bool = False
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    widths: Widths,
+    activation: Activation,
+    layer_norm: bool = False,
 ) -> BlockNet:
     """Return a fully connected network with layers of d_0, *widths and K units.
 

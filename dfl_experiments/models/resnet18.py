@@ -27,7 +27,9 @@ class Residual(nn.Module):
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or planes != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(planes, out, 1, stride, bias=False), normalisation(out, updates))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(planes, out, 1, stride, bias=False), normalisation(out, updates)
+            )
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
         """Return the sum a.
@@ -75,7 +77,9 @@ def resnet18(
     planes = channels[0]
     kernel, stride, padding = (7, 2, 3) if stem == "7x7" else (3, 1, 1)
     convolution = nn.Conv2d(input_shape[0], planes, kernel, stride, padding, bias=False)
-    blocks = [Block(nn.Sequential(convolution, normalisation(planes, batch_norm_updates)), nn.ReLU())]
+    blocks = [
+        Block(nn.Sequential(convolution, normalisation(planes, batch_norm_updates)), nn.ReLU())
+    ]
     for index, out in enumerate(channels):
         is_top = index == len(channels) - 1
         updates = batch_norm_updates_top or batch_norm_updates if is_top else batch_norm_updates

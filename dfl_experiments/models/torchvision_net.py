@@ -11,7 +11,8 @@ from torchvision import models
 from dfl_experiments.engine.module_net import Boundaries, ModuleNet
 from dfl_experiments.errors import UserError
 
-CHANNELS = 3  # input channels of torchvision's networks; in each, only the first convolution has as many
+# input channels of torchvision's networks; in each, only the first convolution has as many
+CHANNELS = 3
 
 
 def torchvision_net(
@@ -31,10 +32,14 @@ def torchvision_net(
     names = models.list_models(module=models)
     if net not in names:
         close = get_close_matches(net, names, n=3) or names
-        raise UserError(f"model.net={net}: torchvision has no such network; choose for example {', '.join(close)}")
+        raise UserError(
+            f"model.net={net}: torchvision has no such network; choose for example {', '.join(close)}"
+        )
     options: dict[str, Any] = {"image_size": input_shape[-1]} if net.startswith("vit_") else {}
     if options and input_shape[1] != input_shape[2]:
-        raise UserError(f"model.net={net}: needs square images, but the images are {input_shape[1]}×{input_shape[2]}")
+        raise UserError(
+            f"model.net={net}: needs square images, but the images are {input_shape[1]}×{input_shape[2]}"
+        )
     if net in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
 
@@ -42,7 +47,9 @@ def torchvision_net(
         """Give the first convolution the images' number of channels, when it becomes a part of the network."""
         if isinstance(layer, nn.Conv2d) and layer.in_channels == CHANNELS != input_shape[0]:
             layer.in_channels = input_shape[0]
-            layer.weight = nn.Parameter(torch.empty(layer.out_channels, layer.in_channels, *layer.kernel_size))
+            layer.weight = nn.Parameter(
+                torch.empty(layer.out_channels, layer.in_channels, *layer.kernel_size)
+            )
             layer.reset_parameters()
 
     with register_module_module_registration_hook(fit_channels):

@@ -29,7 +29,8 @@ class Attention(nn.Module):
         self.heads = heads
         inner = heads * -(-channels // heads)
         self.query, self.value = nn.Linear(channels, inner), nn.Linear(channels, inner)
-        self.key = nn.Linear(channels, inner, bias=False)  # a bias of K would not change the softmax
+        # a bias of K would not change the softmax
+        self.key = nn.Linear(channels, inner, bias=False)
         self.output = nn.Linear(inner, channels)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -57,7 +58,12 @@ class Encoder(nn.Module):
 
 
 def vit(
-    input_shape: tuple[int, int, int], num_classes: int, patch: Width, width: Width, depth: Depth, heads: Width
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    patch: Width,
+    width: Width,
+    depth: Depth,
+    heads: Width,
 ) -> BlockNet:
     """Return a Vision Transformer: patch and position embedding, `depth` encoder layers, head (LN, mean, linear).
 

@@ -14,7 +14,8 @@ from dfl_experiments.report.frame import POINT, ROW, distinct, layer_names
 
 LEVEL = 0.95
 FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
-LARGEST_RATIO = 3.0  # a method is pooled if its standard deviation is at most this multiple of the other methods'
+# a method is pooled if its standard deviation is at most this multiple of the other methods'
+LARGEST_RATIO = 3.0
 FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
 MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
 NOISE_FLOORS = 3.0  # BP's lead over Shallow in single runs must exceed this many noise floors
@@ -239,7 +240,9 @@ def noise_floor(accuracy: float, test_images: int | None) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / test_images) if test_images else 0.0
 
 
-def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, all_samples: Iterable[np.ndarray]) -> Estimate:
+def fieller(
+    values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, all_samples: Iterable[np.ndarray]
+) -> Estimate:
     """Return (mean(values) − mean(shallow)) / (mean(bp) − mean(shallow)) with Fieller's interval."""
     top = float(values.mean() - shallow.mean())
     bottom = float(bp.mean() - shallow.mean())
@@ -290,7 +293,8 @@ def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
     """
     if f"zeros/{layer}" not in kept:
         return pd.Series(0.0, kept.index)
-    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)  # images in one epoch
+    # images in one epoch
+    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)
     measured = images / kept.measured_every.clip(lower=1)
     share = kept[f"zeros/{layer}"] / measured
     return share.groupby([kept[key] for key in POINT]).transform("mean")

@@ -24,16 +24,48 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder with run directories")
-    add("--what", type=names, help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured)")
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run directory, or a folder with run directories",
+    )
+    add(
+        "--what",
+        type=names,
+        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured)",
+    )
     add("--layer", type=layers, help="hidden layers, such as 1,3 (default: all)")
-    add("--by", choices=("iteration", "epoch"), help="x axis (default: iteration, if all runs have iterations.csv)")
-    add("--smooth", type=positive, metavar="N", help="running mean over N measured iterations; 1: none")
-    add("--color", metavar="KEY", help="configuration key with one colour for each value (default: method)")
-    add("--facet", metavar="KEY", help="configuration key with one panel for each value, such as optimizer.lr")
+    add(
+        "--by",
+        choices=("iteration", "epoch"),
+        help="x axis (default: iteration, if all runs have iterations.csv)",
+    )
+    add(
+        "--smooth",
+        type=positive,
+        metavar="N",
+        help="running mean over N measured iterations; 1: none",
+    )
+    add(
+        "--color",
+        metavar="KEY",
+        help="configuration key with one colour for each value (default: method)",
+    )
+    add(
+        "--facet",
+        metavar="KEY",
+        help="configuration key with one panel for each value, such as optimizer.lr",
+    )
     add("--log", action="store_true", help="logarithmic y axis for loss, norm and rms")
     add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
-    add("--out", type=Path, metavar="FILE", help=".png, .pdf or .svg (default: plot.png, in RUN if there is one)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=".png, .pdf or .svg (default: plot.png, in RUN if there is one)",
+    )
     return parser.parse_args(words)
 
 

@@ -30,18 +30,40 @@ EPILOG = """examples:
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        "dfl-report", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "dfl-report",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     formats = (
         "terminal (default), markdown, csv (one row for each method), latex (booktabs), html (one page), or "
         "commands (dfl-train commands that repeat the runs in the table of methods)"
     )
-    add("folders", nargs="+", type=Path, help="run directories, or folders that contain run directories")
+    add(
+        "folders",
+        nargs="+",
+        type=Path,
+        help="run directories, or folders that contain run directories",
+    )
     add("--format", choices=FORMATS, default="terminal", metavar="FORMAT", help=formats)
-    add("--out", type=Path, metavar="FILE", help="write the report to FILE (html: default report.html)")
-    add("--figures", type=Path, metavar="FOLDER", help="write every figure to FOLDER, as PNG and PDF")
-    add("--paper", action="store_true", help="add the paper's accuracies, and list the paper's runs that are missing")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the report to FILE (html: default report.html)",
+    )
+    add(
+        "--figures",
+        type=Path,
+        metavar="FOLDER",
+        help="write every figure to FOLDER, as PNG and PDF",
+    )
+    add(
+        "--paper",
+        action="store_true",
+        help="add the paper's accuracies, and list the paper's runs that are missing",
+    )
     add("--card", metavar="RULE", help="show only the rows of one rule, such as las")
     return parser.parse_args(words)
 
@@ -59,7 +81,9 @@ def report(asked: argparse.Namespace) -> None:
     runs = read_runs(*asked.folders)
     rules = sorted(set(runs.rule))
     if asked.card and asked.card not in rules:
-        raise UserError(f"--card {asked.card}: no run of this rule; there are runs of {', '.join(rules)}")
+        raise UserError(
+            f"--card {asked.card}: no run of this rule; there are runs of {', '.join(rules)}"
+        )
     sections = sections_of(runs)
     drawings = []
     if asked.figures or asked.format == "html":
@@ -82,7 +106,9 @@ def report(asked: argparse.Namespace) -> None:
         print(f"{len(drawings)} figures in {asked.figures}")
 
 
-def save_all(drawings: "Iterable[Drawing]", folder: Path, endings: Sequence[str] = ("png", "pdf")) -> None:
+def save_all(
+    drawings: "Iterable[Drawing]", folder: Path, endings: Sequence[str] = ("png", "pdf")
+) -> None:
     """Write every figure to a folder."""
     from dfl_experiments.report.style import save
 
@@ -131,14 +157,20 @@ def parts(
     yield "items", explanations(columns, bool(runs.smoke.any()))
 
 
-def html(sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
+def html(
+    sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterable[Drawing]"
+) -> str:
     """Return the report as an HTML page that contains its figures."""
     from dfl_experiments.report import page
 
-    return page.page(getattr(page, kind)(content) for kind, content in parts(sections, asked, drawings))
+    return page.page(
+        getattr(page, kind)(content) for kind, content in parts(sections, asked, drawings)
+    )
 
 
-def text(sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterable[Drawing]") -> str:
+def text(
+    sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterable[Drawing]"
+) -> str:
     """Return the report for a terminal or in Markdown."""
     from dfl_experiments.report import table_text
 
@@ -155,7 +187,13 @@ def text(sections: "list[Section]", asked: argparse.Namespace, drawings: "Iterab
         elif kind == "items" and is_markdown:
             lines += [*(f"- {item}" for item in content), ""]
         elif kind == "items":
-            lines += [*(textwrap.fill(item, 100, initial_indent="- ", subsequent_indent="  ") for item in content), ""]
+            lines += [
+                *(
+                    textwrap.fill(item, 100, initial_indent="- ", subsequent_indent="  ")
+                    for item in content
+                ),
+                "",
+            ]
         else:
             lines.append(table_text.write(content, "github" if is_markdown else "simple") + "\n")
             lines += [f"{clean(content.caption)}\n"] if content.caption else []
@@ -213,7 +251,9 @@ def commands(sections: "list[Section]") -> str:
         words = ["dfl-train", f"repeat={Path(run.folder).resolve()}"]
         if run.plugins:
             words.append(f"plugins=[{','.join(run.plugins)}]")
-        lines.append(f"{shlex.join(words)}  # {run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %\n")
+        lines.append(
+            f"{shlex.join(words)}  # {run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %\n"
+        )
     return "".join(lines)
 
 

@@ -118,7 +118,8 @@ def differences(chosen: pd.DataFrame, title: str) -> Figure | None:
     width = (points.high - points.low).median()
     lowest, *others = points.difference
     if lowest < 10 * min(*others, -width, 0):
-        axes.set_xscale("symlog", linthresh=max(width, 1))  # on a linear axis, one outlier would compress all others
+        # on a linear axis, one outlier would compress all others
+        axes.set_xscale("symlog", linthresh=max(width, 1))
     return figure
 
 

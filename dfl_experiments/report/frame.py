@@ -25,7 +25,8 @@ ROW = [
     "setting",
 ]  # fmt: skip
 CELL = [*ROW, "method"]  # columns that identify a cell: one method in a setting
-POINT = [*CELL, "lr", "weight_decay"]  # columns that identify a grid point of a cell; it has a run for each seed
+# columns that identify a grid point of a cell; it has a run for each seed
+POINT = [*CELL, "lr", "weight_decay"]
 
 
 def runs(*folders: str | Path) -> pd.DataFrame:
@@ -52,9 +53,14 @@ def runs(*folders: str | Path) -> pd.DataFrame:
             try:
                 records[os.path.realpath(run_dir)] = record_of(run_dir)
             except Exception as error:  # reading another user's files can raise any error
-                log.warning("left out: %s", printable(f"{run_dir} ({type(error).__name__}: {one_line(error)})"))
+                log.warning(
+                    "left out: %s",
+                    printable(f"{run_dir} ({type(error).__name__}: {one_line(error)})"),
+                )
     if not records:
-        raise UserError(f"{', '.join(map(str, folders))}: no run directory there (a run directory contains {CONFIG})")
+        raise UserError(
+            f"{', '.join(map(str, folders))}: no run directory there (a run directory contains {CONFIG})"
+        )
     frame = labelled(pd.DataFrame(list(records.values())))
     warn_of_repeats(frame)
     return frame
@@ -105,11 +111,17 @@ def warn_of_repeats(frame: pd.DataFrame) -> None:
     done = by_precedence(frame[frame.status.isin(DONE)])
     repeated = done[done.duplicated([*POINT, "seed"], keep=False)]
     for _, same in repeated.groupby([*POINT, "seed"], sort=False):
-        results = same[["status", "accuracy", "validation_accuracy"]].astype(str).agg(" ".join, axis="columns")
+        results = (
+            same[["status", "accuracy", "validation_accuracy"]]
+            .astype(str)
+            .agg(" ".join, axis="columns")
+        )
         first = same.iloc[0]
         for _, other in same[results != results.iloc[0]].iterrows():
             ends = " and ".join(run.finished_at or "at an unknown time" for run in (first, other))
-            text = "same configuration and seed, different results: %s is shown, not %s (finished %s)"
+            text = (
+                "same configuration and seed, different results: %s is shown, not %s (finished %s)"
+            )
             log.warning(text, first.folder, other.folder, ends)
 
 
@@ -140,7 +152,8 @@ def curves(frame: pd.DataFrame, table: str = "epochs") -> pd.DataFrame:
         except ValueError as error:  # another user's file can hold anything
             log.warning("left out: %s", printable(f"{path} ({one_line(error)})"))
             continue
-        tables.append(rows.copy().assign(folder=folder))  # the copy is one block of memory, so adding a column is fast
+        # the copy is one block of memory, so adding a column is fast
+        tables.append(rows.copy().assign(folder=folder))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"folder": []})
 
 

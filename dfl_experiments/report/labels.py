@@ -30,7 +30,9 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     columns: dict[Any, dict[str, str]] = {}
     for names, group in frame.groupby(NAMES, sort=False):
         keys = differing(group.options)
-        text = ", ".join(assignments(shared_options(dict(zip(NAMES, names, strict=True)), group.options)))
+        text = ", ".join(
+            assignments(shared_options(dict(zip(NAMES, names, strict=True)), group.options))
+        )
         shared |= dict.fromkeys(group.index, text)
         for index, options in group.options.items():
             shown = {key: options[key] for key in keys if key in options}
@@ -42,7 +44,9 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
             shown = method_options(str(rule), str(protocol), options, keys)
             methods[index] = ", ".join([str(rule), *assignments(shown)])
             columns[index] |= {f"method.{key}": value for key, value in shown.items()}
-    frame = frame.assign(setting=settings, shared=shared, method=methods).drop(columns=["options", "method_options"])
+    frame = frame.assign(setting=settings, shared=shared, method=methods).drop(
+        columns=["options", "method_options"]
+    )
     shown_options = pd.DataFrame.from_dict(columns, orient="index").fillna("")
     return frame.join(shown_options[sorted(shown_options.columns.difference(frame.columns))])
 
@@ -68,7 +72,9 @@ def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
     return keys
 
 
-def shared_options(names: Mapping[str, str], all_options: Iterable[Mapping[str, str]]) -> dict[str, str]:
+def shared_options(
+    names: Mapping[str, str], all_options: Iterable[Mapping[str, str]]
+) -> dict[str, str]:
     """Return the options that have the same value in all runs, and another value in conf/.
 
     names: for each group of conf/, the name of the file that the runs use.
@@ -103,7 +109,9 @@ def as_texts(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, s
     return texts
 
 
-def method_options(rule: str, protocol: str, options: Mapping[str, str], differing_keys: list[str]) -> dict[str, str]:
+def method_options(
+    rule: str, protocol: str, options: Mapping[str, str], differing_keys: list[str]
+) -> dict[str, str]:
     """Return those options of a method that differ from their default.
 
     An option without a known default is returned if its key is in `differing_keys`.

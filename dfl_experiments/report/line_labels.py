@@ -10,9 +10,19 @@ from dfl_experiments.report.choose import states
 from dfl_experiments.report.frame import POINT
 from dfl_experiments.report.labels import option_names
 from dfl_experiments.report.series import span
-from dfl_experiments.report.style import DASHES, PALETTE, Look, family_of, gradient, look_of, title_of, words
+from dfl_experiments.report.style import (
+    DASHES,
+    PALETTE,
+    Look,
+    family_of,
+    gradient,
+    look_of,
+    title_of,
+    words,
+)
 
-MOST_LABELS = 6  # largest number of labels in the legend; with more, the legend explains only the colours
+# largest number of labels in the legend; with more, the legend explains only the colours
+MOST_LABELS = 6
 # Columns that can appear in the label of a line. Options appear after FIRST_NAMES and before LAST_NAMES.
 FIRST_NAMES = ("method", "model", "dataset", "augmentation")
 LAST_NAMES = (
@@ -51,7 +61,9 @@ def with_lines(frame: pd.DataFrame, keys: Sequence[str], notes: list[str]) -> pd
     return frame.drop(rest.index)
 
 
-def lines_of(frame: pd.DataFrame, color: str | None, facet: str | None, notes: list[str]) -> pd.DataFrame:
+def lines_of(
+    frame: pd.DataFrame, color: str | None, facet: str | None, notes: list[str]
+) -> pd.DataFrame:
     """Return a table with one row for each line. The index is the line's number. The new columns are:
 
     facet: value of the key `facet`.
@@ -65,7 +77,9 @@ def lines_of(frame: pd.DataFrame, color: str | None, facet: str | None, notes: l
     lines["heading"] = in_words(lines, facet) if facet else ""
     columns = differing_columns(lines, color)
     texts = [in_words(lines, column) for column in columns]
-    lines["label"] = [", ".join(filter(None, row)) for row in zip(*texts, strict=True)] if texts else ""
+    lines["label"] = (
+        [", ".join(filter(None, row)) for row in zip(*texts, strict=True)] if texts else ""
+    )
     key = color or next(iter(columns), "label")
     lines["look"] = looks(lines, key)
     lines["legend"] = lines.label

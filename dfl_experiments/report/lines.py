@@ -79,7 +79,9 @@ def draw(
     names = list(what or DEFAULT)
     for name in names:
         if name not in WHAT:
-            raise UserError(f"what={name}: no such quantity; there are {', '.join(WHAT)}{did_you_mean(name, WHAT)}")
+            raise UserError(
+                f"what={name}: no such quantity; there are {', '.join(WHAT)}{did_you_mean(name, WHAT)}"
+            )
     color = color and ALIASES.get(color, color)
     facet = facet and ALIASES.get(facet, facet)
     keys = [key for key in (color, facet) if key]
@@ -90,7 +92,9 @@ def draw(
     lines = lines_of(frame, color, facet, notes)
     x = axis_of(frame, names, by, notes)
     if x == "epoch" and smooth is not None:
-        raise UserError(f"smooth={smooth}: needs iterations on the x axis, but the axis shows epochs")
+        raise UserError(
+            f"smooth={smooth}: needs iterations on the x axis, but the axis shows epochs"
+        )
     values = over_seeds(measured(frame, names, x, smooth, notes), frame)
     names = measured_names(names, values, is_asked=bool(what))
     panels = panels_of(names, values, lines, layers, notes)
@@ -99,7 +103,8 @@ def draw(
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
             draw_panel(axes, panel, values, notes)
-        for axes, panel in zip(figure.axes, panels, strict=True):  # now all curves are drawn, also on shared axes
+        # now all curves are drawn, also on shared axes
+        for axes, panel in zip(figure.axes, panels, strict=True):
             if panel.name not in BOUNDED and axes.lines:
                 set_scale(axes, panel.name, log, notes)
         add_legend(figure, notes)
@@ -136,7 +141,9 @@ def panels_of(
             shown = layers_of(name, values[values.what == name], lines, layers, notes)
             panels += [Panel(name, layer, part) for layer in shown]
     if len(panels) > MOST_PANELS:
-        raise UserError(f"a figure has at most {MOST_PANELS} panels; this figure would have {len(panels)}")
+        raise UserError(
+            f"a figure has at most {MOST_PANELS} panels; this figure would have {len(panels)}"
+        )
     return panels
 
 
@@ -154,13 +161,17 @@ def layers_of(
     for layer in asked or ():
         if layer not in layers:
             choices = ", ".join(map(str, layers))
-            raise UserError(f"layer={layer}: {name} was not measured in this layer, only in layers {choices}")
+            raise UserError(
+                f"layer={layer}: {name} was not measured in this layer, only in layers {choices}"
+            )
     if asked:
         return list(asked)
     exact = set.intersection(*map(set, lines.exact_layers)) if name in RELATIVE else set()
     shown = [layer for layer in layers if str(layer) not in exact]
     if shown and len(shown) < len(layers):
-        notes.append(f"Layer {', '.join(sorted(exact, key=int))}: BP's own signal in every run, not shown.")
+        notes.append(
+            f"Layer {', '.join(sorted(exact, key=int))}: BP's own signal in every run, not shown."
+        )
     shown = shown or layers
     if len(shown) > MOST_LAYERS:
         notes.append(f"Shown are {MOST_LAYERS} of {len(shown)} layers.")
@@ -196,8 +207,14 @@ def draw_panel(axes: Axes, panel: Panel, values: pd.DataFrame, notes: list[str])
     title = f"{quantity.title}, layer {panel.layer}" if panel.layer else quantity.title
     axes.set_title(f"{heading} · {title}" if heading else title)
     axes.set_ylabel(quantity.axis)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    is_here = (values.what == panel.name) & (values.layer == panel.layer) & values.line.isin(panel.lines.index)
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    )
+    is_here = (
+        (values.what == panel.name)
+        & (values.layer == panel.layer)
+        & values.line.isin(panel.lines.index)
+    )
     curves = values[is_here].groupby("line")
     is_detailed = curves.ngroups <= MOST_DETAILED
     for number, rows in curves:
@@ -207,7 +224,9 @@ def draw_panel(axes: Axes, panel: Panel, values: pd.DataFrame, notes: list[str])
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=TEXT_GREY)
 
 
-def draw_curve(axes: Axes, rows: pd.DataFrame, label: str, look: Look, is_detailed: bool, notes: list[str]) -> None:
+def draw_curve(
+    axes: Axes, rows: pd.DataFrame, label: str, look: Look, is_detailed: bool, notes: list[str]
+) -> None:
     """Draw a curve with its band. If `is_detailed`, also draw the measured values and the validation curve."""
     color = look.colour
     values = rows[~rows.is_validation]
@@ -222,7 +241,9 @@ def draw_curve(axes: Axes, rows: pd.DataFrame, label: str, look: Look, is_detail
     if is_detailed and len(validation):
         axes.plot(validation.x, validation["mean"], ":", color=color, marker=marker, linewidth=1.2)
         notes.append("Dotted: validation set.")
-    axes.plot(values.x, values["mean"], color=color, linestyle=look.dash, marker=marker, label=label)
+    axes.plot(
+        values.x, values["mean"], color=color, linestyle=look.dash, marker=marker, label=label
+    )
 
 
 def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:

@@ -21,9 +21,9 @@ def published() -> pd.DataFrame:
     """Return the published accuracies as fractions of 1. The other columns hold the settings of a comparable run."""
     frame = pd.read_csv(Path(__file__).with_name("paper_tables.csv"))
     frame["epochs"] = [int(conf_values("dataset", name)["epochs"]) for name in frame.dataset]
-    return frame.assign(limit=ALL_IMAGES, optimizer="adam", schedule="step", setting="", smoke=False).rename(
-        columns={"accuracy": "published"}
-    )
+    return frame.assign(
+        limit=ALL_IMAGES, optimizer="adam", schedule="step", setting="", smoke=False
+    ).rename(columns={"accuracy": "published"})
 
 
 def missing(runs: pd.DataFrame) -> list[str]:

@@ -51,7 +51,9 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     epochs = read_epochs(run_dir, result)
     needs_epochs = config["protocol"]["accuracy"] == "best_validation"
     if status == "finished" and needs_epochs and not epochs:
-        raise UserError("epochs.csv is missing, but protocol.accuracy=best_validation needs its validation accuracies")
+        raise UserError(
+            "epochs.csv is missing, but protocol.accuracy=best_validation needs its validation accuracies"
+        )
     return {
         "folder": str(run_dir),
         "status": status,
@@ -122,7 +124,8 @@ def method_options_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> d
     feedback = config["method"].get("feedback")
     without_effect = WITHOUT_EFFECT.get(config["model"].get("_target_"), ())
     if feedback is not None and "method.feedback" not in without_effect:
-        values = values | {"feedback": feedback}  # added because `result_options` omits the value conv
+        # added because `result_options` omits the value conv
+        values = values | {"feedback": feedback}
     options = {key: as_override(value) for key, value in flat(values).items() if key != "name"}
     if "method" in result.get("code", {}):
         options["code"] = result["code"]["method"]
@@ -130,7 +133,10 @@ def method_options_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> d
 
 
 def results_of(
-    status: str, config: Mapping[str, Any], result: Mapping[str, Any], epochs: Mapping[str, Sequence[float | None]]
+    status: str,
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    epochs: Mapping[str, Sequence[float | None]],
 ) -> dict[str, Any]:
     """Return the columns for the results of a run."""
     accuracy = result.get("accuracy") if status in ENDED else None
@@ -173,7 +179,9 @@ def number(value: float | None) -> float:
 
 
 def validation_of(
-    config: Mapping[str, Any], result: Mapping[str, Any], epochs: Mapping[str, Sequence[float | None]]
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    epochs: Mapping[str, Sequence[float | None]],
 ) -> tuple[float | None, float | None]:
     """Return the validation accuracy and the validation loss at the epoch that the protocol reports.
 
@@ -207,7 +215,11 @@ def instability_text(unstable: Mapping[str, Any] | None) -> str:
     if not unstable:
         return ""
     value, layer, epoch = unstable["value"], unstable["layer"], unstable["epoch"]
-    problem = f"{value:.0%} of units dead" if unstable["measure"] == "dead" else f"activations grew {value:.0f}-fold"
+    problem = (
+        f"{value:.0%} of units dead"
+        if unstable["measure"] == "dead"
+        else f"activations grew {value:.0f}-fold"
+    )
     return f"layer {layer}, epoch {epoch}: {problem}"
 
 

@@ -29,13 +29,16 @@ class Quantity(NamedTuple):
 
 WHAT = {
     "loss": Quantity(("train_loss", "validation_loss"), "Training loss", "loss"),
-    "accuracy": Quantity(("test_accuracy", "validation_accuracy"), "Test accuracy", "accuracy (%)", 100),
+    "accuracy": Quantity(
+        ("test_accuracy", "validation_accuracy"), "Test accuracy", "accuracy (%)", 100
+    ),
     "alignment": Quantity(("cosine",), "Alignment", "cosine of δ with BP's"),
     "norm": Quantity(("norm_ratio",), "Size of the error signal", "‖δ‖ / ‖δ of BP‖"),
     "rms": Quantity(("activation_rms",), "Activations", "root mean square of h"),
     "dead": Quantity(("dead",), "Dead units", "share of units (%)", 100),
 }
-BY_ITERATION = ("loss", "alignment", "norm")  # in iterations.csv; other quantities are measured once an epoch
+# in iterations.csv; other quantities are measured once an epoch
+BY_ITERATION = ("loss", "alignment", "norm")
 
 
 def axis_of(frame: pd.DataFrame, names: Sequence[str], by: str | None, notes: list[str]) -> str:
@@ -55,7 +58,9 @@ def axis_of(frame: pd.DataFrame, names: Sequence[str], by: str | None, notes: li
     return "iteration"
 
 
-def measured(frame: pd.DataFrame, names: Sequence[str], by: str, smooth: int | None, notes: list[str]) -> pd.DataFrame:
+def measured(
+    frame: pd.DataFrame, names: Sequence[str], by: str, smooth: int | None, notes: list[str]
+) -> pd.DataFrame:
     """Return the values of the runs in the format of `long`.
 
     Some quantities are measured once an epoch. On an x axis of iterations, their values are placed at the last
@@ -102,17 +107,31 @@ def long(table: pd.DataFrame, x: str, names: Sequence[str]) -> pd.DataFrame:
         layer: hidden layer, or 0 for a quantity of the whole net.
         is_validation: whether the value was measured on the validation set.
     """
-    empty = {"folder": "", "x": 0.0, "value": 0.0, "raw": 0.0, "what": "", "layer": 0, "is_validation": False}
+    empty = {
+        "folder": "",
+        "x": 0.0,
+        "value": 0.0,
+        "raw": 0.0,
+        "what": "",
+        "layer": 0,
+        "is_validation": False,
+    }
     parts = [pd.DataFrame([empty]).iloc[:0]]
     for column in table:
         quantity, _, layer = column.partition("/")
         for name in names:
             if quantity in WHAT[name].columns:
-                part = table[["folder", x, column]].set_axis(["folder", "x", "value"], axis="columns")
+                part = table[["folder", x, column]].set_axis(
+                    ["folder", "x", "value"], axis="columns"
+                )
                 part = part[np.isfinite(part.value)]
                 part["value"] *= WHAT[name].scale
                 is_validation = quantity.startswith("validation")
-                parts.append(part.assign(raw=math.nan, what=name, layer=int(layer or 0), is_validation=is_validation))
+                parts.append(
+                    part.assign(
+                        raw=math.nan, what=name, layer=int(layer or 0), is_validation=is_validation
+                    )
+                )
     return pd.concat(parts, ignore_index=True)
 
 

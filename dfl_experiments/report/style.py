@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette for colour-blind readers. Each colour is visible on white and on black.
-GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = "#767676", "#D55E00", "#0072B2", "#CC79A7", "#009E73", "#A69500"
+GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = (
+    "#767676",
+    "#D55E00",
+    "#0072B2",
+    "#CC79A7",
+    "#009E73",
+    "#A69500",
+)
 TEXT_GREY = "#505050"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, OLIVE, GREY)
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (9, 2)))
@@ -27,7 +34,9 @@ FAMILIES = {
     "through every layer, B learns": ("kp", "wm", "pfa"),
 }
 OTHER = "with options of its own"
-FAMILY_COLOURS = dict(zip([*FAMILIES, OTHER], (GREY, ORANGE, BLUE, PINK, GREEN, OLIVE), strict=True))
+FAMILY_COLOURS = dict(
+    zip([*FAMILIES, OTHER], (GREY, ORANGE, BLUE, PINK, GREEN, OLIVE), strict=True)
+)
 RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 IN_WORDS = {
     "dataset": {
@@ -55,7 +64,13 @@ IN_WORDS = {
     "optimizer": {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"},
 }
 # Usual values of settings. A title names such a setting only if its value differs from the usual one.
-USUAL = {"limit": "all", "precision": "float32", "optimizer": "adam", "schedule": "step", "protocol": "fair"}
+USUAL = {
+    "limit": "all",
+    "precision": "float32",
+    "optimizer": "adam",
+    "schedule": "step",
+    "protocol": "fair",
+}
 # None keeps dates and versions out of the files, so that the same runs give the same bytes.
 METADATA: dict[str, Any] = {
     "png": {"Software": None},
@@ -69,7 +84,8 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.titlesize": 10,
     "figure.titlesize": 12,
-    "font.family": ["sans-serif", "DejaVu Sans"],  # DejaVu Sans: for characters that `small_font` lacks
+    # DejaVu Sans: for characters that `small_font` lacks
+    "font.family": ["sans-serif", "DejaVu Sans"],
     "font.size": 9,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
@@ -81,7 +97,12 @@ STYLE: dict[str, Any] = {
 
 
 # The characters of `small_font`: Latin, Greek, punctuation, subscripts, mathematics.
-CHARACTERS = (*range(0x20, 0x180), *range(0x370, 0x400), *range(0x2010, 0x2090), *range(0x2200, 0x2300))
+CHARACTERS = (
+    *range(0x20, 0x180),
+    *range(0x370, 0x400),
+    *range(0x2010, 0x2090),
+    *range(0x2200, 0x2300),
+)
 
 
 class Look(NamedTuple):

@@ -83,7 +83,9 @@ def numbers(values: Iterable[float], style: str) -> list[str]:
     return [NONE if math.isnan(value) else f"{value:{style}}" for value in values]
 
 
-def interval_text(value: float, low: float, high: float, test: str = "", style: str = "+.2f") -> str:
+def interval_text(
+    value: float, low: float, high: float, test: str = "", style: str = "+.2f"
+) -> str:
     """Return a value and its interval in percent: "+0.12 [-0.10, +0.34]", or "+0.12" if there is no interval."""
     if math.isnan(value):
         return NONE

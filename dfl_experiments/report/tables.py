@@ -55,9 +55,13 @@ def compared_cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """
     frame = cells(runs, chosen)
     utility = compare.depth_utility(chosen)
-    frame = frame.merge(utility.rename(columns={"low": "utility_low", "high": "utility_high"}), on=CELL, how="left")
+    frame = frame.merge(
+        utility.rename(columns={"low": "utility_low", "high": "utility_high"}), on=CELL, how="left"
+    )
     for control in ("bp", "dfa"):
-        differences = compare.against(chosen, control).set_axis([*CELL, *difference_names(control)], axis="columns")
+        differences = compare.against(chosen, control).set_axis(
+            [*CELL, *difference_names(control)], axis="columns"
+        )
         frame = frame.merge(differences, on=CELL, how="left")
     return ordered(frame)
 
@@ -73,7 +77,9 @@ def ordered(frame: pd.DataFrame) -> pd.DataFrame:
     return order.sort_values([*ROW, "order"], kind="stable")[frame.columns]
 
 
-def with_settings(frame: pd.DataFrame, runs: pd.DataFrame, columns: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+def with_settings(
+    frame: pd.DataFrame, runs: pd.DataFrame, columns: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
     """Return a table of texts.
 
     The first columns are the settings that differ between rows. The next column is the method. The last columns are
@@ -111,7 +117,9 @@ def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
         is_failing=section.cells.failing > 0,
         falling=-section.cells.accuracy,
     )
-    frame = frame.sort_values([*ROW, "has_no_result", "is_failing", "falling"], kind="stable", ignore_index=True)
+    frame = frame.sort_values(
+        [*ROW, "has_no_result", "is_failing", "falling"], kind="stable", ignore_index=True
+    )
     is_best = best_of_setting(frame)
     columns = {
         "lr": numbers(frame.lr, "g"),
@@ -155,7 +163,9 @@ def verdict(frame: pd.DataFrame, is_best: pd.Series) -> str:
     names = ", ".join(map(method_name, frame.method[includes_zero]))
     if names:
         return f"{text} No significant difference from BP: {names}."
-    return f"{text} All differences from BP are significant." if frame.low_bp.notna().any() else text
+    return (
+        f"{text} All differences from BP are significant." if frame.low_bp.notna().any() else text
+    )
 
 
 def answer_caption(frame: pd.DataFrame, runs: pd.DataFrame) -> str:
@@ -227,7 +237,9 @@ def rates(runs: pd.DataFrame) -> Table | None:
     has_decay = ended.weight_decay.any()
     rows = ordered(ended.drop_duplicates(CELL)).set_index(CELL, drop=False)
     columns = {}
-    for (lr, decay), point in sorted(ended.groupby(["lr", "weight_decay"]), reverse=True, key=lambda group: group[0]):
+    for (lr, decay), point in sorted(
+        ended.groupby(["lr", "weight_decay"]), reverse=True, key=lambda group: group[0]
+    ):
         name = f"lr {lr:g}, decay {decay:g}" if has_decay else f"lr {lr:g}"
         texts = {key: point_text(same) for key, same in point.groupby(CELL)}
         columns[name] = [texts.get(key, NONE) for key in rows.index]

@@ -23,7 +23,11 @@ from dfl_experiments.data.batches import (
     resident,
     split,
 )
-from dfl_experiments.data.packs import load_with_digest, test_images_in_training, warn_of_empty_classes
+from dfl_experiments.data.packs import (
+    load_with_digest,
+    test_images_in_training,
+    warn_of_empty_classes,
+)
 from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.cuda_graph import CapturedStep
@@ -32,7 +36,13 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.ranges import MemoryFormat
-from dfl_experiments.running.device import ALL_THREADS, choose_device, layout_of, refuse_wrong_gradients, set_up
+from dfl_experiments.running.device import (
+    ALL_THREADS,
+    choose_device,
+    layout_of,
+    refuse_wrong_gradients,
+    set_up,
+)
 from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
 from dfl_experiments.schedules import Schedule
@@ -81,7 +91,9 @@ class Parts:
         }
 
 
-def build(configuration: Configuration, device_name: str | None = None, threads: int = ALL_THREADS) -> Parts:
+def build(
+    configuration: Configuration, device_name: str | None = None, threads: int = ALL_THREADS
+) -> Parts:
     """Build the parts of a run.
 
     device_name: device to use in place of the configured one.
@@ -90,14 +102,25 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     """
     settings, components = configuration.settings, configuration.components
     device = choose_device(device_name or settings.device)
-    set_up(device, settings.precision, settings.seed, settings.deterministic, settings.threads or threads)
+    set_up(
+        device,
+        settings.precision,
+        settings.seed,
+        settings.deterministic,
+        settings.threads or threads,
+    )
     dataset = settings.dataset
     source, data_dir = components["dataset.source"].build(), Path(settings.data_dir)
     arrays, data = load_with_digest(dataset.name, source, data_dir)
     repeated = test_images_in_training(dataset.name, arrays)
     warn_of_empty_classes(dataset.name, arrays)
     kind = kind_of(arrays.train_images)
-    origin = {"samples": kind, "data": data, "code": code_of(components), "test_images_in_training": repeated}
+    origin = {
+        "samples": kind,
+        "data": data,
+        "code": code_of(components),
+        "test_images_in_training": repeated,
+    }
     strata = arrays.train_labels if settings.validation_split == "stratified" else None
     indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed, strata)
     train, held_out = (index.numpy() for index in indices)
@@ -120,13 +143,20 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
     prepared = preparation(training, dataset.standardise)
     standardisation = {}
     if isinstance(prepared, Standardise):
-        standardisation = {"mean": torch.from_numpy(prepared.mean), "std": torch.from_numpy(prepared.std)}
+        standardisation = {
+            "mean": torch.from_numpy(prepared.mean),
+            "std": torch.from_numpy(prepared.std),
+        }
         if count := count_new_variation(training, arrays.test_images):
             text = "%s: %d features are constant in the training samples, but not in the test samples; not scaled"
             log.warning(text, dataset.name, count)
-    evaluation = partial(EvaluationBatches, normalise=normalise, device=device, memory_format=layout)
+    evaluation = partial(
+        EvaluationBatches, normalise=normalise, device=device, memory_format=layout
+    )
     validation = evaluation(*resident(prepared(images[held_out]), labels[held_out], device))
-    test = evaluation(*resident(prepared(arrays.test_images[:smoke]), arrays.test_labels[:smoke], device))
+    test = evaluation(
+        *resident(prepared(arrays.test_images[:smoke]), arrays.test_labels[:smoke], device)
+    )
     augmentation = components["augmentation"].build()
     augmentation.check(arrays.shape, kind == "images", configuration.values["augmentation"]["name"])
     batches = Batches(
@@ -148,7 +178,9 @@ def build(configuration: Configuration, device_name: str | None = None, threads:
         if optimizer.captured and feedback_optimizer.captured:
             step = CapturedStep(learner, settings.batch_size, device)
         else:
-            log.info("optimizer: cannot be captured in a CUDA graph, so each training step runs without one")
+            log.info(
+                "optimizer: cannot be captured in a CUDA graph, so each training step runs without one"
+            )
     return Parts(
         settings, device, origin, standardisation, batches, validation, test, len(train), arrays.num_classes, layout,
         components["schedule"].build(), learner, step,
@@ -162,7 +194,9 @@ def refuse_shape(model: Component, shape: tuple[int, ...]) -> None:
     """
     axes = get_args(get_type_hints(model.target).get("input_shape"))
     if axes and Ellipsis not in axes and len(axes) != len(shape):
-        raise UserError(f"model={model.target.__name__}: needs samples with {len(axes)} axes, but gets {shape}")
+        raise UserError(
+            f"model={model.target.__name__}: needs samples with {len(axes)} axes, but gets {shape}"
+        )
 
 
 @torch.no_grad()
@@ -175,4 +209,6 @@ def refuse_single_image(net: BlockNet, train_size: int, batch_size: int) -> None
         copy.deepcopy(net).train()(net.blank())
     except ValueError as error:  # raised by PyTorch's batch normalisation
         problem = f"the last batch of {train_size} images has one image ({reason(error)})"
-        raise UserError(f"batch_size={batch_size}: {problem}; choose another batch_size or limit") from error
+        raise UserError(
+            f"batch_size={batch_size}: {problem}; choose another batch_size or limit"
+        ) from error

@@ -36,7 +36,9 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
-    if configuration.settings.resume == AUTO and not any(flag.startswith("hydra.run.dir=") for flag in flags):
+    if configuration.settings.resume == AUTO and not any(
+        flag.startswith("hydra.run.dir=") for flag in flags
+    ):
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     choose_device(configuration.settings.device)
     return configuration, run_dir
@@ -58,7 +60,9 @@ def make_folder(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}={folder}: cannot be made ({getattr(error, 'strerror', error)})") from error
+        raise UserError(
+            f"{key}={folder}: cannot be made ({getattr(error, 'strerror', error)})"
+        ) from error
 
 
 def pin(config: DictConfig, sweep: Sweep) -> None:
@@ -69,7 +73,10 @@ def pin(config: DictConfig, sweep: Sweep) -> None:
     with read_write(config.hydra):
         config.hydra.sweep.dir = literal(str(sweep.folder))
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
-        pinned = [f"hydra.sweep.dir={quoted(str(sweep.folder))}", f"++hydra.job.env_set.{COMMAND}={sweep.command}"]
+        pinned = [
+            f"hydra.sweep.dir={quoted(str(sweep.folder))}",
+            f"++hydra.job.env_set.{COMMAND}={sweep.command}",
+        ]
         config.hydra.overrides.hydra = overrides + pinned
 
 
@@ -115,7 +122,11 @@ class Checks(Callback):
                 print(f"sweep {sweep.name}, in {sweep.folder}")
                 if not sweep.points:
                     print("  the sweeper chooses the points during the sweep")
-                show_plan(planned_runs(sweep), sweep.force, lambda overrides: check_job(config, overrides)[0])
+                show_plan(
+                    planned_runs(sweep),
+                    sweep.force,
+                    lambda overrides: check_job(config, overrides)[0],
+                )
                 raise SystemExit(0)
             make_folder(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)

@@ -18,7 +18,8 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import MemoryFormat, Precision
 
 log = logging.getLogger(__name__)
-ALL_THREADS = torch.get_num_threads()  # PyTorch's default number of threads, or OMP_NUM_THREADS if set
+# PyTorch's default number of threads, or OMP_NUM_THREADS if set
+ALL_THREADS = torch.get_num_threads()
 # cuBLAS is deterministic only with this variable. It reads the variable once, when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -59,7 +60,9 @@ def threads_of_job(at_once: int) -> int:
     return max(1, min(ALL_THREADS, cores() // jobs))
 
 
-def layout_of(name: MemoryFormat, net: nn.Module, device: torch.device, precision: Precision) -> torch.memory_format:
+def layout_of(
+    name: MemoryFormat, net: nn.Module, device: torch.device, precision: Precision
+) -> torch.memory_format:
     """Return the memory format of images. `auto` chooses the format that is expected to be faster.
 
     Networks without convolutions always have the contiguous format. For CPUs, `auto` follows measurements. The
@@ -93,14 +96,18 @@ def usual_torch() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def set_up(device: torch.device, precision: Precision, seed: int, deterministic: bool, threads: int) -> None:
+def set_up(
+    device: torch.device, precision: Precision, seed: int, deterministic: bool, threads: int
+) -> None:
     """Set PyTorch's global options and the random seeds. Earlier runs in this process then have no influence.
 
     TF32 is set for matrix products and for convolutions, because PyTorch's defaults for them differ.
     Raises `UserError` for tf32 on a device without TF32.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"precision=tf32: needs a GPU; device={device.type} has float32 and bfloat16")
+        raise UserError(
+            f"precision=tf32: needs a GPU; device={device.type} has float32 and bfloat16"
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -133,7 +140,9 @@ def warn_of_emulation() -> None:
     """Warn once if the processor has no instructions for bfloat16."""
     flags = processor_flags()
     if flags and not flags & {"amx_bf16", "avx512_bf16"}:
-        log.warning("precision=bfloat16: this processor has no instructions for bfloat16; float32 is faster")
+        log.warning(
+            "precision=bfloat16: this processor has no instructions for bfloat16; float32 is faster"
+        )
 
 
 def refuse_wrong_gradients(net: BlockNet) -> None:
@@ -152,13 +161,17 @@ def refuse_wrong_gradients(net: BlockNet) -> None:
             wrong.append(name)
 
     layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}
-    hooks = [layer.register_forward_pre_hook(partial(visit, name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(partial(visit, name)) for name, layer in layers.items()
+    ]
     net.probe()
     for hook in hooks:
         hook.remove()
     if wrong:
         problem = f"PyTorch computes a wrong gradient for {wrong[0]}, a strided convolution whose input has one pixel"
-        raise UserError(f"precision=bfloat16: on this processor (AMX) {problem}; use float32 or larger images")
+        raise UserError(
+            f"precision=bfloat16: on this processor (AMX) {problem}; use float32 or larger images"
+        )
 
 
 def reuse_memory() -> None:

@@ -44,7 +44,9 @@ class State:
     """Test accuracy before the first epoch."""
     end: dict[str, str] | None = None
     """Status and reason if the run ends early, else None."""
-    lengths: dict[str, int | None] = field(default_factory=lambda: {"iterations": None, "epochs": None})
+    lengths: dict[str, int | None] = field(
+        default_factory=lambda: {"iterations": None, "epochs": None}
+    )
     """Length of each CSV file in bytes at the last checkpoint."""
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each CSV file at the last checkpoint."""
@@ -72,7 +74,12 @@ class RunFiles:
 
     def __init__(self, parts: Parts, state: State, run_dir: Path, config_digest: str) -> None:
         """Open the tables, and remove the rows that were written after the last checkpoint."""
-        self.parts, self.state, self.run_dir, self.config_digest = parts, state, run_dir, config_digest
+        self.parts, self.state, self.run_dir, self.config_digest = (
+            parts,
+            state,
+            run_dir,
+            config_digest,
+        )
         self.written, self.seconds_to_write = time.perf_counter(), 0.0
         self.tables = {
             name: Table(run_dir / f"{name}.csv", columns, state.lengths[name])
@@ -113,12 +120,16 @@ def train(
     """
     settings = parts.settings
     metric_names, peek = parts.learner.metric_names, parts.device.type == "cpu"
-    progress = Progress(settings.epochs, parts.train_size, settings.batch_size, metric_names, peek, is_quiet)
+    progress = Progress(
+        settings.epochs, parts.train_size, settings.batch_size, metric_names, peek, is_quiet
+    )
     files = RunFiles(parts, state, run_dir, config_digest)
     try:
         if state.initial is None:
             is_needed = settings.stop_untrainable
-            state.initial = evaluate(parts, parts.test, stop.raise_if_asked)[1] if is_needed else 0.0
+            state.initial = (
+                evaluate(parts, parts.test, stop.raise_if_asked)[1] if is_needed else 0.0
+            )
         while state.epoch < settings.epochs and state.end is None:
             factors = parts.schedule.factors(state.epoch + 1, settings.epochs, len(parts.batches))
             lr = parts.learner.rates[0] * factors[0]
@@ -130,7 +141,12 @@ def train(
 
 
 def train_batches(
-    parts: Parts, state: State, factors: list[float], files: RunFiles, progress: Progress, stop: Stop
+    parts: Parts,
+    state: State,
+    factors: list[float],
+    files: RunFiles,
+    progress: Progress,
+    stop: Stop,
 ) -> None:
     """Train the remaining batches of an epoch, and store the metrics of all its batches in `state.rows`.
 
@@ -162,7 +178,13 @@ def train_batches(
 
 
 def end_epoch(
-    parts: Parts, state: State, lr: float, files: RunFiles, progress: Progress, tracker: Tracker, stop: Stop
+    parts: Parts,
+    state: State,
+    lr: float,
+    files: RunFiles,
+    progress: Progress,
+    tracker: Tracker,
+    stop: Stop,
 ) -> None:
     """Evaluate after an epoch, write its rows, update the state, and save a checkpoint if due."""
     settings, metric_names, values = parts.settings, parts.learner.metric_names, state.rows
@@ -192,7 +214,9 @@ def epoch_row(
     """
     activations = Activations(parts.learner.net)
     held_out = len(parts.validation) > 0
-    validation_loss, validation = evaluate(parts, parts.validation, check, activations) if held_out else (None, None)
+    validation_loss, validation = (
+        evaluate(parts, parts.validation, check, activations) if held_out else (None, None)
+    )
     test_loss, test = evaluate(parts, parts.test, check, None if held_out else activations)
     stability, has_collapsed = activations.measured()
     batch_size = parts.settings.batch_size
@@ -280,7 +304,9 @@ def evaluate(
     return loss / count, hits / count
 
 
-def early_end(losses: Tensor, epoch: int, trained: nn.Module, best: float, initial: float) -> dict[str, str] | None:
+def early_end(
+    losses: Tensor, epoch: int, trained: nn.Module, best: float, initial: float
+) -> dict[str, str] | None:
     """Return status and reason if the run must end after this epoch, otherwise None.
 
     A run ends if a loss or a weight is NaN or Inf. A run also ends if its test accuracy has hardly improved. This

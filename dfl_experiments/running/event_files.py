@@ -28,7 +28,8 @@ class EventFiles:
         # purge_step=0 makes a running TensorBoard drop the events that it has already read
         self._writer: Any = SummaryWriter(str(run_dir), purge_step=0, flush_secs=SECONDS_TO_FLUSH)
         self._steps: dict[str, str] = {}
-        self.summary: dict[str, Any] = {}  # set by a `Tracker`, but not written: TensorBoard shows only series
+        # set by a `Tracker`, but not written: TensorBoard shows only series
+        self.summary: dict[str, Any] = {}
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         """Store the name of the column that counts a metric's steps: `iteration` or `epoch`."""
@@ -55,4 +56,6 @@ class EventFiles:
 def refuse_missing_package(tracking: Tracking) -> None:
     """Raise `UserError` if tracking=tensorboard and the package is not installed."""
     if tracking.mode == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError('tracking=tensorboard: needs a package; pip install "dfl-experiments[tensorboard]"')
+        raise UserError(
+            'tracking=tensorboard: needs a package; pip install "dfl-experiments[tensorboard]"'
+        )

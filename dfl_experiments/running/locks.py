@@ -63,7 +63,9 @@ def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
     except Timeout:
         raise Busy(busy_message(run_dir)) from None
     except (OSError, NotImplementedError) as error:
-        advice = "" if isinstance(error, PermissionError) else "; choose a folder on another file system"
+        advice = (
+            "" if isinstance(error, PermissionError) else "; choose a folder on another file system"
+        )
         raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)}){advice}") from error
     with lock:
         for path in run_dir.glob(".*.new"):

@@ -101,12 +101,17 @@ def ending(sweep: Sweep, name: str) -> Ending:
     if outcome.get("command") == sweep.command:
         job_status, job_reason = outcome["status"], outcome["reason"]
         has_result = status in DONE and (outcome["begun"] or not sweep.force)
-        is_late_signal = job_status == "interrupted" and has_result  # the signal arrived after the last epoch
+        # the signal arrived after the last epoch
+        is_late_signal = job_status == "interrupted" and has_result
         is_other = (job_status, job_reason) != (status, reason)
         if is_other and not is_late_signal and job_status != "running":
             status, reason, result = job_status, job_reason, {}
     elif result and config_digest(result["config"]) != point.config_digest:
-        status, reason, result = "not started", "the folder has a run with another configuration", {}
+        status, reason, result = (
+            "not started",
+            "the folder has a run with another configuration",
+            {},
+        )
     elif sweep.force and status not in ("running", "not started", "damaged"):
         status, reason, result = "not started", "the folder has a run of an earlier command", {}
     return Ending(*harmless([name, status, reason, point.overrides, result or {}]))
@@ -117,7 +122,9 @@ def other_endings(sweep: Sweep) -> Iterator[Ending]:
     for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
         if run_dir.name not in sweep.points:
             status, reason, result = read_status(run_dir)
-            yield Ending(*harmless([run_dir.name, status, reason, overrides_of(run_dir), result or {}]))
+            yield Ending(
+                *harmless([run_dir.name, status, reason, overrides_of(run_dir), result or {}])
+            )
 
 
 def overrides_of(run_dir: Path) -> list[str]:
@@ -134,7 +141,9 @@ def objective(run_dir: Path) -> float:
     The value is 0 for a run that did not finish, so that the sweeper tries other points.
     """
     result = read_result(run_dir) or {}
-    accuracies = [value or 0.0 for value in read_epochs(run_dir, result).get("validation_accuracy", [])]
+    accuracies = [
+        value or 0.0 for value in read_epochs(run_dir, result).get("validation_accuracy", [])
+    ]
     if result.get("status") != "finished" or not accuracies:
         return 0.0
     kind = result["config"]["protocol"]["accuracy"]
@@ -156,6 +165,9 @@ def other_versions(sweep: Sweep, endings: list[Ending]) -> list[str]:
 
     used = set[str]()
     for end in endings:
-        if end.status in DONE and read_outcome(sweep.folder / end.folder).get("command") != sweep.command:
+        if (
+            end.status in DONE
+            and read_outcome(sweep.folder / end.folder).get("command") != sweep.command
+        ):
             used |= made_with(end.result)
     return sorted(used - made_with({"git_commit": git_commit(), "versions": versions()}))

@@ -15,7 +15,8 @@ from dfl_experiments.running.result import DONE, status_of
 from dfl_experiments.running.run_directory import LAST, PREVIOUS
 from dfl_experiments.running.summary import swept_keys, values_by_key
 
-WARM_UP, TIMED = 3, 20  # number of batches before a time measurement, and largest number of batches in it
+# number of batches before a time measurement, and largest number of batches in it
+WARM_UP, TIMED = 3, 20
 SECONDS_OF_TIMING = 2.0  # longest duration of a time measurement
 
 
@@ -32,7 +33,11 @@ class PlannedRun(NamedTuple):
     @property
     def kind(self) -> str:
         """The overrides that can change the training time. Seed, optimizer options and schedule do not change it."""
-        return " ".join(text for text in self.overrides if not text.startswith(("seed=", "optimizer.", "schedule")))
+        return " ".join(
+            text
+            for text in self.overrides
+            if not text.startswith(("seed=", "optimizer.", "schedule"))
+        )
 
 
 def planned_runs(sweep: Sweep) -> list[PlannedRun]:
@@ -59,7 +64,9 @@ def planned_status(run_dir: Path, force: bool) -> str:
     return "interrupted" if has_checkpoint else "new"
 
 
-def show_plan(runs: Sequence[PlannedRun], force: bool, compose: Callable[[list[str]], Configuration]) -> None:
+def show_plan(
+    runs: Sequence[PlannedRun], force: bool, compose: Callable[[list[str]], Configuration]
+) -> None:
     """Print every run with its status, and the estimated time of all runs that are not done.
 
     force: train runs again even if they are done.
@@ -79,7 +86,9 @@ def show_plan(runs: Sequence[PlannedRun], force: bool, compose: Callable[[list[s
         print(f"time unknown: {one_line(error)}")
         return
     total = sum(seconds[run.kind] for run in waiting)
-    print(f"about {duration(total)} of training on this machine, one run after another; each also needs time to start")
+    print(
+        f"about {duration(total)} of training on this machine, one run after another; each also needs time to start"
+    )
 
 
 def seconds_of_run(configuration: Configuration) -> float:
@@ -104,7 +113,9 @@ def seconds_of_run(configuration: Configuration) -> float:
         def test(index: int, batch: Any) -> None:
             evaluate(parts, [batch], activations=Activations(parts.learner.net))
 
-        training = itertools.chain.from_iterable(parts.batches.epoch(epoch) for epoch in itertools.count(1))
+        training = itertools.chain.from_iterable(
+            parts.batches.epoch(epoch) for epoch in itertools.count(1)
+        )
         testing = itertools.cycle(itertools.islice(parts.test, 2))
         epoch = len(parts.batches) * seconds_per_batch(training, train)
         epoch += (len(parts.test) + len(parts.validation)) * seconds_per_batch(testing, test)
@@ -131,4 +142,6 @@ def refuse_unprepared(configuration: Configuration) -> None:
     cache = configuration.components["dataset.source"].build().cache_name(dataset.name)
     folder = expanded(Path(configuration.settings.data_dir), "data_dir") / (cache or "")
     if cache is not None and not is_packed(folder):
-        raise UserError(f"dataset {dataset.name} is not in {folder}; run `dfl-data prepare dataset={dataset.name}`")
+        raise UserError(
+            f"dataset {dataset.name} is not in {folder}; run `dfl-data prepare dataset={dataset.name}`"
+        )

@@ -47,7 +47,8 @@ class PointCounter:
         """
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        except OSError:  # the command has ended and removed the file, but its jobs in a queue continue
+        # the command has ended and removed the file, but its jobs in a queue continue
+        except OSError:
             return ""
         with os.fdopen(descriptor, "w") as file:
             file.write(f"{kind} {start} {time.time()}\n")

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 SECONDS_TO_FIRST_LINE = 5.0
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
-GROWTH = 0.05  # in a long run, the time between two lines is this fraction of the time since the start
+# in a long run, the time between two lines is this fraction of the time since the start
+GROWTH = 0.05
 
 
 class Progress:
@@ -28,7 +29,13 @@ class Progress:
     """
 
     def __init__(
-        self, epochs: int, images: int, batch_size: int, metric_names: Sequence[str], peek: bool, is_quiet: bool = False
+        self,
+        epochs: int,
+        images: int,
+        batch_size: int,
+        metric_names: Sequence[str],
+        peek: bool,
+        is_quiet: bool = False,
     ) -> None:
         """Prepare for a run.
 
@@ -40,7 +47,10 @@ class Progress:
         """
         self.epochs, self.images, self.batch_size = epochs, images, batch_size
         self.batches = math.ceil(images / batch_size)
-        self.loss_index, self.correct_index = metric_names.index("loss"), metric_names.index("correct")
+        self.loss_index, self.correct_index = (
+            metric_names.index("loss"),
+            metric_names.index("correct"),
+        )
         self.peek, self.is_quiet = peek, is_quiet
         self.is_terminal = sys.stderr.isatty()
         self.lr = math.nan
@@ -98,7 +108,14 @@ class Progress:
             self._bar.set_postfix_str(text)
         else:
             self._last_line = now
-            log.info("epoch %d/%d batch %d/%d  %s", self._epoch, self.epochs, self._batch, self.batches, text)
+            log.info(
+                "epoch %d/%d batch %d/%d  %s",
+                self._epoch,
+                self.epochs,
+                self._batch,
+                self.batches,
+                text,
+            )
 
     def end(self, row: Mapping[str, Any]) -> None:
         """End the epoch, and print a line if due. row: the epoch's row of epochs.csv."""
@@ -114,7 +131,12 @@ class Progress:
         cosine = row.get("cosine/1", math.nan)
         if not math.isnan(cosine):
             values["cosine/1"] = f"{cosine:.3f}"
-        log.info("epoch %d/%d  %s", self._epoch, self.epochs, self._text(values, self.images / row["seconds"]))
+        log.info(
+            "epoch %d/%d  %s",
+            self._epoch,
+            self.epochs,
+            self._text(values, self.images / row["seconds"]),
+        )
 
     def _is_due(self, last: float) -> bool:
         """Return whether it is time for the next line. In a long run, the time between two lines grows.
@@ -133,5 +155,6 @@ class Progress:
         if steps_left > 0 and self._steps > 0:
             seconds_per_step = (time.perf_counter() - self._start) / self._steps
             parts.append(f"{duration(seconds_per_step * steps_left)} left")
-        parts.append(f"lr {self.lr:.3g}")  # last, because a narrow terminal cuts off the end of a line
+        # last, because a narrow terminal cuts off the end of a line
+        parts.append(f"lr {self.lr:.3g}")
         return "  ".join(parts)

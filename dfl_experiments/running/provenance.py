@@ -17,7 +17,8 @@ from dfl_experiments import __version__
 from dfl_experiments.configuration.components import PACKAGE, Component
 
 log = logging.getLogger(__name__)
-KNOWN = {PACKAGE, "torch", *sys.stdlib_module_names}  # packages that `versions` and `git_commit` record
+# packages that `versions` and `git_commit` record
+KNOWN = {PACKAGE, "torch", *sys.stdlib_module_names}
 
 
 def versions() -> dict[str, str]:
@@ -48,7 +49,10 @@ def git_commit() -> str | None:
 
 def code_of(components: Mapping[str, Component]) -> dict[str, str]:
     """Return the identity of the user's own code for each configuration group. Code in a notebook is left out."""
-    codes = {group: component_code(component.path, component.target) for group, component in components.items()}
+    codes = {
+        group: component_code(component.path, component.target)
+        for group, component in components.items()
+    }
     return {group: code for group, code in codes.items() if code}
 
 

@@ -24,7 +24,9 @@ def iteration_rows(values: Tensor, metric_names: list[str], epoch: int) -> list[
     return rows
 
 
-def per_layer(columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
+def per_layer(
+    columns: dict[str, Tensor], quantity: str, reduce: Callable[[Tensor], Any]
+) -> dict[str, float]:
     """Reduce one quantity over the iterations of an epoch. Return one number for each layer, by layer number.
 
     A layer without measurements in this epoch is left out. NaN values come from batches with a zero signal. They are

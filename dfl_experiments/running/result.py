@@ -19,7 +19,14 @@ from dfl_experiments.errors import UserError, reason
 from dfl_experiments.ranges import LARGEST_COSINE, Cosine, NonNegative, Size
 from dfl_experiments.ranges import Probability as Share
 from dfl_experiments.running.locks import holder_of
-from dfl_experiments.running.run_directory import CONFIG, EPOCH_COLUMNS, HEADLINES, LAST, PREVIOUS, write_atomically
+from dfl_experiments.running.run_directory import (
+    CONFIG,
+    EPOCH_COLUMNS,
+    HEADLINES,
+    LAST,
+    PREVIOUS,
+    write_atomically,
+)
 from dfl_experiments.seal import RESULT, read_bytes, read_sealed, sealed
 
 # statuses of runs that have ended; running them again would give the same result
@@ -88,7 +95,9 @@ class Result(BaseModel):
     git_commit: str | None = None
     versions: dict[str, str] = {}
     code: dict[str, str] = {}
-    finished_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT[\d:.]{8,15}\+00:00$")] | None = None
+    finished_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT[\d:.]{8,15}\+00:00$")] | None = (
+        None
+    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -101,7 +110,9 @@ class Result(BaseModel):
                 raise UserError("names, seed: differ from those in the configuration")
         has_numbers = None not in (self.accuracy, self.seconds, self.samples_per_second)
         if self.status in ("finished", "collapsed") and not has_numbers:
-            raise UserError(f"accuracy, seconds or samples_per_second: missing in a {self.status} run")
+            raise UserError(
+                f"accuracy, seconds or samples_per_second: missing in a {self.status} run"
+            )
         if self.status == "finished" and self.epochs != config["epochs"]:
             raise UserError(f"epochs={self.epochs}: a finished run has {config['epochs']}")
         if accuracies.best is not None:
@@ -135,7 +146,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
             Result.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{run_dir / RESULT}: {refusal(error, '', [])}") from None
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:  # wrong content of `config`
+        # wrong content of `config`
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {reason(error)}"
             raise UserError(f"{run_dir / RESULT}: is not the result of a run ({problem})") from None
     return content
@@ -173,7 +185,9 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
         if last is not None:
             written = columns["test_accuracy"][epochs - 1] or 0.0
             if not math.isclose(written, last, rel_tol=1e-6):
-                raise UserError(f"has test accuracy {written:g} after epoch {epochs}, but {RESULT} has {last:g}")
+                raise UserError(
+                    f"has test accuracy {written:g} after epoch {epochs}, but {RESULT} has {last:g}"
+                )
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: is damaged ({reason(error)})") from None
     return columns

@@ -21,14 +21,25 @@ from dfl_experiments.data.packs import digest
 from dfl_experiments.engine.module_net import ModuleNet
 from dfl_experiments.errors import Fault, UserError, of_the_system, reason
 from dfl_experiments.running.build import Parts, build
-from dfl_experiments.running.checkpoint import discard_checkpoints, discard_spent, load_checkpoint, restore
+from dfl_experiments.running.checkpoint import (
+    discard_checkpoints,
+    discard_spent,
+    load_checkpoint,
+    restore,
+)
 from dfl_experiments.running.device import ALL_THREADS, usual_torch
 from dfl_experiments.running.epochs import State, train
 from dfl_experiments.running.event_files import refuse_missing_package
 from dfl_experiments.running.locks import lock_run
 from dfl_experiments.running.outcome import write_outcome
 from dfl_experiments.running.provenance import code_of, device_name, git_commit, versions
-from dfl_experiments.running.result import DONE, read_result, status_left, write_config, write_result
+from dfl_experiments.running.result import (
+    DONE,
+    read_result,
+    status_left,
+    write_config,
+    write_result,
+)
 from dfl_experiments.running.run_directory import (
     CONFIG,
     LAST,
@@ -55,7 +66,9 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
 
 
-def explained(error: BaseException, settings: Settings, run_dir: Path, started: bool = True) -> BaseException:
+def explained(
+    error: BaseException, settings: Settings, run_dir: Path, started: bool = True
+) -> BaseException:
     """Return a `Fault` with advice for an error of the machine or of PyTorch. Return any other error unchanged.
 
     started: whether `prepare` had returned before the error.
@@ -63,11 +76,17 @@ def explained(error: BaseException, settings: Settings, run_dir: Path, started: 
     text = reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         if not started:
-            return Fault(f"out of memory before the first batch: the data or the network are too large ({text})")
-        return Fault(f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})")
+            return Fault(
+                f"out of memory before the first batch: the data or the network are too large ({text})"
+            )
+        return Fault(
+            f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})"
+        )
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
         operator = text.split(" does not have")[0]
-        return Fault(f"deterministic=true: {operator} has no deterministic implementation on device={settings.device}")
+        return Fault(
+            f"deterministic=true: {operator} has no deterministic implementation on device={settings.device}"
+        )
     if isinstance(error, OSError):
         problem = of_the_system(error)
         if error.errno == errno.ENOSPC:
@@ -102,7 +121,9 @@ def rehearse(parts: Parts) -> None:
         copy.deepcopy(parts.learner).step(x, target, parts.settings.alignment.every > 0)
 
 
-def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop) -> State:
+def prepare(
+    parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop
+) -> State:
     """Prepare the run directory, and return the state with which training begins.
 
     A resumed run begins with the state of its checkpoint. For a new run, earlier results are deleted.
@@ -120,10 +141,16 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         "num_classes": parts.num_classes,
         "largest_class": float(parts.test.labels.bincount().max() / len(parts.test.labels)),
         "parameters": sum(p.numel() for p in net.parameters()),
-        **({"delta_at": "boundary", "boundaries": net.boundaries} if isinstance(net, ModuleNet) else {}),
+        **(
+            {"delta_at": "boundary", "boundaries": net.boundaries}
+            if isinstance(net, ModuleNet)
+            else {}
+        ),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
         "device": device_name(parts.device),
-        "memory_format": "channels_last" if parts.memory_format == torch.channels_last else "contiguous",
+        "memory_format": "channels_last"
+        if parts.memory_format == torch.channels_last
+        else "contiguous",
     }
     if isinstance(net, ModuleNet):
         names = [f"{i} {name}" for i, name in enumerate(net.boundaries, start=1)]
@@ -140,7 +167,8 @@ def prepare(parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str
         add_origin(state, made_by)
         result["earlier"] = state.made_by[:-1]
     state.standardisation = parts.standardisation
-    (run_dir / RESULT).unlink(missing_ok=True)  # an earlier result is no longer true once training begins
+    # an earlier result is no longer true once training begins
+    (run_dir / RESULT).unlink(missing_ok=True)
     every = rows_apart(parts.settings.tracking, len(parts.batches), parts.settings.alignment.every)
     tracking = result["config"]["tracking"] | {"every": every}
     # Record the number of threads, because it changes how sums are rounded. `repeat` uses the same number.
@@ -210,10 +238,22 @@ def run(
             if command is not None:
                 write_outcome(run_dir, command, "running")
             written = state.lengths if resume else None
-            tracking = settings.tracking.model_copy(update={"every": result["config"]["tracking"]["every"]})
-            with track(tracking, run_dir, result["config"], parts.columns, group, written) as tracker:
+            tracking = settings.tracking.model_copy(
+                update={"every": result["config"]["tracking"]["every"]}
+            )
+            with track(
+                tracking, run_dir, result["config"], parts.columns, group, written
+            ) as tracker:
                 try:
-                    train(parts, state, run_dir, configuration.config_digest, tracker, stop, command is not None)
+                    train(
+                        parts,
+                        state,
+                        run_dir,
+                        configuration.config_digest,
+                        tracker,
+                        stop,
+                        command is not None,
+                    )
                     result |= state.result | (state.end or {"status": "finished"})
                     # write the result before W&B finishes, because a signal may interrupt W&B
                     conclude(run_dir, result, started=True)
@@ -235,7 +275,9 @@ def run(
     return result
 
 
-def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run_alone(
+    configuration: Configuration, run_dir: Path, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run one job outside of a sweep, and return the content of result.json.
 
     With resume=auto, continue the run in the directory. If there is none, start a new run.
@@ -262,7 +304,9 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
         if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
         if is_resumed and status is None:
-            raise UserError(f"resume={run_dir}: has no checkpoint; repeat={run_dir} starts the run again")
+            raise UserError(
+                f"resume={run_dir}: has no checkpoint; repeat={run_dir} starts the run again"
+            )
         if not is_resumed:
             record_overrides(run_dir, overrides)
         try:
@@ -278,7 +322,9 @@ def run_alone(configuration: Configuration, run_dir: Path, overrides: Sequence[s
     return result
 
 
-def result_if_done(configuration: Configuration, run_dir: Path, group: str | None = None) -> dict[str, Any] | None:
+def result_if_done(
+    configuration: Configuration, run_dir: Path, group: str | None = None
+) -> dict[str, Any] | None:
     """Return the result of the run in a directory if the run has ended, otherwise None.
 
     If the W&B run or the event files of an ended run are incomplete, all rows are sent again.
@@ -305,7 +351,9 @@ def result_if_done(configuration: Configuration, run_dir: Path, group: str | Non
     return before
 
 
-def refuse_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = KEEP) -> None:
+def refuse_changes(
+    run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = KEEP
+) -> None:
     """Raise `UserError` if the data or the user's own code have changed since a run.
 
     before: entries of the run's result or checkpoint.
@@ -343,20 +391,30 @@ def log_summary(result: dict[str, Any], run_dir: Path) -> None:
     """Log the results of a run in a few lines, and the command that plots it."""
     accuracy = result["test_accuracy"]
     log.info("")
-    log.info("%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"])
+    log.info(
+        "%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"]
+    )
     if result["config"]["smoke"]:
         log.info("  a smoke run with %d images: a test, not a result", result["config"]["smoke"])
     if result["reason"]:
         log.info("  %s", result["reason"])
     log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])
     if accuracy["at_best_validation"] is not None:
-        log.info("                  %.4f after the epoch of best validation accuracy", accuracy["at_best_validation"])
+        log.info(
+            "                  %.4f after the epoch of best validation accuracy",
+            accuracy["at_best_validation"],
+        )
     if result["cosine"]:
         log.info("  alignment with BP, mean cosine of the last epoch")
     for layer, cosine in result["cosine"].items():
         is_exact = layer in result["cosine_by_construction"]
         value = "no signal" if cosine is None or math.isnan(cosine) else f"{cosine:.3f}"
-        log.info("    layer %s   %s%s", layer, value, " (BP's own signal, by construction)" if is_exact else "")
+        log.info(
+            "    layer %s   %s%s",
+            layer,
+            value,
+            " (BP's own signal, by construction)" if is_exact else "",
+        )
     log.info("  %.0f images/s, %.1f s of training", result["samples_per_second"], result["seconds"])
     log.info("  run directory   %s", run_dir)
     log.info("  %s", plot_line(run_dir))

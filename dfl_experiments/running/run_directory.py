@@ -83,7 +83,9 @@ class Table:
             self.sha256 = hashlib.sha256()
             self._append([self.columns])
         elif header(path) != self.columns:
-            raise UserError(f"{path}: has other columns than this version writes; force=true starts a new run")
+            raise UserError(
+                f"{path}: has other columns than this version writes; force=true starts a new run"
+            )
         else:
             os.truncate(path, length)
             self.sha256 = sha256_of(path)

@@ -48,7 +48,9 @@ def handle(handler: Any) -> dict[int, Any]:
 def is_free(signum: int) -> bool:
     """Return whether no other library has set a handler for a signal."""
     handler = signal.getsignal(signum)
-    return handler == signal.SIG_DFL or str(getattr(handler, "__module__", "")).startswith("dfl_experiments.")
+    return handler == signal.SIG_DFL or str(getattr(handler, "__module__", "")).startswith(
+        "dfl_experiments."
+    )
 
 
 class Stop:

@@ -5,8 +5,18 @@ import subprocess
 
 from submitit.slurm import slurm
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
-SECONDS_BETWEEN_QUERIES = 60  # not much longer, because SLURM forgets a job some minutes after its end
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
+# not much longer, because SLURM forgets a job some minutes after its end
+SECONDS_BETWEEN_QUERIES = 60
 
 
 class QueueWatcher(slurm.SlurmInfoWatcher):

@@ -101,7 +101,12 @@ def instability(row: dict[str, Any], first: dict[str, Any], top: int) -> dict[st
         start = max(first[f"activation_rms/{layer}"], SMALLEST_RMS)
         growth = rms / start
         if growth > GROWTH_LIMIT:
-            return {"layer": int(layer), "epoch": row["epoch"], "measure": "activation_rms", "value": growth}
+            return {
+                "layer": int(layer),
+                "epoch": row["epoch"],
+                "measure": "activation_rms",
+                "value": growth,
+            }
     dead = row.get(f"dead/{top}", 0.0)
     if dead > DEAD_LIMIT:
         return {"layer": top, "epoch": row["epoch"], "measure": "dead", "value": dead}

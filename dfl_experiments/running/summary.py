@@ -23,7 +23,8 @@ from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
 
 ROWS_SHOWN = 50
-COMPARED = ("protocol", "stop_collapsed")  # options in NOT_IN_DIGEST whose values a sweep may compare
+# options in NOT_IN_DIGEST whose values a sweep may compare
+COMPARED = ("protocol", "stop_collapsed")
 
 
 @dataclass
@@ -105,7 +106,17 @@ def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
     layers = [str(layer) for layer in range(1, depth + 1)]
     cosines = [f"cosine/{layer}" for layer in layers]
     dead = [f"dead/{layer}" for layer in layers]
-    header = [*keys, "status", "reason", "accuracy", "validation_accuracy", *cosines, *dead, "seconds", "folder"]
+    header = [
+        *keys,
+        "status",
+        "reason",
+        "accuracy",
+        "validation_accuracy",
+        *cosines,
+        *dead,
+        "seconds",
+        "folder",
+    ]
     rows: list[list[Any]] = [header]
     for end, values in zip(endings, points, strict=True):
         result = end.result
@@ -203,9 +214,13 @@ def print_summary(sweep: Sweep) -> int:
     report = printable(f"dfl-report {as_argument(sweep.folder)}")
     has_more = bool(named and rest)
     if has_more:
-        print(f"  only the points of this command; the folder holds {len(rest)} more, and {report} shows all")
+        print(
+            f"  only the points of this command; the folder holds {len(rest)} more, and {report} shows all"
+        )
     if not sweep.force and (versions := other_versions(sweep, named)):
-        print(f"  some points were done before, with {', '.join(versions)}; force=true trains them again")
+        print(
+            f"  some points were done before, with {', '.join(versions)}; force=true trains them again"
+        )
     if not named:
         print_best(sweep.folder, rest)
     print(f"  {path}" if problem is None else f"dfl-train: {path}: {problem}")

@@ -51,7 +51,9 @@ class SweepJob:
 
     def count(self, kind: str, start: float) -> str:
         """Count the point as ended, and return the progress of the sweep, see `PointCounter.add`."""
-        return "" if self.folder is None else PointCounter(self.folder, self.command).add(kind, start)
+        return (
+            "" if self.folder is None else PointCounter(self.folder, self.command).add(kind, start)
+        )
 
 
 def check_sweep(cfg: DictConfig, command: str) -> Sweep:
@@ -64,7 +66,9 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     Raises one of `MISTAKES` if there is no job or a wrong job, or if two jobs are the same run or have the same folder.
     """
     params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
-    sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher"))
+    sweeper, launcher = (
+        cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher")
+    )
     check_launcher(launcher, cfg.hydra.launcher)
     swept = [f"{key}={value}" for key, value in params]
     grid = sweep_points([*swept, *cfg.hydra.overrides.task], sweeper)
@@ -83,22 +87,30 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
         try:
             configuration, folder = check_job(cfg, overrides, number)
             if not is_grid and not configuration.settings.validation_fraction:
-                raise UserError(f"validation_fraction=0: hydra/sweeper={sweeper} needs a validation accuracy")
+                raise UserError(
+                    f"validation_fraction=0: hydra/sweeper={sweeper} needs a validation accuracy"
+                )
             refuse_links(sweep.folder / folder)
         except (*MISTAKES, ValueError) as error:
-            raise UserError(f"{one_line(uncomposed(error, overrides))} (in the job {job})") from error
+            raise UserError(
+                f"{one_line(uncomposed(error, overrides))} (in the job {job})"
+            ) from error
         digest = configuration.config_digest
         if digest in digests:
             raise UserError(f"two jobs are the same run: {digests[digest]} and {job}")
         if folder in folders:
-            raise UserError(f"two jobs would write to {folder} (hydra.sweep.subdir): {folders[folder]} and {job}")
+            raise UserError(
+                f"two jobs would write to {folder} (hydra.sweep.subdir): {folders[folder]} and {job}"
+            )
         digests[digest] = folders[folder] = job
         if is_grid:
             sweep.points[folder] = SweepPoint(overrides, digest)
     return sweep
 
 
-def check_job(cfg: DictConfig, overrides: Sequence[str], number: int = 0) -> tuple[Configuration, str]:
+def check_job(
+    cfg: DictConfig, overrides: Sequence[str], number: int = 0
+) -> tuple[Configuration, str]:
     """Return the checked configuration of one job, and the name of its folder.
 
     cfg: Hydra's configuration of the whole sweep.
@@ -114,7 +126,9 @@ def check_job(cfg: DictConfig, overrides: Sequence[str], number: int = 0) -> tup
     settings = configuration.settings
     refuse_missing_package(settings.tracking)
     if settings.resume is not None or settings.repeat is not None:
-        raise UserError("resume and repeat are for a single run; to continue a sweep, start it again")
+        raise UserError(
+            "resume and repeat are for a single run; to continue a sweep, start it again"
+        )
     return configuration, subdir(job_cfg, configuration)
 
 
@@ -132,7 +146,9 @@ def unresolved(cfg: DictConfig, key: str) -> Any:
     return values[last]
 
 
-def run_point(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], job: SweepJob) -> float | None:
+def run_point(
+    cfg: DictConfig, run_dir: Path, overrides: Sequence[str], job: SweepJob
+) -> float | None:
     """Run a point of a sweep, and return the reported accuracy. A point that is already done is not run again.
 
     If another process works on the point, return None. If the point fails, write its `result.json`, log one line and
@@ -156,7 +172,9 @@ def run_point(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], job: Swe
             ending = f"accuracy {four_digits(result['accuracy'])}"
             if result["status"] != "finished":
                 ending = f"{result['status']}, {ending}"
-            log.info("%s  (%s: %s)", job.count("ran", start) or result["status"], run_dir.name, ending)
+            log.info(
+                "%s  (%s: %s)", job.count("ran", start) or result["status"], run_dir.name, ending
+            )
         else:
             job.count("found", start)
         return result["accuracy"]
@@ -166,7 +184,9 @@ def run_point(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], job: Swe
     except Exception as error:
         job.count("failed", start)
         if not isinstance(error, UserError | OSError):
-            (run_dir / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            (run_dir / TRACEBACK).write_text(
+                "".join(traceback.format_exception(error)), encoding="utf-8"
+            )
         # Hydra keeps the error of a job. Clear the error's frames, which would keep network and images in memory.
         traceback.clear_frames(error.__traceback__)
         log.error("%s: failed: %s", run_dir.name, one_line(error))

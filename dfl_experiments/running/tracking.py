@@ -28,13 +28,15 @@ from dfl_experiments.running.run_directory import Row, cell, header
 log = logging.getLogger(__name__)
 
 SECONDS_TO_START = 30
-SECONDS_TOGETHER = 5  # rows of this time are sent together: W&B takes 1 ms for a single row, 0.2 ms per row for many
+# rows of this time are sent together: W&B takes 1 ms for a single row, 0.2 ms per row for many
+SECONDS_TOGETHER = 5
 ROWS_AN_EPOCH = 200
 MIRRORED = ".mirrored"  # file in the run directory that marks its W&B run as complete
 MIRRORED_EVENTS = ".mirrored_tensorboard"  # file that marks its event files as complete
 WANDB, TENSORBOARD = "W&B", "TensorBoard"
 COUNTERS = ("iteration", "epoch")
-ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")  # variables that would merge all points of a sweep into one W&B run
+# variables that would merge all points of a sweep into one W&B run
+ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")
 unreachable: set[str] = set()  # tracking modes in which W&B could not be reached by this process
 
 
@@ -138,7 +140,9 @@ def rows_written(run_dir: Path, lengths: Mapping[str, int | None]) -> Iterator[R
         yield row
 
 
-def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: str | None, go_on: bool) -> Any:
+def start(
+    tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: str | None, go_on: bool
+) -> Any:
     """Start a W&B run and return it. If W&B cannot be reached, log a warning and start an offline run.
 
     Returns None if the offline run fails too.
@@ -175,7 +179,10 @@ def start(tracking: Tracking, run_dir: Path, config: Mapping[str, Any], group: s
                 give_up(error, WANDB)
                 return None
             unreachable.add(mode)
-            log.warning("W&B cannot be reached (%s); the run is kept offline; `wandb sync` uploads it", reason(error))
+            log.warning(
+                "W&B cannot be reached (%s); the run is kept offline; `wandb sync` uploads it",
+                reason(error),
+            )
             end_service()  # the service still holds the run's id
             continue
         for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
@@ -250,7 +257,9 @@ def track(
         marker(tracking, run_dir).touch()
 
 
-def make_whole(tracking: Tracking, run_dir: Path, result: Mapping[str, Any], group: str | None) -> None:
+def make_whole(
+    tracking: Tracking, run_dir: Path, result: Mapping[str, Any], group: str | None
+) -> None:
     """Send the rows and the result of an ended run to its mirror, if tracking is on and the mirror is incomplete."""
     paths = {name: run_dir / f"{name}.csv" for name in ("iterations", "epochs")}
     is_mirrored = tracking.mode == "disabled" or marker(tracking, run_dir).exists()

@@ -16,7 +16,8 @@ from dfl_experiments.running.locks import HOLDER, alive, holder_of
 from dfl_experiments.running.outcome import Sweep
 from dfl_experiments.running.signals import Interrupted, PendingSignal, handle
 
-LOCAL = ("joblib", "submitit_local")  # launchers whose processes run on this machine and end with the command
+# launchers whose processes run on this machine and end with the command
+LOCAL = ("joblib", "submitit_local")
 QUEUE = "submitit_slurm"  # launcher whose jobs continue after the command has ended
 BUSY = threading.Lock()  # held while this process works on a point
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -38,7 +39,9 @@ def at_work(sweep: Sweep) -> set[int]:
 def check_launcher(launcher: str, node: DictConfig) -> None:
     """Raise `UserError` if the launcher's options would start no job, or leave a job no time to save its run."""
     if node.get("n_jobs") == 0:
-        raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs at once, or -1 for one per core")
+        raise UserError(
+            "hydra.launcher.n_jobs=0: must be the number of jobs at once, or -1 for one per core"
+        )
     if launcher == QUEUE and node.timeout_min * 60 <= node.signal_delay_s:
         raise UserError(
             f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than hydra.launcher.signal_delay_s="
@@ -49,17 +52,26 @@ def check_launcher(launcher: str, node: DictConfig) -> None:
 def wind_down(sweep: Sweep) -> None:
     """Ask all processes that work on points to save and end. Wait for their end. SLURM jobs stay in the queue."""
     if sweep.launcher == QUEUE:
-        command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING", f"--name={sweep.name}"]
+        command = [
+            "squeue",
+            "--me",
+            "--noheader",
+            "--states=PENDING,RUNNING",
+            f"--name={sweep.name}",
+        ]
         with suppress(OSError):
             if subprocess.run(command, capture_output=True).stdout.strip():
-                print("\ndfl-train: unfinished jobs stay in the queue (squeue lists them, scancel cancels them)")
+                print(
+                    "\ndfl-train: unfinished jobs stay in the queue (squeue lists them, scancel cancels them)"
+                )
         return
     asked: set[int] = set()
     while pids := at_work(sweep):
         if not asked:
             print(f"\ndfl-train: {len(pids)} running points save their checkpoints", flush=True)
         for pid in pids - asked:
-            with suppress(ProcessLookupError, PermissionError):  # the process has ended in the meantime
+            # the process has ended in the meantime
+            with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGTERM)
             asked.add(pid)
         time.sleep(0.05)

@@ -12,8 +12,14 @@ VALUES = {
     "validation_fraction=nan": ("validation_fraction=nan", "less than 1"),
     "alignment=3": ("alignment=3", "valid dictionary"),
     "alignment.every=0.5": ("alignment.every=0.5", "valid integer"),
-    "alignment.quantities=[output_cosine,weight_ratio,output_cosine]": ("alignment.quantities=", "output_cosine twice"),
-    "alignment.quantities=[cosine]": ("alignment.quantities=['cosine']", "there are weight_cosine, sign_agreement"),
+    "alignment.quantities=[output_cosine,weight_ratio,output_cosine]": (
+        "alignment.quantities=",
+        "output_cosine twice",
+    ),
+    "alignment.quantities=[cosine]": (
+        "alignment.quantities=['cosine']",
+        "there are weight_cosine, sign_agreement",
+    ),
     "checkpoint.every_seconds=inf": ("checkpoint.every_seconds=inf", "finite"),
     "deterministic=yess": ("deterministic='yess'", "valid boolean"),
     "loss=hinge": ("loss='hinge'", "'cross_entropy' or 'squared_error'"),
@@ -30,34 +36,69 @@ VALUES = {
     "optimizer.feedback.lr=-1": ("optimizer.feedback.lr=-1", "greater than 0"),
     "optimizer=sgd optimizer.feedback.nesterov=true": ("nesterov=True", "momentum above zero"),
     "optimizer=torch": ("optimizer._target_: missing",),
-    "optimizer=torch optimizer._target_=torch.optim.LBFGS": ("torch.optim.LBFGS", "closure", "NAdam"),
-    "optimizer=torch optimizer._target_=torch.optim.swa_utils.Adam": ("swa_utils.Adam", "no closure", "Adamax"),
-    "optimizer=torch optimizer._target_=torch.optim.SparseAdam": ("optimizer: cannot be built", "dense gradients"),
-    "optimizer=torch optimizer._target_=torch.optim.NAdam +optimizer.betas=[0.9]": ("optimizer.betas", "at least 2"),
-    "optimizer=torch optimizer._target_=torch.optim.NAdam +optimizer.eps=x": ("optimizer.eps='x'", "valid number"),
+    "optimizer=torch optimizer._target_=torch.optim.LBFGS": (
+        "torch.optim.LBFGS",
+        "closure",
+        "NAdam",
+    ),
+    "optimizer=torch optimizer._target_=torch.optim.swa_utils.Adam": (
+        "swa_utils.Adam",
+        "no closure",
+        "Adamax",
+    ),
+    "optimizer=torch optimizer._target_=torch.optim.SparseAdam": (
+        "optimizer: cannot be built",
+        "dense gradients",
+    ),
+    "optimizer=torch optimizer._target_=torch.optim.NAdam +optimizer.betas=[0.9]": (
+        "optimizer.betas",
+        "at least 2",
+    ),
+    "optimizer=torch optimizer._target_=torch.optim.NAdam +optimizer.eps=x": (
+        "optimizer.eps='x'",
+        "valid number",
+    ),
     "schedule.milestones=[30,60]": ("schedule.milestones.0=30", "less than 1"),
     "schedule=cosine schedule.per=batch": ("schedule.per='batch'", "'epoch' or 'iteration'"),
     "schedule=cosine schedule.warmup=0.5": ("schedule.warmup=0.5", "schedule.per=iteration"),
     "schedule=cosine schedule.warmup=3 epochs=3": ("schedule.warmup=3", "shorter than epochs=3"),
-    "optimizer=sgd optimizer.nesterov=true": ("optimizer.nesterov=True", "needs optimizer.momentum"),
+    "optimizer=sgd optimizer.nesterov=true": (
+        "optimizer.nesterov=True",
+        "needs optimizer.momentum",
+    ),
     "method.local_target=foo": ("method.local_target='foo'", "'logits' or 'labels'"),
     "method.name=a/b": ("method.name='a/b'", "pattern"),
     "model.widths=[]": ("model.widths=[]", "at least 1"),
     "model.widths=[256,65537]": ("model.widths.1=65537", "less than or equal to 65536"),
-    "model=conv3 model.downsampling=average": ("model.downsampling='average'", "'max_pool' or 'stride'"),
-    "model=conv3_bn model.batch_norm_updates=3": ("model.batch_norm_updates=3", "less than or equal to 2"),
+    "model=conv3 model.downsampling=average": (
+        "model.downsampling='average'",
+        "'max_pool' or 'stride'",
+    ),
+    "model=conv3_bn model.batch_norm_updates=3": (
+        "model.batch_norm_updates=3",
+        "less than or equal to 2",
+    ),
     "model=resnet18 model.residuals=0": ("model.residuals=0", "greater than 0"),
     "dataset=cifar10 dataset.source.classes=20": ("dataset.source.classes=20", "10 or 100"),
     "dataset.std=[0.2,0.2]": ("dataset.std=[0.2, 0.2]", "dataset.mean, which has 1"),
     "dataset.source=digits": ("dataset.source", "valid dictionary"),
     "augmentation=flip augmentation.flip=1.5": ("augmentation.flip=1.5", "less than or equal to 1"),
-    "protocol.accuracy=best_validation validation_fraction=0": ("protocol.accuracy", "set validation_fraction"),
-    "protocol=authors protocol.local_pooling_of.conv3=min": ("protocol.local_pooling_of.conv3='min'", "'max'"),
+    "protocol.accuracy=best_validation validation_fraction=0": (
+        "protocol.accuracy",
+        "set validation_fraction",
+    ),
+    "protocol=authors protocol.local_pooling_of.conv3=min": (
+        "protocol.local_pooling_of.conv3='min'",
+        "'max'",
+    ),
     "tracking.project=a/b": ("tracking.project='a/b'", "pattern"),
     "tracking.tags=[5]": ("tracking.tags.0=5", "valid string"),
 }
 NAMES = {
-    "dataset=mnist dataset.name=mien": ("dataset.name='mien'", "this name does not belong to the data source"),
+    "dataset=mnist dataset.name=mien": (
+        "dataset.name='mien'",
+        "this name does not belong to the data source",
+    ),
     "dataset=folder dataset.name=mnist dataset.source.path=x": ("dataset.name='mnist'",),
     "dataset=cifar10 dataset.source.classes=100": ("dataset.name='cifar10'",),
     "hydra.job.chdir=true": ("hydra.job.chdir=true",),
@@ -74,12 +115,18 @@ KEYS = {
     "batchsize=32": ("batchsize", "did you mean batch_size?"),
     "optimizer.learning_rate=1e-3": ("optimizer.learning_rate", "did you mean optimizer.lr?"),
     "wd=0.1": ("wd", "did you mean optimizer.weight_decay?"),
-    "--multirun optimizer.lrr=1e-3,1e-4": ("optimizer.lrr: no such option", "did you mean optimizer.lr?"),
+    "--multirun optimizer.lrr=1e-3,1e-4": (
+        "optimizer.lrr: no such option",
+        "did you mean optimizer.lr?",
+    ),
     "method=dfa method.fixed_blocks=1": (
         "method.fixed_blocks",
         "; +method.fixed_blocks=… passes it to the constructor",
     ),
-    "optimizer.milestones=[0.5]": ("optimizer.milestones: no such option", "did you mean schedule.milestones?"),
+    "optimizer.milestones=[0.5]": (
+        "optimizer.milestones: no such option",
+        "did you mean schedule.milestones?",
+    ),
     "++optimizer.decay=0.5": ("optimizer.decay: no such option", "did you mean schedule.decay?"),
     "schedule=cosine schedule.milestones=[]": ("schedule.milestones: no such option", "final"),
     "optimizer.feedback.momentum=0.9": ("optimizer.feedback.momentum: no such option",),
@@ -114,14 +161,38 @@ KEYS = {
     "seed=0,1": ("seed=0,1", "--multirun"),
 }
 TARGETS = {
-    "model._target_=os.system": ("model._target_=os.system", "a function that returns a BlockNet defined in dfl_exp"),
-    "method._target_=dfl_experiments_elsewhere.B": ("dfl_experiments_elsewhere.B", "defined in dfl_experiments"),
-    "model._target_=dfl_experiments.models.nothing": ("dfl_experiments.models.nothing", "cannot be loaded"),
-    "model._target_=dfl_experiments.train.main": ("dfl_experiments.train.main", "returns a BlockNet"),
-    "model._target_=dfl_experiments.models.conv3.normalisation": ("conv3.normalisation", "returns a BlockNet"),
-    "method._target_=dfl_experiments.models.fc": ("dfl_experiments.models.fc", "a subclass of Method"),
-    "optimizer._target_=dfl_experiments.optimizers.OptimizerFactory": ("OptimizerFactory", "must be a subclass"),
-    "augmentation._target_=dfl_experiments.data.randaugment.RandAugment": ("RandAugment", "a subclass of Augmentation"),
+    "model._target_=os.system": (
+        "model._target_=os.system",
+        "a function that returns a BlockNet defined in dfl_exp",
+    ),
+    "method._target_=dfl_experiments_elsewhere.B": (
+        "dfl_experiments_elsewhere.B",
+        "defined in dfl_experiments",
+    ),
+    "model._target_=dfl_experiments.models.nothing": (
+        "dfl_experiments.models.nothing",
+        "cannot be loaded",
+    ),
+    "model._target_=dfl_experiments.train.main": (
+        "dfl_experiments.train.main",
+        "returns a BlockNet",
+    ),
+    "model._target_=dfl_experiments.models.conv3.normalisation": (
+        "conv3.normalisation",
+        "returns a BlockNet",
+    ),
+    "method._target_=dfl_experiments.models.fc": (
+        "dfl_experiments.models.fc",
+        "a subclass of Method",
+    ),
+    "optimizer._target_=dfl_experiments.optimizers.OptimizerFactory": (
+        "OptimizerFactory",
+        "must be a subclass",
+    ),
+    "augmentation._target_=dfl_experiments.data.randaugment.RandAugment": (
+        "RandAugment",
+        "a subclass of Augmentation",
+    ),
     "method._target_=3": ("method._target_=3", "a subclass of Method"),
     "~dataset.source._target_": ("dataset.source._target_: missing",),
     "model.activation={_target_:os.system,command:ls}": ("model.activation", "'relu', 'tanh'"),
@@ -129,10 +200,21 @@ TARGETS = {
 }
 SWEEPS = {
     "--multirun seed=0,1 epochs=2,x": ("epochs='x'", "in the job seed=0 epochs=x"),
-    "--multirun seed=0,1 device=cpu,auto": ("two jobs are the same run", "device=cpu", "device=auto"),
-    "--multirun seed=0,1 hydra.sweep.subdir=same": ("hydra.sweep.subdir", "same", "seed=0", "seed=1"),
+    "--multirun seed=0,1 device=cpu,auto": (
+        "two jobs are the same run",
+        "device=cpu",
+        "device=auto",
+    ),
+    "--multirun seed=0,1 hydra.sweep.subdir=same": (
+        "hydra.sweep.subdir",
+        "same",
+        "seed=0",
+        "seed=1",
+    ),
     "--multirun method=bp,null": ("method=null", "bp, brsf, dfa", "in the job method=null"),
-    "--multirun seed=0,1 hydra/launcher=joblib hydra.launcher.n_jobs=0": ("hydra.launcher.n_jobs=0",),
+    "--multirun seed=0,1 hydra/launcher=joblib hydra.launcher.n_jobs=0": (
+        "hydra.launcher.n_jobs=0",
+    ),
     "--multirun 'method=glob(zzz*)'": ("method=glob(zzz*)", "no job"),
     "--multirun method=bp,lass": (
         "method=lass: there are adfa",

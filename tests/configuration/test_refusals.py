@@ -25,7 +25,9 @@ def refusal(arguments, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_bad_input_is_refused_by_name_and_nothing_is_written(arguments, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_refused_by_name_and_nothing_is_written(
+    arguments, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     said = refusal(shlex.split(arguments), monkeypatch, capsys)
     assert [part for part in REFUSED[arguments] if part not in said] == []

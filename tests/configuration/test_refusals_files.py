@@ -47,7 +47,9 @@ def broken(input_shape: tuple[int, int, int], num_classes: int, kernel: Count) -
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def test_a_refused_command_line_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch, capsys):
@@ -71,13 +73,23 @@ def test_a_refused_command_line_leaves_a_finished_run_as_it_was(tmp_path, monkey
         "--multirun hydra.sweep.subdir=. seed=0,1",
     )
     for arguments in refused:
-        refusal([*QUICK, "hydra.run.dir=here", "hydra.sweep.dir=here", *shlex.split(arguments)], monkeypatch, capsys)
+        refusal(
+            [*QUICK, "hydra.run.dir=here", "hydra.sweep.dir=here", *shlex.split(arguments)],
+            monkeypatch,
+            capsys,
+        )
         assert contents(tmp_path) == before, arguments
 
 
 STRANGERS = {
-    "a method": ({"method": {"name": "las", "_target_": "os.mkdir", "path": "touched"}}, "method._target_=os.mkdir"),
-    "a model": ({"model": {"name": "fc", "_target_": "os.mkdir", "path": "touched"}}, "model._target_=os.mkdir"),
+    "a method": (
+        {"method": {"name": "las", "_target_": "os.mkdir", "path": "touched"}},
+        "method._target_=os.mkdir",
+    ),
+    "a model": (
+        {"model": {"name": "fc", "_target_": "os.mkdir", "path": "touched"}},
+        "model._target_=os.mkdir",
+    ),
     "a plugin": (
         {"plugins": ["stranger"], "method": {"name": "las", "_target_": "stranger.Method"}},
         "method._target_=stranger.Method",
@@ -120,7 +132,9 @@ def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(strang
 
 BOMBS = {
     "aliases": "a: &a [x, x]\n"
-    + "".join(f"{k}: &{k} [*{j}, *{j}]\n" for j, k in itertools.pairwise("abcdefghijklmnopqrstuvwx")),
+    + "".join(
+        f"{k}: &{k} [*{j}, *{j}]\n" for j, k in itertools.pairwise("abcdefghijklmnopqrstuvwx")
+    ),
     "brackets": "[" * 50_000,
     "length": "a: " + "x" * 2**21,
 }
@@ -134,7 +148,9 @@ def test_a_file_that_would_grow_without_end_is_refused_at_once(bomb, stranger, m
         assert "theirs/config.yaml" in refusal([f"{key}=theirs"], monkeypatch, capsys)
     result = json.loads(Path("theirs/result.json").read_text())
     del result["seal"]
-    text = json.dumps(result).replace('"smoke": null', '"smoke": ' + '{"a": ' * 900 + "1" + "}" * 900)
+    text = json.dumps(result).replace(
+        '"smoke": null', '"smoke": ' + '{"a": ' * 900 + "1" + "}" * 900
+    )
     Path("theirs/result.json").write_text(text)
     assert "more than 20 levels" in dfl_report(Path(), "theirs").stderr
     Path("theirs/result.json").write_text("[" * 50_000)
@@ -160,9 +176,13 @@ def test_what_looks_like_an_interpolation_in_a_path_is_a_text(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DFL_DATA_DIR", str(tmp_path / "a${b}\\${oc.env:HOME}"))
     for arguments in (["hydra.run.dir=here"], ["repeat=here", "hydra.run.dir=again"]):
-        monkeypatch.setattr(sys, "argv", ["dfl-train", *(QUICK if len(arguments) == 1 else []), *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["dfl-train", *(QUICK if len(arguments) == 1 else []), *arguments]
+        )
         main()
-    found = [read_recorded(Path(folder, "config.yaml"), "")["data_dir"] for folder in ("here", "again")]
+    found = [
+        read_recorded(Path(folder, "config.yaml"), "")["data_dir"] for folder in ("here", "again")
+    ]
     assert found == [str(tmp_path / "a${b}\\${oc.env:HOME}")] * 2
     assert "las" in dfl_report(Path(), "here").stdout
 
@@ -191,29 +211,43 @@ def valid_conv(tmp_path, monkeypatch):
     (tmp_path / "code" / "valid_conv.py").write_text(VALID_CONV)
     (tmp_path / "conf" / "model").mkdir(parents=True)
     target = "dfl_experiments.models.valid_conv.valid_conv"
-    (tmp_path / "conf" / "model" / "valid_conv.yaml").write_text(f"name: valid_conv\n_target_: {target}\nkernel: 3\n")
+    (tmp_path / "conf" / "model" / "valid_conv.yaml").write_text(
+        f"name: valid_conv\n_target_: {target}\nkernel: 3\n"
+    )
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "code")])
     yield ["--config-dir", str(tmp_path / "conf"), "model=valid_conv"]
     sys.modules.pop("dfl_experiments.models.valid_conv")
     del models.valid_conv
 
 
-def test_a_kernel_larger_than_the_images_is_refused_before_training(valid_conv, tmp_path, monkeypatch, capsys):
+def test_a_kernel_larger_than_the_images_is_refused_before_training(
+    valid_conv, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dfl-train", *valid_conv, *QUICK, "method=bp", "hydra.run.dir=fits"])
+    monkeypatch.setattr(
+        sys, "argv", ["dfl-train", *valid_conv, *QUICK, "method=bp", "hydra.run.dir=fits"]
+    )
     main()
     capsys.readouterr()
     assert (tmp_path / "fits" / "last.pt").exists()
     for method in ("bp", "las"):
         line = refusal(
-            [*valid_conv, *QUICK, f"method={method}", "model.kernel=9", "hydra.run.dir=here"], monkeypatch, capsys
+            [*valid_conv, *QUICK, f"method={method}", "model.kernel=9", "hydra.run.dir=here"],
+            monkeypatch,
+            capsys,
         )
         assert "input shape (1, 8, 8)" in line
         assert "9 x 9" in line
-    assert not [name for name in ("last.pt", "iterations.csv", "epochs.csv") if (tmp_path / "here" / name).exists()]
+    assert not [
+        name
+        for name in ("last.pt", "iterations.csv", "epochs.csv")
+        if (tmp_path / "here" / name).exists()
+    ]
 
 
-def test_a_mistake_in_the_code_is_not_passed_off_as_the_user_s(valid_conv, tmp_path, monkeypatch, capsys):
+def test_a_mistake_in_the_code_is_not_passed_off_as_the_user_s(
+    valid_conv, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     broken = "model._target_=dfl_experiments.models.valid_conv.broken"
     monkeypatch.setattr(sys, "argv", ["dfl-train", *valid_conv, broken, *QUICK])
@@ -238,7 +272,9 @@ def test_a_data_set_that_is_nowhere_is_refused_with_what_to_do(tmp_path, monkeyp
 
 def test_a_network_that_no_method_can_train_is_the_user_s_mistake():
     def net(*blocks, outputs=10):
-        return BlockNet(*blocks, head=nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)), input_shape=(1, 8, 8))
+        return BlockNet(
+            *blocks, head=nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)), input_shape=(1, 8, 8)
+        )
 
     hidden = Block(nn.Identity(), nn.ReLU())
     assert Backprop(net(hidden), 10, LOSSES["cross_entropy"]).depth == 2
@@ -254,7 +290,9 @@ def test_a_network_that_no_method_can_train_is_the_user_s_mistake():
 
 def test_what_torch_cannot_make_is_named_with_its_options():
     node = {"_target_": "dfl_experiments.models.fc", "widths": [4], "activation": "relu"}
-    with pytest.raises(UserError, match=r"model: cannot be built with widths=\[4\], .* \(.*negative dimension"):
+    with pytest.raises(
+        UserError, match=r"model: cannot be built with widths=\[4\], .* \(.*negative dimension"
+    ):
         component(node, "model").build(input_shape=(1, 8, -8), num_classes=10)
 
 
@@ -269,7 +307,9 @@ SLIPS = {
 
 @pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"]], ids=["run", "sweep"])
 @pytest.mark.parametrize("text", SLIPS)
-def test_a_slip_in_a_file_of_one_s_own_is_one_line_with_its_place(text, sweep, tmp_path, monkeypatch, capsys):
+def test_a_slip_in_a_file_of_one_s_own_is_one_line_with_its_place(
+    text, sweep, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "conf" / "method" / "bad.yaml"
     path.parent.mkdir(parents=True)

@@ -10,9 +10,21 @@ from dfl_experiments.configuration.refusals import flat_keys
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
 
-VALUES = plain(compose(["model=conv3_bn", "dataset=cifar10", "augmentation=randaugment_cutout_flip"]))
+VALUES = plain(
+    compose(["model=conv3_bn", "dataset=cifar10", "augmentation=randaugment_cutout_flip"])
+)
 KEYS = [*flat_keys(VALUES), "method._target_", "method.name", "nothing", "dataset.source.nothing"]
-WORDS = ["las", "auto", "cuda:9", "os.system", "dfl_experiments.models.fc", "???", "NaN", "${seed}", "x" * 5000]
+WORDS = [
+    "las",
+    "auto",
+    "cuda:9",
+    "os.system",
+    "dfl_experiments.models.fc",
+    "???",
+    "NaN",
+    "${seed}",
+    "x" * 5000,
+]
 
 scalars = st.one_of(
     st.integers(-(2**70), 2**70),
@@ -25,7 +37,9 @@ scalars = st.one_of(
 )
 values = st.recursive(
     scalars,
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=6,
 )
 
@@ -43,7 +57,13 @@ def changed(changes):
     return found
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+@settings(
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[*HealthCheck],
+)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), values), min_size=1, max_size=3))
 def test_a_configuration_is_accepted_or_refused_in_one_line(changes):
     said = ""

@@ -44,10 +44,15 @@ class Made(Source):
 
 def equal(first: Arrays, second: Arrays) -> bool:
     """Return whether two data sets have equal arrays."""
-    return all(np.array_equal(*parts) for parts in zip(*(vars(data).values() for data in (first, second)), strict=True))
+    return all(
+        np.array_equal(*parts)
+        for parts in zip(*(vars(data).values() for data in (first, second)), strict=True)
+    )
 
 
-def write_image(path: Path, seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", **options) -> None:
+def write_image(
+    path: Path, seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", **options
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, **options)
@@ -72,11 +77,21 @@ def write_tiny(data_dir: Path) -> Path:
         names = [f"{wnid}_{index}.JPEG" for index in range(4)]
         for index, name in enumerate(names):
             mode = "L" if index == 1 else "RGB"
-            write_image(root / "train" / wnid / "images" / name, 10 * label + index, (64, 64), mode, format="JPEG")
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("".join(f"{name}\t0\t0\t63\t63\n" for name in names))
+            write_image(
+                root / "train" / wnid / "images" / name,
+                10 * label + index,
+                (64, 64),
+                mode,
+                format="JPEG",
+            )
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(
+            "".join(f"{name}\t0\t0\t63\t63\n" for name in names)
+        )
         for index in range(2):
             name = f"val_{2 * label + index}.JPEG"
-            write_image(root / "val" / "images" / name, 10 * label + 5 + index, (64, 64), format="JPEG")
+            write_image(
+                root / "val" / "images" / name, 10 * label + 5 + index, (64, 64), format="JPEG"
+            )
             rows.append(f"{name}\t{wnid}\t0\t0\t63\t63")
     (root / "val" / "val_annotations.txt").write_text("\n".join(reversed(rows)) + "\n")
     (root / "wnids.txt").write_text("n02\nn01\n")
@@ -91,10 +106,18 @@ def write_mnist(data_dir: Path, train: int = 12) -> dict[str, str]:
     raw.mkdir(parents=True)
     for name, count in (("train", train), ("t10k", 5)):
         images = random.integers(0, 256, (count, 28, 28), np.uint8)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes())
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes()
+        )
         labels = random.integers(0, 10, count).astype(np.uint8)
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
-    order = [f"{name}-{kind}" for name in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 0x801, count) + labels.tobytes()
+        )
+    order = [
+        f"{name}-{kind}"
+        for name in ("train", "t10k")
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    ]
     return {name: md5(raw / name) for name in order}
 
 
@@ -107,11 +130,16 @@ def write_cifar(data_dir: Path, published: type[CIFAR10], patch: pytest.MonkeyPa
     for which in ("train_list", "test_list"):
         names = [name for name, _ in getattr(published, which)]
         for name in names:
-            batch = {"data": random.integers(0, 256, (20, 3072), np.uint8), labels: random.integers(0, 10, 20).tolist()}
+            batch = {
+                "data": random.integers(0, 256, (20, 3072), np.uint8),
+                labels: random.integers(0, 10, 20).tolist(),
+            }
             (folder / name).write_bytes(pickle.dumps(batch))
         patch.setattr(published, which, [[name, md5(folder / name)] for name in names])
     meta = folder / published.meta["filename"]
-    meta.write_bytes(pickle.dumps({published.meta["key"]: [f"class {label}" for label in range(100)]}))
+    meta.write_bytes(
+        pickle.dumps({published.meta["key"]: [f"class {label}" for label in range(100)]})
+    )
     patch.setattr(published, "meta", published.meta | {"md5": md5(meta)})
     return folder
 
@@ -129,8 +157,17 @@ def flip(path: Path, place: int = -1) -> None:
 
 def contents(*roots: Path) -> dict[str, tuple[int, int]]:
     """Every file below the folders, but for locks, with its length and the time it was last written to."""
-    files = ((str(path), path.lstat()) for root in roots for path in root.rglob("*") if path.suffix != ".lock")
-    return {path: (file.st_size, file.st_mtime_ns) for path, file in files if not stat.S_ISDIR(file.st_mode)}
+    files = (
+        (str(path), path.lstat())
+        for root in roots
+        for path in root.rglob("*")
+        if path.suffix != ".lock"
+    )
+    return {
+        path: (file.st_size, file.st_mtime_ns)
+        for path, file in files
+        if not stat.S_ISDIR(file.st_mode)
+    }
 
 
 def refused(name: str, source: Source, data_dir: Path, message: str, **options) -> str:

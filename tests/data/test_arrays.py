@@ -34,7 +34,12 @@ def write(folder: Path, **changed) -> Path:
     centres = random.normal(size=(3, 12))
     # features of many sizes: as given, the large ones hide the others
     features = (centres[labels] + random.normal(size=(300, 12)) / 2) * 10.0 ** np.arange(-4, 8) + 7
-    good = {"X_train": features[:240], "y_train": labels[:240], "X_test": features[240:], "y_test": labels[240:]}
+    good = {
+        "X_train": features[:240],
+        "y_train": labels[:240],
+        "X_test": features[240:],
+        "y_test": labels[240:],
+    }
     parts = {name: part for name, part in (good | changed).items() if part is not None}
     np.savez(folder / "data.npz", **parts)
     return folder / "data.npz"
@@ -43,7 +48,9 @@ def write(folder: Path, **changed) -> Path:
 def reshaped(folder: Path, *shape: int, dtype: type = np.float64) -> None:
     """The same features in another shape and type."""
     with np.load(write(folder)) as parts:
-        samples = {name: parts[name].reshape(-1, *shape).astype(dtype) for name in ("X_train", "X_test")}
+        samples = {
+            name: parts[name].reshape(-1, *shape).astype(dtype) for name in ("X_train", "X_test")
+        }
     write(folder, **samples)
 
 
@@ -74,7 +81,9 @@ def test_digits_as_features_reach_what_they_reach_as_images(tmp_path):
     options = ("epochs=10", "method=bp", "dataset.fc_widths=[64,64]", "optimizer.lr=1e-3")
     found = {}
     normalise = Normalise([0.5], [0.25])
-    floats = {name: normalise(torch.from_numpy(part)).flatten(1).numpy() for name, part in images.items()}
+    floats = {
+        name: normalise(torch.from_numpy(part)).flatten(1).numpy() for name, part in images.items()
+    }
     raw = {name: part.reshape(len(part), -1).astype(float) for name, part in images.items()}
     planes = {name: part[:, 0] for name, part in images.items()}
     kinds = {
@@ -90,7 +99,9 @@ def test_digits_as_features_reach_what_they_reach_as_images(tmp_path):
     assert found["planes"]["accuracy"] == found["images"]["accuracy"]
     assert found["planes"]["input_shape"] == [1, 8, 8]
     # the same numbers by another path
-    assert found["normalised"]["validation_loss"] == pytest.approx(found["images"]["validation_loss"], rel=1e-3)
+    assert found["normalised"]["validation_loss"] == pytest.approx(
+        found["images"]["validation_loss"], rel=1e-3
+    )
     assert found["raw"]["accuracy"] > found["images"]["accuracy"] - 0.03
 
 
@@ -115,7 +126,13 @@ def token_model(tmp_path, monkeypatch) -> tuple[str, ...]:
     """Tokens whose first one decides the class, and the options for a model that looks them up."""
     tokens = np.random.default_rng(2).integers(0, 20, (600, 6)).astype(np.int32)
     labels = (tokens[:, 0] > 9).astype(np.uint8)
-    write(tmp_path, X_train=tokens[:500], y_train=labels[:500], X_test=tokens[500:], y_test=labels[500:])
+    write(
+        tmp_path,
+        X_train=tokens[:500],
+        y_train=labels[:500],
+        X_test=tokens[500:],
+        y_test=labels[500:],
+    )
     (tmp_path / "my_tokens.py").write_text(MODEL)
     (tmp_path / "conf" / "model").mkdir(parents=True)
     (tmp_path / "conf" / "model" / "look_up.yaml").write_text(
@@ -125,9 +142,17 @@ def token_model(tmp_path, monkeypatch) -> tuple[str, ...]:
     return "--config-dir", "conf", "plugins=[my_tokens]", "model=look_up"
 
 
-@pytest.mark.parametrize(("method", "precision"), [("las", "bfloat16"), ("fa", "float32"), ("dfa", "float32")])
+@pytest.mark.parametrize(
+    ("method", "precision"), [("las", "bfloat16"), ("fa", "float32"), ("dfa", "float32")]
+)
 def test_tokens_reach_the_net_as_integers(tmp_path, token_model, method, precision):
-    options = (f"method={method}", f"precision={precision}", "epochs=15", "optimizer.lr=1e-2", "alignment.every=5")
+    options = (
+        f"method={method}",
+        f"precision={precision}",
+        "epochs=15",
+        "optimizer.lr=1e-2",
+        "alignment.every=5",
+    )
     result = trained(tmp_path, *token_model, *options)
     assert result["accuracy"] > 0.8
     assert result["input_shape"] == [6]
@@ -152,30 +177,70 @@ PICTURES = np.zeros((240, 8, 8, 3), np.uint8)
 REFUSED = {
     "no part": ({"X_test": None}, (), "X_test is not a file in the archive"),
     "not a number": ({"X_train": spoilt((17, 3), np.nan)}, (), "X_train: holds nan at [17, 3]"),
-    "infinite": ({"X_train": spoilt((0, 0), np.inf, np.float32)}, (), "X_train: holds inf at [0, 0]"),
+    "infinite": (
+        {"X_train": spoilt((0, 0), np.inf, np.float32)},
+        (),
+        "X_train: holds inf at [0, 0]",
+    ),
     "beyond float32": ({"X_train": spoilt((2, 0), 1e39)}, (), "X_train: holds 1e+39 at [2, 0]"),
-    "one axis": ({"X_train": np.ones(240)}, (), "X_train: must be uint8 images (N, C, H, W), float32 features"),
+    "one axis": (
+        {"X_train": np.ones(240)},
+        (),
+        "X_train: must be uint8 images (N, C, H, W), float32 features",
+    ),
     "text": ({"X_train": np.array([["a"]] * 240)}, (), "int64 tokens (N, T), is <U1 (240, 1)"),
     "small integers": ({"X_train": np.ones((240, 12), np.int8)}, (), "is int8 (240, 12)"),
     "half": ({"X_train": np.ones((240, 12), np.float16)}, (), "is float16 (240, 12)"),
     "objects": ({"X_train": np.array([{}] * 240)}, (), "Object arrays cannot be loaded"),
     "empty": ({"X_test": np.ones((0, 12))}, (), "X_test: must be"),
     "channels last": ({"X_train": PICTURES}, (), "X_train: (240, 8, 8, 3) is (N, H, W, C)"),
-    "negative tokens": ({"X_train": np.full((240, 12), -1)}, (), "X_train: tokens must be 0 or more"),
-    "other kind": ({"X_test": np.ones((60, 12), int)}, (), "X_test: has tokens of shape (12,), but"),
+    "negative tokens": (
+        {"X_train": np.full((240, 12), -1)},
+        (),
+        "X_train: tokens must be 0 or more",
+    ),
+    "other kind": (
+        {"X_test": np.ones((60, 12), int)},
+        (),
+        "X_test: has tokens of shape (12,), but",
+    ),
     "other shape": ({"X_test": np.ones((60, 11))}, (), "features of shape (11,), but"),
     "too few labels": ({"y_train": LABELS[:9]}, (), "y_train: must be 240 integers, is int64 (9,)"),
-    "targets of a regression": ({"y_train": LABELS / 2}, (), "y_train: must be 240 integers, is float64"),
+    "targets of a regression": (
+        {"y_train": LABELS / 2},
+        (),
+        "y_train: must be 240 integers, is float64",
+    ),
     "one-hot labels": ({"y_train": np.eye(3, dtype=int)[LABELS]}, (), "is int64 (240, 3)"),
-    "a negative label": ({"y_train": LABELS - 1}, (), "labels must be 0 to 1, one for each class; they range from -1"),
+    "a negative label": (
+        {"y_train": LABELS - 1},
+        (),
+        "labels must be 0 to 1, one for each class; they range from -1",
+    ),
     "a label outside": ({"y_test": LABELS[:60] + 1}, (), "y_test: labels must be 0 to 2"),
     "years for labels": ({"y_train": LABELS + 2000}, (), "y_train: has the label 2002"),
-    "one class": ({"y_train": LABELS * 0, "y_test": LABELS[:60] * 0}, (), "y_train: must name at least two classes"),
-    "a net for images": ({}, ("model=conv3",), "model=conv3: needs samples with 3 axes, but gets (12,)"),
+    "one class": (
+        {"y_train": LABELS * 0, "y_test": LABELS[:60] * 0},
+        (),
+        "y_train: must name at least two classes",
+    ),
+    "a net for images": (
+        {},
+        ("model=conv3",),
+        "model=conv3: needs samples with 3 axes, but gets (12,)",
+    ),
     "a mixer": ({}, ("model=mixer",), "model=mixer: needs samples with 3 axes, but gets (12,)"),
-    "augmentation": ({}, ("augmentation=crop_flip",), "augmentation=crop_flip: needs uint8 images larger"),
+    "augmentation": (
+        {},
+        ("augmentation=crop_flip",),
+        "augmentation=crop_flip: needs uint8 images larger",
+    ),
     "flips": ({}, ("augmentation=flip",), "augmentation=flip: needs uint8 images, but"),
-    "another name": ({}, ("dataset.name=mnist",), "dataset.name='mnist': this name does not belong to the data source"),
+    "another name": (
+        {},
+        ("dataset.name=mnist",),
+        "dataset.name='mnist': this name does not belong to the data source",
+    ),
     "absent": ({}, ("dataset.source.path=none.npz",), "No such file"),
     "no archive": ({}, ("dataset.source.path=words.npz",), "File is not a zip file"),
     "no path": ({}, ("dataset.source.path=???",), "dataset.source.path: missing"),
@@ -194,7 +259,9 @@ def test_what_does_not_fit_is_one_line_before_training(tmp_path, case):
 
 
 def test_a_class_without_training_samples_and_any_kind_of_integer_are_allowed(tmp_path):
-    write(tmp_path, y_train=(LABELS * 2).astype(np.uint8), y_test=(LABELS[:60] + 1).astype(np.int16))
+    write(
+        tmp_path, y_train=(LABELS * 2).astype(np.uint8), y_test=(LABELS[:60] + 1).astype(np.int16)
+    )
     assert trained(tmp_path, "epochs=1")["num_classes"] == 5
     log = (tmp_path / "here" / "run.log").read_text()
     assert log.count("arrays: 2 of 5 classes have no training sample: 1, 3\n") == 1
@@ -203,14 +270,21 @@ def test_a_class_without_training_samples_and_any_kind_of_integer_are_allowed(tm
 @pytest.mark.parametrize("dtype", [np.uint64, np.int8])
 def test_only_some_of_many_empty_classes_are_named(dtype, caplog):
     classes = [f"class {label}" for label in range(100)]
-    warn_of_empty_classes("made", Made(train_labels=np.array([0, 1, 0, 99], dtype), classes=classes).arrays)
+    warn_of_empty_classes(
+        "made", Made(train_labels=np.array([0, 1, 0, 99], dtype), classes=classes).arrays
+    )
     (text,) = caplog.messages
-    assert text == "made: 97 of 100 classes have no training sample: class 2, class 3, class 4, class 5, class 6, …"
+    assert (
+        text
+        == "made: 97 of 100 classes have no training sample: class 2, class 3, class 4, class 5, class 6, …"
+    )
     warn_of_empty_classes("made", Made().arrays)
     assert caplog.messages == [text]
 
 
-@pytest.mark.parametrize("types", [("f4", "f4"), ("f8", "f4"), ("f4", "f8"), (">f4", "<f4"), ("i4", "i8")])
+@pytest.mark.parametrize(
+    "types", [("f4", "f4"), ("f8", "f4"), ("f4", "f8"), (">f4", "<f4"), ("i4", "i8")]
+)
 def test_test_samples_that_are_training_samples_are_found_whatever_their_types(types, caplog):
     samples = np.round(RANDOM.normal(size=(9, 5)) * 1e3, 3 if "f" in types[0] else 0)
     train, test = samples[:7].astype(types[0]), samples[4:].astype(types[1])
@@ -226,7 +300,12 @@ def test_a_feature_that_is_constant_in_training_alone_is_told(tmp_path):
     write(tmp_path, X_train=train, X_test=test.astype(np.float32))
     trained(tmp_path, "epochs=1")
     log = (tmp_path / "here" / "run.log").read_text()
-    assert log.count("arrays: 2 features are constant in the training samples, but not in the test samples") == 1
+    assert (
+        log.count(
+            "arrays: 2 features are constant in the training samples, but not in the test samples"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("shape", [(4,), (5, 4), (4, 3, 2)], ids=str)
@@ -290,10 +369,21 @@ def test_a_source_of_one_s_own_returns_any_of_them(tmp_path, token_model, is_pac
     (tmp_path / "my_source.py").write_text(SOURCE)
     (tmp_path / "conf" / "dataset").mkdir()
     (tmp_path / "conf" / "dataset" / "mine.yaml").write_text(DATASET)
-    mine = ("--config-dir", "conf", "plugins=[my_source,my_tokens]", "dataset=mine", "data_dir=.", *QUIET)
+    mine = (
+        "--config-dir",
+        "conf",
+        "plugins=[my_source,my_tokens]",
+        "dataset=mine",
+        "data_dir=.",
+        *QUIET,
+    )
 
     def run(kind: str, *options: str) -> tuple[int, str]:
-        source = (f"dataset.source.kind={kind}", f"dataset.source.is_packed={is_packed}", "force=true")
+        source = (
+            f"dataset.source.kind={kind}",
+            f"dataset.source.is_packed={is_packed}",
+            "force=true",
+        )
         done = dfl_train(tmp_path, *mine, *source, *options)
         return done.returncode, done.stderr
 
@@ -315,7 +405,9 @@ def test_a_source_of_one_s_own_returns_any_of_them(tmp_path, token_model, is_pac
     assert run("tokens", "dataset.name=words", "model=look_up", "model.vocabulary=9") == (0, "")
 
 
-@pytest.mark.parametrize(("shape", "axes"), [((30, 4), 0), ((30, 5, 4), (0, 1)), ((30, 4, 2, 3), (0, 2, 3))], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((30, 4), 0), ((30, 5, 4), (0, 1)), ((30, 4, 2, 3), (0, 2, 3))], ids=str
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_standardised_features_have_mean_0_and_deviation_1(shape, axes, dtype):
     training = (RANDOM.normal(size=shape) * 1e-3 + 1e3).astype(dtype)
@@ -340,7 +432,13 @@ def test_constant_features_become_0_and_others_use_the_training_samples_alone():
 
 def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
     write(tmp_path)
-    options = (*NPZ, *QUIET[:3], "epochs=30", "checkpoint.every_seconds=0.003", "dataset.fc_widths=[32,32]")
+    options = (
+        *NPZ,
+        *QUIET[:3],
+        "epochs=30",
+        "checkpoint.every_seconds=0.003",
+        "dataset.fc_widths=[32,32]",
+    )
     assert dfl_train(tmp_path, *options, "hydra.run.dir=whole").returncode == 0
     pid = forked(tmp_path, *options, "hydra.run.dir=broken")
     until = time.monotonic() + 60
@@ -351,7 +449,9 @@ def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
     assert dfl_train(tmp_path, "resume=broken").returncode == 0
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert (broken / "iterations.csv").read_bytes() == (whole / "iterations.csv").read_bytes()
-    torch.testing.assert_close(load_checkpoint(broken)["net"], load_checkpoint(whole)["net"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        load_checkpoint(broken)["net"], load_checkpoint(whole)["net"], rtol=0, atol=0
+    )
     with np.load(tmp_path / "data.npz") as parts:
         write(tmp_path, X_train=parts["X_train"] + 1)
     changed = dfl_train(tmp_path, "resume=broken")
@@ -385,10 +485,14 @@ def test_the_split_is_an_option_that_names_and_digests_recorded_before_do_not_no
     assert point_name(before) == point_name(compose([]))
 
 
-def crop_flipped(images: torch.Tensor, generator: torch.Generator, crop: int, flip: float) -> torch.Tensor:
+def crop_flipped(
+    images: torch.Tensor, generator: torch.Generator, crop: int, flip: float
+) -> torch.Tensor:
     """One image at a time, with the decisions of a whole batch: pad by reflection, cut out, flip."""
     count = len(images)
-    tops, lefts = (torch.randint(-crop, crop + 1, (count,), generator=generator) + crop for _ in range(2))
+    tops, lefts = (
+        torch.randint(-crop, crop + 1, (count,), generator=generator) + crop for _ in range(2)
+    )
     flips = torch.rand(count, generator=generator) < flip
     height, width = images.shape[2:]
     results = []
@@ -401,25 +505,35 @@ def crop_flipped(images: torch.Tensor, generator: torch.Generator, crop: int, fl
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 9, 5)], ids=str)
 def test_crop_flip_equals_one_image_at_a_time(shape):
-    images = torch.randint(256, (200, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (200, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     before = images.clone()
     augmentation = Augmentation(crop=4, flip=0.5)
     for seed in range(3):
-        found = augmentation(images, lambda given: given.float(), torch.Generator().manual_seed(seed))
+        found = augmentation(
+            images, lambda given: given.float(), torch.Generator().manual_seed(seed)
+        )
         assert torch.equal(found, crop_flipped(images, torch.Generator().manual_seed(seed), 4, 0.5))
     assert torch.equal(images, before)
 
 
 def test_crop_flip_is_a_function_of_seed_epoch_and_batch():
-    images = torch.randint(256, (2500, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (2500, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
 
     def batches(seed: int) -> Batches:
         augmentation = Augmentation(crop=4, flip=0.5)
         normalise = Normalise([0.5], [0.25])
-        return Batches(images, torch.arange(2500), normalise, augmentation, 64, seed, torch.device("cpu"))
+        return Batches(
+            images, torch.arange(2500), normalise, augmentation, 64, seed, torch.device("cpu")
+        )
 
     whole = list(batches(0).epoch(2))
-    for (x, labels), (y, others) in zip(whole[35:], batches(0).epoch(2, start_batch=35), strict=True):
+    for (x, labels), (y, others) in zip(
+        whole[35:], batches(0).epoch(2, start_batch=35), strict=True
+    ):
         assert torch.equal(labels, others)
         assert torch.equal(x, y)
     assert not torch.equal(whole[0][0], next(batches(1).epoch(2))[0])
@@ -427,7 +541,9 @@ def test_crop_flip_is_a_function_of_seed_epoch_and_batch():
 
 
 def test_images_must_be_larger_than_the_crop():
-    with pytest.raises(UserError, match=r"^augmentation=crop_flip: needs uint8 images larger than crop=4"):
+    with pytest.raises(
+        UserError, match=r"^augmentation=crop_flip: needs uint8 images larger than crop=4"
+    ):
         Augmentation(crop=4).check((1, 4, 9), True, "crop_flip")
     Augmentation(crop=4).check((1, 5, 9), True, "crop_flip")
 

@@ -54,7 +54,9 @@ def test_operations_and_magnitudes_are_those_of_torchvision():
     for operation, (magnitudes, signed) in space.items():
         assert signed == (operation in SIGNED)
         for bin_ in range(BINS):
-            assert magnitude(operation, bin_, 28, 30) == (magnitudes[bin_].item() if magnitudes.ndim else 0.0)
+            assert magnitude(operation, bin_, 28, 30) == (
+                magnitudes[bin_].item() if magnitudes.ndim else 0.0
+            )
 
 
 def test_draws_are_uniform_and_independent():
@@ -63,11 +65,20 @@ def test_draws_are_uniform_and_independent():
     for draws in (first, second):
         observed = draws.bincount(minlength=codes).double()
         expected = count / codes
-        assert ((observed - expected) ** 2 / expected).sum() < 55.5  # the 99.9 % point for 27 degrees of freedom
-    pairs = (first // 2 * len(OPERATIONS) + second // 2).bincount(minlength=len(OPERATIONS) ** 2).double()
+        # the 99.9 % point for 27 degrees of freedom
+        assert ((observed - expected) ** 2 / expected).sum() < 55.5
+    pairs = (
+        (first // 2 * len(OPERATIONS) + second // 2)
+        .bincount(minlength=len(OPERATIONS) ** 2)
+        .double()
+    )
     expected = count / len(OPERATIONS) ** 2
     assert ((pairs - expected) ** 2 / expected).sum() < 263  # 195 degrees of freedom
-    neighbours = (first[:-1] // 2 * len(OPERATIONS) + first[1:] // 2).bincount(minlength=len(OPERATIONS) ** 2).double()
+    neighbours = (
+        (first[:-1] // 2 * len(OPERATIONS) + first[1:] // 2)
+        .bincount(minlength=len(OPERATIONS) ** 2)
+        .double()
+    )
     assert ((neighbours - expected) ** 2 / expected).sum() < 263
 
 
@@ -81,7 +92,9 @@ def test_each_image_gets_its_own_operations(shape):
         expected = images[index]
         for code in draws[:, index].tolist():
             operation = OPERATIONS[code // 2]
-            value = magnitude(operation, 9, *shape[1:]) * (-1 if code % 2 and operation in SIGNED else 1)
+            value = magnitude(operation, 9, *shape[1:]) * (
+                -1 if code % 2 and operation in SIGNED else 1
+            )
             expected = _apply_op(expected, operation, value, InterpolationMode.NEAREST, None)
         assert torch.equal(result[index], expected)
 
@@ -101,7 +114,10 @@ def test_the_images_given_are_left_as_they_are():
 
 
 def test_same_generator_same_result():
-    images, augmentation = pictures((3, 32, 32)), Augmentation(flip=0.5, randaugment=True, cutout=14)
+    images, augmentation = (
+        pictures((3, 32, 32)),
+        Augmentation(flip=0.5, randaugment=True, cutout=14),
+    )
     first, again, other = (augmentation(images, floats, generator(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -130,7 +146,8 @@ def test_cutout_centres_are_uniform():
     assert torch.equal((x == 0).sum((1, 2, 3)), torch.ones(20_000, dtype=torch.int64))
     observed = (x == 0).sum(0).double()
     expected = 20_000 / 64
-    assert ((observed - expected) ** 2 / expected).sum() < 103.4  # the 99.9 % point for 63 degrees of freedom
+    # the 99.9 % point for 63 degrees of freedom
+    assert ((observed - expected) ** 2 / expected).sum() < 103.4
 
 
 def test_flip_mirrors_about_the_given_share():
@@ -171,7 +188,8 @@ def test_configured_augmentations(name):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("magnitude", 31), ("magnitude", -1), ("flip", 1.5), ("num_ops", 0), ("cutout", "14")]
+    ("option", "value"),
+    [("magnitude", 31), ("magnitude", -1), ("flip", 1.5), ("num_ops", 0), ("cutout", "14")],
 )
 def test_options_out_of_range_are_refused(option, value):
     node = {"_target_": "dfl_experiments.data.augmentation.Augmentation", option: value}
@@ -180,7 +198,9 @@ def test_options_out_of_range_are_refused(option, value):
 
 
 def test_real_images(data_dir):
-    images = torch.from_numpy(np.load(data_dir / "cifar10" / "train_images.npy", mmap_mode="r")[:48].copy())
+    images = torch.from_numpy(
+        np.load(data_dir / "cifar10" / "train_images.npy", mmap_mode="r")[:48].copy()
+    )
     for operation in OPERATIONS:
         value = magnitude(operation, 9, 32, 32)
         expected = _apply_op(images, operation, value, InterpolationMode.NEAREST, None)

@@ -5,25 +5,43 @@ import pytest
 import torch
 
 from dfl_experiments.data.augmentation import Augmentation
-from dfl_experiments.data.batches import CHUNK, Batches, EvaluationBatches, Normalise, resident, split
+from dfl_experiments.data.batches import (
+    CHUNK,
+    Batches,
+    EvaluationBatches,
+    Normalise,
+    resident,
+    split,
+)
 from dfl_experiments.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-def made_batches(count: int, batch_size: int, augmentation: Augmentation, seed: int = 0, **options) -> Batches:
+def made_batches(
+    count: int, batch_size: int, augmentation: Augmentation, seed: int = 0, **options
+) -> Batches:
     """Images that all differ, with labels that number them."""
     random = torch.Generator().manual_seed(1)
     images = torch.randint(256, (count, 3, 8, 8), generator=random, dtype=torch.uint8)
     return Batches(
-        images, torch.arange(count), Normalise([0.5], [0.25]), augmentation, batch_size, seed, CPU, **options
+        images,
+        torch.arange(count),
+        Normalise([0.5], [0.25]),
+        augmentation,
+        batch_size,
+        seed,
+        CPU,
+        **options,
     )
 
 
 STRONG = Augmentation(flip=0.5, randaugment=True, cutout=3)
 
 
-@pytest.mark.parametrize(("count", "size"), [(100, 16), (96, 16), (7, 16), (2500, 64), (20, 1), (5000, 3000)])
+@pytest.mark.parametrize(
+    ("count", "size"), [(100, 16), (96, 16), (7, 16), (2500, 64), (20, 1), (5000, 3000)]
+)
 @pytest.mark.parametrize("augmentation", [Augmentation(), STRONG], ids=["plain", "strong"])
 def test_an_epoch_covers_everything_once(count, size, augmentation):
     batches = made_batches(count, size, augmentation)
@@ -69,7 +87,9 @@ def test_epochs_seeds_and_chunks_differ():
         0,
         CPU,
     )
-    first, second, other_epoch = (x for epoch in (0, 1) for x, _ in list(same.epoch(epoch))[: 2 - epoch])
+    first, second, other_epoch = (
+        x for epoch in (0, 1) for x, _ in list(same.epoch(epoch))[: 2 - epoch]
+    )
     assert not torch.equal(first, second)
     assert not torch.equal(first, other_epoch)
 
@@ -97,14 +117,23 @@ def test_normalise_refuses_what_does_not_fit():
 
 
 def test_evaluation_batches_can_be_repeated():
-    images, labels = resident(np.arange(30, dtype=np.uint8).reshape(10, 3, 1, 1), np.arange(10, dtype=np.int32), CPU)
-    batches = EvaluationBatches(images, labels, Normalise([0.5], [0.25]), torch.device("cpu"), batch_size=4)
+    images, labels = resident(
+        np.arange(30, dtype=np.uint8).reshape(10, 3, 1, 1), np.arange(10, dtype=np.int32), CPU
+    )
+    batches = EvaluationBatches(
+        images, labels, Normalise([0.5], [0.25]), torch.device("cpu"), batch_size=4
+    )
     for _ in range(2):
         drawn = list(batches)
         assert [len(target) for _, target in drawn] == [4, 4, 2] == [4] * (len(batches) - 1) + [2]
         assert torch.equal(torch.cat([target for _, target in drawn]), torch.arange(10))
         assert torch.equal(torch.cat([x for x, _ in drawn]), Normalise([0.5], [0.25])(images))
-    assert list(EvaluationBatches(images[:0], labels[:0], Normalise([0.5], [0.25]), torch.device("cpu"))) == []
+    assert (
+        list(
+            EvaluationBatches(images[:0], labels[:0], Normalise([0.5], [0.25]), torch.device("cpu"))
+        )
+        == []
+    )
 
 
 def test_resident_copies():

@@ -30,7 +30,10 @@ def brought(packed) -> Path:
 def test_a_pack_has_a_record_and_is_not_packed_again(packed):
     record = json.loads((packed / "made" / checksums.RECORD).read_text())
     contents = {name: (packed / "made" / name).read_bytes() for name in FILES}
-    expected = {name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in contents.items()}
+    expected = {
+        name: {"bytes": len(content), "crc32": zlib.crc32(content)}
+        for name, content in contents.items()
+    }
     assert record == {"format": 1, "files": expected}
     assert equal(load_pack("made", Made(classes=["other", "names"]), packed), Made().arrays)
 
@@ -44,7 +47,9 @@ def test_brought_arrays_need_no_record_and_are_left_alone(brought):
 @pytest.mark.parametrize("place", [0, -1])
 def test_an_altered_byte_is_found(packed, name, place):
     flip(packed / "made" / name, place)
-    message = refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(its CRC-32 differs ")
+    message = refused(
+        "made", Made(), packed, rf"made/{name}: unreadable or damaged \(its CRC-32 differs "
+    )
     assert f"delete {packed / 'made'} so that it is packed again" in message
     for file in FILES:
         (packed / "made" / file).unlink()
@@ -56,9 +61,19 @@ def test_an_altered_byte_is_found(packed, name, place):
 def test_a_truncated_file_is_found(packed, name, length):
     file = packed / "made" / name
     file.write_bytes(file.read_bytes()[:length])
-    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(its CRC-32 differs .*\); delete ")
+    refused(
+        "made",
+        Made(),
+        packed,
+        rf"made/{name}: unreadable or damaged \(its CRC-32 differs .*\); delete ",
+    )
     (packed / "made" / checksums.RECORD).unlink()
-    refused("made", Made(), packed, rf"made/{name}: unreadable or damaged \(.*\); .*put an undamaged copy there")
+    refused(
+        "made",
+        Made(),
+        packed,
+        rf"made/{name}: unreadable or damaged \(.*\); .*put an undamaged copy there",
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -67,10 +82,17 @@ def test_a_part_of_somebody_s_arrays_is_not_written_over(brought, name):
     refused("made", Made(), brought, rf"made: incomplete, without {name}; add the missing files")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "7", '{"format": "x"}', '{"format": 1}', '{"format": 1, "files": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "7", '{"format": "x"}', '{"format": 1}', '{"format": 1, "files": {}}']
+)
 def test_a_damaged_record(packed, text):
     (packed / "made" / checksums.RECORD).write_text(text)
-    refused("made", Made(), packed, r"made/(checksums.json|train_images.npy): unreadable or damaged \(.+\); delete ")
+    refused(
+        "made",
+        Made(),
+        packed,
+        r"made/(checksums.json|train_images.npy): unreadable or damaged \(.+\); delete ",
+    )
 
 
 @pytest.mark.parametrize("version", [0, 2])
@@ -78,7 +100,10 @@ def test_a_pack_of_another_version(packed, version):
     record = packed / "made" / checksums.RECORD
     record.write_text(record.read_text().replace('"format": 1', f'"format": {version}'))
     refused(
-        "made", Made(), packed, rf"made/{checksums.RECORD}: .*format Input should be 1.*; delete .*/made so that it"
+        "made",
+        Made(),
+        packed,
+        rf"made/{checksums.RECORD}: .*format Input should be 1.*; delete .*/made so that it",
     )
 
 
@@ -95,10 +120,22 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("test_images", IMAGES.astype(float), r"has features of shape \(1, 2, 2\), but train_images.npy has images of"),
-        ("train_images", IMAGES.astype(np.int8), r"must be uint8 images \(N, C, H, W\), .*, is int8 \(4, 1, 2, 2\)"),
+        (
+            "test_images",
+            IMAGES.astype(float),
+            r"has features of shape \(1, 2, 2\), but train_images.npy has images of",
+        ),
+        (
+            "train_images",
+            IMAGES.astype(np.int8),
+            r"must be uint8 images \(N, C, H, W\), .*, is int8 \(4, 1, 2, 2\)",
+        ),
         ("train_images", IMAGES.astype(np.int64), "must be uint8"),
-        ("train_images", IMAGES[:, 0], r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(4, 2, 2\)"),
+        (
+            "train_images",
+            IMAGES[:, 0],
+            r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(4, 2, 2\)",
+        ),
         ("test_images", IMAGES[:0], "must be uint8"),
         ("test_images", IMAGES[..., :0], r"must be uint8 .*, is uint8 \(4, 1, 2, 0\)"),
         ("train_images", np.uint8(3), r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(\)"),
@@ -126,7 +163,11 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
             np.array([0, 2]),
             "labels must be 0 to 1, one for each class; they range from 0 to 2",
         ),
-        ("train_labels", np.array([0, 1, -1, 0]), "labels must be 0 to 1, .*; they range from -1 to 1"),
+        (
+            "train_labels",
+            np.array([0, 1, -1, 0]),
+            "labels must be 0 to 1, .*; they range from -1 to 1",
+        ),
         ("classes", [], "must name at least two classes"),
         ("classes", ["a"], "must name at least two classes"),
         ("classes", ["a", "b", "a"], "must name at least two classes, and none of them twice"),
@@ -177,7 +218,9 @@ def test_a_file_where_the_folder_would_be(tmp_path):
 
 
 def test_one_pixel_and_two_classes_are_enough(tmp_path):
-    arrays = load_pack("made", Made(train_images=IMAGES[..., :1, :1], test_images=IMAGES[:2, :, :1, :1]), tmp_path)
+    arrays = load_pack(
+        "made", Made(train_images=IMAGES[..., :1, :1], test_images=IMAGES[:2, :, :1, :1]), tmp_path
+    )
     assert (arrays.shape, arrays.num_classes) == ((1, 1, 1), 2)
     assert is_packed(tmp_path / "made")
 

@@ -38,16 +38,23 @@ def test_list_and_prepare(monkeypatch, capsys, mnist):
     }
     assert states() == expected
     run(monkeypatch, "prepare", "dataset=mnist", here)
-    assert capsys.readouterr().out.splitlines()[1].split() == f"mnist packed 12 5 1x28x28 10 {mnist}/mnist".split()
+    assert (
+        capsys.readouterr().out.splitlines()[1].split()
+        == f"mnist packed 12 5 1x28x28 10 {mnist}/mnist".split()
+    )
     pack(Made().arrays, mnist / "cifar10")
     assert is_packed(mnist / "mnist")
     flip(mnist / "mnist" / "test_images.npy")
-    assert states("dataset=mnist") | states("dataset=cifar10") == {"mnist": "damaged", "cifar10": "packed"}
+    assert states("dataset=mnist") | states("dataset=cifar10") == {
+        "mnist": "damaged",
+        "cifar10": "packed",
+    }
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "prepare", "dataset=mnist", here)
     assert caught.value.code == 2
     assert (
-        f"{mnist / 'mnist' / 'test_images.npy'}: unreadable or damaged (its CRC-32 differs" in capsys.readouterr().err
+        f"{mnist / 'mnist' / 'test_images.npy'}: unreadable or damaged (its CRC-32 differs"
+        in capsys.readouterr().err
     )
 
 
@@ -87,9 +94,18 @@ def test_the_examples_of_the_help_can_be_typed():
         (["prepare", "dataset=mnits"], "mnits"),
         (["prepare", "dataset=digits", "data_dri=x"], "data_dri"),
         (["prepare", "dataset=folder"], "dataset.source.path"),
-        (["prepare", "dataset=folder", "dataset.source.path='~nobody-at-all/x'"], "there is no such home"),
-        (["list", "data_dir='~nobody-at-all/x'"], "data_dir=~nobody-at-all/x: there is no such home"),
-        (["list", "dataset=folder", "dataset.source.path=/dev/null"], "dataset.source.path=/dev/null: no such folder"),
+        (
+            ["prepare", "dataset=folder", "dataset.source.path='~nobody-at-all/x'"],
+            "there is no such home",
+        ),
+        (
+            ["list", "data_dir='~nobody-at-all/x'"],
+            "data_dir=~nobody-at-all/x: there is no such home",
+        ),
+        (
+            ["list", "dataset=folder", "dataset.source.path=/dev/null"],
+            "dataset.source.path=/dev/null: no such folder",
+        ),
         (["prepare", "dataset=cifar10", "dataset.source.classes=11"], "dataset.source.classes=11"),
     ],
 )

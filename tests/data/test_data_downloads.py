@@ -48,7 +48,9 @@ class Handler(BaseHTTPRequestHandler):
         elif mode == "missing":
             self.send_error(404)
         elif mode == "half in pieces":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(content))
+            self.wfile.write(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(content)
+            )
             self.wfile.write(content[: len(content) // 2])
         else:
             self.send_response(200)
@@ -56,7 +58,9 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             altered = bytes([content[0] ^ 1]) + content[1:]
             half = content[: len(content) // 2]
-            self.wfile.write({"half": half, "half and silence": half, "altered": altered}.get(mode, content))
+            self.wfile.write(
+                {"half": half, "half and silence": half, "altered": altered}.get(mode, content)
+            )
             if mode == "half and silence":
                 self.wfile.flush()
                 time.sleep(3)
@@ -95,7 +99,9 @@ def publish_compressed(server: Server, monkeypatch, place: Path, published: type
         packed.write_bytes(gzip.compress((place / "MNIST" / "raw" / packed.stem).read_bytes()))
         server.files[packed.name] = packed.read_bytes()
     monkeypatch.setattr(published, "mirrors", [f"{server.url}/"])
-    monkeypatch.setattr(published, "resources", [(name, md5(place / name)) for name in server.files])
+    monkeypatch.setattr(
+        published, "resources", [(name, md5(place / name)) for name in server.files]
+    )
 
 
 def publish_cifar100(server: Server, monkeypatch, place: Path) -> Source:
@@ -114,7 +120,9 @@ def publish_tinyimagenet(server: Server, monkeypatch, place: Path) -> Source:
     unlabelled = place / TinyImageNet.NAME / "test" / "images" / "test_0.JPEG"
     unlabelled.parent.mkdir(parents=True)
     unlabelled.write_bytes(random.Random(0).randbytes(100_000))
-    archive = Path(shutil.make_archive(str(place / TinyImageNet.NAME), "zip", place, TinyImageNet.NAME))
+    archive = Path(
+        shutil.make_archive(str(place / TinyImageNet.NAME), "zip", place, TinyImageNet.NAME)
+    )
     server.files[archive.name] = archive.read_bytes()
     monkeypatch.setattr(TinyImageNet, "URL", f"{server.url}/{archive.name}")
     monkeypatch.setattr(TinyImageNet, "MD5", md5(archive))
@@ -143,7 +151,9 @@ def fails(name: str, source: Source, data_dir: Path, download: bool = True) -> N
         load_pack(name, source, data_dir, download)
     line = str(caught.value)
     assert "\n" not in line
-    assert f"dataset {name}: neither packed in {data_dir / name} nor readable from {data_dir}" in line
+    assert (
+        f"dataset {name}: neither packed in {data_dir / name} nor readable from {data_dir}" in line
+    )
     assert not (data_dir / name).exists()
 
 
@@ -165,7 +175,10 @@ def test_a_process_killed_in_a_download(server, published, tmp_path):
     server.mode = "half and silence"
     child = forked(lambda: load_pack(name, source, data_dir))
     until = time.monotonic() + 2
-    while not any(path.stat().st_size for path in data_dir.rglob("*") if path.is_file()) and time.monotonic() < until:
+    while (
+        not any(path.stat().st_size for path in data_dir.rglob("*") if path.is_file())
+        and time.monotonic() < until
+    ):
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL

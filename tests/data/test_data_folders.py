@@ -21,14 +21,20 @@ def test_folder(folder, tmp_path, caplog):
     assert arrays.test_labels.tolist() == [0, 1]
     with Image.open(folder / "train" / "dogs" / "deeper" / "2.png") as image:
         assert np.array_equal(arrays.train_images[5], np.asarray(image).transpose(2, 0, 1))
-    assert load_pack("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
+    assert load_pack("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (
+        1,
+        8,
+        8,
+    )
     assert f"{folder}: 1 files are ignored, such as train/cats/notes.txt" in caplog.text
 
 
 def test_folder_scales_to_one_size(folder, tmp_path):
     write_image(folder / "train" / "cats" / "wide.png", 1, (30, 12))
     assert Folder(str(folder), size=6).read(tmp_path, False).train_images.shape == (7, 3, 6, 6)
-    with pytest.raises(UserError, match=r"0\.png is 8x8, .*wide\.png is 30x12; .*dataset\.source\.size=64"):
+    with pytest.raises(
+        UserError, match=r"0\.png is 8x8, .*wide\.png is 30x12; .*dataset\.source\.size=64"
+    ):
         Folder(str(folder)).read(tmp_path, False)
 
 
@@ -70,13 +76,19 @@ def test_every_mode_becomes_the_same_channels(folder, tmp_path):
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
         suffix = "tif" if mode == "CMYK" else "png"
         write_image(folder / "train" / "cats" / f"mode-{mode}.{suffix}", 1, mode=mode)
-    (folder / "train" / "cats" / "Ünïcode ☃\n.PNG").write_bytes((folder / "test/cats/a.png").read_bytes())
+    (folder / "train" / "cats" / "Ünïcode ☃\n.PNG").write_bytes(
+        (folder / "test/cats/a.png").read_bytes()
+    )
     with contextlib.suppress(OSError):  # no valid UTF-8, which not every file system takes
         os.rename(folder / "test/cats/a.png", os.fsencode(folder) + b"/test/cats/\xff.png")
     os.symlink(folder / "train" / "dogs" / "deeper", folder / "train" / "cats" / "linked")
     arrays = load_pack("folder", Folder(str(folder)), tmp_path / "data")
     assert arrays.train_labels.tolist() == [0] * 11 + [1] * 3
-    assert load_pack("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (1, 8, 8)
+    assert load_pack("folder", Folder(str(folder), channels=1), tmp_path / "data").shape == (
+        1,
+        8,
+        8,
+    )
 
 
 def test_one_pixel_is_an_image(tmp_path):
@@ -86,7 +98,9 @@ def test_one_pixel_is_an_image(tmp_path):
     assert load_pack("folder", Folder(str(tmp_path)), tmp_path / "data").shape == (3, 1, 1)
 
 
-def test_a_photograph_is_turned_as_its_camera_says_and_what_is_transparent_is_white(folder, tmp_path):
+def test_a_photograph_is_turned_as_its_camera_says_and_what_is_transparent_is_white(
+    folder, tmp_path
+):
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[0] = 255  # a white line at the top
     turned = Image.Exif()

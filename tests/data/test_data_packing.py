@@ -21,7 +21,11 @@ from dfl_experiments.errors import UserError
 
 
 def test_missing_data_is_one_line(offline, tmp_path, capsys):
-    for name, source in (("mnist", Mnist()), ("cifar100", Cifar(100)), ("tinyimagenet", TinyImageNet())):
+    for name, source in (
+        ("mnist", Mnist()),
+        ("cifar100", Cifar(100)),
+        ("tinyimagenet", TinyImageNet()),
+    ):
         for download in (True, False):
             with pytest.raises(UserError) as caught:
                 load_pack(name, source, tmp_path, download)
@@ -158,7 +162,9 @@ def test_lock_ends_with_its_context(tmp_path):
 
 def test_data_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^data_dir=.*file.*: the packed data set mnist cannot be written there"):
+    with pytest.raises(
+        UserError, match=r"^data_dir=.*file.*: the packed data set mnist cannot be written there"
+    ):
         load_pack("mnist", Mnist(), tmp_path / "file" / "inside")
     with pytest.raises(UserError, match=r"^data_dir=~nobody-at-all/x: there is no such home"):
         load_pack("mnist", Mnist(), Path("~nobody-at-all/x"))

@@ -71,8 +71,15 @@ def test_present_mnist_needs_no_network(offline, mnist):
 @pytest.mark.parametrize("fault", ["truncated", "altered", "empty"])
 def test_damaged_mnist(mnist, name, fault):
     file = mnist / "MNIST" / "raw" / name
-    flip(file, -3) if fault == "altered" else file.write_bytes(file.read_bytes()[: -1 if fault == "truncated" else 0])
-    refused("mnist", Mnist(), mnist, rf"{name}: damaged or altered, .*; delete it, then it is downloaded again")
+    flip(file, -3) if fault == "altered" else file.write_bytes(
+        file.read_bytes()[: -1 if fault == "truncated" else 0]
+    )
+    refused(
+        "mnist",
+        Mnist(),
+        mnist,
+        rf"{name}: damaged or altered, .*; delete it, then it is downloaded again",
+    )
 
 
 def test_another_data_set_in_mnist_s_place(tmp_path):
@@ -106,9 +113,21 @@ def test_damaged_cifar(offline, tmp_path, monkeypatch, name, fault):
         file.write_bytes(file.read_bytes()[: 50 if fault == "truncated" else 0])
     for download in (True, False):
         if fault != "absent":
-            refused("cifar100", Cifar(100), tmp_path, f"{name}: damaged or altered, .* delete it", download=download)
+            refused(
+                "cifar100",
+                Cifar(100),
+                tmp_path,
+                f"{name}: damaged or altered, .* delete it",
+                download=download,
+            )
         else:
-            refused("cifar100", Cifar(100), tmp_path, "no network|No such file.*" + name, download=download)
+            refused(
+                "cifar100",
+                Cifar(100),
+                tmp_path,
+                "no network|No such file.*" + name,
+                download=download,
+            )
 
 
 def test_tinyimagenet(tiny):
@@ -137,13 +156,19 @@ def test_tinyimagenet_archive_equals_folder(archive, tmp_path):
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(tmp_path)
     unpacked = TinyImageNet().read(tmp_path, download=False)
-    assert equal(load_pack("tinyimagenet", TinyImageNet(), archive.parent, download=False), unpacked)
+    assert equal(
+        load_pack("tinyimagenet", TinyImageNet(), archive.parent, download=False), unpacked
+    )
 
 
 def test_archive_members_outside_are_never_extracted(archive):
     whole = TinyImageNet().read(archive.parent, download=False)
     with zipfile.ZipFile(archive, "a") as opened:
-        for name in ("../outside.txt", "../../outside.JPEG", "train/n01/images/../../../../outside.JPEG"):
+        for name in (
+            "../outside.txt",
+            "../../outside.JPEG",
+            "train/n01/images/../../../../outside.JPEG",
+        ):
             opened.writestr(f"{TinyImageNet.NAME}/{name}", "x")
         opened.writestr("../outside.txt", "x")
         opened.writestr("/outside.txt", "x")
@@ -155,7 +180,12 @@ def test_archive_members_outside_are_never_extracted(archive):
 @pytest.mark.parametrize("content", [b"", b"PK nothing"])
 def test_damaged_archive(archive, content):
     archive.write_bytes(content)
-    refused("tinyimagenet", TinyImageNet(), archive.parent, r"tiny-imagenet-200\.zip: damaged .*; delete it")
+    refused(
+        "tinyimagenet",
+        TinyImageNet(),
+        archive.parent,
+        r"tiny-imagenet-200\.zip: damaged .*; delete it",
+    )
 
 
 def test_an_archive_s_damage_is_found_wherever_it_is(archive):
@@ -163,10 +193,15 @@ def test_an_archive_s_damage_is_found_wherever_it_is(archive):
     places = random.Random(0)
     found = 0
     for trial in range(150):
-        archive.write_bytes(content[: places.randrange(len(content))] if trial % 3 == 0 else content)
+        archive.write_bytes(
+            content[: places.randrange(len(content))] if trial % 3 == 0 else content
+        )
         if trial % 3:
             # the directory of an archive is at its end
-            flip(archive, places.randrange(len(content)) if trial % 3 == 1 else -places.randrange(1, 1500))
+            flip(
+                archive,
+                places.randrange(len(content)) if trial % 3 == 1 else -places.randrange(1, 1500),
+            )
         try:
             # what no length and no checksum covers, such as a date, may differ
             assert equal(TinyImageNet().read(archive.parent, download=False), whole)
@@ -191,8 +226,15 @@ def test_real_tinyimagenet(data_dir, tmp_path):
 
 @pytest.mark.parametrize("name", group_options("dataset"))
 def test_configured_data_sets(name, tmp_path):
-    cfg = compose([f"dataset={name}", *([f"dataset.source.path={tmp_path}"] if name in ("arrays", "folder") else [])])
+    cfg = compose(
+        [
+            f"dataset={name}",
+            *([f"dataset.source.path={tmp_path}"] if name in ("arrays", "folder") else []),
+        ]
+    )
     assert isinstance(check(cfg).components["dataset.source"].build(), Source)
     assert cfg.dataset.name == name
-    x = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
+    x = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))(
+        torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    )
     assert x[0, 0].item() == pytest.approx(-cfg.dataset.mean[0] / cfg.dataset.std[0])

@@ -46,15 +46,28 @@ def transcription(W, b, B, x, y_star, method, coefficient):
 
 @pytest.mark.parametrize(
     ("method", "protocol", "coefficient"),
-    [("bp", "fair", 2), ("dfa", "fair", 2), ("las", "fair", 2), ("las", "paper", 1), ("ltas", "fair", 2)],
+    [
+        ("bp", "fair", 2),
+        ("dfa", "fair", 2),
+        ("las", "fair", 2),
+        ("las", "paper", 1),
+        ("ltas", "fair", 2),
+    ],
 )
 def test_steps_equal_the_transcription(method, protocol, coefficient):
     overrides = ("optimizer=sgd", f"optimizer.lr={RATE}", f"protocol={protocol}")
     t = Tiny(method, "fc", "dataset.fc_widths=[9,9]", *overrides)
     layers = [t.net.weight_layers(i)[0] for i in range(3)]
     feedback = list(t.method.parameters())
-    B = feedback[0].detach().numpy().T.copy() if feedback else np.zeros((layers[0].out_features, CLASSES))
-    W, b = ([getattr(layer, name).detach().numpy().copy() for layer in layers] for name in ("weight", "bias"))
+    B = (
+        feedback[0].detach().numpy().T.copy()
+        if feedback
+        else np.zeros((layers[0].out_features, CLASSES))
+    )
+    W, b = (
+        [getattr(layer, name).detach().numpy().copy() for layer in layers]
+        for name in ("weight", "bias")
+    )
     y_star = np.eye(CLASSES)[t.target.numpy()]
     W, b, B = transcription(W, b, B, t.x.flatten(1).numpy(), y_star, method, coefficient)
     for _ in range(STEPS):
@@ -81,7 +94,9 @@ def test_the_learning_rate_falls_at_the_paper_s_fractions():
 
 def test_both_optimizers_are_of_the_same_kind():
     for name in ("adam", "sgd"):
-        first, second = Tiny("ltas", "conv3", f"optimizer={name}", "optimizer.weight_decay=0.01").learner.optimizers
+        first, second = Tiny(
+            "ltas", "conv3", f"optimizer={name}", "optimizer.weight_decay=0.01"
+        ).learner.optimizers
         assert type(first) is type(second)
         assert first.defaults == second.defaults
         assert isinstance(first, {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name])

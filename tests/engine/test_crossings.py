@@ -126,7 +126,9 @@ REPLACED = {
     "Conv2d": lambda: nn.Conv2d(PLANES, PLANES, 3, padding=1),
     "circular": lambda: nn.Conv2d(PLANES, PLANES, 3, padding=1, padding_mode="circular"),
     "reflect": lambda: nn.Conv2d(PLANES, PLANES, 3, padding=1, padding_mode="reflect"),
-    "replicate": lambda: nn.Conv2d(PLANES, PLANES, (3, 5), padding=(1, 2), padding_mode="replicate"),
+    "replicate": lambda: nn.Conv2d(
+        PLANES, PLANES, (3, 5), padding=(1, 2), padding_mode="replicate"
+    ),
     "same": lambda: nn.Conv2d(PLANES, PLANES, 4, padding="same"),
     "groups": lambda: nn.Conv2d(PLANES, PLANES, 3, padding=1, groups=4),
     "ConvTranspose2d": lambda: nn.ConvTranspose2d(PLANES, PLANES, 3, padding=1, groups=2),
@@ -134,7 +136,9 @@ REPLACED = {
         nn.Flatten(2), nn.Conv1d(PLANES, PLANES, 3, padding=1), nn.Unflatten(2, (SIDE, SIDE))
     ),
     "Conv3d": lambda: nn.Sequential(
-        nn.Unflatten(1, (PLANES, 1)), nn.Conv3d(PLANES, PLANES, (1, 3, 3), padding="same"), nn.Flatten(1, 2)
+        nn.Unflatten(1, (PLANES, 1)),
+        nn.Conv3d(PLANES, PLANES, (1, 3, 3), padding="same"),
+        nn.Flatten(1, 2),
     ),
     "Linear": lambda: Tokens(nn.Linear(PLANES, PLANES)),
     "Linear, called twice": Twice,
@@ -149,7 +153,9 @@ UNIT_BY_UNIT = {
     "PReLU": lambda: nn.PReLU(PLANES),
     "layer scale": lambda: Own(lambda x, w: x + x * w, PLANES, 1, 1),
     "position embedding": lambda: Own(lambda x, w: x + w, 1, PLANES, SIDE, SIDE),
-    "class token": lambda: Own(lambda x, w: torch.cat([x[..., 1:], w.expand(len(x), -1, -1, -1)], 3), PLANES, SIDE, 1),
+    "class token": lambda: Own(
+        lambda x, w: torch.cat([x[..., 1:], w.expand(len(x), -1, -1, -1)], 3), PLANES, SIDE, 1
+    ),
 }
 REFUSED = {
     "in_proj_weight of Attention": lambda: Tokens(Attention()),
@@ -159,19 +165,33 @@ REFUSED = {
     "weight of Bilinear": lambda: Tokens(Bilinear(PLANES, PLANES, PLANES)),
     "mixing of Own": lambda: Tokens(Own(lambda x, w: x @ w, PLANES, PLANES)),
     "mixing of Own, by F.linear": lambda: Tokens(Own(F.linear, PLANES, PLANES)),
-    "mixing of Own, by einsum": lambda: Tokens(Own(lambda x, w: torch.einsum("ntc,cd->ntd", x, w), PLANES, PLANES)),
-    "mixing of Own, by conv2d": lambda: Own(lambda x, w: F.conv2d(x, w, padding=1), PLANES, PLANES, 3, 3),
-    "mixing of Own, by a sum": lambda: Tokens(Own(lambda x, w: (x[..., None, :] * w).sum(-1), PLANES, PLANES)),
-    "mixing of Own, after softmax": lambda: Tokens(Own(lambda x, w: x @ w.softmax(0), PLANES, PLANES)),
-    "original1 of ParametrizationList": lambda: parametrizations.weight_norm(nn.Conv2d(PLANES, PLANES, 1)),
-    "weight of Linear, from a parameter": lambda: Tokens(Query(nn.Linear(PLANES, 2 * PLANES), PLANES // 2, PLANES)),
+    "mixing of Own, by einsum": lambda: Tokens(
+        Own(lambda x, w: torch.einsum("ntc,cd->ntd", x, w), PLANES, PLANES)
+    ),
+    "mixing of Own, by conv2d": lambda: Own(
+        lambda x, w: F.conv2d(x, w, padding=1), PLANES, PLANES, 3, 3
+    ),
+    "mixing of Own, by a sum": lambda: Tokens(
+        Own(lambda x, w: (x[..., None, :] * w).sum(-1), PLANES, PLANES)
+    ),
+    "mixing of Own, after softmax": lambda: Tokens(
+        Own(lambda x, w: x @ w.softmax(0), PLANES, PLANES)
+    ),
+    "original1 of ParametrizationList": lambda: parametrizations.weight_norm(
+        nn.Conv2d(PLANES, PLANES, 1)
+    ),
+    "weight of Linear, from a parameter": lambda: Tokens(
+        Query(nn.Linear(PLANES, 2 * PLANES), PLANES // 2, PLANES)
+    ),
     "weight of Linear, from a constant": lambda: Tokens(Query(nn.Linear(3, PLANES**2), 3)),
     "weight of Embedding": lambda: Tokens(Prototypes()),
     "mixing of InTraining": lambda: Tokens(InTraining()),
     "mixing of Own, expanded": lambda: Tokens(
         Own(lambda x, w: (x.unsqueeze(-2).expand(-1, -1, PLANES, -1) * w).sum(-1), PLANES, PLANES)
     ),
-    "mixing of Own, by quotients": lambda: Tokens(Own(lambda x, w: (x.unsqueeze(-2) / w).sum(-1), PLANES, PLANES)),
+    "mixing of Own, by quotients": lambda: Tokens(
+        Own(lambda x, w: (x.unsqueeze(-2) / w).sum(-1), PLANES, PLANES)
+    ),
     "weight of Scaled": lambda: Tokens(Scaled(PLANES, PLANES)),
 }
 
@@ -229,7 +249,8 @@ def test_with_a_b_of_zeros_nothing_passes(kind):
 def test_a_weight_that_no_b_can_replace_is_refused_by_name(kind):
     net = net_of(REFUSED[kind])
     with pytest.raises(
-        UserError, match=rf"^model: blocks\.1\.pre\S*{kind.partition(',')[0]} is combined with hidden values"
+        UserError,
+        match=rf"^model: blocks\.1\.pre\S*{kind.partition(',')[0]} is combined with hidden values",
     ):
         FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
     assert all(p.requires_grad for p in net.parameters())
@@ -269,10 +290,16 @@ def test_a_layer_that_does_not_compute_what_its_class_does_is_refused(make):
 
 
 def test_a_weight_that_two_layers_share_decays_once():
-    net = net_of(lambda: nn.Sequential(*(nn.Conv2d(PLANES, PLANES, 3, padding=1, bias=False) for _ in range(2))))
+    net = net_of(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(PLANES, PLANES, 3, padding=1, bias=False) for _ in range(2))
+        )
+    )
     net.blocks[1].pre[1].weight = net.blocks[1].pre[0].weight
     method = KolenPollack(net, 4, CROSS_ENTROPY, decay=1.0, init="default").double()
-    before = [(b - layer.weight).detach() for b, layer in zip(method.feedback, method.layers, strict=True)]
+    before = [
+        (b - layer.weight).detach() for b, layer in zip(method.feedback, method.layers, strict=True)
+    ]
     method.follow(0.1)
     for b, layer, difference in zip(method.feedback, method.layers, before, strict=True):
         torch.testing.assert_close((b - layer.weight).detach(), 0.9 * difference)
@@ -288,12 +315,16 @@ def test_frozen_weights_between_others_stay_and_let_signals_pass(method):
     first = [p.clone() for p in t.net.blocks[0].parameters()]
     t.learner.step(t.x, t.target, align=True)
     assert all(torch.equal(p, q) for p, q in zip(t.net.blocks[1].parameters(), before, strict=True))
-    assert not any(torch.equal(p, q) for p, q in zip(t.net.blocks[0].parameters(), first, strict=True))
+    assert not any(
+        torch.equal(p, q) for p, q in zip(t.net.blocks[0].parameters(), first, strict=True)
+    )
 
 
 def test_a_net_whose_only_weights_read_the_image_has_nothing_to_replace():
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    net = BlockNet(Block(nn.Conv2d(1, 4, 3), nn.ReLU()), head=head, input_shape=(1, SIDE, SIDE)).double()
+    net = BlockNet(
+        Block(nn.Conv2d(1, 4, 3), nn.ReLU()), head=head, input_shape=(1, SIDE, SIDE)
+    ).double()
     method = FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
     assert method.layers == []
     x, target = batch()
@@ -304,7 +335,9 @@ def test_a_net_whose_only_weights_read_the_image_has_nothing_to_replace():
 
 
 def test_direct_feedback_refuses_a_block_that_changes_its_input_in_place():
-    net = net_of(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(PLANES, PLANES, 3, padding=1)))
+    net = net_of(
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(PLANES, PLANES, 3, padding=1))
+    )
     with pytest.raises(UserError, match="block 2 changes its input h_1 in place"):
         DirectFeedback(net, 4, CROSS_ENTROPY, local_target="logits", init="default")
     FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
@@ -320,7 +353,10 @@ def test_kolen_pollack_stays_backprop_where_it_starts_so(kind):
     net = net_of(REPLACED[kind])
     method = KolenPollack(net, 4, CROSS_ENTROPY, decay=0.0, init="copy").double()
     t = Tiny("kp", "fc")  # its optimizer
-    optimizer, feedback = t.optimizer.make(list(net.parameters())), t.optimizer.make(list(method.parameters()))
+    optimizer, feedback = (
+        t.optimizer.make(list(net.parameters())),
+        t.optimizer.make(list(method.parameters())),
+    )
     x, target = batch()
     for _ in range(3):
         trace = net.trace(x, transpose=method.transpose)
@@ -349,12 +385,16 @@ class LookUp(nn.Module):
 @pytest.mark.parametrize("own", [False, True], ids=["added", "multiplied"])
 def test_a_look_up_of_the_input_needs_no_b_and_a_table_s_rows_as_a_matrix_are_refused(own):
     width = 3 * (3 if own else PLANES)
-    blocks = Block(nn.Sequential(LookUp(own), nn.Linear(width, 5)), nn.ReLU()), Block(nn.Linear(5, 6), nn.ReLU())
+    blocks = (
+        Block(nn.Sequential(LookUp(own), nn.Linear(width, 5)), nn.ReLU()),
+        Block(nn.Linear(5, 6), nn.ReLU()),
+    )
     net = BlockNet(*blocks, head=nn.Linear(6, 4), input_shape=(4,)).double()
     net.example = torch.full((1, 4), 6)
     if own:
         with pytest.raises(
-            UserError, match=r"^model: blocks\.0\.pre\.0\.rows\.weight of Embedding is combined with hidden values"
+            UserError,
+            match=r"^model: blocks\.0\.pre\.0\.rows\.weight of Embedding is combined with hidden values",
         ):
             FeedbackAlignment(net, 4, CROSS_ENTROPY, init="default")
     else:

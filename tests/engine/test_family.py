@@ -68,7 +68,9 @@ def test_feedback_alignment_with_the_weights_is_backprop(model, precision):
         row, _ = (t.learner.step(t.x, t.target, align=True) for t in (fa, bp))
     assert_moved_alike(fa.net, bp.net, start, tolerance)
     cosines = row[2:].view(-1, 5)[:, :2]
-    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=max(tolerance, roundoff(2, row.dtype)))
+    torch.testing.assert_close(
+        cosines, torch.ones_like(cosines), rtol=0, atol=max(tolerance, roundoff(2, row.dtype))
+    )
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
@@ -106,15 +108,21 @@ def test_signs_with_the_magnitudes_of_the_weights_are_backprop():
                                                            ("frsf", 3 / 4, (3 / (2 * math.pi)) ** 0.5)])  # fmt: skip
 def test_the_cosine_of_signs_with_weights_is_the_expected_one(method, uniform, normal):
     torch.manual_seed(0)
-    first, layer, head = (torch.nn.Linear(d, width).double() for d, width in ((3, 400), (400, 400), (400, 4)))
-    net = BlockNet(Block(first, torch.nn.ReLU()), Block(layer, torch.nn.ReLU()), head=head, input_shape=(3,))
+    first, layer, head = (
+        torch.nn.Linear(d, width).double() for d, width in ((3, 400), (400, 400), (400, 4))
+    )
+    net = BlockNet(
+        Block(first, torch.nn.ReLU()), Block(layer, torch.nn.ReLU()), head=head, input_shape=(3,)
+    )
     for expected, draw in ((uniform, lambda w: w.uniform_(-1, 1)), (normal, lambda w: w.normal_())):
         draw(layer.weight.data)
         magnitudes = {"usf": "uniform", "frsf": "fixed"}[method]
-        b = SignSymmetry(net, 4, LOSSES["cross_entropy"], magnitudes, "weights", False).feedback_weight(0)
-        assert F.cosine_similarity(b.flatten(), layer.weight.flatten(), dim=0).item() == pytest.approx(
-            expected, abs=0.01
-        )
+        b = SignSymmetry(
+            net, 4, LOSSES["cross_entropy"], magnitudes, "weights", False
+        ).feedback_weight(0)
+        assert F.cosine_similarity(
+            b.flatten(), layer.weight.flatten(), dim=0
+        ).item() == pytest.approx(expected, abs=0.01)
         close(b.square().mean(), layer.weight.detach().square().mean(), rtol=0.02)
 
 
@@ -148,7 +156,9 @@ def test_kolen_pollack_from_the_weights_stays_backprop(model, optimizer):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_kolen_pollack_s_difference_shrinks_by_the_decay_and_by_nothing_else(optimizer, decay):
-    t = Tiny("kp", "conv3_bn", f"optimizer={optimizer}", "optimizer.lr=0.01", f"method.decay={decay}")
+    t = Tiny(
+        "kp", "conv3_bn", f"optimizer={optimizer}", "optimizer.lr=0.01", f"method.decay={decay}"
+    )
     before = differences(t)
     for _ in range(5):
         t.learner.step(t.x, t.target)
@@ -203,17 +213,26 @@ def test_a_product_with_an_orthogonal_factor_comes_to_the_weights(model):
 
 @EVERY_MODEL
 @pytest.mark.parametrize("feedback", ["conv", "dense"])
-def test_sparse_feedback_has_so_many_entries_a_unit_and_with_all_of_them_is_direct_feedback(model, feedback):
-    sparse, whole = (Tiny("sdfa", model, f"method.nonzeros={s}", f"method.feedback={feedback}") for s in (2, 4))
+def test_sparse_feedback_has_so_many_entries_a_unit_and_with_all_of_them_is_direct_feedback(
+    model, feedback
+):
+    sparse, whole = (
+        Tiny("sdfa", model, f"method.nonzeros={s}", f"method.feedback={feedback}") for s in (2, 4)
+    )
     dfa = Tiny("dfa", model, f"method.feedback={feedback}")
-    for module, full, other in zip(sparse.method.feedback, whole.method.feedback, dfa.method.feedback, strict=True):
+    for module, full, other in zip(
+        sparse.method.feedback, whole.method.feedback, dfa.method.feedback, strict=True
+    ):
         assert ((module.weight != 0).sum(0) == 2).all()
         assert torch.equal(full.weight, other.weight)
 
 
 @EVERY_MODEL
 def test_binary_feedback_has_two_values_and_keeps_the_norm(model):
-    t, dfa = Tiny("bdfa", model, "method.convolutions=direct"), Tiny("dfa", model, "method.feedback=dense")
+    t, dfa = (
+        Tiny("bdfa", model, "method.convolutions=direct"),
+        Tiny("dfa", model, "method.feedback=dense"),
+    )
     for module, other in zip(t.method.feedback, dfa.method.feedback, strict=True):
         assert len(module.weight.unique()) == 2
         close(module.weight.norm(), other.weight.norm())
@@ -243,7 +262,9 @@ def test_target_projection_lacks_the_probabilities_of_direct_feedback(model):
     probabilities = trace.logits.detach().softmax(1) / len(drtp.x)
     for i, (a, b) in enumerate(zip(deltas, projected, strict=True), start=1):
         signal = drtp.method.local_modules[i].feedback(probabilities)
-        expected = torch.autograd.grad(trace.outputs[i - 1], trace.preactivations[i - 1], signal, retain_graph=True)[0]
+        expected = torch.autograd.grad(
+            trace.outputs[i - 1], trace.preactivations[i - 1], signal, retain_graph=True
+        )[0]
         close(a - b, expected)
 
 
@@ -279,7 +300,9 @@ def test_tangents_average_to_the_jacobian_and_move_no_statistics(model, feedback
     before = {key: value.clone() for key, value in t.net.state_dict().items()}
     torch.manual_seed(0)
     (h,) = trace.inputs[-1]
-    jacobian = torch.stack([torch.autograd.grad(trace.logits[:, k].sum(), h, retain_graph=True)[0] for k in range(4)])
+    jacobian = torch.stack(
+        [torch.autograd.grad(trace.logits[:, k].sum(), h, retain_graph=True)[0] for k in range(4)]
+    )
     total = torch.zeros(4, *h.shape[1:], dtype=torch.float64)
     with torch.no_grad():
         for _ in range(30):
@@ -288,13 +311,17 @@ def test_tangents_average_to_the_jacobian_and_move_no_statistics(model, feedback
     assert all(torch.equal(value, before[key]) for key, value in t.net.state_dict().items())
     expected = jacobian.mean(1)
     assert F.cosine_similarity(total.flatten(), expected.flatten(), dim=0) > 0.9
-    assert (total.flatten() @ expected.flatten() / expected.square().sum()).item() == pytest.approx(1, abs=0.2)
+    assert (total.flatten() @ expected.flatten() / expected.square().sum()).item() == pytest.approx(
+        1, abs=0.2
+    )
 
 
 @pytest.mark.parametrize("feedback", ["conv", "dense"])
 @pytest.mark.parametrize("model", ["fc", "conv3", "resnet18", "mixer"])
 def test_a_forward_learnt_b_descends_the_squared_distance_to_the_estimate(model, feedback):
-    t = Tiny("fdfa", model, "method.top=direct", f"method.feedback={feedback}", "method.init=default")
+    t = Tiny(
+        "fdfa", model, "method.top=direct", f"method.feedback={feedback}", "method.init=default"
+    )
     trace, _, error = t.backward()
     torch.manual_seed(0)
     t.method.adapt(trace, error, t.target)
@@ -305,7 +332,8 @@ def test_a_forward_learnt_b_descends_the_squared_distance_to_the_estimate(model,
         found = module.weight.grad.clone()
         estimate = torch.einsum("nk,n...->k...", d, noise[i]) / len(d)
         b = module.weight.detach().requires_grad_()
-        received = torch.func.functional_call(Applied(module), {"module.weight": b}, (rows,))  # B, (K, *h_i)
+        # B, (K, *h_i)
+        received = torch.func.functional_call(Applied(module), {"module.weight": b}, (rows,))
         (expected,) = torch.autograd.grad((received - estimate).square().sum() / 2, b)
         close(found, expected)
         close(module.norm(), received.norm())
@@ -349,7 +377,11 @@ def test_a_prediction_s_cosine_does_not_depend_on_its_size_and_nothing_has_none(
         t = Tiny("dfa", "fc")
         t.method.feedback[0].weight.data.mul_(size)
         learner = Learner(t.net, t.method, t.loss, t.optimizer, extra_quantities=["output_cosine"])
-        found.append(dict(zip(learner.metric_names, learner.step(t.x, t.target, True), strict=True))["output_cosine/1"])
+        found.append(
+            dict(zip(learner.metric_names, learner.step(t.x, t.target, True), strict=True))[
+                "output_cosine/1"
+            ]
+        )
     close(found[0], found[1])
     assert found[2].isnan()
 
@@ -361,7 +393,9 @@ def test_what_is_measured_beside_the_cosine_is_what_its_name_says(method):
     bp.net.load_state_dict(t.net.state_dict())
     t.learner = Learner(t.net, t.method, t.loss, t.optimizer, extra_quantities=list(FUNCTIONS))
     weights = [t.net.weight_layers(i)[0].weight.detach().clone() for i in range(4)]
-    found = dict(zip(t.learner.metric_names, t.learner.step(t.x, t.target, align=True), strict=True))
+    found = dict(
+        zip(t.learner.metric_names, t.learner.step(t.x, t.target, align=True), strict=True)
+    )
     trace, _, _ = bp.backward()
     gradients = [torch.cat([p.grad.flatten() for p in b.parameters()]) for b in bp.net.blocks]
     own = Tiny(method, "fc", "++method.init=kaiming") if method == "las" else None
@@ -374,7 +408,10 @@ def test_what_is_measured_beside_the_cosine_is_what_its_name_says(method):
         assert found["output_cosine/1"].isnan()
     else:
         products = [weights[3] @ weights[2] @ weights[1], weights[3] @ weights[2]]
-        pairs = [(module.weight.detach(), product) for module, product in zip(t.method.feedback, products, strict=True)]
+        pairs = [
+            (module.weight.detach(), product)
+            for module, product in zip(t.method.feedback, products, strict=True)
+        ]
         y = trace.outputs[0].detach() @ t.method.feedback[0].weight.detach().T
         close(found["output_cosine/1"], F.cosine_similarity(y, trace.logits.detach()).mean())
         assert own is not None

@@ -21,7 +21,12 @@ def softmax(z):
 
 def built(name, *overrides):
     method, own = ("drtp", ("method.projected=error_sign",)) if name == "sign" else (name, ())
-    fixed = ("optimizer=sgd", f"optimizer.lr={RATE}", "protocol.activation_of=null", "dataset.fc_widths=[9,9]")
+    fixed = (
+        "optimizer=sgd",
+        f"optimizer.lr={RATE}",
+        "protocol.activation_of=null",
+        "dataset.fc_widths=[9,9]",
+    )
     t = Tiny(method, "fc", *fixed, *own, *overrides)
     layers = [t.net.weight_layers(i)[0] for i in range(3)]
     return t, layers, numpy(layer.weight for layer in layers), numpy(layer.bias for layer in layers)
@@ -40,10 +45,17 @@ def updated(W, b, deltas, inputs):
 
 
 def assert_equal(t, layers, W, b, B):
-    found = [*(layer.weight for layer in layers), *(layer.bias for layer in layers), *t.method.parameters()]
+    found = [
+        *(layer.weight for layer in layers),
+        *(layer.bias for layer in layers),
+        *t.method.parameters(),
+    ]
     expected = [*W, *b, *B]
-    largest = max(np.abs(p.detach().numpy() - e).max() for p, e in zip(found, expected, strict=True))
-    assert largest < STEPS * roundoff(layers[0].in_features)  # the longest sum, of numbers of about 1 at most
+    largest = max(
+        np.abs(p.detach().numpy() - e).max() for p, e in zip(found, expected, strict=True)
+    )
+    # the longest sum, of numbers of about 1 at most
+    assert largest < STEPS * roundoff(layers[0].in_features)
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
@@ -68,8 +80,14 @@ def test_steps_of_a_sequential_rule_equal_the_transcription(name):
         if name == "usf":
             V = [s * np.sign(w) for s, w in zip(scale, W[1:], strict=True)]
         if name in ("brsf", "frsf"):
-            V = [t.method.get_buffer(f"magnitude_{k}").numpy() * np.sign(w) for k, w in enumerate(W[1:])]
-            assert all(0 <= np.abs(v).min() <= np.abs(v).max() <= 3**0.5 * s for v, s in zip(V, scale, strict=True))
+            V = [
+                t.method.get_buffer(f"magnitude_{k}").numpy() * np.sign(w)
+                for k, w in enumerate(W[1:])
+            ]
+            assert all(
+                0 <= np.abs(v).min() <= np.abs(v).max() <= 3**0.5 * s
+                for v, s in zip(V, scale, strict=True)
+            )
         if name == "pfa":
             V = [p @ r for p, r in zip(fixed, B, strict=True)]
         h1, h2, logits = forward(x, W, b)
@@ -95,7 +113,10 @@ def test_steps_of_a_direct_rule_equal_the_transcription(name):
         h1, h2, logits = forward(x, W, b)
         e = (softmax(logits) - y_star) / BATCH
         if name == "adfa":
-            B = [beta + t.method.rate * (product - beta) for beta, product in zip(B, (W[2] @ W[1], W[2]), strict=True)]
+            B = [
+                beta + t.method.rate * (product - beta)
+                for beta, product in zip(B, (W[2] @ W[1], W[2]), strict=True)
+            ]
         s = {"drtp": -y_star / BATCH, "sign": np.sign(e) / BATCH}.get(name, e)
         deltas = ((s @ B[0]) * (h1 > 0), (s @ B[1]) * (h2 > 0), e)
         if name == "dkp":
@@ -104,6 +125,8 @@ def test_steps_of_a_direct_rule_equal_the_transcription(name):
             torch.manual_seed(step)
             p1, p2 = (torch.randn(*h.shape, dtype=torch.float64).numpy() for h in (h1, h2))
             d = ((p1 @ W[1].T) * (h2 > 0) + p2) @ W[2].T
-            B = [beta - RATE * (beta - d.T @ p / BATCH) for beta, p in zip(B, (p1, p2), strict=True)]
+            B = [
+                beta - RATE * (beta - d.T @ p / BATCH) for beta, p in zip(B, (p1, p2), strict=True)
+            ]
         W, b, _ = updated(W, b, deltas, (x, h1, h2))
     assert_equal(t, layers, W, b, B)

@@ -26,7 +26,9 @@ def batches(count, device):
 
 def same(a, b, rtol):
     for (key, value), other in zip(a.state().items(), b.state().values(), strict=True):
-        torch.testing.assert_close(value, other, rtol=rtol, atol=rtol, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            value, other, rtol=rtol, atol=rtol, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def draws_in_a_step(method, model):
@@ -98,7 +100,9 @@ def test_a_captured_step_follows_the_learning_rate(optimizer):
     t.learner.set_lr(0.0)
     before = t.state()
     step(x, target)
-    assert all(torch.equal(value, before[key]) for key, value in t.state().items() if "running" not in key)
+    assert all(
+        torch.equal(value, before[key]) for key, value in t.state().items() if "running" not in key
+    )
 
 
 def test_where_capture_fails_the_eager_path_goes_on_with_one_warning(monkeypatch, caplog):
@@ -121,9 +125,13 @@ def test_where_capture_fails_the_eager_path_goes_on_with_one_warning(monkeypatch
     assert torch.randn(1, device="cuda").isfinite()
 
 
-@pytest.mark.parametrize("options", [(), ("cuda_graph=false",), ("precision=tf32",), ("precision=bfloat16",)], ids=str)
+@pytest.mark.parametrize(
+    "options", [(), ("cuda_graph=false",), ("precision=tf32",), ("precision=bfloat16",)], ids=str
+)
 def test_a_run_on_a_gpu(options, tmp_path):
-    done = dfl_train(tmp_path, "device=cuda", "epochs=4", "tracking=disabled", *options, environment={})
+    done = dfl_train(
+        tmp_path, "device=cuda", "epochs=4", "tracking=disabled", *options, environment={}
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "outputs").glob("*/*/result.json")
     result = json.loads(path.read_text())

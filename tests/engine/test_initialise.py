@@ -13,7 +13,12 @@ from dfl_experiments.models import torchvision_net
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64), nn.Linear(512, 256), nn.Linear(256, 512, bias=False))
+    return nn.Sequential(
+        nn.Conv2d(8, 64, 3),
+        nn.BatchNorm2d(64),
+        nn.Linear(512, 256),
+        nn.Linear(256, 512, bias=False),
+    )
 
 
 @pytest.mark.parametrize(
@@ -22,9 +27,15 @@ def net():
 def test_weights_have_the_variance_of_their_initialisation_and_biases_are_zero(init, variance):
     model = net()
     initialise(model, init)
-    for layer, fans in ((model[0], (8 * 9, 64 * 9)), (model[2], (512, 256)), (model[3], (256, 512))):
+    for layer, fans in (
+        (model[0], (8 * 9, 64 * 9)),
+        (model[2], (512, 256)),
+        (model[3], (256, 512)),
+    ):
         count = layer.weight.numel()
-        assert layer.weight.var().item() == pytest.approx(variance(*fans), rel=6 * math.sqrt(2 / count))
+        assert layer.weight.var().item() == pytest.approx(
+            variance(*fans), rel=6 * math.sqrt(2 / count)
+        )
     assert not any(layer.bias.any() for layer in (model[0], model[2]))
 
 
@@ -46,7 +57,8 @@ def test_default_keeps_every_bit_and_no_initialisation_touches_a_normalisation()
 
 # standard deviation of the first convolution's weights, as the network's constructor in torchvision has it
 STEMS = {
-    "resnet18": lambda w: math.sqrt(2 / w[:, 0].numel()),  # kaiming, fan_out: the channels do not matter
+    # kaiming, fan_out: the channels do not matter
+    "resnet18": lambda w: math.sqrt(2 / w[:, 0].numel()),
     "vgg11_bn": lambda w: math.sqrt(2 / w[:, 0].numel()),
     "googlenet": lambda w: 0.01,
     "densenet121": lambda w: math.sqrt(2 / w[0].numel()),  # kaiming, fan_in
@@ -58,10 +70,15 @@ STEMS = {
 
 @pytest.mark.parametrize("name", STEMS)
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_network_of_torchvision_draws_its_first_convolution_as_its_constructor_does(name, channels):
+def test_a_network_of_torchvision_draws_its_first_convolution_as_its_constructor_does(
+    name, channels
+):
     torch.manual_seed(0)
     net = torchvision_net((channels, 64, 64), 10, name)
-    weights, stem = net.state_dict(), next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
+    weights, stem = (
+        net.state_dict(),
+        next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d)),
+    )
     assert stem.in_channels == stem.weight.shape[1] == channels
     assert stem.weight.std().item() == pytest.approx(STEMS[name](stem.weight), rel=0.05)
     assert stem.bias is None or bool(stem.bias.any()) == (name == "alexnet")

@@ -15,7 +15,9 @@ from dfl_experiments.methods import Direct, ProductDirectFeedback, ProductFeedba
 from dfl_experiments.methods.local_module import LocalModule
 
 DIRECT = [name for name in METHODS if isinstance(Tiny(name, "fc").method, Direct)]
-DIRECT_CROSS = pytest.mark.parametrize(("method", "model"), [pair for pair in PAIRS if pair[0] in DIRECT])
+DIRECT_CROSS = pytest.mark.parametrize(
+    ("method", "model"), [pair for pair in PAIRS if pair[0] in DIRECT]
+)
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
 
 
@@ -63,7 +65,8 @@ def test_zero_feedback_reaches_no_block_below_the_last_two(method, model):
     for module in t.method.feedback:
         module.weight.data.zero_()
     t.backward()
-    top = max(t.method.cuts)  # of BDFA, whose convolutions are below the lowest cut, as of the others
+    # of BDFA, whose convolutions are below the lowest cut, as of the others
+    top = max(t.method.cuts)
     lower = [p for block in t.net.blocks[:top] for p in block.parameters()]
     upper = t.net.parameters_above(top)
     assert lower
@@ -78,8 +81,16 @@ def test_dfa_with_the_jacobian_products_of_a_linear_net_is_backprop():
 
 
 def test_las_on_a_linear_net_converges_to_the_jacobian_products():
-    t = Tiny("las", "fc", "model.activation=identity", "method.init=kaiming", "optimizer=sgd", "optimizer.lr=0.3")
-    for i in range(t.net.depth):  # a local module has no bias, so that a net without is within its reach
+    t = Tiny(
+        "las",
+        "fc",
+        "model.activation=identity",
+        "method.init=kaiming",
+        "optimizer=sgd",
+        "optimizer.lr=0.3",
+    )
+    # a local module has no bias, so that a net without is within its reach
+    for i in range(t.net.depth):
         t.net.weight_layers(i)[0].bias.data.zero_()
         torch.nn.init.orthogonal_(t.net.weight_layers(i)[0].weight)
     optimizer = t.optimizer.make(list(t.method.parameters()))
@@ -92,7 +103,9 @@ def test_las_on_a_linear_net_converges_to_the_jacobian_products():
     weights = [t.net.weight_layers(i)[0].weight.detach() for i in range(t.net.depth)]
     assert len(t.method.feedback) == 2
     for i, module in enumerate(t.method.feedback, start=1):
-        torch.testing.assert_close(module.weight.detach(), torch.linalg.multi_dot([*weights[:i:-1], weights[i]]))
+        torch.testing.assert_close(
+            module.weight.detach(), torch.linalg.multi_dot([*weights[:i:-1], weights[i]])
+        )
     trace, deltas, error = t.backward()
     for delta, reference in zip(deltas, backprop_deltas(trace, error), strict=True):
         torch.testing.assert_close(delta, reference)
@@ -123,14 +136,18 @@ def test_feedback_is_the_transpose_of_the_sum_pooled_module(method, model, top):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"), [(5, 1, 2, 1), (3, 2, 1, 1), (4, 3, 0, 1), (3, 1, 2, 2)]
+    ("kernel", "stride", "padding", "dilation"),
+    [(5, 1, 2, 1), (3, 2, 1, 1), (4, 3, 0, 1), (3, 1, 2, 2)],
 )
 def test_local_module_is_a_pooled_convolution_and_its_transpose(kernel, stride, padding, dilation):
     torch.manual_seed(0)
     reader = torch.nn.Conv2d(3, 7, kernel, stride, padding, dilation).double()
     h = torch.randn(2, 3, 11, 9, dtype=torch.float64)
     error = torch.randn(2, CLASSES, dtype=torch.float64)
-    for pooling, pool in (("average", lambda planes: planes.mean((2, 3))), ("max", lambda planes: planes.amax((2, 3)))):
+    for pooling, pool in (
+        ("average", lambda planes: planes.mean((2, 3))),
+        ("max", lambda planes: planes.amax((2, 3))),
+    ):
         module = LocalModule(reader, h.shape[1:], CLASSES, pooling)
         module.initialise("default")
         planes = F.conv2d(h, module.weight, None, stride, padding, dilation)
@@ -163,7 +180,9 @@ def test_local_and_network_losses_do_not_touch_each_other(method, model):
 def test_the_measured_signal_is_the_applied_signal(method, model):
     t = Tiny(method, model)
     trace, deltas, _ = t.backward()
-    assert [delta is None for delta in deltas] == [i < t.method.frozen for i in range(t.net.depth - 1)]
+    assert [delta is None for delta in deltas] == [
+        i < t.method.frozen for i in range(t.net.depth - 1)
+    ]
     for i, (block, delta) in enumerate(zip(t.net.blocks, deltas, strict=True), start=1):
         if delta is None:
             continue
@@ -203,14 +222,21 @@ def test_alignment_is_measured_for_every_layer(method, model):
     t = Tiny(method, model)
     t.learner.step(t.x, t.target)  # FDFA's B sends nothing at first
     alignment = t.learner.step(t.x, t.target, align=True)[2:].view(t.net.depth - 1, 5)
-    cosines, norms, norms_bp, zeros = alignment[:, 0], alignment[:, 2], alignment[:, 3], alignment[:, 4]
+    cosines, norms, norms_bp, zeros = (
+        alignment[:, 0],
+        alignment[:, 2],
+        alignment[:, 3],
+        alignment[:, 4],
+    )
     silent = torch.arange(t.net.depth - 1) < t.method.frozen
     assert torch.equal(cosines.isnan(), silent)
     assert torch.equal(norms == 0, silent)
     assert (norms_bp > 0).all()
     assert (zeros[silent] == len(t.x)).all()
     trace, deltas, error = t.backward()
-    for delta, reference in list(zip(deltas, backprop_deltas(trace, error), strict=True))[t.method.exact_from - 1 :]:
+    for delta, reference in list(zip(deltas, backprop_deltas(trace, error), strict=True))[
+        t.method.exact_from - 1 :
+    ]:
         close(delta, reference)  # by its own word
     exact = torch.arange(1, t.net.depth) >= t.method.exact_from
     close(cosines[exact], torch.ones(int(exact.sum()), dtype=torch.float64))
@@ -223,7 +249,9 @@ def test_one_step_trains_exactly_the_layers_with_a_signal(method, model):
     before = t.state()
     for _ in range(2):  # FDFA's B sends nothing at first
         t.learner.step(t.x, t.target)
-    feedback = [p for p in t.method.parameters() if p.requires_grad or isinstance(t.method, OF_ITSELF)]
+    feedback = [
+        p for p in t.method.parameters() if p.requires_grad or isinstance(t.method, OF_ITSELF)
+    ]
     trained = {id(p) for p in (*t.learner.parameters, *feedback)}
     for prefix, module in (("net", t.net), ("method", t.method)):
         for key, p in module.named_parameters():
@@ -275,7 +303,8 @@ def test_a_confident_sample_does_not_blank_the_others_behind_batch_norm(model):
     t.target = logits.argmax(1)
     t.target[0] = (t.target[0] + 1) % CLASSES
     trace, deltas, error = t.backward()
-    assert error.abs().amax(1).min() < 1e-12  # confident: in float32, squares of its signals underflow
+    # confident: in float32, squares of its signals underflow
+    assert error.abs().amax(1).min() < 1e-12
     alignment = measure(t.net, t.method, trace, deltas, error).view(-1, 5)
     assert torch.isfinite(alignment).all()
     assert alignment[:, :2].abs().le(1 + 1e-5).all()
@@ -290,20 +319,28 @@ def test_shallow_s_frozen_blocks_receive_nothing_through_a_leaking_skip():
 def test_a_method_that_cuts_and_has_no_signal_is_refused():
     t = Tiny("bp", "fc")
     t.method.cuts = frozenset({1})
-    with pytest.raises(LookupError, match="Backprop cuts the graph after block 1 but does not implement `signal`"):
+    with pytest.raises(
+        LookupError, match="Backprop cuts the graph after block 1 but does not implement `signal`"
+    ):
         t.learner.step(t.x, t.target)
 
 
 def test_a_block_s_output_is_a_vector_tokens_or_an_image():
-    block = Block(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, (3, 1, 1, 1))), torch.nn.Identity())
+    block = Block(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, (3, 1, 1, 1))),
+        torch.nn.Identity(),
+    )
     head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, CLASSES))
     net = BlockNet(block, head=head, input_shape=(3, 1, 1))
-    with pytest.raises(UserError, match=r"h_1 has shape \(3, 1, 1, 1\) per sample; must be \(d,\), \(T, C\) or"):
+    with pytest.raises(
+        UserError, match=r"h_1 has shape \(3, 1, 1, 1\) per sample; must be \(d,\), \(T, C\) or"
+    ):
         Direct(net, CLASSES, LOSSES["cross_entropy"], top="direct")
 
 
 @pytest.mark.parametrize(
-    ("method", "model"), [(method, model) for method, model in PAIRS if model.startswith(("conv", "resnet"))]
+    ("method", "model"),
+    [(method, model) for method, model in PAIRS if model.startswith(("conv", "resnet"))],
 )
 def test_images_in_another_memory_format_give_the_same(method, model):
     plain, last = Tiny(method, model), Tiny(method, model)

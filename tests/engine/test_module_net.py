@@ -40,7 +40,14 @@ def vgg() -> nn.Module:
         net = VGG(nn.Identity(), init_weights=False)
     net.features = make_layers([5, "M", 6, "M", 7], batch_norm=True)
     net.avgpool = nn.AdaptiveAvgPool2d(2)
-    hidden = [nn.Linear(28, 9), nn.ReLU(True), nn.Dropout(), nn.Linear(9, 8), nn.ReLU(True), nn.Dropout()]
+    hidden = [
+        nn.Linear(28, 9),
+        nn.ReLU(True),
+        nn.Dropout(),
+        nn.Linear(9, 8),
+        nn.ReLU(True),
+        nn.Dropout(),
+    ]
     net.classifier = nn.Sequential(*hidden, nn.Linear(8, CLASSES))
     return net
 
@@ -51,7 +58,9 @@ def resnet() -> nn.Module:
     for k, (below, width) in enumerate([(5, 5), (5, 6), (6, 7)], start=1):
         shortcut = None
         if k > 1:
-            shortcut = nn.Sequential(nn.Conv2d(below, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+            shortcut = nn.Sequential(
+                nn.Conv2d(below, width, 1, 2, bias=False), nn.BatchNorm2d(width)
+            )
         first = BasicBlock(below, width, 1 + (k > 1), shortcut)
         setattr(net, f"layer{k}", nn.Sequential(first, BasicBlock(width, width)))
     net.layer4, net.fc = nn.Sequential(BasicBlock(7, 7)), nn.Linear(7, CLASSES)
@@ -63,17 +72,27 @@ def densenet() -> nn.Module:
 
 
 def transformer() -> nn.Module:
-    return VisionTransformer(8, 4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=CLASSES)
+    return VisionTransformer(
+        8, 4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=CLASSES
+    )
 
 
 def gru() -> nn.Module:
-    layers = [nn.Embedding(11, 6), Recurrent(6, 7), nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, CLASSES)]
+    layers = [
+        nn.Embedding(11, 6),
+        Recurrent(6, 7),
+        nn.Linear(7, 9),
+        nn.Tanh(),
+        nn.Linear(9, CLASSES),
+    ]
     return nn.Sequential(*layers)
 
 
 def layers() -> nn.Module:
     """Boundaries that are weight layers themselves."""
-    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 8), nn.Linear(8, CLASSES))
+    return nn.Sequential(
+        nn.Linear(6, 5), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 8), nn.Linear(8, CLASSES)
+    )
 
 
 IMAGE, TOKENS = torch.zeros(1, 3, 16, 16), torch.zeros(1, 5, dtype=torch.long)
@@ -89,12 +108,16 @@ class Case:
         torch.manual_seed(3)
         configuration = tiny_configuration(method, "fc", "dataset.fc_widths=[1,1,1]", *overrides)
         self.loss = LOSSES["cross_entropy"]
-        make, example = (layers, torch.zeros(1, 6)) if name == "layers" else (NETS[name], EXAMPLES[name])
+        make, example = (
+            (layers, torch.zeros(1, 6)) if name == "layers" else (NETS[name], EXAMPLES[name])
+        )
         self.net = ModuleNet(make().double(), "auto", example)
         for p in self.net.parameters():  # torchvision's heads start at zero
             if not p.any():
                 p.data.normal_(std=0.1)
-        self.method = configuration.components["method"].build(net=self.net, num_classes=CLASSES, loss=self.loss)
+        self.method = configuration.components["method"].build(
+            net=self.net, num_classes=CLASSES, loss=self.loss
+        )
         self.optimizer = configuration.components["optimizer"].build()
         self.learner = Learner(self.net, self.method, self.loss, self.optimizer)
         self.x = self.net.blank(BATCH)
@@ -106,7 +129,9 @@ class Case:
 
     def trace(self, keep: bool = False):
         torch.manual_seed(5)  # of dropout
-        return self.net.trace(self.x, self.method.cuts, self.method.frozen, keep, self.method.transpose)
+        return self.net.trace(
+            self.x, self.method.cuts, self.method.frozen, keep, self.method.transpose
+        )
 
     def backward(self, keep: bool = True):
         """Return the trace, the applied signals and the error."""
@@ -161,7 +186,9 @@ PAIRS = [(name, method) for name in NETS for method in METHODS if method != "adf
 
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_a_rule_trains_every_weight_and_measures_alignment_or_is_refused(name, method):
-    if name in WEIGHTS and issubclass(tiny_configuration(method, "fc").components["method"].target, Sequential):
+    if name in WEIGHTS and issubclass(
+        tiny_configuration(method, "fc").components["method"].target, Sequential
+    ):
         with pytest.raises(UserError, match=WEIGHTS[name]):
             Case(name, method)
         return
@@ -173,7 +200,9 @@ def test_a_rule_trains_every_weight_and_measures_alignment_or_is_refused(name, m
     silent = torch.arange(case.net.depth - 1) < case.method.frozen
     assert torch.equal(alignment[:, 0].isnan(), silent)
     exact = torch.arange(1, case.net.depth) >= case.method.exact_from
-    torch.testing.assert_close(alignment[exact, 0], torch.ones(int(exact.sum()), dtype=torch.float64))
+    torch.testing.assert_close(
+        alignment[exact, 0], torch.ones(int(exact.sum()), dtype=torch.float64)
+    )
     trained = {id(p) for p in case.learner.parameters}
     for key, p in case.net.module.named_parameters():
         assert torch.equal(p, before[key]) == (id(p) not in trained), key
@@ -223,7 +252,8 @@ def test_a_head_that_starts_at_zero_does_not_make_feedback_zero():
 @EVERY_NET
 def test_forward_direct_feedback_has_the_jacobian_s_tangents(name):
     case = Case(name, "fdfa")
-    case.net.train(name == "transformer")  # without dropout; in evaluation its attention has no derivative
+    # without dropout; in evaluation its attention has no derivative
+    case.net.train(name == "transformer")
     trace = case.net.trace(case.x, case.method.cuts, keep=True)
     with torch.no_grad():
         noise, tangent = case.method.tangents(trace)
@@ -233,7 +263,9 @@ def test_forward_direct_feedback_has_the_jacobian_s_tangents(name):
     for k in range(CLASSES):
         for i, p in noise.items():
             e = F.one_hot(torch.full((BATCH,), k), CLASSES).to(tangent)
-            (jacobian,) = torch.autograd.grad(logits.logits, logits.preactivations[i - 1], e, retain_graph=True)
+            (jacobian,) = torch.autograd.grad(
+                logits.logits, logits.preactivations[i - 1], e, retain_graph=True
+            )
             expected[:, k] += (jacobian * p).flatten(1).sum(1)
     torch.testing.assert_close(tangent, expected)
 
@@ -289,13 +321,30 @@ def test_activations_that_are_watched_are_the_boundaries_outputs():
     assert torch.equal(case.net(case.x, watched.setdefault), case.net.module(case.x))
     assert [h.shape[1:] for h in watched.values()] == case.net.output_shapes()
     assert torch.equal(watched[1], case.net.module.features[:4](case.x))
-    assert [case.net.ends_in_relu(i) for i in range(1, case.net.depth)] == [True] * (case.net.depth - 1)
+    assert [case.net.ends_in_relu(i) for i in range(1, case.net.depth)] == [True] * (
+        case.net.depth - 1
+    )
     assert not Case("gru", "bp").net.ends_in_relu(3)
 
 
-RESNET = ["maxpool", "layer1.0", "layer1", "layer2.0", "layer2", "layer3.0", "layer3", "layer4.0", "avgpool"]
+RESNET = [
+    "maxpool",
+    "layer1.0",
+    "layer1",
+    "layer2.0",
+    "layer2",
+    "layer3.0",
+    "layer3",
+    "layer4.0",
+    "avgpool",
+]
 AUTOMATIC = {
-    "vgg11_bn": [*(f"features.{i}" for i in (3, 7, 10, 14, 17, 21, 24)), "avgpool", "classifier.2", "classifier.5"],
+    "vgg11_bn": [
+        *(f"features.{i}" for i in (3, 7, 10, 14, 17, 21, 24)),
+        "avgpool",
+        "classifier.2",
+        "classifier.5",
+    ],
     "resnet18": RESNET,
     "densenet121": [
         "features.pool0",
@@ -377,7 +426,9 @@ def test_a_module_that_cannot_be_a_net_is_refused():
         ModuleNet(nn.Linear(4, 4), "auto", torch.zeros(1, 3))
     with pytest.raises(UserError, match="the module is compiled; pass the original module"):
         ModuleNet(torch.compile(nn.Linear(4, 4)), "auto", torch.zeros(1, 4))
-    with pytest.raises(UserError, match="no submodule has weight layers both below and above its output"):
+    with pytest.raises(
+        UserError, match="no submodule has weight layers both below and above its output"
+    ):
         ModuleNet(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "auto", torch.zeros(1, 4))
 
 
@@ -406,7 +457,10 @@ class Merged(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Sequential(nn.Linear(15, 6), nn.Tanh())
+        self.first, self.second = (
+            nn.Sequential(nn.Linear(4, 5), nn.Tanh()),
+            nn.Sequential(nn.Linear(15, 6), nn.Tanh()),
+        )
         self.head = nn.Linear(6, CLASSES)
 
     def forward(self, x):
@@ -428,7 +482,11 @@ class Gated(nn.Module):
 
 def normed():
     return nn.Sequential(
-        weight_norm(nn.Linear(4, 5)), nn.Tanh(), weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 4)
+        weight_norm(nn.Linear(4, 5)),
+        nn.Tanh(),
+        weight_norm(nn.Linear(5, 6)),
+        nn.Tanh(),
+        nn.Linear(6, 4),
     )
 
 
@@ -453,7 +511,9 @@ def test_unusual_nets_train_as_autograd_says(make, shape, expected, method):
     assert set(rule.alignment(x, target)) == set(expected)
     module.zero_grad()
     F.cross_entropy(module(x), target).backward()
-    exact = [name for block in rule.net.weights[rule.method.exact_from :] for name in map(id, block)]
+    exact = [
+        name for block in rule.net.weights[rule.method.exact_from :] for name in map(id, block)
+    ]
     for parameter, gradient in zip(module.parameters(), found, strict=True):
         if method == "bp" or id(parameter) in exact:
             assert torch.allclose(gradient, parameter.grad, atol=1e-6)
@@ -478,7 +538,9 @@ def test_a_recurrent_layer_without_a_module_around_it_is_named():
             return self.head(self.gru(x)[0][:, -1])
 
     for names in ("auto", ["gru"]):
-        with pytest.raises(UserError, match="the output of gru is not one tensor: put it into a module"):
+        with pytest.raises(
+            UserError, match="the output of gru is not one tensor: put it into a module"
+        ):
             ModuleNet(Last(), names, torch.zeros(1, 6, 4))
 
 

@@ -52,13 +52,21 @@ def test_bp_with_each_optimizer_is_a_plain_loop_with_torch_s(name):
 
 def factors(*overrides, epochs=10, batches=4):
     schedule = check(compose([f"epochs={epochs}", *overrides])).components["schedule"].build()
-    return [factor for epoch in range(1, epochs + 1) for factor in schedule.factors(epoch, epochs, batches)]
+    return [
+        factor
+        for epoch in range(1, epochs + 1)
+        for factor in schedule.factors(epoch, epochs, batches)
+    ]
 
 
 def test_the_rates_of_every_schedule():
-    by_epoch = {name: factors(f"schedule={name}", batches=1) for name in ("constant", "step", "cosine", "exponential")}
+    by_epoch = {
+        name: factors(f"schedule={name}", batches=1)
+        for name in ("constant", "step", "cosine", "exponential")
+    }
     assert by_epoch["constant"] == [1.0] * 10
-    assert by_epoch["step"] == [1.0] * 5 + [0.25] * 3 + [0.25**2, 0.25**3]  # 8.9 and 9.4 are within the last epochs
+    # 8.9 and 9.4 are within the last epochs
+    assert by_epoch["step"] == [1.0] * 5 + [0.25] * 3 + [0.25**2, 0.25**3]
     assert by_epoch["cosine"][0] == 1.0
     assert by_epoch["cosine"][5] == pytest.approx(0.5)
     assert by_epoch["cosine"][9] == pytest.approx((1 - 0.9510565162951535) / 2)  # cos(0.9 π)
@@ -86,20 +94,27 @@ def test_a_rate_per_iteration_changes_at_every_batch_and_else_at_every_epoch():
 
 
 def test_a_warm_up_rises_linearly_to_the_full_rate():
-    assert factors("schedule=constant", "schedule.warmup=4", batches=1) == [0.25, 0.5, 0.75] + [1.0] * 7
+    assert (
+        factors("schedule=constant", "schedule.warmup=4", batches=1)
+        == [0.25, 0.5, 0.75] + [1.0] * 7
+    )
     ramp = factors("schedule=constant", "schedule.warmup=0.5", "schedule.per=iteration")
     assert ramp == [0.5] + [1.0] * 39
     cosine = factors("schedule=cosine", "schedule.warmup=2", batches=1)
     assert cosine[:3] == [0.5, 1.0, 1.0]  # the first two belong to the warm-up
     assert cosine[6] == pytest.approx(0.5)  # half-way from epoch 2 to epoch 10
-    assert factors("schedule=exponential", "schedule.warmup=2", batches=1)[-1] == pytest.approx(0.95**7)
+    assert factors("schedule=exponential", "schedule.warmup=2", batches=1)[-1] == pytest.approx(
+        0.95**7
+    )
 
 
 def gradients(t):
     """W's gradients of the next step as its optimizer gets them."""
     found = {}
     t.learner.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: found.update({p: p.grad.clone() for g in optimizer.param_groups for p in g["params"]})
+        lambda optimizer, *_: found.update(
+            {p: p.grad.clone() for g in optimizer.param_groups for p in g["params"]}
+        )
     )
     t.learner.step(t.x, t.target)
     return found.values()
@@ -113,7 +128,9 @@ def total(tensors):
 def test_a_gradient_is_clipped_to_the_norm_and_keeps_its_direction(method):
     free = list(gradients(Tiny(method, "conv3", "optimizer=sgd")))
     norm = total(free).item()
-    clipped = list(gradients(Tiny(method, "conv3", "optimizer=sgd", f"optimizer.clip_norm={norm / 4}")))
+    clipped = list(
+        gradients(Tiny(method, "conv3", "optimizer=sgd", f"optimizer.clip_norm={norm / 4}"))
+    )
     assert total(clipped) == pytest.approx(norm / 4, rel=1e-5)  # torch divides by the norm and 1e-6
     for mine, other in zip(clipped, free, strict=True):
         torch.testing.assert_close(mine * (norm / total(clipped)), other)
@@ -151,14 +168,18 @@ def test_b_alone_has_the_rate_that_is_given_for_it():
     for key, value in other.items():
         assert torch.equal(value, (fast if key.startswith("method.") else plain)[key])
         assert not torch.equal(value, start[key])
-    t = Tiny("dkp", "fc", "optimizer.feedback.weight_decay=0.1", "optimizer.feedback.betas=[0.8,0.9]")
+    t = Tiny(
+        "dkp", "fc", "optimizer.feedback.weight_decay=0.1", "optimizer.feedback.betas=[0.8,0.9]"
+    )
     mine, of_b = (optimizer.param_groups[0] for optimizer in t.learner.optimizers)
     assert (mine["weight_decay"], mine["betas"]) == (0.0, (0.9, 0.999))
     assert (of_b["weight_decay"], of_b["betas"], of_b["eps"]) == (0.1, (0.8, 0.9), mine["eps"])
 
 
 def test_b_can_have_an_optimizer_of_another_kind():
-    t = Tiny("dkp", "fc", "optimizer=sgd", "optimizer.momentum=0.5", "+optimizer@optimizer.feedback=adam")
+    t = Tiny(
+        "dkp", "fc", "optimizer=sgd", "optimizer.momentum=0.5", "+optimizer@optimizer.feedback=adam"
+    )
     assert [type(optimizer).__name__ for optimizer in t.learner.optimizers] == ["SGD", "Adam"]
     assert t.learner.feedback_optimizer.param_groups[0]["lr"] == 1e-4
 
@@ -169,4 +190,7 @@ def test_every_optimizer_of_torch_that_takes_a_dense_gradient_of_any_shape_train
         before = t.state()
         t.learner.step(t.x, t.target)
         after = t.state()
-        assert all(not torch.equal(after[f"net.{key}"], before[f"net.{key}"]) for key, _ in t.net.named_parameters())
+        assert all(
+            not torch.equal(after[f"net.{key}"], before[f"net.{key}"])
+            for key, _ in t.net.named_parameters()
+        )

@@ -19,19 +19,25 @@ LABELS = torch.arange(12) % 3
 
 def module():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
 
 
 def rule_of(name, net, **options):
     torch.manual_seed(2)
-    return dfl.rule(name, net, INPUTS[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1), lr=0.1, **options)
+    return dfl.rule(
+        name, net, INPUTS[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1), lr=0.1, **options
+    )
 
 
 def gradients(net):
     return [None if p.grad is None else p.grad.clone() for p in net.parameters()]
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, lambda y, t: F.mse_loss(y, F.one_hot(t, 3).float())])
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, lambda y, t: F.mse_loss(y, F.one_hot(t, 3).float())]
+)
 def test_bp_with_a_loss_is_loss_backward_bit_for_bit(loss):
     net, twin = module(), module()
     value = rule_of("bp", net).backward(INPUTS, LABELS, loss=loss)
@@ -72,7 +78,9 @@ def test_four_micro_batches_are_one_step_on_the_summed_gradient(name):
     whole.backward(INPUTS, LABELS, step_feedback=False)
     for mine, other in zip(gradients(net), gradients(twin), strict=True):
         assert torch.allclose(mine, 4 * other, atol=1e-6)
-    mine, other = ([p.grad for p in rule.method.parameters() if p.grad is not None] for rule in (parts, whole))
+    mine, other = (
+        [p.grad for p in rule.method.parameters() if p.grad is not None] for rule in (parts, whole)
+    )
     for one, another in zip(mine, other, strict=True):
         assert torch.allclose(one, 4 * another, atol=1e-6)
 
@@ -138,7 +146,9 @@ def test_compiled_nets_of_one_class_do_not_share_their_hooks(name):
         for found, gradient in zip(gradients(compiled), gradients(expected), strict=True):
             assert torch.allclose(found, gradient, atol=1e-6)
         plain(INPUTS)
-    found, alignment = (each.alignment(INPUTS, LABELS)["1"] for each in (rule, rule_of(name, expected)))
+    found, alignment = (
+        each.alignment(INPUTS, LABELS)["1"] for each in (rule, rule_of(name, expected))
+    )
     assert found == pytest.approx(alignment)
 
 
@@ -154,12 +164,15 @@ def test_kp_learns_from_clipped_gradients():
         rule.update_feedback()
         optimizer.step()
         distances.append(rule.method.feedback[0].detach() - net[2].weight.detach())
-    assert torch.allclose(distances[0], distances[-1], atol=1e-6)  # without decay, B - W is constant
+    # without decay, B - W is constant
+    assert torch.allclose(distances[0], distances[-1], atol=1e-6)
 
 
 def test_regression_works_with_a_loss_of_one_s_own():
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+    net = nn.Sequential(
+        nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+    )
     targets = torch.stack([INPUTS[:, 0], INPUTS[:, 1] * 0.5], 1)
     rule = dfl.rule("dfa", net, INPUTS[:1])
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
@@ -186,7 +199,8 @@ def test_sign_symmetry_keeps_its_scales_with_its_state(name, is_early):
     net, other = module(), module()
     other[2].weight.data *= 3
     rule = rule_of(name, net)
-    twin = rule_of(name, net if is_early else other)  # early states lack the scales; W then has to be the same
+    # early states lack the scales; W then has to be the same
+    twin = rule_of(name, net if is_early else other)
     state = rule.state_dict()
     if is_early:
         del state["method"]["_extra_state"]
@@ -243,5 +257,7 @@ def test_what_is_missing_or_impossible_is_refused():
     rule.net.module[4] = nn.Linear(16, 3)
     with pytest.raises(UserError, match=r"call dfl\.rule again"):
         rule.backward(INPUTS, LABELS)
-    with pytest.raises(UserError, match="choose cross_entropy or squared_error; pass a function to `backward`"):
+    with pytest.raises(
+        UserError, match="choose cross_entropy or squared_error; pass a function to `backward`"
+    ):
         dfl.rule("dfa", module(), INPUTS[:1], loss=torch.nn.functional.mse_loss)

@@ -9,7 +9,14 @@ from dfl_experiments.configuration.schema import check
 from dfl_experiments.running.build import Parts, build
 from dfl_experiments.running.epochs import evaluate
 
-OPTIONS = ("dataset=mnist", "model.widths=[96,96]", "epochs=1", "optimizer.lr=1e-3", "device=cpu", "threads=1")
+OPTIONS = (
+    "dataset=mnist",
+    "model.widths=[96,96]",
+    "epochs=1",
+    "optimizer.lr=1e-3",
+    "device=cpu",
+    "threads=1",
+)
 
 
 class PlainLoop:
@@ -18,10 +25,16 @@ class PlainLoop:
     def __init__(self, parts: Parts) -> None:
         copies = [p.detach().clone().requires_grad_() for p in parts.learner.net.parameters()]
         self.weights, self.biases = copies[0::2], copies[1::2]
-        self.feedback = [p.detach().clone().requires_grad_() for p in parts.learner.method.parameters()]
+        self.feedback = [
+            p.detach().clone().requires_grad_() for p in parts.learner.method.parameters()
+        ]
         lr = parts.learner.rates[0]
         self.optimizer = torch.optim.Adam(copies, lr, foreach=False, fused=False)
-        self.local = torch.optim.Adam(self.feedback, lr, foreach=False, fused=False) if self.feedback else None
+        self.local = (
+            torch.optim.Adam(self.feedback, lr, foreach=False, fused=False)
+            if self.feedback
+            else None
+        )
 
     def forward(self, x):
         h, outputs, preactivations = x.flatten(1), [], []
@@ -53,7 +66,9 @@ class PlainLoop:
 
     @torch.no_grad()
     def accuracy(self, batches):
-        hits = [(self.forward(x)[1][-1].argmax(1) == target).float().mean() for x, target in batches]
+        hits = [
+            (self.forward(x)[1][-1].argmax(1) == target).float().mean() for x, target in batches
+        ]
         return torch.stack(hits).mean().item()
 
 

@@ -16,8 +16,11 @@ PAPER = ("bp", "shallow", "dfa", "las", "ltas")
 def test_every_cell_trains_under_every_protocol(method, model):
     done = []
     for protocol in PROTOCOLS:
-        values = tiny_configuration(method, model, "dataset.fc_widths=[1,1,1]", f"protocol={protocol}").values
-        if (values["method"], values["model"]) in done:  # protocols differ in nothing that is about this cell
+        values = tiny_configuration(
+            method, model, "dataset.fc_widths=[1,1,1]", f"protocol={protocol}"
+        ).values
+        # protocols differ in nothing that is about this cell
+        if (values["method"], values["model"]) in done:
             continue
         done.append((values["method"], values["model"]))
         t = Tiny(method, model, f"protocol={protocol}")
@@ -30,7 +33,8 @@ def test_every_cell_trains_under_every_protocol(method, model):
             step = t.learner.step(t.x, t.target, align=True)
             assert step[0] < losses[0]
             assert torch.isfinite(step[2 + 5 * t.method.frozen :]).all()
-        elif method in group_options("method"):  # through a random B some go up at first; somebody's own may be poor
+        # through a random B some go up at first; somebody's own may be poor
+        elif method in group_options("method"):
             assert min(losses) < losses[0]
         assert all(value.isfinite().all() for value in t.state().values())
 
@@ -42,13 +46,18 @@ def kinds(net, kind):
 def test_conv3_downsamples_by_pooling_or_by_stride_to_the_same_sizes():
     pooled, strided = (Tiny("bp", "conv3", f"protocol={name}").net for name in ("authors", "paper"))
     assert [len(kinds(net, nn.MaxPool2d)) for net in (pooled, strided)] == [3, 0]
-    assert [{layer.stride for layer in kinds(net, nn.Conv2d)} for net in (pooled, strided)] == [{(1, 1)}, {(2, 2)}]
+    assert [{layer.stride for layer in kinds(net, nn.Conv2d)} for net in (pooled, strided)] == [
+        {(1, 1)},
+        {(2, 2)},
+    ]
     assert pooled.output_shapes() == strided.output_shapes()
 
 
 def test_local_pooling_is_maximal_in_the_authors_conv3_only():
     pooling = {
-        (protocol, model): {module.pooling for module in Tiny("las", model, f"protocol={protocol}").method.feedback}
+        (protocol, model): {
+            module.pooling for module in Tiny("las", model, f"protocol={protocol}").method.feedback
+        }
         for protocol in PROTOCOLS
         for model in ("conv3", "conv3_bn", "resnet18")
     }
@@ -71,7 +80,12 @@ def test_local_loss_reduction_differs_by_two_in_the_text_and_by_the_number_of_cl
 
 
 def test_dfa_starts_from_the_product_only_in_the_fair_protocol_and_the_figure():
-    for name, *overrides in (("fair",), ("paper",), ("authors",), ("paper", "experiment=alignment_figure")):
+    for name, *overrides in (
+        ("fair",),
+        ("paper",),
+        ("authors",),
+        ("paper", "experiment=alignment_figure"),
+    ):
         t = Tiny("dfa", "fc", f"protocol={name}", *overrides, "dataset.fc_widths=[1,1,1]")
         product = t.net.weight_layers(3)[0].weight @ t.net.weight_layers(2)[0].weight
         same = torch.allclose(t.method.feedback[1].weight, product)
@@ -85,7 +99,9 @@ def test_no_local_module_of_a_convolutional_net_starts_as_a_product(method, mode
     for i, module in enumerate(t.method.feedback, start=1):
         bound = module.weight[0].numel() ** -0.5  # PyTorch's default for a layer of this shape
         assert 0.7 * bound < module.weight.abs().max() <= bound
-        weights = [layer.weight for above in range(i, t.net.depth) for layer in t.net.weight_layers(above)]
+        weights = [
+            layer.weight for above in range(i, t.net.depth) for layer in t.net.weight_layers(above)
+        ]
         if module.linear and all(weight.dim() == 2 for weight in weights):
             assert not torch.allclose(module.weight, torch.linalg.multi_dot(weights[::-1]))
 
@@ -98,7 +114,9 @@ def test_kaiming_uniform_feedback_has_the_published_scale():
     assert linear.abs().max() <= bound
     assert linear.abs().max() > 0.9 * bound
     t = Tiny("dfa", "conv3", "protocol=authors")
-    for module, reader in zip(t.method.feedback, (t.net.weight_layers(1)[0], t.net.weight_layers(2)[0]), strict=False):
+    for module, reader in zip(
+        t.method.feedback, (t.net.weight_layers(1)[0], t.net.weight_layers(2)[0]), strict=False
+    ):
         bound = (2 * 3 / (reader.in_channels * 25)) ** 0.5
         assert 0.8 * bound < module.weight.abs().max() <= bound
 
@@ -143,10 +161,16 @@ def test_two_updates_of_the_statistics_are_two_forward_passes_over_the_batch():
         torch.testing.assert_close(a.running_var, b.running_var)
 
 
-@pytest.mark.parametrize(("method", "below", "top"), [("las", 2, 2), ("ltas", 2, 1), ("dfa", 1, 1), ("bp", 1, 1)])
-def test_the_authors_second_pass_moves_all_statistics_in_las_and_in_ltas_those_below_stage_4(method, below, top):
+@pytest.mark.parametrize(
+    ("method", "below", "top"), [("las", 2, 2), ("ltas", 2, 1), ("dfa", 1, 1), ("bp", 1, 1)]
+)
+def test_the_authors_second_pass_moves_all_statistics_in_las_and_in_ltas_those_below_stage_4(
+    method, below, top
+):
     net = Tiny(method, "resnet18", "protocol=authors").net
-    momenta = [{round(norm.momentum, 6) for norm in kinds(block, nn.BatchNorm2d)} for block in net.blocks]
+    momenta = [
+        {round(norm.momentum, 6) for norm in kinds(block, nn.BatchNorm2d)} for block in net.blocks
+    ]
     expected = {1: {0.1}, 2: {0.19}}
     assert momenta == [expected[below]] * 4 + [expected[top]]
     norms = kinds(Tiny(method, "conv3_bn", "protocol=authors").net, nn.BatchNorm2d)
@@ -162,11 +186,16 @@ def test_accuracies_are_reported_for_the_last_the_chosen_and_the_best_epoch():
 def test_untrainable_runs_stop_after_six_epochs_by_the_published_rule():
     net, losses = Tiny("bp", "fc").net, torch.ones(3)
     assert early_end(losses, 5, net, best=0.11, initial=0.1) is None
-    assert "0.1100 < 1.15 × the initial 0.1000" in early_end(losses, 6, net, best=0.11, initial=0.1)["reason"]
+    assert (
+        "0.1100 < 1.15 × the initial 0.1000"
+        in early_end(losses, 6, net, best=0.11, initial=0.1)["reason"]
+    )
     assert early_end(losses, 6, net, best=0.11, initial=0.09) is None
     assert early_end(losses, 6, net, best=0.11, initial=0.0) is None
     losses[1] = torch.nan
-    assert early_end(losses, 2, net, best=0.11, initial=0.0)["reason"].endswith("from iteration 5 on")
+    assert early_end(losses, 2, net, best=0.11, initial=0.0)["reason"].endswith(
+        "from iteration 5 on"
+    )
 
 
 @pytest.mark.parametrize("method", ["las", "dkp"])

@@ -13,7 +13,13 @@ from measuring import peak_mb
 from processes import dfl_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfl_experiments.engine.alignment import by_dots, by_products, compare, only_rounding, signal_products
+from dfl_experiments.engine.alignment import (
+    by_dots,
+    by_products,
+    compare,
+    only_rounding,
+    signal_products,
+)
 from dfl_experiments.engine.losses import CrossEntropy
 from dfl_experiments.methods import SignSymmetry, WeightMirror
 
@@ -79,7 +85,9 @@ def test_a_step_s_numbers_are_there_under_their_names(method, model):
     t = Tiny(method, model)
     trace = t.net.trace(t.x)
     loss, _ = t.loss.value_and_error(trace.logits, t.target)
-    found = dict(zip(t.learner.metric_names, t.learner.step(t.x, t.target, align=True), strict=True))
+    found = dict(
+        zip(t.learner.metric_names, t.learner.step(t.x, t.target, align=True), strict=True)
+    )
     assert torch.equal(found["loss"], loss)
     assert found["correct"] == (trace.logits.argmax(1) == t.target).sum()
     assert found[f"cosine_sample/{t.net.depth - 1}"] <= 1 + 1e-12
@@ -98,7 +106,9 @@ def test_bfloat16_steps_stay_close_and_keep_their_weights_in_float32(method, mod
     rows = [t.learner.step(t.x, t.target, align=True) for t in (exact, rounded)]
     assert abs(rows[0][0] - rows[1][0]) < roundoff(exact.results, torch.bfloat16) * rows[0][0]
     assert rows[1].dtype == torch.float32
-    assert {p.dtype for p in [*rounded.net.parameters(), *rounded.method.parameters()]} == {torch.float32}
+    assert {p.dtype for p in [*rounded.net.parameters(), *rounded.method.parameters()]} == {
+        torch.float32
+    }
     changed = [not torch.equal(a, b) for a, b in zip(rows[0], rows[1], strict=True)]
     assert any(changed)
 
@@ -118,7 +128,12 @@ def test_cosines_of_confident_samples_are_in_float32_what_they_are_in_float64(me
         if isinstance(t.method, SignSymmetry | WeightMirror):
             t.method.adapt = lambda *args: None  # what it draws would be another's in float32
         rates = t.learner.step(t.x.to(dtype), target, align=True)
-        told.append([rates[t.learner.metric_names.index(f"cosine_sample/{i}")].item() for i in range(1, t.net.depth)])
+        told.append(
+            [
+                rates[t.learner.metric_names.index(f"cosine_sample/{i}")].item()
+                for i in range(1, t.net.depth)
+            ]
+        )
     assert told[1] == pytest.approx(told[0], abs=1e-3, nan_ok=True)
 
 
@@ -127,7 +142,9 @@ class Unsummed(CrossEntropy):
 
     def value_and_error(self, logits, target):
         value, error = super().value_and_error(logits, target)
-        return value, error * (1 + torch.finfo(error.dtype).eps * torch.arange(error.shape[1]).to(error))
+        return value, error * (
+            1 + torch.finfo(error.dtype).eps * torch.arange(error.shape[1]).to(error)
+        )
 
 
 @pytest.mark.parametrize("method", ["bdfa", "usf"])
@@ -137,12 +154,21 @@ def test_signals_that_are_nothing_but_rounding_are_left_out_and_counted(method, 
     t = Tiny(method, "fc", classes=classes)
     t.net.to(dtype)
     t.method.to(dtype)
-    weights = [module.weight for module in t.method.feedback] if method == "bdfa" else [t.net.head.weight]
+    weights = (
+        [module.weight for module in t.method.feedback] if method == "bdfa" else [t.net.head.weight]
+    )
     for weight in weights:
         weight.data.abs_()  # all signs alike: B e = c Σ e, which is zero in exact arithmetic
     t.learner.loss = Unsummed()
-    row = dict(zip(t.learner.metric_names, t.learner.step(t.x.to(dtype), t.target, align=True).tolist(), strict=True))
-    layers = range(1, t.net.depth if method == "usf" else t.net.depth - 1)  # bdfa's highest signal is BP's
+    row = dict(
+        zip(
+            t.learner.metric_names,
+            t.learner.step(t.x.to(dtype), t.target, align=True).tolist(),
+            strict=True,
+        )
+    )
+    # bdfa's highest signal is BP's
+    layers = range(1, t.net.depth if method == "usf" else t.net.depth - 1)
     for i in layers:
         assert 0 <= row[f"norm/{i}"] < 1e-4 * row[f"norm_bp/{i}"]
         assert row[f"zeros/{i}"] == len(t.target)
@@ -161,7 +187,9 @@ def test_no_sample_with_a_signal_of_its_own_is_left_out(method, model):
 @pytest.mark.parametrize("method", ["las", "ltas"])
 def test_confident_samples_keep_their_local_error_in_bfloat16(method):
     t = Tiny(method, "fc", classes=10)
-    y, logits = torch.randn(2, len(t.target), 10, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y, logits = torch.randn(
+        2, len(t.target), 10, generator=torch.Generator().manual_seed(1)
+    ).bfloat16()
     y[range(len(t.target)), t.target] += 10
     rounded = t.method._local_error(y, logits, t.target)
     exact = t.method._local_error(y.double(), logits.double(), t.target)
@@ -177,7 +205,9 @@ def test_alignment_of_bfloat16_signals_is_that_of_their_values():
     told = compare(signal_products(delta, reference)[None], none)
     assert told.dtype == torch.float64
     assert told[0, 4] == 257
-    torch.testing.assert_close(told, compare(signal_products(delta.double(), reference.double())[None], none))
+    torch.testing.assert_close(
+        told, compare(signal_products(delta.double(), reference.double())[None], none)
+    )
 
 
 def test_products_of_long_signals_are_the_same_dot_by_dot():
@@ -200,7 +230,9 @@ def test_signals_are_formed_one_by_one_from_the_top_and_each_output_is_let_go_of
     cuts = sorted(t.method.cuts, reverse=True)
     assert [i for i, _ in seen] == cuts
     for i, there in seen:
-        assert [place for place, present in enumerate(there, start=1) if present] == [c for c in cuts[::-1] if c <= i]
+        assert [place for place, present in enumerate(there, start=1) if present] == [
+            c for c in cuts[::-1] if c <= i
+        ]
     assert trace.outputs == [None] * (t.net.depth - 1)
 
 
@@ -211,7 +243,9 @@ def test_a_step_of_direct_feedback_alignment_needs_no_more_memory_than_one_of_bp
         t = Tiny(method, model)
         x, target = t.x.repeat(10, 1, 1, 1), t.target.repeat(10)
         t.learner.step(x, target)
-        peaks.append(peak_mb(lambda t=t, x=x, target=target: t.learner.step(x, target), torch.device("cpu")))
+        peaks.append(
+            peak_mb(lambda t=t, x=x, target=target: t.learner.step(x, target), torch.device("cpu"))
+        )
     assert peaks[1] <= peaks[0] + 0.001  # the kilobyte is for a few scalars
 
 

@@ -34,7 +34,9 @@ def write_packs(data_dir: Path, **channels: int) -> Path:
         for split, part in (("train", slice(0, 400)), ("test", slice(400, 600))):
             np.save(data_dir / name / f"{split}_images.npy", images[part].repeat(planes, axis=1))
             np.save(data_dir / name / f"{split}_labels.npy", found.target[part])
-        (data_dir / name / "classes.json").write_text(json.dumps([str(digit) for digit in range(10)]))
+        (data_dir / name / "classes.json").write_text(
+            json.dumps([str(digit) for digit in range(10)])
+        )
     return data_dir
 
 
@@ -61,7 +63,9 @@ def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **resu
     if isinstance(result.get("test_accuracy"), dict) and (destination / "epochs.csv").exists():
         with (destination / "epochs.csv").open(newline="") as file:
             names, *rows = csv.reader(file)
-        rows[content["epochs"] - 1][names.index("test_accuracy")] = str(content["test_accuracy"]["last"])
+        rows[content["epochs"] - 1][names.index("test_accuracy")] = str(
+            content["test_accuracy"]["last"]
+        )
         with (destination / "epochs.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([names, *rows])
     return destination
@@ -106,7 +110,11 @@ def dfl_report(folder, *arguments):
     before, sys.argv = sys.argv, ["dfl-report", *map(str, arguments)]
     code = 0
     try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             main()
     except SystemExit as end:
         code = end.code
@@ -133,7 +141,14 @@ def reported(tmp_path_factory):
     smoke = dfl_train(place, *GRID, data, "method=dfa", "optimizer.lr=1e-2", "smoke=32")
     assert smoke.returncode == 0, smoke.stderr
     before = set((place / "outputs" / "grid").glob("*/epochs.csv"))
-    endless = (*GRID, data, "method=ltas", "optimizer.lr=1e-2", "epochs=3", "checkpoint.every_seconds=0")
+    endless = (
+        *GRID,
+        data,
+        "method=ltas",
+        "optimizer.lr=1e-2",
+        "epochs=3",
+        "checkpoint.every_seconds=0",
+    )
     stuck = forked(place, *endless, before=slow_steps)
     while not set((place / "outputs" / "grid").glob("*/epochs.csv")) - before:
         time.sleep(0.02)
@@ -153,14 +168,20 @@ def slow_steps():
 @pytest.fixture(scope="session")
 def finished_point(reported):
     """A finished run of BP."""
-    return next(path.parent for path in sorted((reported / "outputs" / "grid").glob("bp-*seed0*/result.json")))
+    return next(
+        path.parent
+        for path in sorted((reported / "outputs" / "grid").glob("bp-*seed0*/result.json"))
+    )
 
 
 def results(folder, method, lr, smoke=None):
     """The results of a grid's runs of one method and rate."""
-    found = [json.loads(path.read_text()) for path in (folder / "outputs" / "grid").glob("*/result.json")]
+    found = [
+        json.loads(path.read_text()) for path in (folder / "outputs" / "grid").glob("*/result.json")
+    ]
     return [
         result
         for result in found
-        if (result["method"], result["config"]["optimizer"]["lr"], result["config"]["smoke"]) == (method, lr, smoke)
+        if (result["method"], result["config"]["optimizer"]["lr"], result["config"]["smoke"])
+        == (method, lr, smoke)
     ]

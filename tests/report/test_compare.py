@@ -9,7 +9,14 @@ import pytest
 from scipy import stats
 
 from dfl_experiments.report import compare
-from dfl_experiments.report.compare import Estimate, contrast, critical_value, dunnett, fieller, welch
+from dfl_experiments.report.compare import (
+    Estimate,
+    contrast,
+    critical_value,
+    dunnett,
+    fieller,
+    welch,
+)
 from dfl_experiments.report.frame import ROW, runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,12 +44,20 @@ def test_dunnett_s_intervals_on_mnist_are_the_published_ones(kept, method, diffe
 
 
 def test_dunnett_s_interval_is_scipy_s():
-    samples = {name: RANDOM.normal(shift, 1, 4) for name, shift in (("bp", 0), ("dfa", 1), ("las", 2))}
-    result = stats.dunnett(samples["dfa"], samples["las"], control=samples["bp"], rng=np.random.default_rng(1))
+    samples = {
+        name: RANDOM.normal(shift, 1, 4) for name, shift in (("bp", 0), ("dfa", 1), ("las", 2))
+    }
+    result = stats.dunnett(
+        samples["dfa"], samples["las"], control=samples["bp"], rng=np.random.default_rng(1)
+    )
     interval = result.confidence_interval(0.95)
     found = dunnett(samples, "bp")
-    assert [found[name][0].low for name in ("dfa", "las")] == pytest.approx(list(interval.low), abs=0.01)
-    assert [found[name][0].high for name in ("dfa", "las")] == pytest.approx(list(interval.high), abs=0.01)
+    assert [found[name][0].low for name in ("dfa", "las")] == pytest.approx(
+        list(interval.low), abs=0.01
+    )
+    assert [found[name][0].high for name in ("dfa", "las")] == pytest.approx(
+        list(interval.high), abs=0.01
+    )
 
 
 def test_of_one_rule_dunnett_s_critical_value_is_student_s():
@@ -51,7 +66,8 @@ def test_of_one_rule_dunnett_s_critical_value_is_student_s():
 
 def test_who_takes_part_in_a_comparison():
     few = {"bp": np.array([0.9, 0.91]), "dfa": np.array([0.8, 0.82]), "las": np.array([0.85])}
-    assert all(math.isnan(estimate.low) for estimate, _ in dunnett(few, "bp").values())  # 2 degrees of freedom
+    # 2 degrees of freedom
+    assert all(math.isnan(estimate.low) for estimate, _ in dunnett(few, "bp").values())
     steady = {name: np.array([0.9, 0.901, 0.902]) for name in ("bp", "dfa", "las", "ltas")}
     found = dunnett(steady | {"fa": np.array([0.5, 0.7, 0.9]), "kp": np.array([0.9])}, "bp")
     assert {method: test for method, (_, test) in found.items()} == {
@@ -66,11 +82,15 @@ def test_welch_s_interval_is_scipy_s_and_a_contrast_of_two_is_welch_s():
     interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
     found = welch(first, second)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert contrast([first, second, second, second], [1, -1, 1, -1]).value == pytest.approx(found.value)
+    assert contrast([first, second, second, second], [1, -1, 1, -1]).value == pytest.approx(
+        found.value
+    )
     assert math.isnan(welch(first[:1], second).low)
 
 
-@pytest.mark.parametrize(("low", "high", "verdict"), [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-0.1, 0.1, 0)])
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-0.1, 0.1, 0)]
+)
 def test_a_verdict_is_whether_the_interval_excludes_zero(low, high, verdict):
     assert Estimate((low + high) / 2, low, high).verdict == verdict
     assert Estimate(0.1, math.nan, math.nan).verdict is None
@@ -91,12 +111,16 @@ def test_fieller_s_limits_are_where_the_ratio_is_just_not_rejected():
 
 def test_depth_utility_has_bp_at_one_shallow_at_zero_and_says_where_nothing_can_be_ranked(kept):
     frame = compare.depth_utility(kept[(kept.epochs == 10) & (kept.lr == 1e-4)])
-    cifar100 = frame[(frame.dataset == "cifar100") & (frame.model == "fc")].set_index("method").utility
+    cifar100 = (
+        frame[(frame.dataset == "cifar100") & (frame.model == "fc")].set_index("method").utility
+    )
     assert cifar100["las"] == pytest.approx((31.15 - 24.98) / (31.96 - 24.98), abs=2e-3)
     assert cifar100["dfa"] < 0 < cifar100["ltas"] < cifar100["las"] < 1
     on_conv3 = frame[(frame.dataset == "cifar100") & (frame.model == "conv3")]
     assert set(on_conv3.method) == {"las"}  # DFA and LTAS fail there
-    mnist = compare.depth_utility(kept[(kept.dataset == "mnist") & (kept.epochs == 100) & (kept.lr == 1e-3)])
+    mnist = compare.depth_utility(
+        kept[(kept.dataset == "mnist") & (kept.epochs == 100) & (kept.lr == 1e-3)]
+    )
     assert not mnist.ranks.any()
     assert mnist.utility.isna().all()
 
@@ -111,10 +135,34 @@ def test_single_runs_must_differ_by_three_noise_floors_to_rank():
 
 def point(**columns):
     """A frame with one run of DFA."""
-    names = dict.fromkeys(ROW, "") | {"smoke": False, "epochs": 2, "method": "dfa", "rule": "dfa", "lr": 1e-3}
-    row = names | {"weight_decay": 0.0, "seed": 0, "status": "finished", "fails": False, "folder": "a"}
-    row |= {"finished_at": "", "accuracy": 0.5, "validation_accuracy": 0.5, "exact_layers": ("2",), "done_epochs": 2}
-    row |= {"images_per_second": 100.0, "seconds": 4.0, "measured_every": 2, "cosine/1": 0.3, "cosine/2": 1.0}
+    names = dict.fromkeys(ROW, "") | {
+        "smoke": False,
+        "epochs": 2,
+        "method": "dfa",
+        "rule": "dfa",
+        "lr": 1e-3,
+    }
+    row = names | {
+        "weight_decay": 0.0,
+        "seed": 0,
+        "status": "finished",
+        "fails": False,
+        "folder": "a",
+    }
+    row |= {
+        "finished_at": "",
+        "accuracy": 0.5,
+        "validation_accuracy": 0.5,
+        "exact_layers": ("2",),
+        "done_epochs": 2,
+    }
+    row |= {
+        "images_per_second": 100.0,
+        "seconds": 4.0,
+        "measured_every": 2,
+        "cosine/1": 0.3,
+        "cosine/2": 1.0,
+    }
     return pd.DataFrame([row | columns])
 
 

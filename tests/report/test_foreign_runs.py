@@ -12,7 +12,9 @@ from dfl_experiments.report.frame import runs
 from dfl_experiments.running.run_directory import csv_text
 
 HARMLESS = {
-    "a line too many that breaks off": lambda table: table.write_text(table.read_text() + "4,9.1e-"),
+    "a line too many that breaks off": lambda table: table.write_text(
+        table.read_text() + "4,9.1e-"
+    ),
     "no table": lambda table: table.unlink(),
 }
 FOREIGN = {
@@ -41,7 +43,10 @@ FOREIGN = {
 @pytest.mark.parametrize("change", HARMLESS)
 def test_a_table_that_lacks_nothing_is_read(change, finished_point, tmp_path):
     altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
-    HARMLESS[change](altered(finished_point, tmp_path / "runs" / "changed", **finished(0.9, 1e-3, 1)) / "epochs.csv")
+    HARMLESS[change](
+        altered(finished_point, tmp_path / "runs" / "changed", **finished(0.9, 1e-3, 1))
+        / "epochs.csv"
+    )
     done = dfl_report(tmp_path, "runs", "--format", "html")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -71,8 +76,13 @@ HOSTILE = {
     "HTML": {"loss": "<img src=x onerror=alert(1)>", "precision": "<script>alert(1)</script>"},
     "Markdown": {"loss": "![x](http://example.org) | `a` | **b** | [c][d] _e_"},
     "mathematics": {"loss": "$\\frac{$ $x_{$"},
-    "a key of Hydra's": {"hydra/callbacks": {"mine": {"_target_": "os.system", "command": "touch here"}}},
-    "a key with a line break": {"mine\ntouch here\n": 1, "alignment": {"every": 1, "x\ntouch here": 1}},
+    "a key of Hydra's": {
+        "hydra/callbacks": {"mine": {"_target_": "os.system", "command": "touch here"}}
+    },
+    "a key with a line break": {
+        "mine\ntouch here\n": 1,
+        "alignment": {"every": 1, "x\ntouch here": 1},
+    },
     "a substitution": {"loss": "$(touch here)`touch here`'; touch here; '"},
 }
 NUMBER = re.compile(r"[+-]\d+(\.\d+)?")
@@ -104,7 +114,9 @@ def test_no_shell_and_no_terminal_obeys_a_foreign_text(hostile):
 
 def test_no_spreadsheet_obeys_a_foreign_text(hostile):
     for row in csv.reader(io.StringIO(printed(hostile, "--format", "csv"))):
-        assert [cell for cell in row if cell[:1] in set("=+-@") and not NUMBER.fullmatch(cell)] == []
+        assert [
+            cell for cell in row if cell[:1] in set("=+-@") and not NUMBER.fullmatch(cell)
+        ] == []
 
 
 def test_a_number_is_no_formula():

@@ -28,7 +28,10 @@ def shown(folder):
 def test_the_kept_runs_have_the_cells_that_were_published():
     """kept_cells.csv was written by the report before it was rebuilt, with its own rules of choice and of failing."""
     fields = ["dataset", "model", "augmentation", "epochs", "optimizer", "precision", "method"]
-    found = {tuple(getattr(cell, name) for name in fields): cell for cell in shown(ROOT / "outputs" / "reference")}
+    found = {
+        tuple(getattr(cell, name) for name in fields): cell
+        for cell in shown(ROOT / "outputs" / "reference")
+    }
     with KEPT.open() as file:
         rows = [row for row in csv.DictReader(file) if row["n"] != "0"]
     assert len(rows) == 73
@@ -37,19 +40,34 @@ def test_the_kept_runs_have_the_cells_that_were_published():
         method = row["method"].replace("held", "fixed_blocks")
         method += ", init=default" if options.get("protocol.dfa_init") == "default" else ""
         names = [row["dataset"], row["model"], row["augmentation"], int(options.get("epochs", 100))]
-        cell = found[*names, options.get("optimizer", "adam"), options.get("precision", "float32"), method]
+        cell = found[
+            *names, options.get("optimizer", "adam"), options.get("precision", "float32"), method
+        ]
         failed = re.search(r"(\d+) of \d+ collapsed", row["runs"])
         spread = f"{100 * cell.sd:.2f}" if cell.n > 1 else ""
-        numbers = [f"{100 * cell.accuracy:.2f}", spread, str(cell.n), f"{cell.lr:g}", f"{cell.weight_decay:g}"]
+        numbers = [
+            f"{100 * cell.accuracy:.2f}",
+            spread,
+            str(cell.n),
+            f"{cell.lr:g}",
+            f"{cell.weight_decay:g}",
+        ]
         assert numbers == [row["ours"], row["±"], row["n"], row["lr"], row["weight decay"]]
-        assert (cell.failing, f"{cell.hours:.2f}") == (int(failed[1]) if failed else 0, row["hours"])
+        assert (cell.failing, f"{cell.hours:.2f}") == (
+            int(failed[1]) if failed else 0,
+            row["hours"],
+        )
 
 
 @pytest.mark.parametrize("method", ["bp", "dfa", "las"])
 def test_a_cell_shows_the_point_that_is_best_on_the_validation_split(reported, method):
-    (row,) = (row for row in csv_rows(reported) if row["method"] == method and row["smoke"] == "False")
+    (row,) = (
+        row for row in csv_rows(reported) if row["method"] == method and row["smoke"] == "False"
+    )
     points = {lr: results(reported, method, lr) for lr in (1e-2, 1e-3)}
-    best = max(points, key=lambda lr: statistics.fmean(run["validation_accuracy"] for run in points[lr]))
+    best = max(
+        points, key=lambda lr: statistics.fmean(run["validation_accuracy"] for run in points[lr])
+    )
     accuracies = [run["test_accuracy"]["last"] for run in points[best]]
     assert (float(row["lr"]), row["n"]) == (best, "2")
     assert float(row["accuracy"]) == pytest.approx(statistics.fmean(accuracies))
@@ -73,7 +91,9 @@ def test_a_point_with_few_seeds_decides_nothing_about_the_others(finished_point,
 
 @pytest.mark.parametrize("epoch", ["last", "best_validation"])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.1), (0.1, 0.3)])
-def test_of_tied_points_the_one_with_the_lower_validation_loss_is_shown(finished_point, tmp_path, low, high, epoch):
+def test_of_tied_points_the_one_with_the_lower_validation_loss_is_shown(
+    finished_point, tmp_path, low, high, epoch
+):
     for name, lr, loss in (("a", 1e-3, low), ("b", 1e-2, high)):
         told = finished(0.9, lr, 0, **{"protocol.accuracy": epoch})
         place = altered(finished_point, tmp_path / name, **told, validation_loss=loss)
@@ -97,7 +117,12 @@ def test_a_point_with_a_failing_run_comes_last(finished_point, tmp_path, status)
 
 def test_runs_that_fail_are_counted_apart_and_the_text_says_so(finished_point, tmp_path):
     for seed, status in enumerate(("finished", "collapsed", "finished")):
-        altered(finished_point, tmp_path / str(seed), **finished(0.8 + 0.1 * (seed == 2), 1e-2, seed), status=status)
+        altered(
+            finished_point,
+            tmp_path / str(seed),
+            **finished(0.8 + 0.1 * (seed == 2), 1e-2, seed),
+            status=status,
+        )
     (cell,) = shown(tmp_path)
     assert (cell.n, cell.ended, cell.failing, cell.accuracy) == (2, 3, 1, pytest.approx(0.85))
     assert "85.00 ± 7.07 (2 of 3; 1 failed)" in dfl_report(tmp_path, ".").stdout
@@ -133,10 +158,17 @@ def test_a_seed_counts_once_and_the_run_that_measured_alignment_counts(finished_
     assert list(frame.folder) == [str(tmp_path / "a")]
 
 
-def test_of_two_runs_of_one_seed_the_one_that_finished_last_is_shown_whatever_the_files_say(finished_point, tmp_path):
+def test_of_two_runs_of_one_seed_the_one_that_finished_last_is_shown_whatever_the_files_say(
+    finished_point, tmp_path
+):
     ends = {"a": "2026-01-02T00:00:00.000+00:00", "b": "2026-01-01T00:00:00.000+00:00", "c": None}
     for number, (name, end) in enumerate(ends.items()):
-        altered(finished_point, tmp_path / "runs" / name, **finished(0.7 + number / 10, 1e-3, 0), finished_at=end)
+        altered(
+            finished_point,
+            tmp_path / "runs" / name,
+            **finished(0.7 + number / 10, 1e-3, 0),
+            finished_at=end,
+        )
     for newest in ends:
         for name in ends:
             os.utime(tmp_path / "runs" / name / "result.json", (0, name == newest))
@@ -162,7 +194,9 @@ def test_settings_are_told_apart_by_what_differs_and_only_by_that(finished_point
 def test_an_option_of_the_method_goes_with_its_name(finished_point, tmp_path):
     las = {"name": "las", "local_target": "logits", "init": "product"}
     for name, options in (("a", {}), ("b", {"init": "default"}), ("c", {"clip": 3})):
-        altered(finished_point, tmp_path / name, **finished(0.9, 1e-3, 0, method={**las, **options}))
+        altered(
+            finished_point, tmp_path / name, **finished(0.9, 1e-3, 0, method={**las, **options})
+        )
     assert sorted(runs(tmp_path).method) == ["las", "las, clip=3", "las, init=default"]
 
 
@@ -192,7 +226,9 @@ def test_a_run_that_still_trains_has_its_curve(finished_point, tmp_path):
 
 def test_an_option_is_shown_for_every_run_of_a_section(finished_point, tmp_path):
     """Also for those that share its value: among the runs of AdamW nothing differs."""
-    for number, (optimizer, limit) in enumerate([("adam", 200), ("adam", None), ("adamw", 200), ("adamw", 200)]):
+    for number, (optimizer, limit) in enumerate(
+        [("adam", 200), ("adam", None), ("adamw", 200), ("adamw", 200)]
+    ):
         changes = {"optimizer.name": optimizer, "limit": limit, "seed": number}
         altered(finished_point, tmp_path / str(number), changes)
     (section,) = sections(runs(tmp_path))

@@ -16,7 +16,8 @@ from dfl_experiments.report.lines import ceiling, draw, evenly
 from dfl_experiments.report.series import BY_ITERATION, WHAT, over_seeds, running_mean
 from dfl_experiments.report.style import look_of, title_of, words
 
-ITERATIONS = [("iteration", what) for what in BY_ITERATION]  # 4 in an epoch; the others are measured at its end
+# 4 in an epoch; the others are measured at its end
+ITERATIONS = [("iteration", what) for what in BY_ITERATION]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,14 @@ def outputs(tmp_path_factory):
     """A sweep of two methods, two rates and two seeds; and a run of another length."""
     folder = tmp_path_factory.mktemp("plot")
     small = ("model.widths=[8,8]", "tracking=disabled", "threads=1", "limit=200")
-    grid = ("--multirun", "method=bp,dfa", "optimizer.lr=1e-3,1e-2", "seed=0,1", "epochs=2", "hydra.sweep.dir=grid")
+    grid = (
+        "--multirun",
+        "method=bp,dfa",
+        "optimizer.lr=1e-3,1e-2",
+        "seed=0,1",
+        "epochs=2",
+        "hydra.sweep.dir=grid",
+    )
     alone = ("method=las", "optimizer.lr=1e-3", "epochs=3", "hydra.run.dir=alone")
     for arguments in (grid, alone):
         done = dfl_train(folder, *arguments, *small)
@@ -34,7 +42,11 @@ def outputs(tmp_path_factory):
 
 def texts(figure):
     """Return every text of a figure that is not empty."""
-    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text()]
+    return [
+        text.get_text()
+        for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))
+        if text.get_text()
+    ]
 
 
 def labels(frame, color=None, facet=None):
@@ -51,11 +63,15 @@ def test_a_running_mean_is_the_mean_of_the_values_around():
 
 
 def test_a_line_is_the_mean_over_seeds_with_their_range():
-    rows = [("a", 1, 2.0), ("a", 2, 4.0), ("b", 1, 6.0), ("b", 2, 5.0), ("b", 3, 9.0)]  # b has gone on for longer
+    # b has gone on for longer
+    rows = [("a", 1, 2.0), ("a", 2, 4.0), ("b", 1, 6.0), ("b", 2, 5.0), ("b", 3, 9.0)]
     table = pd.DataFrame(rows, columns=["folder", "x", "value"])
     table = table.assign(raw=np.nan, what="loss", layer=0, is_validation=False)
     values = over_seeds(table, pd.DataFrame({"folder": ["a", "b"], "line": [0, 0]}))
-    assert values[["x", "mean", "low", "high"]].values.tolist() == [[1, 4.0, 2.0, 6.0], [2, 4.5, 4.0, 5.0]]
+    assert values[["x", "mean", "low", "high"]].values.tolist() == [
+        [1, 4.0, 2.0, 6.0],
+        [2, 4.5, 4.0, 5.0],
+    ]
 
 
 def test_labels_say_what_differs_and_nothing_else(outputs):
@@ -65,12 +81,17 @@ def test_labels_say_what_differs_and_nothing_else(outputs):
     assert labels(frame[frame.lr == 0.01]) == ["BP", "DFA"]
     assert labels(frame[frame.rule == "bp"]) == ["lr 0.001", "lr 0.01"]
     assert labels(frame[(frame.rule == "bp") & (frame.lr == 0.01)]) == [""]  # seeds are one line
-    assert labels(runs(outputs / "alone", outputs / "grid").query("lr == 0.001"))[-1] == "LAS, 3 epochs"
+    assert (
+        labels(runs(outputs / "alone", outputs / "grid").query("lr == 0.001"))[-1]
+        == "LAS, 3 epochs"
+    )
 
 
 def test_folders_tell_apart_runs_that_nothing_else_does(outputs, tmp_path):
     shutil.copytree(outputs / "alone", tmp_path / "again")
-    assert labels(runs(outputs / "alone", tmp_path / "again")) == sorted([outputs.name, tmp_path.name])
+    assert labels(runs(outputs / "alone", tmp_path / "again")) == sorted(
+        [outputs.name, tmp_path.name]
+    )
     shutil.copytree(outputs / "alone", tmp_path / "once")
     assert labels(runs(tmp_path)) == ["again", "once"]
 
@@ -113,7 +134,9 @@ def test_the_caption_says_how_the_lines_came_about(outputs):
 @pytest.mark.parametrize("what", WHAT)
 def test_each_quantity_is_drawn_by_itself(what, by, outputs):
     figure = draw(runs(outputs / "grid"), what=[what], by=by)
-    lines = [line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")]
+    lines = [
+        line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")
+    ]
     assert len(lines) in (4, 8)  # a line for each method and rate, in a panel for each layer
     assert {len(line.get_xdata()) for line in lines} == {8 if (by, what) in ITERATIONS else 2}
 
@@ -134,22 +157,37 @@ def test_a_run_that_is_still_training_is_drawn(outputs, tmp_path):
         content = (tmp_path / "run" / name).read_text()
         (tmp_path / "run" / name).write_text(content[:-5])  # a line that is not whole
     figure = draw(runs(tmp_path), by="epoch", what=["loss"])
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 2]  # on the validation set, and loss
+    # on the validation set, and loss
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 2]
     assert any("Not finished: 1 interrupted" in text for text in texts(figure))
 
 
 def test_the_command_writes_the_same_file_again_and_needs_no_torch(outputs, tmp_path):
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
     program = "import sys; from dfl_experiments.console import plot; plot(); assert 'torch' not in sys.modules"
-    command = [sys.executable, "-c", program, "grid", "alone", "--facet", "optimizer.lr", "--out", first]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "grid",
+        "alone",
+        "--facet",
+        "optimizer.lr",
+        "--out",
+        first,
+    ]
     done = subprocess.run(command, cwd=outputs, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{first}\n", "")
-    dfl_plot.main([str(outputs / "grid"), str(outputs / "alone"), "--facet", "lr", "--out", str(second)])
+    dfl_plot.main(
+        [str(outputs / "grid"), str(outputs / "alone"), "--facet", "lr", "--out", str(second)]
+    )
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_single_folder_gets_its_plot(outputs, capsys):
-    dfl_plot.main([str(outputs / "alone"), "--what", "alignment,norm,rms,dead", "--log", "--dpi", "50"])
+    dfl_plot.main(
+        [str(outputs / "alone"), "--what", "alignment,norm,rms,dead", "--log", "--dpi", "50"]
+    )
     path = outputs / "alone" / "plot.png"
     assert capsys.readouterr().out == f"{path}\n"
     assert path.read_bytes().startswith(b"\x89PNG")

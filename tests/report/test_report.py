@@ -11,7 +11,9 @@ from dfl_experiments.report.style import FAMILIES, look_of
 
 
 def test_every_format_holds_the_same_numbers(reported, tmp_path):
-    numbers = [f"{100 * float(row['accuracy']):.2f}" for row in csv_rows(reported) if row["n"] != "0"]
+    numbers = [
+        f"{100 * float(row['accuracy']):.2f}" for row in csv_rows(reported) if row["n"] != "0"
+    ]
     assert len(numbers) == 4
     for kind in ("terminal", "markdown", "latex", "html"):
         done = dfl_report(reported, "outputs", "--format", kind, "--out", tmp_path / kind)
@@ -23,7 +25,11 @@ def test_every_format_holds_the_same_numbers(reported, tmp_path):
 
 
 def test_the_best_method_is_marked(reported):
-    rows = [row for row in csv_rows(reported) if row["smoke"] == "False" and row["n"] != "0" and row["failing"] == "0"]
+    rows = [
+        row
+        for row in csv_rows(reported)
+        if row["smoke"] == "False" and row["n"] != "0" and row["failing"] == "0"
+    ]
     best = max(rows, key=lambda row: float(row["accuracy"]))["method"]
     text = dfl_report(reported, "outputs").stdout.partition("smoke test")[0]
     assert f"{best.upper()} *" in text
@@ -33,15 +39,26 @@ def test_the_best_method_is_marked(reported):
 def test_figures_are_written_the_same_each_time_and_a_markdown_page_shows_them(reported, tmp_path):
     for name in ("a", "b"):
         folder = tmp_path / name
-        asked = ("--format", "markdown", "--out", folder / "page.md", "--figures", folder / "all figures")
+        asked = (
+            "--format",
+            "markdown",
+            "--out",
+            folder / "page.md",
+            "--figures",
+            folder / "all figures",
+        )
         done = dfl_report(reported, "outputs", *asked)
         assert done.returncode == 0, done.stderr
     first, second = (sorted((tmp_path / name / "all figures").iterdir()) for name in ("a", "b"))
     assert [path.name for path in first] == [path.name for path in second]
-    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(first, second, strict=True))
+    assert all(
+        one.read_bytes() == other.read_bytes() for one, other in zip(first, second, strict=True)
+    )
     kinds = {path.stem.rpartition("epochs-")[2] for path in first}
     assert {"alignment", "learning", "rates"} <= kinds
-    shown = re.findall(r"!\[[^]]+\]\(all%20figures/(\S+)\)", (tmp_path / "a" / "page.md").read_text())
+    shown = re.findall(
+        r"!\[[^]]+\]\(all%20figures/(\S+)\)", (tmp_path / "a" / "page.md").read_text()
+    )
     assert sorted(shown) == sorted(path.name for path in first if path.suffix == ".png")
 
 
@@ -68,7 +85,9 @@ def test_a_card_shows_one_rule(reported):
     assert not re.search(r"^DFA|^BP", text, re.M)
     done = dfl_report(reported, "outputs", "--card", "kp")
     assert done.returncode == 2
-    assert done.stderr.endswith("--card kp: no run of this rule; there are runs of bp, dfa, las, ltas\n")
+    assert done.stderr.endswith(
+        "--card kp: no run of this rule; there are runs of bp, dfa, las, ltas\n"
+    )
 
 
 def test_commands_repeat_the_shown_runs(reported):
@@ -100,7 +119,12 @@ def test_every_method_looks_unlike_every_other():
 
 
 def test_alignment_is_drawn_at_one_learning_rate(finished_point, tmp_path):
-    for method, lr, accuracy in (("dfa", 1e-3, 0.8), ("dfa", 1e-4, 0.9), ("las", 1e-3, 0.9), ("las", 1e-4, 0.8)):
+    for method, lr, accuracy in (
+        ("dfa", 1e-3, 0.8),
+        ("dfa", 1e-4, 0.9),
+        ("las", 1e-3, 0.9),
+        ("las", 1e-4, 0.8),
+    ):
         told = finished(accuracy, lr, 0, method=plain(compose([f"method={method}"]))["method"])
         altered(finished_point, tmp_path / f"{method}{lr}", **told, cosine_by_construction=["2"])
     from dfl_experiments.report.choose import choose
@@ -124,13 +148,18 @@ def test_the_page_in_a_browser(reported, tmp_path):
         def column(name):
             heads = [head.text.rstrip(" ↕") for head in table.find_elements("css selector", "th")]
             place = heads.index(name) + 1
-            return [cell.text for cell in table.find_elements("css selector", f"tbody td:nth-child({place})")]
+            return [
+                cell.text
+                for cell in table.find_elements("css selector", f"tbody td:nth-child({place})")
+            ]
 
         assert {"BP", "DFA", "LAS"} <= set(column("method"))
         window.execute_script("arguments[0].click()", table.find_elements("css selector", "th")[0])
         assert column("method") == sorted(column("method"))
         assert len(window.find_elements("css selector", "figure svg")) >= 3
-        resources = window.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+        resources = window.execute_script(
+            "return performance.getEntriesByType('resource').map(one => one.name)"
+        )
         assert not [name for name in resources if name.startswith("http")]
         assert window.get_log("browser") == []
     with browser(width=390, dark=True) as window:

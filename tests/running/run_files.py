@@ -15,7 +15,9 @@ def records(run_dir):
     """The records of the one offline W&B run in a run directory, by type."""
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    lines = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60
+    ).stdout.splitlines()
     found = {}
     for record in map(json.loads, lines):
         found.setdefault(record["type"], []).append(record[record["type"]])
@@ -33,7 +35,10 @@ def summary(run_dir):
 def mirrored(run_dir):
     """The rows of both tables as the one offline W&B run there has them, each as {column: number}."""
     logged = [item["item"] for item in records(run_dir)["history"]]
-    return {name: [item for item in logged if key in item] for name, key in (("iterations", "loss"), ("epochs", "lr"))}
+    return {
+        name: [item for item in logged if key in item]
+        for name, key in (("iterations", "loss"), ("epochs", "lr"))
+    }
 
 
 def assert_mirrored(run_dir):
@@ -41,6 +46,11 @@ def assert_mirrored(run_dir):
     found = mirrored(run_dir)
     every = json.loads((run_dir / "result.json").read_text())["config"]["tracking"]["every"]
     for name, items in found.items():
-        rows = [{key: float(value) for key, value in row.items() if value} for row in table(run_dir / f"{name}.csv")]
+        rows = [
+            {key: float(value) for key, value in row.items() if value}
+            for row in table(run_dir / f"{name}.csv")
+        ]
         rows = rows[::every] if name == "iterations" else rows
-        assert [{key: item[key] for key in row} for item, row in zip(items, rows, strict=True)] == rows
+        assert [
+            {key: item[key] for key in row} for item, row in zip(items, rows, strict=True)
+        ] == rows

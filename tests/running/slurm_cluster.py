@@ -82,7 +82,11 @@ def cluster() -> Iterator[Path]:
 
     try:
         place.chmod(0o755)
-        values = {"host": socket.gethostname().partition(".")[0], "place": place, "cores": os.cpu_count()}
+        values = {
+            "host": socket.gethostname().partition(".")[0],
+            "place": place,
+            "cores": os.cpu_count(),
+        }
         (place / "slurm.conf").write_text(CONFIGURATION.format(ports=free_ports(2), **values))
         (place / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
         for name in ("state", "spool"):
@@ -91,11 +95,18 @@ def cluster() -> Iterator[Path]:
         (place / "munge.key").chmod(0o600)
         files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid", "log-file": "munge.log",
                  "seed-file": "munge.seed"}  # fmt: skip
-        start("munged", "--force", "--foreground", *(f"--{flag}={place / name}" for flag, name in files.items()))
+        start(
+            "munged",
+            "--force",
+            "--foreground",
+            *(f"--{flag}={place / name}" for flag, name in files.items()),
+        )
         start("slurmctld", "-D")
         start("slurmd", "-D")
         for _ in range(100):
-            states = subprocess.run(["sinfo", "-h", "-o", "%t"], env=variables, capture_output=True, text=True)
+            states = subprocess.run(
+                ["sinfo", "-h", "-o", "%t"], env=variables, capture_output=True, text=True
+            )
             if states.stdout.strip() == "idle":
                 break
             time.sleep(0.2)

@@ -35,7 +35,10 @@ def test_a_trained_run_predicts_from_raw_images_and_evaluates_as_it_was_reported
 
 def test_a_cell_that_runs_twice_goes_on_or_returns_what_is_there(folder):
     for changed in ([], ["epochs=4"]):  # the run has ended, so nothing continues it
-        with pytest.raises(UserError, match=r"has a run already \(finished\); force=true replaces it, another hydra"):
+        with pytest.raises(
+            UserError,
+            match=r"has a run already \(finished\); force=true replaces it, another hydra",
+        ):
             dfl.run(dfl.compose([*ASKED, *changed]), folder)
     for value in (True, "overwrite"):
         with pytest.raises(UserError, match=f'exist_ok={value!r}: must be False or "resume"'):
@@ -55,11 +58,24 @@ def samples_of(kind):
 
 
 @pytest.mark.parametrize("kind", ["raw", "bytes"])
-def test_a_run_on_standardised_features_predicts_from_raw_ones_where_its_data_are_gone(kind, tmp_path):
+def test_a_run_on_standardised_features_predicts_from_raw_ones_where_its_data_are_gone(
+    kind, tmp_path
+):
     features, labels = samples_of(kind)
     data = tmp_path / "data.npz"
-    np.savez(data, X_train=features[:240], y_train=labels[:240], X_test=features[240:], y_test=labels[240:])
-    options = ("dataset=arrays", "dataset.source.path=data.npz", "model.widths=[64,64]", "hydra.run.dir=here")
+    np.savez(
+        data,
+        X_train=features[:240],
+        y_train=labels[:240],
+        X_test=features[240:],
+        y_test=labels[240:],
+    )
+    options = (
+        "dataset=arrays",
+        "dataset.source.path=data.npz",
+        "model.widths=[64,64]",
+        "hydra.run.dir=here",
+    )
     assert dfl_train(tmp_path, *options, *ASKED, "epochs=5").returncode == 0
     data.unlink()
     run = dfl.load_run(tmp_path / "here")
@@ -74,8 +90,15 @@ def test_a_run_on_standardised_features_predicts_from_raw_ones_where_its_data_ar
 def test_features_that_a_run_took_as_given_are_predicted_as_given(tmp_path):
     features, labels = samples_of("bytes")
     features = (features - 128) / 20
-    np.savez(tmp_path / "data.npz", X_train=features, y_train=labels, X_test=features, y_test=labels)
-    options = ("dataset=arrays", "dataset.source.path=data.npz", "dataset.standardise=false", "hydra.run.dir=here")
+    np.savez(
+        tmp_path / "data.npz", X_train=features, y_train=labels, X_test=features, y_test=labels
+    )
+    options = (
+        "dataset=arrays",
+        "dataset.source.path=data.npz",
+        "dataset.standardise=false",
+        "hydra.run.dir=here",
+    )
     assert dfl_train(tmp_path, *options, *ASKED, "model.widths=[32]").returncode == 0
     run = dfl.load_run(tmp_path / "here")
     guesses = run.predict(features).argmax(1).numpy()
@@ -103,7 +126,10 @@ def test_a_run_on_images_predicts_from_nothing_else(folder, case, is_early):
     assert run.result["samples"] == "images"
     if is_early:
         del run.result["samples"]
-    with pytest.raises(UserError, match=r"run: needs uint8 images of shape \(N, 1, 8, 8\), but gets \w+ of shape \("):
+    with pytest.raises(
+        UserError,
+        match=r"run: needs uint8 images of shape \(N, 1, 8, 8\), but gets \w+ of shape \(",
+    ):
         run.predict(NO_IMAGES[case])
 
 
@@ -115,14 +141,28 @@ def test_images_in_another_order_of_memory_are_predicted_alike(folder):
 
 
 def npz(folder, features, labels):
-    np.savez(folder / "data.npz", X_train=features, y_train=labels, X_test=features[:60], y_test=labels[:60])
-    return ["dataset=arrays", f"dataset.source.path={folder / 'data.npz'}", "model.widths=[32]", *ASKED]
+    np.savez(
+        folder / "data.npz",
+        X_train=features,
+        y_train=labels,
+        X_test=features[:60],
+        y_test=labels[:60],
+    )
+    return [
+        "dataset=arrays",
+        f"dataset.source.path={folder / 'data.npz'}",
+        "model.widths=[32]",
+        *ASKED,
+    ]
 
 
 @pytest.mark.parametrize("standardise", [True, False])
 def test_a_run_on_features_takes_numbers_of_its_own_shape(tmp_path, standardise):
     features, labels = samples_of("bytes")
-    asked = [*npz(tmp_path, features.reshape(300, 3, 2, 2), labels), f"dataset.standardise={standardise}"]
+    asked = [
+        *npz(tmp_path, features.reshape(300, 3, 2, 2), labels),
+        f"dataset.standardise={standardise}",
+    ]
     dfl.run(dfl.compose(asked), tmp_path / "here")
     run = dfl.load_run(tmp_path / "here")
     features = features.reshape(300, 3, 2, 2)
@@ -130,7 +170,9 @@ def test_a_run_on_features_takes_numbers_of_its_own_shape(tmp_path, standardise)
     for dtype in (np.uint8, np.int64, np.float32, ">f8"):  # whole numbers up to 255 are no images
         assert torch.equal(run.predict(features.astype(dtype)), expected)
     for wrong in (features[:, :1], features[0], features.astype(complex), features.astype(str)):
-        with pytest.raises(UserError, match=r"here: needs float features of shape \(N, 3, 2, 2\), but gets "):
+        with pytest.raises(
+            UserError, match=r"here: needs float features of shape \(N, 3, 2, 2\), but gets "
+        ):
             run.predict(wrong)
 
 
@@ -141,7 +183,8 @@ def test_a_run_is_not_evaluated_on_other_data(tmp_path):
     assert run.evaluate()["accuracy"] == result["accuracy"]
     npz(tmp_path, features * 5 + 3, labels)
     with pytest.raises(
-        UserError, match=r"here: has a run with other data or code: data \w+, now \w+; restore the data"
+        UserError,
+        match=r"here: has a run with other data or code: data \w+, now \w+; restore the data",
     ):
         run.evaluate()
     del run.result["data"]  # as in runs of early versions
@@ -165,17 +208,32 @@ def test_features_are_refused_where_the_run_did_not_record_their_mean(folder, mo
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    [("method=las", "takes a list"), (["method=lass"], "did you mean las"), (["epochs=x"], "epochs='x'")],
+    [
+        ("method=las", "takes a list"),
+        (["method=lass"], "did you mean las"),
+        (["epochs=x"], "epochs='x'"),
+    ],
 )
 def test_a_mistake_has_the_command_line_s_words(overrides, words):
     with pytest.raises(UserError, match=words):
         dfl.compose(overrides)
 
 
-def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradient(monkeypatch, tmp_path):
+def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradient(
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr(device, "processor_flags", lambda: {"amx_bf16"})
-    small = ["model=torchvision", "model.net=resnet18", "method=bp", "smoke=8", "epochs=1", "tracking=disabled"]
-    with pytest.raises(UserError, match=r"\(AMX\) PyTorch computes a wrong gradient for \S*layer3.0.conv1"):
+    small = [
+        "model=torchvision",
+        "model.net=resnet18",
+        "method=bp",
+        "smoke=8",
+        "epochs=1",
+        "tracking=disabled",
+    ]
+    with pytest.raises(
+        UserError, match=r"\(AMX\) PyTorch computes a wrong gradient for \S*layer3.0.conv1"
+    ):
         dfl.run(dfl.compose([*small, "precision=bfloat16"]), tmp_path / "bfloat16")
     assert dfl.run(dfl.compose(small), tmp_path / "float32")["status"] == "finished"
 

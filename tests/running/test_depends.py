@@ -50,7 +50,9 @@ def own(tmp_path, monkeypatch):
 
 
 def tables(folder):
-    return list(csv.DictReader(io.StringIO(dfl_report(folder, "outputs", "--format", "csv").stdout)))
+    return list(
+        csv.DictReader(io.StringIO(dfl_report(folder, "outputs", "--format", "csv").stdout))
+    )
 
 
 def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(own, tmp_path):
@@ -68,7 +70,9 @@ def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(ow
     assert resumed.returncode == 2
     assert "other data or code: method my_rules " in resumed.stderr
     assert len(resumed.stderr.splitlines()) == 1
-    assert [(row["method"][:19], row["n"]) for row in tables(tmp_path)] == [("mine, code=my_rules", "1")] * 2
+    assert [(row["method"][:19], row["n"]) for row in tables(tmp_path)] == [
+        ("mine, code=my_rules", "1")
+    ] * 2
     assert own(*sweep, "seed=0,1", "force=true").returncode == 0
     write(tmp_path, {"my_rules.py": RULE})  # as it was: the refusal has changed nothing
     assert own("resume=here").returncode == 0
@@ -79,8 +83,16 @@ def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(ow
     ("target", "files", "changed"),
     [
         ("rules_a.Mine", {"rules_a.py": RULE}, "rules_a.py"),
-        ("rules_b.Mine", {"rules_b/__init__.py": RULE, "rules_b/more/helper.py": ""}, "rules_b/more/helper.py"),
-        ("rules_c.deep.Mine", {"rules_c/deep.py": RULE, "rules_c/helper.py": ""}, "rules_c/helper.py"),
+        (
+            "rules_b.Mine",
+            {"rules_b/__init__.py": RULE, "rules_b/more/helper.py": ""},
+            "rules_b/more/helper.py",
+        ),
+        (
+            "rules_c.deep.Mine",
+            {"rules_c/deep.py": RULE, "rules_c/helper.py": ""},
+            "rules_c/helper.py",
+        ),
         ("rules_d.Mine", {"rules_d.py": "from base_d import Mine", "base_d.py": RULE}, "base_d.py"),
     ],
 )
@@ -91,7 +103,9 @@ def test_a_rule_is_known_by_every_file_of_its_packages_and_by_nothing_else(
     write(tmp_path, files)
 
     def known_by():
-        for name in [name for name in sys.modules if name.startswith((target.partition(".")[0], "base_d"))]:
+        for name in [
+            name for name in sys.modules if name.startswith((target.partition(".")[0], "base_d"))
+        ]:
             del sys.modules[name]
         importlib.invalidate_caches()
         return component_code(target, import_object(target))
@@ -103,14 +117,21 @@ def test_a_rule_is_known_by_every_file_of_its_packages_and_by_nothing_else(
     assert known_by() != first
 
 
-def test_only_code_that_is_used_counts_and_a_run_that_recorded_none_may_be_of_the_same(own, tmp_path):
+def test_only_code_that_is_used_counts_and_a_run_that_recorded_none_may_be_of_the_same(
+    own, tmp_path
+):
     write(tmp_path, {"my_rules.py": RULE})
     sweep = ("--multirun", "sweep=grid", "method=dfa,mine", *SMALL)
     assert own(*sweep).returncode == 0
-    results = {read_result(path.parent)["method"]: path.parent for path in tmp_path.glob("outputs/grid/*/result.json")}
+    results = {
+        read_result(path.parent)["method"]: path.parent
+        for path in tmp_path.glob("outputs/grid/*/result.json")
+    }
     assert read_result(results["dfa"])["code"] == {}
     assert list(read_result(results["mine"])["code"]) == ["method"]
-    write_result(results["mine"], {k: v for k, v in read_result(results["mine"]).items() if k != "code"})
+    write_result(
+        results["mine"], {k: v for k, v in read_result(results["mine"]).items() if k != "code"}
+    )
     write(tmp_path, {"my_rules.py": RULE + "# another rule\n"})
     again = own(*sweep)
     assert again.returncode == 0, again.stdout
@@ -126,7 +147,9 @@ def test_a_rule_that_failed_may_be_mended(own, tmp_path):
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_an_installed_rule_is_known_by_its_version_and_an_editable_one_by_its_code(editable, own, tmp_path):
+def test_an_installed_rule_is_known_by_its_version_and_an_editable_one_by_its_code(
+    editable, own, tmp_path
+):
     record = "" if editable else "my_rules.py,,\n"
     metadata = {
         "METADATA": "Name: my-rules\nVersion: 1.2\n",
@@ -148,7 +171,9 @@ for seed in 0, 1:
     cfg = dfl.compose(["plugins=[__main__]", f"~method", f"+method={{node}}", f"seed={{seed}}", *{SMALL}])
     print(dfl.run(cfg, f"run{{seed}}")["code"])
 """
-    done = subprocess.run([sys.executable, "-"], input=text, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-"], input=text, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("{}") == 2
     assert done.stderr.count("__main__: has no file") == 1

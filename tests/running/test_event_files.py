@@ -11,8 +11,17 @@ from run_files import table
 
 from dfl_experiments.running import event_files, tracking
 
-RUN = ("hydra.run.dir=here", "limit=300", "threads=1", "model.widths=[16]", "tracking=tensorboard", "tracking.every=1")
-needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+RUN = (
+    "hydra.run.dir=here",
+    "limit=300",
+    "threads=1",
+    "model.widths=[16]",
+    "tracking=tensorboard",
+    "tracking.every=1",
+)
+needs_tensorboard = pytest.mark.skipif(
+    find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
 
 
 def reader(run_dir):
@@ -24,7 +33,10 @@ def reader(run_dir):
 
 def series_of(found):
     """The points (step, value) of every metric."""
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
 
 
 def assert_same(series, run_dir):
@@ -34,7 +46,9 @@ def assert_same(series, run_dir):
         for row in table(run_dir / f"{name}.csv"):
             for column, text in row.items():
                 if text and column not in ("iteration", "epoch"):
-                    expected.setdefault(column, []).append((int(row[step]), pytest.approx(float(text), rel=1e-6)))
+                    expected.setdefault(column, []).append(
+                        (int(row[step]), pytest.approx(float(text), rel=1e-6))
+                    )
     assert series == expected
 
 
@@ -45,7 +59,13 @@ def test_the_event_files_hold_the_rows_of_the_tables_and_nothing_is_kept_for_w_a
         assert dfl_train(tmp_path, *RUN, *more, "epochs=2", *again).returncode == 0
     run_dir = tmp_path / "here"
     series = series_of(reader(run_dir))
-    assert {"loss", "cosine_sample/1", "weight_cosine/1", "test_accuracy", "cosine/1"} <= series.keys()
+    assert {
+        "loss",
+        "cosine_sample/1",
+        "weight_cosine/1",
+        "test_accuracy",
+        "cosine/1",
+    } <= series.keys()
     assert_same(series, run_dir)
     assert not (run_dir / "wandb").exists()
 
@@ -71,14 +91,19 @@ def test_a_killed_run_that_goes_on_has_every_step_once_also_for_a_reader_that_wa
         file.write(b"\x18\x00")  # an event that was not written to its end
     watching = reader(run_dir)
     assert len(series_of(watching)["test_accuracy"]) > 4
-    assert dfl_train(tmp_path, "resume=here", "tracking.every=1", "tracking=tensorboard").returncode == 0
+    assert (
+        dfl_train(tmp_path, "resume=here", "tracking.every=1", "tracking=tensorboard").returncode
+        == 0
+    )
     assert len(table(run_dir / "epochs.csv")) == 60
     assert_same(series_of(reader(run_dir)), run_dir)
     assert_same(series_of(watching.Reload()), run_dir)
 
 
 @needs_tensorboard
-def test_a_sweep_s_point_without_its_event_files_gets_them_and_resume_keeps_to_tensorboard(tmp_path):
+def test_a_sweep_s_point_without_its_event_files_gets_them_and_resume_keeps_to_tensorboard(
+    tmp_path,
+):
     sweep = ("--multirun", "hydra.sweep.dir=grid", "epochs=2", *RUN[1:], "seed=0,1")
     assert dfl_train(tmp_path, *sweep, "tracking=disabled").returncode == 0
     assert dfl_train(tmp_path, *sweep).stdout.count("all rows are sent again to TensorBoard") == 2
@@ -91,7 +116,9 @@ def test_a_sweep_s_point_without_its_event_files_gets_them_and_resume_keeps_to_t
     assert list((tmp_path / "there").glob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("command", [RUN, ("--multirun", *RUN[1:], "seed=0,1")], ids=["run", "sweep"])
+@pytest.mark.parametrize(
+    "command", [RUN, ("--multirun", *RUN[1:], "seed=0,1")], ids=["run", "sweep"]
+)
 def test_without_the_package_nothing_is_trained_and_the_extra_is_named(command, tmp_path):
     def uninstalled():
         event_files.find_spec = lambda name: None

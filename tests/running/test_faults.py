@@ -50,8 +50,18 @@ def interrupted(tmp_path):
 
         sys.addaudithook(hook)
 
-    options = (HERE, "epochs=4", "limit=300", "tracking=disabled", "threads=1", "checkpoint.every_seconds=0")
-    assert ended(forked(tmp_path, *options, before=killed_before_the_fourteenth_checkpoint)) == -signal.SIGKILL
+    options = (
+        HERE,
+        "epochs=4",
+        "limit=300",
+        "tracking=disabled",
+        "threads=1",
+        "checkpoint.every_seconds=0",
+    )
+    assert (
+        ended(forked(tmp_path, *options, before=killed_before_the_fourteenth_checkpoint))
+        == -signal.SIGKILL
+    )
     return tmp_path
 
 
@@ -60,7 +70,14 @@ def test_a_disk_that_fills_ends_the_run_with_one_line_and_keeps_what_was_there(t
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     # alignment rows alone fill the file after a while
-    options = (HERE, "epochs=400", "limit=1200", "tracking=disabled", "threads=1", "model.widths=[16,16]")
+    options = (
+        HERE,
+        "epochs=400",
+        "limit=1200",
+        "tracking=disabled",
+        "threads=1",
+        "model.widths=[16,16]",
+    )
     assert ended(forked(tmp_path, *options, before=small_disk)) == 1
     assert "here/iterations.csv" in last_line(tmp_path)
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
@@ -180,7 +197,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, interrupted):
 def test_two_damaged_checkpoints_are_a_clear_error(damage, interrupted):
     for name in ("last.pt", "previous.pt"):
         damage(interrupted / "here" / name)
-    before = {path: path.read_bytes() for path in (interrupted / "here").iterdir() if path.suffix in (".pt", ".csv")}
+    before = {
+        path: path.read_bytes()
+        for path in (interrupted / "here").iterdir()
+        if path.suffix in (".pt", ".csv")
+    }
     assert ended(forked(interrupted, "resume=here")) == 2
     line = last_line(interrupted)
     assert line.startswith("dfl-train: error: ")
@@ -190,7 +211,14 @@ def test_two_damaged_checkpoints_are_a_clear_error(damage, interrupted):
     assert not (interrupted / "executed").exists()
 
 
-WRONG = {"epoch": "two", "threads": "many", "training": {"rows": 3}, "net": {}, "optimizers": [1], "random": {}}
+WRONG = {
+    "epoch": "two",
+    "threads": "many",
+    "training": {"rows": 3},
+    "net": {},
+    "optimizers": [1],
+    "random": {},
+}
 
 
 @pytest.mark.parametrize("key", WRONG)
@@ -215,7 +243,8 @@ def test_out_of_memory_names_the_batch_size(tmp_path):
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 700_000_000, size + 700_000_000))
 
-    options = (HERE, *QUICK, "model.widths=[12000,12000]")  # 580 MB of weights; gradients do not fit
+    # 580 MB of weights; gradients do not fit
+    options = (HERE, *QUICK, "model.widths=[12000,12000]")
     assert ended(forked(tmp_path, *options, before=little_memory)) == 1
     assert "dfl-train: error: batch_size=64: out of memory on device=" in last_line(tmp_path)
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
@@ -251,16 +280,27 @@ def test_w_and_b_in_a_folder_that_cannot_be_written_is_one_warning(tmp_path):
 
 
 def test_w_and_b_s_service_killed_mid_run_is_one_warning_and_the_next_point_has_another(tmp_path):
-    options = ("seed=0,1", "epochs=150", "limit=600", "threads=1", "sweep=grid", "hydra.sweep.subdir=seed${seed}")
+    options = (
+        "seed=0,1",
+        "epochs=150",
+        "limit=600",
+        "threads=1",
+        "sweep=grid",
+        "hydra.sweep.subdir=seed${seed}",
+    )
     command = [sys.executable, "-m", "dfl_experiments.train", "--multirun", *options]
     with (tmp_path / "output.txt").open("w") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=output, stderr=output
+        )
     first = tmp_path / "outputs" / "grid" / "seed0" / "epochs.csv"
     while not first.exists() or first.read_text().count("\n") < 4:
         assert process.poll() is None, (tmp_path / "output.txt").read_text()
         time.sleep(0.02)
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
     (service,) = (line.split()[0] for line in children.stdout.splitlines() if "wandb-core" in line)
     os.kill(int(service), signal.SIGKILL)
     assert process.wait(timeout=120) == 0

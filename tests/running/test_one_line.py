@@ -47,7 +47,9 @@ from dfl_experiments.console import {program}
 def test_ctrl_c_during_an_import_is_one_line(program, module, arguments, tmp_path):
     code = PRESSED.format(module=module, program=program)
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (130, f"dfl-{program}: interrupted (SIGINT)\n")
     assert not list(tmp_path.iterdir())
 
@@ -56,7 +58,12 @@ def unread(folder, *arguments):
     """The exit code and the errors of a command whose output nobody reads."""
     command = [sys.executable, "-m", *arguments]
     with subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         process.stdout.close()
         errors = process.stderr.read()

@@ -11,8 +11,21 @@ from report_helpers import altered
 from dfl_experiments.running.outcome import objective
 from dfl_experiments.running.run_directory import EPOCH_COLUMNS, csv_text
 
-RUN = ("epochs=2", "limit=200", "model.widths=[16]", "tracking=disabled", "alignment.every=0", "threads=1")
-OPTUNA = ("--multirun", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(1e-4,1e-1)", *RUN)
+RUN = (
+    "epochs=2",
+    "limit=200",
+    "model.widths=[16]",
+    "tracking=disabled",
+    "alignment.every=0",
+    "threads=1",
+)
+OPTUNA = (
+    "--multirun",
+    "hydra/sweeper=optuna",
+    "hydra.sweeper.n_trials=3",
+    "optimizer.lr=interval(1e-4,1e-1)",
+    *RUN,
+)
 
 
 def held_out(run_dir):
@@ -20,19 +33,26 @@ def held_out(run_dir):
         return [float(row["validation_accuracy"]) for row in csv.DictReader(file)]
 
 
-def test_the_best_of_a_sweep_is_the_highest_validation_accuracy_and_its_command_gives_it_again(tmp_path):
+def test_the_best_of_a_sweep_is_the_highest_validation_accuracy_and_its_command_gives_it_again(
+    tmp_path,
+):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     done = dfl_train(tmp_path, *OPTUNA, "sweep=s")
     assert done.returncode == 0, done.stderr
     points = [path.parent for path in (tmp_path / "outputs" / "s").glob("*/result.json")]
     assert len(points) == 3
     best = max(held_out(point)[-1] for point in points)
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  best validation accuracy"))
+    (line,) = (
+        line for line in done.stdout.splitlines() if line.startswith("  best validation accuracy")
+    )
     said, _, command = line.partition(": ")
     assert said.endswith(f"{best:.4f}")
     assert f"Best value: {best}" in done.stdout
     program, *arguments = shlex.split(command)
-    assert (program, dfl_train(tmp_path, *arguments, "hydra.run.dir=again").returncode) == ("dfl-train", 0)
+    assert (program, dfl_train(tmp_path, *arguments, "hydra.run.dir=again").returncode) == (
+        "dfl-train",
+        0,
+    )
     assert held_out(tmp_path / "again")[-1] == pytest.approx(best)
 
 
@@ -44,19 +64,27 @@ def test_a_sweep_that_chooses_by_validation_accuracy_holds_images_out(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("swept", ["optimizer.lr=interval(1e-5,1e-2)", "optimizer.lr=tag(log,interval(1e-5,1e-2))"])
+@pytest.mark.parametrize(
+    "swept", ["optimizer.lr=interval(1e-5,1e-2)", "optimizer.lr=tag(log,interval(1e-5,1e-2))"]
+)
 def test_a_range_without_a_sweeper_that_chooses_is_refused_in_one_line(swept, tmp_path):
     done = dfl_train(tmp_path, "--multirun", swept, "seed=0,1")
     assert done.returncode == 2
-    assert done.stderr == f"dfl-train: error: {swept}: a continuous range needs hydra/sweeper=optuna\n"
+    assert (
+        done.stderr == f"dfl-train: error: {swept}: a continuous range needs hydra/sweeper=optuna\n"
+    )
     assert not list(tmp_path.iterdir())
 
 
 HELD_OUT = (0.5, 0.7, 0.4)  # validation accuracies of three epochs
 
 
-@pytest.mark.parametrize(("protocol", "expected"), [("last", 0.4), ("best_validation", 0.7), ("best_test", 0.5)])
-def test_the_objective_is_of_the_epoch_that_the_protocol_reports(protocol, expected, finished_point, tmp_path):
+@pytest.mark.parametrize(
+    ("protocol", "expected"), [("last", 0.4), ("best_validation", 0.7), ("best_test", 0.5)]
+)
+def test_the_objective_is_of_the_epoch_that_the_protocol_reports(
+    protocol, expected, finished_point, tmp_path
+):
     run_dir = tmp_path / "run"
     tests = {"last": 0.5, "at_best_validation": 0.5, "best": 0.5, "best_epoch": 1}
     config = {"epochs": 3, "protocol.accuracy": protocol}

@@ -35,7 +35,12 @@ def plain(input_shape: tuple[int, ...], num_classes: int, width: int) -> nn.Modu
     return nn.Sequential(*layers, nn.Linear(width, num_classes))
 """
 OPTIONS = ("tracking=disabled", "threads=1", "hydra.run.dir=here", "epochs=1", "limit=128")
-MINE = ("model=module", "plugins=[own_modules]", "model._target_=own_modules.Small", "model.name=small")
+MINE = (
+    "model=module",
+    "plugins=[own_modules]",
+    "model._target_=own_modules.Small",
+    "model.name=small",
+)
 
 
 @pytest.fixture
@@ -48,9 +53,15 @@ def own_modules(tmp_path, monkeypatch):
 
 
 MODELS = {
-    "torchvision": (("model=torchvision", "method=dfa", "model.boundaries=[layer2,layer1]"), "torchvision_resnet18"),
+    "torchvision": (
+        ("model=torchvision", "method=dfa", "model.boundaries=[layer2,layer1]"),
+        "torchvision_resnet18",
+    ),
     "module": ((*MINE, "method=ltas", "+model.planes=8", "model.init=orthogonal"), "small"),
-    "function": ((*MINE, "model._target_=own_modules.plain", "+model.width=16", "method=fa"), "small"),
+    "function": (
+        (*MINE, "model._target_=own_modules.plain", "+model.width=16", "method=fa"),
+        "small",
+    ),
     "vit": (("model=vit", "method=las"), "vit"),
     "resnet18_cifar": (("model=resnet18_cifar", "model.residuals=1", "limit=64"), "resnet18_cifar"),
 }
@@ -75,16 +86,23 @@ def test_a_network_is_trained_from_the_command_line(case, tmp_path):
 @pytest.mark.usefixtures("own_modules")
 def test_a_network_is_not_loaded_with_other_code(tmp_path):
     assert dfl_train(tmp_path, *OPTIONS, *MINE).returncode == 0
-    code = "import dfl_experiments as dfl; run = dfl.load_run('here', ['own_modules']); print(run.{})"
+    code = (
+        "import dfl_experiments as dfl; run = dfl.load_run('here', ['own_modules']); print(run.{})"
+    )
     asked = {name: [sys.executable, "-c", code.format(name)] for name in ("net", "evaluate()")}
     outcomes = {}
     for text in (SMALL, SMALL.replace("nn.ReLU", "nn.Tanh").replace("inplace=True", "")):
         (tmp_path / "own_modules.py").write_text(text)
         for name, command in asked.items():
-            outcomes[text == SMALL, name] = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            outcomes[text == SMALL, name] = subprocess.run(
+                command, cwd=tmp_path, capture_output=True, text=True
+            )
     for name in asked:
         assert outcomes[True, name].returncode == 0, outcomes[True, name].stderr
-        assert "here: has a run with other data or code: model own_modules " in outcomes[False, name].stderr
+        assert (
+            "here: has a run with other data or code: model own_modules "
+            in outcomes[False, name].stderr
+        )
 
 
 REFUSED = {

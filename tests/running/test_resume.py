@@ -18,13 +18,21 @@ from dfl_experiments.running import checkpoint
 # of each kind one: no B, B learnt before and after the signals are sent, drawn anew, mirrored, measured by tangents
 KINDS = ("bp", "las", "kp", "brsf", "wm", "fdfa")
 KILLS = 30 // len(KINDS)
-OPTIONS = ("epochs=5", "limit=500", "threads=1", "tracking=disabled", "checkpoint.every_seconds=0.003")
+OPTIONS = (
+    "epochs=5",
+    "limit=500",
+    "threads=1",
+    "tracking=disabled",
+    "checkpoint.every_seconds=0.003",
+)
 TIMES = ("seconds", "samples_per_second", "finished_at", "seal")
 
 
 def command(folder, *options):
     """Return the options that a user would type: resume a run if there is one, else start it."""
-    begun = any((folder / "here" / name).exists() for name in ("last.pt", "previous.pt", "result.json"))
+    begun = any(
+        (folder / "here" / name).exists() for name in ("last.pt", "previous.pt", "result.json")
+    )
     # the same place for all data: the default one is the folder's own, and recorded
     data = f"data_dir={folder.parent}"
     return ("resume=here",) if begun else (*options, *OPTIONS, data, "hydra.run.dir=here")
@@ -35,10 +43,21 @@ def outcome(run_dir):
     state = checkpoint.load_checkpoint(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
     with (run_dir / "epochs.csv").open() as file:
-        epochs = [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+        epochs = [
+            {key: value for key, value in row.items() if key not in TIMES}
+            for row in csv.DictReader(file)
+        ]
     del result["config"]["sweep"]  # the time of the start
-    kept = {key: state[key] for key in ("epoch", "batch", "net", "method", "optimizers", "random", "threads")}
-    return kept, (run_dir / "iterations.csv").read_bytes(), epochs, {k: v for k, v in result.items() if k not in TIMES}
+    kept = {
+        key: state[key]
+        for key in ("epoch", "batch", "net", "method", "optimizers", "random", "threads")
+    }
+    return (
+        kept,
+        (run_dir / "iterations.csv").read_bytes(),
+        epochs,
+        {k: v for k, v in result.items() if k not in TIMES},
+    )
 
 
 def assert_same(a, b):
@@ -79,7 +98,9 @@ def test_killed_again_and_again_and_resumed_it_ends_with_the_same_bits(method, t
         arguments = command(broken, f"method={method}")
         if kills % 2:
             number = moments.randint(1, 25)
-            pid = forked(broken, *arguments, before=lambda n=number: killed_before_file_operation(n))
+            pid = forked(
+                broken, *arguments, before=lambda n=number: killed_before_file_operation(n)
+            )
         else:
             pid = forked(broken, *arguments)
             time.sleep(moments.uniform(0.3, 0.8) * duration)
@@ -95,10 +116,29 @@ def test_killed_again_and_again_and_resumed_it_ends_with_the_same_bits(method, t
 
 
 LEARNING = {
-    "adamw": ("optimizer.weight_decay=0.1", "schedule=cosine", "schedule.per=iteration", "schedule.warmup=1.5"),
-    "rmsprop": ("optimizer.momentum=0.5", "schedule=exponential", "schedule.warmup=2", "optimizer.feedback.lr=1e-3"),
-    "sgd": ("optimizer.momentum=0.9", "optimizer.clip_norm=0.5", "schedule.per=iteration", "method=pfa"),
-    "torch": ("optimizer._target_=torch.optim.NAdam", "schedule=constant", "+optimizer@optimizer.feedback=adam"),
+    "adamw": (
+        "optimizer.weight_decay=0.1",
+        "schedule=cosine",
+        "schedule.per=iteration",
+        "schedule.warmup=1.5",
+    ),
+    "rmsprop": (
+        "optimizer.momentum=0.5",
+        "schedule=exponential",
+        "schedule.warmup=2",
+        "optimizer.feedback.lr=1e-3",
+    ),
+    "sgd": (
+        "optimizer.momentum=0.9",
+        "optimizer.clip_norm=0.5",
+        "schedule.per=iteration",
+        "method=pfa",
+    ),
+    "torch": (
+        "optimizer._target_=torch.optim.NAdam",
+        "schedule=constant",
+        "+optimizer@optimizer.feedback=adam",
+    ),
 }
 
 
@@ -109,7 +149,11 @@ def test_each_optimizer_and_schedule_goes_on_with_the_same_bits(optimizer, tmp_p
     for folder in (whole, broken):
         folder.mkdir()
     assert ended(forked(whole, *command(whole, *options))) == 0
-    pid = forked(broken, *command(broken, *options), before=lambda: killed_before_file_operation(9, "last.pt"))
+    pid = forked(
+        broken,
+        *command(broken, *options),
+        before=lambda: killed_before_file_operation(9, "last.pt"),
+    )
     assert ended(pid) == -signal.SIGKILL
     state = checkpoint.load_checkpoint(broken / "here")
     assert state["epoch"] < 5
@@ -118,7 +162,14 @@ def test_each_optimizer_and_schedule_goes_on_with_the_same_bits(optimizer, tmp_p
 
 
 def test_resume_auto_begins_goes_on_and_leaves_a_finished_run_alone(tmp_path):
-    auto = ("resume=auto", "hydra.run.dir=here", "epochs=40", "limit=300", "tracking=disabled", "threads=1")
+    auto = (
+        "resume=auto",
+        "hydra.run.dir=here",
+        "epochs=40",
+        "limit=300",
+        "tracking=disabled",
+        "threads=1",
+    )
     pid = forked(tmp_path, *auto)
     while not (tmp_path / "here" / "epochs.csv").exists():
         time.sleep(0.01)

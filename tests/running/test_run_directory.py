@@ -45,7 +45,11 @@ def test_the_run_directory_holds_what_the_contract_names(default_run):
     for name in ("validation_accuracy", "validation_loss"):
         assert result[name] == pytest.approx(float(epochs[-1][name]))
     mean = sum(float(row["cosine_sample/1"]) for row in rows[21:]) / 21
-    assert float(epochs[-1]["cosine/1"]) == pytest.approx(result["cosine"]["1"]) == pytest.approx(mean, rel=1e-5)
+    assert (
+        float(epochs[-1]["cosine/1"])
+        == pytest.approx(result["cosine"]["1"])
+        == pytest.approx(mean, rel=1e-5)
+    )
     assert result["cosine_by_construction"] == ["2"]
     assert result["config"]["optimizer"]["lr"] == 1e-4
     assert (run_dir / ".hydra" / "overrides.yaml").exists()
@@ -63,7 +67,12 @@ def test_the_last_checkpoint_holds_weights_feedback_and_both_optimizers(default_
 
 def test_the_end_of_a_run_is_a_readable_summary(default_run):
     run_dir, printed = default_run
-    for words in ("test accuracy", "layer 1", "layer 2   1.000 (BP's own signal, by construction)", str(run_dir)):
+    for words in (
+        "test accuracy",
+        "layer 1",
+        "layer 2   1.000 (BP's own signal, by construction)",
+        str(run_dir),
+    ):
         assert words in printed
 
 
@@ -73,7 +82,8 @@ def test_wandb_mirrors_the_local_files(default_run):
     logged = [item["item"] for item in found["history"]]
     for name, key in (("iterations.csv", "loss"), ("epochs.csv", "lr")):
         rows = table(run_dir / name)
-        rows = rows[::10] if key == "loss" else rows  # of an epoch of 21 iterations every 10th: 200 / 21
+        # of an epoch of 21 iterations every 10th: 200 / 21
+        rows = rows[::10] if key == "loss" else rows
         mirrored = [item for item in logged if key in item]
         assert len(mirrored) == len(rows)
         for item, row in zip(mirrored, rows, strict=True):
@@ -88,7 +98,8 @@ def test_wandb_mirrors_the_local_files(default_run):
     assert found["run"][0]["job_type"] == "las"
     result = json.loads((run_dir / "result.json").read_text())
     shown = summary(run_dir)
-    assert not [key for key, value in shown.items() if isinstance(value, dict)]  # W&B would show it as cosine.1
+    # W&B would show it as cosine.1
+    assert not [key for key, value in shown.items() if isinstance(value, dict)]
     assert shown["test_accuracy"] == pytest.approx(result["test_accuracy"]["last"])
     for key in set(result) - {"config", "seal"}:
         value = result[key]
@@ -99,7 +110,9 @@ def test_wandb_mirrors_the_local_files(default_run):
 
 
 def test_a_crashed_job_s_run_ends_as_failed_and_the_next_one_is_another(tmp_path):
-    config = {key: {"name": key} for key in ("method", "model", "dataset", "augmentation", "protocol")}
+    config = {
+        key: {"name": key} for key in ("method", "model", "dataset", "augmentation", "protocol")
+    }
     tables, ends = {"iterations": ["iteration", "loss"]}, []
     for name in ("crashed", "fine"):
         folder = tmp_path / name
@@ -128,7 +141,9 @@ def test_alignment_every_k_leaves_the_other_rows_empty_and_the_weights_alone(tmp
         done = dfl_train(folder, f"alignment.every={every}", "method=dfa", *QUICK)
         assert done.returncode == 0, done.stderr
         (run_dir,) = (folder / "outputs").glob("*/*")
-        measured = [row["iteration"] for row in table(run_dir / "iterations.csv") if row["cosine_sample/1"]]
+        measured = [
+            row["iteration"] for row in table(run_dir / "iterations.csv") if row["cosine_sample/1"]
+        ]
         assert measured == [str(i) for i in range(1, 43, 4) if every]
         states.append(checkpoint.load_checkpoint(run_dir)["net"])
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

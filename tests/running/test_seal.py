@@ -101,7 +101,9 @@ def test_a_byte_order_mark_does_not_make_a_finished_run_another(run):
 
 WRONG_TABLES = {
     "a cosine of -7": lambda text: text.replace(text.splitlines()[1].split(",")[9], "-7"),
-    "a cosine that is no number": lambda text: text.replace(text.splitlines()[1].split(",")[9], "nan"),
+    "a cosine that is no number": lambda text: text.replace(
+        text.splitlines()[1].split(",")[9], "nan"
+    ),
     "a cell too many": lambda text: text.replace("\n2,", ",1\n2,"),
     "another column": lambda text: text.replace("cosine/1", "cosine/x"),
     "a row too few": lambda text: "".join(text.splitlines(keepends=True)[:-1]),
@@ -123,7 +125,9 @@ def test_a_table_that_no_run_writes_is_left_out_without_a_seal_too(what, run):
 
 WRONG_RESULTS = {
     "a cosine of -7": {"cosine": {"1": -7.0}},
-    "a best accuracy below the last": {"test_accuracy": {"last": 0.9, "best": 0.1, "best_epoch": 1}},
+    "a best accuracy below the last": {
+        "test_accuracy": {"last": 0.9, "best": 0.1, "best_epoch": 1}
+    },
     "a best epoch that is none": {"test_accuracy": {"last": 0.9, "best": 0.9, "best_epoch": 4}},
     "an accuracy of its own": {"accuracy": 0.123},
     "epochs that are missing": {"epochs": 2},
@@ -147,7 +151,11 @@ def test_what_is_no_file_is_left_out_and_never_waited_at(name, kind, run):
         (run / "result.json").unlink()
     (run / name).unlink(missing_ok=True)
     (run.parent / "elsewhere").write_text("{}")
-    make = {"pipe": os.mkfifo, "link": lambda path: path.symlink_to(run.parent / "elsewhere"), "folder": os.mkdir}
+    make = {
+        "pipe": os.mkfifo,
+        "link": lambda path: path.symlink_to(run.parent / "elsewhere"),
+        "folder": os.mkdir,
+    }
     make[kind](run / name)
     assert left_out(run.parent, name)
 
@@ -155,7 +163,10 @@ def test_what_is_no_file_is_left_out_and_never_waited_at(name, kind, run):
 def test_every_column_that_a_run_writes_is_read(tmp_path):
     columns = epoch_columns(3, [*EXTRA_QUANTITIES])
     table = Table(tmp_path / "epochs.csv", columns)
-    table.extend(dict.fromkeys(columns, 0.5) | {"epoch": epoch, "test_loss": float("inf")} for epoch in (1, 2))
+    table.extend(
+        dict.fromkeys(columns, 0.5) | {"epoch": epoch, "test_loss": float("inf")}
+        for epoch in (1, 2)
+    )
     found = read_epochs(tmp_path, {"status": "diverged", "epochs": 2})
     assert [*found] == columns
     assert found["test_loss"] == [None, None]
@@ -179,7 +190,10 @@ def test_a_table_that_is_not_as_the_checkpoint_left_it_is_not_gone_on_with(run):
     done = dfl_train(run.parent, "resume=run")
     assert done.returncode == 2
     assert "iterations.csv: missing, or changed since the checkpoint" in done.stderr
-    assert not (run / "result.json").exists() or json.loads((run / "result.json").read_text())["status"] == "failed"
+    assert (
+        not (run / "result.json").exists()
+        or json.loads((run / "result.json").read_text())["status"] == "failed"
+    )
 
 
 def test_what_a_kill_leaves_is_removed_by_the_next_start(tmp_path):

@@ -52,7 +52,8 @@ def test_a_second_sigint_ends_at_once():
 def test_a_scheduler_s_handler_gets_its_signal_once_the_run_is_safe_whatever_comes_with_it():
     calls = []
     before = {
-        signum: signal.signal(signum, lambda *_: calls.append(_[0])) for signum in (signal.SIGTERM, signal.SIGUSR2)
+        signum: signal.signal(signum, lambda *_: calls.append(_[0]))
+        for signum in (signal.SIGTERM, signal.SIGUSR2)
     }
 
     def steps():
@@ -99,7 +100,12 @@ def test_jobs_share_the_cores_and_take_the_gpus_in_turn(monkeypatch):
     monkeypatch.setattr("dfl_experiments.running.device.cores", lambda: 16)
     assert [threads_of_job(jobs) for jobs in (1, 2, 3, 16, 40, -1, -2)] == [8, 8, 5, 1, 1, 1, 1]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert [device_of_job("auto", job) for job in range(4)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    assert [device_of_job("auto", job) for job in range(4)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:2",
+        "cuda:0",
+    ]
     assert device_of_job("cpu", 1) == "cpu"
     assert cores() >= 1
 
@@ -115,11 +121,19 @@ def test_launchers_are_bounded():
 
 def test_what_a_device_cannot_do_is_one_line_that_says_what_to_change():
     settings = check(compose(["batch_size=32"])).settings
-    nondeterministic = RuntimeError("some_cuda does not have a deterministic implementation, but you set …\nmore")
+    nondeterministic = RuntimeError(
+        "some_cuda does not have a deterministic implementation, but you set …\nmore"
+    )
     for error, words in (
         (nondeterministic, "deterministic=true: some_cuda has no deterministic implementation"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB"), "batch_size=32: out of memory"),
-        (OSError(28, "No space left on device", "epochs.csv"), "epochs.csv: No space left on device; make room"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB"),
+            "batch_size=32: out of memory",
+        ),
+        (
+            OSError(28, "No space left on device", "epochs.csv"),
+            "epochs.csv: No space left on device; make room",
+        ),
     ):
         told = explained(error, settings, Path("here"))
         assert isinstance(told, Fault)

@@ -14,7 +14,15 @@ from dfl_experiments.running.run_directory import plot_line
 from dfl_experiments.running.summary import print_settings, summary_rows, values_by_key
 
 SMALL = ("model.widths=[16]", "epochs=1", "limit=64", "tracking=disabled")
-SWEEP = ("--multirun", "sweep=s", "method=bp,dfa", "dataset=digits,mnist", "seed=0,1", "data_dir=nowhere", *SMALL)
+SWEEP = (
+    "--multirun",
+    "sweep=s",
+    "method=bp,dfa",
+    "dataset=digits,mnist",
+    "seed=0,1",
+    "data_dir=nowhere",
+    *SMALL,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,16 @@ def test_summary_csv_has_a_column_for_each_swept_key_and_each_result(ended_sweep
     folder, done = ended_sweep
     assert done.returncode == 1
     rows = table_of(folder)
-    results = ["status", "reason", "accuracy", "validation_accuracy", "cosine/1", "dead/1", "seconds", "folder"]
+    results = [
+        "status",
+        "reason",
+        "accuracy",
+        "validation_accuracy",
+        "cosine/1",
+        "dead/1",
+        "seconds",
+        "folder",
+    ]
     assert list(rows[0]) == ["method", "dataset", "seed", *results]
     assert len(rows) == 8
     for row in rows:
@@ -43,7 +60,11 @@ def test_summary_csv_has_a_column_for_each_swept_key_and_each_result(ended_sweep
             result["dataset"],
             str(result["seed"]),
         )
-        assert row["status"] == result["status"] == ("finished" if row["dataset"] == "digits" else "failed")
+        assert (
+            row["status"]
+            == result["status"]
+            == ("finished" if row["dataset"] == "digits" else "failed")
+        )
         for column in ("accuracy", "validation_accuracy", "seconds"):
             assert row[column] == (str(result[column]) if row["status"] == "finished" else "")
         if row["status"] == "finished":
@@ -73,7 +94,9 @@ def test_the_end_table_has_a_row_for_each_setting_with_the_best_first_and_marked
 def test_points_that_have_no_result_stand_by_themselves_with_their_reason(ended_sweep):
     folder, done = ended_sweep
     for row in table_of(folder):
-        lines = [line for line in done.stdout.splitlines() if line.startswith(f"  {row['folder']} ")]
+        lines = [
+            line for line in done.stdout.splitlines() if line.startswith(f"  {row['folder']} ")
+        ]
         assert len(lines) == (row["status"] == "failed")
         assert all(row["reason"] and line.endswith(row["reason"]) for line in lines)
 
@@ -89,7 +112,10 @@ def test_each_finished_run_is_one_line_that_says_how_far_the_sweep_is(ended_swee
 
 def test_a_run_and_a_sweep_end_with_the_command_that_plots_them(ended_sweep, tmp_path):
     _, done = ended_sweep
-    assert done.stdout.splitlines()[-2:] == ["  plot it: dfl-plot outputs/s", "  compare: dfl-report outputs/s"]
+    assert done.stdout.splitlines()[-2:] == [
+        "  plot it: dfl-plot outputs/s",
+        "  compare: dfl-report outputs/s",
+    ]
     assert "the folder holds" not in done.stdout
     run = dfl_train(tmp_path, *SMALL, "hydra.run.dir='my run'")
     assert run.stdout.splitlines()[-1] == "  plot it: dfl-plot 'my run'"
@@ -106,7 +132,10 @@ def test_the_plot_line_names_a_folder_elsewhere_by_its_whole_path(tmp_path, monk
 
 def test_a_dry_run_lists_the_points_and_their_time_and_leaves_nothing(tmp_path):
     swept = ("--multirun", "hydra.sweep.dir=grid", *SMALL)
-    for options in (("--dry-run", *SMALL), (*swept, "seed=0,1", "--dry-run", "hydra/launcher=joblib")):
+    for options in (
+        ("--dry-run", *SMALL),
+        (*swept, "seed=0,1", "--dry-run", "hydra/launcher=joblib"),
+    ):
         dry = dfl_train(tmp_path, *options)
         assert (dry.returncode, dry.stderr) == (0, "")
         assert re.search(r"^about \d+ \w+ of training on this machine", dry.stdout, re.M)
@@ -159,11 +188,34 @@ def ending(name, lr, accuracy, status="finished", **result):
 
 
 def test_a_setting_that_partly_collapsed_ranks_below_those_that_did_not(capsys):
-    print_settings([ending("0", 1, 0.9), ending("1", 1, 0.1, "collapsed"), ending("0", 2, 0.6), ending("1", 2, 0.8)])
+    print_settings(
+        [
+            ending("0", 1, 0.9),
+            ending("1", 1, 0.1, "collapsed"),
+            ending("0", 2, 0.6),
+            ending("1", 2, 0.8),
+        ]
+    )
     head, best, other = capsys.readouterr().out.splitlines()
-    assert best.split() == ["*", "2", "2", "0.7000", "±", "0.1414", "0.7000", "±", "0.1414", "0.500"]
+    assert best.split() == [
+        "*",
+        "2",
+        "2",
+        "0.7000",
+        "±",
+        "0.1414",
+        "0.7000",
+        "±",
+        "0.1414",
+        "0.500",
+    ]
     assert other.split()[:5] == ["1", "1", "of", "2", "0.9000"]
-    print_settings([ending("0", 1, 0.2, validation_accuracy=None), ending("0", 2, 0.3, validation_accuracy=None)])
+    print_settings(
+        [
+            ending("0", 1, 0.2, validation_accuracy=None),
+            ending("0", 2, 0.3, validation_accuracy=None),
+        ]
+    )
     head, best, _ = capsys.readouterr().out.splitlines()
     assert "validation" not in head
     assert best.split() == ["*", "2", "1", "0.3000", "0.500"]

@@ -51,26 +51,40 @@ def test_a_forced_sweep_whose_jobs_all_fail_shows_no_old_number(tmp_path, monkey
     done = dfl_train(tmp_path, *SWEEP, "seed=0,1", "force=true")
     assert done.returncode == 1
     assert {path: path.read_bytes() for path in results} == results
-    assert [(row["status"], row["accuracy"]) for row in rows(tmp_path).values()] == [("failed", "")] * 2
+    assert [(row["status"], row["accuracy"]) for row in rows(tmp_path).values()] == [
+        ("failed", "")
+    ] * 2
     # nor when the same command comes to its jobs again
     for place in {path.parent for path in results}:
-        cfg = compose([*SMALL, f"seed={json.loads((place / 'result.json').read_text())['seed']}", "force=true"])
+        cfg = compose(
+            [
+                *SMALL,
+                f"seed={json.loads((place / 'result.json').read_text())['seed']}",
+                "force=true",
+            ]
+        )
         command = read_outcome(place)["command"]
         assert sweep.run_point(cfg, place, [], sweep.SweepJob(command)) is None
         assert read_outcome(place)["status"] == "failed"
     # a command that ends before its jobs is no better
     monkeypatch.setattr(sweep, "lock_run", refuse)
     assert dfl_train(tmp_path, *SWEEP, "seed=0,1", "force=true").returncode == 1
-    assert [(row["status"], row["accuracy"]) for row in rows(tmp_path).values()] == [("not started", "")] * 2
+    assert [(row["status"], row["accuracy"]) for row in rows(tmp_path).values()] == [
+        ("not started", "")
+    ] * 2
 
 
 def test_a_mistake_in_the_first_batch_costs_nothing_that_was_there(tmp_path):
     here = (*SMALL, "hydra.run.dir=here")
     assert dfl_train(tmp_path, *here).returncode == 0
     before = {
-        path: path.read_bytes() for path in (tmp_path / "here").iterdir() if path.suffix != ".log" and path.is_file()
+        path: path.read_bytes()
+        for path in (tmp_path / "here").iterdir()
+        if path.suffix != ".log" and path.is_file()
     }
-    done = dfl_train(tmp_path, *here, "force=true", "dataset.mean=[0.5,0.5]", "dataset.std=[0.2,0.2]")
+    done = dfl_train(
+        tmp_path, *here, "force=true", "dataset.mean=[0.5,0.5]", "dataset.std=[0.2,0.2]"
+    )
     assert done.returncode != 0
     assert {path: path.read_bytes() for path in before} == before
     assert dfl_train(tmp_path, "--multirun", *SMALL, "hydra.sweep.dir=.", "hydra.sweep.subdir=here", "seed=0",
@@ -104,7 +118,10 @@ def test_the_summary_has_every_point_of_the_folder(tmp_path):
     done = dfl_train(tmp_path, *SWEEP, "seed=1")
     assert rows(tmp_path) == whole
     assert "1 points" in done.stdout
-    assert "only the points of this command; the folder holds 2 more, and dfl-report grid shows all" in done.stdout
+    assert (
+        "only the points of this command; the folder holds 2 more, and dfl-report grid shows all"
+        in done.stdout
+    )
 
 
 def test_the_summary_shows_a_foreign_point_s_texts_and_obeys_none(tmp_path):
@@ -123,10 +140,20 @@ def test_the_summary_shows_a_foreign_point_s_texts_and_obeys_none(tmp_path):
 
 
 def test_a_number_is_one_point_however_it_is_written():
-    names = {point_name(compose([f"optimizer.weight_decay={value}"])) for value in ("0", "0.0", "0e0", "-0.0")}
+    names = {
+        point_name(compose([f"optimizer.weight_decay={value}"]))
+        for value in ("0", "0.0", "0e0", "-0.0")
+    }
     assert len(names) == 1
-    assert len({point_name(compose([f"optimizer.lr={value}"])) for value in ("1", "1.0", "0.1e1", "2")}) == 2
-    assert point_name(compose(["deterministic=true"])) != point_name(compose(["deterministic=false"]))
+    assert (
+        len(
+            {point_name(compose([f"optimizer.lr={value}"])) for value in ("1", "1.0", "0.1e1", "2")}
+        )
+        == 2
+    )
+    assert point_name(compose(["deterministic=true"])) != point_name(
+        compose(["deterministic=false"])
+    )
 
 
 @pytest.mark.parametrize("experiment", group_options("experiment"))
@@ -185,14 +212,18 @@ def test_data_that_have_changed_share_no_table_and_are_not_gone_on_with(change, 
     assert resumed.returncode == 2, resumed.stderr
     assert "other data or code: data " in resumed.stderr
     assert "Traceback" not in resumed.stderr
-    assert first["data"] != json.loads((tmp_path / "single" / "result.json").read_text()).get("data")
+    assert first["data"] != json.loads((tmp_path / "single" / "result.json").read_text()).get(
+        "data"
+    )
 
 
 def test_a_run_that_goes_on_under_another_version_says_so_and_names_both(tmp_path, monkeypatch):
     assert dfl_train(tmp_path, *SMALL, "hydra.run.dir=here").returncode == 0
     state = checkpoint.load_checkpoint(tmp_path / "here")
     (tmp_path / "here" / "result.json").unlink()
-    monkeypatch.setattr(run, "versions", lambda: state["training"]["made_by"][0]["versions"] | {"torch": "3.0"})
+    monkeypatch.setattr(
+        run, "versions", lambda: state["training"]["made_by"][0]["versions"] | {"torch": "3.0"}
+    )
     monkeypatch.setattr(run, "git_commit", lambda: "another")
     done = dfl_train(tmp_path, "resume=here")
     assert done.returncode == 0, done.stderr
@@ -210,6 +241,15 @@ def test_a_sweep_is_called_what_a_file_calls_it(name, tmp_path):
     text = "# @package _global_\n" + OmegaConf.to_yaml({"sweep": name})
     (tmp_path / "my" / "experiment" / "mine.yaml").write_text(text)
     launcher = "hydra/launcher=joblib" if name == "2024" else "hydra/launcher=basic"
-    done = dfl_train(tmp_path, "--multirun", "--config-dir", "my", "experiment=mine", launcher, "seed=0,1", *SMALL)
+    done = dfl_train(
+        tmp_path,
+        "--multirun",
+        "--config-dir",
+        "my",
+        "experiment=mine",
+        launcher,
+        "seed=0,1",
+        *SMALL,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "outputs" / name / "summary.csv").is_file()

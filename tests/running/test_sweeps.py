@@ -25,7 +25,10 @@ SWEEP = ("--multirun", "sweep=grid", "epochs=3", "limit=300", "tracking=disabled
 
 def points(folder, name="result.json"):
     """The content of a file of every point, by the point's folder."""
-    return {path.parent.name: path.read_text() for path in sorted((folder / "outputs" / "grid").glob(f"*/{name}"))}
+    return {
+        path.parent.name: path.read_text()
+        for path in sorted((folder / "outputs" / "grid").glob(f"*/{name}"))
+    }
 
 
 def statuses(folder):
@@ -48,7 +51,10 @@ def config_digest(folder):
     return {
         name: (
             (grid / name / "iterations.csv").read_bytes(),
-            {key: value.numpy().tobytes() for key, value in checkpoint.load_checkpoint(grid / name)["net"].items()},
+            {
+                key: value.numpy().tobytes()
+                for key, value in checkpoint.load_checkpoint(grid / name)["net"].items()
+            },
             results[name]["test_accuracy"],
         )
         for name in results
@@ -153,7 +159,9 @@ def basic(tmp_path_factory):
     ],
     ids=str,
 )
-def test_the_same_bits_whatever_the_launcher_the_tracking_and_the_checkpoints(variant, basic, tmp_path):
+def test_the_same_bits_whatever_the_launcher_the_tracking_and_the_checkpoints(
+    variant, basic, tmp_path
+):
     done = dfl_train(tmp_path, *SWEEP, "method=bp,las", "seed=0,1", *variant)
     assert done.returncode == 0, done.stderr
     assert config_digest(tmp_path) == basic
@@ -184,7 +192,9 @@ def begun(folder, *options, count=1):
     command = [sys.executable, "-m", "dfl_experiments.train", *options]
     with (folder / "output.txt").open("w") as file:
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=variables, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=file, stderr=file, env=variables, start_new_session=True
+        )
     while len(points(folder, "epochs.csv")) < count:
         assert process.poll() is None, output(folder)
         time.sleep(0.02)
@@ -199,7 +209,10 @@ def saved(folder):
     """Of every point: whether its last checkpoint has all the rows that it has written."""
     runs = [path.parent for path in (folder / "outputs" / "grid").glob("*/iterations.csv")]
     lengths = [checkpoint.load_checkpoint(run)["training"]["lengths"]["iterations"] for run in runs]
-    return [length == (run / "iterations.csv").stat().st_size for length, run in zip(lengths, runs, strict=True)]
+    return [
+        length == (run / "iterations.csv").stat().st_size
+        for length, run in zip(lengths, runs, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +224,9 @@ def saved(folder):
         ("submitit_local", signal.SIGHUP, True),
     ],
 )
-def test_a_signal_to_the_command_or_to_all_its_processes_costs_no_work(launcher, signum, to_all, tmp_path):
+def test_a_signal_to_the_command_or_to_all_its_processes_costs_no_work(
+    launcher, signum, to_all, tmp_path
+):
     process, _ = begun(tmp_path, *ENDLESS, f"hydra/launcher={launcher}", count=2)
     (os.killpg if to_all else os.kill)(process.pid, signum)
     assert process.wait(timeout=60) == 128 + signum

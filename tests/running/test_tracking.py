@@ -31,7 +31,9 @@ def killed(folder, signum, group, *options):
 
 
 @pytest.mark.parametrize(
-    ("signum", "group"), [(signal.SIGKILL, False), (signal.SIGTERM, True)], ids=["SIGKILL", "SIGTERM to the group"]
+    ("signum", "group"),
+    [(signal.SIGKILL, False), (signal.SIGTERM, True)],
+    ids=["SIGKILL", "SIGTERM to the group"],
 )
 def test_a_run_that_goes_on_has_every_row_once(signum, group, tmp_path):
     more = ("method=kp", "alignment.quantities=[weight_cosine,gradient_cosine]", "tracking.every=1")
@@ -42,7 +44,9 @@ def test_a_run_that_goes_on_has_every_row_once(signum, group, tmp_path):
     assert records(tmp_path / "here")["exit"][0].get("exit_code") == 0
 
 
-def test_a_run_that_ended_without_its_mirror_gets_it_when_its_sweep_is_started_again(tmp_path, monkeypatch):
+def test_a_run_that_ended_without_its_mirror_gets_it_when_its_sweep_is_started_again(
+    tmp_path, monkeypatch
+):
     sweep = ("--multirun", "sweep=grid", "epochs=2", *RUN, "seed=0,1")
     assert dfl_train(tmp_path, *sweep, "tracking=disabled").returncode == 0
     monkeypatch.setenv("WANDB_RUN_ID", "one-for-all")
@@ -72,8 +76,13 @@ def test_numbers_show_while_a_run_is_under_way(tmp_path):
 
 def test_a_w_and_b_run_has_the_name_that_is_asked_for_or_that_of_its_directory(tmp_path):
     names = {}
-    for place, options in (("plain", ()), ("named", ("tracking.name='${method.name} at ${optimizer.lr}'",))):
-        done = dfl_train(tmp_path, f"hydra.run.dir={place}", "epochs=1", "optimizer.lr=0.01", *RUN, *options)
+    for place, options in (
+        ("plain", ()),
+        ("named", ("tracking.name='${method.name} at ${optimizer.lr}'",)),
+    ):
+        done = dfl_train(
+            tmp_path, f"hydra.run.dir={place}", "epochs=1", "optimizer.lr=0.01", *RUN, *options
+        )
         assert done.returncode == 0, done.stderr
         names[place] = records(tmp_path / place)["run"][0]["display_name"]
     assert names == {"plain": "plain", "named": "las at 0.01"}
@@ -88,7 +97,10 @@ def signal_at_the_end():
 
 
 def test_a_signal_while_w_and_b_gets_the_rest_leaves_a_finished_run_finished(tmp_path):
-    assert ended(forked(tmp_path, "hydra.run.dir=here", "epochs=2", *RUN, before=signal_at_the_end)) == 143
+    assert (
+        ended(forked(tmp_path, "hydra.run.dir=here", "epochs=2", *RUN, before=signal_at_the_end))
+        == 143
+    )
     assert json.loads((tmp_path / "here" / "result.json").read_text())["status"] == "finished"
     again = dfl_train(tmp_path, "resume=here")
     assert (again.returncode, "finished already" in again.stdout) == (0, True)

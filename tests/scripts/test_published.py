@@ -3,7 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
-from claims import AGREES, DIFFERS, NOT_REPRODUCIBLE, OTHER_LENGTH, PUBLISHED, TOO_FEW, compared, published
+from claims import (
+    AGREES,
+    DIFFERS,
+    NOT_REPRODUCIBLE,
+    OTHER_LENGTH,
+    PUBLISHED,
+    TOO_FEW,
+    compared,
+    published,
+)
 from processes import dfl_train
 from report_helpers import write_packs
 
@@ -55,7 +64,8 @@ def test_a_verdict_needs_whole_runs_of_that_very_configuration(tried):
     ("rates", "value", "verdict"),
     [
         ([0.984, 0.986, 0.985], 0.985, AGREES),
-        ([0.9850, 0.9850], 0.986, AGREES),  # no spread, but within the noise of one accuracy, 0.0012
+        # no spread, but within the noise of one accuracy, 0.0012
+        ([0.9850, 0.9850], 0.986, AGREES),
         ([0.98, 0.99], 0.97, AGREES),  # a wide interval
         ([0.984, 0.985, 0.984], 0.98, DIFFERS),
     ],

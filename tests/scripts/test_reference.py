@@ -50,16 +50,26 @@ def test_the_picture_shows_every_verdict_once_and_no_other(verdicts):
     totals = counts(verdicts).sum()
     for verdict, mark in MARKS.items():
         if verdict != TOO_FEW:
-            assert drawn.count(mark) == (verdicts.verdict == verdict).sum() == totals.get(verdict, 0)
+            assert (
+                drawn.count(mark) == (verdicts.verdict == verdict).sum() == totals.get(verdict, 0)
+            )
 
 
-def test_a_claim_with_a_failing_side_has_that_verdict_and_one_that_nothing_can_rank_another(verdicts):
+def test_a_claim_with_a_failing_side_has_that_verdict_and_one_that_nothing_can_rank_another(
+    verdicts,
+):
     conv3 = "CIFAR-100, Conv3, 10 epochs, bfloat16, model.channels=[96,128,256], model.widths=[2048,2048]"
     by_place = verdicts.set_index(["claim", "setting"]).verdict
     assert by_place["LAS is more accurate than DFA", conv3] == "fails at this rate"
-    assert by_place["LAS is more accurate than DFA", "MNIST, fully connected net, 100 epochs"] == "cannot rank"
     assert (
-        by_place["DFA is more accurate than Shallow", "CIFAR-100, fully connected net, 10 epochs, bfloat16"]
+        by_place["LAS is more accurate than DFA", "MNIST, fully connected net, 100 epochs"]
+        == "cannot rank"
+    )
+    assert (
+        by_place[
+            "DFA is more accurate than Shallow",
+            "CIFAR-100, fully connected net, 10 epochs, bfloat16",
+        ]
         == "contradicted"
     )
 

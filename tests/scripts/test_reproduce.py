@@ -39,19 +39,28 @@ def planned(tmp_path, monkeypatch, capsys):
         except SystemExit as end:
             code = end.code
         said = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, said.out, said.err if not isinstance(code, str) else code)
+        return subprocess.CompletedProcess(
+            arguments, code, said.out, said.err if not isinstance(code, str) else code
+        )
 
     return run
 
 
 def points(printed):
     """The cells that a dry run lists, as the paper's tables have them."""
-    pairs = [re.findall(r"(\w+)=(\S+)", line) for line in printed.splitlines() if line.startswith("    ")]
-    return [tuple(dict(pair)[key] for key in ("dataset", "augmentation", "model", "method")) for pair in pairs]
+    pairs = [
+        re.findall(r"(\w+)=(\S+)", line) for line in printed.splitlines() if line.startswith("    ")
+    ]
+    return [
+        tuple(dict(pair)[key] for key in ("dataset", "augmentation", "model", "method"))
+        for pair in pairs
+    ]
 
 
 @pytest.mark.parametrize("table", ["fc", "cnn"])
-def test_the_experiments_have_every_cell_of_the_paper_s_table_and_no_other(planned, tmp_path, table):
+def test_the_experiments_have_every_cell_of_the_paper_s_table_and_no_other(
+    planned, tmp_path, table
+):
     done = planned(f"{table}_table", "--smoke", "--protocol", "authors")
     assert done.returncode == 0, done.stderr
     found = points(done.stdout)
@@ -66,7 +75,10 @@ def test_a_part_can_be_asked_for_and_its_time_is_estimated(planned):
     done = planned("all", "--only", "mnist,las", "--seeds", "2", "--epochs", "3")
     assert done.returncode == 0, done.stderr
     calls = [line for line in done.stdout.splitlines() if line.startswith("dfl-train")]
-    assert [re.search(r"experiment=(\S+)", line)[1] for line in calls] == ["alignment_figure", "fc_mnist"] * 2
+    assert [re.search(r"experiment=(\S+)", line)[1] for line in calls] == [
+        "alignment_figure",
+        "fc_mnist",
+    ] * 2
     assert [re.search(r"seed=(\S+)", line)[1] for line in calls] == ["0", "0", "1", "1"]
     assert all("epochs=3" in line and "method=las" in line for line in calls)
     assert "10 runs" in done.stdout
@@ -90,7 +102,9 @@ def cells_with_hours(printed):
     return [(float(hours), int(seed), name) for hours, name, seed in rows]
 
 
-def test_a_budget_takes_the_cheapest_cells_first_and_one_seed_of_all_before_a_second_of_any(planned, tmp_path):
+def test_a_budget_takes_the_cheapest_cells_first_and_one_seed_of_all_before_a_second_of_any(
+    planned, tmp_path
+):
     asked = ("all", "--only", "mnist", "--seeds", "2", "--epochs", "1", "threads=1")
     everything = planned(*asked, "--budget", "99h")
     assert everything.returncode == 0, everything.stderr
@@ -111,7 +125,9 @@ def test_a_budget_takes_the_cheapest_cells_first_and_one_seed_of_all_before_a_se
 def test_a_budget_that_is_too_small_says_what_the_cheapest_cell_takes(planned):
     done = planned("fc_table", "--only", "mnist,bp", "--budget", "0.001h")
     assert done.returncode == 2
-    assert re.search(r"--budget: too small; the cheapest cell takes about [\d.e-]+ hours here$", done.stderr)
+    assert re.search(
+        r"--budget: too small; the cheapest cell takes about [\d.e-]+ hours here$", done.stderr
+    )
 
 
 def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
@@ -140,8 +156,14 @@ def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
         (["--job", "2"], "unrecognized arguments: --job"),
         (["sweep=mine"], "sweep=mine: the script sets sweep itself"),
         (["+optimizer.lr=1e-5"], "+optimizer.lr=1e-5: the script sets optimizer.lr itself"),
-        (["hydra.sweep.dir=elsewhere"], "hydra.sweep.dir=elsewhere: the script sets hydra.sweep.dir itself"),
-        (["--launcher", "ray", "--jobs", "4", "hydra.launcher.ray.init.address=auto"], "--jobs: Ray counts the cores"),
+        (
+            ["hydra.sweep.dir=elsewhere"],
+            "hydra.sweep.dir=elsewhere: the script sets hydra.sweep.dir itself",
+        ),
+        (
+            ["--launcher", "ray", "--jobs", "4", "hydra.launcher.ray.init.address=auto"],
+            "--jobs: Ray counts the cores",
+        ),
         (["batchsize=3"], "batchsize: no such option"),
     ],
 )
@@ -186,9 +208,19 @@ def test_a_smoke_run_from_start_to_report_and_again(tmp_path):
 @pytest.mark.parametrize(("signum", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_ends_it_with_a_checkpoint_and_a_report(signum, to_all, tmp_path):
     data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
-    command = [sys.executable, str(SCRIPTS / "reproduce.py"), "fc_table", "--only", "mnist,las", "--epochs", "20000"]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "reproduce.py"),
+        "fc_table",
+        "--only",
+        "mnist,las",
+        "--epochs",
+        "20000",
+    ]
     with (tmp_path / "output.txt").open("w") as output:
-        script = subprocess.Popen([*command, data, *SMALL[:-1]], cwd=tmp_path, stdout=output, start_new_session=True)
+        script = subprocess.Popen(
+            [*command, data, *SMALL[:-1]], cwd=tmp_path, stdout=output, start_new_session=True
+        )
     place = tmp_path / "outputs" / "fc_table"
     while not list(place.glob("*/epochs.csv")):
         time.sleep(0.05)

@@ -10,7 +10,9 @@ from yardsticks import CLASSES, PublishedLas
 
 @pytest.mark.parametrize("model", ["fc", "conv3", "conv3_bn"])
 def test_the_published_way_of_las_is_las(model):
-    t = Tiny("las", model, "protocol.local_reduction=half_sum", "optimizer.lr=1e-4", classes=CLASSES)
+    t = Tiny(
+        "las", model, "protocol.local_reduction=half_sum", "optimizer.lr=1e-4", classes=CLASSES
+    )
     theirs = PublishedLas(copy.deepcopy(t.net), [(None, 0)], 1)
     theirs.locals.double()
     for own, module in zip(theirs.locals, t.method.local_modules.values(), strict=True):
