@@ -102,7 +102,9 @@ def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
     model = check(values).components["model"]
     refuse_changes(Path(run_dir), result, {"code": code_of({"model": model})}, RESTORE)
     net: BlockNet = model.build(
-        input_shape=tuple(result["input_shape"]), num_classes=result["num_classes"]
+        result.get("samples"),
+        input_shape=tuple(result["input_shape"]),
+        num_classes=result["num_classes"],
     )
     net.load_state_dict(load_checkpoint(Path(run_dir))["net"])
     return net.eval()

@@ -38,6 +38,8 @@ LocalReduction = Literal["sum", "half_sum", "mean"]
 Skip = Literal["cut", "leak"]
 Top = Literal["backprop", "direct"]
 
+SampleKind = Literal["images", "features", "tokens"]
+
 # names that options of the engine accept
 LossName = Literal["cross_entropy", "squared_error"]
 Precision = Literal["float32", "tf32", "bfloat16"]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, reason, shown
+from dfl_experiments.ranges import SampleKind
 
 PACKAGE = "dfl_experiments"
 # The base class of each component, by key. A model is a function, so the entry of "model" is the class of the network
@@ -48,8 +49,12 @@ class Component:
     options: dict[str, Any]
     """Checked arguments for the target."""
 
-    def build(self, **arguments: Any) -> Any:
-        """Call the target with its options and `arguments`. Raises `UserError` if the target refuses a value."""
+    def build(self, samples: SampleKind | None = None, **arguments: Any) -> Any:
+        """Call the target with its options and `arguments`.
+
+        samples: kind of the samples that a model reads, if known. The target does not get it.
+        Raises `UserError` if the target refuses a value.
+        """
         options, accepted = dict(self.options), arguments
         # a plugin's model may lack the parameters input_shape and num_classes
         if self.key == "model":
@@ -60,7 +65,7 @@ class Component:
                 return self.target(**accepted, **options)
             boundaries = options.pop("boundaries", "auto")
             module = self.target(**accepted, **options)
-            return import_object(AS_NET)(module, boundaries, arguments.get("input_shape"))
+            return import_object(AS_NET)(module, boundaries, arguments.get("input_shape"), samples)
         except UserError:
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
@@ -122,8 +127,10 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
 
 
 def returned_class(target: Any) -> Any:
-    """Return a class itself. For a function, return its return annotation, or None if there is no annotation."""
-    return get_type_hints(target).get("return") if inspect.isfunction(target) else target
+    """Return a class itself. For a function, return its return annotation; without one, return torch.nn.Module."""
+    if not inspect.isfunction(target):
+        return target
+    return get_type_hints(target).get("return", import_object(MODULE))
 
 
 def is_plain_module(target: Any, key: str) -> bool:

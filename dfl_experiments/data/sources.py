@@ -16,18 +16,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from dfl_experiments.errors import UserError
+from dfl_experiments.ranges import SampleKind
 
 SILENCE = 20.0  # a download fails after this number of seconds without an answer
 
 
-def kind_of(samples: np.ndarray) -> str:
-    """Return the kind of samples: "images", "features" or "tokens". Return "" for an array of any other kind."""
+def kind_of(samples: np.ndarray) -> SampleKind | None:
+    """Return the kind of samples. Return None for an array of any other kind."""
     code, axes = samples.dtype.str[1:], samples.ndim
     if code == "u1" and axes == 4:
         return "images"
     if code in ("f4", "f8") and axes > 1:
         return "features"
-    return "tokens" if code in ("i4", "i8") and axes == 2 else ""
+    return "tokens" if code in ("i4", "i8") and axes == 2 else None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dfl_experiments.engine.module_survey import Survey, copies_of
 from dfl_experiments.engine.trace import Segment, Trace
 from dfl_experiments.engine.transpose import WeightLayer, is_weight_layer
 from dfl_experiments.errors import UserError
+from dfl_experiments.ranges import SampleKind
 
 Boundaries = Literal["auto"] | list[str]
 Visit = Callable[[int, Tensor], Tensor | None]
@@ -168,15 +169,24 @@ class ModuleNet(BlockNet):
             end(self.depth, trace.logits)
 
 
-def as_net(module: nn.Module, names: Boundaries, input_shape: Sequence[int]) -> BlockNet:
+def as_net(
+    module: nn.Module,
+    names: Boundaries,
+    input_shape: Sequence[int],
+    samples: SampleKind | None = None,
+) -> BlockNet:
     """Return a `ModuleNet` of a module with these boundaries; return a `BlockNet` unchanged.
 
-    The example for a `ModuleNet` consists of zeros. The zeros are integers (tokens) if the module contains an embedding
-    and one sample is a vector. Otherwise they are floats.
+    The example for a `ModuleNet` consists of zeros. They are integers if the samples are tokens, otherwise floats.
+
+    samples: kind of the samples. None: they are tokens if the module has an embedding and one sample is a vector.
     """
     if isinstance(module, BlockNet):
         return module
-    has_embedding = any(isinstance(layer, nn.Embedding) for layer in module.modules())
-    is_of_tokens = has_embedding and len(input_shape) == 1
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model: must be a torch.nn.Module, but is of type {type(module).__name__}")
+    is_of_tokens = samples == "tokens"
+    if samples is None and len(input_shape) == 1:
+        is_of_tokens = any(isinstance(layer, nn.Embedding) for layer in module.modules())
     example = torch.zeros(1, *input_shape, dtype=torch.int64 if is_of_tokens else torch.float32)
     return ModuleNet(module, names, example)

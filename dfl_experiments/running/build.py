@@ -127,7 +127,7 @@ def build(
     loss = LOSSES[settings.loss]
     # Build the network on the CPU, so that a seed gives the same W on every device and for every method.
     refuse_shape(components["model"], arrays.shape)
-    net = components["model"].build(input_shape=arrays.shape, num_classes=arrays.num_classes)
+    net = components["model"].build(kind, input_shape=arrays.shape, num_classes=arrays.num_classes)
     if kind == "tokens":
         highest = max(arrays.train_images.max(), arrays.test_images.max())
         net.example = torch.full((1, *arrays.shape), int(highest))

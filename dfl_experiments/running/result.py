@@ -16,7 +16,7 @@ from dfl_experiments.configuration.composition import as_values, changed, names_
 from dfl_experiments.configuration.recorded import MAX_DEPTH
 from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, reason
-from dfl_experiments.ranges import LARGEST_COSINE, Cosine, NonNegative, Size
+from dfl_experiments.ranges import LARGEST_COSINE, Cosine, NonNegative, SampleKind, Size
 from dfl_experiments.ranges import Probability as Share
 from dfl_experiments.running.locks import holder_of
 from dfl_experiments.running.run_directory import (
@@ -86,7 +86,7 @@ class Result(BaseModel):
     """Training images per second of training."""
     input_shape: Annotated[list[Size], Field(min_length=1)] | None = None
     num_classes: Size | None = None
-    samples: Literal["images", "features", "tokens"] | None = None
+    samples: SampleKind | None = None
     """Kind of the samples, see `kind_of`. Early versions did not record it."""
     largest_class: Share | None = None
     """Share of the most frequent class in the test set."""

@@ -11,6 +11,7 @@ import torch
 from data_helpers import Made
 from processes import dfl_train, ended, forked
 
+import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose, config_digest, point_name
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Batches, Normalise, count_new_variation, preparation, split
@@ -156,6 +157,27 @@ def test_tokens_reach_the_net_as_integers(tmp_path, token_model, method, precisi
     result = trained(tmp_path, *token_model, *options)
     assert result["accuracy"] > 0.8
     assert result["input_shape"] == [6]
+
+
+def test_a_module_may_read_tokens_without_an_embedding(tmp_path, token_model):
+    module = """
+import torch
+
+class OneHot(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.one_hot(x, 20).float().flatten(1)
+
+def one_hot():
+    return torch.nn.Sequential(OneHot(), torch.nn.Linear(120, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+"""
+    (tmp_path / "my_module.py").write_text(module)
+    model = ("model=module", "model._target_=my_module.one_hot", "model.name=one_hot")
+    result = trained(
+        tmp_path, "plugins=[my_module]", *model, "method=dfa", "epochs=15", "optimizer.lr=1e-2"
+    )
+    assert result["accuracy"] > 0.8
+    run = dfl.load_run(tmp_path / "here", ["my_module"])
+    assert run.predict(np.zeros((3, 6), np.int32)).shape == (3, 2)
 
 
 def test_tokens_beyond_the_vocabulary_and_nets_without_one_are_refused(tmp_path, token_model):
