@@ -15,6 +15,7 @@ from dfl_experiments.report.run_record import as_override, flat
 # Options are compared only between runs that are equal in these columns.
 NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "protocol"]
 OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
+ACTIVATION = "model.activation"  # `options_of` leaves it out at its default, which depends on the rule
 REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
@@ -86,7 +87,7 @@ def shared_options(
         defaults |= {f"{group}.{key}": value for key, value in values.items()}
     shared = {}
     for key, value in first.items():
-        is_default = defaults.get(key, value) == value
+        is_default = key != ACTIVATION and defaults.get(key, value) == value
         if not is_default and all(options.get(key) == value for options in others):
             shared[key] = value
     return shared

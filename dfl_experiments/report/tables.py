@@ -18,6 +18,11 @@ from dfl_experiments.report.table_text import NONE, Table, interval_text, number
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
 SECTION = ["smoke", "dataset", "model", "augmentation"]
+KIND = [
+    "optimizer",
+    "schedule",
+    "protocol",
+]  # runs of a section that differ in these columns share no options
 
 
 @dataclass
@@ -181,9 +186,10 @@ def answer_caption(frame: pd.DataFrame, runs: pd.DataFrame) -> str:
         if frame[key].nunique() == 1 and value != default:
             parts.append(words(key, value))
     counted = frame[frame.n > 0]
-    shared = runs.shared.iloc[0]
-    if shared and runs.shared.nunique() == 1:
-        parts.append(shared)
+    for _, row in runs.drop_duplicates(KIND).iterrows():
+        if row.shared:
+            kind = [words(key, row[key]) for key in KIND if runs[key].nunique() > 1]
+            parts.append(": ".join(filter(None, [", ".join(kind), row.shared])))
     floors = []
     for row in counted[~counted.smoke].itertuples():
         floor = compare.noise_floor(row.accuracy, compare.TEST_IMAGES.get(row.dataset))
