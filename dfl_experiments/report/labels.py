@@ -15,7 +15,9 @@ from dfl_experiments.report.run_record import as_override, flat
 # Options are compared only between runs that are equal in these columns.
 NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "protocol"]
 OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
-ACTIVATION = "model.activation"  # `options_of` leaves it out at its default, which depends on the rule
+ACTIVATION = (
+    "model.activation"  # `options_of` leaves it out at its default, which depends on the rule
+)
 REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
