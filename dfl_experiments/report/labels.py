@@ -15,9 +15,8 @@ from dfl_experiments.report.run_record import as_override, flat
 # Options are compared only between runs that are equal in these columns.
 NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "protocol"]
 OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
-ACTIVATION = (
-    "model.activation"  # `options_of` leaves it out at its default, which depends on the rule
-)
+# This default depends on the rule. `options_of` leaves the option out at its default.
+ACTIVATION = "model.activation"
 REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
