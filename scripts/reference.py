@@ -48,8 +48,9 @@ the rules at their best.
 
 Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default initialisation (10 seeds) and with He
 initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 at four rates (seed 0), with
-seeds 1 and 2 for each method at its best rate by validation; values that Akrout et al. published (3 seeds). Next: the
-map's seeds 1 and 2 at the second rates, the map with batch normalisation, the alignment figure with `protocol=paper`.
+seeds 1 and 2 for each method at its best rate by validation, on CIFAR-100 also at the second best; values that Akrout
+et al. published (3 seeds). Next: CIFAR-10 at the second best rates, the map with batch normalisation, the alignment
+figure with `protocol=paper`.
 """
 
 
