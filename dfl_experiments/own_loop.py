@@ -176,15 +176,12 @@ class Rule:
                 else "for other targets, pass loss="
             )
             raise UserError(f"{problem}; {advice}")
-        # on a GPU, this check would wait for the device
-        if (
-            is_labels
-            and loss is None
-            and not target.is_cuda
-            and not 0 <= target.min() <= target.max() < self.classes
-        ):
-            labels = f"{int(target.min())} to {int(target.max())}"
-            raise UserError(f"target: labels {labels}; must be 0 to {self.classes - 1}")
+        # Do not check the range on a GPU, because the check would wait for the device.
+        if loss is None and not target.is_cuda:
+            lowest, highest = int(target.min()), int(target.max())
+            if lowest < 0 or highest >= self.classes:
+                problem = f"labels {lowest} to {highest}"
+                raise UserError(f"target: {problem}; must be 0 to {self.classes - 1}")
 
     def _value_and_error(
         self, logits: Tensor, target: Tensor, loss: Loss | None
@@ -287,11 +284,8 @@ def use_own_compiled_code(net: BlockNet) -> None:
 
 def eager() -> AbstractContextManager[object]:
     """Return a context in which compiled modules run without their compiled code."""
-    return (
-        torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
-        else nullcontext()
-    )
+    is_loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
 
 
 @contextmanager

@@ -18,11 +18,8 @@ from dfl_experiments.report.table_text import NONE, Table, interval_text, number
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
 SECTION = ["smoke", "dataset", "model", "augmentation"]
-KIND = [
-    "optimizer",
-    "schedule",
-    "protocol",
-]  # runs of a section that differ in these columns share no options
+# Options are compared only between runs that are equal in these columns.
+KIND = ["optimizer", "schedule", "protocol"]
 
 
 @dataclass
