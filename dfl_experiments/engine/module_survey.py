@@ -147,9 +147,12 @@ class Survey:
         ]
         names: list[str | None] = []
         for boundary, readers in graph.readers(layers, chain).items():
-            shape = graph.outputs[boundary][0].shape[1:]
-            is_read = len(readers) == 1 and reads_channels(modules[readers[0]], shape)
-            names.append(readers[0] if is_read else None)
+            name = readers[0] if len(readers) == 1 else None
+            if name and not reads_channels(
+                modules[name], graph.outputs[name][0].dim(), graph.outputs[boundary][0].shape[1:]
+            ):
+                name = None
+            names.append(name)
         return names
 
 
@@ -168,12 +171,19 @@ def refuse_wrappers(module: nn.Module) -> None:
             )
 
 
-def reads_channels(layer: Any, shape: Sequence[int]) -> bool:
-    """Return whether a layer reads the channels of h, whose shape is (d,), (T, C) or (C, H, W) for one sample."""
+def reads_channels(layer: Any, axes: int, shape: Sequence[int]) -> bool:
+    """Return whether a layer reads the channels of h.
+
+    layer: `nn.Linear`, or a convolution.
+    axes: number of axes of the layer's output, with the batch.
+    shape: shape of h for one sample: (d,), (T, C) or (C, H, W).
+    """
     channels = shape[0] if len(shape) == 3 else shape[-1]
-    if isinstance(layer, nn.Linear):
-        return layer.in_features == channels
-    return len(shape) == 3 and layer.in_channels == channels
+    if not isinstance(layer, nn.Linear):
+        return len(shape) == 3 and layer.in_channels == channels
+    # If two axes of h have the same length, it is unknown which of them the layer reads, except for each token.
+    reads_tokens = len(shape) == 2 and axes == 3
+    return layer.in_features == channels and (reads_tokens or [*shape].count(channels) == 1)
 
 
 def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:

@@ -241,6 +241,39 @@ def test_feedback_has_the_shape_of_the_only_layer_that_reads_h_else_it_is_dense(
     assert shapes["gru"] == [(5 * 6,), (7,), (9,)]
 
 
+class Pooled(nn.Module):
+    """A layer on the last axis of images or tokens, a mean over some of their axes, and a linear layer."""
+
+    def __init__(self, features: int, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.below, self.axes = nn.Linear(3, features), axes
+        self.above = nn.Linear(features, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.above(torch.relu(self.below(x)).mean(self.axes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "feedback"),
+    [
+        (
+            (6, 5, 3),
+            (1, 2),
+            (6 * 5 * 6,),
+        ),  # h is (6, 5, 6): the layer may read the first or the last axis
+        ((7, 5, 3), (1, 2), (7 * 5 * 6,)),  # h is (7, 5, 6), so its channels are last, not first
+        ((6, 3), (1,), (6 * 6,)),  # h is (6, 6)
+        ((7, 3), (1,), (6,)),  # h is (7, 6): tokens
+    ],
+)
+def test_feedback_is_dense_where_the_axis_of_the_channels_is_unknown(shape, axes, feedback):
+    rule = dfl.rule(
+        "dfa", Pooled(6, axes), torch.rand(1, *shape), boundaries=["below"], top="direct"
+    )
+    (module,) = rule.method.local_modules.values()
+    assert tuple(module.weight.shape[1:]) == feedback
+
+
 def test_a_head_that_starts_at_zero_does_not_make_feedback_zero():
     net = ModuleNet(transformer(), "auto", EXAMPLES["transformer"])
     assert not net.module.heads.head.weight.any()
