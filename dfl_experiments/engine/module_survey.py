@@ -147,13 +147,25 @@ class Survey:
         ]
         names: list[str | None] = []
         for boundary, readers in graph.readers(layers, chain).items():
-            name = readers[0] if len(readers) == 1 else None
-            if name and not reads_channels(
-                modules[name], graph.outputs[name][0].dim(), graph.outputs[boundary][0].shape[1:]
-            ):
-                name = None
-            names.append(name)
+            is_read = len(readers) == 1 and self._reads_channels(readers[0], boundary)
+            names.append(readers[0] if is_read else None)
         return names
+
+    def _reads_channels(self, name: str, boundary: str) -> bool:
+        """Return whether a weight layer reads the channels of h, the output of a boundary.
+
+        The shape of h for one sample is (d,), (T, C) or (C, H, W).
+        """
+        layer: Any = self.module.get_submodule(name)
+        outputs = self.graphs[0].outputs
+        shape = list(outputs[boundary][0].shape[1:])
+        channels = shape[0] if len(shape) == 3 else shape[-1]
+        if not isinstance(layer, nn.Linear):
+            return len(shape) == 3 and layer.in_channels == channels
+        # If two axes of h have the same length, it is unknown which of them the layer reads, except for each token.
+        reads_tokens = len(shape) == 2 and outputs[name][0].dim() == 3
+        is_known = reads_tokens or shape.count(channels) == 1
+        return is_known and layer.in_features == channels
 
 
 def refuse_wrappers(module: nn.Module) -> None:
@@ -169,21 +181,6 @@ def refuse_wrappers(module: nn.Module) -> None:
             raise UserError(
                 f"model: {problem}; pass the original module, and average .grad yourself before the step"
             )
-
-
-def reads_channels(layer: Any, axes: int, shape: Sequence[int]) -> bool:
-    """Return whether a layer reads the channels of h.
-
-    layer: `nn.Linear`, or a convolution.
-    axes: number of axes of the layer's output, with the batch.
-    shape: shape of h for one sample: (d,), (T, C) or (C, H, W).
-    """
-    channels = shape[0] if len(shape) == 3 else shape[-1]
-    if not isinstance(layer, nn.Linear):
-        return len(shape) == 3 and layer.in_channels == channels
-    # If two axes of h have the same length, it is unknown which of them the layer reads, except for each token.
-    reads_tokens = len(shape) == 2 and axes == 3
-    return layer.in_features == channels and (reads_tokens or [*shape].count(channels) == 1)
 
 
 def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
