@@ -16,7 +16,6 @@ from dfl_experiments.errors import UserError, reason
 from dfl_experiments.seal import read_bytes, read_sealed
 
 log = logging.getLogger(__name__)
-MAX_DEPTH = 20  # largest depth of nested lists and mappings in a configuration
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 # Options that the command line may set together with resume or repeat. All others come from the recorded configuration.
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
@@ -128,19 +127,10 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> Any:
     """Return the values of a YAML file without resolving interpolations.
 
-    Raises `UserError` for a file that cannot be read, for deep nesting, and for YAML aliases. Such aliases may exhaust
-    the memory.
+    Raises `UserError` for a file that cannot be read.
     """
-    content, depth = read_bytes(path), 0
+    content = read_bytes(path)
     try:
-        text = content.decode("utf-8-sig")
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-                raise UserError(f"more than {MAX_DEPTH} levels of nesting, or an alias")
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        return OmegaConf.to_container(OmegaConf.create(content.decode("utf-8-sig")), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None

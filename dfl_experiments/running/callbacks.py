@@ -19,7 +19,6 @@ from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.locks import refuse_links
 from dfl_experiments.running.outcome import COMMAND, Sweep
 from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan
 from dfl_experiments.running.point_counter import PointCounter
@@ -109,7 +108,6 @@ class Checks(Callback):
                 show_plan([planned], configuration.settings.force, lambda overrides: configuration)
                 raise SystemExit(0)
             make_folder(run_dir, "hydra.run.dir")
-            refuse_links(run_dir)
             Checks.begun = True
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

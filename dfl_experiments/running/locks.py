@@ -35,17 +35,6 @@ class Holder(NamedTuple):
         return f"process {self.pid} on {self.host} works in it"
 
 
-def refuse_links(run_dir: Path) -> None:
-    """Raise `UserError` if a run directory contains a symbolic link or a pipe.
-
-    Through a link, a run would write to a file outside the directory. At a pipe, it would wait forever.
-    """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for item in os.scandir(run_dir):
-            if not item.is_dir(follow_symlinks=False) and not item.is_file(follow_symlinks=False):
-                raise UserError(f"{item.path}: is a symbolic link or a pipe; remove it")
-
-
 @contextmanager
 def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
     """Hold the lock of a run directory inside the block. Make the directory if it does not exist.

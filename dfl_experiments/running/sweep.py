@@ -20,7 +20,7 @@ from dfl_experiments.configuration.refusals import MISTAKES, one_line, uncompose
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.event_files import refuse_missing_package
-from dfl_experiments.running.locks import Busy, lock_run, refuse_links
+from dfl_experiments.running.locks import Busy, lock_run
 from dfl_experiments.running.outcome import Sweep, SweepPoint, has_begun, write_outcome
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
@@ -90,7 +90,6 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
                 raise UserError(
                     f"validation_fraction=0: hydra/sweeper={sweeper} needs a validation accuracy"
                 )
-            refuse_links(sweep.folder / folder)
         except (*MISTAKES, ValueError) as error:
             raise UserError(
                 f"{one_line(uncomposed(error, overrides))} (in the job {job})"

@@ -1,7 +1,5 @@
 """A refusal leaves files as they were, a configuration from elsewhere calls nothing, a misfit is found in time."""
 
-import itertools
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -128,48 +126,6 @@ def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(strang
     assert done.returncode == 2
     assert "has an interpolation" in done.stderr
     assert not Path("touched").exists()
-
-
-BOMBS = {
-    "aliases": "a: &a [x, x]\n"
-    + "".join(
-        f"{k}: &{k} [*{j}, *{j}]\n" for j, k in itertools.pairwise("abcdefghijklmnopqrstuvwx")
-    ),
-    "brackets": "[" * 50_000,
-    "length": "a: " + "x" * 2**21,
-}
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_a_file_that_would_grow_without_end_is_refused_at_once(bomb, stranger, monkeypatch, capsys):
-    stranger({})
-    Path("theirs/config.yaml").write_text(BOMBS[bomb])
-    for key in ("repeat", "resume"):
-        assert "theirs/config.yaml" in refusal([f"{key}=theirs"], monkeypatch, capsys)
-    result = json.loads(Path("theirs/result.json").read_text())
-    del result["seal"]
-    text = json.dumps(result).replace(
-        '"smoke": null', '"smoke": ' + '{"a": ' * 900 + "1" + "}" * 900
-    )
-    Path("theirs/result.json").write_text(text)
-    assert "more than 20 levels" in dfl_report(Path(), "theirs").stderr
-    Path("theirs/result.json").write_text("[" * 50_000)
-    assert "left out: theirs" in dfl_report(Path(), "theirs").stderr
-
-
-def test_a_run_directory_with_a_link_in_it_is_not_written_to(stranger, monkeypatch, capsys):
-    stranger({})
-    Path("precious").write_text("mine")
-    for name in ("run.log", "iterations.csv", "last.pt", ".lock", ".running"):
-        link = Path("theirs", name)
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path("precious").absolute())
-        said = f"theirs/{name}: is a symbolic link"
-        assert said in refusal(["resume=theirs"], monkeypatch, capsys)
-        sweep = ["hydra.sweep.dir=.", "hydra.sweep.subdir=theirs", "seed=0"]
-        assert said in refusal(["--multirun", *QUICK, *sweep], monkeypatch, capsys)
-        link.unlink()
-    assert Path("precious").read_text() == "mine"
 
 
 def test_what_looks_like_an_interpolation_in_a_path_is_a_text(tmp_path, monkeypatch):
