@@ -250,26 +250,3 @@ def test_what_torch_cannot_make_is_named_with_its_options():
         UserError, match=r"model: cannot be built with widths=\[4\], .* \(.*negative dimension"
     ):
         component(node, "model").build(input_shape=(1, 8, -8), num_classes=10)
-
-
-SLIPS = {
-    "name: bad\n_target_: [\n": "line 2: _target_: [",
-    "name: bad\n\t_target_: x\n": "line 2: _target_: x",
-    "name: bad\nname: worse\n": "line 2: name: worse",
-    "name: a: b\n": "line 1: name: a: b",
-    'name: "bad\n\n\n': 'line 1: name: "bad',
-}
-
-
-@pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"]], ids=["run", "sweep"])
-@pytest.mark.parametrize("text", SLIPS)
-def test_a_slip_in_a_file_of_one_s_own_is_one_line_with_its_place(
-    text, sweep, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "conf" / "method" / "bad.yaml"
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    said = refusal([*sweep, "method=bad", "--config-dir", "conf"], monkeypatch, capsys)
-    assert said.startswith(f"dfl-train: error: {path}, {SLIPS[text]}")
-    assert said.count("\n") == 1
