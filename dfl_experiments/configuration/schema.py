@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
@@ -206,32 +205,16 @@ def _options_of_group(key: tuple[Any, ...]) -> list[str]:
     return [*groups, *fields]
 
 
-def _identity(source: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the two options that identify the data set of a source: `_target_` and the number of classes."""
-    return source.get("_target_"), source.get("classes")
-
-
-@cache
-def names_by_identity() -> dict[tuple[Any, Any], str]:
-    """Return the name of each data set in conf/. The key is the `_identity` of its source."""
-    name_of = {}
-    for name in group_options("dataset"):
-        node: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{name}.yaml")
-        name_of[_identity(node.source)] = name
-    return name_of
-
-
 def check_name(dataset: Dataset) -> None:
-    """Raise `UserError` if a data set has the name of another data set, because tables would confuse the two."""
-    known = names_by_identity()
-    own = known.get(_identity(dataset.source))
-    if dataset.name == own:
+    """Raise `UserError` if other data have the name of a data set in conf/, because tables would confuse the two."""
+    if dataset.name not in group_options("dataset"):
         return
-    is_custom = own in (None, "folder", "arrays")
-    if not is_custom or dataset.name in known.values():
-        option = f"dataset.name={shown(dataset.name)}"
+    named: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{dataset.name}.yaml")
+    keys = ("_target_", "classes")
+    if any(dataset.source.get(key) != named.source.get(key) for key in keys):
         raise UserError(
-            f"{option}: this name does not belong to the data source; to choose another data set, use dataset=…"
+            f"dataset.name={shown(dataset.name)}: this name does not belong to the data source; "
+            "to choose another data set, use dataset=…"
         )
 
 

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from processes import dfl_train
 
 import dfl_experiments as dfl
-from dfl_experiments.configuration.composition import CONF_DIR, compose, point_name
+from dfl_experiments.configuration.composition import CONF_DIR
 from dfl_experiments.running.locks import HOLDER, Busy, Holder, lock_run
 
 QUICK = ("epochs=2", "limit=64", "tracking=disabled", "threads=1", "model.widths=[8]")
@@ -125,13 +125,6 @@ def test_the_library_does_in_any_surroundings_what_it_does_alone(tmp_path):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_a_folder_s_name_is_as_long_as_names_may_be():
-    longest = [f"{group}.name='{'日' * 64}'" for group in ("method", "model", "augmentation")]
-    names = {point_name(compose([*longest, f"seed={seed}"])) for seed in (0, 1)}
-    assert len(names) == 2
-    assert max(len(name.encode()) for name in names) <= 255
 
 
 def test_a_lock_that_a_process_elsewhere_has_left_is_named(monkeypatch, tmp_path):
