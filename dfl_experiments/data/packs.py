@@ -24,7 +24,7 @@ from dfl_experiments.data.checksums import (
     read_record,
     verify,
 )
-from dfl_experiments.data.sources import Arrays, Source, expanded, kind_of
+from dfl_experiments.data.sources import Arrays, Source, kind_of
 from dfl_experiments.errors import UserError, reason
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def load_with_digest(
     name: str, source: Source, data_dir: Path, download: bool = True
 ) -> tuple[Arrays, str]:
     """Return the arrays of a data set (see `load_pack`), and a digest of its images, labels and classes."""
-    data_dir = expanded(data_dir, "data_dir")
+    data_dir = data_dir.expanduser()
     cache = source.cache_name(name)
     if cache is None:
         arrays = source.read(data_dir, download)
@@ -123,7 +123,7 @@ def digest(name: str, source: Source, data_dir: Path) -> str | None:
 
     Raises `UserError` as `load_pack` does.
     """
-    data_dir = expanded(data_dir, "data_dir")
+    data_dir = data_dir.expanduser()
     cache = source.cache_name(name)
     if cache is not None and is_packed(data_dir / cache):
         return digest_of(data_dir / cache)

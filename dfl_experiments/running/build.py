@@ -18,7 +18,6 @@ from dfl_experiments.data.batches import (
     EvaluationBatches,
     Normalise,
     Standardise,
-    count_new_variation,
     preparation,
     resident,
     split,
@@ -147,9 +146,6 @@ def build(
             "mean": torch.from_numpy(prepared.mean),
             "std": torch.from_numpy(prepared.std),
         }
-        if count := count_new_variation(training, arrays.test_images):
-            text = "%s: %d features are constant in the training samples, but not in the test samples; not scaled"
-            log.warning(text, dataset.name, count)
     evaluation = partial(
         EvaluationBatches, normalise=normalise, device=device, memory_format=layout
     )
