@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from dfl_experiments.measured import STABILITY
@@ -29,9 +28,6 @@ SHARE_OF_WRITING = 0.05  # largest fraction of the time that checkpoints after e
 class State:
     """Progress of a run. Every checkpoint contains the progress and the weights."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        arbitrary_types_allowed=True, strict=True, revalidate_instances="always"
-    )
     epoch: int = 0
     """Number of epochs done."""
     rows: Tensor | None = None

@@ -50,12 +50,10 @@ def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
     try:
         lock = FileLock(run_dir / ".lock").acquire(blocking=False)
     except Timeout:
-        raise Busy(busy_message(run_dir)) from None
+        holder = holder_of(run_dir)
+        raise Busy(f"{run_dir}: {holder or 'another process works in it'}") from None
     except (OSError, NotImplementedError) as error:
-        advice = (
-            "" if isinstance(error, PermissionError) else "; choose a folder on another file system"
-        )
-        raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)}){advice}") from error
+        raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)})") from error
     with lock:
         for path in run_dir.glob(".*.new"):
             path.unlink()
@@ -66,15 +64,6 @@ def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
             yield
         finally:
             note.unlink(missing_ok=True)
-
-
-def busy_message(run_dir: Path) -> str:
-    """Return a message that names the process that works in a run directory."""
-    holder = holder_of(run_dir)
-    message = f"{run_dir}: {holder or 'another process works in it'}"
-    if holder is not None and holder.host != platform.node():
-        message += f"; if that process has ended, remove {run_dir / '.lock'}"
-    return message
 
 
 def holder_of(run_dir: Path) -> Holder | None:

@@ -176,14 +176,6 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
     return columns
 
 
-def made_with(result: Mapping[str, Any]) -> set[str]:
-    """Return the shortened commit and the torch version with which a run was trained."""
-    commit = result.get("git_commit") or "unknown"
-    version = result.get("versions", {}).get("torch", "unknown")
-    # "+changes" may follow the 40 digits of a commit
-    return {f"commit {commit[:7]}{commit[40:]}", f"torch {version}"}
-
-
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
     """Write `result.json` atomically, with digests of the run's files. NaN and Inf become null, as JSON requires."""
     finite = changed(result, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)

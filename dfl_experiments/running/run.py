@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from dfl_experiments.configuration.composition import AUTO, config_digest, names_of
 from dfl_experiments.configuration.schema import Configuration, Settings
@@ -66,26 +65,12 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
 
 
-def explained(
-    error: BaseException, settings: Settings, run_dir: Path, started: bool = True
-) -> BaseException:
-    """Return a `Fault` with advice for an error of the machine or of PyTorch. Return any other error unchanged.
-
-    started: whether `prepare` had returned before the error.
-    """
+def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseException:
+    """Return a `Fault` with advice for an error of the machine. Return any other error unchanged."""
     text = reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        if not started:
-            return Fault(
-                f"out of memory before the first batch: the data or the network are too large ({text})"
-            )
         return Fault(
             f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})"
-        )
-    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
-        operator = text.split(" does not have")[0]
-        return Fault(
-            f"deterministic=true: {operator} has no deterministic implementation on device={settings.device}"
         )
     if isinstance(error, OSError):
         problem = of_the_system(error)
@@ -178,14 +163,17 @@ def prepare(
 
 
 def restored_state(parts: Parts, run_dir: Path, saved: dict[str, Any]) -> State:
-    """Restore the learner from a checkpoint, and return the state in it. Raises `UserError` for a wrong value."""
+    """Restore the learner from a checkpoint, and return the state in it.
+
+    Raises `UserError` if the checkpoint does not fit the learner.
+    """
     try:
-        state = TypeAdapter(State).validate_python(State(saved["epoch"], **saved["training"]))
+        state = State(saved["epoch"], **saved["training"])
         restore(parts.learner, saved)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        problem = f"has a wrong value ({reason(error)}); force=true starts a new run"
+    except (ValueError, RuntimeError) as error:  # raised by `load_state_dict`
+        problem = f"does not fit the run's network or method ({reason(error)}); force=true starts a new run"
         raise UserError(f"{run_dir / LAST}: {problem}") from error
     return state
 
@@ -264,7 +252,7 @@ def run(
                 finally:
                     tracker.summarise(result)
     except BaseException as error:
-        explanation = explained(error, settings, run_dir, started=state is not None)
+        explanation = explained(error, settings, run_dir)
         if result["status"] not in DONE:
             # ignore a full disk or a damaged result.json, so that the original error is raised
             with suppress(OSError, UserError):

@@ -16,7 +16,6 @@ from dfl_experiments.running.outcome import (
     ending,
     objective,
     other_endings,
-    other_versions,
     overrides_of,
 )
 from dfl_experiments.running.result import DONE
@@ -216,10 +215,6 @@ def print_summary(sweep: Sweep) -> int:
     if has_more:
         print(
             f"  only the points of this command; the folder holds {len(rest)} more, and {report} shows all"
-        )
-    if not sweep.force and (versions := other_versions(sweep, named)):
-        print(
-            f"  some points were done before, with {', '.join(versions)}; force=true trains them again"
         )
     if not named:
         print_best(sweep.folder, rest)

@@ -208,9 +208,6 @@ SWEEPS = {
         "seed=1",
     ),
     "--multirun method=bp,null": ("method=null", "in the job method=null"),
-    "--multirun seed=0,1 hydra/launcher=joblib hydra.launcher.n_jobs=0": (
-        "hydra.launcher.n_jobs=0",
-    ),
     "--multirun 'method=glob(zzz*)'": ("method=glob(zzz*)", "no job"),
     "--multirun method=bp,lass": (
         "method=lass: there are adfa",

@@ -179,22 +179,6 @@ for seed in 0, 1:
     assert done.stderr.count("__main__: has no file") == 1
 
 
-def test_a_sweep_says_once_which_other_versions_its_finished_points_are_of(tmp_path):
-    sweep = ("--multirun", "sweep=grid", "seed=0,1", *SMALL)
-    assert dfl_train(tmp_path, *sweep).returncode == 0
-    again = dfl_train(tmp_path, *sweep)
-    assert "done before" not in again.stdout
-    for path in tmp_path.glob("outputs/grid/*/result.json"):
-        result = read_result(path.parent)
-        write_result(path.parent, result | {"versions": result["versions"] | {"torch": "1.0"}})
-    again = dfl_train(tmp_path, *sweep)
-    assert again.returncode == 0
-    (told,) = (line for line in again.stdout.splitlines() if "done before" in line)
-    assert "torch 1.0" in told
-    assert "commit" not in told
-    assert "done before" not in dfl_train(tmp_path, *sweep, "force=true").stdout
-
-
 def test_test_images_that_are_also_training_images_are_counted(tmp_path):
     place = tmp_path / "data" / "mnist"
     place.mkdir(parents=True)
