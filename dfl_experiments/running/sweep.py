@@ -42,18 +42,12 @@ class SweepJob:
 
     command: str
     """ID of the sweep's command."""
-    number: int = 0
+    number: int
     """Hydra's number of the job."""
-    at_once: int = 1
+    at_once: int
     """Number of jobs that the launcher runs at once; -1: one per core."""
-    folder: Path | None = None
-    """Folder of the sweep, where the ended points are counted; None: do not count."""
-
-    def count(self, kind: str, start: float) -> str:
-        """Count the point as ended, and return the progress of the sweep, see `PointCounter.add`."""
-        return (
-            "" if self.folder is None else PointCounter(self.folder, self.command).add(kind, start)
-        )
+    folder: Path
+    """Folder of the sweep, where the ended points are counted."""
 
 
 def check_sweep(cfg: DictConfig, command: str) -> Sweep:
@@ -155,7 +149,7 @@ def run_point(
     """
     from dfl_experiments.running.run import failure
 
-    start = time.time()
+    start, counter = time.time(), PointCounter(job.folder, job.command)
     try:
         with BUSY, lock_run(run_dir, job.command):
             try:
@@ -172,16 +166,16 @@ def run_point(
             if result["status"] != "finished":
                 ending = f"{result['status']}, {ending}"
             log.info(
-                "%s  (%s: %s)", job.count("ran", start) or result["status"], run_dir.name, ending
+                "%s  (%s: %s)", counter.add("ran", start) or result["status"], run_dir.name, ending
             )
         else:
-            job.count("found", start)
+            counter.add("found", start)
         return result["accuracy"]
     except Busy as busy:
-        job.count("elsewhere", start)
+        counter.add("elsewhere", start)
         log.info("%s", busy)
     except Exception as error:
-        job.count("failed", start)
+        counter.add("failed", start)
         if not isinstance(error, UserError | OSError):
             (run_dir / TRACEBACK).write_text(
                 "".join(traceback.format_exception(error)), encoding="utf-8"

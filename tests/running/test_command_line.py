@@ -284,7 +284,7 @@ def test_lines_within_an_epoch_and_at_its_end_say_how_far_the_run_is(caplog):
     caplog.set_level(logging.INFO)
     progress = Progress(100, 60000, 32, ["loss", "correct", "cosine_sample/1"], peek=True)
     progress.begin(99, 1e-4)
-    progress._last_look = progress._last_line = -1e9
+    progress._last_line = -1e9
     progress.step(torch.tensor([[2.0, 16.0, 0.12345]]))
     progress.step(torch.tensor([[2.0, 16.0, 0.12345], [3.0, 8.0, 0.12345]]))
     row = {

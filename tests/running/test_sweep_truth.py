@@ -64,7 +64,7 @@ def test_a_forced_sweep_whose_jobs_all_fail_shows_no_old_number(tmp_path, monkey
             ]
         )
         command = read_outcome(place)["command"]
-        assert sweep.run_point(cfg, place, [], sweep.SweepJob(command)) is None
+        assert sweep.run_point(cfg, place, [], sweep.SweepJob(command, 0, 1, place.parent)) is None
         assert read_outcome(place)["status"] == "failed"
     # a command that ends before its jobs is no better
     monkeypatch.setattr(sweep, "lock_run", refuse)
