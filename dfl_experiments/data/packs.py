@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 CLASSES = "classes.json"
 # one file for each field of `Arrays`, in the same order
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", CLASSES)
-MOST_NAMED = 5  # largest number of classes that a warning names
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -113,9 +112,8 @@ def warn_of_empty_classes(name: str, arrays: Arrays) -> None:
     present = set(arrays.train_labels.tolist())
     empty = [text for label, text in enumerate(arrays.classes) if label not in present]
     if empty:
-        text = "%s: %d of %d classes have no training sample: %s"
-        shown = ", ".join(empty[:MOST_NAMED]) + (", …" if len(empty) > MOST_NAMED else "")
-        log.warning(text, name, len(empty), arrays.num_classes, shown)
+        text = "%s: %d of %d classes have no training sample, such as %s"
+        log.warning(text, name, len(empty), arrays.num_classes, empty[0])
 
 
 def digest(name: str, source: Source, data_dir: Path) -> str | None:

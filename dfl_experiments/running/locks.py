@@ -28,7 +28,7 @@ class Holder(NamedTuple):
     """Name of the machine on which it runs."""
     pid: int
     """Process ID on that machine."""
-    command: str | None
+    command: str | None = None
     """ID of the sweep's command; None for a single run."""
 
     def __str__(self) -> str:
@@ -76,12 +76,7 @@ def holder_of(run_dir: Path) -> Holder | None:
     content = read_json(run_dir / HOLDER)
     if content is None:
         return None
-    try:
-        holder = Holder(str(content["host"]), int(content["pid"]), content.get("command"))
-    except (KeyError, ValueError, TypeError, OverflowError):
-        holder = None
-    if holder is None or not 0 < holder.pid < 2**31:
-        raise UserError(f"{run_dir / HOLDER}: does not name a process")
+    holder = Holder(**content)
     has_ended = holder.host == platform.node() and not alive(holder.pid)
     return None if has_ended else holder
 

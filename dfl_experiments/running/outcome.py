@@ -78,9 +78,7 @@ def write_outcome(run_dir: Path, command: str, status: str, reason: str | None =
 def read_outcome(run_dir: Path) -> dict[str, Any]:
     """Return the last outcome that `write_outcome` wrote; an empty mapping if the file is absent or damaged."""
     with suppress(UserError):
-        outcome = read_json(run_dir / OUTCOME) or {}
-        if {"command", "begun", "status", "reason"} <= outcome.keys():
-            return outcome
+        return read_json(run_dir / OUTCOME) or {}
     return {}
 
 

