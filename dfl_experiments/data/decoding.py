@@ -110,13 +110,8 @@ def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = N
     def fill(index: int) -> None:
         image = pixels(tree, names[index], channels, size)
         if image.shape != first.shape:
-            _, first_height, first_width = first.shape
-            _, height, width = image.shape
-            sizes = (
-                f"{names[0]} is {first_width}x{first_height}, {names[index]} is {width}x{height}"
-            )
-            advice = "all images need the same size (for dataset=folder, set for example dataset.source.size=64)"
-            raise UserError(f"{tree.label}: {sizes}; {advice}")
+            advice = "for dataset=folder, set for example dataset.source.size=64"
+            raise UserError(f"{tree.label}: {names[0]} and {names[index]} differ in size; {advice}")
         images[index] = image
 
     thread_map(

@@ -379,30 +379,22 @@ def log_summary(result: dict[str, Any], run_dir: Path) -> None:
     """Log the results of a run in a few lines, and the command that plots it."""
     accuracy = result["test_accuracy"]
     log.info("")
-    log.info(
-        "%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"]
-    )
+    place = f"{result['method']}, {result['model']} on {result['dataset']}"
+    log.info("%s: %s", result["status"], place)
     if result["config"]["smoke"]:
         log.info("  a smoke run with %d images: a test, not a result", result["config"]["smoke"])
     if result["reason"]:
         log.info("  %s", result["reason"])
     log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])
-    if accuracy["at_best_validation"] is not None:
-        log.info(
-            "                  %.4f after the epoch of best validation accuracy",
-            accuracy["at_best_validation"],
-        )
+    if (best := accuracy["at_best_validation"]) is not None:
+        log.info("                  %.4f after the epoch of best validation accuracy", best)
     if result["cosine"]:
         log.info("  alignment with BP, mean cosine of the last epoch")
     for layer, cosine in result["cosine"].items():
-        is_exact = layer in result["cosine_by_construction"]
         value = "no signal" if cosine is None or math.isnan(cosine) else f"{cosine:.3f}"
-        log.info(
-            "    layer %s   %s%s",
-            layer,
-            value,
-            " (BP's own signal, by construction)" if is_exact else "",
-        )
+        if layer in result["cosine_by_construction"]:
+            value += " (BP's own signal, by construction)"
+        log.info("    layer %s   %s", layer, value)
     log.info("  %.0f images/s, %.1f s of training", result["samples_per_second"], result["seconds"])
     log.info("  run directory   %s", run_dir)
     log.info("  %s", plot_line(run_dir))

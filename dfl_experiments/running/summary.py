@@ -100,39 +100,22 @@ def swept_keys(points: Sequence[Mapping[str, str]]) -> list[str]:
 def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
     """Return the rows of summary.csv, the header first: swept keys, status, results, and the folder."""
     points = [values_by_key(end.overrides) for end in endings]
-    keys = swept_keys(points)
-    depth = max((len(end.result.get("cosine", {})) for end in endings), default=0)
-    layers = [str(layer) for layer in range(1, depth + 1)]
-    cosines = [f"cosine/{layer}" for layer in layers]
-    dead = [f"dead/{layer}" for layer in layers]
-    header = [
-        *keys,
-        "status",
-        "reason",
-        "accuracy",
-        "validation_accuracy",
-        *cosines,
-        *dead,
-        "seconds",
-        "folder",
-    ]
-    rows: list[list[Any]] = [header]
-    for end, values in zip(endings, points, strict=True):
-        result = end.result
-        rows.append(
-            [
-                *(values.get(key, "") for key in keys),
-                end.status,
-                end.reason,
-                result.get("accuracy"),
-                result.get("validation_accuracy"),
-                *(result.get("cosine", {}).get(layer) for layer in layers),
-                *(result.get("dead", {}).get(layer) for layer in layers),
-                result.get("seconds"),
-                end.folder,
-            ]
-        )
-    return rows
+    results = [end.result for end in endings]
+    depth = max((len(result.get("cosine", {})) for result in results), default=0)
+    columns: dict[str, list[Any]] = {}
+    for key in swept_keys(points):
+        columns[key] = [values.get(key, "") for values in points]
+    columns["status"] = [end.status for end in endings]
+    columns["reason"] = [end.reason for end in endings]
+    for name in ("accuracy", "validation_accuracy"):
+        columns[name] = [result.get(name) for result in results]
+    for name in ("cosine", "dead"):
+        for layer in range(1, depth + 1):
+            column = [result.get(name, {}).get(str(layer)) for result in results]
+            columns[f"{name}/{layer}"] = column
+    columns["seconds"] = [result.get("seconds") for result in results]
+    columns["folder"] = [end.folder for end in endings]
+    return [[*columns], *map(list, zip(*columns.values(), strict=True))]
 
 
 def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:

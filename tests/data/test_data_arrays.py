@@ -82,9 +82,7 @@ def test_a_part_of_somebody_s_arrays_is_not_written_over(brought, name):
     refused("made", Made(), brought, rf"made: incomplete, without {name}; add the missing files")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", "7", '{"format": "x"}', '{"format": 1}', '{"format": 1, "files": {}}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 1, "files": {}}'])
 def test_a_damaged_record(packed, text):
     (packed / "made" / checksums.RECORD).write_text(text)
     refused(
@@ -92,18 +90,6 @@ def test_a_damaged_record(packed, text):
         Made(),
         packed,
         r"made/(checksums.json|train_images.npy): unreadable or damaged \(.+\); delete ",
-    )
-
-
-@pytest.mark.parametrize("version", [0, 2])
-def test_a_pack_of_another_version(packed, version):
-    record = packed / "made" / checksums.RECORD
-    record.write_text(record.read_text().replace('"format": 1', f'"format": {version}'))
-    refused(
-        "made",
-        Made(),
-        packed,
-        rf"made/{checksums.RECORD}: .*format Input should be 1.*; delete .*/made so that it",
     )
 
 
