@@ -2,16 +2,11 @@
 
 VALUES = {
     "epochs=0": ("epochs=0", "greater than 0"),
-    "epochs=1.5": ("epochs=1.5", "valid integer"),
     "epochs=true": ("epochs=True", "valid integer"),
-    "epochs=[1]": ("epochs=[1]", "valid integer"),
     "epochs=99999999999": ("epochs=99999999999", "less than 2147483648"),
-    f"epochs={'9' * 3000}": ("epochs=999", "less than 2147483648"),
-    "batch_size=\"'64'\"": ("batch_size='64'", "valid integer"),
     "seed=-1": ("seed=-1", "greater than or equal to 0"),
     "validation_fraction=nan": ("validation_fraction=nan", "less than 1"),
     "alignment=3": ("alignment=3", "valid dictionary"),
-    "alignment.every=0.5": ("alignment.every=0.5", "valid integer"),
     "alignment.quantities=[output_cosine,weight_ratio,output_cosine]": (
         "alignment.quantities=",
         "output_cosine twice",
@@ -20,31 +15,20 @@ VALUES = {
         "alignment.quantities=['cosine']",
         "there are weight_cosine, sign_agreement",
     ),
-    "checkpoint.every_seconds=inf": ("checkpoint.every_seconds=inf", "finite"),
-    "deterministic=yess": ("deterministic='yess'", "valid boolean"),
-    "loss=hinge": ("loss='hinge'", "'cross_entropy' or 'squared_error'"),
     "data_dir=": ("data_dir=''", "at least 1"),
     "sweep=a/b": ("sweep='a/b'", "pattern"),
     "device=gpu": ("device='gpu'", "auto|cpu|mps"),
     "device=cuda:77": ("device=cuda:77", "there are cpu"),
-    "plugins=[os-system]": ("plugins.0='os-system'", "pattern"),
     "optimizer.lr=nan": ("optimizer.lr=nan", "finite"),
     "optimizer.lr=1e-3x": ("optimizer.lr='1e-3x'", "valid number"),
-    "optimizer.lr=[1e-3,1e-4]": ("optimizer.lr=[0.001, 0.0001]", "valid number"),
     "optimizer.betas=[0.9]": ("optimizer.betas=[0.9]", "at least 2"),
     "optimizer.clip_norm=0": ("optimizer.clip_norm=0", "greater than 0"),
     "optimizer.feedback.lr=-1": ("optimizer.feedback.lr=-1", "greater than 0"),
-    "optimizer=sgd optimizer.feedback.nesterov=true": ("nesterov=True", "momentum above zero"),
     "optimizer=torch": ("optimizer._target_: missing",),
     "optimizer=torch optimizer._target_=torch.optim.LBFGS": (
         "torch.optim.LBFGS",
         "closure",
         "NAdam",
-    ),
-    "optimizer=torch optimizer._target_=torch.optim.swa_utils.Adam": (
-        "swa_utils.Adam",
-        "no closure",
-        "Adamax",
     ),
     "optimizer=torch optimizer._target_=torch.optim.SparseAdam": (
         "optimizer: cannot be built",
@@ -54,12 +38,7 @@ VALUES = {
         "optimizer.betas",
         "at least 2",
     ),
-    "optimizer=torch optimizer._target_=torch.optim.NAdam +optimizer.eps=x": (
-        "optimizer.eps='x'",
-        "valid number",
-    ),
     "schedule.milestones=[30,60]": ("schedule.milestones.0=30", "less than 1"),
-    "schedule=cosine schedule.per=batch": ("schedule.per='batch'", "'epoch' or 'iteration'"),
     "schedule=cosine schedule.warmup=0.5": ("schedule.warmup=0.5", "schedule.per=iteration"),
     "schedule=cosine schedule.warmup=3 epochs=3": ("schedule.warmup=3", "shorter than epochs=3"),
     "optimizer=sgd optimizer.nesterov=true": (
@@ -70,19 +49,9 @@ VALUES = {
     "method.name=a/b": ("method.name='a/b'", "pattern"),
     "model.widths=[]": ("model.widths=[]", "at least 1"),
     "model.widths=[256,65537]": ("model.widths.1=65537", "less than or equal to 65536"),
-    "model=conv3 model.downsampling=average": (
-        "model.downsampling='average'",
-        "'max_pool' or 'stride'",
-    ),
-    "model=conv3_bn model.batch_norm_updates=3": (
-        "model.batch_norm_updates=3",
-        "less than or equal to 2",
-    ),
-    "model=resnet18 model.residuals=0": ("model.residuals=0", "greater than 0"),
     "dataset=cifar10 dataset.source.classes=20": ("dataset.source.classes=20", "10 or 100"),
     "dataset.std=[0.2,0.2]": ("dataset.std=[0.2, 0.2]", "dataset.mean, which has 1"),
     "dataset.source=digits": ("dataset.source", "valid dictionary"),
-    "augmentation=flip augmentation.flip=1.5": ("augmentation.flip=1.5", "less than or equal to 1"),
     "protocol.accuracy=best_validation validation_fraction=0": (
         "protocol.accuracy",
         "set validation_fraction",
@@ -92,7 +61,6 @@ VALUES = {
         "'max'",
     ),
     "tracking.project=a/b": ("tracking.project='a/b'", "pattern"),
-    "tracking.tags=[5]": ("tracking.tags.0=5", "valid string"),
 }
 NAMES = {
     "dataset=folder dataset.name=mnist dataset.source.path=x": (
@@ -106,7 +74,6 @@ NAMES = {
     "resume=auto hydra.run.dir=here force=true": ("force=true", "resume continues a run"),
     "--multirun resume=auto seed=0,1": ("resume and repeat are for a single run",),
     "data_dir=~/data": ("quote a value", "\"data_dir='~/data'\""),
-    "data_dir=x(1)": ("quote a value", "\"data_dir='x(1)'\""),
 }
 KEYS = {
     # there is no such option, or one is missing
@@ -125,12 +92,9 @@ KEYS = {
         "optimizer.milestones: no such option",
         "did you mean schedule.milestones?",
     ),
-    "++optimizer.decay=0.5": ("optimizer.decay: no such option", "did you mean schedule.decay?"),
     "schedule=cosine schedule.milestones=[]": ("schedule.milestones: no such option", "final"),
     "optimizer.feedback.momentum=0.9": ("optimizer.feedback.momentum: no such option",),
     "++method.held=1": ("method.held: no such option", "did you mean method.fixed_blocks?"),
-    "alignment.evry=2": ("alignment.evry", "there are every", "did you mean alignment.every?"),
-    "+lr=1e-3": ("lr: no such option", "did you mean optimizer.lr?"),
     "++optimiser.lr=1": ("optimiser: no such option", "did you mean optimizer?"),
     "+method.foo=1": ("method.foo: no such option", "local_target, local_reduction, init"),
     "method=bp +method.init=kaiming": ("method.init: no such option", "there are none"),
@@ -138,11 +102,9 @@ KEYS = {
     "+dataset.foo=1": ("dataset.foo: no such option", "source, mean, std"),
     "~seed": ("seed: missing", "set seed="),
     "~dataset.mean": ("dataset.mean: missing",),
-    "~model.widths": ("model.widths: missing",),
     "dataset=folder": ("dataset.source.path: missing",),
     "~method": ("method: missing", "bp, brsf, dfa"),
     "method=lass": ("method=lass", "did you mean las?", "--config-dir"),
-    "method=lsa": ("method=lsa", "did you mean las?"),
     "plugins=[no_such_package]": ("plugins=[no_such_package]",),
     "--info --cfg job": ("--info --cfg job", "Only one of"),
     "--multirun hydra/launcher=slurm": ("hydra/launcher=slurm", "basic"),
@@ -169,10 +131,6 @@ TARGETS = {
         "dfl_experiments.models.nothing",
         "cannot be loaded",
     ),
-    "model._target_=dfl_experiments.train.main": (
-        "dfl_experiments.train.main",
-        "returns a BlockNet",
-    ),
     "model._target_=dfl_experiments.models.conv3.normalisation": (
         "conv3.normalisation",
         "returns a BlockNet",
@@ -184,10 +142,6 @@ TARGETS = {
     "optimizer._target_=dfl_experiments.optimizers.OptimizerFactory": (
         "OptimizerFactory",
         "must be a subclass",
-    ),
-    "augmentation._target_=dfl_experiments.data.randaugment.RandAugment": (
-        "RandAugment",
-        "a subclass of Augmentation",
     ),
     "method._target_=3": ("method._target_=3", "a subclass of Method"),
     "~dataset.source._target_": ("dataset.source._target_: missing",),
@@ -207,7 +161,6 @@ SWEEPS = {
         "seed=0",
         "seed=1",
     ),
-    "--multirun method=bp,null": ("method=null", "in the job method=null"),
     "--multirun 'method=glob(zzz*)'": ("method=glob(zzz*)", "no job"),
     "--multirun method=bp,lass": (
         "method=lass: there are adfa",

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import METHODS
-from hydra.errors import HydraException
 from processes import dfl_train
 from run_files import records, table
 
@@ -131,11 +130,6 @@ def test_a_point_s_name_follows_its_config_digest_alone():
         ["limit=9"],
     ):
         assert point_name(compose(other)) != base
-
-
-def test_unknown_protocol_is_refused_with_the_choices():
-    with pytest.raises(HydraException, match="authors"):
-        compose(["protocol=nobody"])
 
 
 def test_help_lists_the_groups_and_an_example_of_each_use(tmp_path):

@@ -235,7 +235,7 @@ def test_a_run_that_goes_on_under_another_version_says_so_and_names_both(tmp_pat
     assert (earlier["versions"]["torch"], earlier["epochs"]) == (old, 1)
 
 
-@pytest.mark.parametrize("name", ["2024", "été", "1e5", "null", "true"])
+@pytest.mark.parametrize("name", ["2024", "null"])
 def test_a_sweep_is_called_what_a_file_calls_it(name, tmp_path):
     (tmp_path / "my" / "experiment").mkdir(parents=True)
     text = "# @package _global_\n" + OmegaConf.to_yaml({"sweep": name})
