@@ -27,7 +27,7 @@ from dfl_experiments.running.checkpoint import (
     restore,
 )
 from dfl_experiments.running.device import ALL_THREADS, usual_torch
-from dfl_experiments.running.epochs import State, train
+from dfl_experiments.running.epochs import State, Training
 from dfl_experiments.running.event_files import refuse_missing_package
 from dfl_experiments.running.locks import lock_run
 from dfl_experiments.running.outcome import write_outcome
@@ -233,15 +233,8 @@ def run(
                 tracking, run_dir, result["config"], parts.columns, group, written
             ) as tracker:
                 try:
-                    train(
-                        parts,
-                        state,
-                        run_dir,
-                        configuration.config_digest,
-                        tracker,
-                        stop,
-                        command is not None,
-                    )
+                    own_digest, is_quiet = configuration.config_digest, command is not None
+                    Training(parts, state, run_dir, own_digest, tracker, stop, is_quiet).run()
                     result |= state.result | (state.end or {"status": "finished"})
                     # write the result before W&B finishes, because a signal may interrupt W&B
                     conclude(run_dir, result, started=True)
