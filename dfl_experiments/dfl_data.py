@@ -12,7 +12,7 @@ from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.packs import is_packed, load_pack
 from dfl_experiments.data.sources import Arrays, Source
-from dfl_experiments.errors import Fault, UserError, printable, reason
+from dfl_experiments.errors import UserError, printable
 
 EPILOG = """examples:
   dfl-data list                                        the state of every data set in data_dir
@@ -102,15 +102,12 @@ def main() -> None:
             raise UserError(
                 f"prepare: needs a data set; add dataset=NAME with one of the names {', '.join(names)}"
             )
-        try:
-            if arguments.command == "prepare":
-                load_pack(*data_set_of(compose(overrides)))
-            if is_named:
-                show([overrides])
-            else:
-                show([[f"dataset={name}", *overrides] for name in names])
-        except MemoryError as error:
-            raise Fault(f"the data do not fit into memory ({reason(error)})") from error
+        if arguments.command == "prepare":
+            load_pack(*data_set_of(compose(overrides)))
+        if is_named:
+            show([overrides])
+        else:
+            show([[f"dataset={name}", *overrides] for name in names])
 
 
 if __name__ == "__main__":

@@ -37,15 +37,7 @@ from dfl_experiments.running.sweep import SweepJob, run_point
 register_resolvers()
 register_launchers()
 # flags that are followed by a value, which may look like an override
-FLAGS_WITH_VALUE = (
-    "--config-dir",
-    "-cd",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--experimental-rerun",
-)
+FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn")
 DRY_RUN = "--dry-run"
 KILLED = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's errors for a killed worker
 

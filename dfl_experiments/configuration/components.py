@@ -167,31 +167,16 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
     """Return a pydantic model of the target's options: its parameters except those in `PASSED`.
 
-    Raises `UserError` if a parameter in `PASSED` is missing, or if another parameter has no type annotation. A plain
-    module (see `is_plain_module`) may lack both.
+    A parameter without a type annotation takes any value.
     """
-    parameters = parameters_of(target)
-    passed = PASSED.get(key, ())
-    is_plain = is_plain_module(target, key)
+    empty, passed = inspect.Parameter.empty, PASSED.get(key, ())
     fields: dict[str, Any] = {}
-    if is_plain:
+    if is_plain_module(target, key):
         fields["boundaries"] = (Literal["auto"] | list[str], "auto")
-    else:
-        for name in passed:
-            if name not in parameters:
-                raise UserError(
-                    f"{key}._target_={target.__name__}: needs a parameter {name}, which the program passes"
-                )
-    for name, (hint, default) in parameters.items():
-        if name in passed:
-            continue
-        if hint is inspect.Parameter.empty and is_plain:
-            hint = Any
-        elif hint is inspect.Parameter.empty:
-            raise UserError(
-                f"{key}.{name}: parameter {name} of {target.__name__} needs a type annotation"
-            )
-        fields[name] = (hint, ... if default is inspect.Parameter.empty else default)
+    for name, (hint, default) in parameters_of(target).items():
+        if name not in passed:
+            hint = Any if hint is empty else hint
+            fields[name] = (hint, ... if default is empty else default)
     return create_model("Options", __config__=STRICT, **fields)
 
 

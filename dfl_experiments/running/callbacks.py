@@ -31,7 +31,6 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     """Return the checked configuration of a single run, and its directory. Raises `UserError` for a wrong option."""
     from dfl_experiments.running.device import choose_device
 
-    refuse_chdir(cfg)
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
@@ -41,12 +40,6 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     choose_device(configuration.settings.device)
     return configuration, run_dir
-
-
-def refuse_chdir(cfg: DictConfig) -> None:
-    """Raise `UserError` for hydra.job.chdir=true. In another working directory, a relative data_dir would be wrong."""
-    if cfg.hydra.job.chdir:
-        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
 
 
 def make_folder(folder: Path, key: str) -> None:
@@ -114,7 +107,6 @@ class Checks(Callback):
         """Check all jobs of a sweep before the first one begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
-            refuse_chdir(config)
             sweep = check_sweep(config, Checks.command)
             if Checks.is_dry:
                 print(f"sweep {sweep.name}, in {sweep.folder}")

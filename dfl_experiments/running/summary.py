@@ -21,7 +21,6 @@ from dfl_experiments.running.outcome import (
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
 
-ROWS_SHOWN = 50
 # options in NOT_IN_DIGEST whose values a sweep may compare
 COMPARED = ("protocol", "stop_collapsed")
 
@@ -141,26 +140,22 @@ def print_settings(endings: Sequence[Ending]) -> None:
         return
     keys, settings = settings_of(endings)
     table = [["", *keys, "n", "accuracy", "validation accuracy", "cosine of layer 1"]]
-    for setting in settings[:ROWS_SHOWN]:
+    for setting in settings:
         is_best = setting is settings[0] and len(settings) > 1
         table.append(["*" if is_best else "", *setting.values, *setting.row()])
     # leave out the columns without a value
     columns = [column for column in zip(*table, strict=True) if set(column[1:]) != {"-"}]
     header, *rows = zip(*columns, strict=True)
     print(tabulate(rows, header, tablefmt="plain", disable_numparse=True))
-    if len(settings) > ROWS_SHOWN:
-        print(f"  … and {len(settings) - ROWS_SHOWN} more settings")
 
 
 def print_unfinished(endings: Sequence[Ending]) -> None:
     """Print every point that has not finished, with its reason."""
     unfinished = [end for end in endings if not end.is_finished]
     width = max((len(end.folder) for end in unfinished), default=0)
-    for end in unfinished[:ROWS_SHOWN]:
+    for end in unfinished:
         description = end.reason or " ".join(end.overrides)
         print(f"  {end.folder:{width}}  {end.status:11}  {description}")
-    if len(unfinished) > ROWS_SHOWN:
-        print(f"  … and {len(unfinished) - ROWS_SHOWN} more")
 
 
 def print_best(folder: Path, endings: Sequence[Ending]) -> None:

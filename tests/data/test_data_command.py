@@ -58,17 +58,6 @@ def test_list_and_prepare(monkeypatch, capsys, mnist):
     )
 
 
-def test_data_too_large_for_the_memory_are_one_line(monkeypatch, capsys, mnist):
-    def too_large(*arguments, **options):
-        raise MemoryError("12 GiB")
-
-    monkeypatch.setattr(dfl_data, "load_pack", too_large)
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, "prepare", "dataset=mnist", f"data_dir={mnist}")
-    assert caught.value.code == 1
-    assert capsys.readouterr().err == "dfl-data: error: the data do not fit into memory (12 GiB)\n"
-
-
 def test_the_examples_of_the_help_can_be_typed():
     examples = re.findall(r"dfl-data (\w+)((?: \S+=\S+)*)", dfl_data.EPILOG)
     assert len(examples) == 4
