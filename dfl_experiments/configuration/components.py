@@ -69,12 +69,10 @@ class Component:
         except UserError:
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
-            options_text = (
-                ", ".join(f"{name}={shown(value)}" for name, value in self.options.items())
-                or "no options"
-            )
+            texts = [f"{name}={shown(value)}" for name, value in self.options.items()]
+            given = ", ".join(texts) or "no options"
             raise UserError(
-                f"{self.key}: cannot be built with {options_text} ({reason(error)})"
+                f"{self.key}: cannot be built with {given} ({reason(error)})"
             ) from error
 
 
@@ -93,11 +91,8 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     key: the component's key, such as "method". plugins: names of the plugin packages.
     Raises `UserError` for a target that breaks these rules.
     """
-    if (
-        isinstance(target, str)
-        and target.startswith("torch.optim.")
-        and key.startswith("optimizer")
-    ):
+    target = str(target)
+    if target.startswith("torch.optim.") and key.startswith("optimizer"):
         return import_object(f"{PACKAGE}.optimizers.of_torch")(target, key)
     base = import_object(KINDS[key])
     packages = (PACKAGE, *plugins)
@@ -106,19 +101,17 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     if key == "model":
         kind = f"a function that returns a {base.__name__}"
         exception = "; a plugin's model may be any torch.nn.Module, or a function that returns one"
-    option = f"{key}._target_={target if isinstance(target, str) else shown(target)}"
+    option = f"{key}._target_={target}"
     rule = f"must be {kind} defined in {' or '.join(packages)}, or in a package listed in plugins=[…]{exception}"
-    if not isinstance(target, str) or not target.startswith(prefixes):
+    if not target.startswith(prefixes):
         raise UserError(f"{option}: {rule}")
     try:
         imported = import_object(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{option}: cannot be loaded ({error}); {rule}") from error
-    built_class = imported
-    if key == "model":
-        built_class = returned_class(imported)
-        if not target.startswith(f"{PACKAGE}."):
-            base = import_object(MODULE)
+    built_class = returned_class(imported) if key == "model" else imported
+    if key == "model" and not target.startswith(f"{PACKAGE}."):
+        base = import_object(MODULE)
     is_defined_there = f"{getattr(imported, '__module__', '')}.".startswith(prefixes)
     has_base = inspect.isclass(built_class) and issubclass(built_class, base)
     if not is_defined_there or not has_base or inspect.isabstract(imported):

@@ -30,7 +30,6 @@ from dfl_experiments.running.workers import BUSY, check_launcher, silence_submit
 
 log = logging.getLogger(__name__)
 
-MANY_JOBS = 50  # with more jobs, the progress of the check is shown
 TRACEBACK = "traceback.txt"
 # options that must be the same for all jobs, because Hydra reads them only once per command
 SAME_FOR_ALL_JOBS = ("hydra.sweeper", "hydra.launcher", "hydra.sweep.dir", "sweep")
@@ -68,15 +67,13 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     grid = sweep_points([*swept, *cfg.hydra.overrides.task], sweeper)
     is_grid = sweeper == BASIC
     jobs = list(itertools.islice(grid, None if is_grid else 1))
-    is_long = len(jobs) > MANY_JOBS
-    if is_long:
-        print(f"checking {len(jobs)} jobs", flush=True)
     digests: dict[str, str] = {}
     folders: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
     sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, bool(cfg.force))
-    bar = tqdm(jobs, "checking", unit="job", leave=False, disable=None if is_long else True)
-    for number, overrides in enumerate(bar):
+    for number, overrides in enumerate(
+        tqdm(jobs, "checking", unit="job", leave=False, disable=None)
+    ):
         job = " ".join(overrides)
         try:
             configuration, folder = check_job(cfg, overrides, number)
