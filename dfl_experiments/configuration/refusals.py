@@ -135,15 +135,14 @@ def refusal(
 ) -> UserError:
     """Return pydantic's first error as a `UserError` with the full name of the key.
 
-    where: key of the validated group. options: the group's known options.
+    where: key of the validated group. options: the known options to list; may be empty.
     names: all keys of the configuration, for suggestions.
     """
     first = error.errors()[0]
     key = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
     if first["type"] == "extra_forbidden":
-        return UserError(
-            f"{key}: no such option{did_you_mean(key, names)}; there are {', '.join(options) or 'none'}"
-        )
+        known = f"; there are {', '.join(options)}" if options else ""
+        return UserError(f"{key}: no such option{did_you_mean(key, names)}{known}")
     if first["type"] == "missing":
         return UserError(f"{key}: missing; set {key}=…")
     # raised by a validator of this project, whose message is complete
