@@ -3,8 +3,6 @@
 import logging
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import check
-from dfl_experiments.data.packs import CLASSES, is_packed, load_pack, open_packed
-from dfl_experiments.data.sources import Arrays, Source, expanded
-from dfl_experiments.errors import Fault, UserError, printable, reason
+from dfl_experiments.data.packs import is_packed, load_pack
+from dfl_experiments.data.sources import Arrays, Source
+from dfl_experiments.errors import UserError, printable
 
 EPILOG = """examples:
   dfl-data list                                        the state of every data set in data_dir
@@ -33,7 +31,7 @@ def data_set_of(cfg: DictConfig) -> tuple[str, Source, Path]:
     configuration = check(cfg)
     settings = configuration.settings
     source: Source = configuration.components["dataset.source"].build()
-    return settings.dataset.name, source, expanded(settings.data_dir, "data_dir")
+    return settings.dataset.name, source, Path(settings.data_dir).expanduser()
 
 
 def row(overrides: list[str]) -> tuple[str, ...]:
@@ -69,27 +67,16 @@ def sizes_of(arrays: Arrays) -> tuple[str, ...]:
     )
 
 
-def other_packs(data_dir: Path, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Yield a table row for each pack in a folder. shown: names of packs to leave out."""
-    for folder in sorted(path.parent for path in data_dir.glob(f"*/{CLASSES}")):
-        with suppress(UserError):
-            if folder.name not in shown and is_packed(folder):
-                yield folder.name, "packed", *sizes_of(open_packed(folder)), str(folder)
-
-
-def show(choices: list[list[str]], folder: Path | None = None) -> None:
+def show(choices: list[list[str]]) -> None:
     """Print a table of data sets.
 
     choices: for each data set, the list of overrides that selects it.
-    folder: the table also lists all other packs in this folder.
     Raises `UserError` for wrong overrides.
     """
     rows = [
         ("name", "state", "train", "test", "shape", "classes", "where"),
         *(row(choice) for choice in choices),
     ]
-    if folder is not None:
-        rows += other_packs(folder, [name for name, *_ in rows])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for cells in rows:
         padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
@@ -115,16 +102,12 @@ def main() -> None:
             raise UserError(
                 f"prepare: needs a data set; add dataset=NAME with one of the names {', '.join(names)}"
             )
-        try:
-            if arguments.command == "prepare":
-                load_pack(*data_set_of(compose(overrides)))
-            if is_named:
-                show([overrides])
-            else:
-                _, _, data_dir = data_set_of(compose(overrides))
-                show([[f"dataset={name}", *overrides] for name in names], data_dir)
-        except MemoryError as error:
-            raise Fault(f"the data do not fit into memory ({reason(error)})") from error
+        if arguments.command == "prepare":
+            load_pack(*data_set_of(compose(overrides)))
+        if is_named:
+            show([overrides])
+        else:
+            show([[f"dataset={name}", *overrides] for name in names])
 
 
 if __name__ == "__main__":

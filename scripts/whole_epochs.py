@@ -21,7 +21,7 @@ from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise, 
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.running.build import build
 from dfl_experiments.running.device import layout_of
-from dfl_experiments.running.epochs import State, train
+from dfl_experiments.running.epochs import State, Training
 from dfl_experiments.running.signals import Stop
 from dfl_experiments.running.tracking import track
 
@@ -90,7 +90,7 @@ def tracking_times(count: int, device: torch.device, threads: int) -> Numbers:
             with track(cfg.settings.tracking, run_dir, cfg.values, parts.columns, None) as tracker:
                 # wall time, because W&B has its own threads and process
                 start = time.perf_counter()
-                train(parts, state, run_dir, cfg.config_digest, tracker, Stop())
+                Training(parts, state, run_dir, cfg.config_digest, tracker, Stop()).run()
                 times[mode].append(time.perf_counter() - start)
     return {mode: min(values) for mode, values in times.items()}
 

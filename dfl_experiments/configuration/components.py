@@ -69,12 +69,10 @@ class Component:
         except UserError:
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
-            options_text = (
-                ", ".join(f"{name}={shown(value)}" for name, value in self.options.items())
-                or "no options"
-            )
+            texts = [f"{name}={shown(value)}" for name, value in self.options.items()]
+            given = ", ".join(texts) or "no options"
             raise UserError(
-                f"{self.key}: cannot be built with {options_text} ({reason(error)})"
+                f"{self.key}: cannot be built with {given} ({reason(error)})"
             ) from error
 
 
@@ -93,11 +91,8 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     key: the component's key, such as "method". plugins: names of the plugin packages.
     Raises `UserError` for a target that breaks these rules.
     """
-    if (
-        isinstance(target, str)
-        and target.startswith("torch.optim.")
-        and key.startswith("optimizer")
-    ):
+    target = str(target)
+    if target.startswith("torch.optim.") and key.startswith("optimizer"):
         return import_object(f"{PACKAGE}.optimizers.of_torch")(target, key)
     base = import_object(KINDS[key])
     packages = (PACKAGE, *plugins)
@@ -106,19 +101,17 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     if key == "model":
         kind = f"a function that returns a {base.__name__}"
         exception = "; a plugin's model may be any torch.nn.Module, or a function that returns one"
-    option = f"{key}._target_={target if isinstance(target, str) else shown(target)}"
+    option = f"{key}._target_={target}"
     rule = f"must be {kind} defined in {' or '.join(packages)}, or in a package listed in plugins=[…]{exception}"
-    if not isinstance(target, str) or not target.startswith(prefixes):
+    if not target.startswith(prefixes):
         raise UserError(f"{option}: {rule}")
     try:
         imported = import_object(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{option}: cannot be loaded ({error}); {rule}") from error
-    built_class = imported
-    if key == "model":
-        built_class = returned_class(imported)
-        if not target.startswith(f"{PACKAGE}."):
-            base = import_object(MODULE)
+    built_class = returned_class(imported) if key == "model" else imported
+    if key == "model" and not target.startswith(f"{PACKAGE}."):
+        base = import_object(MODULE)
     is_defined_there = f"{getattr(imported, '__module__', '')}.".startswith(prefixes)
     has_base = inspect.isclass(built_class) and issubclass(built_class, base)
     if not is_defined_there or not has_base or inspect.isabstract(imported):
@@ -167,31 +160,16 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
     """Return a pydantic model of the target's options: its parameters except those in `PASSED`.
 
-    Raises `UserError` if a parameter in `PASSED` is missing, or if another parameter has no type annotation. A plain
-    module (see `is_plain_module`) may lack both.
+    A parameter without a type annotation takes any value.
     """
-    parameters = parameters_of(target)
-    passed = PASSED.get(key, ())
-    is_plain = is_plain_module(target, key)
+    empty, passed = inspect.Parameter.empty, PASSED.get(key, ())
     fields: dict[str, Any] = {}
-    if is_plain:
+    if is_plain_module(target, key):
         fields["boundaries"] = (Literal["auto"] | list[str], "auto")
-    else:
-        for name in passed:
-            if name not in parameters:
-                raise UserError(
-                    f"{key}._target_={target.__name__}: needs a parameter {name}, which the program passes"
-                )
-    for name, (hint, default) in parameters.items():
-        if name in passed:
-            continue
-        if hint is inspect.Parameter.empty and is_plain:
-            hint = Any
-        elif hint is inspect.Parameter.empty:
-            raise UserError(
-                f"{key}.{name}: parameter {name} of {target.__name__} needs a type annotation"
-            )
-        fields[name] = (hint, ... if default is inspect.Parameter.empty else default)
+    for name, (hint, default) in parameters_of(target).items():
+        if name not in passed:
+            hint = Any if hint is empty else hint
+            fields[name] = (hint, ... if default is empty else default)
     return create_model("Options", __config__=STRICT, **fields)
 
 

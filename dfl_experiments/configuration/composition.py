@@ -22,8 +22,6 @@ _CONF_DIRS = (_PACKAGE / "conf", _PACKAGE.parent / "conf")
 CONF_DIR = next((path for path in _CONF_DIRS if path.is_dir()), _CONF_DIRS[-1])
 # the groups that identify a cell of the paper's tables
 PLACES = ("dataset", "augmentation", "model", "method")
-# largest number of bytes for the names of method, model and so on in a folder's name
-MAX_BYTES = 200
 # Hydra 1.4 warns about changes in 1.5. This code ignores the warnings, because it must also run on Hydra 1.3.
 MIGRATION = "register_new_resolver|The version_base parameter|ConfigStore config|hydra.utils.instantiate.. resolved"
 warnings.filterwarnings("ignore", MIGRATION)
@@ -138,12 +136,7 @@ def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
     names = "-".join(
         str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation")
     )
-    return f"{shortened(names)}-seed{cfg['seed']}-{config_digest(cfg)}"
-
-
-def shortened(names: str) -> str:
-    """Shorten names to `MAX_BYTES` bytes, because file systems allow at most 255 bytes for a folder's name."""
-    return names.encode()[:MAX_BYTES].decode(errors="ignore")
+    return f"{names}-seed{cfg['seed']}-{config_digest(cfg)}"
 
 
 def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
@@ -153,7 +146,7 @@ def _run_dir(stamp: str, *, _root_: DictConfig) -> str:
     if _root_.get("repeat") is not None:
         return f"{stamp}-repeat"
     names = "-".join(str(_root_[group].name) for group in ("method", "model", "dataset"))
-    return f"{stamp}-{shortened(names)}"
+    return f"{stamp}-{names}"
 
 
 def register_resolvers() -> None:

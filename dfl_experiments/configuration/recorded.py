@@ -1,6 +1,5 @@
 """Read the recorded configuration of a run. With `resume` or `repeat`, it replaces the composed configuration."""
 
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +14,11 @@ from dfl_experiments.configuration.history import with_current_names
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.seal import read_bytes, read_sealed
 
-log = logging.getLogger(__name__)
-MAX_DEPTH = 20  # largest depth of nested lists and mappings in a configuration
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 # Options that the command line may set together with resume or repeat. All others come from the recorded configuration.
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
 # Options whose recorded values are not used, because somebody else may have made the run directory. There is one
-# exception: `_tracking` may use the recorded mode of tracking.
+# exception: if the command line sets no tracking option, a recorded mode `disabled` or `tensorboard` is used.
 COMMAND_ONLY = ("tracking", "plugins")
 
 
@@ -45,10 +42,10 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         )
     recorded = read_recorded(path, f"{key}={values[key]}")
     of_command = {name: values[name] for name in (*COMMAND_ONLY, "resume", "repeat")}
+    mode = (recorded.get("tracking") or {}).get("mode")
     is_tracking_set = any(name.partition(".")[0] == "tracking" for name in keys)
-    of_command["tracking"] = _tracking(
-        values["tracking"], recorded.get("tracking"), is_tracking_set, path.parent
-    )
+    if mode in ("disabled", "tensorboard") and not is_tracking_set:
+        of_command["tracking"] = values["tracking"] | {"mode": mode}
     merged = completed(recorded, values) | of_command
     for name in keys:
         group, _, option = name.partition(".")
@@ -57,24 +54,6 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         elif group in OPERATIONAL:
             merged[group] = values[group]
     return merged
-
-
-def _tracking(
-    composed: dict[str, Any], recorded: Any, is_set: bool, folder: Path
-) -> dict[str, Any]:
-    """Return the tracking options of the composed configuration.
-
-    If the command line sets no tracking option, a recorded mode `disabled` or `tensorboard` replaces the composed mode.
-    is_set: whether the command line sets a tracking option.
-    """
-    mode = recorded.get("mode") if isinstance(recorded, dict) else None
-    if mode in ("disabled", "tensorboard") and not is_set:
-        return composed | {"mode": mode}
-    if mode == "online" and composed["mode"] != mode:
-        log.warning(
-            "tracking=%s, but the recorded run in %s had tracking=online", composed["mode"], folder
-        )
-    return composed
 
 
 def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +99,7 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: is not a run directory, {path} does not exist") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("checkpoint", {}), dict):
+    if not isinstance(values, dict):
         raise UserError(f"{source}: {path} is not the configuration of a run")
     return values
 
@@ -128,19 +107,10 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> Any:
     """Return the values of a YAML file without resolving interpolations.
 
-    Raises `UserError` for a file that cannot be read, for deep nesting, and for YAML aliases. Such aliases may exhaust
-    the memory.
+    Raises `UserError` for a file that cannot be read.
     """
-    content, depth = read_bytes(path), 0
+    content = read_bytes(path)
     try:
-        text = content.decode("utf-8-sig")
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-                raise UserError(f"more than {MAX_DEPTH} levels of nesting, or an alias")
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        return OmegaConf.to_container(OmegaConf.create(content.decode("utf-8-sig")), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None

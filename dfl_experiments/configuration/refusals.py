@@ -7,23 +7,19 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError
-from yaml import MarkedYAMLError, YAMLError
+from yaml import YAMLError
 
-from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
 INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
-MOST_GUESSES = 3
 
 
 def refuse(error: BaseException, program: str = "dfl-train") -> NoReturn:
@@ -55,13 +51,6 @@ def uncomposed(error: Exception, overrides: Iterable[str]) -> Exception:
     """
     if isinstance(error, MISTAKES):
         return error
-    for override in overrides:
-        group, _, value = override.partition("=")
-        options = group_options(group)
-        if options and not isinstance(yaml.safe_load(value), str):
-            return UserError(
-                f"{override}: is not an option of this group; there are {', '.join(options)}"
-            )
     return UserError(f"{reason(error)} (in {' '.join(overrides)})")
 
 
@@ -88,51 +77,24 @@ def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def did_you_mean(key: str, names: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the known names closest to an unknown key, or "" if none is close.
+    """Return "; did you mean …?" with the known name whose last part is closest to that of an unknown key.
 
-    Among the close names, those in the group of the key are preferred. If this group has no close name, the close names
-    with the fewest dots are suggested.
+    Return "" if none is close. Of several such names, the one with the fewest dots is suggested.
     """
-    group, _, last = key.lower().rpartition(".")
     if renamed := (RENAMED | MOVED).get(key):
         return f"; did you mean {renamed}?"
-    close = _close_names(last, [name for name in names if name != key])
-    guesses = [name for name in close if name.rpartition(".")[0] == group]
-    if not guesses:
-        fewest = min((name.count(".") for name in close), default=0)
-        guesses = [name for name in close if name.count(".") == fewest]
-    return f"; did you mean {' or '.join(guesses[:MOST_GUESSES])}?" if guesses else ""
-
-
-def _close_names(word: str, names: Sequence[str]) -> list[str]:
-    """Return the names whose last part equals a word.
-
-    If no last part equals the word, return the names with the same initials, such as `learning_rate` for `lr`. If there
-    are no such names either, return the names whose last part is similar to the word.
-    """
-    last_parts = {name: name.rpartition(".")[2] for name in names}
-    if equal := [name for name, part in last_parts.items() if part == word]:
-        return equal
-    short = _initials(word) if "_" in word else word
-    same_initials = [name for name, part in last_parts.items() if short in (part, _initials(part))]
-    if same_initials and len(short) > 1:
-        return same_initials
-    similar = difflib.get_close_matches(word, last_parts.values(), n=1, cutoff=0.65)
-    return [name for name, part in last_parts.items() if part in similar]
-
-
-def _initials(word: str) -> str:
-    """Return the first letters of the parts of a word, such as `lr` for `learning_rate`."""
-    return "".join(part[:1] for part in word.split("_"))
+    last_parts = {name: name.rpartition(".")[2] for name in names if name != key}
+    close = difflib.get_close_matches(key.rpartition(".")[2], last_parts.values(), n=1)
+    guesses = [name for name, part in last_parts.items() if part in close]
+    guesses.sort(key=lambda name: name.count("."))
+    return f"; did you mean {guesses[0]}?" if guesses else ""
 
 
 def message_with_choices(error: BaseException | None) -> str | None:
-    """Return a message that says how to correct an error of Hydra, OmegaConf or YAML; None for other errors.
+    """Return a message that says how to correct an error of Hydra or OmegaConf; None for other errors.
 
-    The message lists the known keys or options, says how to quote a value, or names the line of a file.
+    The message lists the known keys or options, or says how to quote a value.
     """
-    if isinstance(error, MarkedYAMLError):
-        return yaml_line(error)
     if isinstance(error, OverrideParseException):
         return _how_to_quote(str(error.override))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
@@ -168,34 +130,19 @@ def _unknown_key(error: Any) -> str:
     )
 
 
-def yaml_line(error: MarkedYAMLError) -> str | None:
-    """Return a message with the file, the line and the reason of a YAML error; None if the error names no file."""
-    mark = error.problem_mark or error.context_mark
-    if mark is None or not Path(mark.name).is_file():
-        return None
-    lines = (
-        Path(mark.name).read_text(encoding="utf-8", errors="replace").splitlines()[: mark.line + 1]
-    )
-    # an unclosed bracket is reported on the last line, which may be empty
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return f"{mark.name}, line {len(lines)}: {clipped(lines[-1] if lines else '', 100)} ({error.problem})"
-
-
 def refusal(
     error: ValidationError, where: str, options: Sequence[str], names: Iterable[str] = ()
 ) -> UserError:
     """Return pydantic's first error as a `UserError` with the full name of the key.
 
-    where: key of the validated group. options: the group's known options.
+    where: key of the validated group. options: the known options to list; may be empty.
     names: all keys of the configuration, for suggestions.
     """
     first = error.errors()[0]
     key = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
     if first["type"] == "extra_forbidden":
-        return UserError(
-            f"{key}: no such option{did_you_mean(key, names)}; there are {', '.join(options) or 'none'}"
-        )
+        known = f"; there are {', '.join(options)}" if options else ""
+        return UserError(f"{key}: no such option{did_you_mean(key, names)}{known}")
     if first["type"] == "missing":
         return UserError(f"{key}: missing; set {key}=…")
     # raised by a validator of this project, whose message is complete

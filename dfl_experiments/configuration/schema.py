@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
@@ -32,21 +31,8 @@ class Alignment(Options):
 
     every: ranges.Size
     """Iterations between two measurements; 0: never measure."""
-    quantities: list[str]
+    quantities: list[Annotated[str, Field(pattern=f"^({'|'.join(EXTRA_QUANTITIES)})$")]]
     """Extra quantities, from `measured.EXTRA_QUANTITIES`."""
-
-    @field_validator("quantities")
-    @classmethod
-    def _are_known_and_unique(cls, quantities: list[str]) -> list[str]:
-        option = f"alignment.quantities={shown(quantities)}"
-        for name in quantities:
-            if name not in EXTRA_QUANTITIES:
-                raise UserError(
-                    f"{option}: {shown(name)} is not a quantity; there are {', '.join(EXTRA_QUANTITIES)}"
-                )
-            if quantities.count(name) > 1:
-                raise UserError(f"{option}: lists {name} twice")
-        return quantities
 
 
 class Checkpoint(Options):
@@ -196,42 +182,16 @@ class Configuration:
         return config_digest(self.values)
 
 
-def _options_of_group(key: tuple[Any, ...]) -> list[str]:
-    """Return the known options of the group that contains a key. key: the parts of the key's full name."""
-    fields: dict[str, Any] = dict(Settings.model_fields)
-    for part in key[:-1]:
-        field = fields.get(part)
-        fields = dict(getattr(field.annotation, "model_fields", {})) if field else {}
-    groups = GROUPS if len(key) == 1 else ()
-    return [*groups, *fields]
-
-
-def _identity(source: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the two options that identify the data set of a source: `_target_` and the number of classes."""
-    return source.get("_target_"), source.get("classes")
-
-
-@cache
-def names_by_identity() -> dict[tuple[Any, Any], str]:
-    """Return the name of each data set in conf/. The key is the `_identity` of its source."""
-    name_of = {}
-    for name in group_options("dataset"):
-        node: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{name}.yaml")
-        name_of[_identity(node.source)] = name
-    return name_of
-
-
 def check_name(dataset: Dataset) -> None:
-    """Raise `UserError` if a data set has the name of another data set, because tables would confuse the two."""
-    known = names_by_identity()
-    own = known.get(_identity(dataset.source))
-    if dataset.name == own:
+    """Raise `UserError` if other data have the name of a data set in conf/, because tables would confuse the two."""
+    if dataset.name not in group_options("dataset"):
         return
-    is_custom = own in (None, "folder", "arrays")
-    if not is_custom or dataset.name in known.values():
-        option = f"dataset.name={shown(dataset.name)}"
+    named: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{dataset.name}.yaml")
+    keys = ("_target_", "classes")
+    if any(dataset.source.get(key) != named.source.get(key) for key in keys):
         raise UserError(
-            f"{option}: this name does not belong to the data source; to choose another data set, use dataset=…"
+            f"dataset.name={shown(dataset.name)}: this name does not belong to the data source; "
+            "to choose another data set, use dataset=…"
         )
 
 
@@ -253,7 +213,7 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     try:
         settings = Settings.model_validate(options)
     except ValidationError as error:
-        raise refusal(error, "", _options_of_group(error.errors()[0]["loc"]), every_key) from None
+        raise refusal(error, "", (), every_key) from None
     for plugin in settings.plugins:
         try:
             import_module(plugin)

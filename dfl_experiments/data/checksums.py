@@ -3,26 +3,16 @@
 Every pack that this program makes has a record. Arrays without a record belong to the user, and are never overwritten.
 """
 
+import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, Literal
-
-from pydantic import BaseModel, ValidationError
+from typing import BinaryIO
 
 from dfl_experiments.errors import UserError, reason
 
 RECORD = "checksums.json"
 PIECE = 2**20  # bytes per read, small enough for the processor's cache
-
-
-class Record(BaseModel):
-    """The content of `checksums.json`."""
-
-    format: Literal[1] = 1
-    """Version of the pack's layout."""
-    files: dict[str, dict[str, int]]
-    """For each file name, the length as `bytes` and the checksum as `crc32`."""
 
 
 def damaged(path: Path, why: str, is_pack: bool = True) -> UserError:
@@ -49,14 +39,26 @@ class ChecksumWriter:
         self.crc32 = zlib.crc32(piece, self.crc32)
 
 
-def read_record(folder: Path) -> Record | None:
-    """Return the folder's record; None if the folder has no record. Raises `UserError` if the record is unreadable."""
+def write_record(folder: Path, checksums: Mapping[str, int]) -> None:
+    """Write the record of a pack. checksums: CRC-32 of each file, by name."""
+    files = {}
+    for name, checksum in checksums.items():
+        files[name] = {"bytes": (folder / name).stat().st_size, "crc32": checksum}
+    (folder / RECORD).write_text(json.dumps({"format": 1, "files": files}, indent=1))
+
+
+def read_record(folder: Path) -> dict[str, int] | None:
+    """Return the recorded CRC-32 of each file, by name; None if the folder has no record.
+
+    Raises `UserError` if the record is unreadable.
+    """
     path = folder / RECORD
     try:
-        return Record.model_validate_json(path.read_bytes())
+        files = json.loads(path.read_bytes())["files"]
+        return {name: recorded["crc32"] for name, recorded in files.items()}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise damaged(path, reason(error)) from error
 
 
@@ -72,9 +74,8 @@ def crc32_of(path: Path) -> int:
     return value
 
 
-def verify(folder: Path, record: Record, names: Iterable[str]) -> None:
+def verify(folder: Path, record: Mapping[str, int], names: Iterable[str]) -> None:
     """Compare files with their recorded checksums. Raises `UserError` for the first file whose checksum differs."""
     for name in names:
-        recorded = record.files.get(name, {})
-        if recorded.get("crc32") != crc32_of(folder / name):
+        if record.get(name) != crc32_of(folder / name):
             raise damaged(folder / name, f"its CRC-32 differs from {RECORD}")

@@ -48,7 +48,7 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     """List the files of a folder, except hidden ones. Links are followed.
 
     inside: list only these subfolders.
-    Raises `UserError` for a folder that cannot be read, a broken link, and a link to a folder that contains the link.
+    Raises `UserError` for a folder that cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -57,20 +57,9 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     names = []
     for start in inside:
         for folder, subfolders, files in os.walk(root / start, onerror=refuse, followlinks=True):
-            if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
-                raise UserError(
-                    f"{folder}: is a link to a folder that contains the link; delete the link"
-                )
             subfolders[:] = filter(is_user_folder, subfolders)
-            for name in files:
-                path = Path(folder, name)
-                if name.startswith("."):
-                    continue
-                if not os.path.isfile(path):
-                    raise UserError(
-                        f"{path}: is neither a file nor a folder (a broken link?); delete it"
-                    )
-                names.append(path.relative_to(root).as_posix())
+            visible = [Path(folder, name) for name in files if not name.startswith(".")]
+            names += [path.relative_to(root).as_posix() for path in visible]
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
 
@@ -89,13 +78,12 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
     The result has shape (C, H, W) and type uint8.
     channels: 1 (grey) or 3 (RGB).
     size: scale the image and crop its centre to size x size pixels; None: keep its size.
-    Raises `UserError` if the file is not an image, has several frames, or has more than 8 bits per channel.
+    Of an animation, the first frame counts.
+    Raises `UserError` if the file is not an image, or has more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:
             mode = image.mode
-            # an MPO file from a camera has a preview as its second frame; the preview is ignored
-            animated = getattr(image, "is_animated", False) and image.format != "MPO"
             decoded = ImageOps.exif_transpose(image)
             if decoded.has_transparency_data:
                 decoded = decoded.convert("RGBA")
@@ -109,8 +97,6 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
         raise UserError(
             f"{tree.label}/{name}: has more than 8 bits per channel; convert it to 8 bits"
         )
-    if animated:
-        raise UserError(f"{tree.label}/{name}: has more than one frame; keep one of them")
     if size is not None:
         decoded = ImageOps.fit(decoded, (size, size))
     return np.asarray(decoded).reshape(decoded.height, decoded.width, channels).transpose(2, 0, 1)
@@ -124,13 +110,8 @@ def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = N
     def fill(index: int) -> None:
         image = pixels(tree, names[index], channels, size)
         if image.shape != first.shape:
-            _, first_height, first_width = first.shape
-            _, height, width = image.shape
-            sizes = (
-                f"{names[0]} is {first_width}x{first_height}, {names[index]} is {width}x{height}"
-            )
-            advice = "all images need the same size (for dataset=folder, set for example dataset.source.size=64)"
-            raise UserError(f"{tree.label}: {sizes}; {advice}")
+            advice = "for dataset=folder, set for example dataset.source.size=64"
+            raise UserError(f"{tree.label}: {names[0]} and {names[index]} differ in size; {advice}")
         images[index] = image
 
     thread_map(

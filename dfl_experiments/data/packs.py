@@ -12,26 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock
 from numpy.lib.format import open_memmap
 
 from dfl_experiments.data.checksums import (
     RECORD,
     ChecksumWriter,
-    Record,
     crc32_of,
     damaged,
     read_record,
     verify,
+    write_record,
 )
-from dfl_experiments.data.sources import Arrays, Source, expanded, kind_of
+from dfl_experiments.data.sources import Arrays, Source, kind_of
 from dfl_experiments.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 CLASSES = "classes.json"
 # one file for each field of `Arrays`, in the same order
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", CLASSES)
-MOST_NAMED = 5  # largest number of classes that a warning names
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -67,7 +66,7 @@ def load_with_digest(
     name: str, source: Source, data_dir: Path, download: bool = True
 ) -> tuple[Arrays, str]:
     """Return the arrays of a data set (see `load_pack`), and a digest of its images, labels and classes."""
-    data_dir = expanded(data_dir, "data_dir")
+    data_dir = data_dir.expanduser()
     cache = source.cache_name(name)
     if cache is None:
         arrays = source.read(data_dir, download)
@@ -113,9 +112,8 @@ def warn_of_empty_classes(name: str, arrays: Arrays) -> None:
     present = set(arrays.train_labels.tolist())
     empty = [text for label, text in enumerate(arrays.classes) if label not in present]
     if empty:
-        text = "%s: %d of %d classes have no training sample: %s"
-        shown = ", ".join(empty[:MOST_NAMED]) + (", …" if len(empty) > MOST_NAMED else "")
-        log.warning(text, name, len(empty), arrays.num_classes, shown)
+        text = "%s: %d of %d classes have no training sample, such as %s"
+        log.warning(text, name, len(empty), arrays.num_classes, empty[0])
 
 
 def digest(name: str, source: Source, data_dir: Path) -> str | None:
@@ -123,7 +121,7 @@ def digest(name: str, source: Source, data_dir: Path) -> str | None:
 
     Raises `UserError` as `load_pack` does.
     """
-    data_dir = expanded(data_dir, "data_dir")
+    data_dir = data_dir.expanduser()
     cache = source.cache_name(name)
     if cache is not None and is_packed(data_dir / cache):
         return digest_of(data_dir / cache)
@@ -140,7 +138,7 @@ def digest_of(folder: Path) -> str:
     record = read_record(folder)
     if record is None:
         return _digest_of_checksums([crc32_of(folder / file) for file in FILES])
-    return _digest_of_checksums([record.files.get(file, {}).get("crc32", 0) for file in FILES])
+    return _digest_of_checksums([record.get(file, 0) for file in FILES])
 
 
 def _digest_of_checksums(checksums: list[int]) -> str:
@@ -155,12 +153,7 @@ def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(data_dir / f".{cache}.lock")
-        try:
-            return lock.acquire(timeout=1)
-        except Timeout as busy:
-            log.info("waiting for another process: %s", busy)
-            return lock.acquire()
+        return FileLock(data_dir / f".{cache}.lock").acquire()
     # NotImplementedError: the file system has no locks
     except (OSError, NotImplementedError) as error:
         problem = f"the packed data set {cache} cannot be written there ({reason(error)})"
@@ -191,7 +184,7 @@ def pack(arrays: Arrays, folder: Path) -> None:
     """
     check_arrays(arrays, [str(folder / file) for file in FILES])
     temporary = folder.with_name(f".{folder.name}.partial")
-    record = Record(files={})
+    checksums = {}
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # delete what an interrupted run left there
         temporary.mkdir()
@@ -204,8 +197,8 @@ def pack(arrays: Arrays, folder: Path) -> None:
                     writer.write(json.dumps(part).encode())
                 else:
                     np.save(writer, part)
-            record.files[name] = {"bytes": (temporary / name).stat().st_size, "crc32": writer.crc32}
-        (temporary / RECORD).write_text(record.model_dump_json(indent=1))
+            checksums[name] = writer.crc32
+        write_record(temporary, checksums)
         # Move the files one by one, because `folder` may exist already. It may hold an unfinished pack. On a system
         # that ignores case in file names, it may also hold the raw form, because MNIST/ and mnist/ are the same folder.
         # The list of classes is moved last, because a folder without this list is not a pack.

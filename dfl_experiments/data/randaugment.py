@@ -14,18 +14,6 @@ from torch import Tensor
 
 from dfl_experiments.ranges import MAGNITUDE_BINS as BINS
 
-SIGNED = (
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Sharpness",
-)
-OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 STRAIGHT = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
 
 # Operations that move pixels. `_origins` applies them to an image whose values are the positions of its pixels.
@@ -40,6 +28,8 @@ GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "TranslateY": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [0, int(v)]}),
     "Rotate": lambda image, v: F.rotate(image, v),
 }
+SIGNED = (*GEOMETRY, "Brightness", "Color", "Contrast", "Sharpness")
+OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 # Operations in which the new grey level of a pixel depends only on its old grey level.
 LEVELS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Brightness": lambda levels, v: F.adjust_brightness(levels, 1.0 + v),

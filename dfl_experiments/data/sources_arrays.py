@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfl_experiments.data.sources import Arrays, Source, expanded
+from dfl_experiments.data.sources import Arrays, Source
 from dfl_experiments.errors import UserError, reason
 
 
@@ -21,7 +21,7 @@ class ArrayFile(Source):
     PARTS = ("X_train", "y_train", "X_test", "y_test", "y_train")
 
     def __init__(self, path: str) -> None:
-        self.path = Path(os.path.realpath(expanded(path, "dataset.source.path")))
+        self.path = Path(os.path.realpath(Path(path).expanduser()))
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Return the path of the file."""
@@ -46,11 +46,6 @@ class ArrayFile(Source):
         if train.dtype == test.dtype == np.uint8 and train.ndim == test.ndim == 3:
             train, test = train[:, None], test[:, None]
         largest = int(train_labels.max(initial=0)) if train_labels.dtype.kind in "iu" else 1
-        if largest > len(train):
-            problem = (
-                f"has the label {largest}; labels must be class numbers from 0, without large gaps"
-            )
-            raise UserError(f"{self.path}: y_train: {problem}")
         return Arrays(
             train, train_labels, test, test_labels, [str(label) for label in range(largest + 1)]
         )

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dfl_experiments.data.decoding import Tree, decode, folder_tree, is_user_folder, zip_tree
-from dfl_experiments.data.sources import Arrays, Source, expanded, fetch
+from dfl_experiments.data.sources import Arrays, Source, fetch
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
@@ -151,11 +151,7 @@ class Folder(Source):
     """
 
     def __init__(self, path: str, size: Count | None = None, channels: Literal[1, 3] = 3) -> None:
-        if path in ("", "???"):
-            raise UserError(
-                "dataset.source.path: missing; set it to the folder that contains train/ and test/"
-            )
-        self.path = Path(os.path.realpath(expanded(path, "dataset.source.path")))
+        self.path = Path(os.path.realpath(Path(path).expanduser()))
         self.size, self.channels = size, channels
 
     def locations(self, data_dir: Path) -> list[Path]:
@@ -192,9 +188,8 @@ class Folder(Source):
         """
         if not os.path.isdir(self.path):
             raise UserError(f"dataset.source.path={self.path}: no such folder")
-        splits = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)][
-            :2
-        ]
+        found = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)]
+        splits = found[:2]
         if len(splits) < 2 or splits[0] != "train":
             raise UserError(
                 f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class"

@@ -19,7 +19,6 @@ from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.locks import refuse_links
 from dfl_experiments.running.outcome import COMMAND, Sweep
 from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan
 from dfl_experiments.running.point_counter import PointCounter
@@ -32,7 +31,6 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     """Return the checked configuration of a single run, and its directory. Raises `UserError` for a wrong option."""
     from dfl_experiments.running.device import choose_device
 
-    refuse_chdir(cfg)
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
@@ -42,12 +40,6 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     choose_device(configuration.settings.device)
     return configuration, run_dir
-
-
-def refuse_chdir(cfg: DictConfig) -> None:
-    """Raise `UserError` for hydra.job.chdir=true. In another working directory, a relative data_dir would be wrong."""
-    if cfg.hydra.job.chdir:
-        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
 
 
 def make_folder(folder: Path, key: str) -> None:
@@ -109,14 +101,12 @@ class Checks(Callback):
                 show_plan([planned], configuration.settings.force, lambda overrides: configuration)
                 raise SystemExit(0)
             make_folder(run_dir, "hydra.run.dir")
-            refuse_links(run_dir)
             Checks.begun = True
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check all jobs of a sweep before the first one begins."""
         with refusing():
             HydraConfig.instance().set_config(config)
-            refuse_chdir(config)
             sweep = check_sweep(config, Checks.command)
             if Checks.is_dry:
                 print(f"sweep {sweep.name}, in {sweep.folder}")

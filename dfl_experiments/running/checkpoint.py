@@ -27,18 +27,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 3
 DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
-KEYS = {
-    "format",
-    "science",
-    "epoch",
-    "batch",
-    "net",
-    "method",
-    "optimizers",
-    "random",
-    "training",
-    "threads",
-}
 
 
 def snapshot(learner: Learner, config_digest: str, state: "State") -> dict[str, Any]:
@@ -144,12 +132,6 @@ def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, A
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
-    if (
-        not isinstance(saved, dict)
-        or not set(saved) >= KEYS
-        or not isinstance(saved["threads"], int)
-    ):
-        raise UserError(f"{path}: is not the checkpoint of a run")
     if saved["format"] != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path}: has format {saved['format']}, this version reads {CHECKPOINT_FORMAT}"

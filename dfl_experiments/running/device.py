@@ -2,11 +2,10 @@
 
 import contextlib
 import ctypes
-import logging
 import os
 import random
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import MemoryFormat, Precision
 
-log = logging.getLogger(__name__)
 # PyTorch's default number of threads, or OMP_NUM_THREADS if set
 ALL_THREADS = torch.get_num_threads()
 # cuBLAS is deterministic only with this variable. It reads the variable once, when it starts.
@@ -114,8 +112,6 @@ def set_up(
         torch.cuda.set_device(device)
     if device.type == "cpu":
         reuse_memory()
-        if precision == "bfloat16":
-            warn_of_emulation()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -125,7 +121,6 @@ def set_up(
     torch.backends.cudnn.benchmark = not deterministic
 
 
-@cache
 def processor_flags() -> set[str]:
     """Return the names of the processor's features, as Linux lists them; elsewhere the set is empty."""
     try:
@@ -133,16 +128,6 @@ def processor_flags() -> set[str]:
     except OSError:
         return set()
     return set(text.partition("flags")[2].partition("\n")[0].split())
-
-
-@cache
-def warn_of_emulation() -> None:
-    """Warn once if the processor has no instructions for bfloat16."""
-    flags = processor_flags()
-    if flags and not flags & {"amx_bf16", "avx512_bf16"}:
-        log.warning(
-            "precision=bfloat16: this processor has no instructions for bfloat16; float32 is faster"
-        )
 
 
 def refuse_wrong_gradients(net: BlockNet) -> None:

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from dfl_experiments.measured import STABILITY
@@ -29,9 +28,6 @@ SHARE_OF_WRITING = 0.05  # largest fraction of the time that checkpoints after e
 class State:
     """Progress of a run. Every checkpoint contains the progress and the weights."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        arbitrary_types_allowed=True, strict=True, revalidate_instances="always"
-    )
     epoch: int = 0
     """Number of epochs done."""
     rows: Tensor | None = None
@@ -69,29 +65,175 @@ class State:
     """
 
 
-class RunFiles:
-    """The CSV files and the checkpoints of a run."""
+class Training:
+    """The training of a run: its epochs, its CSV files and its checkpoints."""
 
-    def __init__(self, parts: Parts, state: State, run_dir: Path, config_digest: str) -> None:
-        """Open the tables, and remove the rows that were written after the last checkpoint."""
-        self.parts, self.state, self.run_dir, self.config_digest = (
-            parts,
-            state,
-            run_dir,
-            config_digest,
-        )
+    def __init__(
+        self,
+        parts: Parts,
+        state: State,
+        run_dir: Path,
+        config_digest: str,
+        tracker: Tracker,
+        stop: Stop,
+        is_quiet: bool = False,
+    ) -> None:
+        """Open the tables, and remove the rows that were written after the last checkpoint.
+
+        is_quiet: see `Progress`.
+        """
+        self.parts, self.state, self.run_dir = parts, state, run_dir
+        self.config_digest, self.tracker, self.stop = config_digest, tracker, stop
+        self.settings, self.learner = parts.settings, parts.learner
+        epochs, batch_size = self.settings.epochs, self.settings.batch_size
+        names, peek = self.learner.metric_names, parts.device.type == "cpu"
+        self.progress = Progress(epochs, parts.train_size, batch_size, names, peek, is_quiet)
         self.written, self.seconds_to_write = time.perf_counter(), 0.0
         self.tables = {
             name: Table(run_dir / f"{name}.csv", columns, state.lengths[name])
             for name, columns in parts.columns.items()
         }
 
+    def run(self) -> None:
+        """Train the remaining epochs, and update the state.
+
+        Rows are written at the end of each epoch. Checkpoints are written at the end of an epoch and every
+        `checkpoint.every_seconds`. Within an epoch no value is read from a GPU, so that the CPU does not wait for it.
+
+        Raises `Interrupted` after a signal. Before that, a checkpoint is written.
+        """
+        parts, state, epochs = self.parts, self.state, self.settings.epochs
+        try:
+            if state.initial is None:
+                is_needed, check = self.settings.stop_untrainable, self.stop.raise_if_asked
+                state.initial = evaluate(parts, parts.test, check)[1] if is_needed else 0.0
+            while state.epoch < epochs and state.end is None:
+                factors = parts.schedule.factors(state.epoch + 1, epochs, len(parts.batches))
+                self.train_batches(factors)
+                self.end_epoch(self.learner.rates[0] * factors[0])
+        except Interrupted:
+            self.save()
+            raise
+
+    def train_batches(self, factors: list[float]) -> None:
+        """Train the remaining batches of an epoch, and store the metrics of all its batches in `state.rows`.
+
+        factors: the schedule's factor of the learning rate for each batch.
+        """
+        state, learner, batches = self.state, self.learner, self.parts.batches
+        every, seconds_before = self.settings.alignment.every, state.epoch_seconds
+        epoch = state.epoch + 1
+        learner.net.train()
+        rows = torch.empty(len(batches), len(learner.metric_names), device=self.parts.device)
+        start_batch = 0
+        if state.rows is not None:
+            start_batch = len(state.rows)
+            rows[:start_batch] = state.rows
+        self.progress.begin(epoch, learner.rates[0] * factors[0], start_batch)
+        iteration, start = state.epoch * len(batches) + start_batch, time.perf_counter()
+        for index, (x, target) in enumerate(batches.epoch(epoch, start_batch), start_batch):
+            if index == start_batch or factors[index] != factors[index - 1]:
+                learner.set_lr(*(rate * factors[index] for rate in learner.rates))
+            rows[index] = self.parts.step(x, target, every > 0 and iteration % every == 0)
+            iteration += 1
+            state.rows = rows[: index + 1]
+            state.epoch_seconds = seconds_before + time.perf_counter() - start
+            self.progress.step(state.rows)
+            if self.age >= self.settings.checkpoint.every_seconds:
+                self.save()
+            self.stop.raise_if_asked()
+        state.rows = rows.cpu()
+        state.epoch_seconds = seconds_before + time.perf_counter() - start
+
+    def end_epoch(self, lr: float) -> None:
+        """Evaluate after an epoch, write its rows, update the state, and save a checkpoint if due."""
+        state, names, values = self.state, self.learner.metric_names, self.state.rows
+        assert values is not None
+        columns = dict(zip(names, values.T, strict=True))
+        row, has_collapsed = self.epoch_row(columns, lr)
+        rows = {"iterations": iteration_rows(values, names, row["epoch"]), "epochs": [row]}
+        for name in rows:
+            self.tables[name].extend(rows[name])
+            self.tracker.log(rows[name])
+        self.progress.end(row)
+        self.close_epoch(columns, row, has_collapsed)
+        is_last = state.epoch == self.settings.epochs or state.end is not None
+        is_due = self.age * SHARE_OF_WRITING >= self.seconds_to_write
+        if self.settings.checkpoint.keep if is_last else is_due:
+            self.save()
+        self.stop.raise_if_asked()
+
+    def epoch_row(self, columns: dict[str, Tensor], lr: float) -> tuple[dict[str, Any], bool]:
+        """Return the epoch's row of epochs.csv, and whether the network has collapsed.
+
+        columns: the epoch's metrics by name. Each has shape (iterations,).
+        """
+        parts, state, check = self.parts, self.state, self.stop.raise_if_asked
+        activations = Activations(parts.learner.net)
+        held_out = len(parts.validation) > 0
+        validation_loss, validation = (
+            evaluate(parts, parts.validation, check, activations) if held_out else (None, None)
+        )
+        test_loss, test = evaluate(parts, parts.test, check, None if held_out else activations)
+        stability, has_collapsed = activations.measured()
+        batch_size = parts.settings.batch_size
+        sizes = torch.full_like(columns["loss"], batch_size)
+        sizes[-1] = parts.train_size - batch_size * (len(sizes) - 1)
+        row = {
+            "epoch": state.epoch + 1,
+            "lr": lr,
+            "train_loss": (columns["loss"] @ sizes).item() / parts.train_size,
+            "train_accuracy": columns["correct"].sum().item() / parts.train_size,
+            "validation_loss": validation_loss,
+            "validation_accuracy": validation,
+            "test_loss": test_loss,
+            "test_accuracy": test,
+            "seconds": state.epoch_seconds,
+            **stability,
+        }
+        names = {"cosine_sample": "cosine", "norm_ratio": "norm_ratio"}
+        names |= {quantity: f"{quantity}_mean" for quantity in parts.learner.extra_quantities}
+        columns = columns | norm_ratios(columns)
+        for quantity, name in names.items():
+            means = per_layer(columns, quantity, torch.mean)
+            row |= {f"{name}/{i}": value for i, value in means.items()}
+        return row, has_collapsed
+
+    def close_epoch(
+        self, columns: dict[str, Tensor], row: dict[str, Any], has_collapsed: bool
+    ) -> None:
+        """Add an epoch to the state, and decide whether the run ends early."""
+        parts, state, learner = self.parts, self.state, self.learner
+        epoch, top = row["epoch"], learner.net.depth - 1
+        state.accuracies.append((row["validation_accuracy"], row["test_accuracy"]))
+        state.seconds += state.epoch_seconds
+        state.first_row = state.first_row or row
+        accuracies, before = reported_accuracies(state.accuracies), state.result
+        state.result = {
+            "epochs": epoch,
+            "accuracy": accuracies[HEADLINES[self.settings.protocol.accuracy]],
+            "test_accuracy": accuracies,
+            "validation_accuracy": row["validation_accuracy"],
+            "validation_loss": row["validation_loss"],
+            "zeros": per_layer(columns, "zeros", torch.sum) or before.get("zeros", {}),
+            **{key: by_layer(row, key) or before.get(key, {}) for key in ("cosine", *STABILITY)},
+            "unstable": before.get("unstable") or instability(row, state.first_row, top),
+            "seconds": state.seconds,
+            "samples_per_second": epoch * parts.train_size / state.seconds,
+        }
+        trained, initial = nn.ModuleList([learner.net, learner.method]), state.initial or 0.0
+        state.end = early_end(columns["loss"], epoch, trained, accuracies["best"], initial)
+        if state.end is None and has_collapsed and self.settings.stop_collapsed:
+            cause = f"no unit of layer {top} is active for any image whose error is not zero"
+            state.end = {"status": "collapsed", "reason": f"after epoch {epoch}: {cause}"}
+        state.epoch, state.rows, state.epoch_seconds = epoch, None, 0.0
+
     def save(self) -> None:
         """Flush the tables to the disk, then write a checkpoint."""
         start = time.perf_counter()
         self.state.lengths = {name: table.sync() for name, table in self.tables.items()}
         self.state.digests = {name: table.sha256.hexdigest() for name, table in self.tables.items()}
-        save_checkpoint(self.run_dir, snapshot(self.parts.learner, self.config_digest, self.state))
+        save_checkpoint(self.run_dir, snapshot(self.learner, self.config_digest, self.state))
         self.written = time.perf_counter()
         self.seconds_to_write = self.written - start
 
@@ -99,178 +241,6 @@ class RunFiles:
     def age(self) -> float:
         """Seconds since the last checkpoint."""
         return time.perf_counter() - self.written
-
-
-def train(
-    parts: Parts,
-    state: State,
-    run_dir: Path,
-    config_digest: str,
-    tracker: Tracker,
-    stop: Stop,
-    is_quiet: bool = False,
-) -> None:
-    """Train the remaining epochs, and update the state.
-
-    Rows are written at the end of each epoch. Checkpoints are written at the end of an epoch and every
-    `checkpoint.every_seconds`. Within an epoch no value is read from a GPU, so that the CPU does not wait for the GPU.
-
-    is_quiet: see `Progress`.
-    Raises `Interrupted` after a signal. Before that, a checkpoint is written.
-    """
-    settings = parts.settings
-    metric_names, peek = parts.learner.metric_names, parts.device.type == "cpu"
-    progress = Progress(
-        settings.epochs, parts.train_size, settings.batch_size, metric_names, peek, is_quiet
-    )
-    files = RunFiles(parts, state, run_dir, config_digest)
-    try:
-        if state.initial is None:
-            is_needed = settings.stop_untrainable
-            state.initial = (
-                evaluate(parts, parts.test, stop.raise_if_asked)[1] if is_needed else 0.0
-            )
-        while state.epoch < settings.epochs and state.end is None:
-            factors = parts.schedule.factors(state.epoch + 1, settings.epochs, len(parts.batches))
-            lr = parts.learner.rates[0] * factors[0]
-            train_batches(parts, state, factors, files, progress, stop)
-            end_epoch(parts, state, lr, files, progress, tracker, stop)
-    except Interrupted:
-        files.save()
-        raise
-
-
-def train_batches(
-    parts: Parts,
-    state: State,
-    factors: list[float],
-    files: RunFiles,
-    progress: Progress,
-    stop: Stop,
-) -> None:
-    """Train the remaining batches of an epoch, and store the metrics of all its batches in `state.rows`.
-
-    factors: the schedule's factor of the learning rate for each batch.
-    """
-    settings, learner, batches = parts.settings, parts.learner, parts.batches
-    every, epoch, seconds_before = settings.alignment.every, state.epoch + 1, state.epoch_seconds
-    learner.net.train()
-    rows = torch.empty(len(batches), len(learner.metric_names), device=parts.device)
-    start_batch = 0
-    if state.rows is not None:
-        start_batch = len(state.rows)
-        rows[:start_batch] = state.rows
-    progress.begin(epoch, learner.rates[0] * factors[0], start_batch)
-    iteration, start = state.epoch * len(batches) + start_batch, time.perf_counter()
-    for index, (x, target) in enumerate(batches.epoch(epoch, start_batch), start_batch):
-        if index == start_batch or factors[index] != factors[index - 1]:
-            learner.set_lr(*(rate * factors[index] for rate in learner.rates))
-        rows[index] = parts.step(x, target, every > 0 and iteration % every == 0)
-        iteration += 1
-        state.rows = rows[: index + 1]
-        state.epoch_seconds = seconds_before + time.perf_counter() - start
-        progress.step(state.rows)
-        if files.age >= settings.checkpoint.every_seconds:
-            files.save()
-        stop.raise_if_asked()
-    state.rows = rows.cpu()
-    state.epoch_seconds = seconds_before + time.perf_counter() - start
-
-
-def end_epoch(
-    parts: Parts,
-    state: State,
-    lr: float,
-    files: RunFiles,
-    progress: Progress,
-    tracker: Tracker,
-    stop: Stop,
-) -> None:
-    """Evaluate after an epoch, write its rows, update the state, and save a checkpoint if due."""
-    settings, metric_names, values = parts.settings, parts.learner.metric_names, state.rows
-    assert values is not None
-    columns = dict(zip(metric_names, values.T, strict=True))
-    row, has_collapsed = epoch_row(parts, state, columns, lr, stop.raise_if_asked)
-    rows = {"iterations": iteration_rows(values, metric_names, row["epoch"]), "epochs": [row]}
-    for name in rows:
-        files.tables[name].extend(rows[name])
-        tracker.log(rows[name])
-    progress.end(row)
-    close_epoch(parts, state, columns, row, has_collapsed)
-    is_last = state.epoch == settings.epochs or state.end is not None
-    is_due = files.age * SHARE_OF_WRITING >= files.seconds_to_write
-    if settings.checkpoint.keep if is_last else is_due:
-        files.save()
-    stop.raise_if_asked()
-
-
-def epoch_row(
-    parts: Parts, state: State, columns: dict[str, Tensor], lr: float, check: Callable[[], None]
-) -> tuple[dict[str, Any], bool]:
-    """Return the epoch's row of epochs.csv, and whether the network has collapsed.
-
-    columns: the epoch's metrics by name. Each has shape (iterations,).
-    check: function that is called before every batch of the evaluation.
-    """
-    activations = Activations(parts.learner.net)
-    held_out = len(parts.validation) > 0
-    validation_loss, validation = (
-        evaluate(parts, parts.validation, check, activations) if held_out else (None, None)
-    )
-    test_loss, test = evaluate(parts, parts.test, check, None if held_out else activations)
-    stability, has_collapsed = activations.measured()
-    batch_size = parts.settings.batch_size
-    sizes = torch.full_like(columns["loss"], batch_size)
-    sizes[-1] = parts.train_size - batch_size * (len(sizes) - 1)
-    row = {
-        "epoch": state.epoch + 1,
-        "lr": lr,
-        "train_loss": (columns["loss"] @ sizes).item() / parts.train_size,
-        "train_accuracy": columns["correct"].sum().item() / parts.train_size,
-        "validation_loss": validation_loss,
-        "validation_accuracy": validation,
-        "test_loss": test_loss,
-        "test_accuracy": test,
-        "seconds": state.epoch_seconds,
-        **stability,
-    }
-    names = {"cosine_sample": "cosine", "norm_ratio": "norm_ratio"}
-    names |= {quantity: f"{quantity}_mean" for quantity in parts.learner.extra_quantities}
-    columns = columns | norm_ratios(columns)
-    for quantity, name in names.items():
-        means = per_layer(columns, quantity, torch.mean)
-        row |= {f"{name}/{i}": value for i, value in means.items()}
-    return row, has_collapsed
-
-
-def close_epoch(
-    parts: Parts, state: State, columns: dict[str, Tensor], row: dict[str, Any], has_collapsed: bool
-) -> None:
-    """Add an epoch to the state, and decide whether the run ends early."""
-    settings, learner = parts.settings, parts.learner
-    epoch, top = row["epoch"], learner.net.depth - 1
-    state.accuracies.append((row["validation_accuracy"], row["test_accuracy"]))
-    state.seconds += state.epoch_seconds
-    state.first_row = state.first_row or row
-    accuracies, before = reported_accuracies(state.accuracies), state.result
-    state.result = {
-        "epochs": epoch,
-        "accuracy": accuracies[HEADLINES[settings.protocol.accuracy]],
-        "test_accuracy": accuracies,
-        "validation_accuracy": row["validation_accuracy"],
-        "validation_loss": row["validation_loss"],
-        "zeros": per_layer(columns, "zeros", torch.sum) or before.get("zeros", {}),
-        **{name: by_layer(row, name) or before.get(name, {}) for name in ("cosine", *STABILITY)},
-        "unstable": before.get("unstable") or instability(row, state.first_row, top),
-        "seconds": state.seconds,
-        "samples_per_second": epoch * parts.train_size / state.seconds,
-    }
-    trained = nn.ModuleList([learner.net, learner.method])
-    state.end = early_end(columns["loss"], epoch, trained, accuracies["best"], state.initial or 0.0)
-    if state.end is None and has_collapsed and settings.stop_collapsed:
-        cause = f"no unit of layer {top} is active for any image whose error is not zero"
-        state.end = {"status": "collapsed", "reason": f"after epoch {epoch}: {cause}"}
-    state.epoch, state.rows, state.epoch_seconds = epoch, None, 0.0
 
 
 @torch.no_grad()

@@ -28,22 +28,11 @@ class Holder(NamedTuple):
     """Name of the machine on which it runs."""
     pid: int
     """Process ID on that machine."""
-    command: str | None
+    command: str | None = None
     """ID of the sweep's command; None for a single run."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} works in it"
-
-
-def refuse_links(run_dir: Path) -> None:
-    """Raise `UserError` if a run directory contains a symbolic link or a pipe.
-
-    Through a link, a run would write to a file outside the directory. At a pipe, it would wait forever.
-    """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for item in os.scandir(run_dir):
-            if not item.is_dir(follow_symlinks=False) and not item.is_file(follow_symlinks=False):
-                raise UserError(f"{item.path}: is a symbolic link or a pipe; remove it")
 
 
 @contextmanager
@@ -61,12 +50,10 @@ def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
     try:
         lock = FileLock(run_dir / ".lock").acquire(blocking=False)
     except Timeout:
-        raise Busy(busy_message(run_dir)) from None
+        holder = holder_of(run_dir)
+        raise Busy(f"{run_dir}: {holder or 'another process works in it'}") from None
     except (OSError, NotImplementedError) as error:
-        advice = (
-            "" if isinstance(error, PermissionError) else "; choose a folder on another file system"
-        )
-        raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)}){advice}") from error
+        raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)})") from error
     with lock:
         for path in run_dir.glob(".*.new"):
             path.unlink()
@@ -79,15 +66,6 @@ def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
             note.unlink(missing_ok=True)
 
 
-def busy_message(run_dir: Path) -> str:
-    """Return a message that names the process that works in a run directory."""
-    holder = holder_of(run_dir)
-    message = f"{run_dir}: {holder or 'another process works in it'}"
-    if holder is not None and holder.host != platform.node():
-        message += f"; if that process has ended, remove {run_dir / '.lock'}"
-    return message
-
-
 def holder_of(run_dir: Path) -> Holder | None:
     """Return the process that works in a run directory; None if there is none. This works without the lock.
 
@@ -98,12 +76,7 @@ def holder_of(run_dir: Path) -> Holder | None:
     content = read_json(run_dir / HOLDER)
     if content is None:
         return None
-    try:
-        holder = Holder(str(content["host"]), int(content["pid"]), content.get("command"))
-    except (KeyError, ValueError, TypeError, OverflowError):
-        holder = None
-    if holder is None or not 0 < holder.pid < 2**31:
-        raise UserError(f"{run_dir / HOLDER}: does not name a process")
+    holder = Holder(**content)
     has_ended = holder.host == platform.node() and not alive(holder.pid)
     return None if has_ended else holder
 

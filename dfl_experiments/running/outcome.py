@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dfl_experiments.configuration.composition import config_digest, harmless
 from dfl_experiments.configuration.recorded import read_yaml
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.result import DONE, made_with, read_epochs, read_result, read_status
+from dfl_experiments.running.result import DONE, read_epochs, read_result, read_status
 from dfl_experiments.running.run_directory import CONFIG, write_atomically
 from dfl_experiments.seal import read_json
 
@@ -78,9 +78,7 @@ def write_outcome(run_dir: Path, command: str, status: str, reason: str | None =
 def read_outcome(run_dir: Path) -> dict[str, Any]:
     """Return the last outcome that `write_outcome` wrote; an empty mapping if the file is absent or damaged."""
     with suppress(UserError):
-        outcome = read_json(run_dir / OUTCOME) or {}
-        if {"command", "begun", "status", "reason"} <= outcome.keys():
-            return outcome
+        return read_json(run_dir / OUTCOME) or {}
     return {}
 
 
@@ -157,17 +155,3 @@ def objective(run_dir: Path) -> float:
 def count_done(sweep: Sweep) -> int:
     """Return the number of points that have ended."""
     return sum(ending(sweep, name).status in DONE for name in sweep.points)
-
-
-def other_versions(sweep: Sweep, endings: list[Ending]) -> list[str]:
-    """Return the commits and torch versions of points that earlier commands trained. Omit the current ones."""
-    from dfl_experiments.running.provenance import git_commit, versions
-
-    used = set[str]()
-    for end in endings:
-        if (
-            end.status in DONE
-            and read_outcome(sweep.folder / end.folder).get("command") != sweep.command
-        ):
-            used |= made_with(end.result)
-    return sorted(used - made_with({"git_commit": git_commit(), "versions": versions()}))

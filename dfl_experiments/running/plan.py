@@ -136,11 +136,10 @@ def seconds_per_batch(batches: Iterator[Any], work: Callable[[int, Any], None]) 
 def refuse_unprepared(configuration: Configuration) -> None:
     """Raise `UserError` if the data set is not packed, because a dry run neither downloads nor packs it."""
     from dfl_experiments.data.packs import is_packed
-    from dfl_experiments.data.sources import expanded
 
     dataset = configuration.settings.dataset
     cache = configuration.components["dataset.source"].build().cache_name(dataset.name)
-    folder = expanded(Path(configuration.settings.data_dir), "data_dir") / (cache or "")
+    folder = Path(configuration.settings.data_dir).expanduser() / (cache or "")
     if cache is not None and not is_packed(folder):
         raise UserError(
             f"dataset {dataset.name} is not in {folder}; run `dfl-data prepare dataset={dataset.name}`"

@@ -14,9 +14,8 @@ from dfl_experiments.running.point_counter import duration
 
 log = logging.getLogger(__name__)
 
-SECONDS_TO_FIRST_LINE = 5.0
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_UPDATES = 0.5  # of the bar
 # in a long run, the time between two lines is this fraction of the time since the start
 GROWTH = 0.05
 
@@ -42,23 +41,17 @@ class Progress:
         images: number of training images.
         metric_names: names of a step's metrics, in order.
         peek: whether to show loss and accuracy within an epoch.
-        is_quiet: whether to print fewer lines. The first line then comes later, and the first and the last epoch
-            have no extra line.
+        is_quiet: whether to print no extra line for the first and the last epoch.
         """
         self.epochs, self.images, self.batch_size = epochs, images, batch_size
         self.batches = math.ceil(images / batch_size)
-        self.loss_index, self.correct_index = (
-            metric_names.index("loss"),
-            metric_names.index("correct"),
-        )
+        self.loss_index = metric_names.index("loss")
+        self.correct_index = metric_names.index("correct")
         self.peek, self.is_quiet = peek, is_quiet
         self.is_terminal = sys.stderr.isatty()
         self.lr = math.nan
         self._epoch = self._batch = self._steps = 0
-        self._bar: tqdm | None = None
-        self._start = self._last_line = self._last_end = self._last_look = time.perf_counter()
-        if not is_quiet:
-            self._last_line -= SECONDS_BETWEEN_LINES - SECONDS_TO_FIRST_LINE
+        self._start = self._last_line = self._last_end = time.perf_counter()
 
     def begin(self, epoch: int, lr: float, batch: int = 0) -> None:
         """Start an epoch.
@@ -69,15 +62,15 @@ class Progress:
         """
         self._epoch, self._batch, self.lr = epoch, batch, lr
         self._first_batch, self._epoch_start = batch, time.perf_counter()
-        if self.is_terminal:
-            self._bar = tqdm(
-                total=self.batches,
-                initial=batch,
-                desc=f"epoch {epoch}/{self.epochs} batch",
-                leave=False,
-                dynamic_ncols=True,
-                bar_format="{desc} {n_fmt}/{total_fmt}{postfix} {bar}",
-            )
+        self._bar = tqdm(
+            total=self.batches,
+            initial=batch,
+            desc=f"epoch {epoch}/{self.epochs} batch",
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} {bar}",
+            disable=not self.is_terminal,
+        )
 
     def step(self, rows: Tensor) -> None:
         """Count a batch.
@@ -86,15 +79,12 @@ class Progress:
         """
         self._batch += 1
         self._steps += 1
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
+        gap = SECONDS_BETWEEN_UPDATES if self.is_terminal else self._gap()
         now = time.perf_counter()
-        if now - self._last_look < SECONDS_BETWEEN_LOOKS:
+        if now - self._last_line < gap:
             return
-        self._last_look = now
-        is_due = self._bar is None and self._is_due(self._last_line)
-        if self._bar is None and not is_due:
-            return
+        self._last_line = now
         values = {}
         if self.peek:
             loss = rows[:, self.loss_index].mean().item()
@@ -104,48 +94,31 @@ class Progress:
             values["accuracy"] = f"{correct / images:.4f}"
         images = (self._batch - self._first_batch) * self.batch_size
         text = self._text(values, images / (now - self._epoch_start))
-        if self._bar is not None:
+        if self.is_terminal:
             self._bar.set_postfix_str(text)
-        else:
-            self._last_line = now
-            log.info(
-                "epoch %d/%d batch %d/%d  %s",
-                self._epoch,
-                self.epochs,
-                self._batch,
-                self.batches,
-                text,
-            )
+            return
+        done = f"epoch {self._epoch}/{self.epochs} batch {self._batch}/{self.batches}"
+        log.info("%s  %s", done, text)
 
     def end(self, row: Mapping[str, Any]) -> None:
         """End the epoch, and print a line if due. row: the epoch's row of epochs.csv."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
+        now = time.perf_counter()
         is_edge = not self.is_quiet and (self.is_terminal or self._epoch in (1, self.epochs))
-        if not is_edge and not self._is_due(self._last_end):
+        if not is_edge and now - self._last_end < self._gap():
             return
-        self._last_line = self._last_end = time.perf_counter()
+        self._last_line = self._last_end = now
         values = {"loss": f"{row['train_loss']:.4f}", "accuracy": f"{row['train_accuracy']:.4f}"}
         values["test accuracy"] = f"{row['test_accuracy']:.4f}"
         cosine = row.get("cosine/1", math.nan)
         if not math.isnan(cosine):
             values["cosine/1"] = f"{cosine:.3f}"
-        log.info(
-            "epoch %d/%d  %s",
-            self._epoch,
-            self.epochs,
-            self._text(values, self.images / row["seconds"]),
-        )
+        text = self._text(values, self.images / row["seconds"])
+        log.info("epoch %d/%d  %s", self._epoch, self.epochs, text)
 
-    def _is_due(self, last: float) -> bool:
-        """Return whether it is time for the next line. In a long run, the time between two lines grows.
-
-        last: time of the last line.
-        """
-        now = time.perf_counter()
-        gap = max(SECONDS_BETWEEN_LINES, GROWTH * (now - self._start))
-        return now - last > gap
+    def _gap(self) -> float:
+        """Return the number of seconds between two lines. It grows in a long run."""
+        return max(SECONDS_BETWEEN_LINES, GROWTH * (time.perf_counter() - self._start))
 
     def _text(self, values: Mapping[str, str], images_per_second: float) -> str:
         """Return one line of text: the values, the speed, the time left and the learning rate."""

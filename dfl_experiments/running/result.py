@@ -4,19 +4,17 @@ import csv
 import json
 import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dfl_experiments.configuration.composition import as_values, changed, names_of
-from dfl_experiments.configuration.recorded import MAX_DEPTH
+from dfl_experiments.configuration.composition import as_values, changed
 from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, reason
-from dfl_experiments.ranges import LARGEST_COSINE, Cosine, NonNegative, SampleKind, Size
+from dfl_experiments.ranges import Cosine, NonNegative, Size
 from dfl_experiments.ranges import Probability as Share
 from dfl_experiments.running.locks import holder_of
 from dfl_experiments.running.run_directory import (
@@ -84,30 +82,10 @@ class Result(BaseModel):
     """Time of training, without evaluation."""
     samples_per_second: NonNegative | None = None
     """Training images per second of training."""
-    input_shape: Annotated[list[Size], Field(min_length=1)] | None = None
-    num_classes: Size | None = None
-    samples: SampleKind | None = None
-    """Kind of the samples, see `kind_of`. Early versions did not record it."""
-    largest_class: Share | None = None
-    """Share of the most frequent class in the test set."""
-    data: str | None = None
-    device: str | None = None
-    git_commit: str | None = None
-    versions: dict[str, str] = {}
-    code: dict[str, str] = {}
-    finished_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT[\d:.]{8,15}\+00:00$")] | None = (
-        None
-    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         config, accuracies = self.config, self.test_accuracy or Accuracies()
-        if too_deep(config):
-            raise UserError(f"config: has more than {MAX_DEPTH} levels of nesting")
-        names = {**names_of(config), "seed": config["seed"]}
-        for key, value in (self.model_extra or {}).items():
-            if key in names and value != names[key]:
-                raise UserError("names, seed: differ from those in the configuration")
         has_numbers = None not in (self.accuracy, self.seconds, self.samples_per_second)
         if self.status in ("finished", "collapsed") and not has_numbers:
             raise UserError(
@@ -122,16 +100,6 @@ class Result(BaseModel):
             if highest > accuracies.best or self.accuracy != reported or not is_epoch:
                 raise UserError("accuracy, test_accuracy: contradict each other")
         return self
-
-
-def too_deep(value: Any, depth: int = MAX_DEPTH) -> bool:
-    """Return whether lists and mappings are nested deeper than `depth` levels."""
-    parts: Any = ()
-    if isinstance(value, dict):
-        parts = value.values()
-    elif isinstance(value, list):
-        parts = value
-    return depth < 0 or any(too_deep(part, depth - 1) for part in parts)
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
@@ -159,7 +127,7 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
     An incomplete last line is left out.
 
     result: content of result.json; empty if there is none yet.
-    Raises `UserError`, with the file's name, for wrong columns, impossible numbers or a wrong number of rows.
+    Raises `UserError`, with the file's name, for missing columns, texts or a wrong number of rows.
     """
     path, epochs = run_dir / "epochs.csv", result.get("epochs", 0)
     if not os.path.lexists(path):
@@ -172,7 +140,8 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
             return {}
         columns = {}
         for name, cells in zip(names, zip(*rows, strict=True), strict=True):
-            columns[name] = _numbers(name, cells)
+            numbers = [float(cell) if cell else None for cell in cells]
+            columns[name] = [None if x is None or math.isinf(x) else x for x in numbers]
         cosines = [f"cosine/{layer}" for layer in result.get("cosine", ())]
         needed = {*EPOCH_COLUMNS, *cosines} - {"validation_loss"}
         if missing := needed - columns.keys():
@@ -191,30 +160,6 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: is damaged ({reason(error)})") from None
     return columns
-
-
-def _numbers(name: str, cells: Sequence[str]) -> list[float | None]:
-    """Return the numbers of a column. Raises `UserError` for an unknown column or an impossible value."""
-    if name not in EPOCH_COLUMNS and not re.fullmatch(r"[a-z_]+/\d{1,4}", name):
-        raise UserError(f"{name!r} is not a column of a run")
-    low, high = 0.0, math.inf
-    if "cosine" in name:
-        low, high = -LARGEST_COSINE, LARGEST_COSINE
-    elif re.search("accuracy|agreement|dead", name):
-        high = 1.0
-    values = [float(cell) if cell else None for cell in cells]
-    for value in values:
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{name}={value:g}: must be from {low:g} to {high:g}")
-    return [None if value is None or math.isinf(value) else value for value in values]
-
-
-def made_with(result: Mapping[str, Any]) -> set[str]:
-    """Return the shortened commit and the torch version with which a run was trained."""
-    commit = result.get("git_commit") or "unknown"
-    version = result.get("versions", {}).get("torch", "unknown")
-    # "+changes" may follow the 40 digits of a commit
-    return {f"commit {commit[:7]}{commit[40:]}", f"torch {version}"}
 
 
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:

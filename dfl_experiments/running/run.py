@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from dfl_experiments.configuration.composition import AUTO, config_digest, names_of
 from dfl_experiments.configuration.schema import Configuration, Settings
@@ -28,7 +27,7 @@ from dfl_experiments.running.checkpoint import (
     restore,
 )
 from dfl_experiments.running.device import ALL_THREADS, usual_torch
-from dfl_experiments.running.epochs import State, train
+from dfl_experiments.running.epochs import State, Training
 from dfl_experiments.running.event_files import refuse_missing_package
 from dfl_experiments.running.locks import lock_run
 from dfl_experiments.running.outcome import write_outcome
@@ -66,26 +65,12 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
 
 
-def explained(
-    error: BaseException, settings: Settings, run_dir: Path, started: bool = True
-) -> BaseException:
-    """Return a `Fault` with advice for an error of the machine or of PyTorch. Return any other error unchanged.
-
-    started: whether `prepare` had returned before the error.
-    """
+def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseException:
+    """Return a `Fault` with advice for an error of the machine. Return any other error unchanged."""
     text = reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        if not started:
-            return Fault(
-                f"out of memory before the first batch: the data or the network are too large ({text})"
-            )
         return Fault(
             f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})"
-        )
-    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
-        operator = text.split(" does not have")[0]
-        return Fault(
-            f"deterministic=true: {operator} has no deterministic implementation on device={settings.device}"
         )
     if isinstance(error, OSError):
         problem = of_the_system(error)
@@ -178,14 +163,17 @@ def prepare(
 
 
 def restored_state(parts: Parts, run_dir: Path, saved: dict[str, Any]) -> State:
-    """Restore the learner from a checkpoint, and return the state in it. Raises `UserError` for a wrong value."""
+    """Restore the learner from a checkpoint, and return the state in it.
+
+    Raises `UserError` if the checkpoint does not fit the learner.
+    """
     try:
-        state = TypeAdapter(State).validate_python(State(saved["epoch"], **saved["training"]))
+        state = State(saved["epoch"], **saved["training"])
         restore(parts.learner, saved)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        problem = f"has a wrong value ({reason(error)}); force=true starts a new run"
+    except (ValueError, RuntimeError) as error:  # raised by `load_state_dict`
+        problem = f"does not fit the run's network or method ({reason(error)}); force=true starts a new run"
         raise UserError(f"{run_dir / LAST}: {problem}") from error
     return state
 
@@ -245,15 +233,8 @@ def run(
                 tracking, run_dir, result["config"], parts.columns, group, written
             ) as tracker:
                 try:
-                    train(
-                        parts,
-                        state,
-                        run_dir,
-                        configuration.config_digest,
-                        tracker,
-                        stop,
-                        command is not None,
-                    )
+                    own_digest, is_quiet = configuration.config_digest, command is not None
+                    Training(parts, state, run_dir, own_digest, tracker, stop, is_quiet).run()
                     result |= state.result | (state.end or {"status": "finished"})
                     # write the result before W&B finishes, because a signal may interrupt W&B
                     conclude(run_dir, result, started=True)
@@ -264,7 +245,7 @@ def run(
                 finally:
                     tracker.summarise(result)
     except BaseException as error:
-        explanation = explained(error, settings, run_dir, started=state is not None)
+        explanation = explained(error, settings, run_dir)
         if result["status"] not in DONE:
             # ignore a full disk or a damaged result.json, so that the original error is raised
             with suppress(OSError, UserError):
@@ -391,30 +372,22 @@ def log_summary(result: dict[str, Any], run_dir: Path) -> None:
     """Log the results of a run in a few lines, and the command that plots it."""
     accuracy = result["test_accuracy"]
     log.info("")
-    log.info(
-        "%s: %s, %s on %s", result["status"], result["method"], result["model"], result["dataset"]
-    )
+    place = f"{result['method']}, {result['model']} on {result['dataset']}"
+    log.info("%s: %s", result["status"], place)
     if result["config"]["smoke"]:
         log.info("  a smoke run with %d images: a test, not a result", result["config"]["smoke"])
     if result["reason"]:
         log.info("  %s", result["reason"])
     log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])
-    if accuracy["at_best_validation"] is not None:
-        log.info(
-            "                  %.4f after the epoch of best validation accuracy",
-            accuracy["at_best_validation"],
-        )
+    if (best := accuracy["at_best_validation"]) is not None:
+        log.info("                  %.4f after the epoch of best validation accuracy", best)
     if result["cosine"]:
         log.info("  alignment with BP, mean cosine of the last epoch")
     for layer, cosine in result["cosine"].items():
-        is_exact = layer in result["cosine_by_construction"]
         value = "no signal" if cosine is None or math.isnan(cosine) else f"{cosine:.3f}"
-        log.info(
-            "    layer %s   %s%s",
-            layer,
-            value,
-            " (BP's own signal, by construction)" if is_exact else "",
-        )
+        if layer in result["cosine_by_construction"]:
+            value += " (BP's own signal, by construction)"
+        log.info("    layer %s   %s", layer, value)
     log.info("  %.0f images/s, %.1f s of training", result["samples_per_second"], result["seconds"])
     log.info("  run directory   %s", run_dir)
     log.info("  %s", plot_line(run_dir))

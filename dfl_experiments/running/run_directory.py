@@ -6,7 +6,6 @@ import hashlib
 import io
 import math
 import os
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,8 +24,6 @@ EPOCH_COLUMNS = (
 # The value of protocol.accuracy decides which entry of `test_accuracy` in result.json is reported.
 HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
-# Texts that a spreadsheet reads as a formula. A number such as -0.3 is not a formula.
-FORMULA = re.compile(r"[=@]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)")
 Row = dict[str, float | int | None]
 
 
@@ -56,15 +53,9 @@ def cell(value: float | int | None) -> str:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Format rows as CSV. An apostrophe is put before each text that a spreadsheet would read as a formula."""
+    """Format rows as CSV."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        cells = list(row)
-        for index, value in enumerate(cells):
-            if isinstance(value, str) and FORMULA.match(value):
-                cells[index] = f"'{value}"
-        writer.writerow(cells)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
@@ -91,9 +82,7 @@ class Table:
             self.sha256 = sha256_of(path)
 
     def _append(self, rows: Iterable[Sequence[str]]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        content = text.getvalue().encode()
+        content = csv_text(rows).encode()
         with naming(self.path), self.path.open("ab") as file:
             file.write(content)
         self.sha256.update(content)
@@ -165,10 +154,7 @@ def as_argument(folder: Path) -> str:
     path = folder.absolute()
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
-    text = str(path)
-    if text.startswith("-"):  # the shell command would read it as an option
-        text = f"./{text}"
-    return shlex.quote(text)
+    return shlex.quote(str(path))
 
 
 def plot_line(folder: Path) -> str:

@@ -16,13 +16,11 @@ from dfl_experiments.running.outcome import (
     ending,
     objective,
     other_endings,
-    other_versions,
     overrides_of,
 )
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
 
-ROWS_SHOWN = 50
 # options in NOT_IN_DIGEST whose values a sweep may compare
 COMPARED = ("protocol", "stop_collapsed")
 
@@ -101,39 +99,22 @@ def swept_keys(points: Sequence[Mapping[str, str]]) -> list[str]:
 def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
     """Return the rows of summary.csv, the header first: swept keys, status, results, and the folder."""
     points = [values_by_key(end.overrides) for end in endings]
-    keys = swept_keys(points)
-    depth = max((len(end.result.get("cosine", {})) for end in endings), default=0)
-    layers = [str(layer) for layer in range(1, depth + 1)]
-    cosines = [f"cosine/{layer}" for layer in layers]
-    dead = [f"dead/{layer}" for layer in layers]
-    header = [
-        *keys,
-        "status",
-        "reason",
-        "accuracy",
-        "validation_accuracy",
-        *cosines,
-        *dead,
-        "seconds",
-        "folder",
-    ]
-    rows: list[list[Any]] = [header]
-    for end, values in zip(endings, points, strict=True):
-        result = end.result
-        rows.append(
-            [
-                *(values.get(key, "") for key in keys),
-                end.status,
-                end.reason,
-                result.get("accuracy"),
-                result.get("validation_accuracy"),
-                *(result.get("cosine", {}).get(layer) for layer in layers),
-                *(result.get("dead", {}).get(layer) for layer in layers),
-                result.get("seconds"),
-                end.folder,
-            ]
-        )
-    return rows
+    results = [end.result for end in endings]
+    depth = max((len(result.get("cosine", {})) for result in results), default=0)
+    columns: dict[str, list[Any]] = {}
+    for key in swept_keys(points):
+        columns[key] = [values.get(key, "") for values in points]
+    columns["status"] = [end.status for end in endings]
+    columns["reason"] = [end.reason for end in endings]
+    for name in ("accuracy", "validation_accuracy"):
+        columns[name] = [result.get(name) for result in results]
+    for name in ("cosine", "dead"):
+        for layer in range(1, depth + 1):
+            column = [result.get(name, {}).get(str(layer)) for result in results]
+            columns[f"{name}/{layer}"] = column
+    columns["seconds"] = [result.get("seconds") for result in results]
+    columns["folder"] = [end.folder for end in endings]
+    return [[*columns], *map(list, zip(*columns.values(), strict=True))]
 
 
 def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:
@@ -159,26 +140,22 @@ def print_settings(endings: Sequence[Ending]) -> None:
         return
     keys, settings = settings_of(endings)
     table = [["", *keys, "n", "accuracy", "validation accuracy", "cosine of layer 1"]]
-    for setting in settings[:ROWS_SHOWN]:
+    for setting in settings:
         is_best = setting is settings[0] and len(settings) > 1
         table.append(["*" if is_best else "", *setting.values, *setting.row()])
     # leave out the columns without a value
     columns = [column for column in zip(*table, strict=True) if set(column[1:]) != {"-"}]
     header, *rows = zip(*columns, strict=True)
     print(tabulate(rows, header, tablefmt="plain", disable_numparse=True))
-    if len(settings) > ROWS_SHOWN:
-        print(f"  … and {len(settings) - ROWS_SHOWN} more settings")
 
 
 def print_unfinished(endings: Sequence[Ending]) -> None:
     """Print every point that has not finished, with its reason."""
     unfinished = [end for end in endings if not end.is_finished]
     width = max((len(end.folder) for end in unfinished), default=0)
-    for end in unfinished[:ROWS_SHOWN]:
+    for end in unfinished:
         description = end.reason or " ".join(end.overrides)
         print(f"  {end.folder:{width}}  {end.status:11}  {description}")
-    if len(unfinished) > ROWS_SHOWN:
-        print(f"  … and {len(unfinished) - ROWS_SHOWN} more")
 
 
 def print_best(folder: Path, endings: Sequence[Ending]) -> None:
@@ -216,10 +193,6 @@ def print_summary(sweep: Sweep) -> int:
     if has_more:
         print(
             f"  only the points of this command; the folder holds {len(rest)} more, and {report} shows all"
-        )
-    if not sweep.force and (versions := other_versions(sweep, named)):
-        print(
-            f"  some points were done before, with {', '.join(versions)}; force=true trains them again"
         )
     if not named:
         print_best(sweep.folder, rest)

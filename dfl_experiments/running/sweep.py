@@ -20,7 +20,7 @@ from dfl_experiments.configuration.refusals import MISTAKES, one_line, uncompose
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.event_files import refuse_missing_package
-from dfl_experiments.running.locks import Busy, lock_run, refuse_links
+from dfl_experiments.running.locks import Busy, lock_run
 from dfl_experiments.running.outcome import Sweep, SweepPoint, has_begun, write_outcome
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
@@ -30,7 +30,6 @@ from dfl_experiments.running.workers import BUSY, check_launcher, silence_submit
 
 log = logging.getLogger(__name__)
 
-MANY_JOBS = 50  # with more jobs, the progress of the check is shown
 TRACEBACK = "traceback.txt"
 # options that must be the same for all jobs, because Hydra reads them only once per command
 SAME_FOR_ALL_JOBS = ("hydra.sweeper", "hydra.launcher", "hydra.sweep.dir", "sweep")
@@ -42,18 +41,12 @@ class SweepJob:
 
     command: str
     """ID of the sweep's command."""
-    number: int = 0
+    number: int
     """Hydra's number of the job."""
-    at_once: int = 1
+    at_once: int
     """Number of jobs that the launcher runs at once; -1: one per core."""
-    folder: Path | None = None
-    """Folder of the sweep, where the ended points are counted; None: do not count."""
-
-    def count(self, kind: str, start: float) -> str:
-        """Count the point as ended, and return the progress of the sweep, see `PointCounter.add`."""
-        return (
-            "" if self.folder is None else PointCounter(self.folder, self.command).add(kind, start)
-        )
+    folder: Path
+    """Folder of the sweep, where the ended points are counted."""
 
 
 def check_sweep(cfg: DictConfig, command: str) -> Sweep:
@@ -74,15 +67,13 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     grid = sweep_points([*swept, *cfg.hydra.overrides.task], sweeper)
     is_grid = sweeper == BASIC
     jobs = list(itertools.islice(grid, None if is_grid else 1))
-    is_long = len(jobs) > MANY_JOBS
-    if is_long:
-        print(f"checking {len(jobs)} jobs", flush=True)
     digests: dict[str, str] = {}
     folders: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
     sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, bool(cfg.force))
-    bar = tqdm(jobs, "checking", unit="job", leave=False, disable=None if is_long else True)
-    for number, overrides in enumerate(bar):
+    for number, overrides in enumerate(
+        tqdm(jobs, "checking", unit="job", leave=False, disable=None)
+    ):
         job = " ".join(overrides)
         try:
             configuration, folder = check_job(cfg, overrides, number)
@@ -90,7 +81,6 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
                 raise UserError(
                     f"validation_fraction=0: hydra/sweeper={sweeper} needs a validation accuracy"
                 )
-            refuse_links(sweep.folder / folder)
         except (*MISTAKES, ValueError) as error:
             raise UserError(
                 f"{one_line(uncomposed(error, overrides))} (in the job {job})"
@@ -156,7 +146,7 @@ def run_point(
     """
     from dfl_experiments.running.run import failure
 
-    start = time.time()
+    start, counter = time.time(), PointCounter(job.folder, job.command)
     try:
         with BUSY, lock_run(run_dir, job.command):
             try:
@@ -173,16 +163,16 @@ def run_point(
             if result["status"] != "finished":
                 ending = f"{result['status']}, {ending}"
             log.info(
-                "%s  (%s: %s)", job.count("ran", start) or result["status"], run_dir.name, ending
+                "%s  (%s: %s)", counter.add("ran", start) or result["status"], run_dir.name, ending
             )
         else:
-            job.count("found", start)
+            counter.add("found", start)
         return result["accuracy"]
     except Busy as busy:
-        job.count("elsewhere", start)
+        counter.add("elsewhere", start)
         log.info("%s", busy)
     except Exception as error:
-        job.count("failed", start)
+        counter.add("failed", start)
         if not isinstance(error, UserError | OSError):
             (run_dir / TRACEBACK).write_text(
                 "".join(traceback.format_exception(error)), encoding="utf-8"

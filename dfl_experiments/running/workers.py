@@ -37,11 +37,7 @@ def at_work(sweep: Sweep) -> set[int]:
 
 
 def check_launcher(launcher: str, node: DictConfig) -> None:
-    """Raise `UserError` if the launcher's options would start no job, or leave a job no time to save its run."""
-    if node.get("n_jobs") == 0:
-        raise UserError(
-            "hydra.launcher.n_jobs=0: must be the number of jobs at once, or -1 for one per core"
-        )
+    """Raise `UserError` if the launcher's options leave a job no time to save its run."""
     if launcher == QUEUE and node.timeout_min * 60 <= node.signal_delay_s:
         raise UserError(
             f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than hydra.launcher.signal_delay_s="

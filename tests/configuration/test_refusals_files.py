@@ -1,7 +1,5 @@
 """A refusal leaves files as they were, a configuration from elsewhere calls nothing, a misfit is found in time."""
 
-import itertools
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -130,48 +128,6 @@ def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(strang
     assert not Path("touched").exists()
 
 
-BOMBS = {
-    "aliases": "a: &a [x, x]\n"
-    + "".join(
-        f"{k}: &{k} [*{j}, *{j}]\n" for j, k in itertools.pairwise("abcdefghijklmnopqrstuvwx")
-    ),
-    "brackets": "[" * 50_000,
-    "length": "a: " + "x" * 2**21,
-}
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_a_file_that_would_grow_without_end_is_refused_at_once(bomb, stranger, monkeypatch, capsys):
-    stranger({})
-    Path("theirs/config.yaml").write_text(BOMBS[bomb])
-    for key in ("repeat", "resume"):
-        assert "theirs/config.yaml" in refusal([f"{key}=theirs"], monkeypatch, capsys)
-    result = json.loads(Path("theirs/result.json").read_text())
-    del result["seal"]
-    text = json.dumps(result).replace(
-        '"smoke": null', '"smoke": ' + '{"a": ' * 900 + "1" + "}" * 900
-    )
-    Path("theirs/result.json").write_text(text)
-    assert "more than 20 levels" in dfl_report(Path(), "theirs").stderr
-    Path("theirs/result.json").write_text("[" * 50_000)
-    assert "left out: theirs" in dfl_report(Path(), "theirs").stderr
-
-
-def test_a_run_directory_with_a_link_in_it_is_not_written_to(stranger, monkeypatch, capsys):
-    stranger({})
-    Path("precious").write_text("mine")
-    for name in ("run.log", "iterations.csv", "last.pt", ".lock", ".running"):
-        link = Path("theirs", name)
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path("precious").absolute())
-        said = f"theirs/{name}: is a symbolic link"
-        assert said in refusal(["resume=theirs"], monkeypatch, capsys)
-        sweep = ["hydra.sweep.dir=.", "hydra.sweep.subdir=theirs", "seed=0"]
-        assert said in refusal(["--multirun", *QUICK, *sweep], monkeypatch, capsys)
-        link.unlink()
-    assert Path("precious").read_text() == "mine"
-
-
 def test_what_looks_like_an_interpolation_in_a_path_is_a_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DFL_DATA_DIR", str(tmp_path / "a${b}\\${oc.env:HOME}"))
@@ -294,26 +250,3 @@ def test_what_torch_cannot_make_is_named_with_its_options():
         UserError, match=r"model: cannot be built with widths=\[4\], .* \(.*negative dimension"
     ):
         component(node, "model").build(input_shape=(1, 8, -8), num_classes=10)
-
-
-SLIPS = {
-    "name: bad\n_target_: [\n": "line 2: _target_: [",
-    "name: bad\n\t_target_: x\n": "line 2: _target_: x",
-    "name: bad\nname: worse\n": "line 2: name: worse",
-    "name: a: b\n": "line 1: name: a: b",
-    'name: "bad\n\n\n': 'line 1: name: "bad',
-}
-
-
-@pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"]], ids=["run", "sweep"])
-@pytest.mark.parametrize("text", SLIPS)
-def test_a_slip_in_a_file_of_one_s_own_is_one_line_with_its_place(
-    text, sweep, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "conf" / "method" / "bad.yaml"
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    said = refusal([*sweep, "method=bad", "--config-dir", "conf"], monkeypatch, capsys)
-    assert said.startswith(f"dfl-train: error: {path}, {SLIPS[text]}")
-    assert said.count("\n") == 1

@@ -1,6 +1,5 @@
 """Augmentation of whole batches: what each operation makes of an image, how often it is drawn, and in which order."""
 
-import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
@@ -99,13 +98,6 @@ def test_each_image_gets_its_own_operations(shape):
         assert torch.equal(result[index], expected)
 
 
-def test_one_image_alone():
-    images = pictures((3, 32, 32))[3:4]
-    augmentation = Augmentation(flip=0.5, randaugment=True, cutout=14)
-    for seed in range(20):
-        assert augmentation(images, floats, generator(seed)).shape == images.shape
-
-
 def test_the_images_given_are_left_as_they_are():
     images = pictures((3, 32, 32))
     before = images.clone()
@@ -195,13 +187,3 @@ def test_options_out_of_range_are_refused(option, value):
     node = {"_target_": "dfl_experiments.data.augmentation.Augmentation", option: value}
     with pytest.raises(UserError, match=f"^augmentation.{option}="):
         component(node, "augmentation")
-
-
-def test_real_images(data_dir):
-    images = torch.from_numpy(
-        np.load(data_dir / "cifar10" / "train_images.npy", mmap_mode="r")[:48].copy()
-    )
-    for operation in OPERATIONS:
-        value = magnitude(operation, 9, 32, 32)
-        expected = _apply_op(images, operation, value, InterpolationMode.NEAREST, None)
-        assert torch.equal(apply(operation, images, value), expected), operation

@@ -82,9 +82,7 @@ def test_a_part_of_somebody_s_arrays_is_not_written_over(brought, name):
     refused("made", Made(), brought, rf"made: incomplete, without {name}; add the missing files")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", "7", '{"format": "x"}', '{"format": 1}', '{"format": 1, "files": {}}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 1, "files": {}}'])
 def test_a_damaged_record(packed, text):
     (packed / "made" / checksums.RECORD).write_text(text)
     refused(
@@ -92,18 +90,6 @@ def test_a_damaged_record(packed, text):
         Made(),
         packed,
         r"made/(checksums.json|train_images.npy): unreadable or damaged \(.+\); delete ",
-    )
-
-
-@pytest.mark.parametrize("version", [0, 2])
-def test_a_pack_of_another_version(packed, version):
-    record = packed / "made" / checksums.RECORD
-    record.write_text(record.read_text().replace('"format": 1', f'"format": {version}'))
-    refused(
-        "made",
-        Made(),
-        packed,
-        rf"made/{checksums.RECORD}: .*format Input should be 1.*; delete .*/made so that it",
     )
 
 
@@ -130,34 +116,26 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
             IMAGES.astype(np.int8),
             r"must be uint8 images \(N, C, H, W\), .*, is int8 \(4, 1, 2, 2\)",
         ),
-        ("train_images", IMAGES.astype(np.int64), "must be uint8"),
         (
             "train_images",
             IMAGES[:, 0],
             r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(4, 2, 2\)",
         ),
         ("test_images", IMAGES[:0], "must be uint8"),
-        ("test_images", IMAGES[..., :0], r"must be uint8 .*, is uint8 \(4, 1, 2, 0\)"),
-        ("train_images", np.uint8(3), r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(\)"),
         (
             "train_images",
             np.zeros((4, 8, 8, 3), np.uint8),
             r"\(4, 8, 8, 3\) is \(N, H, W, C\), .* save images",
         ),
-        ("train_images", np.zeros((4, 48, 64, 3), np.uint8), r"\(4, 48, 64, 3\) is \(N, H, W, C\)"),
-        ("train_images", np.zeros((4, 48, 64, 1), np.uint8), r"\(4, 48, 64, 1\) is \(N, H, W, C\)"),
         (
             "test_images",
             np.zeros((2, 1, 3, 2), np.uint8),
             r"has images of shape \(1, 3, 2\), but train_images.npy has images of shape \(1, 2, 2\)",
         ),
-        ("test_images", np.zeros((2, 3, 2, 2), np.uint8), r"has images of shape \(3, 2, 2\), but"),
         ("test_images", IMAGES[:1], "test_labels.npy: must be 1 integers"),
         ("train_labels", LABELS[:3], r"must be 4 integers, is int64 \(3,\)"),
         ("train_labels", LABELS[:, None], "must be 4 integers"),
         ("train_labels", LABELS.astype(float), "must be 4 integers, is float64"),
-        ("train_labels", LABELS.astype(bool), "must be 4 integers, is bool"),
-        ("train_labels", np.array(["cat"] * 4), "must be 4 integers"),
         (
             "test_labels",
             np.array([0, 2]),
@@ -168,12 +146,9 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
             np.array([0, 1, -1, 0]),
             "labels must be 0 to 1, .*; they range from -1 to 1",
         ),
-        ("classes", [], "must name at least two classes"),
         ("classes", ["a"], "must name at least two classes"),
         ("classes", ["a", "b", "a"], "must name at least two classes, and none of them twice"),
         ("classes", {"a": 0, "b": 1}, r'must be a list of class names, such as \["cats", "dogs"\]'),
-        ("classes", [0, 1], "must be a list of class names"),
-        ("classes", "ab", "must be a list of class names"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(brought, tmp_path, part, value, message):
@@ -187,28 +162,6 @@ def test_arrays_that_do_not_fit_are_refused(brought, tmp_path, part, value, mess
     refused("made", Made(), brought, message)
     path.write_bytes(path.read_bytes()[:-1])
     refused("made", Made(), brought, rf"{file}: (unreadable|must)")
-
-
-def test_files_that_are_no_arrays(brought):
-    folder = brought / "made"
-    for number, name in enumerate(FILES[:-1]):
-        file = folder / name
-        whole = file.read_bytes()
-        if number == 0:
-            np.save(file, np.array([{"pickled": 1}]), allow_pickle=True)
-        elif number == 1:
-            with file.open("wb") as opened:
-                np.savez(opened, np.zeros(3))
-        else:
-            file.write_text("words")
-        refused("made", Made(), brought, rf"{name}: unreadable or damaged \(.+\); ")
-        file.write_bytes(whole)
-    for text in (b"[", b"\xff\xfe", b""):
-        (folder / CLASSES).write_bytes(text)
-        refused("made", Made(), brought, r"classes\.json: unreadable or damaged \(.+\); ")
-    (folder / CLASSES).unlink()
-    (folder / CLASSES).mkdir()
-    refused("made", Made(), brought, "incomplete, without classes.json")
 
 
 def test_a_file_where_the_folder_would_be(tmp_path):

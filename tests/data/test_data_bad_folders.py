@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from data_helpers import contents, refused, write_image
 from PIL import Image
-from processes import dfl_train
 
 from dfl_experiments import train
 from dfl_experiments.data.packs import load_pack
@@ -34,20 +33,12 @@ def write(name: str, content: bytes = b""):
     return lambda root: (root / name).write_bytes(content)
 
 
-def append(name: str, text: str):
-    return lambda root: (root / name).write_text((root / name).read_text() + text)
-
-
 def shorten(name: str, count: int):
     return lambda root: (root / name).write_bytes((root / name).read_bytes()[:-count])
 
 
 def make(*names: str):
     return lambda root: [(root / name).mkdir(parents=True) for name in names]
-
-
-def link(name: str, target: str):
-    return lambda root: (root / name).symlink_to(target)
 
 
 def forbid(name: str):
@@ -68,24 +59,14 @@ def half(name: str, **options):
     return change
 
 
-def frames(name: str, count: int, dtype: type = np.uint8):
-    """An image file with so many frames that all differ."""
-
-    def change(root: Path) -> None:
-        images = [Image.fromarray(np.full((8, 8), 200 - index, dtype)) for index in range(count)]
-        options = {"save_all": True, "append_images": images[1:]} if count > 1 else {}
-        images[0].save(root / name, **options)
-
-    return change
+def deep(name: str, dtype: type):
+    """An image file with more than 8 bits per channel."""
+    return lambda root: Image.fromarray(np.full((8, 8), 200, dtype)).save(root / name)
 
 
 FOLDERS = {
     "no folder": (shutil.rmtree, r"dataset\.source\.path=\S*mine: no such folder"),
     "a file": (all_of(shutil.rmtree, lambda root: root.write_text("x")), "mine: no such folder"),
-    "a link to itself": (
-        all_of(shutil.rmtree, lambda root: root.symlink_to(root)),
-        "mine: no such folder",
-    ),
     "no train": (remove("train"), r"mine: needs train/ and test/ \(or val/\)"),
     "no test": (remove("test"), "needs train/ and test/"),
     "test is a file": (all_of(remove("test"), write("test")), "needs train/ and test/"),
@@ -96,14 +77,6 @@ FOLDERS = {
     "images without classes": (write("train/x.png"), r"train/x\.png: is outside the class folders"),
     "class in train only": (remove("test/dogs"), r"test/dogs/: no images of this class"),
     "class in test only": (make("test/birds"), r"train/birds/: no images of this class"),
-    "class of another case": (
-        rename("test/dogs", "test/Dogs"),
-        r"train/Dogs/: no images of this class",
-    ),
-    "class is a file": (
-        all_of(remove("train/dogs"), write("train/dogs")),
-        r"train/dogs/: no images of this class",
-    ),
     "one class": (
         all_of(remove("train/dogs"), remove("test/dogs")),
         r"at least two classes, has \['cats'\]",
@@ -113,77 +86,30 @@ FOLDERS = {
         r"train/birds/: no images of this class \(\.bmp .* \.webp\)",
     ),
     "class without test images": (remove("test/dogs/a.png"), r"test/dogs/: no images"),
-    "class of other files": (
-        rename("test/dogs/a.png", "test/dogs/a.heic"),
-        r"test/dogs/: no images",
-    ),
     "zero bytes": (
         write("train/dogs/1.png"),
         r"dogs/1\.png: cannot be read as an image \(cannot identify",
     ),
-    "text": (
-        write("train/dogs/1.png", b"<html>404</html>"),
-        r"dogs/1\.png: cannot be read as an image",
-    ),
-    "no pixels": (
-        write("train/dogs/1.png", b"\x89PNG\r\n\x1a\n no more"),
-        r"dogs/1\.png: cannot be read as an image",
-    ),
     "a huge image": (
         write("test/dogs/x.ppm", b"P6 65535 65535 255\n"),
         r"x\.ppm: cannot be read as .*exceeds limit",
-    ),
-    "a wrong header": (
-        write("test/dogs/x.ppm", b"P6 -1 8 255\n"),
-        r"test/dogs/x\.ppm: cannot be read as an image",
     ),
     "truncated png": (half("train/dogs/1.png"), r"train/dogs/1\.png: cannot be read as an image"),
     "truncated jpeg": (
         half("train/dogs/x.jpg"),
         r"x\.jpg: cannot be read as an image \(.*truncated",
     ),
-    "truncated bmp": (
-        half("train/dogs/x.bmp"),
-        r"x\.bmp: cannot be read as an image \(.*truncated",
-    ),
-    "truncated gif": (half("train/dogs/x.gif", mode="L"), r"x\.gif: cannot be read as an image"),
     "16 bits": (
-        frames("train/dogs/1.png", 1, np.uint16),
+        deep("train/dogs/1.png", np.uint16),
         r"dogs/1\.png: has more than 8 bits per channel; convert it",
     ),
     "floats": (
-        frames("train/dogs/x.tif", 1, np.float32),
+        deep("train/dogs/x.tif", np.float32),
         r"dogs/x\.tif: has more than 8 bits per channel",
     ),
-    "animated gif": (
-        frames("train/dogs/x.gif", 3),
-        r"dogs/x\.gif: has more than one frame; keep one",
-    ),
-    "animated png": (frames("train/dogs/1.png", 2), r"dogs/1\.png: has more than one frame"),
-    "several pages": (frames("test/dogs/x.tiff", 2), r"dogs/x\.tiff: has more than one frame"),
     "mixed sizes": (
         image("test/dogs/x.png", 8, 4),
-        r"train/cats/0\.png is 8x8, test/dogs/x\.png is 8x4; all images",
-    ),
-    "a link to nowhere": (
-        link("train/dogs/x.png", "nowhere"),
-        r"train/dogs/x\.png: is neither a file nor a folder",
-    ),
-    "a link to itself inside": (
-        link("train/dogs/x.png", "x.png"),
-        r"train/dogs/x\.png: is neither a file nor a folder",
-    ),
-    "a loop of links": (
-        link("train/dogs/deeper/again", ".."),
-        r"dogs/deeper/again: is a link to a folder that contains",
-    ),
-    "two links that loop": (
-        all_of(link("train/dogs/there", "../cats"), link("train/cats/back", "../dogs")),
-        r"train/cats/back/there: is a link to a folder that contains the link; delete the link",
-    ),
-    "a pipe": (
-        lambda root: os.mkfifo(root / "train/dogs/x.png"),
-        r"train/dogs/x\.png: is neither a file nor a folder",
+        r"train/cats/0\.png and test/dogs/x\.png differ in size",
     ),
     "a file not to be read": (
         forbid("train/dogs/1.png"),
@@ -208,9 +134,7 @@ def test_bad_folders(folder, tmp_path, case):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize(
-    "case", ["class in test only", "one class", "a link to nowhere", "images without classes"]
-)
+@pytest.mark.parametrize("case", ["class in test only", "images without classes"])
 def test_a_folder_that_has_become_bad_is_refused_although_it_is_packed(folder, tmp_path, case):
     load_pack("folder", Folder(str(folder)), tmp_path / "data")
     FOLDERS[case][0](folder)
@@ -225,11 +149,6 @@ TINY = {
         f"{LABELS}: damaged, it must have one line for each",
     ),
     "labels cut in a class": (shorten(LABELS, 12), "have different classes"),
-    "labels cut before a class": (shorten(LABELS, 14), "have different classes"),
-    "an image twice": (
-        append(LABELS, "val_0.JPEG\tn01\t0\t0\t1\t1\n"),
-        f"{LABELS}: damaged, it must have one line",
-    ),
     "no text": (write(LABELS, b"\xff\xfe\x00"), f"{LABELS}: cannot be read as text"),
     "no validation image": (
         remove("val/images/val_3.JPEG"),
@@ -246,10 +165,8 @@ TINY = {
     "a training image fewer": (remove(IMAGE), f"incomplete, {IMAGE} is missing"),
     "a class without training images": (remove("train/n01"), "have different classes"),
     "a class too few": (write("wnids.txt", b"n02\n"), "wnids.txt have different classes"),
-    "a class twice": (append("wnids.txt", "n01\n"), "wnids.txt have different classes"),
-    "a class unknown": (append("wnids.txt", "n09\n"), "wnids.txt have different classes"),
     "a truncated image": (half(IMAGE, format="JPEG"), f"{IMAGE}: cannot be read as an image"),
-    "another size": (image(IMAGE, 32, 64), f"{IMAGE} is 32x64; all images need the same size"),
+    "another size": (image(IMAGE, 32, 64), f"{IMAGE} differ in size"),
     "one class": (
         all_of(
             remove("train/n01"),
@@ -271,7 +188,7 @@ def test_bad_tinyimagenet(tiny, case):
 
 
 @pytest.mark.usefixtures("clean_logging")
-@pytest.mark.parametrize("case", ["class in test only", "text", "a link to nowhere", "mixed sizes"])
+@pytest.mark.parametrize("case", ["class in test only", "mixed sizes"])
 def test_a_bad_folder_ends_the_run_before_it_trains(folder, tmp_path, monkeypatch, capsys, case):
     FOLDERS[case][0](folder)
     before = contents(folder)
@@ -290,20 +207,3 @@ def test_a_bad_folder_ends_the_run_before_it_trains(folder, tmp_path, monkeypatc
     assert line.startswith(f"dfl-train: error: {folder}")
     assert contents(folder) == before
     assert not list(tmp_path.rglob("last.pt"))
-
-
-def test_a_bad_folder_from_the_shell(folder, tmp_path):
-    (folder / "train" / "cats" / "0.png").write_bytes(b"")
-    done = dfl_train(
-        tmp_path,
-        "dataset=folder",
-        f"dataset.source.path={folder}",
-        "data_dir=data",
-        "tracking=disabled",
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(
-        f"dfl-train: error: {folder}/train/cats/0.png: cannot be read as an image"
-    )
-    assert "Traceback" not in done.stdout

@@ -58,28 +58,6 @@ def test_list_and_prepare(monkeypatch, capsys, mnist):
     )
 
 
-def test_the_list_names_packs_of_one_s_own(monkeypatch, capsys, folder, tmp_path):
-    data = (f"data_dir={tmp_path / 'd'}",)
-    choice = ("dataset=folder", "dataset.name=flowers", f"dataset.source.path={folder}")
-    run(monkeypatch, "prepare", *choice, *data)
-    capsys.readouterr()
-    run(monkeypatch, "list", *data)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    (own,) = [line for line in lines if line[0].startswith("flowers-")]
-    assert own[1:6] == ["packed", "6", "2", "3x8x8", "2"]
-
-
-def test_data_too_large_for_the_memory_are_one_line(monkeypatch, capsys, mnist):
-    def too_large(*arguments, **options):
-        raise MemoryError("12 GiB")
-
-    monkeypatch.setattr(dfl_data, "load_pack", too_large)
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, "prepare", "dataset=mnist", f"data_dir={mnist}")
-    assert caught.value.code == 1
-    assert capsys.readouterr().err == "dfl-data: error: the data do not fit into memory (12 GiB)\n"
-
-
 def test_the_examples_of_the_help_can_be_typed():
     examples = re.findall(r"dfl-data (\w+)((?: \S+=\S+)*)", dfl_data.EPILOG)
     assert len(examples) == 4
@@ -94,14 +72,6 @@ def test_the_examples_of_the_help_can_be_typed():
         (["prepare", "dataset=mnits"], "mnits"),
         (["prepare", "dataset=digits", "data_dri=x"], "data_dri"),
         (["prepare", "dataset=folder"], "dataset.source.path"),
-        (
-            ["prepare", "dataset=folder", "dataset.source.path='~nobody-at-all/x'"],
-            "there is no such home",
-        ),
-        (
-            ["list", "data_dir='~nobody-at-all/x'"],
-            "data_dir=~nobody-at-all/x: there is no such home",
-        ),
         (
             ["list", "dataset=folder", "dataset.source.path=/dev/null"],
             "dataset.source.path=/dev/null: no such folder",

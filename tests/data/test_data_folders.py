@@ -33,7 +33,7 @@ def test_folder_scales_to_one_size(folder, tmp_path):
     write_image(folder / "train" / "cats" / "wide.png", 1, (30, 12))
     assert Folder(str(folder), size=6).read(tmp_path, False).train_images.shape == (7, 3, 6, 6)
     with pytest.raises(
-        UserError, match=r"0\.png is 8x8, .*wide\.png is 30x12; .*dataset\.source\.size=64"
+        UserError, match=r"0\.png and .*wide\.png differ in size; .*dataset\.source\.size=64"
     ):
         Folder(str(folder)).read(tmp_path, False)
 

@@ -2,19 +2,16 @@
 
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import pytest
-from data_helpers import Made, equal, forked, killed, refused
-from filelock import FileLock, Timeout
+from data_helpers import Made, equal, killed, refused
 
 from dfl_experiments.data import checksums, packs
-from dfl_experiments.data.packs import CLASSES, FILES, is_packed, load_pack, pack
+from dfl_experiments.data.packs import FILES, is_packed, load_pack, pack
 from dfl_experiments.data.sources import Cifar, Mnist
 from dfl_experiments.data.sources_folders import Folder, TinyImageNet
 from dfl_experiments.errors import UserError
@@ -36,52 +33,6 @@ def test_missing_data_is_one_line(offline, tmp_path, capsys):
             assert f"dfl-data prepare dataset={name}" in message
             assert "DFL_DATA_DIR" in message
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("left", [(), (CLASSES,), ("train_images.npy",), FILES[:-1]])
-def test_unfinished_pack_is_not_used(mnist, left):
-    folder = mnist / "mnist"
-    if left:
-        pack(Mnist().read(mnist, False), folder)
-    for name in FILES if left else ():
-        (folder / name).write_text("rubbish") if name in left else (folder / name).unlink()
-    (mnist / ".mnist.partial").mkdir()
-    (mnist / ".mnist.partial" / "train_images.npy").write_text("half")
-    assert not is_packed(folder)
-    arrays = load_pack("mnist", Mnist(), mnist)
-    assert equal(arrays, Mnist().read(mnist, False))
-    assert not (mnist / ".mnist.partial").exists()
-
-
-def test_interrupted_pack_leaves_nothing_to_be_used(mnist, monkeypatch):
-    def interrupt(file, array):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(packs.np, "save", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            load_pack("mnist", Mnist(), mnist)
-    assert not is_packed(mnist / "mnist")
-    assert len(load_pack("mnist", Mnist(), mnist).train_labels) == 12
-
-
-def test_interrupted_renames_leave_nothing_to_be_used(mnist, monkeypatch):
-    folder = mnist / "mnist"
-    pack(Made().arrays, folder)
-    (folder / "test_labels.npy").unlink()  # as an interrupted run leaves it
-    rename = Path.replace
-
-    def interrupt(path, target):
-        if path.name not in (checksums.RECORD, "train_images.npy"):
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        load_pack("mnist", Mnist(), mnist)
-    assert (folder / "train_images.npy").exists()
-    assert not is_packed(folder)
 
 
 @pytest.mark.parametrize("before", ["nothing", "a part of a pack"])
@@ -131,43 +82,12 @@ def test_two_processes_at_once(folder, tmp_path):
     assert not list(data_dir.glob("*.partial"))
 
 
-def test_a_killed_process_s_lock_is_free(folder, tmp_path):
-    source, data_dir = Folder(str(folder)), tmp_path / "data"
-    cache = source.cache_name("folder")
-    for moment in range(1, 100):
-        # stopped, not killed: what it holds, it goes on holding
-        child = forked(lambda: load_pack("folder", source, data_dir), moment, signal.SIGSTOP)
-        os.waitpid(child, os.WUNTRACED)
-        half = (data_dir / f".{cache}.partial" / "train_labels.npy").exists()
-        try:
-            if half:
-                with pytest.raises(Timeout):
-                    FileLock(data_dir / f".{cache}.lock").acquire(timeout=0)
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        if half:
-            break
-    assert half
-    assert not is_packed(data_dir / cache)
-    assert equal(load_pack("folder", source, data_dir), source.read(data_dir, False))
-
-
-def test_lock_ends_with_its_context(tmp_path):
-    held = packs.lock_pack(tmp_path, "made")
-    with held, pytest.raises(Timeout):
-        FileLock(tmp_path / ".made.lock").acquire(timeout=0)
-    FileLock(tmp_path / ".made.lock").acquire(timeout=0).lock.release()
-
-
 def test_data_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError, match=r"^data_dir=.*file.*: the packed data set mnist cannot be written there"
     ):
         load_pack("mnist", Mnist(), tmp_path / "file" / "inside")
-    with pytest.raises(UserError, match=r"^data_dir=~nobody-at-all/x: there is no such home"):
-        load_pack("mnist", Mnist(), Path("~nobody-at-all/x"))
 
 
 def test_a_disk_without_room(folder, tmp_path):

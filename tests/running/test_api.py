@@ -87,35 +87,13 @@ def test_a_run_on_standardised_features_predicts_from_raw_ones_where_its_data_ar
         assert (guesses == labels[240:]).mean() == accuracy
 
 
-def test_features_that_a_run_took_as_given_are_predicted_as_given(tmp_path):
-    features, labels = samples_of("bytes")
-    features = (features - 128) / 20
-    np.savez(
-        tmp_path / "data.npz", X_train=features, y_train=labels, X_test=features, y_test=labels
-    )
-    options = (
-        "dataset=arrays",
-        "dataset.source.path=data.npz",
-        "dataset.standardise=false",
-        "hydra.run.dir=here",
-    )
-    assert dfl_train(tmp_path, *options, *ASKED, "model.widths=[32]").returncode == 0
-    run = dfl.load_run(tmp_path / "here")
-    guesses = run.predict(features).argmax(1).numpy()
-    assert (guesses == labels).mean() == run.result["accuracy"]
-
-
 IMAGES = np.zeros((3, 1, 8, 8), np.uint8)
 NO_IMAGES = {
     "floats": IMAGES.astype(np.float32),
-    "fractions": torch.zeros(3, 1, 8, 8, requires_grad=True),
     "wide integers": IMAGES.astype(np.uint16),
-    "booleans": IMAGES > 0,
     "no channel": IMAGES[:, 0],
     "channels last": IMAGES.transpose(0, 2, 3, 1),
-    "flat": IMAGES.reshape(3, 64),
     "one image": IMAGES[0],
-    "a number": np.uint8(3),
 }
 
 

@@ -146,23 +146,6 @@ def test_a_rule_that_failed_may_be_mended(own, tmp_path):
     assert own(*sweep).returncode == 0
 
 
-@pytest.mark.parametrize("editable", [False, True])
-def test_an_installed_rule_is_known_by_its_version_and_an_editable_one_by_its_code(
-    editable, own, tmp_path
-):
-    record = "" if editable else "my_rules.py,,\n"
-    metadata = {
-        "METADATA": "Name: my-rules\nVersion: 1.2\n",
-        "RECORD": f"{record}x.pth,,\n",
-        "top_level.txt": "my_rules",
-    }
-    info = {f"my_rules-1.2.dist-info/{name}": text for name, text in metadata.items()}
-    write(tmp_path, {"my_rules.py": RULE, **info})
-    assert own("method=mine", *SMALL, "hydra.run.dir=here").returncode == 0
-    code = read_result(tmp_path / "here")["code"]["method"]
-    assert (code == "my-rules 1.2") != editable
-
-
 def test_the_code_of_a_notebook_is_unknown_which_is_said_once(tmp_path):
     text = f"""{RULE}
 import dfl_experiments as dfl
@@ -177,22 +160,6 @@ for seed in 0, 1:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("{}") == 2
     assert done.stderr.count("__main__: has no file") == 1
-
-
-def test_a_sweep_says_once_which_other_versions_its_finished_points_are_of(tmp_path):
-    sweep = ("--multirun", "sweep=grid", "seed=0,1", *SMALL)
-    assert dfl_train(tmp_path, *sweep).returncode == 0
-    again = dfl_train(tmp_path, *sweep)
-    assert "done before" not in again.stdout
-    for path in tmp_path.glob("outputs/grid/*/result.json"):
-        result = read_result(path.parent)
-        write_result(path.parent, result | {"versions": result["versions"] | {"torch": "1.0"}})
-    again = dfl_train(tmp_path, *sweep)
-    assert again.returncode == 0
-    (told,) = (line for line in again.stdout.splitlines() if "done before" in line)
-    assert "torch 1.0" in told
-    assert "commit" not in told
-    assert "done before" not in dfl_train(tmp_path, *sweep, "force=true").stdout
 
 
 def test_test_images_that_are_also_training_images_are_counted(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -13,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from processes import dfl_train, ended, forked
 
 from dfl_experiments.running import checkpoint
@@ -115,34 +113,18 @@ class Exploit:
         return os.system, ("touch executed",)
 
 
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-2000])
-
-
-def garbage(path):
-    path.write_bytes(os.urandom(5000))
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def exploit(path):
-    path.write_bytes(pickle.dumps(Exploit()))
-
-
-def exploit_of_torch(path):
-    torch.save({"format": Exploit()}, path)
-
-
-def foreign(path):
-    torch.save({"weights": torch.zeros(3)}, path)
-
-
 def rewritten(path, **changes):
     with tempfile.TemporaryDirectory() as place:
         checkpoint.save_checkpoint(Path(place), checkpoint.read_checkpoint(path) | changes)
         shutil.move(Path(place) / "last.pt", path)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def exploit(path):
+    rewritten(path, random=Exploit())
 
 
 def another_run(path):
@@ -153,33 +135,11 @@ def another_format(path):
     rewritten(path, format=99)
 
 
-def without_a_digest(path):
-    torch.save(checkpoint.read_checkpoint(path), path)
-
-
-def a_flipped_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def missing(path):
     path.unlink()
 
 
-DAMAGE = [
-    truncated,
-    garbage,
-    empty,
-    exploit,
-    exploit_of_torch,
-    foreign,
-    another_run,
-    another_format,
-    without_a_digest,
-    a_flipped_bit,
-    missing,
-]
+DAMAGE = [truncated, exploit, another_run, another_format, missing]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
@@ -193,7 +153,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, interrupted):
     assert not (interrupted / "executed").exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGE[:-1], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("damage", DAMAGE[:2], ids=lambda d: d.__name__)
 def test_two_damaged_checkpoints_are_a_clear_error(damage, interrupted):
     for name in ("last.pt", "previous.pt"):
         damage(interrupted / "here" / name)
@@ -209,27 +169,6 @@ def test_two_damaged_checkpoints_are_a_clear_error(damage, interrupted):
     assert "remove last.pt and previous.pt" in line
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not (interrupted / "executed").exists()
-
-
-WRONG = {
-    "epoch": "two",
-    "threads": "many",
-    "training": {"rows": 3},
-    "net": {},
-    "optimizers": [1],
-    "random": {},
-}
-
-
-@pytest.mark.parametrize("key", WRONG)
-def test_a_wrong_value_in_a_checkpoint_is_one_line(key, interrupted):
-    for name in ("last.pt", "previous.pt"):
-        path = interrupted / "here" / name
-        torch.save(checkpoint.read_checkpoint(path) | {key: WRONG[key]}, path)
-    assert ended(forked(interrupted, "resume=here")) == 2
-    assert last_line(interrupted).startswith("dfl-train: error: ")
-    assert "here/last.pt: " in last_line(interrupted)
-    assert "Traceback" not in (interrupted / "output.txt").read_text()
 
 
 def test_a_table_shorter_than_the_checkpoint_says_is_a_clear_error(interrupted):

@@ -1,23 +1,18 @@
 """Whatever goes wrong around a command is one line, from its first moment on, and no traceback."""
 
-import errno
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from processes import dfl_train
 
 import dfl_experiments as dfl
-from dfl_experiments.configuration.composition import CONF_DIR, compose, point_name
-from dfl_experiments.running.locks import HOLDER, Busy, Holder, lock_run
+from dfl_experiments.configuration.composition import CONF_DIR
 
 QUICK = ("epochs=2", "limit=64", "tracking=disabled", "threads=1", "model.widths=[8]")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -77,14 +72,6 @@ def test_output_that_nobody_reads_ends_in_silence_and_training_goes_on(tmp_path)
     assert (tmp_path / "here" / "result.json").exists()
 
 
-def test_output_to_a_full_disk_is_one_line(tmp_path):
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "dfl_experiments", "--version"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr == "dfl-train: error: [Errno 28] No space left on device\n"
-
-
 def test_windows_is_refused():
     code = "import sys; sys.platform = 'win32'; import dfl_experiments"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -125,30 +112,3 @@ def test_the_library_does_in_any_surroundings_what_it_does_alone(tmp_path):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_a_folder_s_name_is_as_long_as_names_may_be():
-    longest = [f"{group}.name='{'日' * 64}'" for group in ("method", "model", "augmentation")]
-    names = {point_name(compose([*longest, f"seed={seed}"])) for seed in (0, 1)}
-    assert len(names) == 2
-    assert max(len(name.encode()) for name in names) <= 255
-
-
-def test_a_lock_that_a_process_elsewhere_has_left_is_named(monkeypatch, tmp_path):
-    def no_locks(*arguments):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    lock = FileLock(tmp_path / ".lock")
-    with pytest.warns(UserWarning, match="flock"):
-        lock.acquire()
-    pid, _, *rest = (tmp_path / ".lock").read_text().split("\n")
-    lock.release()
-    (tmp_path / ".lock").write_text("\n".join([pid, "elsewhere", *rest]))
-    (tmp_path / HOLDER).write_text(f'{{"host": "elsewhere", "pid": {pid}, "command": null}}')
-    with pytest.warns(UserWarning, match="flock"), pytest.raises(Busy) as busy, lock_run(tmp_path):
-        pass
-    said = str(busy.value)
-    assert str(Holder("elsewhere", int(pid), None)) in said
-    assert f"remove {tmp_path / '.lock'}" in said
-    assert "\n" not in said

@@ -121,11 +121,7 @@ def test_launchers_are_bounded():
 
 def test_what_a_device_cannot_do_is_one_line_that_says_what_to_change():
     settings = check(compose(["batch_size=32"])).settings
-    nondeterministic = RuntimeError(
-        "some_cuda does not have a deterministic implementation, but you set …\nmore"
-    )
     for error, words in (
-        (nondeterministic, "deterministic=true: some_cuda has no deterministic implementation"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB"),
             "batch_size=32: out of memory",
