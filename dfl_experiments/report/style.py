@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,8 +82,6 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.titlesize": 10,
     "figure.titlesize": 12,
-    # DejaVu Sans: for characters that `small_font` lacks
-    "font.family": ["sans-serif", "DejaVu Sans"],
     "font.size": 9,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
@@ -94,15 +90,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "dfl",
     "text.parse_math": False,  # a $ in a name does not begin a formula
 }
-
-
-# The characters of `small_font`: Latin, Greek, punctuation, subscripts, mathematics.
-CHARACTERS = (
-    *range(0x20, 0x180),
-    *range(0x370, 0x400),
-    *range(0x2010, 0x2090),
-    *range(0x2200, 0x2300),
-)
 
 
 class Look(NamedTuple):
@@ -205,44 +192,12 @@ def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
 
 
 @contextmanager
-def styled(**options: Any) -> Iterator[None]:
-    """Use this project's style instead of the user's matplotlibrc. options: settings to change in this style."""
+def styled() -> Iterator[None]:
+    """Use this project's style instead of the user's matplotlibrc."""
     from matplotlib import style
 
-    with style.context({**STYLE, **options}, after_reset=True):
+    with style.context(STYLE, after_reset=True):
         yield
-
-
-@cache
-def small_font() -> str:
-    """Make a copy of DejaVu Sans that has only the usual characters, and return the name of the copy.
-
-    Every PDF file contains those characters of the font that the figure uses. Extracting them from the whole font
-    takes longer than everything else in writing the file. Extracting them from the small copy is fast.
-    """
-    from fontTools import subset
-    from matplotlib import font_manager
-
-    name, family_ids = "Small DejaVu Sans", (1, 4, 16)
-    options = subset.Options(glyph_names=True, layout_features=["*"], name_IDs=["*"])
-    options.drop_tables.append("FFTM")
-    font = subset.load_font(font_manager.findfont("DejaVu Sans"), options)
-    subsetter = subset.Subsetter(options)
-    subsetter.populate(unicodes=CHARACTERS)
-    subsetter.subset(font)
-    for record in font["name"].names:
-        if record.nameID in family_ids:
-            record.string = name
-    path = Path(temporary_folder().name) / "font.ttf"
-    font.save(path)
-    font_manager.fontManager.addfont(path)
-    return name
-
-
-@cache
-def temporary_folder() -> "TemporaryDirectory[str]":
-    """Return a folder that exists until the program ends."""
-    return TemporaryDirectory()
 
 
 def ending_of(path: Path) -> str:
@@ -259,7 +214,6 @@ def save(figure: "Figure", path: Path, dpi: int = 150) -> None:
     Figures of the same runs give files with the same bytes.
     """
     ending = ending_of(path)
-    options = {"font.sans-serif": [small_font()]} if ending == "pdf" else {}
-    with naming(path), styled(**options):
+    with naming(path), styled():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=ending, dpi=dpi, metadata=METADATA[ending])
