@@ -1,4 +1,4 @@
-"""Small runs that a report can be made of, and a browser to look at one with."""
+"""Small runs that a report can be made of."""
 
 import contextlib
 import csv
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,32 +75,6 @@ def finished(accuracy, lr, seed, **config):
     made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
     told = {"last": accuracy, "best": accuracy, "at_best_validation": accuracy, "best_epoch": 1}
     return made | {"validation_accuracy": accuracy, "test_accuracy": told}
-
-
-@contextlib.contextmanager
-def browser(width: int = 1280, dark: bool = False) -> Iterator[Any]:
-    """Chromium without a window; skips, saying so, where there is none."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no chromium and chromedriver on this machine")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "disable-dev-shm-usage"):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        yield window
-    finally:
-        window.quit()
 
 
 def dfl_report(folder, *arguments):
