@@ -28,8 +28,9 @@ from claims import (
     published,
 )
 
-from dfl_experiments.report import dfl_report, frame
+from dfl_experiments.report import document, frame
 from dfl_experiments.report.compare import cosines
+from dfl_experiments.report.dfl_report import arguments
 from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.style import family_of, method_name, row_title, save
 from dfl_experiments.report.table_text import NONE, markdown
@@ -214,7 +215,7 @@ def page(
         "--out": f"{folder}/README.md",
         "--figures": f"{folder}/figures",
     }
-    asked = dfl_report.arguments([str(folder), *itertools.chain(*options.items())])
+    asked = arguments([str(folder), *itertools.chain(*options.items())])
     texts = [
         *claims_part(verdicts),
         *published_part(runs),
@@ -222,7 +223,7 @@ def page(
         *ladder_part(folder),
     ]
     texts += [*controls_part(runs), *families_part(runs)]
-    body = "\n".join([*texts, dfl_report.text(parts, asked, drawings)])
+    body = "\n".join([*texts, document.text(parts, asked, drawings)])
     return "\n".join([TOP.format(count=len(runs)), contents(body), body])
 
 
@@ -250,12 +251,12 @@ def main() -> None:
     drawings = figures(parts)
     folder = asked.runs / "figures"
     shutil.rmtree(folder, ignore_errors=True)  # delete the figures of the previous call
-    dfl_report.save_all(drawings, folder, ["png"])
+    document.save_all(drawings, folder, ["png"])
     save(picture(verdicts), folder / "claims.png")
     depth_ladder.write_figure(asked.runs / "depth_digits")
     stability_map.write_figure(asked.runs / "stability_map")
     (asked.runs / "README.md").write_text(page(runs, parts, verdicts, asked.runs, drawings))
-    (asked.runs / "tables.csv").write_text(dfl_report.csv_of(parts))
+    (asked.runs / "tables.csv").write_text(document.csv_of(parts))
     asked.readme.write_text(readme(asked.readme.read_text(), verdicts))
     print(asked.readme)
 

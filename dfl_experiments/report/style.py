@@ -7,7 +7,6 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.run_directory import naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,6 +213,6 @@ def save(figure: "Figure", path: Path, dpi: int = 150) -> None:
     Figures of the same runs give files with the same bytes.
     """
     ending = ending_of(path)
-    with naming(path), styled():
+    with styled():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=ending, dpi=dpi, metadata=METADATA[ending])

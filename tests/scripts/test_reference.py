@@ -11,7 +11,7 @@ from processes import dfl_train
 from reference import page, readme
 from stability_map import COLUMN, figure
 
-from dfl_experiments.report.dfl_report import csv_of
+from dfl_experiments.report.document import csv_of
 from dfl_experiments.report.frame import runs
 from dfl_experiments.report.tables import sections
 
