@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import matplotlib.style
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from dfl_experiments.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette for colour-blind readers. Each colour is visible on white and on black.
 GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = (
@@ -138,9 +140,6 @@ def look_of(method: str) -> Look:
 
 def gradient(index: int, count: int) -> Look:
     """Return the look of line `index` of `count` ordered lines. The first line is dark, the last line is light."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
     return Look(to_hex(colormaps["viridis"](0.85 * index / max(1, count - 1))))
 
 
@@ -181,7 +180,7 @@ def row_title(row: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
+def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
     """Add a title above a figure, and a caption below the figure. The caption has each note once."""
     width = figure.get_figwidth()
     caption = " ".join(dict.fromkeys(notes))
@@ -193,9 +192,7 @@ def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
 @contextmanager
 def styled() -> Iterator[None]:
     """Use this project's style instead of the user's matplotlibrc."""
-    from matplotlib import style
-
-    with style.context(STYLE, after_reset=True):
+    with matplotlib.style.context(STYLE, after_reset=True):
         yield
 
 
@@ -207,7 +204,7 @@ def ending_of(path: Path) -> str:
     return ending
 
 
-def save(figure: "Figure", path: Path, dpi: int = 150) -> None:
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a figure to a file. The file's ending decides the format.
 
     Figures of the same runs give files with the same bytes.
