@@ -83,12 +83,20 @@ def plot(asked: argparse.Namespace) -> Path:
     """Draw the figure and return the path of its file."""
     from dfl_experiments.report.frame import runs
     from dfl_experiments.report.lines import draw
-    from dfl_experiments.report.style import ending_of, save
+    from dfl_experiments.report.style import save
 
     path = asked.out or (asked.runs[0] if len(asked.runs) == 1 else Path()) / "plot.png"
-    ending_of(path)
-    options = {"color": asked.color, "facet": asked.facet, "smooth": asked.smooth, "log": asked.log}
-    save(draw(runs(*asked.runs), asked.what, asked.layer, asked.by, **options), path, asked.dpi)
+    figure = draw(
+        runs(*asked.runs),
+        asked.what,
+        asked.layer,
+        asked.by,
+        asked.color,
+        asked.facet,
+        asked.smooth,
+        asked.log,
+    )
+    save(figure, path, asked.dpi)
     return path
 
 

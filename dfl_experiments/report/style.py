@@ -1,7 +1,7 @@
 """Define the style of figures and tables: colours and printed names of methods. Also write figures to files."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -189,27 +189,20 @@ def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
         figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
 
 
-@contextmanager
-def styled() -> Iterator[None]:
+def styled() -> AbstractContextManager[None]:
     """Use this project's style instead of the user's matplotlibrc."""
-    with matplotlib.style.context(STYLE, after_reset=True):
-        yield
-
-
-def ending_of(path: Path) -> str:
-    """Return the ending of a figure's file. Raises `UserError` if the ending is not png, pdf or svg."""
-    ending = path.suffix[1:].lower()
-    if ending not in METADATA:
-        raise UserError(f"{path}: a figure's file ends in .png, .pdf or .svg")
-    return ending
+    return matplotlib.style.context(STYLE, after_reset=True)
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write a figure to a file. The file's ending decides the format.
+    """Write a figure to a file. Figures of the same runs give files with the same bytes.
 
-    Figures of the same runs give files with the same bytes.
+    Raises:
+        UserError: the file's name does not end in .png, .pdf or .svg.
     """
-    ending = ending_of(path)
+    ending = path.suffix[1:].lower()
+    if ending not in METADATA:
+        raise UserError(f"{path}: a figure's file ends in .png, .pdf or .svg")
     with styled():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=ending, dpi=dpi, metadata=METADATA[ending])

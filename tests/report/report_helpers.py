@@ -4,18 +4,15 @@ import contextlib
 import csv
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from processes import dfl_train, ended, forked
+from processes import dfl_train
 from sklearn.datasets import load_digits
 
 from dfl_experiments.report.dfl_report import main
@@ -113,29 +110,11 @@ def reported(tmp_path_factory):
     assert dfl_train(place, *GRID, data, "method=las", "optimizer.lr=1e30").returncode == 0
     smoke = dfl_train(place, *GRID, data, "method=dfa", "optimizer.lr=1e-2", "smoke=32")
     assert smoke.returncode == 0, smoke.stderr
-    before = set((place / "outputs" / "grid").glob("*/epochs.csv"))
-    endless = (
-        *GRID,
-        data,
-        "method=ltas",
-        "optimizer.lr=1e-2",
-        "epochs=3",
-        "checkpoint.every_seconds=0",
-    )
-    stuck = forked(place, *endless, before=slow_steps)
-    while not set((place / "outputs" / "grid").glob("*/epochs.csv")) - before:
-        time.sleep(0.02)
-    os.kill(stuck, signal.SIGKILL)
-    assert ended(stuck) == -signal.SIGKILL
+    stuck = dfl_train(place, *GRID, data, "method=ltas", "optimizer.lr=1e-2")
+    assert stuck.returncode == 0, stuck.stderr
+    (result,) = (place / "outputs" / "grid").glob("ltas-*/result.json")
+    result.unlink()  # as if the run had been killed
     return place
-
-
-def slow_steps():
-    """In the process to be killed: every training step takes a while."""
-    from dfl_experiments.engine.learner import Learner
-
-    step = Learner.step
-    Learner.step = lambda *arguments: (time.sleep(1), step(*arguments))[1]
 
 
 @pytest.fixture(scope="session")

@@ -99,8 +99,6 @@ def test_commands_repeat_the_shown_runs(reported):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere: no such folder"),
-        (["data"], "data: no run directory there"),
         (["outputs", "--format", "pdf"], "invalid choice: 'pdf'"),
         (["outputs", "--out", "data"], "data: Is a directory"),
     ],
