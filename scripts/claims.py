@@ -1,6 +1,6 @@
-"""Judge the paper's claims on the runs in a folder: print tables, and draw a picture of claims × settings.
+"""Judge the paper's claims on the runs in a folder, and draw a picture of claims × settings.
 
-    python scripts/claims.py outputs/reference [--figure claims.svg]
+    python scripts/claims.py outputs/mine      print the verdicts
 
 A claim says that a difference is positive. It is supported if the 95 % interval of Welch's t is above zero,
 contradicted if the interval is below zero, and undecided otherwise. There are three more verdicts: a run of one of the
@@ -27,7 +27,7 @@ from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose
 from dfl_experiments.report.compare import Estimate
 from dfl_experiments.report.frame import ROW, distinct, runs
-from dfl_experiments.report.style import method_name, row_title, save
+from dfl_experiments.report.style import method_name, row_title
 from dfl_experiments.report.table_text import interval_text
 from dfl_experiments.running.run_directory import CONFIG
 
@@ -55,7 +55,6 @@ COLORS = {
 
 # Pairs of methods that a claim compares. The claim says that the first method has the larger value.
 ALIGNMENT = (("las", "dfa"), ("ltas", "dfa"))
-CLASSES = ALIGNMENT
 OVER_SHALLOW = (("dfa", "shallow"), ("las", "shallow"), ("ltas", "shallow"))
 UNDER_BP = (("bp", "dfa"), ("bp", "las"), ("bp", "ltas"))
 ACCURACY = (*ALIGNMENT, *OVER_SHALLOW, *UNDER_BP)
@@ -190,7 +189,7 @@ def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
     cifar = chosen[chosen.dataset.isin(["cifar10", "cifar100"])]
     for _, rows in cifar.groupby(others, sort=True):
         accuracies = rows.groupby(["dataset", "method"]).accuracy.apply(np.array)
-        for first, second in CLASSES:
+        for first, second in ALIGNMENT:
             sides = [
                 ("cifar100", first),
                 ("cifar100", second),
@@ -326,25 +325,16 @@ def picture(verdicts: pd.DataFrame) -> Figure:
 
 
 def main() -> None:
-    """Read the command line, print the claims and write the picture."""
+    """Print the claims on the runs in the folders of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="write the picture there (png, pdf, svg)"
-    )
-    asked = parser.parse_args()
-    frame = runs(*asked.folders)
-    verdicts = claims(frame)
-    print(verdicts[["claim", "setting", "n", "found", "verdict"]].to_markdown(index=False))
-    print()
-    print(counts(verdicts).to_markdown())
+    frame = runs(*parser.parse_args().folders)
+    shown = claims(frame)[["claim", "setting", "n", "found", "verdict"]]
+    print(shown.to_markdown(index=False))
     print()
     print(published(frame).to_markdown(index=False))
-    if asked.figure:
-        save(picture(verdicts), asked.figure)
-        print(asked.figure)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dfl_experiments.report.frame import layer_names, runs, with_key
 from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, method_order, save
 
-KEPT = Path("outputs/reference/depth_digits")
+SUMMARY = Path("outputs/reference/depth_digits/summary.csv")
 COLUMNS = [
     "init",
     "depth",
@@ -88,7 +90,7 @@ def markdown(summary: pd.DataFrame) -> str:
     return frame.rename_axis("rule").to_markdown(floatfmt=".1f")
 
 
-def draw_rules(axes, means: pd.DataFrame) -> None:
+def draw_rules(axes: Axes, means: pd.DataFrame) -> None:
     """Draw a thin line for each rule and a thick line for the mean of each family.
 
     means: one column for each rule.
@@ -109,10 +111,8 @@ def draw_rules(axes, means: pd.DataFrame) -> None:
     axes.grid(alpha=0.3)
 
 
-def figure(summary: pd.DataFrame):
+def figure(summary: pd.DataFrame) -> Figure:
     """Draw accuracy, cosine and dead units against depth, with a column for each initialisation."""
-    from matplotlib.figure import Figure
-
     chosen = at_best_rate(summary)
     quantities = {"accuracy": "test accuracy", **AUDIT}
     inits = [init for init in INITS if init in set(chosen["init"])]
@@ -145,28 +145,18 @@ def main() -> None:
         metavar="FOLDER",
         help="folders of sweeps for a new summary",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=KEPT,
-        metavar="FOLDER",
-        help="output folder (default: %(default)s)",
-    )
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    path = asked.out / "summary.csv"
-    if asked.collect:
-        kept = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
-        with_collected(kept, asked.collect).to_csv(path, index=False, float_format="%.6g")
-    print(markdown(pd.read_csv(path)))
-    print(write_figure(asked.out))
+    folders = parser.parse_args().collect
+    if folders:
+        with_collected(pd.read_csv(SUMMARY), folders).to_csv(
+            SUMMARY, index=False, float_format="%.6g"
+        )
+    print(markdown(pd.read_csv(SUMMARY)))
+    write_figure()
 
 
-def write_figure(folder: Path) -> Path:
-    """Draw the figure of the summary in a folder, and return the figure's path."""
-    path = folder / "depth.png"
-    save(figure(pd.read_csv(folder / "summary.csv")), path, dpi=120)
-    return path
+def write_figure() -> None:
+    """Draw the figure of the summary."""
+    save(figure(pd.read_csv(SUMMARY)), SUMMARY.with_name("depth.png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,9 @@
-"""Measure the time and memory of single calls and of whole processes, for the benchmark."""
+"""Measure the time and memory of calls, for the benchmark."""
 
-import itertools
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +27,10 @@ def medians(
     contenders: Mapping[str, Call],
     rounds: int,
     device: torch.device,
-    summary: Callable[[list[float]], float] = statistics.median,
     calls: int = 10,
 ) -> Numbers:
     """Return the median seconds per call of each contender. In every round, all contenders are called in turn.
 
-    summary: function that is used in place of the median, such as `min`.
     calls: on a GPU, how often each round calls each contender. These calls do not wait for results, as in training.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -46,7 +38,7 @@ def medians(
         for name, call in contenders.items():
             seconds = gpu_seconds(call, calls) if device.type == "cuda" else cpu_seconds(call)
             times[name].append(seconds)
-    return {name: summary(values[WARM_UP:]) for name, values in times.items()}
+    return {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
 
 
 def cpu_seconds(call: Call) -> float:
@@ -146,52 +138,3 @@ def peak_mb(call: Call, device: torch.device) -> float:
     with Live() as live:
         call()
     return live.peak / 1e6
-
-
-def sweep_times(points: int) -> Numbers:
-    """Run a sweep on the digits. Return the seconds to its first result, the seconds per point and the MB per point.
-
-    The MB per point is computed from the peak memory of two sweeps. The other sweep has a tenth of the points.
-    """
-    few = max(1, points // 10)
-    small, _ = sweep(few)
-    large, ends = sweep(points)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    part = max(1, len(gaps) // 10)
-    return {
-        "s to the first result": ends[0],
-        "s a point, first tenth": statistics.median(gaps[:part]),
-        "s a point, last tenth": statistics.median(gaps[-part:]),
-        "MB a point": (large - small) / (points - few),
-    }
-
-
-def sweep(points: int) -> tuple[float, list[float]]:
-    """Run a sweep in which every run trains for one step.
-
-    Return the sweep's peak memory in MB. Also return the end of each run, in seconds since the start of the sweep.
-    """
-    one_step = (
-        "limit=64",
-        "smoke=64",
-        "epochs=1",
-        "threads=1",
-        "tracking=disabled",
-        "checkpoint.keep=false",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "dfl_experiments.train",
-        "--multirun",
-        "sweep=s",
-        f"seed=range({points})",
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        begun = time.time()
-        process = subprocess.Popen([*command, *one_step], cwd=folder, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit("the sweep did not finish")
-        ends = [path.stat().st_mtime - begun for path in Path(folder).rglob("result.json")]
-    return usage.ru_maxrss / 1024, sorted(ends)

@@ -1,12 +1,10 @@
 """Write the reference page on the kept runs, its figures and tables, and the counts of verdicts in the README.
 
-    python scripts/reference.py [--runs outputs/reference] [--readme README.md]
+    python scripts/reference.py
 
-In the README, the script replaces the text between a line such as `<!-- claims -->` and the next `<!-- end -->`.
+In the README, the script replaces the text between the line `<!-- claims: … -->` and the line `<!-- end -->`.
 """
 
-import argparse
-import itertools
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,16 +26,19 @@ from claims import (
     published,
 )
 
-from dfl_experiments.report import dfl_report, frame
+from dfl_experiments.report import document, frame
 from dfl_experiments.report.compare import cosines
+from dfl_experiments.report.dfl_report import arguments
 from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.style import family_of, method_name, row_title, save
 from dfl_experiments.report.table_text import NONE, markdown
 from dfl_experiments.report.tables import Section, sections
 
 EPOCHS = (1, 12)  # epochs that the table of the controls shows
+KEPT = Path("outputs/reference")
+README = Path("README.md")
 FEWEST_RULES = 4  # with fewer rules, no correlation is computed
-BLOCK = re.compile(r"(<!-- (\w+)[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
+COUNTS = re.compile(r"(<!-- claims.*?-->\n).*?(<!-- end -->)", re.DOTALL)
 HEADING = re.compile(r"^(##) (.*)$", re.MULTILINE)
 TOP = """# The kept runs
 
@@ -90,16 +91,14 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
 
 
 def published_part(runs: pd.DataFrame) -> Iterator[str]:
-    """Yield the section that compares published values with the runs that reproduce them, if there are such runs."""
-    values = published(runs)
-    if values.n.any():
-        yield "## Values that others published\n"
-        yield (
-            "Test accuracy in percent. The files in `conf/experiment/published/` have the sources, settings and what "
-            "differs. A value agrees if it lies in the interval of the seeds' mean, or within the noise floor of one "
-            "accuracy.\n"
-        )
-        yield table(values.astype(str))
+    """Yield the section that compares published values with the runs that reproduce them."""
+    yield "## Values that others published\n"
+    yield (
+        "Test accuracy in percent. The files in `conf/experiment/published/` have the sources, settings and what "
+        "differs. A value agrees if it lies in the interval of the seeds' mean, or within the noise floor of one "
+        "accuracy.\n"
+    )
+    yield table(published(runs).astype(str))
 
 
 def controls_part(runs: pd.DataFrame) -> Iterator[str]:
@@ -109,8 +108,6 @@ def controls_part(runs: pd.DataFrame) -> Iterator[str]:
     """
     is_control = (runs.optimizer == "sgd") & (runs.dataset == "mnist") & (runs.lr == 1e-4)
     sgd = runs[is_control & (runs.status == "finished")]
-    if sgd.empty:
-        return
     yield "## Controls of the alignment figure\n"
     yield (
         "MNIST with SGD at 1e-4, mean over seeds. `fixed_blocks=2` keeps the hidden layers' W, so that only B and the "
@@ -130,31 +127,28 @@ def controls_part(runs: pd.DataFrame) -> Iterator[str]:
     yield table(shown)
 
 
-def stability_part(folder: Path) -> Iterator[str]:
-    """Yield the stability map, if its runs are among the kept runs."""
-    if (folder / "stability_map").exists():
-        yield "## At which rates each rule is stable\n"
-        yield (
-            "A narrow Conv3 (channels 16, 24, 32; two linear layers of 512 units), 10 epochs of Adam. Activations and "
-            "dead units are those of the last epoch.\n"
-        )
-        yield "![Accuracy, activations and dead units against the learning rate](stability_map/stability.png)\n"
+def stability_part() -> Iterator[str]:
+    """Yield the section with the stability map."""
+    yield "## At which rates each rule is stable\n"
+    yield (
+        "A narrow Conv3 (channels 16, 24, 32; two linear layers of 512 units), 10 epochs of Adam. Activations and "
+        "dead units are those of the last epoch.\n"
+    )
+    yield "![Accuracy, activations and dead units against the learning rate](stability_map/stability.png)\n"
 
 
-def ladder_part(folder: Path) -> Iterator[str]:
-    """Yield the section on depth, if the summary of the depth ladder is among the kept runs."""
-    path = folder / "depth_digits" / "summary.csv"
-    if path.exists():
-        summary = pd.read_csv(path)
-        seeds = [f"{part.seed.nunique()} ({init})" for init, part in summary.groupby("init")]
-        yield "## How deep each rule trains\n"
-        yield (
-            "Test accuracy in percent on the bundled digits, fully connected nets of 32 units a layer. Each rule is "
-            "shown at the best of three rates by validation accuracy. Thin lines are rules, thick lines are families. "
-            f"Means include failing runs. Seeds by initialisation: {', '.join(seeds)}.\n"
-        )
-        yield "![Accuracy, cosine and dead units against depth](depth_digits/depth.png)\n"
-        yield f"{depth_ladder.markdown(summary)}\n"
+def ladder_part() -> Iterator[str]:
+    """Yield the section on depth."""
+    summary = pd.read_csv(depth_ladder.SUMMARY)
+    seeds = [f"{part.seed.nunique()} ({init})" for init, part in summary.groupby("init")]
+    yield "## How deep each rule trains\n"
+    yield (
+        "Test accuracy in percent on the bundled digits, fully connected nets of 32 units a layer. Each rule is "
+        "shown at the best of three rates by validation accuracy. Thin lines are rules, thick lines are families. "
+        f"Means include failing runs. Seeds by initialisation: {', '.join(seeds)}.\n"
+    )
+    yield "![Accuracy, cosine and dead units against depth](depth_digits/depth.png)\n"
+    yield f"{depth_ladder.markdown(summary)}\n"
 
 
 def families_part(runs: pd.DataFrame) -> Iterator[str]:
@@ -198,66 +192,49 @@ def contents(text: str) -> str:
 
 
 def page(
-    runs: pd.DataFrame,
-    parts: list[Section],
-    verdicts: pd.DataFrame,
-    folder: Path,
-    drawings: list[Drawing],
+    runs: pd.DataFrame, parts: list[Section], verdicts: pd.DataFrame, drawings: list[Drawing]
 ) -> str:
     """Return the reference page.
 
     parts: the sections of the report.
-    drawings: the figures of the report. Their files are in folder/figures.
+    drawings: the figures of the report, whose files are in outputs/reference/figures.
     """
-    options = {
-        "--format": "markdown",
-        "--out": f"{folder}/README.md",
-        "--figures": f"{folder}/figures",
-    }
-    asked = dfl_report.arguments([str(folder), *itertools.chain(*options.items())])
+    asked = arguments(
+        [str(KEPT), "--format=markdown", f"--out={KEPT}/README.md", f"--figures={KEPT}/figures"]
+    )
     texts = [
         *claims_part(verdicts),
         *published_part(runs),
-        *stability_part(folder),
-        *ladder_part(folder),
+        *stability_part(),
+        *ladder_part(),
+        *controls_part(runs),
+        *families_part(runs),
+        document.text(parts, asked, drawings),
     ]
-    texts += [*controls_part(runs), *families_part(runs)]
-    body = "\n".join([*texts, dfl_report.text(parts, asked, drawings)])
+    body = "\n".join(texts)
     return "\n".join([TOP.format(count=len(runs)), contents(body), body])
 
 
 def readme(text: str, verdicts: pd.DataFrame) -> str:
-    """Return the README with new text between each line `<!-- name -->` and the next `<!-- end -->`."""
-    blocks = {"claims": counts_sentence(verdicts)}
-    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}{match[3]}", text)
+    """Return the README with the new counts of verdicts."""
+    return COUNTS.sub(lambda match: f"{match[1]}{counts_sentence(verdicts)}{match[2]}", text)
 
 
 def main() -> None:
-    """Write the files that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("outputs/reference"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--readme", type=Path, default=Path("README.md"), help="default: %(default)s"
-    )
-    asked = parser.parse_args()
-    runs = frame.runs(asked.runs)
+    """Write the page, the figures, the table and the counts in the README."""
+    runs = frame.runs(KEPT)
     verdicts = claims(runs)
     parts = sections(runs)
     drawings = figures(parts)
-    folder = asked.runs / "figures"
+    folder = KEPT / "figures"
     shutil.rmtree(folder, ignore_errors=True)  # delete the figures of the previous call
-    dfl_report.save_all(drawings, folder, ["png"])
+    document.save_all(drawings, folder, ["png"])
     save(picture(verdicts), folder / "claims.png")
-    depth_ladder.write_figure(asked.runs / "depth_digits")
-    stability_map.write_figure(asked.runs / "stability_map")
-    (asked.runs / "README.md").write_text(page(runs, parts, verdicts, asked.runs, drawings))
-    (asked.runs / "tables.csv").write_text(dfl_report.csv_of(parts))
-    asked.readme.write_text(readme(asked.readme.read_text(), verdicts))
-    print(asked.readme)
+    depth_ladder.write_figure()
+    stability_map.write_figure(runs)
+    (KEPT / "README.md").write_text(page(runs, parts, verdicts, drawings))
+    (KEPT / "tables.csv").write_text(document.csv_of(parts))
+    README.write_text(readme(README.read_text(), verdicts))
 
 
 if __name__ == "__main__":

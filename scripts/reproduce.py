@@ -100,26 +100,33 @@ def launcher_options(launcher: str, jobs: int | None) -> list[str]:
 
 
 def arguments_of(asked: argparse.Namespace, sweep: str, grid: Grid, seeds: list[int]) -> list[str]:
-    """Return the arguments of one call of `dfl-train`."""
-    fixed = {
-        **(SMOKE if asked.smoke else {}),
-        **({"epochs": str(asked.epochs)} if asked.epochs else {}),
-    }
-    return [
-        "--multirun",
-        f"experiment={grid.experiment}",
-        *([f"protocol={asked.protocol}"] if asked.protocol else []),
-        f"sweep={sweep}",
-        *(f"{key}={','.join(values)}" for key, values in grid.axes.items()),
-        f"seed={','.join(map(str, seeds))}",
-        *(f"{key}={value}" for key, value in fixed.items()),
-        *launcher_options(asked.launcher, asked.jobs),
-        *asked.overrides,
-    ]
+    """Return the arguments of one call of `dfl-train`.
+
+    Raises:
+        UserError: an override sets a key that the script sets itself. The report would not know of it.
+    """
+    own = {"sweep": sweep}
+    if asked.smoke:
+        own |= SMOKE
+    if asked.protocol:
+        own["protocol"] = asked.protocol
+    if asked.epochs:
+        own["epochs"] = str(asked.epochs)
+    own |= {key: ",".join(values) for key, values in grid.axes.items()}
+    own["seed"] = ",".join(map(str, seeds))
+    options = launcher_options(asked.launcher, asked.jobs)
+    taken = {"experiment", *own, *(option.partition("=")[0] for option in options)}
+    for override in asked.overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in taken or key.startswith("hydra.sweep."):
+            raise UserError(f"{override}: the script sets {key} itself; --help lists its options")
+    assignments = [f"{key}={value}" for key, value in own.items()]
+    experiment = f"experiment={grid.experiment}"
+    return ["--multirun", experiment, *assignments, *options, *asked.overrides]
 
 
-def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
-    """Return the calls of `dfl-train` in order, each with its grid.
+def calls(asked: argparse.Namespace) -> list[list[str]]:
+    """Return the arguments of the calls of `dfl-train`, in order.
 
     All grids run with the first seed, then all grids run with the next seed. With the launchers slurm and ray, there is
     only one call for each grid, which runs all seeds.
@@ -135,21 +142,14 @@ def calls(asked: argparse.Namespace) -> list[tuple[Grid, list[str]]]:
                 grid = replace(
                     grid, axes={key: v if key in PLACES else v[:1] for key, v in grid.axes.items()}
                 )
-            result.append((grid, arguments_of(asked, sweep, grid, seeds)))
+            result.append(arguments_of(asked, sweep, grid, seeds))
     return result
 
 
 def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> float:
     """Return the estimated seconds of a run on this machine, from two steps with random images."""
-    cfg = check(
-        compose(
-            [
-                f"experiment={experiment}",
-                *(f"{group}={point[group]}" for group in PLACES),
-                *overrides,
-            ]
-        )
-    )
+    places = [f"{group}={point[group]}" for group in PLACES]
+    cfg = check(compose([f"experiment={experiment}", *places, *overrides]))
     count, shape, classes = SIZES[point["dataset"]]
     learner = learner_of(cfg, shape, classes, choose_device(cfg.settings.device))
     batch = random_batch(shape, classes, cfg.settings.batch_size, learner.device)
@@ -163,34 +163,22 @@ def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> 
     return step * math.ceil(count / cfg.settings.batch_size) * cfg.settings.epochs
 
 
-def single_valued(overrides: list[str]) -> tuple[list[str], int]:
-    """Return the overrides with a single value. Also return the number of combinations of the other overrides.
+def fixed_overrides(asked: argparse.Namespace) -> tuple[list[str], int]:
+    """Return the overrides with a single value, and the number of combinations of the other overrides.
 
     Overrides of Hydra's own options are left out.
     """
-    single, combinations = [], 1
-    for override in OverridesParser.create().parse_overrides(overrides):
+    own = [("protocol", asked.protocol), ("epochs", asked.epochs)]
+    fixed = [f"{key}={value}" for key, value in own if value]
+    combinations = 1
+    for override in OverridesParser.create().parse_overrides(asked.overrides):
         if override.is_hydra_override():
             continue
         if override.is_sweep_override():
             combinations *= len(list(override.sweep_iterator()))
         else:
-            single.append(str(override.input_line))
-    return single, combinations
-
-
-def fixed_overrides(asked: argparse.Namespace) -> tuple[list[str], int]:
-    """Return the overrides that are equal in all runs.
-
-    Also return the number of combinations of the other overrides.
-    """
-    fixed, times = single_valued(asked.overrides)
-    own = []
-    for key in ("protocol", "epochs"):
-        value = getattr(asked, key)
-        if value:
-            own.append(f"{key}={value}")
-    return own + fixed, times
+            fixed.append(str(override.input_line))
+    return fixed, combinations
 
 
 @dataclass(frozen=True)
@@ -209,8 +197,8 @@ class PlannedCell:
     def __str__(self) -> str:
         point = next(self.grid.points())
         words = " ".join(point[group] for group in PLACES)
-        plural = "s" if self.runs > 1 else ""
-        return f"{self.hours:9.3g} h  {self.grid.experiment}: {words}, seed {self.seed}, {self.runs} run{plural}"
+        name = f"{self.grid.experiment}: {words}, seed {self.seed}"
+        return f"{self.hours:9.3g} h  {name}, runs: {self.runs}"
 
 
 def cells_of(grid: Grid) -> Iterator[Grid]:
@@ -237,10 +225,11 @@ def unfinished(sweep: str, grid: Grid, seed: int, overrides: list[str]) -> int:
 
 
 def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
-    """Return the unfinished cells in the order in which a budget is spent.
+    """Return the unfinished cells in the order in which a budget is spent, with their hours on this machine.
 
     The cells of the first seed come first, then those of the next seed. Within a seed, the cheapest cell comes first.
     """
+    print("timing 2 steps of each kind of run", file=sys.stderr)
     fixed, times = fixed_overrides(asked)
     grids = []
     for sweep, whole in chosen(asked.target, asked.only):
@@ -264,53 +253,24 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
     return planned
 
 
-def cells_within(asked: argparse.Namespace) -> list[PlannedCell]:
-    """Return the cells that fit into the budget, and print them with their hours.
+def show(cells: list[PlannedCell]) -> None:
+    """Print the cells, and their number of runs and hours in all."""
+    for cell in cells:
+        print(cell)
+    runs, hours = sum(cell.runs for cell in cells), sum(cell.hours for cell in cells)
+    print(f"{hours:9.3g} h  in all, one run after the other: {runs} runs of {len(cells)} cells")
 
-    Raises `UserError` if no cell fits.
-    """
-    print("timing 2 steps of each kind of run", file=sys.stderr)
-    planned = planned_cells(asked)
-    totals = list(itertools.accumulate(cell.hours for cell in planned))
-    fitting = [cell for cell, total in zip(planned, totals, strict=True) if total <= asked.budget]
+
+def within(budget: float, planned: list[PlannedCell]) -> list[PlannedCell]:
+    """Return the cells that fit into the budget. Raises `UserError` if no cell fits."""
+    totals = itertools.accumulate(cell.hours for cell in planned)
+    fitting = [cell for cell, total in zip(planned, totals, strict=True) if total <= budget]
     if planned and not fitting:
         raise UserError(
             f"--budget: too small; the cheapest cell takes about {planned[0].hours:.2g} hours here"
         )
-    for cell in fitting:
-        print(cell)
-    runs, total = sum(cell.runs for cell in fitting), sum(cell.hours for cell in fitting)
-    left = len(planned) - len(fitting)
-    print(
-        f"{total:9.3g} h  in all, {runs} runs of {len(fitting)} cells; {left} unfinished cells do not fit"
-    )
+    print(f"{len(planned) - len(fitting)} unfinished cells do not fit")
     return fitting
-
-
-def dry_run(asked: argparse.Namespace) -> None:
-    """Print the runs, and an estimate of their time on this machine."""
-    kinds: dict[
-        tuple[str, ...], tuple[dict[str, str], int]
-    ] = {}  # for each kind of run: an example of its options, and the number of such runs
-    fixed, times = fixed_overrides(asked)
-    for grid, arguments in calls(asked):
-        print("dfl-train", *arguments)
-        seeds = next(argument for argument in arguments if argument.startswith("seed="))
-        repeats = (seeds.count(",") + 1) * times
-        for point in grid.points():
-            print("   ", " ".join(f"{key}={value}" for key, value in point.items()))
-            kind = (grid.experiment, *(point[group] for group in PLACES))
-            kinds[kind] = (point, kinds.get(kind, (point, 0))[1] + repeats)
-    print(f"\n{sum(count for _, count in kinds.values())} runs", flush=True)
-    if not asked.smoke:
-        print(f"timing 2 steps of each of {len(kinds)} kinds of run", file=sys.stderr)
-        total = sum(
-            count * seconds_of(point, kind[0], fixed) for kind, (point, count) in kinds.items()
-        )
-        hours = float(f"{BESIDE_STEPS * total / 3600:.2g}")
-        print(
-            f"about {hours:,g} hours on this machine, one run after the other (from 2 steps of every kind of run)"
-        )
 
 
 def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
@@ -366,15 +326,11 @@ def run(asked: argparse.Namespace, planned: list[list[str]]) -> int:
     """
     codes, sweeps = [0], []
     for arguments in planned:
-        sweeps.append(
-            next(argument for argument in arguments if argument.startswith("sweep=")).partition(
-                "="
-            )[2]
-        )
+        words = dict(argument.partition("=")[::2] for argument in arguments)
+        sweeps.append(words["sweep"])
         print("dfl-train", *arguments, flush=True)
-        codes.append(
-            finish(subprocess.Popen([sys.executable, "-m", "dfl_experiments.train", *arguments]))
-        )
+        command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
+        codes.append(finish(subprocess.Popen(command)))
         # the call was refused, or stopped by a signal
         if codes[-1] in (2, 130, 143) or codes[-1] < 0:
             break
@@ -382,35 +338,25 @@ def run(asked: argparse.Namespace, planned: list[list[str]]) -> int:
     return max(code if code >= 0 else 128 - code for code in codes)
 
 
-def check_overrides(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse an override of a key that the script sets itself, because the report would not know of the override."""
-    overrides, asked.overrides = asked.overrides, []
-    own: set[str] = set()
-    for _, arguments in calls(asked):
-        own.update(argument.partition("=")[0] for argument in arguments)
-    asked.overrides = overrides
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key in own or key.startswith("hydra.sweep."):
-            parser.error(f"{override}: the script sets {key} itself; --help lists its options")
-
-
 def main() -> None:
     """Read the command line, and run or print the calls."""
     parser, asked = read_arguments()
     try:
-        check_overrides(asked, parser)
-        if asked.budget:
-            cells = cells_within(asked)
-            planned = [arguments_of(asked, cell.sweep, cell.grid, [cell.seed]) for cell in cells]
-        elif asked.dry_run:
-            dry_run(asked)
-        else:
-            planned = [arguments for _, arguments in calls(asked)]
+        planned = calls(asked)
+        if asked.budget or (asked.dry_run and not asked.smoke):
+            cells = planned_cells(asked)
+            if asked.budget:
+                cells = within(asked.budget, cells)
+                planned = [
+                    arguments_of(asked, cell.sweep, cell.grid, [cell.seed]) for cell in cells
+                ]
+            show(cells)
     except MISTAKES as error:
         parser.error(one_line(error))
     if not asked.dry_run:
         raise SystemExit(run(asked, planned))
+    for arguments in planned:
+        print("dfl-train", *arguments)
 
 
 if __name__ == "__main__":

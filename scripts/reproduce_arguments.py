@@ -78,7 +78,9 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="runs at once (default: joblib 2, slurm 100, ray 1 per core)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the runs and an estimate of the time"
+        "--dry-run",
+        action="store_true",
+        help="print what would run; without --smoke also the hours of what is not finished",
     )
     parser.add_argument(
         "overrides",
@@ -90,16 +92,10 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     asked.launcher = asked.launcher or ("joblib" if (asked.jobs or 1) > 1 else "basic")
     if asked.launcher == "basic" and (asked.jobs or 1) > 1:
         parser.error("--jobs: the basic launcher runs one job at a time; choose --launcher joblib")
-    if asked.budget and asked.launcher != "basic":
-        parser.error("--budget: counts runs one after another; omit --launcher and --jobs")
-    if asked.budget and asked.smoke:
-        parser.error("--budget: --smoke takes minutes; omit one of the two")
-    if (
-        asked.launcher == "ray"
-        and asked.jobs
-        and any("ray.init.address=" in word for word in asked.overrides)
-    ):
-        parser.error("--jobs: Ray counts the cores of an existing cluster itself; omit --jobs")
+    if asked.budget and (asked.launcher != "basic" or asked.smoke):
+        parser.error(
+            "--budget: counts whole runs one after another; omit --launcher, --jobs, --smoke"
+        )
     return parser, asked
 
 

@@ -1,22 +1,19 @@
 """Show at which learning rates each rule is stable: draw accuracy, activations and dead units against the rate.
 
-    python scripts/stability_map.py [outputs/reference/stability_map]
-
-The folder has runs at several learning rates. The reference page describes the kept runs. Each column of the figure
-shows one net on one data set. A cross marks a rate at which a run fails.
+`reference.py` writes the figure, and its page describes the runs. Each column of the figure shows one net on one data
+set. A cross marks a rate at which a run fails.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfl_experiments.report.frame import layer_names, runs
+from dfl_experiments.report.frame import layer_names
 from dfl_experiments.report.style import look_of, method_name, method_order, save, styled, title_of
 
-KEPT = Path("outputs/reference/stability_map")
+FOLDER = Path("outputs/reference/stability_map")
 COLUMN = ["model", "dataset"]
 LARGEST_RMS = 1e3  # upper end of the axis; a collapsing run can reach 1e8
 ROWS = {
@@ -82,22 +79,8 @@ def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
     axes.plot([], [], "x", color="black", label="a run fails")
 
 
-def main() -> None:
-    """Read the command line, and write the figure of the runs in a folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, nargs="?", default=KEPT, help="default: %(default)s")
-    print(write_figure(parser.parse_args().folder))
-
-
-def write_figure(folder: Path) -> Path:
-    """Draw the runs in a folder, and return the path of the figure."""
-    path = folder / "stability.png"
+def write_figure(kept: pd.DataFrame) -> None:
+    """Draw those of the kept runs that belong to the map."""
+    frame = kept[kept.folder.str.startswith(str(FOLDER))]
     with styled():
-        save(figure(runs(folder)), path, dpi=120)
-    return path
-
-
-if __name__ == "__main__":
-    main()
+        save(figure(frame), FOLDER / "stability.png", dpi=120)

@@ -44,7 +44,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--smooth",
-        type=positive,
+        type=int,
         metavar="N",
         help="running mean over N measured iterations; 1: none",
     )
@@ -59,7 +59,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="configuration key with one panel for each value, such as optimizer.lr",
     )
     add("--log", action="store_true", help="logarithmic y axis for loss, norm and rms")
-    add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
+    add("--dpi", type=int, default=150, help="dots per inch of a PNG file (default: 150)")
     add(
         "--out",
         type=Path,
@@ -76,26 +76,27 @@ def names(text: str) -> list[str]:
 
 def layers(text: str) -> list[int]:
     """Return the numbers of a comma-separated list."""
-    return [positive(name) for name in names(text)]
-
-
-def positive(text: str) -> int:
-    """Convert a text to a positive integer. Raises `ArgumentTypeError`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+    return [int(name) for name in names(text)]
 
 
 def plot(asked: argparse.Namespace) -> Path:
     """Draw the figure and return the path of its file."""
     from dfl_experiments.report.frame import runs
     from dfl_experiments.report.lines import draw
-    from dfl_experiments.report.style import ending_of, save
+    from dfl_experiments.report.style import save
 
     path = asked.out or (asked.runs[0] if len(asked.runs) == 1 else Path()) / "plot.png"
-    ending_of(path)
-    options = {"color": asked.color, "facet": asked.facet, "smooth": asked.smooth, "log": asked.log}
-    save(draw(runs(*asked.runs), asked.what, asked.layer, asked.by, **options), path, asked.dpi)
+    figure = draw(
+        runs(*asked.runs),
+        asked.what,
+        asked.layer,
+        asked.by,
+        asked.color,
+        asked.facet,
+        asked.smooth,
+        asked.log,
+    )
+    save(figure, path, asked.dpi)
     return path
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from dfl_experiments.configuration.refusals import did_you_mean, one_line
 from dfl_experiments.errors import UserError, printable
 from dfl_experiments.report.labels import labelled
-from dfl_experiments.report.run_record import as_override, flat, read_config, record_of
+from dfl_experiments.report.run_record import as_text, flat, read_config, record_of
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import CONFIG, LAST, RESULT
 from dfl_experiments.seal import opened
@@ -111,18 +111,11 @@ def warn_of_repeats(frame: pd.DataFrame) -> None:
     done = by_precedence(frame[frame.status.isin(DONE)])
     repeated = done[done.duplicated([*POINT, "seed"], keep=False)]
     for _, same in repeated.groupby([*POINT, "seed"], sort=False):
-        results = (
-            same[["status", "accuracy", "validation_accuracy"]]
-            .astype(str)
-            .agg(" ".join, axis="columns")
-        )
-        first = same.iloc[0]
-        for _, other in same[results != results.iloc[0]].iterrows():
-            ends = " and ".join(run.finished_at or "at an unknown time" for run in (first, other))
-            text = (
-                "same configuration and seed, different results: %s is shown, not %s (finished %s)"
-            )
-            log.warning(text, first.folder, other.folder, ends)
+        results = same[["status", "accuracy", "validation_accuracy"]].agg(tuple, axis="columns")
+        shown = same.folder.iloc[0]
+        for other in same.folder[results != results.iloc[0]]:
+            text = "same configuration and seed, different results: %s is shown, not %s"
+            log.warning(text, shown, other)
 
 
 def layer_names(frame: pd.DataFrame, quantity: str) -> list[str]:
@@ -176,5 +169,5 @@ def with_key(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     values = [config.get(key, "") for config in configs]
     is_numeric = all(type(value) in (int, float) for value in values)
     if not is_numeric:
-        values = [value if value == "" else as_override(value) for value in values]
+        values = [value if value == "" else as_text(value) for value in values]
     return frame.assign(**{key: values})

@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 from dfl_experiments.configuration.composition import CONF_DIR
-from dfl_experiments.report.run_record import as_override, flat
+from dfl_experiments.report.run_record import as_text, flat
 
 # Options are compared only between runs that are equal in these columns.
 NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "protocol"]
@@ -23,9 +23,10 @@ REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """Add the columns `setting`, `shared` and `method`, and a column for each option that `setting` or `method` names.
 
-    `method` is a text with the rule and those of its options that `method_options` returns. `setting` is a text with
-    all other options that differ between runs. `shared` is a text with the options that all runs share and that differ
-    from their defaults.
+    `method` is a text with the rule and those of its options that differ from their default. An option without a
+    default in conf/method/RULE.yaml is named if it differs between runs. `setting` is a text with all other options
+    that differ between runs. `shared` is a text with the options that all runs share and that differ from their
+    defaults.
     """
     settings, methods = {}, {}
     shared: dict[Any, str] = {}
@@ -41,9 +42,14 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
             settings[index] = ", ".join(assignments(shown))
             columns[index] = shown
     for (*_, protocol, rule), group in frame.groupby([*NAMES, "rule"], sort=False):
-        keys = differing(group.method_options)
+        defaults = as_texts(conf_values("method", str(rule)), {"protocol": str(protocol)})
+        keys = {*defaults, *differing(group.method_options)}
         for index, options in group.method_options.items():
-            shown = method_options(str(rule), str(protocol), options, keys)
+            shown = {
+                key: value
+                for key, value in options.items()
+                if key in keys and value != defaults.get(key)
+            }
             methods[index] = ", ".join([str(rule), *assignments(shown)])
             columns[index] |= {f"method.{key}": value for key, value in shown.items()}
     frame = frame.assign(setting=settings, shared=shared, method=methods).drop(
@@ -107,34 +113,8 @@ def as_texts(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, s
         if isinstance(value, str) and (link := REFERENCE.fullmatch(value)):
             value = conf_values(link[1], names.get(link[1], "")).get(link[2], "${}")
         if "${" not in str(value):
-            texts[key] = as_override(value)
+            texts[key] = as_text(value)
     return texts
-
-
-def method_options(
-    rule: str, protocol: str, options: Mapping[str, str], differing_keys: list[str]
-) -> dict[str, str]:
-    """Return those options of a method that differ from their default.
-
-    An option without a known default is returned if its key is in `differing_keys`.
-    """
-    defaults = method_defaults(rule, protocol)
-    shown = {}
-    for key, value in options.items():
-        is_known = key in defaults or key in differing_keys
-        if is_known and value != defaults.get(key):
-            shown[key] = value
-    return shown
-
-
-@cache
-def method_defaults(rule: str, protocol: str) -> dict[str, str]:
-    """Return the default options of a rule as texts, read from conf/method/RULE.yaml.
-
-    A default that refers to an option of the protocol is replaced by the value in conf/protocol/PROTOCOL.yaml. An
-    option whose default refers to anything else is left out.
-    """
-    return as_texts(conf_values("method", rule), {"protocol": protocol})
 
 
 @cache

@@ -22,7 +22,6 @@ from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 DEFAULT = ("loss", "accuracy", "alignment")
 RELATIVE = ("alignment", "norm")  # relative to BP: constant in a layer whose signal equals BP's
 BOUNDED = ("accuracy", "alignment", "dead")  # quantities with a fixed range
-MOST_PANELS = 60
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_COLOURS = 12  # largest number of colours in the legend; of more colours, only some are shown
 MOST_DETAILED = 3  # a panel with more curves shows neither measured values nor validation curves
@@ -71,8 +70,8 @@ def draw(
         log: use a logarithmic y axis for loss, norm and rms.
 
     Raises:
-        UserError: the frame is empty; no run has a requested quantity, layer or key; no run has values; the figure
-            would have too many panels; or `smooth` is set and the x axis shows epochs.
+        UserError: the frame is empty; no run has a requested quantity, layer or key; no run has values; or `smooth` is
+            set and the x axis shows epochs.
     """
     if frame.empty:
         raise UserError("frame: has no runs to draw")
@@ -96,7 +95,10 @@ def draw(
             f"smooth={smooth}: needs iterations on the x axis, but the axis shows epochs"
         )
     values = over_seeds(measured(frame, names, x, smooth, notes), frame)
-    names = measured_names(names, values, is_asked=bool(what))
+    for name in what or ():
+        if not (values.what == name).any():
+            raise UserError(f"what={name}: not measured in any of these runs")
+    names = [name for name in names if (values.what == name).any()]
     panels = panels_of(names, values, lines, layers, notes)
     with styled():
         figure = with_axes(panels, columns=len(names) if facet else 0)
@@ -117,14 +119,6 @@ def evenly(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
-def measured_names(names: list[str], values: pd.DataFrame, is_asked: bool) -> list[str]:
-    """Return the quantities that were measured. Raises `UserError` if a requested one was not."""
-    for name in names:
-        if is_asked and not (values.what == name).any():
-            raise UserError(f"what={name}: not measured in any of these runs")
-    return [name for name in names if (values.what == name).any()]
-
-
 def panels_of(
     names: Sequence[str],
     values: pd.DataFrame,
@@ -133,17 +127,11 @@ def panels_of(
     notes: list[str],
 ) -> list[Panel]:
     """Return a panel for each combination of facet, quantity and layer."""
-    if layers and not values.layer.any():
-        raise UserError(f"layer={layers[0]}: these quantities have no layers")
     panels = []
     for _, part in lines.groupby("facet"):
         for name in names:
             shown = layers_of(name, values[values.what == name], lines, layers, notes)
             panels += [Panel(name, layer, part) for layer in shown]
-    if len(panels) > MOST_PANELS:
-        raise UserError(
-            f"a figure has at most {MOST_PANELS} panels; this figure would have {len(panels)}"
-        )
     return panels
 
 

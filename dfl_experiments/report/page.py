@@ -1,4 +1,4 @@
-"""The report as one HTML page with sortable tables and SVG figures. The page loads no other file."""
+"""The report as one HTML page with tables and SVG figures. The page loads no other file."""
 
 import io
 from collections.abc import Iterable
@@ -14,28 +14,10 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 0 1rem 4rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-/* A wide table has a shadow at each side where it goes on. A cover that moves with the table hides it at the end. */
-.wide { background:
-  linear-gradient(to right, Canvas 40%, transparent) left / 3rem 100% no-repeat local,
-  linear-gradient(to left, Canvas 40%, transparent) right / 3rem 100% no-repeat local,
-  linear-gradient(to right, #8889, transparent) left / 1.2rem 100% no-repeat scroll,
-  linear-gradient(to left, #8889, transparent) right / 1.2rem 100% no-repeat scroll; }
 th, td { padding: .25rem .7rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { cursor: pointer; } th::after { content: " ↕"; opacity: .4; }
 .note { font-size: .85rem; opacity: .8; }
 figure { margin: 1.5rem 0; overflow-x: auto; background: white; border-radius: .4rem; }
 figure svg { max-width: 100%; height: auto; min-width: 20rem; } summary { cursor: pointer; }
-"""
-# A click on a heading sorts the rows by that column; a second click reverses the order.
-SCRIPT = """
-const value = text => { const x = parseFloat(text.replace("−", "-")); return isNaN(x) ? text : x; };
-for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => {
-  const body = head.closest("table").tBodies[0], turn = head.dataset.up ? -1 : 1;
-  head.dataset.up = head.dataset.up ? "" : "1";
-  const key = row => value(row.cells[head.cellIndex].textContent);
-  const order = (a, b) => (key(a) > key(b) ? 1 : key(a) < key(b) ? -1 : 0) * turn;
-  body.append(...[...body.rows].sort(order));
-});
 """
 
 
@@ -56,7 +38,6 @@ def page(parts: Iterable[str]) -> str:
 <body>
 <h1>{TITLE}</h1>
 {body}
-<script>{SCRIPT}</script>
 </body>
 </html>
 """

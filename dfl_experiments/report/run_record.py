@@ -1,5 +1,6 @@
 """Read one run directory: its settings, its options and its results, as a row of the table of runs."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dfl_experiments.configuration.components import KINDS, NAME
-from dfl_experiments.configuration.composition import PLACES, harmless, quoted, result_options
+from dfl_experiments.configuration.composition import (
+    PLACES,
+    changed,
+    harmless,
+    quoted,
+    result_options,
+)
 from dfl_experiments.configuration.history import WITHOUT_EFFECT, with_current_names
 from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.errors import UserError
@@ -107,7 +114,7 @@ def options_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str
     options = {}
     for key, value in values.items():
         if key not in NOT_IN_SETTING and not key.startswith("method."):
-            options[key] = as_override(value)
+            options[key] = as_text(value)
     if result.get("data"):
         options["data"] = result["data"]
     for group, digest in result.get("code", {}).items():
@@ -126,7 +133,7 @@ def method_options_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> d
     if feedback is not None and "method.feedback" not in without_effect:
         # added because `result_options` omits the value conv
         values = values | {"feedback": feedback}
-    options = {key: as_override(value) for key, value in flat(values).items() if key != "name"}
+    options = {key: as_text(value) for key, value in flat(values).items() if key != "name"}
     if "method" in result.get("code", {}):
         options["code"] = result["code"]["method"]
     return options
@@ -223,21 +230,10 @@ def instability_text(unstable: Mapping[str, Any] | None) -> str:
     return f"layer {layer}, epoch {epoch}: {problem}"
 
 
-def as_override(value: Any) -> str:
-    """Return a value as it is written on Hydra's command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        items = ",".join(map(as_override, value))
-        return f"[{items}]"
-    if isinstance(value, Mapping):
-        items = ",".join(f"{key}:{as_override(item)}" for key, item in value.items())
-        return f"{{{items}}}"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if not isinstance(value, str):
-        return str(value)
-    is_plain = PLAIN_WORD.fullmatch(value) and value.lower() not in ("null", "true", "false")
-    return value if is_plain else quoted(value)
+def as_text(value: Any) -> str:
+    """Return the value of an option as text: a plain word, a quoted text, or JSON with 1 for 1.0."""
+    if isinstance(value, str):
+        is_plain = PLAIN_WORD.fullmatch(value) and value.lower() not in ("null", "true", "false")
+        return value if is_plain else quoted(value)
+    value = changed(value, lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
+    return json.dumps(value, separators=(",", ":"))

@@ -1,18 +1,17 @@
 """Define the style of figures and tables: colours and printed names of methods. Also write figures to files."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import matplotlib.style
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.run_directory import naming
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette for colour-blind readers. Each colour is visible on white and on black.
 GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = (
@@ -84,8 +83,6 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.titlesize": 10,
     "figure.titlesize": 12,
-    # DejaVu Sans: for characters that `small_font` lacks
-    "font.family": ["sans-serif", "DejaVu Sans"],
     "font.size": 9,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
@@ -94,15 +91,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "dfl",
     "text.parse_math": False,  # a $ in a name does not begin a formula
 }
-
-
-# The characters of `small_font`: Latin, Greek, punctuation, subscripts, mathematics.
-CHARACTERS = (
-    *range(0x20, 0x180),
-    *range(0x370, 0x400),
-    *range(0x2010, 0x2090),
-    *range(0x2200, 0x2300),
-)
 
 
 class Look(NamedTuple):
@@ -152,9 +140,6 @@ def look_of(method: str) -> Look:
 
 def gradient(index: int, count: int) -> Look:
     """Return the look of line `index` of `count` ordered lines. The first line is dark, the last line is light."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
     return Look(to_hex(colormaps["viridis"](0.85 * index / max(1, count - 1))))
 
 
@@ -195,7 +180,7 @@ def row_title(row: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
+def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
     """Add a title above a figure, and a caption below the figure. The caption has each note once."""
     width = figure.get_figwidth()
     caption = " ".join(dict.fromkeys(notes))
@@ -204,62 +189,20 @@ def add_text(figure: "Figure", title: str, notes: Iterable[str]) -> None:
         figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
 
 
-@contextmanager
-def styled(**options: Any) -> Iterator[None]:
-    """Use this project's style instead of the user's matplotlibrc. options: settings to change in this style."""
-    from matplotlib import style
-
-    with style.context({**STYLE, **options}, after_reset=True):
-        yield
+def styled() -> AbstractContextManager[None]:
+    """Use this project's style instead of the user's matplotlibrc."""
+    return matplotlib.style.context(STYLE, after_reset=True)
 
 
-@cache
-def small_font() -> str:
-    """Make a copy of DejaVu Sans that has only the usual characters, and return the name of the copy.
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a figure to a file. Figures of the same runs give files with the same bytes.
 
-    Every PDF file contains those characters of the font that the figure uses. Extracting them from the whole font
-    takes longer than everything else in writing the file. Extracting them from the small copy is fast.
+    Raises:
+        UserError: the file's name does not end in .png, .pdf or .svg.
     """
-    from fontTools import subset
-    from matplotlib import font_manager
-
-    name, family_ids = "Small DejaVu Sans", (1, 4, 16)
-    options = subset.Options(glyph_names=True, layout_features=["*"], name_IDs=["*"])
-    options.drop_tables.append("FFTM")
-    font = subset.load_font(font_manager.findfont("DejaVu Sans"), options)
-    subsetter = subset.Subsetter(options)
-    subsetter.populate(unicodes=CHARACTERS)
-    subsetter.subset(font)
-    for record in font["name"].names:
-        if record.nameID in family_ids:
-            record.string = name
-    path = Path(temporary_folder().name) / "font.ttf"
-    font.save(path)
-    font_manager.fontManager.addfont(path)
-    return name
-
-
-@cache
-def temporary_folder() -> "TemporaryDirectory[str]":
-    """Return a folder that exists until the program ends."""
-    return TemporaryDirectory()
-
-
-def ending_of(path: Path) -> str:
-    """Return the ending of a figure's file. Raises `UserError` if the ending is not png, pdf or svg."""
     ending = path.suffix[1:].lower()
     if ending not in METADATA:
         raise UserError(f"{path}: a figure's file ends in .png, .pdf or .svg")
-    return ending
-
-
-def save(figure: "Figure", path: Path, dpi: int = 150) -> None:
-    """Write a figure to a file. The file's ending decides the format.
-
-    Figures of the same runs give files with the same bytes.
-    """
-    ending = ending_of(path)
-    options = {"font.sans-serif": [small_font()]} if ending == "pdf" else {}
-    with naming(path), styled(**options):
+    with styled():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=ending, dpi=dpi, metadata=METADATA[ending])

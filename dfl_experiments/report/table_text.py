@@ -113,12 +113,11 @@ class Format:
     mark: str
     """Template that marks the best method."""
     tabulate_name: str
-    escapes_heads: bool = True
 
 
 FORMATS = {
     "simple": Format(str, "{} *", "simple"),
-    "github": Format(markdown, "**{}**", "github", escapes_heads=False),
+    "github": Format(markdown, "**{}**", "github"),
     "latex_booktabs": Format(latex, r"\textbf{{{}}}", "latex_raw"),
     "html": Format(escape, "<b>{}</b>", "unsafehtml"),
 }
@@ -134,9 +133,7 @@ def write(table: Table, format_name: str) -> str:
     if len(table.best):
         marked = texts.method.map(style.mark.format)
         texts["method"] = texts.method.mask(table.best, marked)
-    heads = list(texts.columns)
-    if style.escapes_heads:
-        heads = [style.escape(head) for head in heads]
+    heads = [style.escape(head) for head in texts.columns]
     text = tabulate(texts.to_numpy().tolist(), heads, style.tabulate_name, disable_numparse=True)
     if format_name == "latex_booktabs":
         for rule in ("toprule", "midrule", "bottomrule"):

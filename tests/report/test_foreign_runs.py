@@ -19,18 +19,12 @@ FOREIGN = {
     "an interpolation": ({"dataset.name": "${foo.bar}"}, {}),
     "a script for a name": ({"method.name": "<!--<script>"}, {}),
     "a list for a status": ({}, {"status": ["finished"]}),
-    "a text for an accuracy": ({}, {"accuracy": "0.9"}),
     "an accuracy of 98 %": ({}, {"accuracy": 98.0}),
-    "a number for accuracies": ({}, {"test_accuracy": 0.9}),
     "a number for cosines": ({}, {"cosine": 1}),
-    "a number for layers": ({}, {"cosine_by_construction": 2}),
-    "a list for a reason": ({}, {"reason": []}),
-    "a text for seconds": ({}, {"seconds": "fast"}),
     "no learning rate": ({"optimizer": {"name": "adam"}}, {}),
     "no epochs": ({"epochs": None}, {}),
     "an unknown headline": ({"protocol.accuracy": "best"}, {}),
     "no throughput": ({}, {"samples_per_second": None}),
-    "no accuracy": ({}, {"accuracy": None}),
     "a word for a seed": ({"seed": "one"}, {}),
 }
 

@@ -198,7 +198,6 @@ REFUSED = {
     "empty": "empty: no run directory there",
     "grid --what lossy": "what=lossy: no such quantity; there are loss, accuracy",
     "grid --what alignment --layer 1,7": "layer=7: alignment was not measured in this layer, only in layers 1, 2",
-    "grid --what loss --layer 1": "layer=1: these quantities have no layers",
     "grid --facet optimizr.lr": "optimizr.lr: no run has this key; did you mean lr?",
     "grid --color lrr": "lrr: no run has this key; did you mean lr?",
     "grid --out plot.jpg": "plot.jpg: a figure's file ends in .png, .pdf or .svg",

@@ -1,9 +1,9 @@
-"""`dfl-report` on real small runs: every format, the page in a browser, the paper only where it is asked for."""
+"""`dfl-report` on real small runs: every format, the paper only where it is asked for."""
 
 import re
 
 import pytest
-from report_helpers import altered, browser, csv_rows, dfl_report, finished
+from report_helpers import altered, csv_rows, dfl_report, finished
 
 from dfl_experiments.configuration.composition import compose, group_options, plain
 from dfl_experiments.report.paper import published
@@ -99,8 +99,6 @@ def test_commands_repeat_the_shown_runs(reported):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere: no such folder"),
-        (["data"], "data: no run directory there"),
         (["outputs", "--format", "pdf"], "invalid choice: 'pdf'"),
         (["outputs", "--out", "data"], "data: Is a directory"),
     ],
@@ -137,32 +135,9 @@ def test_alignment_is_drawn_at_one_learning_rate(finished_point, tmp_path):
     assert set(shown.method) == {"dfa", "las"}
 
 
-def test_the_page_in_a_browser(reported, tmp_path):
+def test_the_page_holds_its_figures_and_loads_no_other_file(reported, tmp_path):
     page = tmp_path / "report.html"
     assert dfl_report(reported, "outputs", "--format", "html", "--out", page).returncode == 0
-    assert not re.search(r'(src|href)="(?!#|data:)', page.read_text())
-    with browser() as window:
-        window.get(page.as_uri())
-        table = window.find_element("css selector", "table")
-
-        def column(name):
-            heads = [head.text.rstrip(" ↕") for head in table.find_elements("css selector", "th")]
-            place = heads.index(name) + 1
-            return [
-                cell.text
-                for cell in table.find_elements("css selector", f"tbody td:nth-child({place})")
-            ]
-
-        assert {"BP", "DFA", "LAS"} <= set(column("method"))
-        window.execute_script("arguments[0].click()", table.find_elements("css selector", "th")[0])
-        assert column("method") == sorted(column("method"))
-        assert len(window.find_elements("css selector", "figure svg")) >= 3
-        resources = window.execute_script(
-            "return performance.getEntriesByType('resource').map(one => one.name)"
-        )
-        assert not [name for name in resources if name.startswith("http")]
-        assert window.get_log("browser") == []
-    with browser(width=390, dark=True) as window:
-        window.get(page.as_uri())
-        assert window.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert window.get_log("browser") == []
+    text = page.read_text()
+    assert text.count("<figure><svg") >= 3
+    assert not re.search(r'(src|href)="(?!#|data:)', text)

@@ -11,7 +11,7 @@ from processes import dfl_train
 from reference import page, readme
 from stability_map import COLUMN, figure
 
-from dfl_experiments.report.dfl_report import csv_of
+from dfl_experiments.report.document import csv_of
 from dfl_experiments.report.frame import runs
 from dfl_experiments.report.tables import sections
 
@@ -38,7 +38,7 @@ def test_the_readme_and_the_reference_page_are_made_of_the_kept_runs(verdicts, m
     assert (KEPT / "tables.csv").read_text() == csv_of(parts)
     kept_page = (KEPT / "README.md").read_text()
     images = re.compile(r"!\[[^]]*\]\(([^)]*)\)\n\n")
-    assert images.sub("", page(frame, parts, verdicts, KEPT, [])) == images.sub("", kept_page)
+    assert images.sub("", page(frame, parts, verdicts, [])) == images.sub("", kept_page)
     links = [*images.findall(kept_page), *re.findall(r"\]\((outputs/[^)#]*)\)", text)]
     assert len(links) > 10
     assert all((KEPT / link).exists() or (ROOT / link).exists() for link in links)
