@@ -126,11 +126,6 @@ def prepare(
         "num_classes": parts.num_classes,
         "largest_class": float(parts.test.labels.bincount().max() / len(parts.test.labels)),
         "parameters": sum(p.numel() for p in net.parameters()),
-        **(
-            {"delta_at": "boundary", "boundaries": net.boundaries}
-            if isinstance(net, ModuleNet)
-            else {}
-        ),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
         "device": device_name(parts.device),
         "memory_format": "channels_last"
@@ -138,6 +133,7 @@ def prepare(
         else "contiguous",
     }
     if isinstance(net, ModuleNet):
+        result |= {"delta_at": "boundary", "boundaries": net.boundaries}
         names = [f"{i} {name}" for i, name in enumerate(net.boundaries, start=1)]
         log.info("layers: %s", ", ".join(names))
     if saved is None:
@@ -147,7 +143,8 @@ def prepare(
         discard_checkpoints(run_dir)
         state = State(data=result["data"], code=result["code"], made_by=[made_by])
     else:
-        state = restored_state(parts, run_dir, saved)
+        state = State(saved["epoch"], **saved["training"])
+        restore(parts.learner, saved)
         log.info("continuing after epoch %d, batch %d", saved["epoch"], saved["batch"])
         add_origin(state, made_by)
         result["earlier"] = state.made_by[:-1]
@@ -159,22 +156,6 @@ def prepare(
     # Record the number of threads, because it changes how sums are rounded. `repeat` uses the same number.
     result["config"] = result["config"] | {"threads": torch.get_num_threads(), "tracking": tracking}
     write_config(run_dir, result["config"])
-    return state
-
-
-def restored_state(parts: Parts, run_dir: Path, saved: dict[str, Any]) -> State:
-    """Restore the learner from a checkpoint, and return the state in it.
-
-    Raises `UserError` if the checkpoint does not fit the learner.
-    """
-    try:
-        state = State(saved["epoch"], **saved["training"])
-        restore(parts.learner, saved)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError) as error:  # raised by `load_state_dict`
-        problem = f"does not fit the run's network or method ({reason(error)}); force=true starts a new run"
-        raise UserError(f"{run_dir / LAST}: {problem}") from error
     return state
 
 

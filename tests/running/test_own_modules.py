@@ -143,7 +143,7 @@ def test_a_killed_run_of_a_module_ends_with_the_same_bits(tmp_path):
         time.sleep(0.6 * duration)
         os.kill(pid, signal.SIGKILL)
         ended(pid)
-        if (broken / "here" / "last.pt").exists():
+        if list((broken / "here").glob("*.pt")):  # a kill may leave previous.pt alone
             arguments = ("resume=here", "plugins=[own_modules]")
     assert ended(forked(broken, *arguments)) == 0
     assert_same(outcome(whole / "here"), outcome(broken / "here"))
