@@ -161,8 +161,8 @@ class TrainedRun:
     def predict(self, images: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
         """Return the logits of raw samples. The samples are first normalised or standardised as in the run.
 
-        images: the samples. Images are uint8 and have shape (N, C, H, W). Features and tokens have the form that the
-            run's data set has.
+        images: the samples. Images are uint8 and have shape (N, C, H, W), or (N, H, W) if they are grey. Features and
+            tokens have the form that the run's data set has.
         Returns a tensor of shape (N, K).
 
         Raises:
@@ -170,8 +170,10 @@ class TrainedRun:
                 checkpoint of an early version lacks their mean and std.
         """
         samples = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
-        dataset, recorded = self.config["dataset"], self._standardisation
-        kind, shape = self._kind(samples), self.net.input_shape
+        dataset, recorded, net = self.config["dataset"], self._standardisation, self.net.eval()
+        kind, shape = self._kind(samples), net.input_shape
+        if kind == "images" and samples.ndim == 3 and shape[0] == 1:
+            samples = samples[:, None]  # grey images without an axis for the channel
         name, dtype, casting = TYPES[kind]
         if samples.shape[1:] != shape or not np.can_cast(samples.dtype, dtype, casting):
             needed = f"needs {name} of shape (N, {', '.join(map(str, shape))})"
@@ -186,7 +188,7 @@ class TrainedRun:
             samples = Standardise(recorded["mean"].numpy(), recorded["std"].numpy())(samples)
         normalise = Normalise(dataset["mean"], dataset["std"])
         tensor = normalise(torch.from_numpy(np.ascontiguousarray(samples, dtype)))
-        return torch.cat([self.net(part) for part in tensor.split(batch_size)])
+        return torch.cat([net(part) for part in tensor.split(batch_size)])
 
     def _kind(self, samples: np.ndarray) -> str:
         """Return the kind of the run's samples. An early version did not record it; then it is inferred."""

@@ -63,7 +63,8 @@ class Dataset(Options):
 
     name: Name
     source: dict[str, Any]
-    mean: Annotated[list[ranges.Finite], Field(min_length=1)]
+    mean: Annotated[list[ranges.Probability], Field(min_length=1)]
+    """Mean of each channel; pixels are from 0 to 1."""
     std: Annotated[list[ranges.Positive], Field(min_length=1)]
     standardise: bool = True
     """Standardise float features with the statistics of the training split. Images use `mean` and `std` instead."""

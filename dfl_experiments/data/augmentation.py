@@ -44,7 +44,7 @@ class Augmentation:
         return self.randaugment is None and not (self.cutout or self.crop or self.flip)
 
     def check(self, shape: tuple[int, ...], are_images: bool, name: str) -> None:
-        """Raise `UserError` if the samples are not images, or if the images are too small for `crop`.
+        """Raise `UserError` if the samples are not images, or if the images do not suit the operations.
 
         shape: shape of one sample. name: name of the augmentation, for the message.
         """
@@ -54,6 +54,10 @@ class Augmentation:
             size = f" larger than crop={self.crop}" if self.crop else ""
             raise UserError(
                 f"augmentation={name}: needs uint8 images{size}, but a sample has shape {shape}"
+            )
+        if self.randaugment is not None and shape[0] not in (1, 3):
+            raise UserError(
+                f"augmentation={name}: RandAugment needs images of 1 or 3 channels, not {shape[0]}"
             )
 
     def __call__(

@@ -1,7 +1,7 @@
 """Choose the grid point at which each method is shown, and average its runs."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
@@ -74,14 +74,14 @@ def beats(scores: pd.DataFrame, losses: pd.DataFrame) -> bool:
     return bool(my_loss < other_loss)
 
 
-def counted(chosen: pd.DataFrame) -> pd.DataFrame:
+def counted(chosen: pd.DataFrame, keys: Sequence[str] = CELL) -> pd.DataFrame:
     """Return the runs that are averaged: all ended runs that do not fail.
 
-    If all ended runs of a cell fail, all of them are averaged.
+    If all ended runs with the same values of `keys` fail, all of them are averaged.
     """
     ended = chosen[chosen.status.isin(ENDED)]
     is_good = ~ended.fails
-    has_good = is_good.groupby([ended[key] for key in CELL]).transform("any")
+    has_good = is_good.groupby([ended[key] for key in keys]).transform("any")
     return ended[is_good | ~has_good]
 
 

@@ -293,10 +293,14 @@ def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
     """
     if f"zeros/{layer}" not in kept:
         return pd.Series(0.0, kept.index)
-    # images in one epoch
-    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)
-    measured = images / kept.measured_every.clip(lower=1)
-    share = kept[f"zeros/{layer}"] / measured
+    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)  # in one epoch
+    batches = np.ceil(images.round() / kept.batch_size)
+    every = kept.measured_every.clip(lower=1)
+    # iterations 0, every, 2 · every, … are measured; if none of them is in the last epoch, one in an earlier epoch
+    before = np.ceil((kept.done_epochs - 1).clip(lower=0) * batches / every)
+    measured = (np.ceil(kept.done_epochs * batches / every) - before).clip(lower=1)
+    samples = (measured * kept.batch_size).clip(upper=images)
+    share = kept[f"zeros/{layer}"] / samples
     return share.groupby([kept[key] for key in POINT]).transform("mean")
 
 
@@ -310,7 +314,8 @@ def alignment(runs: pd.DataFrame) -> pd.DataFrame:
     names = layer_names(kept, "cosine")
     points = kept.groupby(POINT, sort=False)
     means = points[names].mean()
-    means["n"] = points.size()
+    is_measured = kept[names].notna().any(axis="columns") | (kept.no_signal != "")
+    means["n"] = is_measured.groupby([kept[key] for key in POINT], sort=False).sum()
     means["no_signal"] = points.no_signal.first()
     has_cosine = means[names].notna().any(axis="columns")
     return means[has_cosine | (means.no_signal != "")].reset_index()

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dfl_experiments.report import compare
-from dfl_experiments.report.choose import POINT_IN_CELL
+from dfl_experiments.report.choose import POINT_IN_CELL, counted
 from dfl_experiments.report.frame import ROW, distinct, layer_names
 from dfl_experiments.report.lines import draw
 from dfl_experiments.report.run_record import ENDED
@@ -24,6 +24,7 @@ from dfl_experiments.report.style import (
 )
 from dfl_experiments.report.tables import Section, among
 
+LONGEST_NAME = 130  # characters of a figure's file name, without its kind
 MOST_LINES = 6  # if there are more methods, the legend names their families instead
 
 
@@ -41,16 +42,28 @@ class Drawing:
 def figures(sections: list[Section]) -> list[Drawing]:
     """Return the figures of each section, setting by setting. A setting without a finished epoch has no figures."""
     drawings = []
+    names: set[str] = set()
     for section in sections:
         for _, row in section.runs.groupby(ROW, sort=True):
             if not row.done_epochs.any():
                 continue
             title = row_title(row.iloc[0])
+            name = unused_name(title, names)
+            names.add(name)
             for kind, figure in figures_of_row(row, among(section.chosen, row), title).items():
                 lay_out(figure)
-                name = re.sub(r"[^\w.]+", "-", f"{title}-{kind}".lower()).strip("-")
-                drawings.append(Drawing(section.title, name[:150], figure))
+                drawings.append(Drawing(section.title, f"{name}-{kind}", figure))
     return drawings
+
+
+def unused_name(title: str, used: set[str]) -> str:
+    """Return a title as a short name for files. It is not among the used names."""
+    short = re.sub(r"[^\w.]+", "-", title.lower())[:LONGEST_NAME].strip("-")
+    name, number = short, 1
+    while name in used:
+        number += 1
+        name = f"{short}-{number}"
+    return name
 
 
 def lay_out(figure: Figure) -> None:
@@ -134,9 +147,9 @@ def rates(row: pd.DataFrame, title: str) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    groups = ended.groupby(["method", "lr"])
-    accuracies = 100 * groups.accuracy.mean()
-    fails = groups.fails.any()
+    point = ["method", "lr"]
+    fails = ended.groupby(point).fails.any()
+    accuracies = 100 * counted(ended, point).groupby(point).accuracy.mean().reindex(fails.index)
     methods = sorted(ended.method.unique(), key=method_order)
     is_named = len(methods) <= MOST_LINES
     for method in methods:

@@ -43,12 +43,12 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
             columns[index] = shown
     for (*_, protocol, rule), group in frame.groupby([*NAMES, "rule"], sort=False):
         defaults = as_texts(conf_values("method", str(rule)), {"protocol": str(protocol)})
-        keys = {*defaults, *differing(group.method_options)}
+        named = {*defaults, *differing(group.method_options)}
         for index, options in group.method_options.items():
             shown = {
                 key: value
                 for key, value in options.items()
-                if key in keys and value != defaults.get(key)
+                if key in named and value != defaults.get(key)
             }
             methods[index] = ", ".join([str(rule), *assignments(shown)])
             columns[index] |= {f"method.{key}": value for key, value in shown.items()}

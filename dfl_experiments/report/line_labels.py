@@ -9,7 +9,6 @@ from pandas.api.types import is_numeric_dtype
 from dfl_experiments.report.choose import states
 from dfl_experiments.report.frame import POINT
 from dfl_experiments.report.labels import option_names
-from dfl_experiments.report.series import span
 from dfl_experiments.report.style import (
     DASHES,
     PALETTE,
@@ -90,11 +89,6 @@ def lines_of(
     if lines.legend.nunique() > MOST_LABELS and key == "method":
         lines["legend"] = lines.method.map(family_of)
         lines["look"] = [Look(look.colour) for look in lines["look"]]
-    seeds = frame.line.value_counts()
-    if seeds.max() > 1:
-        notes.append(f"Mean over {span(seeds)} seeds, their range shaded.")
-    elif len(lines) > 1:
-        notes.append("Each line is one run.")
     return lines
 
 

@@ -16,7 +16,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
 from dfl_experiments.report.run_record import GROUPS
-from dfl_experiments.report.series import WHAT, axis_of, measured, over_seeds
+from dfl_experiments.report.series import WHAT, axis_of, measured, over_seeds, span
 from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 
 DEFAULT = ("loss", "accuracy", "alignment")
@@ -75,7 +75,7 @@ def draw(
     """
     if frame.empty:
         raise UserError("frame: has no runs to draw")
-    names = list(what or DEFAULT)
+    names = [what] if isinstance(what, str) else list(what or DEFAULT)
     for name in names:
         if name not in WHAT:
             raise UserError(
@@ -95,7 +95,12 @@ def draw(
             f"smooth={smooth}: needs iterations on the x axis, but the axis shows epochs"
         )
     values = over_seeds(measured(frame, names, x, smooth, notes), frame)
-    for name in what or ():
+    seeds = values.groupby(["line", "what"]).runs.max()
+    if seeds.max() > 1:
+        notes.append(f"Mean over {span(seeds)} seeds, their range shaded.")
+    elif len(lines) > 1:
+        notes.append("Each line is one run.")
+    for name in names if what else ():
         if not (values.what == name).any():
             raise UserError(f"what={name}: not measured in any of these runs")
     names = [name for name in names if (values.what == name).any()]

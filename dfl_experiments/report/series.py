@@ -136,21 +136,14 @@ def long(table: pd.DataFrame, x: str, names: Sequence[str]) -> pd.DataFrame:
 
 
 def smoothed(table: pd.DataFrame, smooth: int | None, notes: list[str]) -> pd.DataFrame:
-    """Return the table with running means in the column `value` and the measured values in the column `raw`.
-
-    Curves with more than `MOST_POINTS` points are thinned.
-    """
+    """Return the table with running means in the column `value` and the measured values in the column `raw`."""
     groups = table.groupby(["folder", "what", "layer"], sort=False)
-    index = groups.cumcount()
     size = groups.value.transform("size")
     window = (size // 40).clip(lower=1) if smooth is None else size.clip(smooth, smooth)
     if window.max() > 1:
         notes.append(f"Running mean of {span(window)} measured iterations.")
     means = groups.value.transform(lambda values: running_mean(values, window[values.index[0]]))
-    table = table.assign(raw=table.value, value=means)
-    step = (size - 1) // MOST_POINTS + 1
-    is_last = index == size - 1
-    return table[is_last | (index % step == 0)]
+    return table.assign(raw=table.value, value=means)
 
 
 def running_mean(values: pd.Series, window: int) -> pd.Series:
@@ -161,7 +154,8 @@ def running_mean(values: pd.Series, window: int) -> pd.Series:
 def over_seeds(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     """Return the mean, the lowest and the highest value of each line at every x.
 
-    The values are computed over the runs of the line. An x is left out if one of these runs has no value there.
+    The values are computed over the runs of the line. An x is left out if one of these runs has no value there. Lines
+    with more than `MOST_POINTS` points are thinned.
     """
     table = table.merge(frame[["folder", "line"]], on="folder")
     curve = ["line", "what", "layer", "is_validation"]
@@ -173,7 +167,12 @@ def over_seeds(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
         runs=("value", "size"),
     )
     values["raw"] = values.raw.where(values.runs == 1)
-    return values[values.runs == values.groupby(curve).runs.transform("max")]
+    values = values[values.runs == values.groupby(curve).runs.transform("max")]
+    points = values.groupby(curve).x
+    index, size = points.cumcount(), points.transform("size")
+    step = (size - 1) // MOST_POINTS + 1
+    is_last = index == size - 1
+    return values[is_last | (index % step == 0)]
 
 
 def span(numbers: pd.Series) -> str:

@@ -84,14 +84,36 @@ def layout_of(
 
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
-    """Set float32 as the default type and enable gradients inside the block. Restore the old settings afterwards."""
-    before = torch.get_default_dtype()
+    """Set float32 as the default type and enable gradients inside the block.
+
+    Afterwards, restore the random states and all settings that `set_up` changes.
+    """
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    tf32 = matmul.allow_tf32, cudnn.allow_tf32
+    benchmark = cudnn.benchmark
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        matmul.allow_tf32, cudnn.allow_tf32 = tf32
+        cudnn.benchmark = benchmark
+        set_deterministic(is_deterministic)
+
+
+def set_deterministic(is_deterministic: bool) -> None:
+    """Choose whether PyTorch refuses operators that are not deterministic."""
+    # Call PyTorch only if the value changes. The call takes a second, because PyTorch then imports its compiler.
+    if torch.are_deterministic_algorithms_enabled() != is_deterministic:
+        torch.use_deterministic_algorithms(is_deterministic)
 
 
 def set_up(
@@ -115,9 +137,7 @@ def set_up(
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    # Call this function only if the value changes. The call takes a second, because PyTorch then imports its compiler.
-    if torch.are_deterministic_algorithms_enabled() != deterministic:
-        torch.use_deterministic_algorithms(deterministic)
+    set_deterministic(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
 

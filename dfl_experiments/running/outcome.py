@@ -112,7 +112,8 @@ def ending(sweep: Sweep, name: str) -> Ending:
         )
     elif sweep.force and status not in ("running", "not started", "damaged"):
         status, reason, result = "not started", "the folder has a run of an earlier command", {}
-    return Ending(*harmless([name, status, reason, point.overrides, result or {}]))
+    result = with_reported_validation(run_dir, result or {})
+    return Ending(*harmless([name, status, reason, point.overrides, result]))
 
 
 def other_endings(sweep: Sweep) -> Iterator[Ending]:
@@ -120,9 +121,15 @@ def other_endings(sweep: Sweep) -> Iterator[Ending]:
     for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
         if run_dir.name not in sweep.points:
             status, reason, result = read_status(run_dir)
-            yield Ending(
-                *harmless([run_dir.name, status, reason, overrides_of(run_dir), result or {}])
-            )
+            result = with_reported_validation(run_dir, result or {})
+            yield Ending(*harmless([run_dir.name, status, reason, overrides_of(run_dir), result]))
+
+
+def with_reported_validation(run_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result whose validation accuracy is that of the reported epoch, in place of the last epoch."""
+    if result.get("validation_accuracy") is None or result["status"] != "finished":
+        return result
+    return result | {"validation_accuracy": objective(run_dir)}
 
 
 def overrides_of(run_dir: Path) -> list[str]:

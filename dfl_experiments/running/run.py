@@ -132,6 +132,10 @@ def prepare(
         if parts.memory_format == torch.channels_last
         else "contiguous",
     }
+    if parts.settings.repeat is not None:
+        repeated = read_result(Path(parts.settings.repeat)) or {}
+        if repeated.get("data") not in (None, result["data"]):
+            log.warning("the data differ from those of %s", parts.settings.repeat)
     if isinstance(net, ModuleNet):
         result |= {"delta_at": "boundary", "boundaries": net.boundaries}
         names = [f"{i} {name}" for i, name in enumerate(net.boundaries, start=1)]
@@ -307,7 +311,10 @@ def result_if_done(
     refuse_changes(run_dir, before, {"data": data, "code": code_of(configuration.components)})
     if status not in DONE:
         return None
-    log.info("%s: %s already, accuracy %s", run_dir, status, four_digits(before["accuracy"]))
+    advice = "" if status == "finished" else "; force=true trains it again"
+    log.info(
+        "%s: %s already, accuracy %s%s", run_dir, status, four_digits(before["accuracy"]), advice
+    )
     discard_spent(run_dir, before["config"])
     make_whole(settings.tracking, run_dir, before, group)
     return before

@@ -226,6 +226,12 @@ REFUSED = {
         ("augmentation=crop_flip",),
         "augmentation=crop_flip: needs uint8 images larger",
     ),
+    "channels of an augmentation": (
+        {name: np.zeros((240, 4, 8, 8), np.uint8) for name in ("X_train", "X_test")}
+        | {"y_train": LABELS, "y_test": LABELS},
+        ("augmentation=randaugment_cutout_flip",),
+        "RandAugment needs images of 1 or 3 channels, not 4",
+    ),
     "another name": (
         {},
         ("dataset.name=mnist",),

@@ -8,6 +8,7 @@ from conftest import Tiny, roundoff
 
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.schema import check
+from dfl_experiments.schedules import Step
 
 RATE, STEPS = 0.01, 5
 
@@ -89,6 +90,8 @@ def test_a_rate_per_iteration_changes_at_every_batch_and_else_at_every_epoch():
         stairs = factors(f"schedule={name}")
         assert stairs[::4] == smooth[::4]
         assert all(len(set(stairs[start : start + 4])) == 1 for start in range(0, 40, 4))
+    # 0.28 · 25 is 7 epochs, although the product of the two floats is larger
+    assert Step(milestones=[0.28], decay=0.1).factor(7, 25) == pytest.approx(0.1)
     smooth = factors("schedule.milestones=[0.125]", "schedule.per=iteration")
     assert smooth == [1.0] * 5 + [0.25] * 35
 

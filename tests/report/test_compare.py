@@ -150,19 +150,30 @@ def point(**columns):
         "images_per_second": 100.0,
         "seconds": 4.0,
         "measured_every": 2,
+        "batch_size": 10,
         "cosine/1": 0.3,
         "cosine/2": 1.0,
     }
     return pd.DataFrame([row | columns])
 
 
-@pytest.mark.parametrize(("zeros", "cosine"), [(49.0, 0.3), (51.0, None)])
-def test_no_cosine_is_shown_where_most_samples_have_no_signal(zeros, cosine):
-    """Of 200 images an epoch every second batch is measured: 100."""
-    (row,) = compare.alignment(point(**{"zeros/1": zeros})).to_dict("records")
+@pytest.mark.parametrize(
+    ("zeros", "every", "cosine"), [(49.0, 2, 0.3), (51.0, 2, None), (4.0, 30, 0.3), (6.0, 30, None)]
+)
+def test_no_cosine_is_shown_where_most_samples_have_no_signal(zeros, every, cosine):
+    """An epoch has 20 batches of 10 images. In the second epoch 10 batches or 1 batch are measured."""
+    (row,) = compare.alignment(point(**{"zeros/1": zeros, "measured_every": every})).to_dict(
+        "records"
+    )
     assert row["no_signal"] == ("" if cosine else "1")
     assert math.isnan(row["cosine/1"]) if cosine is None else row["cosine/1"] == cosine
     assert math.isnan(row["cosine/2"])  # BP's own by construction
+
+
+def test_n_of_a_cosine_counts_the_runs_that_measured_it():
+    unmeasured = point(**{"seed": 1, "folder": "b", "measured_every": 0, "cosine/1": math.nan})
+    runs = pd.concat([point(seed=0, folder="a"), unmeasured], ignore_index=True)
+    assert compare.alignment(runs).n.tolist() == [1]
 
 
 @pytest.mark.parametrize("change", [{"rule": "bp"}, {"rule": "shallow"}, {"fails": True}])

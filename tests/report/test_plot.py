@@ -10,10 +10,11 @@ import pytest
 from processes import dfl_train
 
 from dfl_experiments.report import dfl_plot
+from dfl_experiments.report.figures import LONGEST_NAME, unused_name
 from dfl_experiments.report.frame import runs, with_key
 from dfl_experiments.report.line_labels import lines_of, with_lines
 from dfl_experiments.report.lines import ceiling, draw, evenly
-from dfl_experiments.report.series import BY_ITERATION, WHAT, over_seeds, running_mean
+from dfl_experiments.report.series import BY_ITERATION, MOST_POINTS, WHAT, over_seeds, running_mean
 from dfl_experiments.report.style import look_of, title_of, words
 
 # 4 in an epoch; the others are measured at its end
@@ -74,6 +75,17 @@ def test_a_line_is_the_mean_over_seeds_with_their_range():
     ]
 
 
+def test_a_value_missing_in_one_seed_takes_no_other_point_from_a_long_line():
+    x = np.arange(2000)
+    parts = [pd.DataFrame({"folder": name, "x": x, "value": 1.0}) for name in "ab"]
+    table = pd.concat([parts[0], parts[1].drop([0, 7, 8])])
+    table = table.assign(raw=np.nan, what="loss", layer=0, is_validation=False)
+    values = over_seeds(table, pd.DataFrame({"folder": ["a", "b"], "line": [0, 0]}))
+    assert 400 < len(values) <= MOST_POINTS
+    assert values.x.iloc[-1] == 1999
+    assert values.x.diff().max() <= 7
+
+
 def test_labels_say_what_differs_and_nothing_else(outputs):
     frame = runs(outputs / "grid")
     assert labels(frame) == ["BP, lr 0.001", "BP, lr 0.01", "DFA, lr 0.001", "DFA, lr 0.01"]
@@ -113,6 +125,13 @@ def test_no_outlier_sets_an_axis():
 def test_thinning_keeps_both_ends():
     assert evenly(10, 4) == [0, 3, 6, 9]
     assert evenly(3, 4) == [0, 1, 2]
+
+
+def test_two_settings_with_one_long_title_have_figures_of_their_own():
+    title = "CIFAR-10, Conv3, " + ", ".join(f"model.option_{number}=1" for number in range(20))
+    first = unused_name(title, set())
+    assert len(first) <= LONGEST_NAME
+    assert unused_name(title, {first}) == f"{first}-2"
 
 
 def test_names_are_in_words():

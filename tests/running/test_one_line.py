@@ -1,10 +1,12 @@
 """Whatever goes wrong around a command is one line, from its first moment on, and no traceback."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hydra import initialize_config_dir
@@ -112,3 +114,27 @@ def test_the_library_does_in_any_surroundings_what_it_does_alone(tmp_path):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_run_in_a_notebook_leaves_random_numbers_and_settings_as_they_were(tmp_path):
+    def state():
+        return (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+            torch.get_num_threads(),
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cudnn.benchmark,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        before = state()
+        dfl.run(dfl.compose(["deterministic=true", *QUICK]), tmp_path / "run")
+        assert state() == before
+        dfl.load_run(tmp_path / "run").evaluate()
+        assert state() == before
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False

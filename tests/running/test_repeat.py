@@ -4,12 +4,14 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import roundoff
 from omegaconf import OmegaConf
 from processes import ended, forked
 
+import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import (
     as_values,
     compose,
@@ -156,3 +158,21 @@ def test_no_recorded_text_says_where_w_and_b_sends_a_run(key, tmp_path):
     for local in ("disabled", "tensorboard"):
         assert tracking(**foreign | {"mode": local}) == usual | {"mode": local}
     assert tracking("tracking=offline", **foreign | {"mode": "disabled"}) == usual
+
+
+def test_repeating_a_run_on_other_data_is_said(tmp_path, monkeypatch, caplog):
+    samples, labels = np.random.default_rng(0).random((2, 80, 4)), np.arange(80) % 2
+
+    def write(part):
+        data = {"X_train": samples[part], "y_train": labels, "X_test": samples[0], "y_test": labels}
+        np.savez("data.npz", **data)
+
+    monkeypatch.chdir(tmp_path)
+    write(0)
+    options = ["dataset=arrays", "dataset.source.path=data.npz", "epochs=1", "tracking=disabled"]
+    dfl.run(dfl.compose(options), "first")
+    dfl.run(dfl.compose(["repeat=first"]), "again")
+    assert "the data differ" not in caplog.text
+    write(1)
+    dfl.run(dfl.compose(["repeat=first"]), "other")
+    assert "the data differ from those of first" in caplog.text

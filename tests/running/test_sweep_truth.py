@@ -40,6 +40,15 @@ def test_another_configuration_s_run_is_not_shown_for_the_one_asked_for(tmp_path
     assert rows(tmp_path)["1"]["status"] == "finished"
 
 
+def test_the_validation_accuracy_is_that_of_the_reported_epoch(tmp_path):
+    options = ("protocol.accuracy=best_validation", "epochs=6", "optimizer.lr=0.1", "limit=200")
+    assert dfl_train(tmp_path, *SWEEP, "seed=0,1", *options).returncode == 0
+    for folder, row in rows(tmp_path).items():
+        with (tmp_path / "grid" / folder / "epochs.csv").open() as file:
+            accuracies = [float(epoch["validation_accuracy"]) for epoch in csv.DictReader(file)]
+        assert float(row["validation_accuracy"]) == max(accuracies)
+
+
 def refuse(*arguments, **options):
     raise UserError("the disk is away")
 
