@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from processes import dfl_train
 from sklearn.datasets import load_digits
@@ -56,14 +57,11 @@ def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **resu
         (destination / "epochs.csv").unlink()
     content |= result
     (destination / "result.json").write_text(json.dumps(content))
-    if isinstance(result.get("test_accuracy"), dict) and (destination / "epochs.csv").exists():
-        with (destination / "epochs.csv").open(newline="") as file:
-            names, *rows = csv.reader(file)
-        rows[content["epochs"] - 1][names.index("test_accuracy")] = str(
-            content["test_accuracy"]["last"]
-        )
-        with (destination / "epochs.csv").open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([names, *rows])
+    epochs = destination / "epochs.csv"
+    if isinstance(result.get("test_accuracy"), dict) and epochs.exists():
+        rows = pd.read_csv(epochs)
+        rows.loc[content["epochs"] - 1, "test_accuracy"] = content["test_accuracy"]["last"]
+        rows.to_csv(epochs, index=False)
     return destination
 
 
