@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +27,7 @@ from dfl_experiments.configuration.grids import BASIC
 from dfl_experiments.configuration.launchers import register_launchers
 from dfl_experiments.configuration.refusals import refuse, refusing, uncomposed
 from dfl_experiments.console import leave
-from dfl_experiments.errors import Fault, reason
+from dfl_experiments.errors import Fault, UserError, reason
 from dfl_experiments.running import workers
 from dfl_experiments.running.callbacks import Checks, sum_up
 from dfl_experiments.running.outcome import COMMAND, count_done, objective
@@ -100,6 +101,7 @@ def main() -> None:
     ended_before = -1
     try:
         with refusing():
+            refuse_dashes(sys.argv[1:])
             while True:
                 try:
                     job()
@@ -138,6 +140,18 @@ def main() -> None:
                 folder.rmdir()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def refuse_dashes(arguments: Sequence[str]) -> None:
+    """Raise `UserError` for an option that is written with dashes, such as --epochs=3 or --method dfa."""
+    keys = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    keys |= yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8")).keys() - {
+        "hydra"
+    }
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and name.partition(".")[0] in keys:
+            raise UserError(f"{argument}: options are written without dashes; write {name}=…")
 
 
 def overrides_first(arguments: Sequence[str]) -> list[str]:

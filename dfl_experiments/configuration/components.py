@@ -160,13 +160,19 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
     """Return a pydantic model of the target's options: its parameters except those in `PASSED`.
 
-    A parameter without a type annotation takes any value.
+    A parameter without a type annotation takes any value. Raises `UserError` if a parameter in `PASSED` is missing,
+    except in a plain module (see `is_plain_module`).
     """
     empty, passed = inspect.Parameter.empty, PASSED.get(key, ())
+    parameters = parameters_of(target)
     fields: dict[str, Any] = {}
     if is_plain_module(target, key):
         fields["boundaries"] = (Literal["auto"] | list[str], "auto")
-    for name, (hint, default) in parameters_of(target).items():
+    elif missing := [name for name in passed if name not in parameters]:
+        raise UserError(
+            f"{key}._target_={target.__name__}: needs a parameter {missing[0]}, which the program passes"
+        )
+    for name, (hint, default) in parameters.items():
         if name not in passed:
             hint = Any if hint is empty else hint
             fields[name] = (hint, ... if default is empty else default)

@@ -183,6 +183,16 @@ class Configuration:
         return config_digest(self.values)
 
 
+def _options_of_group(key: tuple[Any, ...]) -> list[str]:
+    """Return the known options of the group that contains a key. key: the parts of the key's full name."""
+    fields: dict[str, Any] = dict(Settings.model_fields)
+    for part in key[:-1]:
+        field = fields.get(part)
+        fields = dict(getattr(field.annotation, "model_fields", {})) if field else {}
+    groups = GROUPS if len(key) == 1 else ()
+    return [*groups, *fields]
+
+
 def check_name(dataset: Dataset) -> None:
     """Raise `UserError` if other data have the name of a data set in conf/, because tables would confuse the two."""
     if dataset.name not in group_options("dataset"):
@@ -214,7 +224,7 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     try:
         settings = Settings.model_validate(options)
     except ValidationError as error:
-        raise refusal(error, "", (), every_key) from None
+        raise refusal(error, "", _options_of_group(error.errors()[0]["loc"]), every_key) from None
     for plugin in settings.plugins:
         try:
             import_module(plugin)

@@ -46,6 +46,11 @@ class ArrayFile(Source):
         if train.dtype == test.dtype == np.uint8 and train.ndim == test.ndim == 3:
             train, test = train[:, None], test[:, None]
         largest = int(train_labels.max(initial=0)) if train_labels.dtype.kind in "iu" else 1
+        if largest > len(train):
+            problem = (
+                f"has the label {largest}; labels must be class numbers from 0, without large gaps"
+            )
+            raise UserError(f"{self.path}: y_train: {problem}")
         return Arrays(
             train, train_labels, test, test_labels, [str(label) for label in range(largest + 1)]
         )

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from dfl_experiments.configuration.components import Component
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.data.batches import (
     Batches,
     EvaluationBatches,
     Normalise,
     Standardise,
+    count_new_variation,
     preparation,
     resident,
     split,
@@ -124,6 +126,7 @@ def build(
     train, held_out = (index.numpy() for index in indices)
     loss = LOSSES[settings.loss]
     # Build the network on the CPU, so that a seed gives the same W on every device and for every method.
+    refuse_shape(components["model"], arrays.shape)
     net = components["model"].build(kind, input_shape=arrays.shape, num_classes=arrays.num_classes)
     if kind == "tokens":
         highest = max(arrays.train_images.max(), arrays.test_images.max())
@@ -144,6 +147,9 @@ def build(
             "mean": torch.from_numpy(prepared.mean),
             "std": torch.from_numpy(prepared.std),
         }
+        if count := count_new_variation(training, arrays.test_images):
+            text = "%s: %d features are constant in the training samples, but not in the test samples; not scaled"
+            log.warning(text, dataset.name, count)
     evaluation = partial(
         EvaluationBatches, normalise=normalise, device=device, memory_format=layout
     )
@@ -179,6 +185,18 @@ def build(
         settings, device, origin, standardisation, batches, validation, test, len(train), arrays.num_classes, layout,
         components["schedule"].build(), learner, step,
     )  # fmt: skip
+
+
+def refuse_shape(model: Component, shape: tuple[int, ...]) -> None:
+    """Raise `UserError` if the samples have the wrong number of axes for the model.
+
+    shape: shape of a sample. The type hint of the model's parameter `input_shape` tells how many axes the model needs.
+    """
+    axes = get_args(get_type_hints(model.target).get("input_shape"))
+    if axes and Ellipsis not in axes and len(axes) != len(shape):
+        raise UserError(
+            f"model={model.target.__name__}: needs samples with {len(axes)} axes, but gets {shape}"
+        )
 
 
 @torch.no_grad()

@@ -51,7 +51,10 @@ def lock_run(run_dir: Path, command: str | None = None) -> Iterator[None]:
         lock = FileLock(run_dir / ".lock").acquire(blocking=False)
     except Timeout:
         holder = holder_of(run_dir)
-        raise Busy(f"{run_dir}: {holder or 'another process works in it'}") from None
+        message = f"{run_dir}: {holder or 'another process works in it'}"
+        if holder is not None and holder.host != platform.node():
+            message += f"; if that process has ended, remove {run_dir / '.lock'}"
+        raise Busy(message) from None
     except (OSError, NotImplementedError) as error:
         raise Fault(f"{run_dir / '.lock'}: cannot be locked ({reason(error)})") from error
     with lock:

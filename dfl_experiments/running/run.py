@@ -72,6 +72,8 @@ def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseEx
         return Fault(
             f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})"
         )
+    if isinstance(error, RuntimeError) and "deterministic implementation" in text:
+        return Fault(f"deterministic=true: {text}")
     if isinstance(error, OSError):
         problem = of_the_system(error)
         if error.errno == errno.ENOSPC:

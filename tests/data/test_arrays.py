@@ -14,7 +14,7 @@ from processes import dfl_train, ended, forked
 import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose, config_digest, point_name
 from dfl_experiments.data.augmentation import Augmentation
-from dfl_experiments.data.batches import Normalise, preparation, split
+from dfl_experiments.data.batches import Normalise, count_new_variation, preparation, split
 from dfl_experiments.data.packs import load_pack
 from dfl_experiments.data.packs import test_images_in_training as images_in_training
 from dfl_experiments.data.sources import Digits
@@ -206,11 +206,26 @@ REFUSED = {
         (),
         "X_train: tokens must be 0 or more",
     ),
+    "other kind": (
+        {"X_test": np.ones((60, 12), int)},
+        (),
+        "X_test: has tokens of shape (12,), but",
+    ),
+    "other shape": ({"X_test": np.ones((60, 11))}, (), "features of shape (11,), but"),
+    "too few labels": ({"y_train": LABELS[:9]}, (), "y_train: must be 240 integers, is int64 (9,)"),
     "targets of a regression": (
         {"y_train": LABELS / 2},
         (),
         "y_train: must be 240 integers, is float64",
     ),
+    "one-hot labels": ({"y_train": np.eye(3, dtype=int)[LABELS]}, (), "is int64 (240, 3)"),
+    "a negative label": (
+        {"y_train": LABELS - 1},
+        (),
+        "labels must be 0 to 1, one for each class; they range from -1",
+    ),
+    "a label outside": ({"y_test": LABELS[:60] + 1}, (), "y_test: labels must be 0 to 2"),
+    "years for labels": ({"y_train": LABELS + 2000}, (), "y_train: has the label 2002"),
     "one class": (
         {"y_train": LABELS * 0, "y_test": LABELS[:60] * 0},
         (),
@@ -219,7 +234,7 @@ REFUSED = {
     "a net for images": (
         {},
         ("model=conv3",),
-        "model: cannot be built with",
+        "model=conv3: needs samples with 3 axes, but gets (12,)",
     ),
     "augmentation": (
         {},
@@ -271,6 +286,33 @@ def test_test_samples_that_are_training_samples_are_found_whatever_their_types(t
     train, test = samples[:7].astype(types[0]), samples[4:].astype(types[1])
     assert images_in_training("made", Made(train_images=train, test_images=test).arrays) == 3
     assert caplog.messages == ["made: 3 of 5 test samples are also training samples"]
+
+
+def test_a_feature_that_is_constant_in_training_alone_is_told(tmp_path):
+    with np.load(write(tmp_path)) as parts:
+        train, test = parts["X_train"], parts["X_test"]
+    train[:, 3:6] = test[:, 3:6] = 0.1
+    test[7, 4], test[8, 5] = 1e6, -1e6
+    write(tmp_path, X_train=train, X_test=test.astype(np.float32))
+    trained(tmp_path, "epochs=1")
+    log = (tmp_path / "here" / "run.log").read_text()
+    assert (
+        log.count(
+            "arrays: 2 features are constant in the training samples, but not in the test samples"
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (4, 3, 2)], ids=str)
+def test_constant_features_are_counted_along_their_axis(shape):
+    training, test = RANDOM.normal(size=(9, *shape)), RANDOM.normal(size=(6, *shape))
+    first = (slice(None), slice(None), 0) if len(shape) == 2 else (slice(None), 0)
+    assert count_new_variation(training, test) == 0
+    training[first] = 2.0
+    assert count_new_variation(training, test) == 1
+    test[first] = 2.0
+    assert count_new_variation(training, test) == 0
 
 
 def test_an_npz_is_read_as_it_is(tmp_path):
