@@ -43,7 +43,7 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
             columns[index] = shown
     for (*_, protocol, rule), group in frame.groupby([*NAMES, "rule"], sort=False):
         defaults = as_texts(conf_values("method", str(rule)), {"protocol": str(protocol)})
-        keys = {*defaults, *differing(group.method_options)}
+        keys = [*defaults, *differing(group.method_options)]
         for index, options in group.method_options.items():
             shown = {
                 key: value
