@@ -11,9 +11,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import wandb_workspaces.reports.v2 as panels
-import wandb_workspaces.workspaces as workspaces
-from wandb.errors import Error as WandbError
+try:
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+    from wandb.errors import Error as WandbError
+except ModuleNotFoundError as error:
+    raise SystemExit(f'{error}; run: pip install "dfl-experiments[dashboard]"') from error
 
 METHOD = panels.Config("method.name")
 STABILITY = {

@@ -129,7 +129,8 @@ def with_reported_validation(run_dir: Path, result: dict[str, Any]) -> dict[str,
     """Return a result whose validation accuracy is that of the reported epoch, in place of the last epoch."""
     if result.get("validation_accuracy") is None or result["status"] != "finished":
         return result
-    return result | {"validation_accuracy": objective(run_dir)}
+    is_of_last = result["config"]["protocol"]["accuracy"] == "last"
+    return result if is_of_last else result | {"validation_accuracy": objective(run_dir)}
 
 
 def overrides_of(run_dir: Path) -> list[str]:
