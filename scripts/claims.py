@@ -58,6 +58,7 @@ ALIGNMENT = (("las", "dfa"), ("ltas", "dfa"))
 OVER_SHALLOW = (("dfa", "shallow"), ("las", "shallow"), ("ltas", "shallow"))
 UNDER_BP = (("bp", "dfa"), ("bp", "las"), ("bp", "ltas"))
 ACCURACY = (*ALIGNMENT, *OVER_SHALLOW, *UNDER_BP)
+RULES = ("bp", "shallow", "dfa", "las", "ltas")
 
 
 def claims(frame: pd.DataFrame) -> pd.DataFrame:
@@ -65,7 +66,8 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: claim, setting, n (number of seeds), found (a text), verdict, value, low, high.
 
-    The last three columns are the difference and its interval.
+    A setting ends with the number of learning rates. Accuracies are compared at each method's best rate, cosines over
+    all common rates. The last three columns are the difference and its interval.
     """
     real = frame[~frame.smoke]
     chosen = choose(real)
@@ -78,11 +80,18 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
         # options of methods, such as ", init=default"; "" (no options) is first
         for suffix in sorted(suffixes):
             variant = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
-            setting = row_title(row.iloc[0]) + variant
+            setting = row_title(row.iloc[0]) + variant + rates_text(all_points)
             rows += alignment_claims(row, all_points, suffix, setting)
             rows += accuracy_claims(row, suffix, setting)
-    rows += class_claims(chosen)
+    rows += class_claims(chosen, real)
     return pd.DataFrame(rows)
+
+
+def rates_text(points: pd.DataFrame) -> str:
+    """Return the smallest number of learning rates of a rule that a claim names, as the end of a setting's name."""
+    named = points[points.rule.isin(RULES)]
+    count = named.groupby("method").lr.nunique().min()
+    return f", {count} rates" if count > 1 else ", 1 rate"
 
 
 def judged(
@@ -180,14 +189,17 @@ def alignment_claims(
             yield judged(claim, setting, estimate, n, "cosine", failing)
 
 
-def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Yield the claims that a method's lead over DFA is larger on CIFAR-100 than on CIFAR-10.
 
     All other settings are equal on these two data sets.
+
+    chosen: the runs of each method at its chosen grid point. real: the runs at all grid points.
     """
     others = [name for name in ROW if name != "dataset"]
     cifar = chosen[chosen.dataset.isin(["cifar10", "cifar100"])]
-    for _, rows in cifar.groupby(others, sort=True):
+    for key, rows in cifar.groupby(others, sort=True):
+        all_points = real[(real[others] == list(key)).all(axis="columns")]
         accuracies = rows.groupby(["dataset", "method"]).accuracy.apply(np.array)
         for first, second in ALIGNMENT:
             sides = [
@@ -202,7 +214,7 @@ def class_claims(chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
             claim = f"{method_name(first)}'s lead over {method_name(second)} grows with the classes"
             setting = (
                 row_title(rows.iloc[0]).replace("CIFAR-100", "CIFAR").replace("CIFAR-10", "CIFAR")
-            )
+            ) + rates_text(all_points)
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
             estimate = compare.contrast(samples, [1, -1, -1, 1])

@@ -66,9 +66,10 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield "![Claims × settings](figures/claims.png)\n"
     yield counts_sentence(verdicts)
     yield (
-        "A verdict needs three seeds of both methods. Intervals are those of Welch's t, 95 %. Alignment is the cosine "
-        "of layer 1, averaged over the learning rates that both methods have; deeper layers can differ. On MNIST with "
-        "Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
+        "A verdict needs three seeds of both methods. A setting ends with its number of learning rates. Accuracies are "
+        "compared at each method's best rate by validation accuracy. Intervals are those of Welch's t, 95 %. Alignment "
+        "is the cosine of layer 1, averaged over the learning rates that both methods have; deeper layers can differ. "
+        "On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
     yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))
