@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from dfl_experiments.configuration.composition import CONF_DIR, compose, config_digest, plain
 from dfl_experiments.configuration.recorded import read_recorded
+from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose
 from dfl_experiments.report.compare import Estimate
@@ -342,7 +343,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", type=Path, nargs="+")
-    frame = runs(*parser.parse_args().folders)
+    folders = parser.parse_args().folders
+    with refusing("claims.py"):
+        frame = runs(*folders)
     shown = claims(frame)[["claim", "setting", "n", "found", "verdict"]]
     print(shown.to_markdown(index=False))
     print()

@@ -5,6 +5,7 @@
 In the README, the script replaces the text between the line `<!-- claims: … -->` and the line `<!-- end -->`.
 """
 
+import argparse
 import re
 import shutil
 from collections.abc import Iterator
@@ -223,6 +224,9 @@ def readme(text: str, verdicts: pd.DataFrame) -> str:
 
 def main() -> None:
     """Write the page, the figures, the table and the counts in the README."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     runs = frame.runs(KEPT)
     verdicts = claims(runs)
     parts = sections(runs)

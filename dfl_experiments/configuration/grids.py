@@ -64,7 +64,7 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
     A later override of the same key replaces an earlier one. Continuous ranges are omitted: a sweeper such as Optuna
     chooses their values during the sweep.
     texts: the overrides of the command line. sweeper: name of Hydra's sweeper.
-    Raises `UserError` for a continuous range with the basic sweeper.
+    Raises `UserError` for a continuous range with the basic sweeper, and for a `glob(…)` that matches nothing.
     """
     # the parser needs the loader for glob(*)
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -75,6 +75,10 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
             choices[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            if not choices[key]:
+                raise UserError(
+                    f"{override.input_line}: matches no option, so the sweep has no job"
+                )
         elif sweeper == BASIC:
             raise UserError(f"{override.input_line}: a continuous range needs hydra/sweeper=optuna")
     return (list(point) for point in itertools.product(*choices.values()))

@@ -14,6 +14,8 @@ from dfl_experiments.configuration.history import with_current_names
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.seal import read_bytes, read_sealed
 
+# groups that every recorded configuration has
+GROUPS_OF_RUN = ("method", "model", "dataset", "optimizer", "tracking", "checkpoint")
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 # Options that the command line may set together with resume or repeat. All others come from the recorded configuration.
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
@@ -99,7 +101,10 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: is not a run directory, {path} does not exist") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    if not isinstance(values, dict):
+    is_of_run = isinstance(values, dict) and all(
+        isinstance(values.get(group), dict) for group in GROUPS_OF_RUN
+    )
+    if not is_of_run:
         raise UserError(f"{source}: {path} is not the configuration of a run")
     return values
 

@@ -19,6 +19,10 @@ from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
+OTHER_WORDS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+}  # usual names of options in other programs
 INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
 
 
@@ -83,8 +87,9 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
     """
     if renamed := (RENAMED | MOVED).get(key):
         return f"; did you mean {renamed}?"
+    last = key.lower().rpartition(".")[2]
     last_parts = {name: name.rpartition(".")[2] for name in names if name != key}
-    close = difflib.get_close_matches(key.rpartition(".")[2], last_parts.values(), n=1)
+    close = difflib.get_close_matches(OTHER_WORDS.get(last, last), last_parts.values(), n=1)
     guesses = [name for name, part in last_parts.items() if part in close]
     guesses.sort(key=lambda name: name.count("."))
     return f"; did you mean {guesses[0]}?" if guesses else ""
@@ -100,7 +105,10 @@ def message_with_choices(error: BaseException | None) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         choices = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
-        return f"{group}={name}: {choices} (--config-dir=<folder> adds your own options)"
+        advice = "--config-dir=<folder> adds your own options"
+        if group.startswith("hydra/"):
+            advice = "more need an extra, such as dfl-experiments[optuna]"
+        return f"{group}={name}: {choices} ({advice})"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(
         cause.parent_node
@@ -124,10 +132,9 @@ def _unknown_key(error: Any) -> str:
     known = ", ".join(str(key) for key in error.parent_node if key not in INTERNAL)
     everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     key = str(error.full_key)
+    suggestion = did_you_mean(key, flat_keys(everything))
     hint = f"; +{key}=… passes it to the constructor" if "_target_" in error.parent_node else ""
-    return (
-        f"{key}: no such option{did_you_mean(key, flat_keys(everything))}; there are {known}{hint}"
-    )
+    return f"{key}: no such option{suggestion}; there are {known or 'none'}{hint}"
 
 
 def refusal(

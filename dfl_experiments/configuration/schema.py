@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from dfl_experiments import ranges
 from dfl_experiments.configuration.components import STRICT, Component, Name, component
@@ -31,8 +31,21 @@ class Alignment(Options):
 
     every: ranges.Size
     """Iterations between two measurements; 0: never measure."""
-    quantities: list[Annotated[str, Field(pattern=f"^({'|'.join(EXTRA_QUANTITIES)})$")]]
+    quantities: list[str]
     """Extra quantities, from `measured.EXTRA_QUANTITIES`."""
+
+    @field_validator("quantities")
+    @classmethod
+    def _are_known_and_unique(cls, quantities: list[str]) -> list[str]:
+        option = f"alignment.quantities={shown(quantities)}"
+        for name in quantities:
+            if name not in EXTRA_QUANTITIES:
+                raise UserError(
+                    f"{option}: {shown(name)} is not a quantity; there are {', '.join(EXTRA_QUANTITIES)}"
+                )
+            if quantities.count(name) > 1:
+                raise UserError(f"{option}: lists {name} twice")
+        return quantities
 
 
 class Checkpoint(Options):

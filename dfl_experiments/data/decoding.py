@@ -48,7 +48,7 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     """List the files of a folder, except hidden ones. Links are followed.
 
     inside: list only these subfolders.
-    Raises `UserError` for a folder that cannot be read.
+    Raises `UserError` for a folder that cannot be read, a broken link, and a link to a folder that contains the link.
     """
 
     def refuse(error: OSError) -> None:
@@ -57,8 +57,17 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     names = []
     for start in inside:
         for folder, subfolders, files in os.walk(root / start, onerror=refuse, followlinks=True):
+            if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
+                raise UserError(
+                    f"{folder}: is a link to a folder that contains the link; delete the link"
+                )
             subfolders[:] = filter(is_user_folder, subfolders)
             visible = [Path(folder, name) for name in files if not name.startswith(".")]
+            for path in visible:
+                if not path.is_file():
+                    raise UserError(
+                        f"{path}: is neither a file nor a folder (a broken link?); delete it"
+                    )
             names += [path.relative_to(root).as_posix() for path in visible]
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 

@@ -294,12 +294,12 @@ def share_without_signal(kept: pd.DataFrame, layer: str) -> pd.Series:
     if f"zeros/{layer}" not in kept:
         return pd.Series(0.0, kept.index)
     images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)  # in one epoch
-    batches = np.ceil(images.round() / kept.batch_size)
+    batches = np.ceil(images.round() / kept.images_per_batch)
     every = kept.measured_every.clip(lower=1)
     # iterations 0, every, 2 · every, … are measured; if none of them is in the last epoch, one in an earlier epoch
     before = np.ceil((kept.done_epochs - 1).clip(lower=0) * batches / every)
     measured = (np.ceil(kept.done_epochs * batches / every) - before).clip(lower=1)
-    samples = (measured * kept.batch_size).clip(upper=images)
+    samples = (measured * kept.images_per_batch).clip(upper=images)
     share = kept[f"zeros/{layer}"] / samples
     return share.groupby([kept[key] for key in POINT]).transform("mean")
 

@@ -44,7 +44,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--smooth",
-        type=int,
+        type=positive,
         metavar="N",
         help="running mean over N measured iterations; 1: none",
     )
@@ -59,7 +59,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="configuration key with one panel for each value, such as optimizer.lr",
     )
     add("--log", action="store_true", help="logarithmic y axis for loss, norm and rms")
-    add("--dpi", type=int, default=150, help="dots per inch of a PNG file (default: 150)")
+    add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
     add(
         "--out",
         type=Path,
@@ -76,7 +76,14 @@ def names(text: str) -> list[str]:
 
 def layers(text: str) -> list[int]:
     """Return the numbers of a comma-separated list."""
-    return [int(name) for name in names(text)]
+    return [positive(name) for name in names(text)]
+
+
+def positive(text: str) -> int:
+    """Convert a text to a positive integer. Raises `ArgumentTypeError`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def plot(asked: argparse.Namespace) -> Path:

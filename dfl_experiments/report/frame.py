@@ -46,6 +46,7 @@ def runs(*folders: str | Path) -> pd.DataFrame:
         UserError: a folder does not exist, or there is no run in any folder.
     """
     records: dict[str, dict[str, Any]] = {}
+    is_any_left_out = False
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
@@ -53,13 +54,13 @@ def runs(*folders: str | Path) -> pd.DataFrame:
             try:
                 records[os.path.realpath(run_dir)] = record_of(run_dir)
             except Exception as error:  # reading another user's files can raise any error
-                log.warning(
-                    "left out: %s",
-                    printable(f"{run_dir} ({type(error).__name__}: {one_line(error)})"),
-                )
+                is_any_left_out = True
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                log.warning("left out: %s", printable(f"{run_dir} ({kind}{one_line(error)})"))
     if not records:
+        problem = "no run that can be shown" if is_any_left_out else "no run directory there"
         raise UserError(
-            f"{', '.join(map(str, folders))}: no run directory there (a run directory contains {CONFIG})"
+            f"{', '.join(map(str, folders))}: {problem} (a run directory contains {CONFIG})"
         )
     frame = labelled(pd.DataFrame(list(records.values())))
     warn_of_repeats(frame)

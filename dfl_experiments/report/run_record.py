@@ -96,7 +96,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "lr": float(config["optimizer"]["lr"]),
         "weight_decay": float(config["optimizer"].get("weight_decay") or 0.0),
         "seed": int(config["seed"]),
-        "batch_size": int(config["batch_size"]),
+        "images_per_batch": int(config["batch_size"]),
         "measured_every": int(config["alignment"]["every"]),
         "plugins": tuple(config.get("plugins") or ()),
     }

@@ -31,6 +31,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     """Return the checked configuration of a single run, and its directory. Raises `UserError` for a wrong option."""
     from dfl_experiments.running.device import choose_device
 
+    refuse_chdir(cfg)
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
@@ -40,6 +41,12 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     choose_device(configuration.settings.device)
     return configuration, run_dir
+
+
+def refuse_chdir(cfg: DictConfig) -> None:
+    """Raise `UserError` for hydra.job.chdir=true. In another working directory, a relative data_dir would be wrong."""
+    if cfg.hydra.job.chdir:
+        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
 
 
 def make_folder(folder: Path, key: str) -> None:
@@ -94,6 +101,7 @@ class Checks(Callback):
         """Check a single run before its directory is made."""
         with refusing():
             HydraConfig.instance().set_config(config)
+            refuse_chdir(config)
             Checks.checked, run_dir = check_run(config)
             if Checks.is_dry:
                 configuration = Checks.checked

@@ -21,6 +21,7 @@ from dfl_experiments.running.outcome import (
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
 
+ROWS_SHOWN = 50  # largest number of unfinished points that are printed
 # options in NOT_IN_DIGEST whose values a sweep may compare
 COMPARED = ("protocol", "stop_collapsed")
 
@@ -153,9 +154,11 @@ def print_unfinished(endings: Sequence[Ending]) -> None:
     """Print every point that has not finished, with its reason."""
     unfinished = [end for end in endings if not end.is_finished]
     width = max((len(end.folder) for end in unfinished), default=0)
-    for end in unfinished:
+    for end in unfinished[:ROWS_SHOWN]:
         description = end.reason or " ".join(end.overrides)
         print(f"  {end.folder:{width}}  {end.status:11}  {description}")
+    if len(unfinished) > ROWS_SHOWN:
+        print(f"  … and {len(unfinished) - ROWS_SHOWN} more")
 
 
 def print_best(folder: Path, endings: Sequence[Ending]) -> None:

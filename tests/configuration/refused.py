@@ -7,9 +7,13 @@ VALUES = {
     "seed=-1": ("seed=-1", "greater than or equal to 0"),
     "validation_fraction=nan": ("validation_fraction=nan", "less than 1"),
     "alignment=3": ("alignment=3", "valid dictionary"),
+    "alignment.quantities=[output_cosine,weight_ratio,output_cosine]": (
+        "alignment.quantities=",
+        "output_cosine twice",
+    ),
     "alignment.quantities=[cosine]": (
-        "alignment.quantities.0='cosine'",
-        "weight_cosine|sign_agreement",
+        "alignment.quantities=['cosine']",
+        "there are weight_cosine, sign_agreement",
     ),
     "data_dir=": ("data_dir=''", "at least 1"),
     "sweep=a/b": ("sweep='a/b'", "pattern"),
@@ -70,10 +74,14 @@ NAMES = {
     "data_dir=~/data": ("quote a value", "\"data_dir='~/data'\""),
 }
 KEYS = {
+    "hydra.job.chdir=true": ("hydra.job.chdir=true",),
+    "--epochs=3": ("--epochs=3", "write epochs=…"),
     # there is no such option, or one is missing
     "lr=1e-3": ("lr", "did you mean optimizer.lr?"),
     "batchsize=32": ("batchsize", "did you mean batch_size?"),
-    "optimizer.learning_rate=1e-3": ("optimizer.learning_rate", "there are lr, weight_decay"),
+    "optimizer.learning_rate=1e-3": ("optimizer.learning_rate", "did you mean optimizer.lr?"),
+    "wd=0.1": ("wd", "did you mean optimizer.weight_decay?"),
+    "method=LAS": ("method=LAS", "did you mean las?"),
     "--multirun optimizer.lrr=1e-3,1e-4": (
         "optimizer.lrr: no such option",
         "did you mean optimizer.lr?",
@@ -143,6 +151,7 @@ TARGETS = {
     "plugins=[os] method._target_=os.system": ("method._target_=os.system", "a subclass of Method"),
 }
 SWEEPS = {
+    "--multirun 'method=glob(zzz*)'": ("method=glob(zzz*)", "no job"),
     "--multirun seed=0,1 epochs=2,x": ("epochs='x'", "in the job seed=0 epochs=x"),
     "--multirun seed=0,1 device=cpu,auto": (
         "two jobs are the same run",

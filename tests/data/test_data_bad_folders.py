@@ -41,6 +41,10 @@ def make(*names: str):
     return lambda root: [(root / name).mkdir(parents=True) for name in names]
 
 
+def link(name: str, target: str):
+    return lambda root: (root / name).symlink_to(target)
+
+
 def forbid(name: str):
     return lambda root: (root / name).chmod(0)
 
@@ -106,6 +110,14 @@ FOLDERS = {
     "floats": (
         deep("train/dogs/x.tif", np.float32),
         r"dogs/x\.tif: has more than 8 bits per channel",
+    ),
+    "a link to nowhere": (
+        link("train/dogs/x.png", "nowhere"),
+        r"train/dogs/x\.png: is neither a file nor a folder",
+    ),
+    "a loop of links": (
+        all_of(link("train/dogs/there", "../cats"), link("train/cats/back", "../dogs")),
+        r"train/cats/back/there: is a link to a folder that contains the link; delete the link",
     ),
     "mixed sizes": (
         image("test/dogs/x.png", 8, 4),

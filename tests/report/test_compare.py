@@ -150,7 +150,7 @@ def point(**columns):
         "images_per_second": 100.0,
         "seconds": 4.0,
         "measured_every": 2,
-        "batch_size": 10,
+        "images_per_batch": 10,
         "cosine/1": 0.3,
         "cosine/2": 1.0,
     }

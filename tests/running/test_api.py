@@ -91,9 +91,7 @@ IMAGES = np.zeros((3, 1, 8, 8), np.uint8)
 NO_IMAGES = {
     "floats": IMAGES.astype(np.float32),
     "wide integers": IMAGES.astype(np.uint16),
-    "no channel": IMAGES[:, 0],
     "channels last": IMAGES.transpose(0, 2, 3, 1),
-    "one image": IMAGES[0],
 }
 
 
@@ -109,6 +107,11 @@ def test_a_run_on_images_predicts_from_nothing_else(folder, case, is_early):
         match=r"run: needs uint8 images of shape \(N, 1, 8, 8\), but gets \w+ of shape \(",
     ):
         run.predict(NO_IMAGES[case])
+
+
+def test_grey_images_need_no_axis_for_the_channel(folder):
+    run, images = dfl.load_run(folder), np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
+    assert torch.equal(run.predict(images[:, 0]), run.predict(images))
 
 
 def test_images_in_another_order_of_memory_are_predicted_alike(folder):
