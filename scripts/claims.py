@@ -45,7 +45,12 @@ MARKS = {
     CANNOT_RANK: "=",
     TOO_FEW: "",
 }
-MODEL_OPTION = re.compile(r", model\.\w+=\[[^]]*\]")  # left out of the picture's labels
+NET_OPTION = re.compile(r"model\.\w+=\[[^]]*\]")
+# the picture's labels have the channels of a net in few characters, and no widths
+CHANNELS, WIDTHS = (
+    re.compile(r"model\.channels=\[([^]]*)\]"),
+    re.compile(r", model\.widths=\[[^]]*\]"),
+)
 COLORS = {
     SUPPORTED: "#009E73",
     CONTRADICTED: "#D55E00",
@@ -81,11 +86,17 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
         # options of methods, such as ", init=default"; "" (no options) is first
         for suffix in sorted(suffixes):
             variant = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
-            setting = row_title(row.iloc[0]) + variant + rates_text(all_points)
+            setting = title_with_net(row.iloc[0]) + variant + rates_text(all_points)
             rows += alignment_claims(row, all_points, suffix, setting)
             rows += accuracy_claims(row, suffix, setting)
     rows += class_claims(chosen, real)
     return pd.DataFrame(rows)
+
+
+def title_with_net(row: pd.Series) -> str:
+    """Return the title of a setting, with the net's options that all runs of this net and data set share."""
+    options = [f", {option}" for option in NET_OPTION.findall(row["shared"])]
+    return "".join([row_title(row), *options])
 
 
 def rates_text(points: pd.DataFrame) -> str:
@@ -160,7 +171,7 @@ def alignment_claims(
 ) -> Iterator[dict[str, Any]]:
     """Yield the claims on layer 1's cosine in a setting.
 
-    Each method's cosine is averaged over the learning rates that both methods have.
+    Each method's cosine is averaged over the learning rates at which both methods have enough seeds.
 
     row: the runs at the chosen grid points. all_points: the runs at all grid points.
     """
@@ -179,6 +190,10 @@ def alignment_claims(
             for method in methods
         ]
         common = sides[0].columns.intersection(sides[1].columns)
+        counts = pd.concat([side[common].count() for side in sides], axis="columns")
+        has_seeds = counts.min(axis="columns") >= compare.FEWEST_SEEDS
+        if has_seeds.any():
+            common = common[has_seeds]
         means = [
             side[common].mean(axis="columns", skipna=False).dropna().to_numpy() for side in sides
         ]
@@ -214,7 +229,9 @@ def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str,
             samples = list(accuracies[sides])
             claim = f"{method_name(first)}'s lead over {method_name(second)} grows with the classes"
             setting = (
-                row_title(rows.iloc[0]).replace("CIFAR-100", "CIFAR").replace("CIFAR-10", "CIFAR")
+                title_with_net(rows.iloc[0])
+                .replace("CIFAR-100", "CIFAR")
+                .replace("CIFAR-10", "CIFAR")
             ) + rates_text(all_points)
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
@@ -321,7 +338,7 @@ def picture(verdicts: pd.DataFrame) -> Figure:
         )
         axes.text(x, y, mark, ha="center", va="center", fontsize=11 if len(mark) == 1 else 8)
     axes.set(xlim=(-0.5, len(settings) - 0.5), ylim=(len(names) - 0.5, -0.5))
-    labels = [MODEL_OPTION.sub("", setting) for setting in settings]
+    labels = [CHANNELS.sub(r"channels \1", WIDTHS.sub("", setting)) for setting in settings]
     is_clear = len(set(labels)) == len(labels)
     axes.set_xticks(
         range(len(settings)), labels if is_clear else settings, rotation=35, ha="left", fontsize=8
@@ -333,7 +350,10 @@ def picture(verdicts: pd.DataFrame) -> Figure:
     legend = [
         f"{mark} {verdict}" for verdict, mark in MARKS.items() if verdict not in (FAILS, TOO_FEW)
     ]
-    axes.set_xlabel("   ".join([*legend, "fails: a run of one side fails"]), fontsize=8)
+    axes.set_xlabel(
+        "   ".join([*legend, "fails: a run fails at every rate", "blank: too few seeds"]),
+        fontsize=8,
+    )
     return figure
 
 

@@ -45,14 +45,14 @@ TOP = """# The kept runs
 
 {count} runs, as `dfl-report` shows them. `python scripts/reference.py` writes this page from the run directories beside
 it. Some ran on a GPU, some on a CPU: see `devices` in [`tables.csv`](tables.csv). The runs on CIFAR with bfloat16 used
-one learning rate for all rules. At that rate DFA and LTAS fail with Conv3 on CIFAR-100: the tables show the rate, not
-the rules at their best.
+one learning rate for all rules of a net. At these rates DFA and LTAS fail with Conv3 on CIFAR-100, and some rules with
+Conv3+BN on CIFAR-10: the tables show the rate, not the rules at their best.
 
 Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default initialisation (10 seeds) and with He
 initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 at four rates (seed 0), with
-seeds 1 and 2 for each method at its two best rates by validation; the same map with batch normalisation on CIFAR-100
-down to 2.2e-4, with seeds 1 and 2 at the best rate; values that Akrout et al. published (3 seeds). Next: the rest of
-the map with batch normalisation, on CIFAR-100 at 1.25e-4 and on CIFAR-10; the alignment figure with `protocol=paper`.
+seeds 1 and 2 for each method at its two best rates by validation; the same map with batch normalisation on CIFAR-100,
+with seeds 1 and 2 at the best rate; values that Akrout et al. published (3 seeds). Next: the map with batch
+normalisation on CIFAR-10, the alignment figure with `protocol=paper`.
 """
 
 
@@ -69,7 +69,7 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield (
         "A verdict needs three seeds of both methods. A setting ends with its number of learning rates. Accuracies are "
         "compared at each method's best rate by validation accuracy. Intervals are those of Welch's t, 95 %. Alignment "
-        "is the cosine of layer 1, averaged over the learning rates that both methods have; deeper layers can differ. "
+        "is the cosine of layer 1, averaged over the rates at which both methods have three seeds. "
         "On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
@@ -133,8 +133,9 @@ def stability_part() -> Iterator[str]:
     """Yield the section with the stability map."""
     yield "## At which rates each rule is stable\n"
     yield (
-        "A narrow Conv3 (channels 16, 24, 32; two linear layers of 512 units), 10 epochs of Adam. Activations and "
-        "dead units are those of the last epoch.\n"
+        "A narrow Conv3 (channels 16, 24, 32; two linear layers of 512 units), 10 epochs of Adam. Points at a "
+        "rule's best rates are means of three seeds; all others are seed 0. Activations and dead units are of the last "
+        "epoch. Activations above 1,000 are drawn at 1,000.\n"
     )
     yield "![Accuracy, activations and dead units against the learning rate](stability_map/stability.png)\n"
 
