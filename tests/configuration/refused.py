@@ -1,6 +1,7 @@
 """Bad command lines as they are typed in a shell, each with what its refusal has to name. A row or two of a kind."""
 
 VALUES = {
+    "dataset.mean=[127]": ("dataset.mean.0=127", "less than or equal to 1"),
     "epochs=0": ("epochs=0", "greater than 0"),
     "epochs=true": ("epochs=True", "valid integer"),
     "epochs=99999999999": ("epochs=99999999999", "less than 2147483648"),

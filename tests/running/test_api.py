@@ -114,6 +114,15 @@ def test_grey_images_need_no_axis_for_the_channel(folder):
     assert torch.equal(run.predict(images[:, 0]), run.predict(images))
 
 
+def test_a_net_in_training_mode_predicts_as_in_evaluation_mode(tmp_path):
+    options = ["model=conv3_bn", "model.channels=[2]", "model.widths=[4]", "epochs=1", "limit=64"]
+    dfl.run(dfl.compose([*options, "tracking=disabled", "threads=1"]), tmp_path / "bn")
+    run = dfl.load_run(tmp_path / "bn")
+    expected = run.predict(IMAGES)
+    run.net.train()
+    assert torch.equal(run.predict(IMAGES), expected)
+
+
 def test_images_in_another_order_of_memory_are_predicted_alike(folder):
     run, images = dfl.load_run(folder), np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
     expected = run.predict(images)
