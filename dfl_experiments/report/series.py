@@ -67,6 +67,8 @@ def measured(
     iteration of the epoch.
     """
     epochs = curves(frame)
+    if "epoch" not in epochs:
+        raise UserError("nothing to draw: no run has rows in epochs.csv")
     if by == "epoch":
         table = long(epochs, "epoch", names)
     else:

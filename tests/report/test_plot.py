@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from processes import dfl_train
 
+from dfl_experiments.errors import UserError
 from dfl_experiments.report import dfl_plot
 from dfl_experiments.report.figures import LONGEST_NAME, unused_name
 from dfl_experiments.report.frame import runs, with_key
@@ -167,6 +168,13 @@ def test_epochs_are_drawn_where_a_run_has_no_iterations(outputs, tmp_path):
     shown = texts(draw(runs(tmp_path)))
     assert "epoch" in shown
     assert any("1 of 9 runs have no iterations.csv" in text for text in shown)
+
+
+def test_a_run_without_its_table_of_epochs_is_refused(outputs, tmp_path):
+    shutil.copytree(outputs / "alone", tmp_path / "alone")
+    (tmp_path / "alone" / "epochs.csv").unlink()
+    with pytest.raises(UserError, match=r"no run has rows in epochs\.csv"):
+        draw(runs(tmp_path))
 
 
 def test_a_run_that_is_still_training_is_drawn(outputs, tmp_path):
