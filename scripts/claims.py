@@ -73,7 +73,7 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
     Columns: claim, setting, n (number of seeds), found (a text), verdict, value, low, high.
 
     A setting ends with the number of learning rates. Accuracies are compared at each method's best rate, cosines over
-    all common rates. The last three columns are the difference and its interval.
+    the rates at which both methods have enough seeds. The last three columns are the difference and its interval.
     """
     real = frame[~frame.smoke]
     chosen = choose(real)

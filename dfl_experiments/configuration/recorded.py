@@ -15,7 +15,7 @@ from dfl_experiments.errors import UserError, reason
 from dfl_experiments.seal import read_bytes, read_sealed
 
 # groups that every recorded configuration has
-GROUPS_OF_RUN = ("method", "model", "dataset", "optimizer", "tracking", "checkpoint")
+GROUPS_OF_RUN = ("method", "model", "dataset", "optimizer")
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 # Options that the command line may set together with resume or repeat. All others come from the recorded configuration.
 OPERATIONAL = ("data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins")
@@ -104,7 +104,9 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
     is_of_run = isinstance(values, dict) and all(
         isinstance(values.get(group), dict) for group in GROUPS_OF_RUN
     )
-    if not is_of_run:
+    # early versions did not record these groups
+    others = [values.get(group) or {} for group in ("tracking", "checkpoint")] if is_of_run else []
+    if not is_of_run or not all(isinstance(group, dict) for group in others):
         raise UserError(f"{source}: {path} is not the configuration of a run")
     return values
 

@@ -19,10 +19,8 @@ from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
-OTHER_WORDS = {
-    "learning_rate": "lr",
-    "wd": "weight_decay",
-}  # usual names of options in other programs
+# names of options in other programs
+OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay"}
 INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
 
 
