@@ -25,7 +25,7 @@ Magnitude = Annotated[int, Field(ge=0, lt=MAGNITUDE_BINS)]
 # names that options of protocols, methods and models accept
 ValidationSplit = Literal["random", "stratified"]
 Downsampling = Literal["max_pool", "stride"]
-FeedbackInit = Literal["product", "kaiming", "default", "zeros"]
+FeedbackInit = Literal["product", "kaiming", "kaiming_in", "default", "zeros"]
 FeedbackShape = Literal["conv", "dense"]
 WeightInit = Literal["default", "xavier", "kaiming", "orthogonal"]
 SequentialInit = Literal["default", "kaiming", "xavier", "copy"]

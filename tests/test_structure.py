@@ -91,8 +91,8 @@ def own(tmp_path, monkeypatch):
     blocks = re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", text, re.S)
     assert sorted(Path(name).name for name, _ in blocks) == [
         "clipped.yaml",
-        "conv2.yaml",
         "my_rules.py",
+        "small.yaml",
     ]
     assert sum(content.count("\n") + 1 for _, content in blocks) < 60
     for name, content in blocks:
@@ -120,7 +120,7 @@ def test_the_readme_s_new_method_obeys_the_laws(own):
     )
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
-    assert "clipped-conv2" in done.stdout
+    assert "clipped-small" in done.stdout
 
 
 def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_package_is_named(
@@ -134,7 +134,7 @@ def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_p
     asked = re.search(r"dfl-train (--config-dir my_conf .*)", text)[1].replace('"', "").split()
     done = dfl_train(*asked, "epochs=2", "tracking=disabled", "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
-    assert "finished: clipped, conv2 on digits" in done.stdout
+    assert "finished: clipped, small on digits" in done.stdout
     refused = dfl_train("repeat=here")
     assert refused.returncode == 2
     assert (

@@ -24,6 +24,7 @@ KINDS = {
     "optimizer": f"{PACKAGE}.optimizers.OptimizerFactory",
     "optimizer.feedback": f"{PACKAGE}.optimizers.OptimizerFactory",
     "schedule": f"{PACKAGE}.schedules.Schedule",
+    "schedule.feedback": f"{PACKAGE}.schedules.Schedule",
     "dataset.source": f"{PACKAGE}.data.sources.Source",
 }
 MODULE = "torch.nn.Module"

@@ -18,6 +18,7 @@ from dfl_experiments.measured import EXTRA_QUANTITIES
 
 # `components` checks the options of these groups
 GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")
+SCHEDULES = ("schedule", "schedule.feedback")
 
 
 class Options(BaseModel):
@@ -107,7 +108,13 @@ class Optimizer(Options):
     feedback: dict[str, Any] = Field(default_factory=dict)
 
 
-SHARED: dict[str, type[Options]] = {"model": Model, "optimizer": Optimizer}
+class Schedule(Options):
+    """Options that all schedules have (see conf/schedule). A schedule's class defines its other options."""
+
+    feedback: dict[str, Any] | None = None
+
+
+SHARED: dict[str, type[Options]] = {"model": Model, "optimizer": Optimizer, "schedule": Schedule}
 
 
 class Protocol(Options):
@@ -184,7 +191,7 @@ class Configuration:
     settings: Settings
     """The options that do not belong to a component."""
     components: dict[str, Component]
-    """Components by key: `GROUPS`, dataset.source, and optimizer.feedback if B's optimizer differs from W's."""
+    """Components by key: `GROUPS`, dataset.source, and optimizer.feedback and schedule.feedback if they are set."""
     weight_init: ranges.WeightInit
     """The option `model.init`."""
     clip_norm: float | None
@@ -258,13 +265,16 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
         nodes["optimizer.feedback"] = (
             feedback if "_target_" in feedback else nodes["optimizer"] | feedback
         )
+    if shared["schedule"].feedback:
+        nodes["schedule.feedback"] = shared["schedule"].feedback
     nodes["dataset.source"] = settings.dataset.source
     components = {}
     for key, node in nodes.items():
         components[key] = component(node, key, settings.plugins, every_key)
-    warmup = components["schedule"].options.get("warmup", 0)
-    if warmup >= settings.epochs:
-        raise UserError(f"schedule.warmup={warmup}: must be shorter than epochs={settings.epochs}")
+    for key in SCHEDULES:
+        warmup = components[key].options.get("warmup", 0) if key in components else 0
+        if warmup >= settings.epochs:
+            raise UserError(f"{key}.warmup={warmup}: must be shorter than epochs={settings.epochs}")
     check_name(settings.dataset)
     return Configuration(
         values, settings, components, shared["model"].init, shared["optimizer"].clip_norm

@@ -73,7 +73,8 @@ class LocalModule(nn.Module):
     - h_i consists of tokens and has shape (T, C). Then y = B̄ · mean_t h, and B̄ has shape (K, C). The reader does not
       matter.
     - All other cases, and every h_i if `dense` is True: y = B̄ h with the flattened h, and B̄ has shape (K, d). For
-      example, an image may have no reader, or its reader may pad with other values than zeros.
+      example, an image may have no reader, its reader may pad with other values than zeros, or its reader may be a
+      linear layer that reads the flattened image.
 
     reader: layer that reads h_i, or None.
     shape: shape of h_i for one sample.
@@ -100,7 +101,8 @@ class LocalModule(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self.pooling = pooling
-        axes = () if dense or len(self.shape) < 3 else _axes(reader)
+        is_matrix = dense or len(self.shape) < 3 or reads_positions(reader, self.shape[0])
+        axes = () if is_matrix else _axes(reader)
         self.linear = not axes or isinstance(reader, nn.Linear)
         self.flat = not axes and (dense or len(self.shape) != 2)
         self.positions = 1
@@ -134,6 +136,7 @@ class LocalModule(nn.Module):
             "product": W_L … W_{i+1}, or "default" if the product is missing or zero.
             "kaiming": Kaiming-uniform with gain √2, as in the published code of DFA. The fan-in is C·k² if B̄ is the
                 kernel of a convolution, and K in all other cases.
+            "kaiming_in": Kaiming-uniform with gain √2. The fan-in is the number of entries of B̄ for one class.
         product: (K, d), or None in a net without products.
         """
         # A head of zeros gives a product of zeros. Do not copy it: a fixed B of zeros would send no signal.
@@ -143,6 +146,8 @@ class LocalModule(nn.Module):
             nn.init.kaiming_uniform_(
                 self.weight, mode="fan_out" if self.linear else "fan_in", nonlinearity="relu"
             )
+        elif init == "kaiming_in":
+            nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
         elif init == "zeros":
             nn.init.zeros_(self.weight)
         else:
@@ -237,6 +242,11 @@ class LocalModule(nn.Module):
         # in the memory format of h_i, to avoid a copy
         signal = error @ planes.permute(0, 2, 3, 1).flatten(1)
         return signal.unflatten(1, (*self.shape[1:], self.shape[0])).permute(0, 3, 1, 2)
+
+
+def reads_positions(reader: WeightLayer | None, channels: int) -> bool:
+    """Return whether a linear layer reads the positions of an image, and not only the mean of each channel."""
+    return isinstance(reader, nn.Linear) and reader.in_features != channels
 
 
 def is_channels_last(images: Tensor) -> bool:

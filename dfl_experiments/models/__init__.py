@@ -1,5 +1,6 @@
 """Networks as chains of blocks, independent of the method that trains them."""
 
+from dfl_experiments.models.conv2 import conv2 as conv2
 from dfl_experiments.models.conv3 import conv3 as conv3
 from dfl_experiments.models.fc import fc as fc
 from dfl_experiments.models.mixer import mixer as mixer

@@ -48,6 +48,7 @@ IN_WORDS = {
     "model": {
         "fc": "fully connected net",
         "fc_ln": "fully connected net with LN",
+        "conv2_bn": "Conv2+BN",
         "conv3": "Conv3",
         "conv3_bn": "Conv3+BN",
         "conv3_gn": "Conv3+GN",

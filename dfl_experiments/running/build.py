@@ -75,7 +75,9 @@ class Parts:
     memory_format: torch.memory_format
     """Memory format of images in convolutional nets, as `layout_of` chose it."""
     schedule: Schedule
-    """Schedule of the learning rates."""
+    """Schedule of the learning rate."""
+    feedback_schedule: Schedule
+    """Schedule of the learning rate of B."""
     learner: Learner
     """Network, method and their optimizers."""
     step: Callable[[Tensor, Tensor, bool], Tensor]
@@ -183,7 +185,10 @@ def build(
             )
     return Parts(
         settings, device, origin, standardisation, batches, validation, test, len(train), arrays.num_classes, layout,
-        components["schedule"].build(), learner, step,
+        components["schedule"].build(),
+        components.get("schedule.feedback", components["schedule"]).build(),
+        learner,
+        step,
     )  # fmt: skip
 
 

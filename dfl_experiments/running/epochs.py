@@ -18,6 +18,7 @@ from dfl_experiments.running.run_directory import HEADLINES, Table
 from dfl_experiments.running.signals import Interrupted, Stop
 from dfl_experiments.running.stability import Activations, instability, norm_ratios
 from dfl_experiments.running.tracking import Tracker
+from dfl_experiments.schedules import Schedule
 
 # Limits of the published code, see `early_end`. That code counts epochs from 0, so its epoch 5 is epoch 6 here.
 UNTRAINABLE_EPOCH, UNTRAINABLE_FACTOR = 6, 1.15
@@ -108,17 +109,25 @@ class Training:
                 is_needed, check = self.settings.stop_untrainable, self.stop.raise_if_asked
                 state.initial = evaluate(parts, parts.test, check)[1] if is_needed else 0.0
             while state.epoch < epochs and state.end is None:
-                factors = parts.schedule.factors(state.epoch + 1, epochs, len(parts.batches))
-                self.train_batches(factors)
-                self.end_epoch(self.learner.rates[0] * factors[0])
+                lr, feedback_lr = self.learner.rates
+                rates = self.scheduled(lr, parts.schedule)
+                feedback_rates = self.scheduled(feedback_lr, parts.feedback_schedule)
+                self.train_batches(rates, feedback_rates)
+                self.end_epoch(rates[0])
         except Interrupted:
             self.save()
             raise
 
-    def train_batches(self, factors: list[float]) -> None:
+    def scheduled(self, lr: float, schedule: Schedule) -> list[float]:
+        """Return the learning rate of each batch of the next epoch. lr: the rate before the schedule changes it."""
+        next_epoch, batches = self.state.epoch + 1, len(self.parts.batches)
+        factors = schedule.factors(next_epoch, self.settings.epochs, batches)
+        return [lr * factor for factor in factors]
+
+    def train_batches(self, rates: list[float], feedback_rates: list[float]) -> None:
         """Train the remaining batches of an epoch, and store the metrics of all its batches in `state.rows`.
 
-        factors: the schedule's factor of the learning rate for each batch.
+        rates, feedback_rates: learning rates of W and of B for each batch.
         """
         state, learner, batches = self.state, self.learner, self.parts.batches
         every, seconds_before = self.settings.alignment.every, state.epoch_seconds
@@ -129,11 +138,14 @@ class Training:
         if state.rows is not None:
             start_batch = len(state.rows)
             rows[:start_batch] = state.rows
-        self.progress.begin(epoch, learner.rates[0] * factors[0], start_batch)
+        self.progress.begin(epoch, rates[0], start_batch)
         iteration, start = state.epoch * len(batches) + start_batch, time.perf_counter()
+        current: tuple[float, float] | None = None
         for index, (x, target) in enumerate(batches.epoch(epoch, start_batch), start_batch):
-            if index == start_batch or factors[index] != factors[index - 1]:
-                learner.set_lr(*(rate * factors[index] for rate in learner.rates))
+            new = (rates[index], feedback_rates[index])
+            if new != current:
+                learner.set_lr(*new)
+                current = new
             rows[index] = self.parts.step(x, target, every > 0 and iteration % every == 0)
             iteration += 1
             state.rows = rows[: index + 1]

@@ -41,6 +41,10 @@ VALUES = {
     ),
     "schedule.milestones=[30,60]": ("schedule.milestones.0=30", "less than 1"),
     "schedule=cosine schedule.warmup=0.5": ("schedule.warmup=0.5", "schedule.per=iteration"),
+    "+schedule@schedule.feedback=cosine schedule.feedback.warmup=3 epochs=3": (
+        "schedule.feedback.warmup=3",
+        "shorter than epochs=3",
+    ),
     "schedule=cosine schedule.warmup=3 epochs=3": ("schedule.warmup=3", "shorter than epochs=3"),
     "optimizer=sgd optimizer.nesterov=true": (
         "optimizer.nesterov=True",

@@ -25,7 +25,8 @@ def test_every_cell_trains_under_every_protocol(method, model):
         done.append((values["method"], values["model"]))
         t = Tiny(method, model, f"protocol={protocol}")
         lr, steps = (1e-3, 60) if method in PAPER else (5e-3, 25)
-        if model == "vit":  # of 5 units, its loss rises at first through some random B
+        # of 5 units, their losses rise at first through some random B
+        if model == "vit" or (method, model) == ("shared", "conv2_bn"):
             lr, steps = 5e-3, 100
         t.learner.set_lr(lr)
         losses = [t.learner.step(t.x, t.target)[0] for _ in range(steps)]
@@ -119,6 +120,24 @@ def test_kaiming_uniform_feedback_has_the_published_scale():
     ):
         bound = (2 * 3 / (reader.in_channels * 25)) ** 0.5
         assert 0.8 * bound < module.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("model", ["fc", "conv2_bn"])
+def test_kaiming_in_has_the_fan_in_of_b(model):
+    t = Tiny("dkp", model, "method.init=kaiming_in", "method.top=direct", classes=10)
+    for i, module in t.method.local_modules.items():
+        d = t.net.output_shapes()[i - 1].numel()
+        assert module.weight.shape == (10, d)
+        bound = (2 * 3 / d) ** 0.5  # gain √2, fan-in d
+        assert 0.8 * bound < module.weight.abs().max() <= bound
+
+
+def test_a_linear_layer_that_reads_the_flattened_image_gives_a_dense_b():
+    """In conv2 the third block pools and flattens h_2 before its linear layer; h_1 is read by a convolution."""
+    t = Tiny("dfa", "conv2_bn", "method.feedback=conv", "method.top=direct")
+    shapes = [module.weight.shape[1:] for module in t.method.local_modules.values()]
+    h = t.net.output_shapes()
+    assert shapes == [(h[0][0], 3, 3), (h[1].numel(),), (h[2].numel(),)]
 
 
 def test_the_last_hidden_layer_receives_the_transposed_weights_in_the_fair_protocol_only():

@@ -138,6 +138,7 @@ LEARNING = {
         "optimizer._target_=torch.optim.NAdam",
         "schedule=constant",
         "+optimizer@optimizer.feedback=adam",
+        "+schedule@schedule.feedback=exponential",
     ),
 }
 

@@ -16,7 +16,9 @@ from claims import (
 from processes import dfl_train
 from report_helpers import write_packs
 
+from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.grids import grid_of
+from dfl_experiments.configuration.schema import check
 from dfl_experiments.report.frame import runs
 
 EXPERIMENTS = sorted(path.stem for path in PUBLISHED.parent.glob("*.yaml"))
@@ -37,16 +39,27 @@ def test_every_value_has_its_experiment_with_these_rules():
 def tried(tmp_path_factory):
     """Runs on digits under the name of MNIST: two whole ones of FA, a short one of BP, smoke runs of the others."""
     place = tmp_path_factory.mktemp("published")
-    quick = (*QUICK, f"data_dir={write_packs(place / 'data', mnist=1)}")
+    quick = (*QUICK, f"data_dir={write_packs(place / 'data', mnist=1, cifar10=3)}")
     for arguments in (
         ("experiment=published/akrout_mnist", "method=fa", "seed=0,1,2", "alignment.every=0"),
         ("experiment=published/akrout_mnist", "method=bp", "epochs=2"),
         ("experiment=published/akrout_mnist_kp", "epochs=1", "smoke=64"),
         ("experiment=published/nokland_mnist", "epochs=1", "smoke=64"),
+        ("experiment=published/dkp_cifar10", "epochs=1", "smoke=64"),
+        ("experiment=published/dkp_cifar10_dkp", "epochs=1", "smoke=64"),
     ):
         done = dfl_train(place, "--multirun", *arguments, *quick)
         assert done.returncode == 0, done.stderr
     return published(runs(place / "outputs" / "published"))
+
+
+def test_the_options_of_dkp_reach_its_optimizers(tried):
+    assert list(tried.method[tried.source.str.startswith("Webster")]) == ["BP", "DFA", "DKP"]
+    configuration = check(compose(["experiment=published/dkp_cifar10_dkp"]))
+    of_b = configuration.components["optimizer.feedback"].build()
+    assert (type(of_b).__name__, of_b.lr, of_b.weight_decay) == ("Adam", 1e-4, 1e-6)
+    schedules = [configuration.components[key].build() for key in ("schedule", "schedule.feedback")]
+    assert [schedule.factors(3, 50, 1) for schedule in schedules] == [[1.0], [0.8**2]]
 
 
 def test_a_verdict_needs_whole_runs_of_that_very_configuration(tried):
