@@ -1,8 +1,25 @@
 """Types of options that pydantic checks: ranges of numbers, and choices of names."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+
+def matching(pattern: str, words: str) -> AfterValidator:
+    """Return a validator that refuses a text unless the pattern matches all of it.
+
+    words: end of the error message "must be …".
+    """
+
+    def checked(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise PydanticCustomError("text", "must be {words}", {"words": words})
+        return text
+
+    return AfterValidator(checked)
+
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,7 @@ from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Batches, EvaluationBatches, Normalise
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.errors import UserError
+from dfl_experiments.ranges import Precision
 from dfl_experiments.running.device import layout_of, set_up
 from dfl_experiments.running.provenance import device_name, git_commit, versions
 
@@ -204,6 +205,10 @@ def main() -> None:
     names = group_options("method") if options.methods == "all" else options.methods.split(",")
     methods = ["bp", *(method for method in names if method != "bp")]
     precisions = options.precisions.split(",")
+    known = {*MODELS, *group_options("method"), *get_args(Precision)}
+    for name in (*models, *methods, *precisions):
+        if name not in known:
+            parser.error(f"{name}: not a model, a method or a precision of --help")
     # Set up PyTorch as a training run does, also for the steps in plain PyTorch.
     as_a_run = partial(set_up, device, seed=0, deterministic=False, threads=options.threads)
     report: dict[str, Any] = {

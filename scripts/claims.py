@@ -276,7 +276,9 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
         else:
             lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))
             is_other = whole.empty and bool(lengths)
-            found = f"{lengths} epochs in place of {values['epochs']}" if is_other else ""
+            found = f"{len(rates)} of {compare.FEWEST_SEEDS} seeds"
+            if is_other:
+                found = f"{lengths} epochs in place of {values['epochs']}"
             row |= {"found": found, "verdict": OTHER_LENGTH if is_other else TOO_FEW}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -2,16 +2,18 @@
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
 from dfl_experiments.configuration.refusals import refusal
 from dfl_experiments.errors import UserError, reason, shown
-from dfl_experiments.ranges import SampleKind
+from dfl_experiments.ranges import SampleKind, matching
 
 PACKAGE = "dfl_experiments"
 # The base class of each component, by key. A model is a function, so the entry of "model" is the class of the network
@@ -32,7 +34,10 @@ AS_NET = f"{PACKAGE}.engine.module_net.as_net"
 # Arguments that the program passes to a component's constructor. The configuration cannot set them.
 PASSED = {"method": ("net", "num_classes", "loss"), "model": ("input_shape", "num_classes")}
 # Type of a name that appears in folder names and as a W&B tag.
-Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=64)]
+Name = Annotated[
+    str,
+    matching(r"\w[\w.+-]{0,63}", "1 to 64 letters, digits and . _ + -, and not begin with . + -"),
+]
 NAME: TypeAdapter[str] = TypeAdapter(Name)
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
 
@@ -72,9 +77,15 @@ class Component:
         except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
             texts = [f"{name}={shown(value)}" for name, value in self.options.items()]
             given = ", ".join(texts) or "no options"
-            raise UserError(
-                f"{self.key}: cannot be built with {given} ({reason(error)})"
-            ) from error
+            cause = f"{reason(error)}{self.line_of(error)}"
+            raise UserError(f"{self.key}: cannot be built with {given} ({cause})") from error
+
+    def line_of(self, error: Exception) -> str:
+        """Return the file and the line of the target's own code that raised an error: ", my_nets.py line 7"."""
+        source = inspect.getsourcefile(self.target)
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == source]
+        return f", {Path(source).name} line {lines[-1]}" if source and lines else ""
 
 
 def import_object(target: str) -> Any:

@@ -65,8 +65,13 @@ class Tracking(Options):
     """Options of W&B and TensorBoard (see conf/tracking)."""
 
     mode: Literal["offline", "online", "disabled", "tensorboard"]
-    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
-    entity: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")] | None
+    project: Annotated[
+        str, ranges.matching(r"[^/\\#?%:]{1,128}", "1 to 128 characters without / \\ # ? % :")
+    ]
+    entity: (
+        Annotated[str, ranges.matching(r"[\w.-]{1,128}", "1 to 128 letters, digits and . _ -")]
+        | None
+    )
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     every: ranges.Count | None
@@ -146,13 +151,20 @@ class Settings(Options):
     dataset: Dataset
     protocol: Protocol
     tracking: Tracking
-    plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]]
-    data_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+    plugins: list[
+        Annotated[
+            str, ranges.matching(r"[A-Za-z_][\w.]*", "the name of a module, such as my_rules")
+        ]
+    ]
+    data_dir: Annotated[str, ranges.matching(r"[^\x00]+", "the path of a folder")]
     epochs: ranges.Count
     batch_size: ranges.Count
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     loss: ranges.LossName
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    device: Annotated[
+        str,
+        ranges.matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, or for one GPU cuda:0"),
+    ]
     threads: ranges.Count | None
     precision: ranges.Precision
     memory_format: ranges.MemoryFormat
