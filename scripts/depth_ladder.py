@@ -6,8 +6,8 @@
 There is one sweep for each of two initialisations. The first sweep is `dfl-train --multirun experiment=depth_digits`.
 The second sweep is the same command with `model.init=kaiming sweep=depth_digits_kaiming`.
 
-The summary is a CSV file with a row for each run. `--collect` replaces the runs of the initialisations that the given
-sweeps contain. Runs of other initialisations stay in the summary.
+The summary is a CSV file with a row for each run. `--collect` adds the runs of the given sweeps. A run with the same
+initialisation, depth, rule, rate and seed replaces the earlier one.
 """
 
 import argparse
@@ -21,17 +21,8 @@ from dfl_experiments.report.frame import layer_names, runs, with_key
 from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, method_order, save
 
 SUMMARY = Path("outputs/reference/depth_digits/summary.csv")
-COLUMNS = [
-    "init",
-    "depth",
-    "rule",
-    "lr",
-    "seed",
-    "status",
-    "accuracy",
-    "validation_accuracy",
-    "fails",
-]
+KEY = ["init", "depth", "rule", "lr", "seed"]
+COLUMNS = [*KEY, "status", "accuracy", "validation_accuracy", "fails"]
 AUDIT = {"cosine/1": "cosine with BP, layer 1", "dead": "dead units, worst layer"}
 INITS = {"default": "PyTorch's default initialisation", "kaiming": "He initialisation"}
 SINGLE = ("bp", "shallow")  # rules with thick lines; the others have thin lines
@@ -55,10 +46,9 @@ def collected(folders: list[Path]) -> pd.DataFrame:
 
 
 def with_collected(summary: pd.DataFrame, folders: list[Path]) -> pd.DataFrame:
-    """Return a summary in which the runs of these sweeps replace all runs of the same initialisation."""
-    new = collected(folders)
-    kept = summary[~summary["init"].isin(new["init"])]
-    return pd.concat([kept, new]).sort_values(COLUMNS[:5], ignore_index=True)
+    """Return the summary with the runs of these sweeps. They replace runs with the same values of `KEY`."""
+    every = pd.concat([summary, collected(folders)])
+    return every.drop_duplicates(KEY, keep="last").sort_values(KEY, ignore_index=True)
 
 
 def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:

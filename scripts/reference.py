@@ -1,8 +1,9 @@
-"""Write the reference page on the kept runs, its figures and tables, and the counts of verdicts in the README.
+"""Write the reference page on the kept runs, its figures and tables, and two parts of the README.
 
     python scripts/reference.py
 
-In the README, the script replaces the text between the line `<!-- claims: … -->` and the line `<!-- end -->`.
+In the README, the script replaces the counts of verdicts and the table of best rates. Each of them stands between a line
+such as `<!-- claims: … -->` and the line `<!-- end -->`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from claims import (
     picture,
     published,
 )
+from stability_map import best_rates, runs_of_map
 
 from dfl_experiments.report import document, frame
 from dfl_experiments.report.compare import cosines
@@ -39,7 +41,7 @@ EPOCHS = (1, 12)  # epochs that the table of the controls shows
 KEPT = Path("outputs/reference")
 README = Path("README.md")
 FEWEST_RULES = 4  # with fewer rules, no correlation is computed
-COUNTS = re.compile(r"(<!-- claims.*?-->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = r"(<!-- {}.*?-->\n).*?(<!-- end -->)"  # a part of the README that the script replaces
 HEADING = re.compile(r"^(##) (.*)$", re.MULTILINE)
 TOP = """# The kept runs
 
@@ -129,7 +131,7 @@ def controls_part(runs: pd.DataFrame) -> Iterator[str]:
     yield table(shown)
 
 
-def stability_part() -> Iterator[str]:
+def stability_part(runs: pd.DataFrame) -> Iterator[str]:
     """Yield the section with the stability map."""
     yield "## At which rates each rule is stable\n"
     yield (
@@ -138,6 +140,8 @@ def stability_part() -> Iterator[str]:
         "epoch. Activations above 1,000 are drawn at 1,000.\n"
     )
     yield "![Accuracy, activations and dead units against the learning rate](stability_map/stability.png)\n"
+    yield "Test accuracy in percent at each rule's best rate by validation accuracy (mean ± sd, rate):\n"
+    yield table(best_rates(runs_of_map(runs)))
 
 
 def ladder_part() -> Iterator[str]:
@@ -208,7 +212,7 @@ def page(
     texts = [
         *claims_part(verdicts),
         *published_part(runs),
-        *stability_part(),
+        *stability_part(runs),
         *ladder_part(),
         *controls_part(runs),
         *families_part(runs),
@@ -218,13 +222,21 @@ def page(
     return "\n".join([TOP.format(count=len(runs)), contents(body), body])
 
 
-def readme(text: str, verdicts: pd.DataFrame) -> str:
-    """Return the README with the new counts of verdicts."""
-    return COUNTS.sub(lambda match: f"{match[1]}{counts_sentence(verdicts)}{match[2]}", text)
+def readme(text: str, runs: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+    """Return the README with the new counts of verdicts and the new table of best rates."""
+    parts = {"claims": counts_sentence(verdicts), "rates": table(best_rates(runs_of_map(runs)))}
+    for name, content in parts.items():
+        text = re.sub(
+            MARKED.format(name),
+            lambda match, content=content: f"{match[1]}{content}{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    return text
 
 
 def main() -> None:
-    """Write the page, the figures, the table and the counts in the README."""
+    """Write the page, the figures, the table and the parts of the README."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
@@ -240,7 +252,7 @@ def main() -> None:
     stability_map.write_figure(runs)
     (KEPT / "README.md").write_text(page(runs, parts, verdicts, drawings))
     (KEPT / "tables.csv").write_text(document.csv_of(parts))
-    README.write_text(readme(README.read_text(), verdicts))
+    README.write_text(readme(README.read_text(), runs, verdicts))
 
 
 if __name__ == "__main__":

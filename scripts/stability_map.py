@@ -10,8 +10,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dfl_experiments.report.choose import choose
 from dfl_experiments.report.frame import layer_names
-from dfl_experiments.report.style import look_of, method_name, method_order, save, styled, title_of
+from dfl_experiments.report.style import (
+    DASHES,
+    PALETTE,
+    method_name,
+    method_order,
+    save,
+    styled,
+    title_of,
+    words,
+)
 
 FOLDER = Path("outputs/reference/stability_map")
 COLUMN = ["model", "dataset"]
@@ -35,6 +45,31 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
     )
     groups = frame.groupby([*COLUMN, "rule", "lr"])
     return groups[list(ROWS)].mean().assign(fails=groups.fails.any()).reset_index()
+
+
+def best_rates(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of texts with a row for each rule and a column for each net and data set.
+
+    A text is the mean test accuracy in percent over the seeds, ± their standard deviation, and the learning rate with
+    the best validation accuracy. Rates at which a run fails do not count.
+    """
+    texts: dict[str, dict[str, str]] = {}
+    for (model, dataset), part in choose(frame).groupby(COLUMN):
+        column = f"{words('dataset', dataset)}, {words('model', model)}"
+        for rule, runs in part.groupby("rule"):
+            accuracy = 100 * runs.accuracy
+            text = f"{accuracy.mean():.1f} ± {accuracy.std():.1f} ({lr_text(runs.lr.iloc[0])})"
+            texts.setdefault(column, {})[str(rule)] = text
+    table = pd.DataFrame(texts)[sorted(texts)]
+    table = table.loc[sorted(table.index, key=method_order)]
+    table.insert(0, "best of four rates", table.index.map(method_name))
+    return table
+
+
+def lr_text(lr: float) -> str:
+    """Return a learning rate in the notation of the command line, such as "1.25e-4"."""
+    digits, exponent = f"{lr:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def figure(frame: pd.DataFrame) -> Figure:
@@ -63,15 +98,14 @@ def figure(frame: pd.DataFrame) -> Figure:
 
 def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
     """Draw one quantity against the rate: a line for each rule, a cross where a run fails."""
-    for rule in sorted(shown.rule.unique(), key=method_order):
+    for index, rule in enumerate(sorted(shown.rule.unique(), key=method_order)):
         curve = shown[shown.rule == rule].sort_values("lr")
-        look = look_of(rule)
         axes.plot(
             curve.lr,
             curve[name],
             "o",
-            color=look.colour,
-            linestyle=look.dash,
+            color=PALETTE[index],
+            linestyle=DASHES[index],
             label=method_name(rule),
         )
         failing = curve[curve.fails]
@@ -79,8 +113,12 @@ def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
     axes.plot([], [], "x", color="black", label="a run fails")
 
 
+def runs_of_map(kept: pd.DataFrame) -> pd.DataFrame:
+    """Return those of the kept runs that belong to the map."""
+    return kept[kept.folder.str.startswith(str(FOLDER))]
+
+
 def write_figure(kept: pd.DataFrame) -> None:
-    """Draw those of the kept runs that belong to the map."""
-    frame = kept[kept.folder.str.startswith(str(FOLDER))]
+    """Draw the map from the kept runs."""
     with styled():
-        save(figure(frame), FOLDER / "stability.png", dpi=120)
+        save(figure(runs_of_map(kept)), FOLDER / "stability.png", dpi=120)

@@ -34,7 +34,7 @@ def test_the_readme_and_the_reference_page_are_made_of_the_kept_runs(verdicts, m
     frame = runs(KEPT)
     parts = sections(frame)
     text = Path("README.md").read_text()
-    assert readme(text, verdicts) == text
+    assert readme(text, frame, verdicts) == text
     assert (KEPT / "tables.csv").read_text() == csv_of(parts)
     kept_page = (KEPT / "README.md").read_text()
     images = re.compile(r"!\[[^]]*\]\(([^)]*)\)\n\n")
@@ -84,13 +84,16 @@ def test_the_stability_map_marks_each_rate_at_which_a_run_fails(kept):
     assert crosses == failing > 0
 
 
-def test_a_collected_sweep_replaces_only_the_runs_of_its_initialisation(tmp_path):
+def test_a_collected_sweep_replaces_runs_of_the_same_settings_and_adds_others(tmp_path):
     done = dfl_train(
-        tmp_path, "--multirun", "experiment=depth_digits", "method=bp", "seed=0", "epochs=1", "model.init=kaiming",
+        tmp_path, "--multirun", "experiment=depth_digits", "method=bp", "seed=0,77", "epochs=1", "model.init=kaiming",
         "model.widths=[32,32]", "optimizer.lr=1e-3", "sweep=depth_digits_kaiming", "tracking=disabled", "threads=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = pd.read_csv(ROOT / KEPT / "depth_digits" / "summary.csv")
     merged = depth_ladder.with_collected(summary, [tmp_path / "outputs" / "depth_digits_kaiming"])
-    assert (merged["init"] == "kaiming").sum() == 1
-    assert len(merged) == 1 + (summary["init"] == "default").sum()
+    assert len(merged) == len(summary) + 1
+    cell = "init == 'kaiming' and depth == 2 and rule == 'bp' and lr == 1e-3 and seed in (0, 77)"
+    assert len(summary.query(cell)) == 1
+    assert len(merged.query(cell)) == 2
+    assert not set(summary.query(cell).accuracy) & set(merged.query(cell).accuracy)
