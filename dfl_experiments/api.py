@@ -40,19 +40,22 @@ TYPES: dict[str, tuple[str, Any, Any]] = {
 RESTORE = "restore the data and the code that the run had"
 
 
-def compose(overrides: Sequence[str] = ()) -> Configuration:
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Configuration:
     """Return the checked configuration that `dfl-train` would run with these overrides, such as ["method=ltas"].
 
     Its field `values` contains all options, as config.yaml records them. Raises `UserError` for a mistake, with the
     message that `dfl-train` would print.
+
+    config_dir: folder with your own options, as for `dfl-train --config-dir`.
     """
     if isinstance(overrides, str):
         raise UserError(
             f"compose({overrides!r}): takes a list of overrides, such as [{overrides!r}]"
         )
     composition.register_resolvers()
+    own = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     try:
-        return check(with_recorded(composition.compose([*overrides]), [*overrides]))
+        return check(with_recorded(composition.compose([*own, *overrides]), [*overrides]))
     except Exception as error:  # Hydra, OmegaConf and YAML raise errors of many types
         raise UserError(one_line(uncomposed(error, overrides))) from None
 

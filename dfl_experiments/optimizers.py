@@ -6,7 +6,7 @@ Both optimizers have the same options. For B's optimizer, values in `optimizer.f
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache, reduce
 from operator import or_
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -118,7 +118,7 @@ class SGD(OptimizerFactory):
 
 @dataclass(frozen=True)
 class OfTorch(OptimizerFactory):
-    """Base class of the factories for any optimizer in torch.optim. `of_torch` makes one subclass per optimizer."""
+    """Base class of the factories for any `torch.optim.Optimizer`. `factory_of` makes one subclass per optimizer."""
 
     kind: ClassVar[Any]
 
@@ -136,9 +136,8 @@ class OfTorch(OptimizerFactory):
         return eager(self.kind)(parameters, **options)
 
 
-@cache
 def of_torch(target: str, key: str) -> type[OptimizerFactory]:
-    """Return a factory class for an optimizer in torch.optim. The fields of the factory are the optimizer's options.
+    """Return a factory class for an optimizer in torch.optim.
 
     target: full name of the optimizer's class.
     key: key of the optimizer in the configuration.
@@ -146,25 +145,38 @@ def of_torch(target: str, key: str) -> type[OptimizerFactory]:
     """
     kinds: dict[str, Any] = {}
     for name, kind in vars(torch.optim).items():
-        if (
-            not inspect.isclass(kind)
-            or not issubclass(kind, torch.optim.Optimizer)
-            or kind is torch.optim.Optimizer
-        ):
-            continue
-        closure = inspect.signature(inspect.unwrap(kind.step)).parameters["closure"]
-        if closure.default is None:
+        if is_usable(kind):
             kinds[f"torch.optim.{name}"] = kind
     if target not in kinds:
         raise UserError(
             f"{key}._target_={target}: must be one of {', '.join(kinds)}, which need no closure"
         )
-    kind = kinds[target]
+    return factory_of(kinds[target])
+
+
+def is_usable(kind: Any) -> bool:
+    """Return whether an object is a subclass of `torch.optim.Optimizer` with two properties.
+
+    Its constructor has a parameter `lr`. Its step needs no closure, a function that evaluates the loss again.
+    """
+    base = torch.optim.Optimizer
+    if not inspect.isclass(kind) or not issubclass(kind, base) or kind is base:
+        return False
+    parameters = inspect.signature(inspect.unwrap(kind.step)).parameters
+    needs_closure = "closure" in parameters and parameters["closure"].default is not None
+    return "lr" in inspect.signature(kind).parameters and not needs_closure
+
+
+@cache
+def factory_of(kind: type[torch.optim.Optimizer]) -> type[OptimizerFactory]:
+    """Return a factory class for an optimizer. The fields of the factory are the options of the optimizer."""
     hints = get_type_hints(kind.__init__)
     options = []
     for name, parameter in inspect.signature(kind).parameters.items():
-        if name not in NO_OPTIONS:
-            options.append((name, without_tensor(hints[name]), field(default=parameter.default)))
+        if name not in NO_OPTIONS and parameter.kind is not parameter.VAR_KEYWORD:
+            hint = without_tensor(hints.get(name, Any))
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            options.append((name, hint, field(default=default)))
     members = {"kind": kind, "captured": kind is torch.optim.RMSprop}
     return make_dataclass(
         kind.__name__, options, bases=(OfTorch,), namespace=members, frozen=True, kw_only=True

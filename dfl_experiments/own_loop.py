@@ -96,8 +96,14 @@ class Rule:
             if step_feedback and method.sends_first:
                 self.update_feedback()
             elif step_feedback:
-                method.follow(0.0 if self.lr is None else self.lr)
+                method.follow(self._followed_rate())
         return value
+
+    def _followed_rate(self) -> float:
+        """Return the learning rate for `Method.follow`."""
+        if self.method.follows_rate_of_b and self.optimizer is not None:
+            return float(self.optimizer.param_groups[0]["lr"])
+        return 0.0 if self.lr is None else self.lr
 
     def update_feedback(self) -> None:
         """Update B of a rule that has `sends_first`, after a `backward` with `step_feedback=False`.
@@ -105,7 +111,7 @@ class Rule:
         In between you can clip the gradients: KP learns B from the clipped gradients of the network. PFA has gradients
         of its own, in `rule.method.parameters()`.
         """
-        self.method.follow(0.0 if self.lr is None else self.lr)
+        self.method.follow(self._followed_rate())
         self._step_optimizer()
 
     def alignment(
@@ -201,7 +207,7 @@ class Rule:
 
 
 def rule(
-    name: str,
+    name: str | type[Method],
     module: nn.Module,
     example: Tensor,
     boundaries: Boundaries = "auto",
@@ -212,7 +218,7 @@ def rule(
 ) -> Rule:
     """Return a learning rule for a module, to train the module in your own loop.
 
-    name: name of the rule, such as "las" (see conf/method).
+    name: name of the rule, such as "las" (see conf/method), or the class of your own rule.
     module: any `nn.Module`; it is not changed.
     example: a batch of one or more inputs of the module.
     boundaries: names of submodules whose outputs are h_1 … h_{L-1}; "auto": see `dfl.boundaries`.
@@ -224,13 +230,13 @@ def rule(
     Raises:
         UserError: an unknown rule or option, an invalid boundary, or a missing optimizer or learning rate.
     """
-    register_resolvers()
-    choices = group_options("method")
-    if name not in choices:
-        raise UserError(
-            f"rule {name!r}: no such method{did_you_mean(name, choices)}; there are {', '.join(choices)}"
-        )
-    node = plain(compose([f"method={name}"]))["method"] | options
+    own: list[str] = []
+    if isinstance(name, str):
+        node = node_of(name) | options
+    else:
+        own = [name.__module__.partition(".")[0]]
+        node = {"_target_": f"{name.__module__}.{name.__qualname__}", **options}
+        name = name.__name__
     net = module if isinstance(module, BlockNet) else ModuleNet(module, boundaries, example)
     logits = net.probe().logits
     if logits.dim() != 2:
@@ -244,20 +250,33 @@ def rule(
             f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead"
         )
     output_loss = LOSSES[loss]
-    method: Method = component(node, "method").build(net=net, num_classes=classes, loss=output_loss)
+    kind = component(node, "method", own)
+    method: Method = kind.build(net=net, num_classes=classes, loss=output_loss)
     method.to(example.device)
     learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if learnt and optimizer is None:
         raise UserError(
             f"rule {name}: trains B; pass B's optimizer, such as lambda p: torch.optim.Adam(p, 1e-4)"
         )
-    if getattr(method, "decay", 0) and lr is None:
+    if getattr(method, "decay", 0) and lr is None and not method.follows_rate_of_b:
         raise UserError(
-            f"rule {name}: decay={node['decay']} needs the network's learning rate; pass lr="
+            f"rule {name}: decay={method.decay} needs the network's learning rate; pass lr="
         )
     return Rule(
         net, method, output_loss, optimizer(learnt) if learnt and optimizer else None, lr, classes
     )
+
+
+def node_of(name: str) -> dict[str, Any]:
+    """Return the options of a rule in conf/method. Raises `UserError` if there is no such rule."""
+    register_resolvers()
+    choices = group_options("method")
+    if name not in choices:
+        raise UserError(
+            f"rule {name!r}: no such method{did_you_mean(name, choices)}; there are {', '.join(choices)}"
+        )
+    options: dict[str, Any] = plain(compose([f"method={name}"]))["method"]
+    return options
 
 
 def refuse_float16(device: str) -> None:

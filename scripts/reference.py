@@ -2,8 +2,8 @@
 
     python scripts/reference.py
 
-In the README, the script replaces the counts of verdicts and the table of best rates. Each of them stands between a line
-such as `<!-- claims: … -->` and the line `<!-- end -->`.
+In the README, the script replaces the counts of verdicts and the table of best rates. Each of them stands between a
+line such as `<!-- claims: … -->` and the line `<!-- end -->`.
 """
 
 import argparse
@@ -226,12 +226,9 @@ def readme(text: str, runs: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     """Return the README with the new counts of verdicts and the new table of best rates."""
     parts = {"claims": counts_sentence(verdicts), "rates": table(best_rates(runs_of_map(runs)))}
     for name, content in parts.items():
-        text = re.sub(
-            MARKED.format(name),
-            lambda match, content=content: f"{match[1]}{content}{match[2]}",
-            text,
-            flags=re.DOTALL,
-        )
+        marked = re.search(MARKED.format(name), text, re.DOTALL)
+        if marked:
+            text = f"{text[: marked.end(1)]}{content}{text[marked.start(2) :]}"
     return text
 
 

@@ -99,7 +99,8 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
 
     The target must be a subclass of the base class in `KINDS`. For a model, it may also be a function that returns an
     object of such a class. The target must be defined in this package or in a plugin, so that a configuration cannot
-    call arbitrary functions. An optimizer may also be a class of torch.optim.
+    call arbitrary functions. An optimizer may also be a class of torch.optim, or a subclass of torch.optim.Optimizer
+    in a plugin.
     key: the component's key, such as "method". plugins: names of the plugin packages.
     Raises `UserError` for a target that breaks these rules.
     """
@@ -113,6 +114,8 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     if key == "model":
         kind = f"a function that returns a {base.__name__}"
         exception = "; a plugin's model may be any torch.nn.Module, or a function that returns one"
+    elif key.startswith("optimizer"):
+        exception = "; a plugin's optimizer may be any torch.optim.Optimizer with a parameter lr and no closure"
     option = f"{key}._target_={target}"
     rule = f"must be {kind} defined in {' or '.join(packages)}, or in a package listed in plugins=[…]{exception}"
     if not target.startswith(prefixes):
@@ -121,14 +124,22 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
         imported = import_object(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{option}: cannot be loaded ({error}); {rule}") from error
+    is_defined_there = f"{getattr(imported, '__module__', '')}.".startswith(prefixes)
+    if key.startswith("optimizer"):
+        imported = as_factory(imported)
     built_class = returned_class(imported) if key == "model" else imported
     if key == "model" and not target.startswith(f"{PACKAGE}."):
         base = import_object(MODULE)
-    is_defined_there = f"{getattr(imported, '__module__', '')}.".startswith(prefixes)
     has_base = inspect.isclass(built_class) and issubclass(built_class, base)
     if not is_defined_there or not has_base or inspect.isabstract(imported):
         raise UserError(f"{option}: {rule}")
     return imported
+
+
+def as_factory(target: Any) -> Any:
+    """Return the factory of a usable `torch.optim.Optimizer`; return another object unchanged."""
+    optimizers = importlib.import_module(f"{PACKAGE}.optimizers")
+    return optimizers.factory_of(target) if optimizers.is_usable(target) else target
 
 
 def returned_class(target: Any) -> Any:

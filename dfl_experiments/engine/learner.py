@@ -122,7 +122,9 @@ class Learner:
         else:
             measured = loss.new_full((len(self.metric_names) - 2,), torch.nan)
         self._clip()
-        self.method.follow(self.optimizer.param_groups[0]["lr"])
+        # optimizers: that of W, then that of B
+        followed = self.optimizers[-1 if self.method.follows_rate_of_b else 0]
+        self.method.follow(followed.param_groups[0]["lr"])
         if self.method.sends_first:
             self._update_feedback()
         self.optimizer.step()

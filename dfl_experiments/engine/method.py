@@ -44,6 +44,8 @@ class Method(nn.Module):
     """Whether the rule reads the labels, and not only e."""
     sends_first: bool = False
     """Whether the signals are formed with the old B, which is updated afterwards."""
+    follows_rate_of_b: bool = False
+    """Whether `follow` gets the learning rate of B in place of W's."""
     follows_backward: bool = False
     """Whether `.grad` of B is made from W's gradient in the backward pass, so that clipping scales both alike."""
 
@@ -74,7 +76,7 @@ class Method(nn.Module):
         If `clip_norm` is set, these gradients are already clipped. After this call, B's optimizer updates B if
         `sends_first` is True. Then the network's optimizer updates W.
 
-        lr: current learning rate of W.
+        lr: current learning rate of W, or of B if `follows_rate_of_b` is True.
         """
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:

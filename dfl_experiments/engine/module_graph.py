@@ -14,6 +14,7 @@ from dfl_experiments.errors import UserError
 
 # autograd operations that map zeros to zeros, so that the zeros of a ReLU remain
 KEEPS_ZEROS = re.compile("Pool|Mean|View|Reshape|Squeeze|Permute|Transpose|Clone|Mark")
+ACTIVATION = re.compile("Relu|Elu|Gelu|Silu|Mish|Tanh|Sigmoid|Softplus|Hardswish", re.IGNORECASE)
 
 
 class Mark(torch.autograd.Function):
@@ -103,6 +104,20 @@ class Graph:
         while KEEPS_ZEROS.search(node.name()):
             node = node.next_functions[0][0]
         return node.name().startswith("Relu")
+
+    def activation_after(self, name: str) -> bool:
+        """Return whether an activation reads the output of a boundary. Operations in `KEEPS_ZEROS` are skipped."""
+        waiting, seen = [self.nodes[name]], set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            above = [other for other, read in self.read.items() if read & self.bits[node]]
+            if any(ACTIVATION.search(other.name()) for other in above):
+                return True
+            waiting += [other for other in above if KEEPS_ZEROS.search(other.name())]
+        return False
 
     def readers(self, layers: Collection[str], boundaries: Sequence[str]) -> dict[str, list[str]]:
         """Return for every boundary the layers that read its output, without another layer or boundary in between."""

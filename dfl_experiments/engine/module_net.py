@@ -4,6 +4,7 @@ The module's own forward pass runs unchanged. If a method cuts at a boundary, a 
 autograd graph of a forward pass shows which parameters belong to which block.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from dfl_experiments.engine.transpose import WeightLayer, is_weight_layer
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import SampleKind
 
+log = logging.getLogger(__name__)
 Boundaries = Literal["auto"] | list[str]
 Visit = Callable[[int, Tensor], Tensor | None]
 
@@ -43,6 +45,13 @@ class ModuleNet(BlockNet):
         self.weights = survey.blocks(self.boundaries)
         self._readers = survey.readers(self.boundaries)
         self._relu = [survey.graphs[0].ends_in_relu(name) for name in self.boundaries]
+        cut_before = [name for name in self.boundaries if survey.graphs[0].activation_after(name)]
+        if cut_before:
+            log.warning(
+                "model: the activation after %s is outside its block, so δ has no f' there; "
+                "give each layer its own module for the activation, such as nn.ReLU()",
+                ", ".join(cut_before),
+            )
         self._visit: Visit | None = None
         for i, name in enumerate(self.boundaries, start=1):
             module.get_submodule(name).register_forward_hook(partial(self._at_boundary, i))

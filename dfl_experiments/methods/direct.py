@@ -1,5 +1,6 @@
 """The base class of all direct methods. At each cut, h_i receives B_{i+1} s, where s is computed from e or y*."""
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from dfl_experiments.engine.trace import Trace
 from dfl_experiments.errors import UserError
 from dfl_experiments.methods.local_module import LocalModule
 from dfl_experiments.ranges import FeedbackInit, FeedbackShape, LocalPooling, Size, Top
+
+log = logging.getLogger(__name__)
 
 
 class Direct(Method):
@@ -57,6 +60,8 @@ class Direct(Method):
             module.to(next(net.parameters())).initialise(init, self.products.above(i))
             self.local_modules[i] = module.requires_grad_(False)
         self.feedback = nn.ModuleList(self.local_modules.values())
+        if init == "product" and self.cuts and self.products.above(1) is None:
+            log.info("method.init=product: this net has no product of weights, so B starts random")
 
     def boundaries(self, net: BlockNet, shapes: Sequence[torch.Size]) -> Collection[int]:
         """Return every i for which h_i receives the signal B_{i+1} s.

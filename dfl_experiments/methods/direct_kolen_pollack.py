@@ -22,6 +22,7 @@ class DirectKolenPollack(Direct):
     """
 
     sends_first = True
+    follows_rate_of_b = True
 
     def __init__(
         self, net: BlockNet, num_classes: int, loss: OutputLoss, decay: NonNegative, **options: Any
@@ -36,7 +37,7 @@ class DirectKolenPollack(Direct):
 
     @torch.no_grad()
     def follow(self, lr: float | Tensor) -> None:
-        """Multiply every B by 1 - ηλ. lr: η."""
+        """Multiply every B by 1 - ηλ. lr: η, the rate of B."""
         if self.decay:
             for module in self.local_modules.values():
                 module.weight.mul_(1 - lr * self.decay)

@@ -425,3 +425,16 @@ def test_what_is_measured_beside_the_cosine_is_what_its_name_says(method):
     again.backward()
     mine = torch.cat([p.grad.flatten() for p in again.net.blocks[0].parameters()])
     close(found["gradient_cosine/1"], F.cosine_similarity(mine, gradients[0], dim=0))
+
+
+def test_dkp_decays_b_at_the_rate_of_b():
+    """B ← (1 - ηλ) B - η h eᵀ, where η is B's own rate."""
+    options = (*SGD, "optimizer.lr=0.1", "optimizer.feedback.lr=0.01", "method.top=direct")
+    plain, decayed = (Tiny("dkp", "fc", *options, f"method.decay={decay}") for decay in (0, 0.5))
+    start = [b.detach().clone() for b in plain.method.parameters()]
+    for t in (plain, decayed):
+        t.learner.step(t.x, t.target)
+    for b, other, first in zip(
+        plain.method.parameters(), decayed.method.parameters(), start, strict=True
+    ):
+        close(other, b - 0.01 * 0.5 * first)

@@ -8,6 +8,7 @@ from conftest import Tiny, roundoff
 
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.schema import check
+from dfl_experiments.errors import UserError
 from dfl_experiments.schedules import Step
 
 RATE, STEPS = 0.01, 5
@@ -197,3 +198,39 @@ def test_every_optimizer_of_torch_that_takes_a_dense_gradient_of_any_shape_train
             not torch.equal(after[f"net.{key}"], before[f"net.{key}"])
             for key, _ in t.net.named_parameters()
         )
+
+
+LION = """
+import torch
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params, lr: float = 1e-4, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - group["beta"])
+                p.sub_(m.sign(), alpha=group["lr"])
+"""
+
+
+def test_an_optimizer_of_one_s_own_trains_w_and_b(tmp_path, monkeypatch):
+    (tmp_path / "my_lion.py").write_text(LION)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("optimizer=torch", "plugins=[my_lion]", "optimizer._target_=my_lion.Lion")
+    t = Tiny("ltas", "fc", *own, "optimizer.lr=0.01", "+optimizer.beta=0.5")
+    before = t.state()
+    t.learner.step(t.x, t.target)
+    assert [type(optimizer).__name__ for optimizer in t.learner.optimizers] == ["Lion", "Lion"]
+    trained = [f"net.{name}" for name, _ in t.net.named_parameters()]
+    trained += [f"method.{name}" for name, p in t.method.named_parameters() if p.requires_grad]
+    for key in trained:
+        steps = (t.state()[key] - before[key]).abs()
+        assert torch.all(
+            (steps - 0.01).abs().minimum(steps) < 1e-12
+        )  # 0.01, or 0 without a gradient
+    with pytest.raises(UserError, match="plugin's optimizer may be any torch.optim.Optimizer"):
+        check(compose([*own[:2], "optimizer._target_=my_lion.torch.optim.LBFGS"]))

@@ -1,5 +1,7 @@
 """A rule in a plain PyTorch loop: bitwise backpropagation, the same weights as dfl-train, accumulation."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from dfl_experiments.configuration.composition import compose, group_options, pl
 from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
+from dfl_experiments.methods import Direct
 from dfl_experiments.models import fc
 
 INPUTS = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
@@ -261,3 +264,46 @@ def test_what_is_missing_or_impossible_is_refused():
         UserError, match="choose cross_entropy or squared_error; pass a function to `backward`"
     ):
         dfl.rule("dfa", module(), INPUTS[:1], loss=torch.nn.functional.mse_loss)
+
+
+class Halved(Direct):
+    """δ_i = (B_{i+1} s) ⊙ f'(a_i) with s = share · e."""
+
+    def __init__(self, net, num_classes, loss, share: float = 0.5, **options: Any):
+        super().__init__(net, num_classes, loss, **options)
+        self.share = share
+
+    def source(self, error, target):
+        return self.share * error
+
+
+def test_a_rule_of_one_s_own_is_passed_as_its_class():
+    nets = [module(), module()]
+    torch.manual_seed(2)
+    own = dfl.rule(Halved, nets[0], INPUTS[:1], share=0.25, top="direct")
+    torch.manual_seed(2)
+    dfa = dfl.rule("dfa", nets[1], INPUTS[:1], init="default", top="direct")
+    for rule in (own, dfa):
+        rule.backward(INPUTS, LABELS)
+    for mine, other in zip(gradients(nets[0])[:4], gradients(nets[1])[:4], strict=True):
+        torch.testing.assert_close(mine, 0.25 * other)
+    with pytest.raises(UserError, match=r"method\.sharee: no such option"):
+        dfl.rule(Halved, module(), INPUTS[:1], sharee=1.0)
+
+
+def test_an_activation_outside_the_blocks_is_warned_of(caplog):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(20, 16), nn.Linear(16, 16)
+            self.third = nn.Linear(16, 3)
+            self.relu = nn.ReLU()  # called twice, so it cannot be a boundary
+
+        def forward(self, x):
+            return self.third(self.relu(self.second(self.relu(self.first(x)))))
+
+    rule_of("dfa", Functional())
+    assert "the activation after first, second is outside its block" in caplog.text
+    caplog.clear()
+    rule_of("dfa", module())
+    assert not caplog.text

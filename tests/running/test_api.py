@@ -209,6 +209,20 @@ def test_a_mistake_has_the_command_line_s_words(overrides, words):
         dfl.compose(overrides)
 
 
+def test_a_folder_of_one_s_own_options_is_composed(tmp_path):
+    (tmp_path / "model").mkdir()
+    lines = [
+        "name: small",
+        "_target_: dfl_experiments.models.fc",
+        "widths: [8]",
+        "activation: tanh",
+    ]
+    (tmp_path / "model" / "small.yaml").write_text("\n".join(lines))
+    assert dfl.compose(["model=small"], config_dir=tmp_path).values["model"]["widths"] == [8]
+    with pytest.raises(UserError, match="model=small: there are"):
+        dfl.compose(["model=small"])
+
+
 def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradient(
     monkeypatch, tmp_path
 ):
