@@ -22,6 +22,7 @@ from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, 
 
 SUMMARY = Path("outputs/reference/depth_digits/summary.csv")
 KEY = ["init", "depth", "rule", "lr", "seed"]
+CELL = ["init", "depth", "rule"]
 COLUMNS = [*KEY, "status", "accuracy", "validation_accuracy", "fails"]
 AUDIT = {"cosine/1": "cosine with BP, layer 1", "dead": "dead units, worst layer"}
 INITS = {"default": "PyTorch's default initialisation", "kaiming": "He initialisation"}
@@ -54,30 +55,39 @@ def with_collected(summary: pd.DataFrame, folders: list[Path]) -> pd.DataFrame:
 def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of each combination of rule, depth and initialisation at its best learning rate.
 
-    The best rate has the highest validation accuracy.
+    The best rate has the highest validation accuracy. A rate with a failing run is used only if every rate has one.
     """
-    cell = ["init", "depth", "rule"]
-    scores = summary.groupby([*cell, "lr"], as_index=False).validation_accuracy.mean()
-    best = scores.loc[scores.groupby(cell).validation_accuracy.idxmax(), [*cell, "lr"]]
-    return summary.merge(best, on=[*cell, "lr"])
+    rates = summary.groupby([*CELL, "lr"], as_index=False).agg(
+        score=("validation_accuracy", "mean"), fails=("fails", "any")
+    )
+    ordered = rates.sort_values(["fails", "score"], ascending=[True, False])
+    best = ordered.drop_duplicates(CELL)[[*CELL, "lr"]]
+    return summary.merge(best, on=[*CELL, "lr"])
 
 
-def table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return mean test accuracies in percent.
+def without_failing(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that do not fail. If all runs of a cell fail, all of them are kept."""
+    all_fail = runs.groupby(CELL).fails.transform("all")
+    return runs[~runs.fails | all_fail]
 
-    There is a row for each rule, and a column for each combination of initialisation and depth.
-    """
-    means = at_best_rate(summary).pivot_table("accuracy", "rule", ["init", "depth"]) * 100
-    order = sorted(means.index, key=method_order)
-    return means.loc[order].round(1)
+
+def cell_text(cell: pd.DataFrame) -> str:
+    """Return the mean test accuracy in percent over the runs that do not fail: "26.7 (2 of 3 fail)"."""
+    failing = cell.fails.sum()
+    text = f"{100 * without_failing(cell).accuracy.mean():.1f}"
+    return f"{text} ({failing} of {len(cell)} fail)" if failing else text
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """Return the table in Markdown."""
-    frame = table(summary)
-    frame.index = [method_name(rule) for rule in frame.index]
-    frame.columns = [f"{init}, {depth} layers" for init, depth in frame.columns]
-    return frame.rename_axis("rule").to_markdown(floatfmt=".1f")
+    """Return a table in Markdown: a row for each rule, a column for each combination of initialisation and depth."""
+    texts: dict[str, dict[str, str]] = {}
+    for (init, depth, rule), cell in at_best_rate(summary).groupby(CELL):
+        column = f"{init}, {depth} layers"
+        texts.setdefault(column, {})[str(rule)] = cell_text(cell)
+    table = pd.DataFrame(texts)
+    table = table.loc[sorted(table.index, key=method_order)]
+    table.insert(0, "rule", table.index.map(method_name))
+    return table.to_markdown(index=False, disable_numparse=True)
 
 
 def draw_rules(axes: Axes, means: pd.DataFrame) -> None:
@@ -103,7 +113,7 @@ def draw_rules(axes: Axes, means: pd.DataFrame) -> None:
 
 def figure(summary: pd.DataFrame) -> Figure:
     """Draw accuracy, cosine and dead units against depth, with a column for each initialisation."""
-    chosen = at_best_rate(summary)
+    chosen = without_failing(at_best_rate(summary))
     quantities = {"accuracy": "test accuracy", **AUDIT}
     inits = [init for init in INITS if init in set(chosen["init"])]
     drawing = Figure(figsize=(4.6 * len(inits), 7.4), layout="constrained")

@@ -58,7 +58,8 @@ def best_rates(frame: pd.DataFrame) -> pd.DataFrame:
         column = f"{words('dataset', dataset)}, {words('model', model)}"
         for rule, runs in part.groupby("rule"):
             accuracy = 100 * runs.accuracy
-            text = f"{accuracy.mean():.1f} ± {accuracy.std():.1f} ({lr_text(runs.lr.iloc[0])})"
+            spread = f" ± {accuracy.std():.1f}" if len(runs) > 1 else ""
+            text = f"{accuracy.mean():.1f}{spread} ({lr_text(runs.lr.iloc[0])})"
             texts.setdefault(column, {})[str(rule)] = text
     table = pd.DataFrame(texts)[sorted(texts)]
     table = table.loc[sorted(table.index, key=method_order)]

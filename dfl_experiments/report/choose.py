@@ -91,7 +91,8 @@ def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     chosen: what `choose` returns for the runs.
 
     Columns:
-        `CELL`, `rule`, `lr`, `weight_decay`: the cell, its rule and its chosen grid point.
+        `CELL`, `rule`, `is_default`, `lr`, `weight_decay`: the cell, its rule and its chosen grid point.
+        `test_images`: number of test images.
         `n`: number of averaged runs; 0 if the cell has no accuracy yet.
         `accuracy`, `score`, `hours`, `cosine/1`, `dead/1`, …: means over the averaged runs.
         `sd`: standard deviation of the accuracy.
@@ -107,13 +108,14 @@ def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     ended = chosen[chosen.status.isin(ENDED)].groupby(CELL, sort=False)
     unstable = chosen[chosen.unstable != ""].groupby(CELL, sort=False).unstable
 
-    frame = every.agg(rule=("rule", "first"))
+    frame = every.agg(rule=("rule", "first"), is_default=("is_default", "first"))
     frame["lr"] = averaged.lr.first()
     frame["weight_decay"] = averaged.weight_decay.first()
     frame["n"] = averaged.size()
     frame["accuracy"] = averaged.accuracy.mean()
     frame["sd"] = averaged.accuracy.std()
     frame["score"] = averaged.score.mean()
+    frame["test_images"] = averaged.test_images.first()
     frame["hours"] = averaged.seconds.mean() / 3600
     frame["ended"] = ended.size()
     frame["failing"] = ended.fails.sum()

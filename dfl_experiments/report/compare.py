@@ -18,9 +18,8 @@ FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no 
 LARGEST_RATIO = 3.0
 FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
 MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
+SPAN = ("bp", "shallow")  # the methods between which the depth utility places the others
 NOISE_FLOORS = 3.0  # BP's lead over Shallow in single runs must exceed this many noise floors
-# Number of test images of the data sets whose whole test set is evaluated in every run.
-TEST_IMAGES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000}
 
 
 class Estimate(NamedTuple):
@@ -94,9 +93,7 @@ def dunnett(samples: Mapping[str, np.ndarray], control: str) -> dict[str, tuple[
     The test is "Dunnett" or "Welch", or "" if there is no interval.
     """
     reference = samples[control]
-    repeated = {method: values for method, values in samples.items() if len(values) > 1}
-    odd = [method for method in repeated if method != control and is_odd(method, repeated)]
-    pooled = {method: values for method, values in repeated.items() if method not in odd}
+    pooled = pooled_samples(samples, [control])
     variance, degrees = pooled_variance(pooled.values())
     has_intervals = control in pooled and degrees >= FEWEST_DEGREES and variance > 0
     sizes = sorted(len(values) for method, values in pooled.items() if method != control)
@@ -109,13 +106,30 @@ def dunnett(samples: Mapping[str, np.ndarray], control: str) -> dict[str, tuple[
             continue
         difference = float(values.mean() - reference.mean())
         estimate, test = Estimate(difference), ""
-        if has_intervals and method in odd:
-            estimate, test = welch(values, reference), "Welch"
-        elif has_intervals and method in pooled:
+        if has_intervals and method in pooled:
             half = critical * standard_error(variance, values, reference)
             estimate, test = around(difference, half), "Dunnett"
+        elif has_intervals and len(values) > 1:
+            estimate, test = welch(values, reference), "Welch"
         differences[method] = (estimate, test)
     return differences
+
+
+def pooled_samples(
+    samples: Mapping[str, np.ndarray], references: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return the samples from which the variance is pooled. A sample with a single value is left out.
+
+    A method is also left out if its standard deviation exceeds 3 × the pooled standard deviation of the other methods.
+
+    references: methods that are never left out for this reason.
+    """
+    repeated = {method: values for method, values in samples.items() if len(values) > 1}
+    return {
+        method: values
+        for method, values in repeated.items()
+        if method in references or not is_odd(method, repeated)
+    }
 
 
 def is_odd(method: str, samples: Mapping[str, np.ndarray]) -> bool:
@@ -198,7 +212,8 @@ def depth_utility(chosen: pd.DataFrame) -> pd.DataFrame:
 
     Each accuracy is that of a method at its own best learning rate. Shallow does not train the lower blocks. A method
     as accurate as Shallow has utility 0, and a method as accurate as BP has utility 1. The interval is Fieller's, with
-    the variance pooled over the setting. The interval needs 3 seeds.
+    the variance that `against` pools over the setting. The interval needs 3 seeds, and a method that the variance does
+    not leave out.
 
     The column `ranks` says whether BP is significantly more accurate than Shallow. If BP or Shallow has a single run,
     BP must be better by more than 3 noise floors. If `ranks` is False, the utility is NaN. Methods with a failing run
@@ -212,22 +227,24 @@ def depth_utility(chosen: pd.DataFrame) -> pd.DataFrame:
         bp, shallow = samples.get("bp"), samples.get("shallow")
         if bp is None or shallow is None:
             continue
-        dataset = row.dataset.iloc[0]
-        ranks = can_rank(samples, TEST_IMAGES.get(dataset))
+        ranks = can_rank(samples, row.test_images.iloc[0])
+        pooled = pooled_samples(samples, SPAN)
         for method, values in samples.items():
-            if method in ("bp", "shallow"):
+            if method in SPAN:
                 continue
             utility = Estimate(math.nan)
             if ranks:
-                utility = fieller(values, bp, shallow, samples.values())
+                utility = fieller(values, bp, shallow, pooled.values())
+            if method not in pooled:
+                utility = Estimate(utility.value)
             rows.append((*key, method, *utility, ranks))
     return pd.DataFrame(rows, columns=[*ROW, "method", "utility", "low", "high", "ranks"])
 
 
-def can_rank(samples: Mapping[str, np.ndarray], test_images: int | None) -> bool:
+def can_rank(samples: Mapping[str, np.ndarray], test_images: float) -> bool:
     """Return whether BP is significantly more accurate than Shallow. If not, accuracy cannot rank the rules."""
     bp, shallow = samples["bp"], samples["shallow"]
-    variance, degrees = pooled_variance(samples.values())
+    variance, degrees = pooled_variance(pooled_samples(samples, SPAN).values())
     if min(len(bp), len(shallow)) < 2:
         half = NOISE_FLOORS * noise_floor(bp.mean(), test_images)
     else:
@@ -235,9 +252,9 @@ def can_rank(samples: Mapping[str, np.ndarray], test_images: int | None) -> bool
     return bool(bp.mean() - shallow.mean() > half)
 
 
-def noise_floor(accuracy: float, test_images: int | None) -> float:
-    """Return the standard deviation √(p(1−p)/N) of an accuracy p on N test images; 0 if N is unknown."""
-    return math.sqrt(accuracy * (1 - accuracy) / test_images) if test_images else 0.0
+def noise_floor(accuracy: float, test_images: float) -> float:
+    """Return the standard deviation √(p(1−p)/N) of an accuracy p on N test images; 0 if N is unknown (NaN)."""
+    return 0.0 if math.isnan(test_images) else math.sqrt(accuracy * (1 - accuracy) / test_images)
 
 
 def fieller(

@@ -26,18 +26,19 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     `method` is a text with the rule and those of its options that differ from their default. An option without a
     default in conf/method/RULE.yaml is named if it differs between runs. `setting` is a text with all other options
     that differ between runs. `shared` is a text with the options that all runs share and that differ from their
-    defaults.
+    defaults. `is_default` says whether all options of a run except the method's have their defaults.
     """
     settings, methods = {}, {}
     shared: dict[Any, str] = {}
+    is_default: dict[Any, bool] = {}
     columns: dict[Any, dict[str, str]] = {}
     for names, group in frame.groupby(NAMES, sort=False):
         keys = differing(group.options)
-        text = ", ".join(
-            assignments(shared_options(dict(zip(NAMES, names, strict=True)), group.options))
-        )
+        defaults = defaults_of(dict(zip(NAMES, names, strict=True)))
+        text = ", ".join(assignments(shared_options(defaults, group.options)))
         shared |= dict.fromkeys(group.index, text)
         for index, options in group.options.items():
+            is_default[index] = not shared_options(defaults, [options])
             shown = {key: options[key] for key in keys if key in options}
             settings[index] = ", ".join(assignments(shown))
             columns[index] = shown
@@ -52,9 +53,8 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
             }
             methods[index] = ", ".join([str(rule), *assignments(shown)])
             columns[index] |= {f"method.{key}": value for key, value in shown.items()}
-    frame = frame.assign(setting=settings, shared=shared, method=methods).drop(
-        columns=["options", "method_options"]
-    )
+    frame = frame.assign(setting=settings, shared=shared, is_default=is_default, method=methods)
+    frame = frame.drop(columns=["options", "method_options"])
     shown_options = pd.DataFrame.from_dict(columns, orient="index").fillna("")
     return frame.join(shown_options[sorted(shown_options.columns.difference(frame.columns))])
 
@@ -80,18 +80,26 @@ def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
     return keys
 
 
-def shared_options(
-    names: Mapping[str, str], all_options: Iterable[Mapping[str, str]]
-) -> dict[str, str]:
-    """Return the options that have the same value in all runs, and another value in conf/.
+def defaults_of(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the values of the options in conf/, as texts.
 
     names: for each group of conf/, the name of the file that the runs use.
     """
-    first, *others = all_options
     defaults = as_texts(conf_values(".", "config"), names)
     for group, name in names.items():
         values = as_texts(conf_values(group, name), names)
         defaults |= {f"{group}.{key}": value for key, value in values.items()}
+    return defaults
+
+
+def shared_options(
+    defaults: Mapping[str, str], all_options: Iterable[Mapping[str, str]]
+) -> dict[str, str]:
+    """Return the options that have the same value in all runs, and another value in conf/.
+
+    defaults: what `defaults_of` returns for the runs.
+    """
+    first, *others = all_options
     shared = {}
     for key, value in first.items():
         is_default = key != ACTIVATION and defaults.get(key, value) == value

@@ -14,7 +14,7 @@ from dfl_experiments.report.style import method_name, title_of
 
 ROWS = ["dataset", "augmentation", "model"]
 # A run is compared with a published accuracy if both have equal values in these columns.
-SETTINGS = [*ROWS, "method", "epochs", "limit", "optimizer", "schedule", "setting"]
+SETTINGS = [*ROWS, "method", "epochs", "limit", "optimizer", "schedule", "is_default"]
 
 
 def published() -> pd.DataFrame:
@@ -22,7 +22,7 @@ def published() -> pd.DataFrame:
     frame = pd.read_csv(Path(__file__).with_name("paper_tables.csv"))
     frame["epochs"] = [int(conf_values("dataset", name)["epochs"]) for name in frame.dataset]
     return frame.assign(
-        limit=ALL_IMAGES, optimizer="adam", schedule="step", setting="", smoke=False
+        limit=ALL_IMAGES, optimizer="adam", schedule="step", is_default=True, smoke=False
     ).rename(columns={"accuracy": "published"})
 
 

@@ -25,6 +25,15 @@ ENDED = ("finished", "collapsed")  # statuses of a run that has an accuracy
 UNFIT = ("diverged", "collapsed", "stopped", "failed")  # statuses of a run that fails
 GROUPS = (*PLACES, "optimizer", "schedule", "protocol")
 ALL_IMAGES = "all"  # value in the column `limit` if a run trains on all training images
+# Number of test images, for runs of early versions, which did not record it.
+TEST_IMAGES = {
+    "digits": 360,
+    "mnist": 10_000,
+    "fashion_mnist": 10_000,
+    "cifar10": 10_000,
+    "cifar100": 10_000,
+    "tinyimagenet": 10_000,
+}
 PER_LAYER = ("cosine", "activation_rms", "dead", "norm_ratio", "zeros")
 # Options that the column `setting` does not show. They have a column of their own, or do not change the results.
 NOT_IN_SETTING = {
@@ -151,10 +160,16 @@ def results_of(
     validation, validation_loss = validation_of(config, result, epochs)
     failed_to_learn = False
     if accuracy is not None and config.get("smoke") is None:
-        best = (result.get("test_accuracy") or {}).get("best") or 0.0
+        accuracies = result.get("test_accuracy") or {}
+        last = accuracies.get("last")
         num_classes = result.get("num_classes")
         chance = result.get("largest_class") or (1 / num_classes if num_classes else 0.0)
-        failed_to_learn = has_failed_to_learn(accuracy, best, chance)
+        failed_to_learn = has_failed_to_learn(
+            accuracy if last is None else last, accuracies.get("best") or 0.0, chance
+        )
+    test_images = result.get("test_images")
+    if test_images is None and config.get("smoke") is None:
+        test_images = TEST_IMAGES.get(config["dataset"]["name"])
     return {
         "accuracy": number(accuracy),
         "validation_accuracy": number(validation),
@@ -164,6 +179,7 @@ def results_of(
         "images_per_second": number(result.get("samples_per_second")),
         "device": result.get("device"),
         "finished_at": result.get("finished_at") or "",
+        "test_images": number(test_images),
         "done_epochs": result.get("epochs", len(epochs.get("epoch", ()))),
         "exact_layers": tuple(sorted(set(result.get("cosine_by_construction", ())), key=int)),
         "unstable": instability_text(result.get("unstable")),
@@ -207,7 +223,10 @@ def validation_of(
 
 
 def has_failed_to_learn(accuracy: float, best: float, chance: float) -> bool:
-    """Return whether a test accuracy is below 0.8 × the run's best test accuracy, or at chance.
+    """Return whether a run ends below 0.8 × its best test accuracy, or at chance.
+
+    accuracy: test accuracy after the last epoch.
+    best: highest test accuracy of all epochs.
 
     An accuracy is at chance if it is below c + min(c/2, 0.02, (1 − c)/5).
 

@@ -189,7 +189,7 @@ def answer_caption(frame: pd.DataFrame, runs: pd.DataFrame) -> str:
             parts.append(": ".join(filter(None, [", ".join(kind), row.shared])))
     floors = []
     for row in counted[~counted.smoke].itertuples():
-        floor = compare.noise_floor(row.accuracy, compare.TEST_IMAGES.get(row.dataset))
+        floor = compare.noise_floor(row.accuracy, row.test_images)
         floors.append(100 * floor)
     if any(floors):
         low, high = f"{min(floors):.2f}", f"{max(floors):.2f}"

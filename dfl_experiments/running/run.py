@@ -126,6 +126,7 @@ def prepare(
     result |= parts.origin | {
         "input_shape": list(net.input_shape),
         "num_classes": parts.num_classes,
+        "test_images": len(parts.test.labels),
         "largest_class": float(parts.test.labels.bincount().max() / len(parts.test.labels)),
         "parameters": sum(p.numel() for p in net.parameters()),
         "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],

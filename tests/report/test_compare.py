@@ -125,6 +125,28 @@ def test_depth_utility_has_bp_at_one_shallow_at_zero_and_says_where_nothing_can_
     assert mnist.utility.isna().all()
 
 
+def test_a_method_with_a_large_spread_does_not_hide_the_utility_of_the_others():
+    """DFA's standard deviation is over 3 × that of the others, so the pooled variance leaves it out."""
+    accuracies = {
+        "bp": [0.950, 0.951, 0.952],
+        "shallow": [0.900, 0.901, 0.902],
+        "las": [0.930, 0.931, 0.932],
+        "dfa": [0.70, 0.95, 0.82],
+    }
+    rows = []
+    for method, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            columns = {"method": method, "rule": method, "seed": seed, "accuracy": accuracy}
+            rows.append(point(**columns, test_images=10_000.0))
+    frame = pd.concat(rows, ignore_index=True)
+    with_dfa = compare.depth_utility(frame).set_index("method")
+    alone = compare.depth_utility(frame[frame.method != "dfa"]).set_index("method")
+    assert with_dfa.ranks.all()
+    assert with_dfa.utility["las"] == pytest.approx(0.6)
+    assert list(with_dfa.loc["las"]) == pytest.approx(list(alone.loc["las"]))
+    assert math.isnan(with_dfa.low["dfa"])
+
+
 def test_single_runs_must_differ_by_three_noise_floors_to_rank():
     floor = compare.noise_floor(0.9, 10_000)
     assert floor == pytest.approx(0.003)

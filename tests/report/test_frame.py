@@ -149,6 +149,11 @@ def test_a_run_fails_to_learn_a_fifth_under_its_best_or_at_chance(
     told["test_accuracy"]["best"] = best
     altered(finished_point, tmp_path / "run", **told)
     assert list(runs(tmp_path).failed_to_learn) == [fails]
+    # also where the protocol reports the best epoch
+    told["accuracy"] = best
+    told["config"]["protocol.accuracy"] = "best_test"
+    altered(finished_point, tmp_path / "best", **told)
+    assert runs(tmp_path / "best").failed_to_learn.item() == fails
 
 
 def test_a_seed_counts_once_and_the_run_that_measured_alignment_counts(finished_point, tmp_path):

@@ -75,6 +75,13 @@ def test_the_paper_is_shown_only_where_it_is_asked_for_and_never_beside_runs_of_
     expected = published().query("dataset == 'mnist' and method == 'bp'").published.item()
     assert re.search(rf"98\.00 +{100 * expected:.2f} +{98 - 100 * expected:+.2f}", text)
     assert "(100 epochs): missing Shallow, DFA, LAS, LTAS" in text
+    # a net with other widths is not the paper's, alone or beside the paper's
+    other = {"epochs": 100, "model.widths": [64, 64]}
+    altered(finished_point, tmp_path / "b", **finished(0.5, 1e-3, 0, **other))
+    assert "minus paper" not in dfl_report(tmp_path, "b", "--paper").stdout
+    both = dfl_report(tmp_path, "a", "b", "--paper").stdout
+    assert re.search(rf"98\.00 +{100 * expected:.2f} +{98 - 100 * expected:+.2f}", both)
+    assert both.count(f"{100 * expected:.2f}") == 1
 
 
 def test_a_card_shows_one_rule(reported):
