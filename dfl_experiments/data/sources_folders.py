@@ -194,6 +194,11 @@ class Folder(Source):
             raise UserError(
                 f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class"
             )
+        if len(found) > len(splits):
+            log.warning(
+                "%s: val/ is not used; the validation images are a part of train/, see validation_fraction",
+                self.path,
+            )
         tree = folder_tree(self.path, splits)
         names = set()
         for split in splits:

@@ -102,9 +102,13 @@ class Look(NamedTuple):
 
 
 def method_name(method: str) -> str:
-    """Return the printed name of a method: "LAS, fixed_blocks=2" for "las, fixed_blocks=2"."""
+    """Return the printed name of a method: "LAS, fixed_blocks=2" for "las, fixed_blocks=2".
+
+    A user's own rule keeps its name.
+    """
     rule, comma, options = method.partition(", ")
-    return RULES.get(rule, rule.upper()) + comma + options
+    is_own = not any(rule in members for members in FAMILIES.values())
+    return (rule if is_own else RULES.get(rule, rule.upper())) + comma + options
 
 
 def method_order(method: str) -> tuple[int, str]:

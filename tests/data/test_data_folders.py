@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import unicodedata
 
 import numpy as np
@@ -41,6 +42,12 @@ def test_folder_scales_to_one_size(folder, tmp_path):
 def test_val_serves_where_there_is_no_test(folder, tmp_path):
     (folder / "test").rename(folder / "val")
     assert Folder(str(folder)).read(tmp_path, False).test_labels.tolist() == [0, 1]
+
+
+def test_val_beside_test_is_not_used_which_is_said(folder, tmp_path, caplog):
+    shutil.copytree(folder / "test", folder / "val")
+    load_pack("folder", Folder(str(folder)), tmp_path / "data")
+    assert "val/ is not used" in caplog.text
 
 
 def test_altered_folder_is_packed_anew(folder):

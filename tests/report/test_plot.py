@@ -141,6 +141,7 @@ def test_names_are_in_words():
     assert title_of(row | {"model": "own_net", "dataset": "own_data"}) == "own_net on own_data"
     assert words("model.widths", "[32,32]") == "widths [32,32]"
     assert words("method", "brsf, feedback=full") == "brSF, feedback=full"
+    assert words("method", "my_rule, c=2") == "my_rule, c=2"
     assert look_of("las, held=2").colour != look_of("las").colour == look_of("ltas").colour
 
 
