@@ -22,6 +22,7 @@ from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 DEFAULT = ("loss", "accuracy", "alignment")
 RELATIVE = ("alignment", "norm")  # relative to BP: constant in a layer whose signal equals BP's
 BOUNDED = ("accuracy", "alignment", "dead")  # quantities with a fixed range
+MOST_COLUMNS = 6  # largest number of panels in a row, if every facet begins a new row
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_COLOURS = 12  # largest number of colours in the legend; of more colours, only some are shown
 MOST_DETAILED = 3  # a panel with more curves shows neither measured values nor validation curves
@@ -106,7 +107,7 @@ def draw(
     names = [name for name in names if (values.what == name).any()]
     panels = panels_of(names, values, lines, layers, notes)
     with styled():
-        figure = with_axes(panels, columns=len(names) if facet else 0)
+        figure = with_axes(panels, facets=lines.facet.nunique())
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
             draw_panel(axes, panel, values, notes)
@@ -171,25 +172,35 @@ def layers_of(
     return [shown[index] for index in evenly(len(shown), MOST_LAYERS)]
 
 
-def with_axes(panels: Sequence[Panel], columns: int) -> Figure:
+def with_axes(panels: Sequence[Panel], facets: int) -> Figure:
     """Return a figure with axes for each panel.
+
+    If there are several facets with several panels each, every facet begins a new row.
 
     If all runs use one data set, all panels that show the same quantity and layer share one y axis. For alignment and
     dead units, the panels of all layers share one y axis.
 
-    columns: number of panels in a row, if it is 2, 3 or 4. Otherwise the function chooses this number.
+    facets: number of facets. All have the same number of panels.
     """
     number = len(panels)
-    if not 1 < columns < 5:
+    block = number // facets  # number of panels that begin on a new row
+    if 1 < block < number:
+        rows_of_block = math.ceil(block / MOST_COLUMNS)
+        columns = math.ceil(block / rows_of_block)
+    else:
+        block = number
         columns = 2 if number == 4 else min(3, number)
-    rows = math.ceil(number / columns)
+        rows_of_block = math.ceil(number / columns)
+    rows = rows_of_block * number // block
     figure = Figure(figsize=(2.3 + 4.2 * columns, 0.9 + 2.9 * rows), layout="constrained")
     datasets = {dataset for panel in panels for dataset in panel.lines.dataset}
     first: dict[Any, Axes] = {}
     for index, panel in enumerate(panels):
         layer = 0 if panel.name in BOUNDED else panel.layer
         key = (panel.name, layer) if len(datasets) == 1 else index
-        first[key] = figure.add_subplot(rows, columns, index + 1, sharey=first.get(key))
+        facet, place = divmod(index, block)
+        place += facet * rows_of_block * columns
+        first[key] = figure.add_subplot(rows, columns, place + 1, sharey=first.get(key))
     return figure
 
 

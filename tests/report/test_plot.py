@@ -161,6 +161,20 @@ def test_each_quantity_is_drawn_by_itself(what, by, outputs):
     assert {len(line.get_xdata()) for line in lines} == {8 if (by, what) in ITERATIONS else 2}
 
 
+@pytest.mark.parametrize(
+    ("what", "rows", "columns"),
+    [(["alignment", "accuracy"], 1, 3), (list(WHAT), 2, 5)],
+)
+def test_every_facet_begins_a_new_row(what, rows, columns, outputs):
+    figure = draw(runs(outputs / "grid"), what=what, layers=[1, 2], by="epoch", facet="lr")
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    assert {place.get_geometry()[:2] for place in places} == {(2 * rows, columns)}
+    rows_of = {"lr 0.001": set(), "lr 0.01": set()}
+    for axes, place in zip(figure.axes, places, strict=True):
+        rows_of[axes.get_title().partition(" · ")[0]].add(place.rowspan.start)
+    assert rows_of == {"lr 0.001": set(range(rows)), "lr 0.01": set(range(rows, 2 * rows))}
+
+
 def test_epochs_are_drawn_where_a_run_has_no_iterations(outputs, tmp_path):
     for name in ("grid", "alone"):
         shutil.copytree(outputs / name, tmp_path / name)
