@@ -34,7 +34,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--what",
         type=names,
-        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured)",
+        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured), or their columns in "
+        "epochs.csv, such as cosine",
     )
     add("--layer", type=layers, help="hidden layers, such as 1,3 (default: all)")
     add(

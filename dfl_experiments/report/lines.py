@@ -16,7 +16,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
 from dfl_experiments.report.run_record import GROUPS
-from dfl_experiments.report.series import WHAT, axis_of, measured, over_seeds, span
+from dfl_experiments.report.series import COLUMNS, WHAT, axis_of, measured, over_seeds, span
 from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 
 DEFAULT = ("loss", "accuracy", "alignment")
@@ -62,7 +62,8 @@ def draw(
 
     Parameters:
         frame: the runs, as `frame.runs` returns them.
-        what: names of quantities in `WHAT`. Default: those of loss, accuracy and alignment that were measured.
+        what: names of quantities in `WHAT`, or their columns in epochs.csv, such as cosine for alignment. Default: those
+            of loss, accuracy and alignment that were measured.
         layers: hidden layers, counted from 1. Default: all, or six evenly spaced ones if there are more.
         by: the x axis. Default: iteration if every run has iterations.csv, else epoch.
         color: column or configuration key. Each of its values gets a colour. Default: the first column that differs.
@@ -76,12 +77,7 @@ def draw(
     """
     if frame.empty:
         raise UserError("frame: has no runs to draw")
-    names = [what] if isinstance(what, str) else list(what or DEFAULT)
-    for name in names:
-        if name not in WHAT:
-            raise UserError(
-                f"what={name}: no such quantity; there are {', '.join(WHAT)}{did_you_mean(name, WHAT)}"
-            )
+    names = quantities([what] if isinstance(what, str) else what or DEFAULT)
     color = color and ALIASES.get(color, color)
     facet = facet and ALIASES.get(facet, facet)
     keys = [key for key in (color, facet) if key]
@@ -118,6 +114,19 @@ def draw(
         add_legend(figure, notes)
         add_text(figure, title(lines), notes)
     return figure
+
+
+def quantities(names: Sequence[str]) -> list[str]:
+    """Return the names of quantities, each once. A column of epochs.csv is replaced by the name of its quantity.
+
+    Raises:
+        UserError: there is no such quantity.
+    """
+    for name in names:
+        if name not in WHAT and name not in COLUMNS:
+            hint = did_you_mean(name, [*WHAT, *COLUMNS])
+            raise UserError(f"what={name}: no such quantity; there are {', '.join(WHAT)}{hint}")
+    return list(dict.fromkeys(COLUMNS.get(name, name) for name in names))
 
 
 def evenly(count: int, most: int) -> list[int]:

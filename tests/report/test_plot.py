@@ -161,6 +161,13 @@ def test_each_quantity_is_drawn_by_itself(what, by, outputs):
     assert {len(line.get_xdata()) for line in lines} == {8 if (by, what) in ITERATIONS else 2}
 
 
+def test_a_column_of_epochs_csv_is_another_name_of_its_quantity(outputs):
+    frame = runs(outputs / "alone")
+    columns = draw(frame, what=["cosine", "norm_ratio", "activation_rms", "test_accuracy", "rms"])
+    names = draw(frame, what=["alignment", "norm", "rms", "accuracy"])
+    assert texts(columns) == texts(names)
+
+
 @pytest.mark.parametrize(
     ("what", "rows", "columns"),
     [(["alignment", "accuracy"], 1, 3), (list(WHAT), 2, 5)],
