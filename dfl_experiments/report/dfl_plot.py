@@ -34,8 +34,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--what",
         type=names,
-        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured), or their columns in "
-        "epochs.csv, such as cosine",
+        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured); "
+        "columns of epochs.csv, such as cosine, are other names of these",
     )
     add("--layer", type=layers, help="hidden layers, such as 1,3 (default: all)")
     add(

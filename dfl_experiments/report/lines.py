@@ -1,7 +1,7 @@
 """Figures of curves: loss, accuracy and the quantities of each layer, over iterations or epochs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from textwrap import fill
 from typing import Any, Literal, NamedTuple
 
@@ -62,8 +62,8 @@ def draw(
 
     Parameters:
         frame: the runs, as `frame.runs` returns them.
-        what: names of quantities in `WHAT`, or their columns in epochs.csv, such as cosine for alignment. Default: those
-            of loss, accuracy and alignment that were measured.
+        what: names of quantities in `WHAT`, or their columns in epochs.csv, such as cosine for alignment. Default:
+            those of loss, accuracy and alignment that were measured.
         layers: hidden layers, counted from 1. Default: all, or six evenly spaced ones if there are more.
         by: the x axis. Default: iteration if every run has iterations.csv, else epoch.
         color: column or configuration key. Each of its values gets a colour. Default: the first column that differs.
@@ -111,7 +111,7 @@ def draw(
         for axes, panel in zip(figure.axes, panels, strict=True):
             if panel.name not in BOUNDED and axes.lines:
                 set_scale(axes, panel.name, log, notes)
-        add_legend(figure, notes)
+        add_legend(figure, lines.legend, notes)
         add_text(figure, title(lines), notes)
     return figure
 
@@ -228,13 +228,26 @@ def draw_panel(axes: Axes, panel: Panel, values: pd.DataFrame, notes: list[str])
         & (values.layer == panel.layer)
         & values.line.isin(panel.lines.index)
     )
-    curves = values[is_here].groupby("line")
+    values = without_bp(panel, values[is_here], notes)
+    curves = values.groupby("line")
     is_detailed = curves.ngroups <= MOST_DETAILED
     for number, rows in curves:
         line = panel.lines.loc[number]
         draw_curve(axes, rows, line["legend"], line["look"], is_detailed, notes)
     if not axes.lines:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=TEXT_GREY)
+
+
+def without_bp(panel: Panel, values: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Return the values of a panel without BP's, if the quantity is relative to BP and the panel shows other rules.
+
+    BP's own values are 1, and the line would compress the other curves.
+    """
+    is_bp = values.line.map(panel.lines.rule) == "bp"
+    if panel.name not in RELATIVE or is_bp.all() or not is_bp.any():
+        return values
+    notes.append(f"{WHAT[panel.name].title}: BP's is 1 by definition, not shown.")
+    return values[~is_bp]
 
 
 def draw_curve(
@@ -298,13 +311,16 @@ def plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def add_legend(figure: Figure, notes: list[str]) -> None:
-    """Add one legend for all panels. If there are more than `MOST_COLOURS` entries, show only some of them."""
+def add_legend(figure: Figure, order: Iterable[str], notes: list[str]) -> None:
+    """Add one legend for all panels. If there are more than `MOST_COLOURS` entries, show only some of them.
+
+    order: the texts of the legend in their order. Texts without a curve are left out.
+    """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    labels = list(handles)
+    labels = [label for label in dict.fromkeys(order) if label in handles]
     shown = [labels[index] for index in evenly(len(labels), MOST_COLOURS)]
     if len(shown) < len(labels):
         notes.append(f"The legend has {len(shown)} of {len(labels)} colours.")

@@ -14,7 +14,7 @@ from dfl_experiments.report import dfl_plot
 from dfl_experiments.report.figures import LONGEST_NAME, unused_name
 from dfl_experiments.report.frame import runs, with_key
 from dfl_experiments.report.line_labels import lines_of, with_lines
-from dfl_experiments.report.lines import ceiling, draw, evenly
+from dfl_experiments.report.lines import RELATIVE, ceiling, draw, evenly
 from dfl_experiments.report.series import BY_ITERATION, MOST_POINTS, WHAT, over_seeds, running_mean
 from dfl_experiments.report.style import look_of, title_of, words
 
@@ -157,7 +157,8 @@ def test_each_quantity_is_drawn_by_itself(what, by, outputs):
     lines = [
         line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")
     ]
-    assert len(lines) in (4, 8)  # a line for each method and rate, in a panel for each layer
+    # a line for each method and rate, in a panel for each layer
+    assert len(lines) in ((2,) if what in RELATIVE else (4, 8))
     assert {len(line.get_xdata()) for line in lines} == {8 if (by, what) in ITERATIONS else 2}
 
 
@@ -166,6 +167,22 @@ def test_a_column_of_epochs_csv_is_another_name_of_its_quantity(outputs):
     columns = draw(frame, what=["cosine", "norm_ratio", "activation_rms", "test_accuracy", "rms"])
     names = draw(frame, what=["alignment", "norm", "rms", "accuracy"])
     assert texts(columns) == texts(names)
+
+
+def test_bp_is_not_drawn_beside_others_where_it_is_1_by_definition(outputs):
+    frame = runs(outputs / "grid").query("lr == 0.01")
+    figure = draw(frame, what=["alignment", "norm", "accuracy"], by="epoch")
+    alignment, norm, accuracy = (
+        [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+        for axes in figure.axes
+    )
+    assert (alignment, norm, accuracy) == (["DFA"], ["DFA"], ["BP", "DFA"])
+    shown = texts(figure)
+    assert any("Alignment: BP's is 1 by definition, not shown." in text for text in shown)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BP", "DFA"]
+    alone = draw(frame.query("rule == 'bp'"), what=["alignment"], by="epoch")
+    assert all(axes.lines for axes in alone.axes)
+    assert not any("by definition" in text for text in texts(alone))
 
 
 @pytest.mark.parametrize(
