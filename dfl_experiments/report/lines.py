@@ -13,9 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from dfl_experiments.configuration.refusals import did_you_mean
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.frame import with_key
+from dfl_experiments.report.frame import ALIASES, with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
-from dfl_experiments.report.run_record import GROUPS
 from dfl_experiments.report.series import COLUMNS, WHAT, axis_of, measured, over_seeds, span
 from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 
@@ -26,12 +25,6 @@ MOST_COLUMNS = 6  # largest number of panels in a row, if every facet begins a n
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_COLOURS = 12  # largest number of colours in the legend; of more colours, only some are shown
 MOST_DETAILED = 3  # a panel with more curves shows neither measured values nor validation curves
-ALIASES = {
-    "optimizer.lr": "lr",
-    "optimizer.weight_decay": "weight_decay",
-    "method.name": "rule",
-    **{f"{group}.name": group for group in GROUPS},
-}
 
 
 class Panel(NamedTuple):

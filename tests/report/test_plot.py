@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from processes import dfl_train
+from report_helpers import altered
 
 from dfl_experiments.errors import UserError
 from dfl_experiments.report import dfl_plot
 from dfl_experiments.report.figures import LONGEST_NAME, unused_name
-from dfl_experiments.report.frame import runs, with_key
+from dfl_experiments.report.frame import runs, with_key, with_value
 from dfl_experiments.report.line_labels import lines_of, with_lines
 from dfl_experiments.report.lines import RELATIVE, ceiling, draw, evenly
 from dfl_experiments.report.series import BY_ITERATION, MOST_POINTS, WHAT, over_seeds, running_mean
@@ -113,6 +114,46 @@ def test_a_key_that_does_not_differ_is_read_from_the_configuration(outputs):
     frame = with_key(runs(outputs / "grid"), "batch_size")
     assert set(frame.batch_size) == {64}
     assert set(with_key(frame, "model.widths")["model.widths"]) == {"[8,8]"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "count"),
+    [
+        ("lr", "1e-3", 5),
+        ("method", "las", 1),
+        ("method", "LAS", 1),
+        ("seed", "1.0", 4),
+        ("model.widths", "[8, 8]", 9),
+        ("smoke", "false", 9),
+        ("optimizer._target_", "dfl_experiments.optimizers.Adam", 9),
+    ],
+)
+def test_runs_with_a_value_are_chosen_by_number_or_text(key, value, count, outputs):
+    frame = runs(outputs / "grid", outputs / "alone")
+    assert len(with_value(frame, key, value)) == count
+
+
+def test_an_option_that_differs_only_for_another_net_has_its_value_in_every_run(
+    finished_point, tmp_path
+):
+    altered(finished_point, tmp_path / "a", {"batch_size": 32})
+    altered(finished_point, tmp_path / "b", {"batch_size": 64})
+    altered(finished_point, tmp_path / "c", {"batch_size": 64, "model.name": "own"})
+    frame = runs(tmp_path)
+    assert frame.batch_size.tolist() == ["32", "64", ""]
+    assert with_key(frame, "batch_size").batch_size.tolist() == ["32", "64", "64"]
+    assert len(with_value(frame, "batch_size", "64")) == 2
+    assert with_key(frame, "setting").setting.equals(frame.setting)
+
+
+def test_the_command_draws_only_the_runs_with_a_value(outputs, tmp_path):
+    path = tmp_path / "plot.svg"
+    conditions = ["--where", "optimizer.lr=1e-3", "--where", "method=dfa"]
+    dfl_plot.main([str(outputs / "grid"), *conditions, "--out", str(path)])
+    whole = path.read_text()
+    dfl_plot.main([str(outputs / "grid"), "--out", str(path)])
+    assert "DFA · lr 0.001" in whole
+    assert "DFA · lr 0.001" not in path.read_text()
 
 
 def test_no_outlier_sets_an_axis():
@@ -265,6 +306,9 @@ REFUSED = {
     "grid --what alignment --layer 1,7": "layer=7: alignment was not measured in this layer, only in layers 1, 2",
     "grid --facet optimizr.lr": "optimizr.lr: no run has this key; did you mean lr?",
     "grid --color lrr": "lrr: no run has this key; did you mean lr?",
+    "grid --where optimizr.lr=1": "optimizr.lr: no run has this key; did you mean lr?",
+    "grid --where optimizer.lr=1": "optimizer.lr=1: no run has this value; there are 0.001, 0.01",
+    "grid --where lr=0.01 --where rule=las": "rule=las: no run has this value; there are bp, dfa",
     "grid --out plot.jpg": "plot.jpg: a figure's file ends in .png, .pdf or .svg",
     "grid --by epoch --smooth 9": "smooth=9: needs iterations on the x axis, but the axis shows epochs",
 }
