@@ -92,6 +92,7 @@ def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
 
     Columns:
         `CELL`, `rule`, `is_default`, `lr`, `weight_decay`: the cell, its rule and its chosen grid point.
+        `lr_at_end`: whether the chosen learning rate is at an end of the grid, see `end_of_grid`.
         `test_images`: number of test images.
         `n`: number of averaged runs; 0 if the cell has no accuracy yet.
         `accuracy`, `score`, `hours`, `cosine/1`, `dead/1`, …: means over the averaged runs.
@@ -110,6 +111,7 @@ def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
 
     frame = every.agg(rule=("rule", "first"), is_default=("is_default", "first"))
     frame["lr"] = averaged.lr.first()
+    frame["lr_at_end"] = end_of_grid(frame.lr, runs)
     frame["weight_decay"] = averaged.weight_decay.first()
     frame["n"] = averaged.size()
     frame["accuracy"] = averaged.accuracy.mean()
@@ -130,6 +132,24 @@ def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     frame[texts] = frame[texts].fillna("")
     of_layers = [name for quantity in PER_LAYER for name in layer_names(runs, quantity)]
     return frame.join(averaged[of_layers].mean(skipna=False)).reset_index()
+
+
+def end_of_grid(chosen_rates: pd.Series, runs: pd.DataFrame) -> pd.Series:
+    """Return for each cell "lowest" or "highest" if its chosen learning rate is at this end of the grid, else "".
+
+    The grid of a cell consists of the learning rates of all its runs that ended, also of those that fail. The text is
+    empty if the grid has a single rate.
+
+    chosen_rates: the chosen learning rate of each cell. The index consists of the columns `CELL`.
+    """
+    tried = runs[runs.status.isin(ENDED) | runs.fails].groupby(CELL).lr
+    lowest = tried.min().reindex(chosen_rates.index)
+    highest = tried.max().reindex(chosen_rates.index)
+    ends = pd.Series("", index=chosen_rates.index)
+    ends[chosen_rates == lowest] = "lowest"
+    ends[chosen_rates == highest] = "highest"
+    ends[lowest == highest] = ""
+    return ends
 
 
 def states(statuses: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ EPILOG = """examples:
   dfl-plot outputs/2026-01-31/12-00-00            loss, accuracy and alignment of a run, as plot.png in its folder
   dfl-plot outputs/grid --facet optimizer.lr      a sweep: means over seeds, a panel for each learning rate
   dfl-plot RUN1 RUN2 --what alignment --layer 1,3 --by epoch --out alignment.pdf
+  dfl-plot outputs/grid --where method=las --where optimizer.lr=1e-3
   dfl-plot outputs/grid --what norm,rms,dead --log --color method --out stability.svg
 """
 
@@ -34,7 +35,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--what",
         type=names,
-        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured)",
+        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured); "
+        "columns of epochs.csv, such as cosine, are other names of these",
     )
     add("--layer", type=layers, help="hidden layers, such as 1,3 (default: all)")
     add(
@@ -57,6 +59,14 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--facet",
         metavar="KEY",
         help="configuration key with one panel for each value, such as optimizer.lr",
+    )
+    add(
+        "--where",
+        type=condition,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="draw only the runs with this value of a configuration key or column (may be repeated)",
     )
     add("--log", action="store_true", help="logarithmic y axis for loss, norm and rms")
     add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
@@ -86,15 +96,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def condition(text: str) -> tuple[str, str]:
+    """Split a text such as "method=las" into a key and a value. Raises `ArgumentTypeError`."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
 def plot(asked: argparse.Namespace) -> Path:
     """Draw the figure and return the path of its file."""
-    from dfl_experiments.report.frame import runs
+    from dfl_experiments.report.frame import runs, with_value
     from dfl_experiments.report.lines import draw
     from dfl_experiments.report.style import save
 
     path = asked.out or (asked.runs[0] if len(asked.runs) == 1 else Path()) / "plot.png"
+    frame = runs(*asked.runs)
+    for key, value in asked.where:
+        frame = with_value(frame, key, value)
     figure = draw(
-        runs(*asked.runs),
+        frame,
         asked.what,
         asked.layer,
         asked.by,

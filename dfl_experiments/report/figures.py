@@ -1,8 +1,10 @@
 """The figures of a report: learning curves, alignment, differences from BP, and accuracy over the learning rate."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,6 +27,9 @@ from dfl_experiments.report.style import (
 from dfl_experiments.report.tables import Section, among
 
 LONGEST_NAME = 130  # characters of a figure's file name, without its kind
+RANGE = (
+    "Mean over the runs at each rate, their range as a bar. Methods at one rate stand side by side."
+)
 MOST_LINES = 6  # if there are more methods, the legend names their families instead
 
 
@@ -139,33 +144,64 @@ def differences(chosen: pd.DataFrame, title: str) -> Figure | None:
 def rates(row: pd.DataFrame, title: str) -> Figure | None:
     """Draw accuracy against the learning rate. A cross marks a rate with a failing run.
 
-    Return None if there are fewer than two rates.
+    A dot is the mean over the runs at this rate. A bar reaches from the lowest to the highest of them.
+
+    Return None if there are fewer than two rates, or if no run has an accuracy.
     """
     ended = distinct(row[row.status.isin(ENDED) | row.fails])
     all_rates = sorted(ended.lr.unique())
-    if len(all_rates) < 2:
+    if len(all_rates) < 2 or ended.accuracy.isna().all():
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     point = ["method", "lr"]
     fails = ended.groupby(point).fails.any()
-    accuracies = 100 * counted(ended, point).groupby(point).accuracy.mean().reindex(fails.index)
+    runs = counted(ended, point).groupby(point).accuracy
+    accuracies = 100 * runs.agg(["mean", "min", "max"]).reindex(fails.index)
     methods = sorted(ended.method.unique(), key=method_order)
     is_named = len(methods) <= MOST_LINES
-    for method in methods:
+    has_ranges = runs.size().max() > 1
+    factors = side_by_side(all_rates, len(methods)) if has_ranges else np.ones(len(methods))
+    for method, factor in zip(methods, factors, strict=True):
         look = look_of(method)
         label = method_name(method) if is_named else None
-        axes.plot(accuracies[method], "o", color=look.colour, linestyle=look.dash, label=label)
-        axes.plot(accuracies[method][fails[method]], "x", color="black", markersize=9)
+        values = accuracies.loc[method]
+        is_failing = fails[method]
+        x = factor * values.index
+        axes.plot(
+            x,
+            values["mean"],
+            "o",
+            color=look.colour,
+            linestyle=look.dash,
+            label=label,
+            markersize=5,
+        )
+        axes.vlines(x, values["min"], values["max"], color=look.colour)
+        axes.plot(x[is_failing], values["mean"][is_failing], "x", color="black", markersize=9)
     if not is_named:
         add_families(axes, methods)
     axes.set(xscale="log", xlabel="learning rate (×: a run fails)", ylabel="test accuracy, %")
     axes.set_xticks(all_rates, [f"{lr:g}" for lr in all_rates])
     axes.minorticks_off()
-    axes.set_ylim(*limits_without_outliers(accuracies))
+    axes.set_ylim(*limits_without_outliers(accuracies.stack()))
     figure.legend(loc="outside right center")
-    add_text(figure, title, [])
+    add_text(figure, title, [RANGE] if has_ranges else [])
     return figure
+
+
+def side_by_side(rates: Sequence[float], count: int) -> np.ndarray:
+    """Return a factor for each of `count` methods. Its rates are multiplied by it, so that no bar covers another.
+
+    On the logarithmic axis, the distance between two methods is 1.5 % of the length of the grid. It is smaller if the
+    methods would take more than 7.5 % of this length, or more than a quarter of the distance between two rates.
+
+    rates: the rates of the grid, sorted.
+    """
+    places = np.log(rates)
+    length = places[-1] - places[0]
+    width = min(0.015 * (count - 1) * length, 0.075 * length, 0.25 * np.diff(places).min())
+    return np.exp(width * np.linspace(-0.5, 0.5, count))
 
 
 def limits_without_outliers(values: pd.Series) -> tuple[float, float]:

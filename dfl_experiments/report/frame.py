@@ -12,7 +12,7 @@ import pandas as pd
 from dfl_experiments.configuration.refusals import did_you_mean, one_line
 from dfl_experiments.errors import UserError, printable
 from dfl_experiments.report.labels import labelled
-from dfl_experiments.report.run_record import as_text, flat, read_config, record_of
+from dfl_experiments.report.run_record import GROUPS, as_text, flat, read_config, record_of
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import CONFIG, LAST, RESULT
 from dfl_experiments.seal import opened
@@ -27,6 +27,14 @@ ROW = [
 CELL = [*ROW, "method"]  # columns that identify a cell: one method in a setting
 # columns that identify a grid point of a cell; it has a run for each seed
 POINT = [*CELL, "lr", "weight_decay"]
+# configuration keys whose column has another name
+ALIASES = {
+    "optimizer.lr": "lr",
+    "optimizer.weight_decay": "weight_decay",
+    "method.name": "rule",
+    **{f"{group}.name": group for group in GROUPS},
+}
+MOST_VALUES = 12  # largest number of values that an error message lists
 
 
 def runs(*folders: str | Path) -> pd.DataFrame:
@@ -151,19 +159,54 @@ def curves(frame: pd.DataFrame, table: str = "epochs") -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"folder": []})
 
 
+def with_value(frame: pd.DataFrame, key: str, value: str) -> pd.DataFrame:
+    """Return the runs with this value of a column or a configuration key.
+
+    Raises:
+        UserError: no run has the key, or no run has the value.
+    """
+    name = ALIASES.get(key, key)
+    column = with_key(frame, name)[name]
+    is_equal = column.map(comparable) == comparable(value)
+    if not is_equal.any():
+        choices = column[column != ""].dropna().drop_duplicates().sort_values()
+        texts = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in choices]
+        if len(texts) > MOST_VALUES:
+            texts[MOST_VALUES:] = ["…"]
+        there_are = f"; there are {', '.join(texts)}" if texts else ""
+        raise UserError(printable(f"{key}={value}: no run has this value{there_are}"))
+    return frame[is_equal]
+
+
+def comparable(value: Any) -> float | str:
+    """Return a value in a form in which equal values are equal: 0.001 for "1e-3", "[8,8]" for "[8, 8]".
+
+    A text is returned without spaces, without quotes around it, and in lower case.
+    """
+    text = str(value).strip("'\"").replace(" ", "").lower()
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def with_key(frame: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Return the frame with a column for a configuration key. A frame that has this column is returned unchanged.
+    """Return the frame with a column for a configuration key.
 
     The column holds numbers if the key has a number in every run. Otherwise it holds texts. The text is empty for a run
-    without the key.
+    without the key. If the frame already has the column, only its empty texts are replaced: `runs` leaves them empty if
+    the option does not differ between the runs of one net and data set.
 
     Raises:
         UserError: no run has the key.
     """
-    if key in frame:
+    if key in frame and not (frame[key] == "").any():
         return frame
     configs = [flat(read_config(Path(folder))) for folder in frame.folder]
     keys = set().union(*configs)
+    if key in frame:
+        texts = [as_text(config[key]) if key in config else "" for config in configs]
+        return frame.assign(**{key: frame[key].mask(frame[key] == "", texts)})
     if key not in keys:
         names = sorted(keys.union(frame.columns))
         raise UserError(f"{printable(key)}: no run has this key{did_you_mean(key, names)}")

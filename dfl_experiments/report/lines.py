@@ -1,7 +1,7 @@
 """Figures of curves: loss, accuracy and the quantities of each layer, over iterations or epochs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from textwrap import fill
 from typing import Any, Literal, NamedTuple
 
@@ -13,24 +13,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from dfl_experiments.configuration.refusals import did_you_mean
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.frame import with_key
+from dfl_experiments.report.frame import ALIASES, with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
-from dfl_experiments.report.run_record import GROUPS
-from dfl_experiments.report.series import WHAT, axis_of, measured, over_seeds, span
+from dfl_experiments.report.series import COLUMNS, WHAT, axis_of, measured, over_seeds, span
 from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 
 DEFAULT = ("loss", "accuracy", "alignment")
 RELATIVE = ("alignment", "norm")  # relative to BP: constant in a layer whose signal equals BP's
 BOUNDED = ("accuracy", "alignment", "dead")  # quantities with a fixed range
+MOST_COLUMNS = 6  # largest number of panels in a row, if every facet begins a new row
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_COLOURS = 12  # largest number of colours in the legend; of more colours, only some are shown
 MOST_DETAILED = 3  # a panel with more curves shows neither measured values nor validation curves
-ALIASES = {
-    "optimizer.lr": "lr",
-    "optimizer.weight_decay": "weight_decay",
-    "method.name": "rule",
-    **{f"{group}.name": group for group in GROUPS},
-}
 
 
 class Panel(NamedTuple):
@@ -61,7 +55,8 @@ def draw(
 
     Parameters:
         frame: the runs, as `frame.runs` returns them.
-        what: names of quantities in `WHAT`. Default: those of loss, accuracy and alignment that were measured.
+        what: names of quantities in `WHAT`, or their columns in epochs.csv, such as cosine for alignment. Default:
+            those of loss, accuracy and alignment that were measured.
         layers: hidden layers, counted from 1. Default: all, or six evenly spaced ones if there are more.
         by: the x axis. Default: iteration if every run has iterations.csv, else epoch.
         color: column or configuration key. Each of its values gets a colour. Default: the first column that differs.
@@ -75,12 +70,7 @@ def draw(
     """
     if frame.empty:
         raise UserError("frame: has no runs to draw")
-    names = [what] if isinstance(what, str) else list(what or DEFAULT)
-    for name in names:
-        if name not in WHAT:
-            raise UserError(
-                f"what={name}: no such quantity; there are {', '.join(WHAT)}{did_you_mean(name, WHAT)}"
-            )
+    names = quantities([what] if isinstance(what, str) else what or DEFAULT)
     color = color and ALIASES.get(color, color)
     facet = facet and ALIASES.get(facet, facet)
     keys = [key for key in (color, facet) if key]
@@ -106,7 +96,7 @@ def draw(
     names = [name for name in names if (values.what == name).any()]
     panels = panels_of(names, values, lines, layers, notes)
     with styled():
-        figure = with_axes(panels, columns=len(names) if facet else 0)
+        figure = with_axes(panels, facets=lines.facet.nunique())
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
             draw_panel(axes, panel, values, notes)
@@ -114,9 +104,22 @@ def draw(
         for axes, panel in zip(figure.axes, panels, strict=True):
             if panel.name not in BOUNDED and axes.lines:
                 set_scale(axes, panel.name, log, notes)
-        add_legend(figure, notes)
+        add_legend(figure, lines.legend, notes)
         add_text(figure, title(lines), notes)
     return figure
+
+
+def quantities(names: Sequence[str]) -> list[str]:
+    """Return the names of quantities, each once. A column of epochs.csv is replaced by the name of its quantity.
+
+    Raises:
+        UserError: there is no such quantity.
+    """
+    for name in names:
+        if name not in WHAT and name not in COLUMNS:
+            hint = did_you_mean(name, [*WHAT, *COLUMNS])
+            raise UserError(f"what={name}: no such quantity; there are {', '.join(WHAT)}{hint}")
+    return list(dict.fromkeys(COLUMNS.get(name, name) for name in names))
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -171,25 +174,35 @@ def layers_of(
     return [shown[index] for index in evenly(len(shown), MOST_LAYERS)]
 
 
-def with_axes(panels: Sequence[Panel], columns: int) -> Figure:
+def with_axes(panels: Sequence[Panel], facets: int) -> Figure:
     """Return a figure with axes for each panel.
+
+    If there are several facets with several panels each, every facet begins a new row.
 
     If all runs use one data set, all panels that show the same quantity and layer share one y axis. For alignment and
     dead units, the panels of all layers share one y axis.
 
-    columns: number of panels in a row, if it is 2, 3 or 4. Otherwise the function chooses this number.
+    facets: number of facets. All have the same number of panels.
     """
     number = len(panels)
-    if not 1 < columns < 5:
+    block = number // facets  # number of panels that begin on a new row
+    if 1 < block < number:
+        rows_of_block = math.ceil(block / MOST_COLUMNS)
+        columns = math.ceil(block / rows_of_block)
+    else:
+        block = number
         columns = 2 if number == 4 else min(3, number)
-    rows = math.ceil(number / columns)
+        rows_of_block = math.ceil(number / columns)
+    rows = rows_of_block * number // block
     figure = Figure(figsize=(2.3 + 4.2 * columns, 0.9 + 2.9 * rows), layout="constrained")
     datasets = {dataset for panel in panels for dataset in panel.lines.dataset}
     first: dict[Any, Axes] = {}
     for index, panel in enumerate(panels):
         layer = 0 if panel.name in BOUNDED else panel.layer
         key = (panel.name, layer) if len(datasets) == 1 else index
-        first[key] = figure.add_subplot(rows, columns, index + 1, sharey=first.get(key))
+        facet, place = divmod(index, block)
+        place += facet * rows_of_block * columns
+        first[key] = figure.add_subplot(rows, columns, place + 1, sharey=first.get(key))
     return figure
 
 
@@ -208,13 +221,26 @@ def draw_panel(axes: Axes, panel: Panel, values: pd.DataFrame, notes: list[str])
         & (values.layer == panel.layer)
         & values.line.isin(panel.lines.index)
     )
-    curves = values[is_here].groupby("line")
+    values = without_bp(panel, values[is_here], notes)
+    curves = values.groupby("line")
     is_detailed = curves.ngroups <= MOST_DETAILED
     for number, rows in curves:
         line = panel.lines.loc[number]
         draw_curve(axes, rows, line["legend"], line["look"], is_detailed, notes)
     if not axes.lines:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=TEXT_GREY)
+
+
+def without_bp(panel: Panel, values: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Return the values of a panel without BP's, if the quantity is relative to BP and the panel shows other rules.
+
+    BP's own values are 1, and the line would compress the other curves.
+    """
+    is_bp = values.line.map(panel.lines.rule) == "bp"
+    if panel.name not in RELATIVE or is_bp.all() or not is_bp.any():
+        return values
+    notes.append(f"{WHAT[panel.name].title}: BP's is 1 by definition, not shown.")
+    return values[~is_bp]
 
 
 def draw_curve(
@@ -278,13 +304,16 @@ def plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def add_legend(figure: Figure, notes: list[str]) -> None:
-    """Add one legend for all panels. If there are more than `MOST_COLOURS` entries, show only some of them."""
+def add_legend(figure: Figure, order: Iterable[str], notes: list[str]) -> None:
+    """Add one legend for all panels. If there are more than `MOST_COLOURS` entries, show only some of them.
+
+    order: the texts of the legend in their order. Texts without a curve are left out.
+    """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    labels = list(handles)
+    labels = [label for label in dict.fromkeys(order) if label in handles]
     shown = [labels[index] for index in evenly(len(labels), MOST_COLOURS)]
     if len(shown) < len(labels):
         notes.append(f"The legend has {len(shown)} of {len(labels)} colours.")

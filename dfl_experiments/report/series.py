@@ -37,6 +37,8 @@ WHAT = {
     "rms": Quantity(("activation_rms",), "Activations", "root mean square of h"),
     "dead": Quantity(("dead",), "Dead units", "share of units (%)", 100),
 }
+# column of epochs.csv, without the ending /i: the quantity that it belongs to
+COLUMNS = {quantity.columns[0]: name for name, quantity in WHAT.items()}
 # in iterations.csv; other quantities are measured once an epoch
 BY_ITERATION = ("loss", "alignment", "norm")
 

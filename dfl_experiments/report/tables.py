@@ -17,6 +17,7 @@ from dfl_experiments.report.style import IN_WORDS, USUAL, method_name, method_or
 from dfl_experiments.report.table_text import NONE, Table, interval_text, numbers
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
+AT_END = "An lr marked (lowest) or (highest) is at this end of the method's grid: extend the grid."
 SECTION = ["smoke", "dataset", "model", "augmentation"]
 # Options are compared only between runs that are equal in these columns.
 KIND = ["optimizer", "schedule", "protocol"]
@@ -124,7 +125,7 @@ def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
     )
     is_best = best_of_setting(frame)
     columns = {
-        "lr": numbers(frame.lr, "g"),
+        "lr": rate_texts(frame),
         "weight decay": numbers(frame.weight_decay.replace(0, math.nan), "g"),
         "n": [str(value) for value in frame.n],
         "accuracy, %": [accuracy_text(row) for row in frame.itertuples()],
@@ -136,8 +137,20 @@ def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
         published = frame.merge(paper, on=SETTINGS, how="left").published
         columns["paper, %"] = numbers(100 * published, ".2f")
         columns["minus paper"] = numbers(100 * (frame.accuracy - published), "+.2f")
-    caption = f"{verdict(frame, is_best)} {answer_caption(frame, section.runs)}".strip()
+    captions = [
+        verdict(frame, is_best),
+        answer_caption(frame, section.runs),
+        AT_END if frame.lr_at_end.any() else "",
+    ]
+    caption = " ".join(filter(None, captions))
     return Table("Methods", with_settings(frame, section.runs, columns), caption, is_best.tolist())
+
+
+def rate_texts(frame: pd.DataFrame) -> list[str]:
+    """Return the learning rates as texts, such as "0.001", or "0.001 (highest)" at an end of the grid."""
+    texts = numbers(frame.lr, "g")
+    ends = [f" ({end})" if end else "" for end in frame.lr_at_end]
+    return [text + end for text, end in zip(texts, ends, strict=True)]
 
 
 def best_of_setting(frame: pd.DataFrame) -> pd.Series:

@@ -89,6 +89,35 @@ def test_a_point_with_few_seeds_decides_nothing_about_the_others(finished_point,
     assert (cell.lr, cell.n) == (1e-3, 3)
 
 
+@pytest.mark.parametrize(
+    ("rates", "end"),
+    [
+        ({1e-4: 0.7, 1e-3: 0.9}, "highest"),
+        ({1e-4: 0.9, 1e-3: 0.7}, "lowest"),
+        ({1e-4: 0.7, 1e-3: 0.9, 1e-2: 0.7}, ""),
+        ({1e-4: 0.7, 1e-3: 0.9, 1e-2: "diverged"}, ""),
+        ({1e-4: 0.7, 1e-3: 0.9, 1e-2: "interrupted"}, "highest"),
+        ({1e-3: 0.9}, ""),
+        ({1e-4: "diverged", 1e-3: "diverged"}, ""),
+    ],
+)
+def test_a_best_rate_at_the_end_of_its_grid_is_marked(finished_point, tmp_path, rates, end):
+    for lr, accuracy in rates.items():
+        if isinstance(accuracy, str):
+            values = finished(None, lr, 0) | {"status": accuracy}
+        else:
+            values = finished(accuracy, lr, 0)
+        altered(finished_point, tmp_path / str(lr), **values)
+    (cell,) = shown(tmp_path)
+    assert cell.lr_at_end == end
+    (row,) = csv_rows(tmp_path, ".")
+    assert row["lr_at_end"] == end
+    assert end == "" or float(row["lr"]) in rates  # a plain number
+    text = dfl_report(tmp_path, ".").stdout
+    assert (f"{cell.lr:g} ({end})" in text) == bool(end)
+    assert ("extend the grid" in text) == bool(end)
+
+
 @pytest.mark.parametrize("epoch", ["last", "best_validation"])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.1), (0.1, 0.3)])
 def test_of_tied_points_the_one_with_the_lower_validation_loss_is_shown(

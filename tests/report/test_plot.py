@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from processes import dfl_train
+from report_helpers import altered
 
 from dfl_experiments.errors import UserError
 from dfl_experiments.report import dfl_plot
 from dfl_experiments.report.figures import LONGEST_NAME, unused_name
-from dfl_experiments.report.frame import runs, with_key
+from dfl_experiments.report.frame import runs, with_key, with_value
 from dfl_experiments.report.line_labels import lines_of, with_lines
-from dfl_experiments.report.lines import ceiling, draw, evenly
+from dfl_experiments.report.lines import RELATIVE, ceiling, draw, evenly
 from dfl_experiments.report.series import BY_ITERATION, MOST_POINTS, WHAT, over_seeds, running_mean
 from dfl_experiments.report.style import look_of, title_of, words
 
@@ -115,6 +116,46 @@ def test_a_key_that_does_not_differ_is_read_from_the_configuration(outputs):
     assert set(with_key(frame, "model.widths")["model.widths"]) == {"[8,8]"}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "count"),
+    [
+        ("lr", "1e-3", 5),
+        ("method", "las", 1),
+        ("method", "LAS", 1),
+        ("seed", "1.0", 4),
+        ("model.widths", "[8, 8]", 9),
+        ("smoke", "false", 9),
+        ("optimizer._target_", "dfl_experiments.optimizers.Adam", 9),
+    ],
+)
+def test_runs_with_a_value_are_chosen_by_number_or_text(key, value, count, outputs):
+    frame = runs(outputs / "grid", outputs / "alone")
+    assert len(with_value(frame, key, value)) == count
+
+
+def test_an_option_that_differs_only_for_another_net_has_its_value_in_every_run(
+    finished_point, tmp_path
+):
+    altered(finished_point, tmp_path / "a", {"batch_size": 32})
+    altered(finished_point, tmp_path / "b", {"batch_size": 64})
+    altered(finished_point, tmp_path / "c", {"batch_size": 64, "model.name": "own"})
+    frame = runs(tmp_path)
+    assert frame.batch_size.tolist() == ["32", "64", ""]
+    assert with_key(frame, "batch_size").batch_size.tolist() == ["32", "64", "64"]
+    assert len(with_value(frame, "batch_size", "64")) == 2
+    assert with_key(frame, "setting").setting.equals(frame.setting)
+
+
+def test_the_command_draws_only_the_runs_with_a_value(outputs, tmp_path):
+    path = tmp_path / "plot.svg"
+    conditions = ["--where", "optimizer.lr=1e-3", "--where", "method=dfa"]
+    dfl_plot.main([str(outputs / "grid"), *conditions, "--out", str(path)])
+    whole = path.read_text()
+    dfl_plot.main([str(outputs / "grid"), "--out", str(path)])
+    assert "DFA · lr 0.001" in whole
+    assert "DFA · lr 0.001" not in path.read_text()
+
+
 def test_no_outlier_sets_an_axis():
     usual = [np.linspace(2.3, 0.1 * place, 50) for place in range(3)]
     assert ceiling([*usual, np.array([2.3, 1e6])], 4) == 2.3
@@ -158,8 +199,46 @@ def test_each_quantity_is_drawn_by_itself(what, by, outputs):
     lines = [
         line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")
     ]
-    assert len(lines) in (4, 8)  # a line for each method and rate, in a panel for each layer
+    # a line for each method and rate, in a panel for each layer
+    assert len(lines) in ((2,) if what in RELATIVE else (4, 8))
     assert {len(line.get_xdata()) for line in lines} == {8 if (by, what) in ITERATIONS else 2}
+
+
+def test_a_column_of_epochs_csv_is_another_name_of_its_quantity(outputs):
+    frame = runs(outputs / "alone")
+    columns = draw(frame, what=["cosine", "norm_ratio", "activation_rms", "test_accuracy", "rms"])
+    names = draw(frame, what=["alignment", "norm", "rms", "accuracy"])
+    assert texts(columns) == texts(names)
+
+
+def test_bp_is_not_drawn_beside_others_where_it_is_1_by_definition(outputs):
+    frame = runs(outputs / "grid").query("lr == 0.01")
+    figure = draw(frame, what=["alignment", "norm", "accuracy"], by="epoch")
+    alignment, norm, accuracy = (
+        [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+        for axes in figure.axes
+    )
+    assert (alignment, norm, accuracy) == (["DFA"], ["DFA"], ["BP", "DFA"])
+    shown = texts(figure)
+    assert any("Alignment: BP's is 1 by definition, not shown." in text for text in shown)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BP", "DFA"]
+    alone = draw(frame.query("rule == 'bp'"), what=["alignment"], by="epoch")
+    assert all(axes.lines for axes in alone.axes)
+    assert not any("by definition" in text for text in texts(alone))
+
+
+@pytest.mark.parametrize(
+    ("what", "rows", "columns"),
+    [(["alignment", "accuracy"], 1, 3), (list(WHAT), 2, 5)],
+)
+def test_every_facet_begins_a_new_row(what, rows, columns, outputs):
+    figure = draw(runs(outputs / "grid"), what=what, layers=[1, 2], by="epoch", facet="lr")
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    assert {place.get_geometry()[:2] for place in places} == {(2 * rows, columns)}
+    rows_of = {"lr 0.001": set(), "lr 0.01": set()}
+    for axes, place in zip(figure.axes, places, strict=True):
+        rows_of[axes.get_title().partition(" · ")[0]].add(place.rowspan.start)
+    assert rows_of == {"lr 0.001": set(range(rows)), "lr 0.01": set(range(rows, 2 * rows))}
 
 
 def test_epochs_are_drawn_where_a_run_has_no_iterations(outputs, tmp_path):
@@ -228,6 +307,9 @@ REFUSED = {
     "grid --what alignment --layer 1,7": "layer=7: alignment was not measured in this layer, only in layers 1, 2",
     "grid --facet optimizr.lr": "optimizr.lr: no run has this key; did you mean lr?",
     "grid --color lrr": "lrr: no run has this key; did you mean lr?",
+    "grid --where optimizr.lr=1": "optimizr.lr: no run has this key; did you mean lr?",
+    "grid --where optimizer.lr=1": "optimizer.lr=1: no run has this value; there are 0.001, 0.01",
+    "grid --where lr=0.01 --where rule=las": "rule=las: no run has this value; there are bp, dfa",
     "grid --out plot.jpg": "plot.jpg: a figure's file ends in .png, .pdf or .svg",
     "grid --by epoch --smooth 9": "smooth=9: needs iterations on the x axis, but the axis shows epochs",
 }

@@ -6,6 +6,9 @@ import pytest
 from report_helpers import altered, csv_rows, dfl_report, finished
 
 from dfl_experiments.configuration.composition import compose, group_options, plain
+from dfl_experiments.report.choose import choose
+from dfl_experiments.report.figures import at_common_rate, rates
+from dfl_experiments.report.frame import runs
 from dfl_experiments.report.paper import published
 from dfl_experiments.report.style import FAMILIES, look_of
 
@@ -132,14 +135,37 @@ def test_alignment_is_drawn_at_one_learning_rate(finished_point, tmp_path):
     ):
         told = finished(accuracy, lr, 0, method=plain(compose([f"method={method}"]))["method"])
         altered(finished_point, tmp_path / f"{method}{lr}", **told, cosine_by_construction=["2"])
-    from dfl_experiments.report.choose import choose
-    from dfl_experiments.report.figures import at_common_rate
-    from dfl_experiments.report.frame import runs
-
     frame = runs(tmp_path)
     shown = at_common_rate(frame, choose(frame))
     assert shown.lr.nunique() == 1
     assert set(shown.method) == {"dfa", "las"}
+
+
+def test_the_figure_of_rates_shows_the_range_over_seeds(finished_point, tmp_path):
+    accuracies = {"bp": (0.80, 0.86), "dfa": (0.70, 0.72)}
+    for method, pair in accuracies.items():
+        options = plain(compose([f"method={method}"]))["method"]
+        for seed, accuracy in enumerate(pair):
+            for lr in (1e-3, 1e-2):
+                values = finished(accuracy, lr, seed, method=options)
+                altered(finished_point, tmp_path / f"{method}{seed}{lr}", **values)
+    (axes,) = rates(runs(tmp_path), "title").axes
+    bars = [segment for bar in axes.collections for segment in bar.get_segments()]
+    heights = sorted(tuple(bar[:, 1].round(6)) for bar in bars)
+    assert heights == [(70, 72), (70, 72), (80, 86), (80, 86)]  # two rates of each method
+    places = {bar[0, 0] for bar in bars}
+    assert len(places) == 4  # no bar covers another
+    for place in places:
+        assert place == pytest.approx(1e-3, rel=0.05) or place == pytest.approx(1e-2, rel=0.05)
+
+
+def test_a_setting_whose_runs_all_diverged_has_a_report_with_figures(finished_point, tmp_path):
+    for lr in (1e-3, 1e-2):
+        values = finished(None, lr, 0) | {"status": "diverged"}
+        altered(finished_point, tmp_path / "runs" / str(lr), **values)
+    done = dfl_report(tmp_path, "runs", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "figures").glob("*-rates.png"))
 
 
 def test_the_page_holds_its_figures_and_loads_no_other_file(reported, tmp_path):
