@@ -16,7 +16,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import ALIASES, with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
 from dfl_experiments.report.series import COLUMNS, WHAT, axis_of, measured, over_seeds, span
-from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
+from dfl_experiments.report.style import TEXT_GREY, Look, add_text, method_name, styled
 
 DEFAULT = ("loss", "accuracy", "alignment")
 RELATIVE = ("alignment", "norm")  # relative to BP: constant in a layer whose signal equals BP's
@@ -221,7 +221,7 @@ def draw_panel(axes: Axes, panel: Panel, values: pd.DataFrame, notes: list[str])
         & (values.layer == panel.layer)
         & values.line.isin(panel.lines.index)
     )
-    values = without_bp(panel, values[is_here], notes)
+    values = without_exact(panel, values[is_here], notes)
     curves = values.groupby("line")
     is_detailed = curves.ngroups <= MOST_DETAILED
     for number, rows in curves:
@@ -231,16 +231,24 @@ def draw_panel(axes: Axes, panel: Panel, values: pd.DataFrame, notes: list[str])
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=TEXT_GREY)
 
 
-def without_bp(panel: Panel, values: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Return the values of a panel without BP's, if the quantity is relative to BP and the panel shows other rules.
+def without_exact(panel: Panel, values: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Return the values of a panel without the lines of rules whose signal equals BP's in this layer.
 
-    BP's own values are 1, and the line would compress the other curves.
+    Their values are 1 by construction, and they would compress the other curves. Nothing changes if the quantity is not
+    relative to BP, or if all lines of the panel are of this kind.
     """
-    is_bp = values.line.map(panel.lines.rule) == "bp"
-    if panel.name not in RELATIVE or is_bp.all() or not is_bp.any():
+    layer = str(panel.layer)
+    has_exact = [
+        rule == "bp" or layer in exact_layers
+        for rule, exact_layers in zip(panel.lines.rule, panel.lines.exact_layers, strict=True)
+    ]
+    exact = panel.lines[has_exact]
+    is_exact = values.line.isin(exact.index)
+    if panel.name not in RELATIVE or is_exact.all() or not is_exact.any():
         return values
-    notes.append(f"{WHAT[panel.name].title}: BP's is 1 by definition, not shown.")
-    return values[~is_bp]
+    names = ", ".join(dict.fromkeys(method_name(rule) for rule in exact.rule))
+    notes.append(f"Layer {layer}: BP's own signal in {names}, not shown.")
+    return values[~is_exact]
 
 
 def draw_curve(
