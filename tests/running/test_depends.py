@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import json
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -24,6 +25,19 @@ from dfl_experiments.methods import Direct
 
 class Mine(Direct):
     def source(self, error, target):
+        return error
+"""
+# a rule that interrupts its process in each step while there is a file named stop
+STOPPING = """
+import signal
+from pathlib import Path
+
+from dfl_experiments.methods import Direct
+
+class Mine(Direct):
+    def source(self, error, target):
+        if Path("stop").exists():
+            signal.raise_signal(signal.SIGINT)
         return error
 """
 YAML = """
@@ -53,6 +67,34 @@ def tables(folder):
     return list(
         csv.DictReader(io.StringIO(dfl_report(folder, "outputs", "--format", "csv").stdout))
     )
+
+
+@pytest.mark.parametrize("folder", ["here", "a run, lr=1"])
+def test_an_interrupted_run_of_a_plugin_prints_the_command_that_continues_it(folder, own, tmp_path):
+    write(tmp_path, {"my_rules.py": STOPPING, "stop": ""})
+    stopped = own("method=mine", *SMALL, f"hydra.run.dir='{folder}'")
+    assert stopped.returncode == 130
+    _, _, command = stopped.stdout.splitlines()[-1].partition("continue with: ")
+    program, *arguments = shlex.split(command)
+    again = own("method=mine", *SMALL, f"hydra.run.dir='{folder}'")
+    assert f"(interrupted); {shlex.join(arguments)} continues it, " in again.stderr
+    (tmp_path / "stop").unlink()
+    done = dfl_train(tmp_path, *arguments)
+    assert (program, done.returncode, done.stderr) == ("dfl-train", 0, "")
+    assert "continuing after epoch 0, batch 1" in done.stdout
+
+
+def test_an_interrupted_sweep_counts_the_points_that_have_not_started(own, tmp_path):
+    write(tmp_path, {"my_rules.py": STOPPING, "stop": ""})
+    sweep = ("--multirun", "method=mine", "sweep=grid", "seed=0,1,2,3", *SMALL)
+    stopped = own(*sweep)
+    assert stopped.returncode == 130
+    _, _, summary = stopped.stdout.partition("sweep grid: 4 points, 3 not started, 1 interrupted\n")
+    interrupted, others, _ = summary.splitlines()
+    assert interrupted.endswith("  interrupted  Interrupted SIGINT")
+    assert others == "  3 not started: the same command with sweep=grid continues"
+    (tmp_path / "stop").unlink()
+    assert "4 points, 4 finished" in own(*sweep).stdout
 
 
 def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(own, tmp_path):

@@ -3,11 +3,13 @@
 import csv
 import json
 import shlex
+import shutil
 
 import pytest
 from processes import dfl_train
 from report_helpers import altered
 
+from dfl_experiments.configuration.composition import CONF_DIR
 from dfl_experiments.running.outcome import objective
 from dfl_experiments.running.run_directory import EPOCH_COLUMNS, csv_text
 
@@ -37,7 +39,9 @@ def test_the_best_of_a_sweep_is_the_highest_validation_accuracy_and_its_command_
     tmp_path,
 ):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    done = dfl_train(tmp_path, *OPTUNA, "sweep=s")
+    (tmp_path / "my conf" / "method").mkdir(parents=True)
+    shutil.copyfile(CONF_DIR / "method" / "dfa.yaml", tmp_path / "my conf" / "method" / "own.yaml")
+    done = dfl_train(tmp_path, *OPTUNA, "sweep=s", "--config-dir", "my conf", "method=own")
     assert done.returncode == 0, done.stderr
     points = [path.parent for path in (tmp_path / "outputs" / "s").glob("*/result.json")]
     assert len(points) == 3
