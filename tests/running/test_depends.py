@@ -104,6 +104,11 @@ def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(ow
     assert own("method=mine", *SMALL, "hydra.run.dir=here").returncode == 0
     (tmp_path / "here" / "result.json").unlink()  # as if it had been killed
     write(tmp_path, {"my_rules.py": RULE + "# another rule\n"})
+    dry = own(*sweep, "seed=0,1", "--dry-run").stdout
+    assert [line.split()[0] for line in dry.splitlines()[1:3]] == ["refused", "new"]
+    assert "\n1 of 2 to train\n1 will be refused; the first: mine-fc-digits-none-seed0-" in dry
+    assert ": has a run with other data or code: method my_rules " in dry
+    assert "\n0 of 1 to train\n1 will be refused; " in own("resume=here", "--dry-run").stdout
     again = own(*sweep, "seed=0,1")
     assert again.returncode == 1
     (told,) = (line for line in again.stdout.splitlines() if "failed: " in line)
@@ -115,6 +120,7 @@ def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(ow
     assert [(row["method"][:19], row["n"]) for row in tables(tmp_path)] == [
         ("mine, code=my_rules", "1")
     ] * 2
+    assert "\n2 of 2 to train\n" in own(*sweep, "seed=0,1", "force=true", "--dry-run").stdout
     assert own(*sweep, "seed=0,1", "force=true").returncode == 0
     write(tmp_path, {"my_rules.py": RULE})  # as it was: the refusal has changed nothing
     assert own("resume=here").returncode == 0
