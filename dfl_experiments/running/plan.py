@@ -125,6 +125,22 @@ def show_plan(
     )
 
 
+def show_search(n_trials: int | None, configuration: Configuration) -> None:
+    """Print what is known of a sweep whose sweeper chooses the points: the number of runs, and the time of one.
+
+    n_trials: largest number of runs; None if it is unknown.
+    configuration: the checked configuration of a job.
+    """
+    runs = "" if n_trials is None else f", up to {n_trials} runs"
+    print(f"the sweeper chooses the points as it goes{runs}", flush=True)
+    try:
+        seconds = seconds_of_run(configuration)
+    except (*MISTAKES, RuntimeError) as error:
+        print(f"time unknown: {one_line(error)}")
+        return
+    print(f"about {duration(seconds)} of training for one run; each also needs time to start")
+
+
 def seconds_of_run(configuration: Configuration) -> float:
     """Estimate the seconds of a run from the time of some training steps and evaluation batches.
 
