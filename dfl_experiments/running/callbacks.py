@@ -24,6 +24,7 @@ from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan, sh
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.summary import print_summary
 from dfl_experiments.running.sweep import check_job, check_sweep, jobs_of
+from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import QUEUE
 
 
@@ -40,6 +41,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     ):
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     choose_device(configuration.settings.device)
+    warn_of_variable(configuration.settings.tracking.mode)
     return configuration, run_dir
 
 
