@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from dfl_experiments.configuration.composition import CONF_DIR, PLACES, compose
@@ -64,11 +65,13 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
     A later override of the same key replaces an earlier one. Continuous ranges are omitted: a sweeper such as Optuna
     chooses their values during the sweep.
     texts: the overrides of the command line. sweeper: name of Hydra's sweeper.
-    Raises `UserError` for a continuous range with the basic sweeper, and for a `glob(…)` that matches nothing.
+    Raises `UserError` for a continuous range with the basic sweeper, for several seeds with another sweeper, and for a
+    `glob(…)` that matches nothing.
     """
     # the parser needs the loader for glob(*)
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     choices: dict[str, list[str]] = {}
+    seed: Override | None = None
     for override in parser.parse_overrides(list(texts)):
         key = override.get_key_element()
         if not override.is_sweep_override():
@@ -81,4 +84,13 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
                 )
         elif sweeper == BASIC:
             raise UserError(f"{override.input_line}: a continuous range needs hydra/sweeper=optuna")
+        if key == "seed":
+            seed = override
+    if sweeper != BASIC and seed is not None:
+        is_range = seed.is_sweep_override() and not seed.is_discrete_sweep()
+        if is_range or len(choices["seed"]) > 1:
+            raise UserError(
+                f"{seed.input_line}: hydra/sweeper={sweeper} would choose a lucky seed; set one seed, then train the "
+                f"best point with several"
+            )
     return (list(point) for point in itertools.product(*choices.values()))

@@ -1,7 +1,6 @@
 """Write a report in one of its formats: its tables and figures, section by section."""
 
 import os
-import shlex
 import sys
 import textwrap
 from argparse import Namespace
@@ -18,7 +17,7 @@ from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.paper import missing, published
 from dfl_experiments.report.style import save
 from dfl_experiments.report.tables import Section
-from dfl_experiments.running.run_directory import csv_text
+from dfl_experiments.running.run_directory import csv_text, rerun_arguments
 
 
 def report(asked: Namespace) -> None:
@@ -163,12 +162,9 @@ def commands(sections: list[Section]) -> str:
     """
     lines = []
     for run in tables.ordered(pd.concat([section.chosen for section in sections])).itertuples():
-        words = ["dfl-train", f"repeat={Path(run.folder).resolve()}"]
-        if run.plugins:
-            words.append(f"plugins=[{','.join(run.plugins)}]")
-        lines.append(
-            f"{shlex.join(words)}  # {run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %\n"
-        )
+        arguments = rerun_arguments("repeat", str(Path(run.folder).resolve()), run.plugins)
+        accuracy = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
+        lines.append(f"dfl-train {arguments}  # {accuracy}\n")
     return "".join(lines)
 
 

@@ -20,10 +20,11 @@ from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.outcome import COMMAND, Sweep
-from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan
+from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan, show_search
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.summary import print_summary
-from dfl_experiments.running.sweep import check_job, check_sweep
+from dfl_experiments.running.sweep import check_job, check_sweep, jobs_of
+from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import QUEUE
 
 
@@ -40,6 +41,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     ):
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     choose_device(configuration.settings.device)
+    warn_of_variable(configuration.settings.tracking.mode)
     return configuration, run_dir
 
 
@@ -118,13 +120,16 @@ class Checks(Callback):
             sweep = check_sweep(config, Checks.command)
             if Checks.is_dry:
                 print(f"sweep {sweep.name}, in {sweep.folder}")
-                if not sweep.points:
-                    print("  the sweeper chooses the points during the sweep")
-                show_plan(
-                    planned_runs(sweep),
-                    sweep.force,
-                    lambda overrides: check_job(config, overrides)[0],
-                )
+                if sweep.points:
+                    show_plan(
+                        planned_runs(sweep),
+                        sweep.force,
+                        lambda overrides: check_job(config, overrides)[0],
+                    )
+                else:
+                    (job,) = jobs_of(config)
+                    n_trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
+                    show_search(n_trials, check_job(config, job)[0])
                 raise SystemExit(0)
             make_folder(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)

@@ -41,6 +41,8 @@ class Sweep:
     """Hydra's name of the launcher."""
     force: bool
     """Whether earlier results are replaced."""
+    config_flags: list[str] = field(default_factory=list)
+    """Arguments of the command that say where the user's own options are, such as `--config-dir my_conf`."""
     points: dict[str, SweepPoint] = field(default_factory=dict)
     """The points by folder name; empty if a sweeper chooses them during the sweep."""
 

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from dfl_experiments.configuration.schema import Configuration
 from dfl_experiments.errors import UserError, printable
 from dfl_experiments.running.outcome import Sweep
 from dfl_experiments.running.point_counter import duration
-from dfl_experiments.running.result import DONE, status_of
+from dfl_experiments.running.result import DONE, read_status
 from dfl_experiments.running.run_directory import LAST, PREVIOUS
 from dfl_experiments.running.summary import swept_keys, values_by_key
 
@@ -51,17 +51,43 @@ def planned_runs(sweep: Sweep) -> list[PlannedRun]:
     return runs
 
 
-def planned_status(run_dir: Path, force: bool) -> str:
-    """Return `done`, `interrupted` or `new`. Return `running` or `damaged` for a run that cannot start now."""
-    status = status_of(run_dir)[0]
+def planned_status(
+    run: PlannedRun, force: bool, compose: Callable[[list[str]], Configuration]
+) -> str:
+    """Return `done`, `interrupted` or `new`. Return `running` or `damaged` for a run that cannot start now.
+
+    Raises `UserError` if the command will refuse the run, because it has another configuration, other data or code.
+    """
+    status, _, before = read_status(run.folder)
     if status in ("running", "damaged"):
         return status
     if force or status == "not started":
         return "new"
-    if status in DONE:
-        return "done"
-    has_checkpoint = any((run_dir / name).exists() for name in (LAST, PREVIOUS))
-    return "interrupted" if has_checkpoint else "new"
+    has_checkpoint = any((run.folder / name).exists() for name in (LAST, PREVIOUS))
+    if status not in DONE and not has_checkpoint:
+        return "new"
+    refuse_other(run.folder, before, compose(run.overrides))
+    return "done" if status in DONE else "interrupted"
+
+
+def refuse_other(
+    run_dir: Path, before: Mapping[str, Any] | None, configuration: Configuration
+) -> None:
+    """Raise `UserError` if the run in a directory has another configuration, other data or code.
+
+    before: content of the run's result.json; None for a killed run, which has only a checkpoint.
+    """
+    from dfl_experiments.running.checkpoint import load_checkpoint
+    from dfl_experiments.running.provenance import code_of
+    from dfl_experiments.running.run import data_digest, refuse_changes, refuse_configuration
+
+    if before is None:
+        before = load_checkpoint(run_dir, configuration.config_digest)["training"]
+    else:
+        refuse_configuration(run_dir, before, configuration)
+    # the digest of data that are not packed would need a pack
+    data = None if missing_pack(configuration) else data_digest(configuration)
+    refuse_changes(run_dir, before, {"data": data, "code": code_of(configuration.components)})
 
 
 def show_plan(
@@ -72,13 +98,21 @@ def show_plan(
     force: train runs again even if they are done.
     compose: function that returns the checked configuration for a run's overrides.
     """
-    waiting = []
+    waiting, refusals = [], []
     for run in runs:
-        status = planned_status(run.folder, force)
+        try:
+            status = planned_status(run, force, compose)
+        except UserError as error:
+            status = "refused"
+            refusals.append(str(error))
         print(printable(f"  {status:11}  {run.description}"))
-        if status != "done":
+        if status not in ("done", "refused"):
             waiting.append(run)
     print(f"{len(waiting)} of {len(runs)} to train", flush=True)
+    if refusals:
+        print(printable(f"{len(refusals)} will be refused; the first: {refusals[0]}"))
+    if not waiting:
+        return
     kinds = {run.kind: run for run in waiting}
     try:
         seconds = {kind: seconds_of_run(compose(run.overrides)) for kind, run in kinds.items()}
@@ -89,6 +123,22 @@ def show_plan(
     print(
         f"about {duration(total)} of training on this machine, one run after another; each also needs time to start"
     )
+
+
+def show_search(n_trials: int | None, configuration: Configuration) -> None:
+    """Print what is known of a sweep whose sweeper chooses the points: the number of runs, and the time of one.
+
+    n_trials: largest number of runs; None if it is unknown.
+    configuration: the checked configuration of a job.
+    """
+    runs = "" if n_trials is None else f", up to {n_trials} runs"
+    print(f"the sweeper chooses the points as it goes{runs}", flush=True)
+    try:
+        seconds = seconds_of_run(configuration)
+    except (*MISTAKES, RuntimeError) as error:
+        print(f"time unknown: {one_line(error)}")
+        return
+    print(f"about {duration(seconds)} of training for one run; each also needs time to start")
 
 
 def seconds_of_run(configuration: Configuration) -> float:
@@ -135,12 +185,16 @@ def seconds_per_batch(batches: Iterator[Any], work: Callable[[int, Any], None]) 
 
 def refuse_unprepared(configuration: Configuration) -> None:
     """Raise `UserError` if the data set is not packed, because a dry run neither downloads nor packs it."""
+    if folder := missing_pack(configuration):
+        name = configuration.settings.dataset.name
+        raise UserError(f"dataset {name} is not in {folder}; run `dfl-data prepare dataset={name}`")
+
+
+def missing_pack(configuration: Configuration) -> Path | None:
+    """Return the folder in which the data set should be packed, but is not; None if training needs no packing."""
     from dfl_experiments.data.packs import is_packed
 
-    dataset = configuration.settings.dataset
-    cache = configuration.components["dataset.source"].build().cache_name(dataset.name)
-    folder = Path(configuration.settings.data_dir).expanduser() / (cache or "")
-    if cache is not None and not is_packed(folder):
-        raise UserError(
-            f"dataset {dataset.name} is not in {folder}; run `dfl-data prepare dataset={dataset.name}`"
-        )
+    settings = configuration.settings
+    cache = configuration.components["dataset.source"].build().cache_name(settings.dataset.name)
+    folder = Path(settings.data_dir).expanduser() / (cache or "")
+    return None if cache is None or is_packed(folder) else folder

@@ -44,9 +44,10 @@ from dfl_experiments.running.run_directory import (
     LAST,
     PREVIOUS,
     RESULT,
-    as_argument,
     plot_line,
     record_overrides,
+    relative,
+    rerun_arguments,
 )
 from dfl_experiments.running.signals import Interrupted, Stop
 from dfl_experiments.running.summary import four_digits
@@ -77,7 +78,8 @@ def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseEx
     if isinstance(error, OSError):
         problem = of_the_system(error)
         if error.errno == errno.ENOSPC:
-            problem += f"; make room, then continue with resume={run_dir}, or start the sweep again"
+            arguments = rerun_arguments("resume", relative(run_dir), settings.plugins)
+            problem += f"; make room, then continue with {arguments}, or start the sweep again"
         return Fault(problem)
     return error
 
@@ -256,6 +258,7 @@ def run_alone(
     already has a run, and the configuration sets neither resume nor force.
     """
     settings = configuration.settings
+    resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
     is_new = not run_dir.is_dir()
     if not is_new and run_dir.absolute() != Path.cwd():
         is_new = set(os.listdir(run_dir)) <= {"run.log"}
@@ -268,20 +271,19 @@ def run_alone(
         if not is_resumed and status is not None:
             choices = "force=true replaces it, another hydra.run.dir= keeps both"
             if status not in DONE:
-                choices = f"resume={run_dir} continues it, {choices}"
+                choices = f"{resume} continues it, {choices}"
             raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
         if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
         if is_resumed and status is None:
-            raise UserError(
-                f"resume={run_dir}: has no checkpoint; repeat={run_dir} starts the run again"
-            )
+            repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
+            raise UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
         if not is_resumed:
             record_overrides(run_dir, overrides)
         try:
             result = run(configuration, run_dir, resume=is_resumed)
         except Interrupted:
-            log.info("interrupted; continue with: dfl-train resume=%s", as_argument(run_dir))
+            log.info("interrupted; continue with: dfl-train %s", resume)
             raise
         except UserError as error:
             if is_new and error.exit_code == 2 and not (run_dir / "epochs.csv").exists():
@@ -305,13 +307,11 @@ def result_if_done(
     if before is None:
         return None
     settings, status = configuration.settings, status_left(run_dir)
-    if config_digest(before["config"]) != configuration.config_digest:
-        raise UserError(f"{run_dir}: has a run with another configuration; force=true replaces it")
+    refuse_configuration(run_dir, before, configuration)
     if status is None:  # the run will start again, so other code is allowed
         return None
-    source = configuration.components["dataset.source"].build()
-    data = digest(settings.dataset.name, source, Path(settings.data_dir))
-    refuse_changes(run_dir, before, {"data": data, "code": code_of(configuration.components)})
+    now = {"data": data_digest(configuration), "code": code_of(configuration.components)}
+    refuse_changes(run_dir, before, now)
     if status not in DONE:
         return None
     advice = "" if status == "finished" else "; force=true trains it again"
@@ -321,6 +321,21 @@ def result_if_done(
     discard_spent(run_dir, before["config"])
     make_whole(settings.tracking, run_dir, before, group)
     return before
+
+
+def data_digest(configuration: Configuration) -> str | None:
+    """Return the digest of a configuration's data set, or None if the data set is absent."""
+    settings = configuration.settings
+    source = configuration.components["dataset.source"].build()
+    return digest(settings.dataset.name, source, Path(settings.data_dir))
+
+
+def refuse_configuration(
+    run_dir: Path, before: Mapping[str, Any], configuration: Configuration
+) -> None:
+    """Raise `UserError` if a run has another configuration. before: content of the run's result.json."""
+    if config_digest(before["config"]) != configuration.config_digest:
+        raise UserError(f"{run_dir}: has a run with another configuration; force=true replaces it")
 
 
 def refuse_changes(

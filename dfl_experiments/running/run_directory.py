@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from dfl_experiments.configuration.composition import quoted
 from dfl_experiments.errors import UserError, printable
 from dfl_experiments.measured import STABILITY
 from dfl_experiments.seal import opened, sha256_of
@@ -149,12 +151,30 @@ def record_overrides(run_dir: Path, overrides: Sequence[str]) -> None:
     write_atomically(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
 
 
-def as_argument(folder: Path) -> str:
-    """Return a folder as an argument of a shell command. Inside the current folder, the path is relative."""
+def relative(folder: Path) -> str:
+    """Return the path of a folder; inside the current folder, the relative path."""
     path = folder.absolute()
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
-    return shlex.quote(str(path))
+    return str(path)
+
+
+def as_argument(folder: Path) -> str:
+    """Return a folder as an argument of a shell command. Inside the current folder, the path is relative."""
+    return shlex.quote(relative(folder))
+
+
+def rerun_arguments(key: str, folder: str, plugins: Sequence[str]) -> str:
+    """Return the arguments of `dfl-train` that resume or repeat a run, as a shell needs them.
+
+    key: `resume` or `repeat`.
+    plugins: the run's plugins. The command has to name them, because the recorded ones are not loaded.
+    """
+    is_plain = re.fullmatch(r"[\w./:-]+", folder, re.ASCII)
+    words = [f"{key}={folder if is_plain else quoted(folder)}"]
+    if plugins:
+        words.append(f"plugins=[{','.join(plugins)}]")
+    return printable(shlex.join(words))
 
 
 def plot_line(folder: Path) -> str:

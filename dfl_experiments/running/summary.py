@@ -4,7 +4,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -20,8 +19,10 @@ from dfl_experiments.running.outcome import (
 )
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
+from dfl_experiments.running.workers import QUEUE
 
 ROWS_SHOWN = 50  # largest number of unfinished points that are printed
+NOT_STARTED = "not started"
 # options in NOT_IN_DIGEST whose values a sweep may compare
 COMPARED = ("protocol", "stop_collapsed")
 
@@ -150,25 +151,34 @@ def print_settings(endings: Sequence[Ending]) -> None:
     print(tabulate(rows, header, tablefmt="plain", disable_numparse=True))
 
 
-def print_unfinished(endings: Sequence[Ending]) -> None:
-    """Print every point that has not finished, with its reason."""
-    unfinished = [end for end in endings if not end.is_finished]
+def print_unfinished(sweep: Sweep, endings: Sequence[Ending]) -> None:
+    """Print every point that has started but not finished, with its reason, and the number of the others."""
+    unfinished = [end for end in endings if not end.is_finished and end.status != NOT_STARTED]
     width = max((len(end.folder) for end in unfinished), default=0)
     for end in unfinished[:ROWS_SHOWN]:
         description = end.reason or " ".join(end.overrides)
         print(f"  {end.folder:{width}}  {end.status:11}  {description}")
     if len(unfinished) > ROWS_SHOWN:
         print(f"  … and {len(unfinished) - ROWS_SHOWN} more")
+    reasons = Counter(end.reason for end in endings if end.status == NOT_STARTED)
+    # jobs in a queue start without the command; with force=true the same command would repeat all points
+    continues = not sweep.force and sweep.launcher != QUEUE
+    advice = f"the same command with sweep={shlex.quote(sweep.name)} continues" if continues else ""
+    for reason, count in reasons.items():
+        description = reason or advice
+        text = f"{count} {NOT_STARTED}: {description}" if description else f"{count} {NOT_STARTED}"
+        print(printable(f"  {text}"))
 
 
-def print_best(folder: Path, endings: Sequence[Ending]) -> None:
+def print_best(sweep: Sweep, endings: Sequence[Ending]) -> None:
     """Print the command line of the finished point with the highest validation accuracy."""
+    folder = sweep.folder
     accuracies = {end.folder: objective(folder / end.folder) for end in endings if end.is_finished}
     if not accuracies:
         return
     best = max(accuracies, key=accuracies.__getitem__)
     overrides = [text for text in overrides_of(folder / best) if not text.startswith("sweep=")]
-    command = printable(shlex.join(["dfl-train", *overrides]))
+    command = printable(shlex.join(["dfl-train", *sweep.config_flags, *overrides]))
     print(f"  best validation accuracy {four_digits(accuracies[best])}: {command}")
 
 
@@ -190,7 +200,7 @@ def print_summary(sweep: Sweep) -> int:
     statuses = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     print(f"\nsweep {sweep.folder.name}: {len(shown)} points, {statuses}")
     print_settings(shown)
-    print_unfinished(shown)
+    print_unfinished(sweep, shown)
     report = printable(f"dfl-report {as_argument(sweep.folder)}")
     has_more = bool(named and rest)
     if has_more:
@@ -198,10 +208,10 @@ def print_summary(sweep: Sweep) -> int:
             f"  only the points of this command; the folder holds {len(rest)} more, and {report} shows all"
         )
     if not named:
-        print_best(sweep.folder, rest)
+        print_best(sweep, rest)
     print(f"  {path}" if problem is None else f"dfl-train: {path}: {problem}")
     if any(end.result.get("epochs") for end in shown):
         print(f"  {plot_line(sweep.folder)}")
         if not has_more:
             print(f"  compare: {report}")
-    return 1 if counts.keys() & {"failed", "interrupted", "not started", "damaged"} else 0
+    return 1 if counts.keys() & {"failed", "interrupted", NOT_STARTED, "damaged"} else 0

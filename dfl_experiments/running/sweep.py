@@ -24,8 +24,9 @@ from dfl_experiments.running.locks import Busy, lock_run
 from dfl_experiments.running.outcome import Sweep, SweepPoint, has_begun, write_outcome
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
-from dfl_experiments.running.run_directory import record_overrides
+from dfl_experiments.running.run_directory import record_overrides, relative
 from dfl_experiments.running.summary import four_digits
+from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import BUSY, check_launcher, silence_submitit
 
 log = logging.getLogger(__name__)
@@ -58,19 +59,17 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     command: ID of this command.
     Raises one of `MISTAKES` if there is no job or a wrong job, or if two jobs are the same run or have the same folder.
     """
-    params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
     sweeper, launcher = (
         cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher")
     )
     check_launcher(launcher, cfg.hydra.launcher)
-    swept = [f"{key}={value}" for key, value in params]
-    grid = sweep_points([*swept, *cfg.hydra.overrides.task], sweeper)
     is_grid = sweeper == BASIC
-    jobs = list(itertools.islice(grid, None if is_grid else 1))
+    jobs = jobs_of(cfg)
     digests: dict[str, str] = {}
     folders: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
-    sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, bool(cfg.force))
+    force = bool(cfg.force)
+    sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, force, config_flags(cfg))
     for number, overrides in enumerate(
         tqdm(jobs, "checking", unit="job", leave=False, disable=None)
     ):
@@ -98,6 +97,26 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     return sweep
 
 
+def jobs_of(cfg: DictConfig) -> list[list[str]]:
+    """Return the overrides of every job. If the sweeper chooses the jobs, return only the first combination."""
+    params = (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()
+    swept = [f"{key}={value}" for key, value in params]
+    sweeper = cfg.hydra.runtime.choices["hydra/sweeper"]
+    grid = sweep_points([*swept, *cfg.hydra.overrides.task], sweeper)
+    return list(itertools.islice(grid, None if sweeper == BASIC else 1))
+
+
+def config_flags(cfg: DictConfig) -> list[str]:
+    """Return the arguments of this command that say where the user's own options are."""
+    flags = []
+    for source in cfg.hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", relative(Path(source.path))]
+    overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
+    flags += [text for text in overrides if text.startswith("hydra.searchpath=")]
+    return flags
+
+
 def check_job(
     cfg: DictConfig, overrides: Sequence[str], number: int = 0
 ) -> tuple[Configuration, str]:
@@ -115,6 +134,7 @@ def check_job(
     configuration = check(job_cfg)
     settings = configuration.settings
     refuse_missing_package(settings.tracking)
+    warn_of_variable(settings.tracking.mode)
     if settings.resume is not None or settings.repeat is not None:
         raise UserError(
             "resume and repeat are for a single run; to continue a sweep, start it again"

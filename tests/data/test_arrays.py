@@ -453,6 +453,8 @@ def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
     changed = dfl_train(tmp_path, "resume=broken")
     assert changed.returncode == 2
     assert "has a run with other data or code: data " in changed.stderr
+    dry = dfl_train(tmp_path, "resume=broken", "--dry-run").stdout
+    assert "1 will be refused; the first: broken: has a run with other data or code: data " in dry
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.37])

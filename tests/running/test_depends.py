@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import json
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -24,6 +25,19 @@ from dfl_experiments.methods import Direct
 
 class Mine(Direct):
     def source(self, error, target):
+        return error
+"""
+# a rule that interrupts its process in each step while there is a file named stop
+STOPPING = """
+import signal
+from pathlib import Path
+
+from dfl_experiments.methods import Direct
+
+class Mine(Direct):
+    def source(self, error, target):
+        if Path("stop").exists():
+            signal.raise_signal(signal.SIGINT)
         return error
 """
 YAML = """
@@ -55,6 +69,34 @@ def tables(folder):
     )
 
 
+@pytest.mark.parametrize("folder", ["here", "a run, lr=1"])
+def test_an_interrupted_run_of_a_plugin_prints_the_command_that_continues_it(folder, own, tmp_path):
+    write(tmp_path, {"my_rules.py": STOPPING, "stop": ""})
+    stopped = own("method=mine", *SMALL, f"hydra.run.dir='{folder}'")
+    assert stopped.returncode == 130
+    _, _, command = stopped.stdout.splitlines()[-1].partition("continue with: ")
+    program, *arguments = shlex.split(command)
+    again = own("method=mine", *SMALL, f"hydra.run.dir='{folder}'")
+    assert f"(interrupted); {shlex.join(arguments)} continues it, " in again.stderr
+    (tmp_path / "stop").unlink()
+    done = dfl_train(tmp_path, *arguments)
+    assert (program, done.returncode, done.stderr) == ("dfl-train", 0, "")
+    assert "continuing after epoch 0, batch 1" in done.stdout
+
+
+def test_an_interrupted_sweep_counts_the_points_that_have_not_started(own, tmp_path):
+    write(tmp_path, {"my_rules.py": STOPPING, "stop": ""})
+    sweep = ("--multirun", "method=mine", "sweep=grid", "seed=0,1,2,3", *SMALL)
+    stopped = own(*sweep)
+    assert stopped.returncode == 130
+    _, _, summary = stopped.stdout.partition("sweep grid: 4 points, 3 not started, 1 interrupted\n")
+    interrupted, others, _ = summary.splitlines()
+    assert interrupted.endswith("  interrupted  Interrupted SIGINT")
+    assert others == "  3 not started: the same command with sweep=grid continues"
+    (tmp_path / "stop").unlink()
+    assert "4 points, 4 finished" in own(*sweep).stdout
+
+
 def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(own, tmp_path):
     write(tmp_path, {"my_rules.py": RULE})
     sweep = ("--multirun", "method=mine", "sweep=grid", *SMALL)
@@ -62,6 +104,11 @@ def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(ow
     assert own("method=mine", *SMALL, "hydra.run.dir=here").returncode == 0
     (tmp_path / "here" / "result.json").unlink()  # as if it had been killed
     write(tmp_path, {"my_rules.py": RULE + "# another rule\n"})
+    dry = own(*sweep, "seed=0,1", "--dry-run").stdout
+    assert [line.split()[0] for line in dry.splitlines()[1:3]] == ["refused", "new"]
+    assert "\n1 of 2 to train\n1 will be refused; the first: mine-fc-digits-none-seed0-" in dry
+    assert ": has a run with other data or code: method my_rules " in dry
+    assert "\n0 of 1 to train\n1 will be refused; " in own("resume=here", "--dry-run").stdout
     again = own(*sweep, "seed=0,1")
     assert again.returncode == 1
     (told,) = (line for line in again.stdout.splitlines() if "failed: " in line)
@@ -73,6 +120,7 @@ def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(ow
     assert [(row["method"][:19], row["n"]) for row in tables(tmp_path)] == [
         ("mine, code=my_rules", "1")
     ] * 2
+    assert "\n2 of 2 to train\n" in own(*sweep, "seed=0,1", "force=true", "--dry-run").stdout
     assert own(*sweep, "seed=0,1", "force=true").returncode == 0
     write(tmp_path, {"my_rules.py": RULE})  # as it was: the refusal has changed nothing
     assert own("resume=here").returncode == 0

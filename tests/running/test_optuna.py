@@ -2,12 +2,15 @@
 
 import csv
 import json
+import re
 import shlex
+import shutil
 
 import pytest
 from processes import dfl_train
 from report_helpers import altered
 
+from dfl_experiments.configuration.composition import CONF_DIR
 from dfl_experiments.running.outcome import objective
 from dfl_experiments.running.run_directory import EPOCH_COLUMNS, csv_text
 
@@ -37,7 +40,9 @@ def test_the_best_of_a_sweep_is_the_highest_validation_accuracy_and_its_command_
     tmp_path,
 ):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    done = dfl_train(tmp_path, *OPTUNA, "sweep=s")
+    (tmp_path / "my conf" / "method").mkdir(parents=True)
+    shutil.copyfile(CONF_DIR / "method" / "dfa.yaml", tmp_path / "my conf" / "method" / "own.yaml")
+    done = dfl_train(tmp_path, *OPTUNA, "sweep=s", "--config-dir", "my conf", "method=own")
     assert done.returncode == 0, done.stderr
     points = [path.parent for path in (tmp_path / "outputs" / "s").glob("*/result.json")]
     assert len(points) == 3
@@ -61,6 +66,29 @@ def test_a_sweep_that_chooses_by_validation_accuracy_holds_images_out(tmp_path):
     done = dfl_train(tmp_path, *OPTUNA, "sweep=s", "validation_fraction=0")
     assert done.returncode == 2
     assert done.stderr.startswith("dfl-train: error: validation_fraction=0: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("seeds", "code"),
+    [("0,1", 2), ("range(0,2)", 2), ("interval(0,9)", 2), ("choice(3)", 0), ("3", 0)],
+)
+def test_a_sweep_that_chooses_by_validation_accuracy_does_not_choose_a_seed(seeds, code, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    done = dfl_train(tmp_path, *OPTUNA, "seed=8,9", f"seed={seeds}", "--dry-run")
+    assert done.returncode == code
+    refusal = f"dfl-train: error: seed={seeds}: hydra/sweeper=optuna would choose a lucky seed; "
+    assert done.stderr.startswith(refusal) == (code == 2)
+    assert len(done.stderr.splitlines()) == (code == 2)
+
+
+def test_a_dry_run_says_how_many_runs_a_sweeper_may_choose(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    dry = dfl_train(tmp_path, *OPTUNA, "--dry-run")
+    assert (dry.returncode, dry.stderr) == (0, "")
+    _, runs, time = dry.stdout.splitlines()
+    assert runs == "the sweeper chooses the points as it goes, up to 3 runs"
+    assert re.fullmatch(r"about \d+ s of training for one run; each also needs time to start", time)
     assert not list(tmp_path.iterdir())
 
 
