@@ -81,7 +81,9 @@ class Component:
             raise UserError(f"{self.key}: cannot be built with {given} ({cause})") from error
 
     def line_of(self, error: Exception) -> str:
-        """Return the file and the line of the target's own code that raised an error: ", my_nets.py line 7"."""
+        """Return the file and the line of a plugin's code that raised an error: ", my_nets.py line 7"."""
+        if self.path.startswith(f"{PACKAGE}."):
+            return ""
         source = inspect.getsourcefile(self.target)
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == source]

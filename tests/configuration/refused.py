@@ -16,9 +16,9 @@ VALUES = {
         "alignment.quantities=['cosine']",
         "there are weight_cosine, sign_agreement",
     ),
-    "data_dir=": ("data_dir=''", "at least 1"),
-    "sweep=a/b": ("sweep='a/b'", "pattern"),
-    "device=gpu": ("device='gpu'", "auto|cpu|mps"),
+    "data_dir=": ("data_dir=''", "must be the path of a folder"),
+    "sweep=a/b": ("sweep='a/b'", "must be 1 to 64 letters"),
+    "device=gpu": ("device='gpu'", "must be auto, cpu, mps, cuda"),
     "device=cuda:77": ("device=cuda:77", "there are cpu"),
     "optimizer.lr=nan": ("optimizer.lr=nan", "finite"),
     "optimizer.lr=1e-3x": ("optimizer.lr='1e-3x'", "valid number"),
@@ -51,7 +51,7 @@ VALUES = {
         "needs optimizer.momentum",
     ),
     "method.local_target=foo": ("method.local_target='foo'", "'logits' or 'labels'"),
-    "method.name=a/b": ("method.name='a/b'", "pattern"),
+    "method.name=a/b": ("method.name='a/b'", "must be 1 to 64 letters"),
     "model.widths=[]": ("model.widths=[]", "at least 1"),
     "model.widths=[256,65537]": ("model.widths.1=65537", "less than or equal to 65536"),
     "dataset=cifar10 dataset.source.classes=20": ("dataset.source.classes=20", "10 or 100"),
@@ -65,7 +65,7 @@ VALUES = {
         "protocol.local_pooling_of.conv3='min'",
         "'max'",
     ),
-    "tracking.project=a/b": ("tracking.project='a/b'", "pattern"),
+    "tracking.project=a/b": ("tracking.project='a/b'", "must be 1 to 128 characters"),
 }
 NAMES = {
     "dataset=folder dataset.name=mnist dataset.source.path=x": (
