@@ -110,6 +110,7 @@ REFUSED = {
     "model.boundaries=first": "model.boundaries",
     "+model.boundary=[head]": "model.boundary: no such option; did you mean model.boundaries?",
     "model._target_=torch.nn.Identity": "a plugin's model may be any torch.nn.Module",
+    "+model.planes=-1": "negative dimension -1: [-1, 1, 3, 3], own_modules.py line 9)",
     "model=torchvision model.net=vgg11_bm": "torchvision has no such network; choose for example vgg11_bn",
     "model=torchvision model.net=vit_b_16": "boundaries='auto' (Input shape indivisible by patch size!)",
     "model=torchvision model.net=vgg11_bn": "model: the forward pass fails for input shape (1, 8, 8)",
