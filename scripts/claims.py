@@ -212,10 +212,11 @@ def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str,
 
     chosen: the runs of each method at its chosen grid point. real: the runs at all grid points.
     """
-    others = [name for name in ROW if name != "dataset"]
-    cifar = chosen[chosen.dataset.isin(["cifar10", "cifar100"])]
+    # the net's options are in `setting` on one data set and in `shared` on the other; the title has them in both cases
+    others = [name for name in ROW if name not in ("dataset", "setting")] + ["title"]
+    cifar, every = (on_cifar(frame) for frame in (chosen, real))
     for key, rows in cifar.groupby(others, sort=True):
-        all_points = real[(real[others] == list(key)).all(axis="columns")]
+        all_points = every[(every[others] == list(key)).all(axis="columns")]
         accuracies = rows.groupby(["dataset", "method"]).accuracy.apply(np.array)
         for first, second in ALIGNMENT:
             sides = [
@@ -228,15 +229,18 @@ def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str,
                 continue
             samples = list(accuracies[sides])
             claim = f"{method_name(first)}'s lead over {method_name(second)} grows with the classes"
-            setting = (
-                title_with_net(rows.iloc[0])
-                .replace("CIFAR-100", "CIFAR")
-                .replace("CIFAR-10", "CIFAR")
-            ) + rates_text(all_points)
+            setting = rows.title.iloc[0] + rates_text(all_points)
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
             estimate = compare.contrast(samples, [1, -1, -1, 1])
             yield judged(claim, setting, estimate, min(map(len, samples)), "points", failing)
+
+
+def on_cifar(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs on CIFAR-10 and CIFAR-100, with a title that is the same for both data sets."""
+    cifar = frame[frame.dataset.isin(["cifar10", "cifar100"])]
+    titles = [re.sub("CIFAR-100?", "CIFAR", title_with_net(row)) for _, row in cifar.iterrows()]
+    return cifar.assign(title=titles)
 
 
 def published(frame: pd.DataFrame) -> pd.DataFrame:

@@ -51,10 +51,11 @@ one learning rate for all rules of a net. At these rates DFA and LTAS fail with 
 Conv3+BN on CIFAR-10: the tables show the rate, not the rules at their best.
 
 Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default initialisation (10 seeds) and with He
-initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 at four rates (seed 0), with
-seeds 1 and 2 for each method at its two best rates by validation; the same map with batch normalisation on CIFAR-100,
-with seeds 1 and 2 at the best rate; values that Akrout et al. published (3 seeds). Next: the map with batch
-normalisation on CIFAR-10 (so far 4e-4, seed 0), the alignment figure with `protocol=paper`.
+initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 with and without batch
+normalisation at four rates (seed 0), with seeds 1 and 2 for each method at its best rate by validation (without batch
+normalisation: at its two best rates); values that Akrout et al. published (3 seeds). Next: the alignment figure with
+`protocol=paper`; the values of direct Kolen-Pollack (`experiment=published/dkp_cifar10` and `…/dkp_cifar10_dkp`, 9 runs
+of about 45 minutes on one core).
 """
 
 
