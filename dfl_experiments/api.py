@@ -53,7 +53,12 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
             f"compose({overrides!r}): takes a list of overrides, such as [{overrides!r}]"
         )
     composition.register_resolvers()
-    own = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    own = []
+    if config_dir is not None:
+        folder = Path(config_dir).expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError(f"config_dir={config_dir}: no such folder")
+        own = [f"hydra.searchpath=[{composition.quoted(f'file://{folder}')}]"]
     try:
         return check(with_recorded(composition.compose([*own, *overrides]), [*overrides]))
     except Exception as error:  # Hydra, OmegaConf and YAML raise errors of many types

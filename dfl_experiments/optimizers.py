@@ -6,8 +6,9 @@ Both optimizers have the same options. For B's optimizer, values in `optimizer.f
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from functools import cache, reduce
+from copy import copy
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache, partial, reduce
 from operator import or_
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Fraction, NonNegative, Positive
 
-# parameters of torch's optimizers for which `of_torch` adds no fields
+# parameters of optimizers for which `factory_of` adds no fields
 NO_OPTIONS = ("params", "lr", "capturable", "differentiable")
 # methods of torch's optimizers, besides `step`, with wrappers that import PyTorch's compiler
 WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
@@ -170,13 +171,22 @@ def is_usable(kind: Any) -> bool:
 @cache
 def factory_of(kind: type[torch.optim.Optimizer]) -> type[OptimizerFactory]:
     """Return a factory class for an optimizer. The fields of the factory are the options of the optimizer."""
-    hints = get_type_hints(kind.__init__)
+    is_of_torch = kind.__module__.startswith("torch.")
+    # the types of a user's optimizer can be anything; its constructor checks the values
+    hints = get_type_hints(kind.__init__) if is_of_torch else {}
     options = []
     for name, parameter in inspect.signature(kind).parameters.items():
-        if name not in NO_OPTIONS and parameter.kind is not parameter.VAR_KEYWORD:
-            hint = without_tensor(hints.get(name, Any))
-            default = MISSING if parameter.default is parameter.empty else parameter.default
-            options.append((name, hint, field(default=default)))
+        if name in NO_OPTIONS or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            continue
+        hint = without_tensor(hints.get(name, Any))
+        value = parameter.default
+        default: Any = (
+            field() if value is parameter.empty else field(default_factory=partial(copy, value))
+        )
+        options.append((name, hint, default))
     members = {"kind": kind, "captured": kind is torch.optim.RMSprop}
     return make_dataclass(
         kind.__name__, options, bases=(OfTorch,), namespace=members, frozen=True, kw_only=True

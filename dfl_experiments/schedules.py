@@ -29,7 +29,7 @@ class Schedule(ABC):
     def __post_init__(self) -> None:
         if self.per == "epoch" and 0 < self.warmup <= 1:
             raise UserError(
-                f"schedule.warmup={self.warmup}: a value of at most 1 needs schedule.per=iteration"
+                f"schedule.warmup={self.warmup}: a value of at most 1 needs per=iteration in the same schedule"
             )
 
     def factors(self, epoch: int, epochs: int, batches: int) -> list[float]:

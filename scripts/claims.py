@@ -150,7 +150,7 @@ def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[di
     """
     samples = compare.samples_of(row)
     has_span = {"bp", "shallow"} <= samples.keys()
-    ranks = not has_span or compare.can_rank(samples, row.test_images.iloc[0])
+    ranks = not has_span or compare.can_rank(samples, row.test_images.max())
     for first, second in ACCURACY:
         methods = [first + suffix, second + suffix]
         accuracies = [row.accuracy[row.method == method].to_numpy() for method in methods]
@@ -274,7 +274,7 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
         elif whole.fails.any():
             row |= {"found": failures(whole, whole.method.unique()), "verdict": FAILS}
         elif len(rates) >= compare.FEWEST_SEEDS:
-            row |= compared(rates, value.accuracy / 100, whole.test_images.iloc[0])
+            row |= compared(rates, value.accuracy / 100, whole.test_images.max())
         else:
             lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))
             is_other = whole.empty and bool(lengths)

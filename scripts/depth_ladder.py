@@ -74,6 +74,8 @@ def without_failing(runs: pd.DataFrame) -> pd.DataFrame:
 def cell_text(cell: pd.DataFrame) -> str:
     """Return the mean test accuracy in percent over the runs that do not fail: "26.7 (2 of 3 fail)"."""
     failing = cell.fails.sum()
+    if cell.accuracy.isna().all():
+        return f"{failing} of {len(cell)} fail"
     text = f"{100 * without_failing(cell).accuracy.mean():.1f}"
     return f"{text} ({failing} of {len(cell)} fail)" if failing else text
 

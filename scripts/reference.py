@@ -54,8 +54,8 @@ Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's defau
 initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 with and without batch
 normalisation at four rates (seed 0), with seeds 1 and 2 for each method at its best rate by validation (without batch
 normalisation: at its two best rates); values that Akrout et al. published (3 seeds). Next: the alignment figure with
-`protocol=paper`; the values of direct Kolen-Pollack (`experiment=published/dkp_cifar10` and `…/dkp_cifar10_dkp`, 9 runs
-of about 45 minutes on one core).
+`protocol=paper`; the values of direct Kolen-Pollack (`experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, 9 runs of
+about 45 minutes on one core).
 """
 
 
@@ -153,8 +153,8 @@ def ladder_part() -> Iterator[str]:
     yield (
         "Test accuracy in percent on the bundled digits, fully connected nets of 32 units a layer. Each rule is "
         "shown at the best of three rates by validation accuracy. Thin lines are rules, thick lines are families. "
-        f"Means are over the runs that do not fail. Seeds by initialisation: {', '.join(seeds)}. The noise floor "
-        "√(p(1−p)/N) of one accuracy is 1.6 points at 90 %.\n"
+        "Means are over the runs that do not fail; if all fail, over all. Seeds by initialisation: "
+        f"{', '.join(seeds)}. The noise floor √(p(1−p)/N) of one accuracy is 1.6 points at 90 %.\n"
     )
     yield "![Accuracy, cosine and dead units against depth](depth_digits/depth.png)\n"
     yield f"{depth_ladder.markdown(summary)}\n"
@@ -229,8 +229,8 @@ def readme(text: str, runs: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     parts = {"claims": counts_sentence(verdicts), "rates": table(best_rates(runs_of_map(runs)))}
     for name, content in parts.items():
         marked = re.search(MARKED.format(name), text, re.DOTALL)
-        if marked:
-            text = f"{text[: marked.end(1)]}{content}{text[marked.start(2) :]}"
+        assert marked, f"the README has no part <!-- {name} … -->"
+        text = f"{text[: marked.end(1)]}{content}{text[marked.start(2) :]}"
     return text
 
 

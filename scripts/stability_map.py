@@ -25,6 +25,7 @@ from dfl_experiments.report.style import (
 
 FOLDER = Path("outputs/reference/stability_map")
 COLUMN = ["model", "dataset"]
+RULES = ["bp", "shallow", "dfa", "las", "ltas"]
 LARGEST_RMS = 1e3  # upper end of the axis; a collapsing run can reach 1e8
 ROWS = {
     "accuracy": "test accuracy, %",
@@ -63,7 +64,7 @@ def best_rates(frame: pd.DataFrame) -> pd.DataFrame:
             texts.setdefault(column, {})[str(rule)] = text
     table = pd.DataFrame(texts)[sorted(texts)]
     table = table.loc[sorted(table.index, key=method_order)]
-    table.insert(0, "best of four rates", table.index.map(method_name))
+    table.insert(0, f"best of {frame.lr.nunique()} rates", table.index.map(method_name))
     return table
 
 
@@ -99,7 +100,8 @@ def figure(frame: pd.DataFrame) -> Figure:
 
 def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
     """Draw one quantity against the rate: a line for each rule, a cross where a run fails."""
-    for index, rule in enumerate(sorted(shown.rule.unique(), key=method_order)):
+    for rule in sorted(shown.rule.unique(), key=method_order):
+        index = RULES.index(rule)
         curve = shown[shown.rule == rule].sort_values("lr")
         axes.plot(
             curve.lr,

@@ -88,7 +88,7 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
             seed = override
     if sweeper != BASIC and seed is not None:
         is_range = seed.is_sweep_override() and not seed.is_discrete_sweep()
-        if is_range or len(choices["seed"]) > 1:
+        if is_range or len(set(choices["seed"])) > 1:
             raise UserError(
                 f"{seed.input_line}: hydra/sweeper={sweeper} would choose a lucky seed; set one seed, then train the "
                 f"best point with several"

@@ -14,7 +14,11 @@ from dfl_experiments.errors import UserError
 
 # autograd operations that map zeros to zeros, so that the zeros of a ReLU remain
 KEEPS_ZEROS = re.compile("Pool|Mean|View|Reshape|Squeeze|Permute|Transpose|Clone|Mark")
-ACTIVATION = re.compile("Relu|Elu|Gelu|Silu|Mish|Tanh|Sigmoid|Softplus|Hardswish", re.IGNORECASE)
+ACTIVATION = re.compile(
+    "Relu|Elu|Gelu|Silu|Mish|Tanh|Sigmoid|Softplus|Hardswish|Clamp|Threshold|Maximum", re.IGNORECASE
+)
+# operations that can stand between a layer and its activation
+BEFORE_ACTIVATION = re.compile(f"{KEEPS_ZEROS.pattern}|Norm|Dropout|^Mul")
 
 
 class Mark(torch.autograd.Function):
@@ -100,13 +104,22 @@ class Graph:
 
     def ends_in_relu(self, name: str) -> bool:
         """Return whether the last operation before a boundary is a ReLU. Operations in `KEEPS_ZEROS` are skipped."""
+        return self.ends_in(re.compile("^Relu"), name)
+
+    def ends_in(self, kind: re.Pattern[str], name: str) -> bool:
+        """Return whether the last operation before a boundary is of a kind. Operations in `KEEPS_ZEROS` are skipped."""
         node = self.nodes[name]
         while KEEPS_ZEROS.search(node.name()):
             node = node.next_functions[0][0]
-        return node.name().startswith("Relu")
+        return kind.search(node.name()) is not None
 
     def activation_after(self, name: str) -> bool:
-        """Return whether an activation reads the output of a boundary. Operations in `KEEPS_ZEROS` are skipped."""
+        """Return whether an activation outside of the block follows a boundary that does not end in an activation.
+
+        Operations in `BEFORE_ACTIVATION` are skipped.
+        """
+        if self.ends_in(ACTIVATION, name):
+            return False
         waiting, seen = [self.nodes[name]], set()
         while waiting:
             node = waiting.pop()
@@ -116,7 +129,7 @@ class Graph:
             above = [other for other, read in self.read.items() if read & self.bits[node]]
             if any(ACTIVATION.search(other.name()) for other in above):
                 return True
-            waiting += [other for other in above if KEEPS_ZEROS.search(other.name())]
+            waiting += [other for other in above if BEFORE_ACTIVATION.search(other.name())]
         return False
 
     def readers(self, layers: Collection[str], boundaries: Sequence[str]) -> dict[str, list[str]]:

@@ -111,7 +111,7 @@ def cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
 
     frame = every.agg(rule=("rule", "first"), is_default=("is_default", "first"))
     frame["lr"] = averaged.lr.first()
-    frame["lr_at_end"] = end_of_grid(frame.lr, runs)
+    frame["lr_at_end"] = end_of_grid(frame.lr.mask(averaged.fails.all()), runs)
     frame["weight_decay"] = averaged.weight_decay.first()
     frame["n"] = averaged.size()
     frame["accuracy"] = averaged.accuracy.mean()
@@ -140,7 +140,8 @@ def end_of_grid(chosen_rates: pd.Series, runs: pd.DataFrame) -> pd.Series:
     The grid of a cell consists of the learning rates of all its runs that ended, also of those that fail. The text is
     empty if the grid has a single rate.
 
-    chosen_rates: the chosen learning rate of each cell. The index consists of the columns `CELL`.
+    chosen_rates: the chosen learning rate of each cell; NaN if all of its runs fail. The index consists of the columns
+        `CELL`.
     """
     tried = runs[runs.status.isin(ENDED) | runs.fails].groupby(CELL).lr
     lowest = tried.min().reindex(chosen_rates.index)

@@ -227,7 +227,7 @@ def depth_utility(chosen: pd.DataFrame) -> pd.DataFrame:
         bp, shallow = samples.get("bp"), samples.get("shallow")
         if bp is None or shallow is None:
             continue
-        ranks = can_rank(samples, row.test_images.iloc[0])
+        ranks = can_rank(samples, row.test_images.max())
         pooled = pooled_samples(samples, SPAN)
         for method, values in samples.items():
             if method in SPAN:

@@ -17,6 +17,7 @@ NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "
 OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
 # This default depends on the rule. `options_of` leaves the option out at its default.
 ACTIVATION = "model.activation"
+UNRESOLVED = "${}"  # in place of a default that refers to another option
 REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
@@ -38,13 +39,14 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
         text = ", ".join(assignments(shared_options(defaults, group.options)))
         shared |= dict.fromkeys(group.index, text)
         for index, options in group.options.items():
-            is_default[index] = not shared_options(defaults, [options])
+            is_default[index] = has_defaults(options, defaults)
             shown = {key: options[key] for key in keys if key in options}
             settings[index] = ", ".join(assignments(shown))
             columns[index] = shown
     for (*_, protocol, rule), group in frame.groupby([*NAMES, "rule"], sort=False):
         defaults = as_texts(conf_values("method", str(rule)), {"protocol": str(protocol)})
-        named = {*defaults, *differing(group.method_options)}
+        known = [key for key, value in defaults.items() if value != UNRESOLVED]
+        named = {*known, *differing(group.method_options)}
         for index, options in group.method_options.items():
             shown = {
                 key: value
@@ -57,6 +59,15 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.drop(columns=["options", "method_options"])
     shown_options = pd.DataFrame.from_dict(columns, orient="index").fillna("")
     return frame.join(shown_options[sorted(shown_options.columns.difference(frame.columns))])
+
+
+def has_defaults(options: Mapping[str, str], defaults: Mapping[str, str]) -> bool:
+    """Return whether the options of a run are those of conf/. Digests and the place of δ do not count."""
+    for key, value in options.items():
+        is_identity = key in ("data", "delta_at") or key.endswith(".code")
+        if not is_identity and defaults.get(key) not in (value, UNRESOLVED):
+            return False
+    return True
 
 
 def assignments(options: Mapping[str, str]) -> list[str]:
@@ -102,7 +113,7 @@ def shared_options(
     first, *others = all_options
     shared = {}
     for key, value in first.items():
-        is_default = key != ACTIVATION and defaults.get(key, value) == value
+        is_default = key != ACTIVATION and defaults.get(key, value) in (value, UNRESOLVED)
         if not is_default and all(options.get(key) == value for options in others):
             shared[key] = value
     return shared
@@ -111,8 +122,8 @@ def shared_options(
 def as_texts(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
     """Return the values of a file in conf/ as texts.
 
-    A value that refers to a data set or a protocol is replaced by the value in their file. Other references are left
-    out.
+    A value that refers to a data set or a protocol is replaced by the value in their file. Other references become
+    `UNRESOLVED`.
 
     names: name of the data set and of the protocol.
     """
@@ -120,8 +131,7 @@ def as_texts(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, s
     for key, value in flat(values).items():
         if isinstance(value, str) and (link := REFERENCE.fullmatch(value)):
             value = conf_values(link[1], names.get(link[1], "")).get(link[2], "${}")
-        if "${" not in str(value):
-            texts[key] = as_text(value)
+        texts[key] = UNRESOLVED if "${" in str(value) else as_text(value)
     return texts
 
 

@@ -247,7 +247,7 @@ def without_exact(panel: Panel, values: pd.DataFrame, notes: list[str]) -> pd.Da
     if panel.name not in RELATIVE or is_exact.all() or not is_exact.any():
         return values
     names = ", ".join(dict.fromkeys(method_name(rule) for rule in exact.rule))
-    notes.append(f"Layer {layer}: BP's own signal in {names}, not shown.")
+    notes.append(f"Layer {layer}, {names}: equal to BP by construction, not shown.")
     return values[~is_exact]
 
 

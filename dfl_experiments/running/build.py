@@ -75,9 +75,9 @@ class Parts:
     memory_format: torch.memory_format
     """Memory format of images in convolutional nets, as `layout_of` chose it."""
     schedule: Schedule
-    """Schedule of the learning rate."""
+    """Schedule of W's learning rate."""
     feedback_schedule: Schedule
-    """Schedule of the learning rate of B."""
+    """Schedule of B's learning rate."""
     learner: Learner
     """Network, method and their optimizers."""
     step: Callable[[Tensor, Tensor, bool], Tensor]

@@ -170,7 +170,8 @@ def rerun_arguments(key: str, folder: str, plugins: Sequence[str]) -> str:
     key: `resume` or `repeat`.
     plugins: the run's plugins. The command has to name them, because the recorded ones are not loaded.
     """
-    is_plain = re.fullmatch(r"[\w./:-]+", folder, re.ASCII)
+    # without a slash, Hydra could read the name as a number or as another value
+    is_plain = "/" in folder and re.fullmatch(r"[\w./:-]+", folder, re.ASCII)
     words = [f"{key}={folder if is_plain else quoted(folder)}"]
     if plugins:
         words.append(f"plugins=[{','.join(plugins)}]")

@@ -300,7 +300,8 @@ def test_an_activation_outside_the_blocks_is_warned_of(caplog):
             self.relu = nn.ReLU()  # called twice, so it cannot be a boundary
 
         def forward(self, x):
-            return self.third(self.relu(self.second(self.relu(self.first(x)))))
+            x = F.relu(F.dropout(self.first(x), 0.1))
+            return self.third(self.relu(self.relu(self.second(x))))
 
     rule_of("dfa", Functional())
     assert "the activation after first, second is outside its block" in caplog.text

@@ -220,11 +220,11 @@ def test_bp_is_not_drawn_beside_others_where_it_is_1_by_definition(outputs):
     )
     assert (alignment, norm, accuracy) == (["DFA"], ["DFA"], ["BP", "DFA"])
     shown = texts(figure)
-    assert any("Layer 1: BP's own signal in BP, not shown." in text for text in shown)
+    assert any("Layer 1, BP: equal to BP by construction, not shown." in text for text in shown)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BP", "DFA"]
     alone = draw(frame.query("rule == 'bp'"), what=["alignment"], by="epoch")
     assert all(axes.lines for axes in alone.axes)
-    assert not any("own signal" in text for text in texts(alone))
+    assert not any("by construction" in text for text in texts(alone))
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,20 @@ def test_a_mistake_has_the_command_line_s_words(overrides, words):
         dfl.compose(overrides)
 
 
+def test_b_can_have_a_schedule_of_its_own(tmp_path):
+    """In the second epoch the rate of B is 1e-9 of the first one's, and the rate of W is the same."""
+    options = ["method=ltas", "optimizer=sgd", "schedule=constant", "limit=128", *ASKED[2:]]
+    options += ["+schedule@schedule.feedback=exponential", "schedule.feedback.decay=1e-9"]
+    states = []
+    for epochs in (1, 2):
+        folder = tmp_path / str(epochs)
+        dfl.run(dfl.compose([*options, f"epochs={epochs}"]), folder)
+        states.append(load_checkpoint(folder))
+    for part, is_changed in (("method", False), ("net", True)):
+        first, second = (torch.cat([v.flatten() for v in s[part].values()]) for s in states)
+        assert (torch.norm(first - second) > 1e-6 * torch.norm(first)) == is_changed
+
+
 def test_a_folder_of_one_s_own_options_is_composed(tmp_path):
     (tmp_path / "model").mkdir()
     lines = [

@@ -19,6 +19,7 @@ from report_helpers import write_packs
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.grids import grid_of
 from dfl_experiments.configuration.schema import check
+from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.report.frame import runs
 
 EXPERIMENTS = sorted(path.stem for path in PUBLISHED.parent.glob("*.yaml"))
@@ -46,6 +47,7 @@ def tried(tmp_path_factory):
         ("experiment=published/akrout_mnist_kp", "epochs=1", "smoke=64"),
         ("experiment=published/nokland_mnist", "epochs=1", "smoke=64"),
         ("experiment=published/dkp_cifar10", "epochs=1", "smoke=64"),
+        ("experiment=published/dkp_cifar10_dfa", "epochs=1", "smoke=64"),
         ("experiment=published/dkp_cifar10_dkp", "epochs=1", "smoke=64"),
     ):
         done = dfl_train(place, "--multirun", *arguments, *quick)
@@ -55,7 +57,15 @@ def tried(tmp_path_factory):
 
 def test_the_options_of_dkp_reach_its_optimizers(tried):
     assert list(tried.method[tried.source.str.startswith("Webster")]) == ["BP", "DFA", "DKP"]
-    configuration = check(compose(["experiment=published/dkp_cifar10_dkp"]))
+    for rule in ("dfa", "dkp"):
+        configuration = check(compose([f"experiment=published/dkp_cifar10_{rule}"]))
+        parts = {"input_shape": (3, 32, 32), "num_classes": 10}
+        net = configuration.components["model"].build(**parts)
+        method = configuration.components["method"].build(
+            net=net, num_classes=10, loss=LOSSES["cross_entropy"]
+        )
+        shapes = [tuple(module.weight.shape) for module in method.local_modules.values()]
+        assert shapes == [(10, 32 * 30 * 30), (10, 32 * 28 * 28), (10, 128)]
     of_b = configuration.components["optimizer.feedback"].build()
     assert (type(of_b).__name__, of_b.lr, of_b.weight_decay) == ("Adam", 1e-4, 1e-6)
     schedules = [configuration.components[key].build() for key in ("schedule", "schedule.feedback")]
