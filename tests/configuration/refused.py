@@ -40,7 +40,7 @@ VALUES = {
         "at least 2",
     ),
     "schedule.milestones=[30,60]": ("schedule.milestones.0=30", "less than 1"),
-    "schedule=cosine schedule.warmup=0.5": ("schedule.warmup=0.5", "schedule.per=iteration"),
+    "schedule=cosine schedule.warmup=0.5": ("schedule.warmup=0.5", "per=iteration in the same"),
     "+schedule@schedule.feedback=cosine schedule.feedback.warmup=3 epochs=3": (
         "schedule.feedback.warmup=3",
         "shorter than epochs=3",
