@@ -50,8 +50,8 @@ it. Some ran on a GPU, some on a CPU: see `devices` in [`tables.csv`](tables.csv
 one learning rate for all rules of a net. At these rates DFA and LTAS fail with Conv3 on CIFAR-100, and some rules with
 Conv3+BN on CIFAR-10: the tables show the rate, not the rules at their best.
 
-Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default initialisation (10 seeds) and with He
-initialisation (`model.init=kaiming`, 3 of 10 seeds); the stability map, a narrow Conv3 with and without batch
+Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default and with He initialisation
+(`model.init=kaiming`), 10 seeds each; the stability map, a narrow Conv3 with and without batch
 normalisation at four rates (seed 0), with seeds 1 and 2 for each method at its best rate by validation (without batch
 normalisation: at its two best rates); values that Akrout et al. published (3 seeds). Next: the alignment figure with
 `protocol=paper`; the values of direct Kolen-Pollack (`experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, 9 runs of
