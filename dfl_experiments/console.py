@@ -25,8 +25,8 @@ def leave(program: str, signum: int, frame: FrameType | None = None) -> NoReturn
 
 def run(program: str, module: str) -> None:
     """Call a module's `main` as a program. Show no traceback if the output is closed, for example by `| head`."""
-    # The threads of PyTorch spin while they wait for each other. By default they spin for milliseconds, and then a
-    # tiny net trains up to 100 times more slowly while other processes use the cores.
+    # The threads of PyTorch spin while they wait for each other. By default they spin for milliseconds. Then a tiny net
+    # trains 20 to 60 times more slowly while other processes use the cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # an ignored SIGINT stays ignored

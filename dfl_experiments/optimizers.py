@@ -128,7 +128,12 @@ class OfTorch(OptimizerFactory):
         trial = [torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]
         for parameter in trial:
             parameter.grad = torch.ones_like(parameter)
-        self.make(trial).step()
+        try:
+            self.make(trial).step()
+        except (
+            TypeError
+        ) as error:  # an option of a wrong type; the factory checks no types of a user's optimizer
+            raise ValueError(str(error)) from error
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         options = {option.name: getattr(self, option.name) for option in fields(self)}
@@ -176,17 +181,15 @@ def factory_of(kind: type[torch.optim.Optimizer]) -> type[OptimizerFactory]:
     hints = get_type_hints(kind.__init__) if is_of_torch else {}
     options = []
     for name, parameter in inspect.signature(kind).parameters.items():
-        if name in NO_OPTIONS or parameter.kind in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if name in NO_OPTIONS or is_variadic:
             continue
-        hint = without_tensor(hints.get(name, Any))
-        value = parameter.default
-        default: Any = (
-            field() if value is parameter.empty else field(default_factory=partial(copy, value))
-        )
-        options.append((name, hint, default))
+        default: Any = field()
+        if parameter.default is not parameter.empty:
+            default = field(
+                default_factory=partial(copy, parameter.default)
+            )  # a default may be a list
+        options.append((name, without_tensor(hints.get(name, Any)), default))
     members = {"kind": kind, "captured": kind is torch.optim.RMSprop}
     return make_dataclass(
         kind.__name__, options, bases=(OfTorch,), namespace=members, frozen=True, kw_only=True

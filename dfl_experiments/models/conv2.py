@@ -32,10 +32,9 @@ def conv2(
     planes, height, columns = input_shape
     first, second = channels
     function = ACTIVATIONS[activation]
-    pooled = ((height - 4) // 2) * (
-        (columns - 4) // 2
-    )  # positions after both convolutions and the pooling
-    dense = nn.Linear(second * pooled, width)
+    # a convolution removes two rows and two columns, and the pooling halves what is left
+    positions = ((height - 4) // 2) * ((columns - 4) // 2)
+    dense = nn.Linear(second * positions, width)
     return BlockNet(
         Block(nn.Sequential(nn.Conv2d(planes, first, 3), nn.BatchNorm2d(first)), function()),
         Block(nn.Sequential(nn.Conv2d(first, second, 3), nn.BatchNorm2d(second)), function()),

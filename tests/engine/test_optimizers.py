@@ -232,5 +232,9 @@ def test_an_optimizer_of_one_s_own_trains_w_and_b(tmp_path, monkeypatch):
         # a step is 0.01, or 0 where there is no gradient
         assert torch.all((steps - 0.01).abs().minimum(steps) < 1e-12)
         assert steps.max() > 0
+    with pytest.raises(
+        UserError, match=r"optimizer: cannot be built with lr=.*, beta='x' \(unsupp"
+    ):
+        check(compose([*own, "+optimizer.beta=x"]))
     with pytest.raises(UserError, match=r"a plugin's optimizer may be any"):
         check(compose([*own[:2], "optimizer._target_=my_lion.torch.optim.LBFGS"]))
