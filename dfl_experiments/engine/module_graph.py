@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfl_experiments.engine.activation_calls import ActivationCalls
 from dfl_experiments.engine.crossings import from_the_leaves
 from dfl_experiments.errors import UserError
 
@@ -37,8 +38,8 @@ class Mark(torch.autograd.Function):
 class Graph:
     """The autograd graph of one forward pass of a copy of a module.
 
-    In the copy no weight is frozen, and a `Mark` follows every submodule. A set of nodes is stored as an integer with
-    one bit for each node.
+    In the copy no weight is frozen, and a `Mark` follows every submodule and every call of an activation function. A
+    set of nodes is stored as an integer with one bit for each node.
     """
 
     def __init__(self, module: nn.Module, training: bool, x: Tensor) -> None:
@@ -46,9 +47,10 @@ class Graph:
         self.outputs: dict[str, list[Any]] = {name: [] for name, _ in twin.named_modules() if name}
         self.nodes: dict[str, Any] = {}
         for name in self.outputs:
-            twin.get_submodule(name).register_forward_hook(partial(self._mark, name))
+            twin.get_submodule(name).register_forward_hook(partial(self._after_module, name))
         self.batch = x.shape[:1]
-        logits = twin(x)
+        with ActivationCalls(self._mark):
+            logits = twin(x)
         if not isinstance(logits, Tensor) or logits.grad_fn is None:
             raise UserError(
                 "model: the output must be one tensor that depends on the model's parameters"
@@ -68,17 +70,25 @@ class Graph:
         }
         self.parameters = {name: bit for name, bit in leaves.items() if name is not None}
 
-    def _mark(self, name: str, module: nn.Module, inputs: Any, h: Any) -> Tensor | None:
+    def _after_module(self, name: str, module: nn.Module, inputs: Any, h: Any) -> Any:
+        return self._mark(name, h)
+
+    def _mark(self, name: str, h: Any) -> Any:
         if isinstance(h, Tensor) and h.requires_grad:
             h = Mark.apply(h)
             self.nodes[name] = h.grad_fn
-        self.outputs[name].append(h)
+        self.outputs.setdefault(name, []).append(h)
         return h
 
+    def parameters_below(self, boundary: str | None) -> frozenset[str]:
+        """Return the names of the parameters below a boundary, or below the logits for None."""
+        below = self.below[self.root if boundary is None else self.nodes[boundary]]
+        return frozenset(name for name, bit in self.parameters.items() if bit & below)
+
     def problem(self, name: str) -> str | None:
-        """Return the reason why a submodule cannot be a boundary in this forward pass; None if it can."""
+        """Return the reason why a name cannot be a boundary in this forward pass; None if it can."""
         if name not in self.outputs:
-            return "there is no such submodule"
+            return "there is no such submodule or call of an activation function"
         if len(self.outputs[name]) != 1:
             return f"it is called {len(self.outputs[name])} times in a forward pass, must be called once"
         (h,), node = self.outputs[name], self.nodes.get(name)

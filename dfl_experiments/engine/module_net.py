@@ -1,11 +1,12 @@
-"""Use any `nn.Module` as a net of blocks. Its boundaries are submodules, whose outputs are h_1 … h_{L-1}.
+"""Use any `nn.Module` as a net of blocks. Its boundaries are submodules and calls of activation functions.
 
-The module's own forward pass runs unchanged. If a method cuts at a boundary, a hook there returns a detached h_i. The
-autograd graph of a forward pass shows which parameters belong to which block.
+Their outputs are h_1 … h_{L-1}. The module's own forward pass runs unchanged. If a method cuts at a boundary, a hook
+there returns a detached h_i. The autograd graph of a forward pass shows which parameters belong to which block.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
+from dfl_experiments.engine.activation_calls import ActivationCalls, is_call
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.module_survey import Survey, copies_of
 from dfl_experiments.engine.trace import Segment, Trace
@@ -30,9 +32,10 @@ class ModuleNet(BlockNet):
     """A net whose blocks are the parts of a module between its boundaries. δ_i is ∂ℒ/∂h_i, measured at the boundary.
 
     module: any module that maps one tensor to logits. Its parameters may be frozen.
-    boundaries: names of submodules, or "auto" (see `Survey.automatic`). The function `boundaries` returns valid names.
+    boundaries: names of submodules and of calls (see `ActivationCalls`), or "auto" (see `Survey.automatic`). The
+        function `boundaries` returns valid names.
     example: an input that the module accepts, (N, *h_0), for example integers for an embedding.
-    Raises `UserError` if a submodule is not a valid boundary (see `Survey.problem`).
+    Raises `UserError` if a name is not a valid boundary (see `Survey.problem`).
     """
 
     def __init__(self, module: nn.Module, boundaries: Boundaries, example: Tensor) -> None:
@@ -49,26 +52,47 @@ class ModuleNet(BlockNet):
         if cut_before:
             log.warning(
                 "model: the activation after %s is outside its block, so δ has no f' there; "
-                "give each layer its own module for the activation, such as nn.ReLU()",
+                "choose model.boundaries after the activation, or use a function of torch.nn.functional for it",
                 ", ".join(cut_before),
             )
         self._visit: Visit | None = None
+        self._calls: dict[
+            str, int
+        ] = {}  # i of each boundary that is a call of an activation function
         for i, name in enumerate(self.boundaries, start=1):
-            module.get_submodule(name).register_forward_hook(partial(self._at_boundary, i))
+            if is_call(name):
+                self._calls[name] = i
+            else:
+                hook = partial(self._after_module, i)
+                module.get_submodule(name).register_forward_hook(hook)
 
-    def _at_boundary(self, i: int, module: nn.Module, inputs: Any, h: Tensor) -> Tensor | None:
+    def _after_module(self, i: int, module: nn.Module, inputs: Any, h: Tensor) -> Tensor | None:
         return None if self._visit is None else self._visit(i, h)
+
+    def _after_call(self, name: str, h: Tensor) -> Tensor | None:
+        i = self._calls.get(name)
+        return None if i is None or self._visit is None else self._visit(i, h)
 
     def _passed(self, visit: Visit, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run a forward pass, and call visit(i, h_i) at every boundary.
 
         visit: function that returns the input of block i+1. If it returns None, the input is h_i.
         """
+        if self._calls:
+            self._refuse_compiled()
         self._visit = visit
         try:
-            return run(x)
+            with ActivationCalls(self._after_call) if self._calls else nullcontext():
+                return run(x)
         finally:
             self._visit = None
+
+    def _refuse_compiled(self) -> None:
+        if any(getattr(part, "_compiled_call_impl", None) for part in self.module.modules()):
+            raise UserError(
+                f"model: the boundary {next(iter(self._calls))} does not work in a compiled module; "
+                "choose boundaries that are submodules, or do not compile"
+            )
 
     @property
     def depth(self) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dfl_experiments.engine.module_graph import Graph
+from dfl_experiments.engine.activation_calls import is_call
+from dfl_experiments.engine.module_graph import Graph, children
 from dfl_experiments.engine.transpose import is_weight_layer
 from dfl_experiments.errors import UserError, clipped
 
@@ -41,11 +42,8 @@ class Survey:
 
     def _below(self, boundary: str | None) -> frozenset[str]:
         """Return the names of the parameters below a boundary, or below the logits."""
-        names: set[str] = set()
-        for graph in self.graphs:
-            below = graph.below[graph.nodes[boundary] if boundary else graph.root]
-            names.update(name for name, bit in graph.parameters.items() if bit & below)
-        return frozenset(names)
+        in_evaluation, in_training = (graph.parameters_below(boundary) for graph in self.graphs)
+        return in_evaluation | in_training
 
     def _is_above(self, upper: str, lower: str) -> bool:
         """Return whether the output of `upper` depends on the output of `lower`."""
@@ -57,22 +55,32 @@ class Survey:
         return graph.below.get(graph.nodes.get(name), 0).bit_count()
 
     def problem(self, name: str) -> str | None:
-        """Return the reason why a submodule is not a valid boundary; None if it is valid.
+        """Return the reason why a name is not a valid boundary; None if it is valid.
 
-        A valid boundary is called once in a forward pass. Its output is one tensor with the batch as its first axis. No
-        later operation changes this tensor in place. All gradients from the logits to the weights below pass through
-        it. There are weights below and above it.
+        A valid boundary is a submodule that is called once in a forward pass, or a call of an activation function. Its
+        output is one tensor with the batch as its first axis. No later operation changes this tensor in place. All
+        gradients from the logits to the weights below pass through it. There are weights below and above it.
         """
         problems = [problem for graph in self.graphs if (problem := graph.problem(name))]
-        if not problems and self._below(name) == self.parameters:
-            return "no weight is above it"
-        return problems[0] if problems else None
+        if problems:
+            return problems[0]
+        in_evaluation, in_training = (graph.parameters_below(name) for graph in self.graphs)
+        if is_call(name) and in_evaluation != in_training:
+            return "in training mode it is another call than in evaluation mode"
+        return "no weight is above it" if self._below(name) == self.parameters else None
 
     @cached_property
     def valid(self) -> dict[str, frozenset[str]]:
         """Return the valid boundaries in the order of the forward pass, each with the parameters below it."""
         names = [name for name in self.graphs[0].outputs if self.problem(name) is None]
         return {name: self._below(name) for name in sorted(names, key=self._height)}
+
+    @property
+    def names(self) -> list[str]:
+        """Return the valid boundaries, without the calls whose output is also the output of a valid submodule."""
+        nodes = self.graphs[0].nodes
+        outputs = {child for name in self.valid for child in children(nodes[name])}
+        return [name for name in self.valid if not is_call(name) or nodes[name] not in outputs]
 
     def automatic(self) -> list[str]:
         """Return a chain of boundaries, each above the one before, with a weight between any two of them.
@@ -111,9 +119,9 @@ class Survey:
         for name in names:
             if problem := self.problem(name):
                 higher = [
-                    other for other in self.valid if 0 < self._height(name) < self._height(other)
+                    other for other in self.names if 0 < self._height(name) < self._height(other)
                 ]
-                choice = f"there are {', '.join(self.valid)}" if self.valid else self._why_none()
+                choice = f"there are {', '.join(self.names)}" if self.valid else self._why_none()
                 choice = f"the next valid boundary is {higher[0]}" if higher else choice
                 raise UserError(f"model.boundaries: {name}: {problem}; {choice}")
         chain = sorted(names, key=[*self.valid].index)
@@ -143,7 +151,9 @@ class Survey:
         layers = [
             name
             for name in graph.nodes
-            if is_weight_layer(modules[name]) and graph.nodes[name] in graph.bits
+            if not is_call(name)
+            and is_weight_layer(modules[name])
+            and graph.nodes[name] in graph.bits
         ]
         names: list[str | None] = []
         for boundary, readers in graph.readers(layers, chain).items():
@@ -196,4 +206,4 @@ def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
 
 def boundaries(module: nn.Module, example: Tensor) -> list[str]:
     """Return the names of a module's valid boundaries, in the order of the forward pass. example: input (N, *h_0)."""
-    return [*Survey(module, example).valid]
+    return Survey(module, example).names

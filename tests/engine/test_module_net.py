@@ -88,6 +88,34 @@ def gru() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+class Functional(nn.Module):
+    """A net that calls its activations as functions, or shares one module among its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 5, 3, 2), nn.Conv2d(5, 6, 3, 2)
+        self.hidden, self.head = nn.Linear(54, 9), nn.Linear(9, CLASSES)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.conv1(x))
+        h = self.relu(self.conv2(h)).flatten(1)
+        return self.head(self.relu(self.hidden(h)))
+
+
+class Separate(Functional):
+    """The same net with a module for each activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.relu1(self.conv1(x))
+        h = self.relu2(self.conv2(h)).flatten(1)
+        return self.head(self.relu3(self.hidden(h)))
+
+
 def layers() -> nn.Module:
     """Boundaries that are weight layers themselves."""
     return nn.Sequential(
@@ -96,7 +124,14 @@ def layers() -> nn.Module:
 
 
 IMAGE, TOKENS = torch.zeros(1, 3, 16, 16), torch.zeros(1, 5, dtype=torch.long)
-NETS = {"vgg": vgg, "resnet": resnet, "densenet": densenet, "transformer": transformer, "gru": gru}
+NETS = {
+    "vgg": vgg,
+    "resnet": resnet,
+    "densenet": densenet,
+    "transformer": transformer,
+    "gru": gru,
+    "functional": Functional,
+}
 EXAMPLES = dict.fromkeys(NETS, IMAGE) | {"transformer": torch.zeros(1, 3, 8, 8), "gru": TOKENS}
 EVERY_NET = pytest.mark.parametrize("name", NETS)
 
@@ -382,12 +417,52 @@ AUTOMATIC = {
     "densenet121": [
         "features.pool0",
         *(f"features.transition{i}{end}" for i in (1, 2, 3) for end in (".relu", "")),
-        "features.denseblock4",
+        "relu@121",
     ],
     "transformer": ["encoder.dropout", "encoder.layers.encoder_layer_0", "encoder"],
     "gru": ["0", "1", "3"],
+    "functional": ["relu@1", "relu@2", "relu@3"],
 }
 BUILDERS = {"vgg11_bn": vgg11_bn, "resnet18": resnet18, "densenet121": densenet121}
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"adfa"}))
+def test_a_call_of_an_activation_is_a_boundary_like_a_module(method):
+    torch.manual_seed(0)
+    x, target = torch.randn(BATCH, 3, 16, 16), torch.randint(CLASSES, (BATCH,))
+    gradients, signals = [], []
+    for kind in (Functional, Separate):
+        torch.manual_seed(1)
+        module = kind().double()
+        rule = dfl.rule(method, module, x[:1], optimizer=lambda b: torch.optim.SGD(b, 0.1), lr=0.1)
+        rule.backward(x.double(), target)
+        gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+        signals.append(rule.alignment(x.double(), target))
+    assert list(signals[0]) == ["relu@1", "relu@2", "relu@3"]
+    assert list(signals[1]) == ["relu1", "relu2", "relu3"]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close([*signals[0].values()], [*signals[1].values()], equal_nan=True)
+
+
+def test_a_call_is_no_boundary_of_a_compiled_module():
+    module = Functional()
+    rule = dfl.rule("dfa", module, IMAGE)
+    module.compile()
+    with pytest.raises(UserError, match="relu@1 does not work in a compiled module"):
+        rule.backward(IMAGE, torch.zeros(1, dtype=torch.long))
+
+
+def test_a_call_that_depends_on_the_mode_is_no_boundary():
+    class Changing(Functional):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.conv1(x)
+            h = F.relu(h) if self.training else h.clamp(min=0)
+            h = F.relu(self.conv2(h)).flatten(1)
+            return self.head(self.hidden(h).tanh())
+
+    assert ModuleNet(Changing(), "auto", IMAGE).boundaries == ["conv1", "conv2", "tanh@1"]
+    with pytest.raises(UserError, match="relu@1: in training mode it is another call"):
+        ModuleNet(Changing(), ["relu@1"], IMAGE)
 
 
 @pytest.mark.parametrize("name", AUTOMATIC)
@@ -425,7 +500,7 @@ class Shared(nn.Module):
 
 
 REFUSALS = {
-    "nothing": "there is no such submodule; there are tied, changed",
+    "nothing": "there is no such submodule or call of an activation function; there are tied",
     "relu": "it is called 2 times in a forward pass, must be called once",
     "unused": "it is called 0 times in a forward pass, must be called once",
     "trained": "it is called 0 times",
