@@ -205,14 +205,17 @@ def measure(
     extra_quantities: names from `measured.EXTRA_QUANTITIES`.
     last: True if the trace and `applied` are not needed afterwards. Then every part of them is released after its use.
     """
+    # `local_cosine` reads the layer above
+    last = last and "local_cosine" not in extra_quantities
     known = [d for d in applied[method.exact_from - 1 :] if d is not None]
     all_products, all_extra = [], []
+    above: Tensor | None = error
     for i, reference in backprop_signals(trace, error, known, last):
         all_products.append(signal_products(applied[i - 1], reference))
         if extra_quantities:
-            all_extra.append(
-                measure_extra(extra_quantities, Measurement(net, method, trace, i, reference))
-            )
+            layer = Measurement(net, method, trace, i, reference, above)
+            all_extra.append(measure_extra(extra_quantities, layer))
+            above = applied[i - 1]
         if last:
             applied[i - 1] = None
             del known[i - method.exact_from :]

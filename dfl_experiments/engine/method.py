@@ -96,6 +96,10 @@ class Method(nn.Module):
         """Return every B that the signal to h_i passes, each with the weights that it replaces."""
         return []
 
+    def neighbour_pairs(self, i: int) -> list[WeightPair]:
+        """Return B_{i+2} B_{i+1}ᵀ with W_{i+1}, or B_Lᵀ with W_L; an empty list if the method has no such B."""
+        return []
+
     def feedback_norm(self, i: int) -> Tensor | None:
         """Return the Frobenius norm of B if h_i receives B e; None if h_i receives another signal."""
         return None

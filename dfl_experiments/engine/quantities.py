@@ -23,6 +23,8 @@ class Measurement:
     i: int
     reference: Tensor
     """δ_i^BP, in the shape of a_i."""
+    above: Tensor | None
+    """δ_{i+1}, the applied signal of the layer above; e for i = L-1; None if that layer has no signal."""
 
     @cached_property
     def pairs(self) -> list[WeightPair]:
@@ -68,6 +70,14 @@ def weight_cosine(layer: Measurement) -> Tensor | None:
     return cosine(layer.pairs)
 
 
+def weight_cosine_pair(layer: Measurement) -> Tensor | None:
+    """Return the cosine of B_{i+2} B_{i+1}ᵀ with W_{i+1} (at the top, of B_Lᵀ with W_L), for a direct method.
+
+    Source: Refinetti et al. 2021.
+    """
+    return cosine(layer.method.neighbour_pairs(layer.i))
+
+
 def sign_agreement(layer: Measurement) -> Tensor | None:
     """Return the share of entries of B that have the same sign as the weights that they replace."""
     same = [(b.detach().sign() == w.detach().sign()).flatten() for b, w in layer.pairs]
@@ -100,23 +110,43 @@ def gradient_cosine(layer: Measurement) -> Tensor | None:
     return cosine(pairs)
 
 
+def local_cosine(layer: Measurement) -> Tensor | None:
+    """Return the mean over samples of cos(B δ_{i+1}, Wᵀ δ_{i+1}), before f', for a sequential method.
+
+    Both signals start from the applied δ_{i+1}. A sample is omitted if one of its signals is zero.
+    """
+    trace, i = layer.trace, layer.i
+    if trace.transpose is None or layer.above is None:
+        return None
+    root = trace.logits if i == layer.net.depth - 1 else trace.preactivations[i]
+    (sent,) = torch.autograd.grad(root, trace.inputs[i], layer.above, retain_graph=True)
+    with trace.as_backprop():
+        (exactly,) = torch.autograd.grad(root, trace.inputs[i], layer.above, retain_graph=True)
+    return sample_cosines(sent, exactly).nanmean()
+
+
+def sample_cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Return cos(x_n, y_n) for every sample n, (N,); NaN where x_n or y_n is zero."""
+    x, y = exact(x).flatten(1), exact(y).flatten(1)
+    return (x * y).sum(1) / x.norm(dim=1) / y.norm(dim=1)
+
+
 def output_cosine(layer: Measurement) -> Tensor | None:
     """Return the mean over samples of cos(a_L, y_i), with the local prediction y_i; NaN if y_i is zero for a sample."""
     logits = layer.trace.logits
     # after a forward pass under autocast, B and h_i have different types, so the prediction needs autocast too
     with torch.autocast(logits.device.type, torch.bfloat16, enabled=logits.dtype == torch.bfloat16):
         y = layer.method.prediction(layer.i, layer.trace)
-    if y is None:
-        return None
-    y, logits = exact(y), exact(logits)
-    return ((y * logits).sum(1) / y.norm(dim=1) / logits.norm(dim=1)).mean()
+    return None if y is None else sample_cosines(y, logits).mean()
 
 
 FUNCTIONS: dict[str, Callable[[Measurement], Tensor | None]] = {
     "weight_cosine": weight_cosine,
+    "weight_cosine_pair": weight_cosine_pair,
     "sign_agreement": sign_agreement,
     "weight_ratio": weight_ratio,
     "gradient_cosine": gradient_cosine,
+    "local_cosine": local_cosine,
     "output_cosine": output_cosine,
 }
 

@@ -103,6 +103,20 @@ class Direct(Method):
             else [(self.local_modules[i].weight, self.local_modules[i].as_weight(product))]
         )
 
+    def neighbour_pairs(self, i: int) -> list[WeightPair]:
+        """Return B_{i+2} B_{i+1}ᵀ with W_{i+1}, both of shape (d_{i+1}, d_i); at the top, B_Lᵀ with W_L.
+
+        Return an empty list if h_i has no B, or if the net is not fully connected.
+        """
+        if i not in self.local_modules or not self.products.dense:
+            return []
+        feedback, weight = self.local_modules[i].weight, self.products.layers[i].weight
+        if i == self.depth - 1:
+            return [(feedback, weight)]
+        is_cut = i + 1 in self.local_modules
+        above = self.local_modules[i + 1].weight if is_cut else self.products.layers[-1].weight
+        return [(above.T @ feedback, weight)]
+
     def feedback_norm(self, i: int) -> Tensor | None:
         """Return ‖B_{i+1}‖ if h_i has a B; otherwise None."""
         return self.local_modules[i].norm() if i in self.local_modules else None

@@ -14,7 +14,7 @@ VALUES = {
     ),
     "alignment.quantities=[cosine]": (
         "alignment.quantities=['cosine']",
-        "there are weight_cosine, sign_agreement",
+        "there are weight_cosine, weight_cosine_pair",
     ),
     "data_dir=": ("data_dir=''", "must be the path of a folder"),
     "sweep=a/b": ("sweep='a/b'", "must be 1 to 64 letters"),

@@ -427,6 +427,52 @@ def test_what_is_measured_beside_the_cosine_is_what_its_name_says(method):
     close(found["gradient_cosine/1"], F.cosine_similarity(mine, gradients[0], dim=0))
 
 
+def measured(t, name):
+    t.learner = Learner(t.net, t.method, t.loss, t.optimizer, extra_quantities=[name])
+    values = t.learner.step(t.x, t.target, align=True)
+    found = dict(zip(t.learner.metric_names, values, strict=True))
+    return [found[f"{name}/{i}"] for i in range(1, t.net.depth)]
+
+
+@pytest.mark.parametrize("method", ["fa", "usf", "frsf", "kp", "pfa"])
+def test_the_local_cosine_starts_from_the_methods_own_signal(method):
+    t, other = Tiny(method, "fc"), Tiny(method, "fc")
+    _, deltas, error = other.backward()
+    weights = [other.net.weight_layers(i)[0].weight.detach().clone() for i in range(1, 4)]
+    backs = [other.method.feedback_weight(k).detach().clone() for k in range(3)]
+    found = measured(t, "local_cosine")
+    for value, above, w, b in zip(found, [*deltas[1:], error], weights, backs, strict=True):
+        sent, exactly = above @ b, above @ w
+        cosines = (sent * exactly).sum(1) / sent.norm(dim=1) / exactly.norm(dim=1)
+        close(value, cosines.nanmean())
+
+
+@EVERY_MODEL
+def test_the_local_cosine_of_feedback_equal_to_the_weights_is_one(model):
+    for value in measured(with_the_weights(Tiny("fa", model)), "local_cosine"):
+        close(value, torch.tensor(1.0).double())
+    assert all(value.isnan() for value in measured(Tiny("dfa", model), "local_cosine"))
+
+
+@pytest.mark.parametrize("top", ["direct", "backprop"])
+def test_neighbouring_feedback_is_compared_with_the_weights_between(top):
+    t = Tiny("dfa", "fc", "++method.init=default", f"++method.top={top}")
+    weights = [t.net.weight_layers(i)[0].weight.detach().clone() for i in range(1, 4)]
+    b = [module.weight.T for module in t.method.feedback]  # (d_i, K)
+    if top == "backprop":
+        b.append(weights[2].T)
+    expected = [
+        F.cosine_similarity((b[1] @ b[0].T).flatten(), weights[0].flatten(), dim=0),
+        F.cosine_similarity((b[2] @ b[1].T).flatten(), weights[1].flatten(), dim=0),
+        F.cosine_similarity(b[2].T.flatten(), weights[2].flatten(), dim=0),
+    ]
+    found = measured(t, "weight_cosine_pair")
+    if top == "backprop":
+        assert found.pop().isnan()
+    for value, cosine in zip(found, expected, strict=False):
+        close(value, cosine)
+
+
 def test_dkp_decays_b_at_the_rate_of_b():
     """B ← (1 - ηλ) B - η h eᵀ, where η is B's own rate."""
     options = (*SGD, "optimizer.lr=0.1", "optimizer.feedback.lr=0.01", "method.top=direct")

@@ -10,6 +10,8 @@ import pytest
 from conftest import METHODS
 from processes import dfl_train
 
+from dfl_experiments.measured import EXTRA_QUANTITIES
+
 PAPER = ["bp", "dfa", "las", "ltas", "shallow"]
 
 
@@ -56,13 +58,6 @@ def test_mnist_is_learnt_by_every_method_of_the_paper(protocol, tmp_path, data_d
 
 
 def test_the_whole_family_learns_mnist_and_is_measured_and_reported(tmp_path, data_dir):
-    quantities = (
-        "weight_cosine",
-        "sign_agreement",
-        "weight_ratio",
-        "gradient_cosine",
-        "output_cosine",
-    )
     small = (
         "model=fc_ln",
         "model.widths=[64,64]",
@@ -70,7 +65,7 @@ def test_the_whole_family_learns_mnist_and_is_measured_and_reported(tmp_path, da
         "validation_fraction=0.01",
         "optimizer.lr=3e-3",
     )
-    every = ("alignment.every=9", f"alignment.quantities=[{','.join(quantities)}]")
+    every = ("alignment.every=9", f"alignment.quantities=[{','.join(EXTRA_QUANTITIES)}]")
     for result, loss in sweep(
         tmp_path, data_dir, METHODS, "dataset=mnist", *small, *every
     ).values():
