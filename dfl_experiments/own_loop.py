@@ -2,8 +2,8 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from dfl_experiments.engine.alignment import measure
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import LOSSES, OutputLoss, precise
 from dfl_experiments.engine.method import Method
-from dfl_experiments.engine.module_net import Boundaries, ModuleNet
+from dfl_experiments.engine.module_net import Boundaries, ModuleNet, eager
 from dfl_experiments.errors import UserError
 from dfl_experiments.measured import QUANTITIES
 from dfl_experiments.ranges import LossName
@@ -54,11 +54,17 @@ class Rule:
         self.net, self.method, self.loss, self.optimizer, self.lr = net, method, loss, optimizer, lr
         self.classes = classes
         self._parameters = list(net.parameters())
+        self._are_alike = self._is_like_net()
 
     def backward(
-        self, inputs: Tensor, target: Tensor, loss: Loss | None = None, step_feedback: bool = True
+        self,
+        inputs: Tensor,
+        target: Tensor,
+        loss: Loss | None = None,
+        step_feedback: bool = True,
+        weight: float = 1.0,
     ) -> Tensor:
-        """Add the rule's gradients to `.grad` of the network's parameters, and return the loss.
+        """Add the rule's gradients to `.grad` of the network's parameters, and return the loss of this batch.
 
         B is updated before the error signals are computed. If the rule has `sends_first`, B is updated after them.
         The forward pass runs in the caller's autocast. The error signals are computed outside of autocast.
@@ -68,6 +74,7 @@ class Rule:
             `loss.backward()` bit for bit. Default: the rule's own loss, with labels as target.
         step_feedback: whether to update B. To accumulate gradients over several batches, pass True only for the last
             batch.
+        weight: factor of the gradients of W and B; 1/k for one of k batches of equal size whose gradients accumulate.
 
         Raises:
             UserError: the samples do not have the shape of the example; without `loss`, the targets are not labels;
@@ -82,22 +89,27 @@ class Rule:
         self._check(inputs, target, loss)
         use_own_compiled_code(self.net)
         method = self.method
-        before = take_gradients(self._parameters)
-        before_feedback = take_gradients(method.parameters())
         trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
         value, error = self._value_and_error(trace.logits, target, loss)
-        method.adapt(trace, error, target)
-        add_gradients(method.parameters(), before_feedback)
+        feedback = list(method.parameters())
+        with accumulating(feedback, weight):
+            method.adapt(trace, error, target)
         with torch.autocast(inputs.device.type, enabled=False):
             if step_feedback and not method.sends_first:
                 self._step_optimizer()
-            trace.backward(method.signal, error, target)
-            add_gradients(self._parameters, before)
+            with accumulating([*self._parameters, *feedback], weight):
+                trace.backward(method.signal, error, target)
             if step_feedback and method.sends_first:
                 self.update_feedback()
             elif step_feedback:
                 method.follow(self._followed_rate())
         return value
+
+    def _is_like_net(self) -> bool:
+        """Return whether B has the data type and the device of the network."""
+        weight = next(self.net.parameters())
+        feedback = next(self.method.parameters(), weight)
+        return (feedback.dtype, feedback.device) == (weight.dtype, weight.device)
 
     def _followed_rate(self) -> float:
         """Return the learning rate for `Method.follow`."""
@@ -106,7 +118,7 @@ class Rule:
         return 0.0 if self.lr is None else self.lr
 
     def update_feedback(self) -> None:
-        """Update B of a rule that has `sends_first`, after a `backward` with `step_feedback=False`.
+        """Update B, after a `backward` with `step_feedback=False`.
 
         In between you can clip the gradients: KP learns B from the clipped gradients of the network. PFA has gradients
         of its own, in `rule.method.parameters()`.
@@ -171,6 +183,12 @@ class Rule:
             raise UserError(
                 "model: a parameter was added or replaced after dfl.rule; call dfl.rule again"
             )
+        if self._are_alike and not self._is_like_net():
+            weight = parameters[0]
+            raise UserError(
+                f"model: is now {weight.dtype} on {weight.device}, but B is not; "
+                f'call rule.method.to("{weight.device}", {weight.dtype}) too'
+            )
         if not any(parameter.requires_grad for parameter in parameters):
             raise UserError("model: all parameters are frozen (requires_grad=False)")
         is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
@@ -183,7 +201,7 @@ class Rule:
             )
             raise UserError(f"{problem}; {advice}")
         # Do not check the range on a GPU, because the check would wait for the device.
-        if loss is None and not target.is_cuda:
+        if (loss is None or self.method.needs_labels) and not target.is_cuda:
             lowest, highest = int(target.min()), int(target.max())
             if lowest < 0 or highest >= self.classes:
                 problem = f"labels {lowest} to {highest}"
@@ -197,6 +215,10 @@ class Rule:
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(leaf, target)
+        if value.dim() != 0:
+            raise UserError(
+                f"loss: returned a tensor of shape {tuple(value.shape)}; must be one number, such as the mean"
+            )
         (error,) = torch.autograd.grad(value, leaf)
         return value.detach(), precise(error)
 
@@ -230,6 +252,14 @@ def rule(
     Raises:
         UserError: an unknown rule or option, an invalid boundary, or a missing optimizer or learning rate.
     """
+    if not isinstance(example, Tensor):
+        raise UserError(
+            "example: must be one tensor; for a net with several inputs, write a module that splits one tensor"
+        )
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            "optimizer: must be a function of B's parameters, such as lambda p: torch.optim.Adam(p, 1e-4)"
+        )
     own: list[str] = []
     if isinstance(name, str):
         node = node_of(name) | options
@@ -301,26 +331,40 @@ def use_own_compiled_code(net: BlockNet) -> None:
         LAST_NET["net"] = net
 
 
-def eager() -> AbstractContextManager[object]:
-    """Return a context in which compiled modules run without their compiled code."""
-    is_loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
-
-
 @contextmanager
 def unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
     """At the end of this context, restore the gradients, the buffers and the random state."""
-    parameters, buffers = list(module.parameters()), list(module.buffers())
-    gradients, copies = take_gradients(parameters), [buffer.clone() for buffer in buffers]
+    parameters = list(module.parameters())
+    gradients = take_gradients(parameters)
+    buffers = [
+        dict(part._buffers) for part in module.modules()
+    ]  # a forward pass may replace a buffer
+    copies = [buffer.clone() for buffer in module.buffers()]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        for part, original in zip(module.modules(), buffers, strict=True):
+            part._buffers.update(original)
         with torch.no_grad():
-            for buffer, saved in zip(buffers, copies, strict=True):
+            for buffer, saved in zip(module.buffers(), copies, strict=True):
                 buffer.copy_(saved)
+
+
+@contextmanager
+def accumulating(parameters: Sequence[nn.Parameter], weight: float = 1.0) -> Iterator[None]:
+    """In this context `.grad` starts as None. At its end, `.grad` is its earlier value plus weight · its new value."""
+    before = take_gradients(parameters)
+    try:
+        yield
+        if weight != 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(weight)
+    finally:
+        add_gradients(parameters, before)
 
 
 def take_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:

@@ -1,5 +1,6 @@
 """Make batches on the device from samples in memory. Random draws depend only on the seed, epoch and batch."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CHUNK = 2048  # number of images that are augmented together
 PLAIN_CHUNK = 512  # number of images that are normalised together, without augmentation
@@ -160,6 +163,12 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
     if not standardise:
         return partial(np.asarray, dtype=np.float32)
     axes = pooled_axes(training)
+    if training.ndim == 3:
+        log.info(
+            "features of shape %s: each of the %d entries of the last axis is standardised",
+            training.shape[1:],
+            training.shape[2],
+        )
     mean = training.mean(axes, np.float64, keepdims=True)
     std = training.std(axes, np.float64, keepdims=True)
     std[std <= ROUNDING * np.abs(mean)] = 1.0

@@ -71,12 +71,23 @@ class Source(ABC):
         damaged, or cannot be downloaded.
         """
 
-    @abstractmethod
     def locations(self, data_dir: Path) -> list[Path]:
         """Return the paths where the raw form may be. It is enough if one of the paths exists."""
+        return []
 
     def cache_name(self, name: str) -> str | None:
-        """Return the folder in `data_dir` for the packed arrays; None if the data set is not packed."""
+        """Return the folder in `data_dir` for the packed arrays; None if every run reads the raw form.
+
+        A pack is not made again. So the name must change if an option or the code changes the arrays.
+        """
+        return None
+
+
+class Published(Source):
+    """A published data set. It is packed under its own name, because its content never changes."""
+
+    def cache_name(self, name: str) -> str | None:
+        """Return the name of the data set."""
         return name
 
 
@@ -133,16 +144,8 @@ class Digits(Source):
         with np.load(self.FILE) as parts:
             return Arrays(**parts, classes=[str(digit) for digit in range(10)])
 
-    def locations(self, data_dir: Path) -> list[Path]:
-        """Return no path: the digits are part of this package."""
-        return []
 
-    def cache_name(self, name: str) -> str | None:
-        """Return None: the digits are not packed."""
-        return None
-
-
-class Mnist(Source):
+class Mnist(Published):
     """MNIST in the four files of its authors, as unpacked by torchvision."""
 
     # MD5 of the unpacked files. torchvision only has the MD5 of the compressed files.
@@ -172,7 +175,7 @@ class Mnist(Source):
         return [data_dir / "MNIST" / "raw"]
 
 
-class FashionMnist(Source):
+class FashionMnist(Published):
     """Fashion-MNIST in the four compressed files of its authors. The files' checksums come from torchvision."""
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
@@ -201,7 +204,7 @@ def read_idx_files(files: list[bytes], classes: list[str]) -> Arrays:
     return Arrays(images[0], labels[0], images[1], labels[1], classes)
 
 
-class Cifar(Source):
+class Cifar(Published):
     """CIFAR-10 or CIFAR-100 (fine labels) as stored by torchvision."""
 
     def __init__(self, classes: Literal[10, 100]) -> None:

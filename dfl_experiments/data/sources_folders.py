@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dfl_experiments.data.decoding import Tree, decode, folder_tree, is_user_folder, zip_tree
-from dfl_experiments.data.sources import Arrays, Source, fetch
+from dfl_experiments.data.sources import Arrays, Published, Source, fetch
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
@@ -66,7 +66,7 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-class TinyImageNet(Source):
+class TinyImageNet(Published):
     """TinyImageNet: 200 classes of 64x64 RGB images. The labelled `val` split is the test set.
 
     It is read from the unpacked folder if there is one, otherwise directly from the official archive.

@@ -33,9 +33,11 @@ def layers_to_replace(net: BlockNet) -> list[int]:
     values in a matrix product, a convolution or an unknown operation: the error signal would then be multiplied by the
     parameter itself, as in backpropagation.
     """
-    twin = copy.deepcopy(net).requires_grad_(True)  # so that frozen weights are found too
+    twin = copy_of(net).requires_grad_(True)  # so that frozen weights are found too
     learns = {p: q.requires_grad for p, q in zip(twin.parameters(), net.parameters(), strict=True)}
     layers = [layer for i in range(twin.depth) for layer in twin.weight_layers(i)]
+    for layer in layers:
+        layer.register_forward_pre_hook(refuse_checkpointed)
     probe = Transpose(layers, lambda k, signal, x: x)
     passed: set[int] = set()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -125,6 +127,42 @@ def check_transpose(layer: WeightLayer, x: Tensor) -> None:
             f"model: a hook or an overwritten method changes the output of {layer}, so FA and the rules based on it "
             "cannot transpose this layer; choose a direct method, shallow or bp"
         )
+
+
+def checkpointed_part() -> Any:
+    """Return an object that stands for the call of `torch.utils.checkpoint` that this code runs in; None outside."""
+    # the innermost pair of functions that save and load tensors for the backward pass
+    functions = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if functions is None or functions[0].__module__ != "torch.utils.checkpoint":
+        return None
+    return functions[0]
+
+
+def refuse_checkpointed(layer: nn.Module, inputs: Any) -> None:
+    """Raise `UserError` if a layer is called in a checkpointed part, where `Transpose` does not act."""
+    if checkpointed_part() is not None:
+        raise UserError(
+            f"model: {layer} is inside a part with activation checkpointing, which FA and the rules based on it do "
+            "not support; switch checkpointing off, or choose a direct method, shallow or bp"
+        )
+
+
+def copy_of(module: nn.Module) -> Any:
+    """Return a copy of a module."""
+    return copy.deepcopy(module, computed_tensors(module))
+
+
+def computed_tensors(module: nn.Module) -> dict[int, Any]:
+    """Return copies of the tensors that a module computed and keeps as attributes, by id, for `copy.deepcopy`.
+
+    `deepcopy` refuses such tensors itself. A pruned layer keeps one.
+    """
+    copies: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                copies[id(value)] = value.detach().clone()
+    return copies
 
 
 def from_the_leaves(root: Any) -> Iterator[Any]:

@@ -1,6 +1,5 @@
 """The autograd graph of a module's forward pass: which submodules are valid boundaries, and which layers read them."""
 
-import copy
 import re
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfl_experiments.engine.activation_calls import ActivationCalls
-from dfl_experiments.engine.crossings import from_the_leaves
+from dfl_experiments.engine.crossings import checkpointed_part, copy_of, from_the_leaves
 from dfl_experiments.errors import UserError
 
 # autograd operations that map zeros to zeros, so that the zeros of a ReLU remain
@@ -43,9 +42,11 @@ class Graph:
     """
 
     def __init__(self, module: nn.Module, training: bool, x: Tensor) -> None:
-        twin = copy.deepcopy(module).requires_grad_(True).train(training)
+        twin = copy_of(module).requires_grad_(True).train(training)
         self.outputs: dict[str, list[Any]] = {name: [] for name, _ in twin.named_modules() if name}
         self.nodes: dict[str, Any] = {}
+        self.checkpointed: set[str] = set()  # marked inside a checkpointed part, but not at its end
+        self.ends: dict[Any, str] = {}  # for each checkpointed part: the last name marked in it
         for name in self.outputs:
             twin.get_submodule(name).register_forward_hook(partial(self._after_module, name))
         self.batch = x.shape[:1]
@@ -77,6 +78,10 @@ class Graph:
         if isinstance(h, Tensor) and h.requires_grad:
             h = Mark.apply(h)
             self.nodes[name] = h.grad_fn
+            if (part := checkpointed_part()) is not None:
+                if part in self.ends:
+                    self.checkpointed.add(self.ends[part])
+                self.ends[part] = name
         self.outputs.setdefault(name, []).append(h)
         return h
 
@@ -96,6 +101,8 @@ class Graph:
             return "its output is not one tensor"
         if "parametrizations" in name.split("."):
             return "it computes a weight"
+        if name in self.checkpointed:
+            return "it is inside a part with activation checkpointing"
         if h.shape[:1] != self.batch:
             return "the first axis of its output is not the batch"
         if node is None or node not in self.below:

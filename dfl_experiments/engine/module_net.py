@@ -5,8 +5,9 @@ there returns a detached h_i. The autograd graph of a forward pass shows which p
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -41,10 +42,11 @@ class ModuleNet(BlockNet):
     def __init__(self, module: nn.Module, boundaries: Boundaries, example: Tensor) -> None:
         nn.Module.__init__(self)
         survey = Survey(module, example)
+        names = [boundaries] if isinstance(boundaries, str) else boundaries
         self.module = module
         self.example = example[:1].detach()
         self.input_shape = tuple(example.shape[1:])
-        self.boundaries = survey.automatic() if boundaries == "auto" else survey.checked(boundaries)
+        self.boundaries = survey.automatic() if names == ["auto"] else survey.checked(names)
         self.weights = survey.blocks(self.boundaries)
         self._readers = survey.readers(self.boundaries)
         self._relu = [survey.graphs[0].ends_in_relu(name) for name in self.boundaries]
@@ -81,10 +83,14 @@ class ModuleNet(BlockNet):
         if self._calls:
             self._refuse_compiled()
         self._visit = visit
+        # PyTorch's fast path of transformer layers turns padded samples into a nested tensor, which has no shape
+        is_fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             with ActivationCalls(self._after_call) if self._calls else nullcontext():
                 return run(x)
         finally:
+            torch.backends.mha.set_fastpath_enabled(is_fast)
             self._visit = None
 
     def _refuse_compiled(self) -> None:
@@ -152,9 +158,9 @@ class ModuleNet(BlockNet):
         self, trace: Trace, replace: Callable[[int, Tensor | None], Tensor | None]
     ) -> Tensor:
         """Return the logits of a second forward pass, which skips no block. Arguments: see `BlockNet.replay`."""
-        return self._passed(
-            replace, partial(functional_call, self.module, self._copies(self.module)), trace.x
-        )
+        run = partial(functional_call, self.module, self._copies(self.module))
+        with eager():  # torch.compile does not support forward derivatives
+            return self._passed(replace, run, trace.x)
 
     def _run(self, trace: Trace, x: Tensor, frozen: int) -> None:
         keep, first, learns = trace.kept, 1, torch.is_grad_enabled()
@@ -200,6 +206,12 @@ class ModuleNet(BlockNet):
                     f"model: {self.boundaries[len(trace.outputs)]} is not called in this forward pass"
                 )
             end(self.depth, trace.logits)
+
+
+def eager() -> AbstractContextManager[object]:
+    """Return a context in which compiled modules run without their compiled code."""
+    is_loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
 
 
 def as_net(

@@ -60,6 +60,8 @@ class Direct(Method):
             module.to(next(net.parameters())).initialise(init, self.products.above(i))
             self.local_modules[i] = module.requires_grad_(False)
         self.feedback = nn.ModuleList(self.local_modules.values())
+        if not self.cuts:
+            log.warning("method: no hidden layer has a B, so every signal equals BP's")
         if init == "product" and self.cuts and self.products.above(1) is None:
             log.info("method.init=product: this net has no product of weights, so B starts random")
 
@@ -134,8 +136,8 @@ class Products:
     Only two kinds of nets have products:
     dense: every h_i is a vector, and every block has exactly one matrix, which is the weight of a linear layer. This
         layer reads all of h_i.
-    residual: every h_i consists of tokens, and all tokens have the same width. Every product is W_L, as if the signal
-        passed only through the shortcuts.
+    residual: every h_i consists of tokens, all tokens have the same width, and linear layers read them. The head has
+        one linear layer. Every product is W_L, as if the signal passed only through the shortcuts.
     """
 
     def __init__(self, net: BlockNet, shapes: Sequence[torch.Size]) -> None:
@@ -149,7 +151,10 @@ class Products:
         reads_all = [layer.weight.shape[1:] for layer in self.layers[1:]] == list(shapes)
         self.dense = has_one_each and is_flat and reads_all and len(matrices) == net.depth
         width = self.layers[-1].weight.shape[1] if self.layers else 0
-        self.residual = all(len(shape) == 2 and shape[1] == width for shape in shapes)
+        are_tokens = all(len(shape) == 2 and shape[1] == width for shape in shapes)
+        above_input = [layer for layers in by_block[1:] for layer in layers]
+        are_linear = all(isinstance(layer, nn.Linear) for layer in above_input)
+        self.residual = are_tokens and are_linear and len(by_block[-1]) == 1
 
     @torch.no_grad()
     def above(self, i: int) -> Tensor | None:

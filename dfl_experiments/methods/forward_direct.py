@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfl_experiments.engine.blocknet import BlockNet
-from dfl_experiments.engine.losses import OutputLoss, precise
+from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.trace import Trace
 from dfl_experiments.methods.direct import Direct
 
@@ -56,7 +56,8 @@ class ForwardDirectFeedback(Direct):
         def replace(i: int, h: Tensor | None) -> Tensor | None:
             if i not in self.local_modules:
                 return h
-            output = precise(trace.output(i)).contiguous()
+            # under autocast h_i is bfloat16, but the weights above it and B are float32
+            output = trace.output(i).to(self.local_modules[i].weight.dtype).contiguous()
             noise[i] = torch.randn_like(output)
             below = None if h is None else forward_ad.unpack_dual(h).tangent
             return forward_ad.make_dual(output, noise[i] if below is None else noise[i] + below)

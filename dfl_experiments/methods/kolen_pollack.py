@@ -17,8 +17,8 @@ class KolenPollack(FeedbackAlignment):
     B receives W's gradient, and its optimizer has the same hyper-parameters. So a B that equals W stays equal
     to W, and without decay B - W is constant.
 
-    decay: λ ≥ 0, independent of the optimizer. It acts on W and B of all layers except the first, and multiplies B - W
-        by exactly 1 - ηλ in every step.
+    decay: λ ≥ 0, independent of the optimizer. It acts on W and B of all layers except the first and the frozen ones,
+        and multiplies B - W by exactly 1 - ηλ in every step.
     options: see `FeedbackAlignment`.
     """
 
@@ -37,6 +37,11 @@ class KolenPollack(FeedbackAlignment):
         for layer, feedback in zip(self.layers, self.feedback, strict=True):
             feedback.grad = layer.weight.grad
         if self.decay:
-            # a set, so that a weight shared by two layers decays only once
-            for weight in {*self.feedback, *(layer.weight for layer in self.layers)}:
+            decaying: set[Tensor] = (
+                set()
+            )  # a set, so that a weight shared by two layers decays only once
+            for layer, feedback in zip(self.layers, self.feedback, strict=True):
+                if layer.weight.requires_grad:
+                    decaying.update((layer.weight, feedback))
+            for weight in decaying:
                 weight.mul_(1 - lr * self.decay)

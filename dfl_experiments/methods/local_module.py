@@ -220,7 +220,7 @@ class LocalModule(nn.Module):
             return
         with torch.no_grad():
             features = self.features(h)
-            error = local_error(self._product(features)) / self.positions
+            error = local_error(self._product(features)).to(features.dtype) / self.positions
             gradient = (error.T @ features).view(self.weight.shape)
             # copy the gradient into the memory format of B̄, which fused optimizers need
             self.weight.grad = torch.empty_like(self.weight).copy_(gradient)
@@ -231,6 +231,7 @@ class LocalModule(nn.Module):
 
         error: e, (N, K).
         """
+        error = error.to(self.weight.dtype)
         if self.flat:
             return (error @ self.weight).view(len(error), *self.shape)
         if len(self.shape) == 2:

@@ -1,6 +1,5 @@
 """Build the parts of a run on its device: data, network, method, and the function that trains a batch."""
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from dfl_experiments.data.packs import (
 )
 from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.crossings import copy_of
 from dfl_experiments.engine.cuda_graph import CapturedStep
 from dfl_experiments.engine.initialise import initialise
 from dfl_experiments.engine.learner import Learner
@@ -211,7 +211,7 @@ def refuse_single_image(net: BlockNet, train_size: int, batch_size: int) -> None
     if last_batch > 1:
         return
     try:
-        copy.deepcopy(net).train()(net.blank())
+        copy_of(net).train()(net.blank())
     except ValueError as error:  # raised by PyTorch's batch normalisation
         problem = f"the last batch of {train_size} images has one image ({reason(error)})"
         raise UserError(

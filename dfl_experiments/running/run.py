@@ -17,6 +17,7 @@ import torch
 from dfl_experiments.configuration.composition import AUTO, config_digest, names_of
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.data.packs import digest
+from dfl_experiments.engine.crossings import computed_tensors
 from dfl_experiments.engine.module_net import ModuleNet
 from dfl_experiments.errors import Fault, UserError, of_the_system, reason
 from dfl_experiments.running.build import Parts, build
@@ -107,7 +108,8 @@ def rehearse(parts: Parts) -> None:
     """Run one training step on a copy of the learner. An error then occurs before earlier results are deleted."""
     x, target = next(iter(parts.batches.epoch(1)))
     with torch.random.fork_rng(devices=[parts.device] if parts.device.type == "cuda" else []):
-        copy.deepcopy(parts.learner).step(x, target, parts.settings.alignment.every > 0)
+        learner = copy.deepcopy(parts.learner, computed_tensors(parts.learner.net))
+        learner.step(x, target, parts.settings.alignment.every > 0)
 
 
 def prepare(

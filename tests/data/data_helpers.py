@@ -17,12 +17,12 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from dfl_experiments.data.packs import load_pack
-from dfl_experiments.data.sources import Arrays, Source
+from dfl_experiments.data.sources import Arrays, Published, Source
 from dfl_experiments.data.sources_folders import TinyImageNet
 from dfl_experiments.errors import UserError
 
 
-class Made(Source):
+class Made(Published):
     """Arrays as given: two classes, four and two grey images of 2x2, unless something else is."""
 
     def __init__(self, **parts) -> None:

@@ -336,9 +336,6 @@ class Noise(Source):
     def cache_name(self, name):
         return name if self.is_packed else None
 
-    def locations(self, data_dir):
-        return []
-
     def read(self, data_dir, download):
         labels = np.arange(200) % 2
         samples = np.random.default_rng(0).normal(size=(200, 3, 16, 16)) + labels[:, None, None, None]
