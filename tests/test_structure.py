@@ -1,6 +1,7 @@
 """The shape of the code that keeps methods and models orthogonal, and what the README promises."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -91,10 +92,11 @@ def own(tmp_path, monkeypatch):
     blocks = re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", text, re.S)
     assert sorted(Path(name).name for name, _ in blocks) == [
         "clipped.yaml",
+        "my_data.py",
         "my_rules.py",
+        "noise.yaml",
         "small.yaml",
     ]
-    assert sum(content.count("\n") + 1 for _, content in blocks) < 60
     for name, content in blocks:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -123,24 +125,40 @@ def test_the_readme_s_new_method_obeys_the_laws(own):
     assert "clipped-small" in done.stdout
 
 
+def dfl_train(folder, *arguments):
+    command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+
+
+def asked(kind):
+    """Return the arguments of the first command of the guide that chooses an option of one's own, such as dataset=."""
+    pattern = rf"dfl-train (--config-dir my_conf .*{kind}=.*)"
+    return re.search(pattern, prose())[1].replace('"', "").split()
+
+
+def test_the_guide_s_source_gives_what_it_says(own):
+    quick = ("epochs=3", "optimizer.lr=1e-3", "tracking=disabled", "hydra.run.dir=here")
+    done = dfl_train(own, *asked("dataset"), *quick)
+    assert done.returncode == 0, done.stderr
+    assert "finished: las, fc on noise" in done.stdout
+    result = json.loads((own / "here" / "result.json").read_text())
+    assert (result["test_images"], result["num_classes"], result["accuracy"]) == (300, 2, 1.0)
+
+
 def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_package_is_named(
     own,
 ):
-    def dfl_train(*arguments):
-        command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
-        return subprocess.run(command, cwd=own, capture_output=True, text=True, timeout=280)
-
-    text = prose()
-    asked = re.search(r"dfl-train (--config-dir my_conf .*)", text)[1].replace('"', "").split()
-    done = dfl_train(*asked, "epochs=2", "tracking=disabled", "hydra.run.dir=here")
+    quick = ("epochs=2", "tracking=disabled", "hydra.run.dir=here")
+    done = dfl_train(own, *asked("method"), *quick)
     assert done.returncode == 0, done.stderr
     assert "finished: clipped, small on digits" in done.stdout
-    refused = dfl_train("repeat=here")
+    refused = dfl_train(own, "repeat=here")
     assert refused.returncode == 2
     assert (
         "method._target_=my_rules.ClippedFeedback: must be a subclass of Method" in refused.stderr
     )
-    assert dfl_train("repeat=here", "plugins=[my_rules]", "hydra.run.dir=there").returncode == 0
+    again = dfl_train(own, "repeat=here", "plugins=[my_rules]", "hydra.run.dir=there")
+    assert again.returncode == 0
     assert (own / "there" / "iterations.csv").read_bytes() == (
         own / "here" / "iterations.csv"
     ).read_bytes()
