@@ -1,11 +1,14 @@
 """Find the weights that multiply hidden values. A sequential rule must replace all of them or reject the net."""
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from dfl_experiments.engine.blocknet import BlockNet
@@ -129,13 +132,12 @@ def check_transpose(layer: WeightLayer, x: Tensor) -> None:
         )
 
 
-def checkpointed_part() -> Any:
-    """Return an object that stands for the call of `torch.utils.checkpoint` that this code runs in; None outside."""
-    # the innermost pair of functions that save and load tensors for the backward pass
-    functions = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if functions is None or functions[0].__module__ != "torch.utils.checkpoint":
-        return None
-    return functions[0]
+def checkpointed_part() -> FrameType | None:
+    """Return the innermost call of `torch.utils.checkpoint` that this code runs in, as its frame; None outside."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
+        frame = frame.f_back
+    return frame
 
 
 def refuse_checkpointed(layer: nn.Module, inputs: Any) -> None:
