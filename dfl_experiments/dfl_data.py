@@ -11,7 +11,7 @@ from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.packs import is_packed, load_pack
-from dfl_experiments.data.sources import Arrays, Source
+from dfl_experiments.data.sources import Arrays, Digits, Source
 from dfl_experiments.errors import UserError, printable
 
 EPILOG = """examples:
@@ -48,11 +48,11 @@ def row(overrides: list[str]) -> tuple[str, ...]:
         sizes = sizes_of(load_pack(name, source, data_dir, download=False))
     except UserError as error:
         return name, "damaged", *NO_SIZES, str(error)
+    if isinstance(source, Digits):
+        return name, "bundled", *sizes, "dfl-experiments"
     if cache is None:
         paths = source.locations(data_dir)
-        if not paths:
-            return name, "bundled", *sizes, "dfl-experiments"
-        return name, "unpacked", *sizes, str(paths[0])
+        return name, "unpacked", *sizes, str(paths[0]) if paths else type(source).__qualname__
     return name, "packed", *sizes, str(data_dir / cache)
 
 

@@ -17,11 +17,12 @@ from dfl_experiments.configuration.composition import (
     register_resolvers,
 )
 from dfl_experiments.configuration.refusals import did_you_mean
+from dfl_experiments.engine.activation_calls import eager
 from dfl_experiments.engine.alignment import measure
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import LOSSES, OutputLoss, precise
 from dfl_experiments.engine.method import Method
-from dfl_experiments.engine.module_net import Boundaries, ModuleNet, eager
+from dfl_experiments.engine.module_net import Boundaries, ModuleNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.measured import QUANTITIES
 from dfl_experiments.ranges import LossName
@@ -186,8 +187,7 @@ class Rule:
         if self._are_alike and not self._is_like_net():
             weight = parameters[0]
             raise UserError(
-                f"model: is now {weight.dtype} on {weight.device}, but B is not; "
-                f'call rule.method.to("{weight.device}", {weight.dtype}) too'
+                f"model: is now {weight.dtype} on {weight.device}, but B is not; call dfl.rule again"
             )
         if not any(parameter.requires_grad for parameter in parameters):
             raise UserError("model: all parameters are frozen (requires_grad=False)")
@@ -243,7 +243,7 @@ def rule(
     name: name of the rule, such as "las" (see conf/method), or the class of your own rule.
     module: any `nn.Module`; it is not changed.
     example: a batch of one or more inputs of the module.
-    boundaries: names of submodules whose outputs are h_1 … h_{L-1}; "auto": see `dfl.boundaries`.
+    boundaries: names of submodules and calls whose outputs are h_1 … h_{L-1} (see `dfl.boundaries`), or "auto".
     optimizer: function that makes an optimizer of B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
     lr: the network's learning rate; rules with `decay` need it.
     loss: cross_entropy or squared_error, with labels as targets. `Rule.backward` accepts any other loss.
@@ -336,9 +336,8 @@ def unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
     """At the end of this context, restore the gradients, the buffers and the random state."""
     parameters = list(module.parameters())
     gradients = take_gradients(parameters)
-    buffers = [
-        dict(part._buffers) for part in module.modules()
-    ]  # a forward pass may replace a buffer
+    # a forward pass may replace a buffer
+    buffers = [dict(part._buffers) for part in module.modules()]
     copies = [buffer.clone() for buffer in module.buffers()]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -362,7 +361,8 @@ def accumulating(parameters: Sequence[nn.Parameter], weight: float = 1.0) -> Ite
         if weight != 1.0:
             for parameter in parameters:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(weight)
+                    # a new tensor, because two parameters may share one gradient
+                    parameter.grad = parameter.grad * weight
     finally:
         add_gradients(parameters, before)
 

@@ -69,7 +69,7 @@ def load_with_digest(
     data_dir = data_dir.expanduser()
     cache = source.cache_name(name)
     if cache is None:
-        arrays = source.read(data_dir, download)
+        arrays = read_raw(name, source, None, data_dir, download)
         check_arrays(arrays, [f"dataset {name}: {part}" for part in source.PARTS])
         *parts, classes = vars(arrays).values()
         checksums = [zlib.crc32(part.tobytes()) for part in parts]
@@ -81,7 +81,7 @@ def load_with_digest(
             # another process may have packed the data set while this process waited for the lock
             if not is_packed(folder):
                 log.info("preparing %s in %s", name, folder)
-                pack(read_raw(name, source, folder, download), folder)
+                pack(read_raw(name, source, folder, data_dir, download), folder)
     return open_packed(folder), digest_of(folder)
 
 
@@ -160,18 +160,23 @@ def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
         raise UserError(f"data_dir={data_dir}: {problem}") from error
 
 
-def read_raw(name: str, source: Source, folder: Path, download: bool) -> Arrays:
+def read_raw(
+    name: str, source: Source, folder: Path | None, data_dir: Path, download: bool
+) -> Arrays:
     """Read the raw form of a data set.
 
+    folder: folder for its pack; None if it is not packed.
     Raises `UserError` if the raw form cannot be read. The message lists the paths that were tried, and says how to get
     the data set.
     """
     try:
-        return source.read(folder.parent, download)
+        return source.read(data_dir, download)
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:
-        paths = " or ".join(str(path) for path in source.locations(folder.parent))
+        if folder is None:
+            raise UserError(f"dataset {name}: cannot be read ({reason(error)})") from error
+        paths = " or ".join(str(path) for path in source.locations(data_dir))
         problem = f"neither packed in {folder} nor readable from {paths} ({reason(error)})"
         advice = f"run `dfl-data prepare dataset={name}` with a network, or set data_dir or DFL_DATA_DIR to its folder"
         raise UserError(f"dataset {name}: {problem}; {advice}") from error

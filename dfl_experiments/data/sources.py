@@ -78,7 +78,8 @@ class Source(ABC):
     def cache_name(self, name: str) -> str | None:
         """Return the folder in `data_dir` for the packed arrays; None if every run reads the raw form.
 
-        A pack is not made again. So the name must change if an option or the code changes the arrays.
+        A pack is not made again. So the name must change if an option or the code changes the arrays. A source that is
+        packed needs `locations` too.
         """
         return None
 

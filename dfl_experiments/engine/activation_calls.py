@@ -1,17 +1,27 @@
 """See the calls of activation functions in a forward pass, such as `F.relu(x)`, `x.tanh()` or a shared `nn.ReLU()`."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ACTIVATIONS = (
     *("relu", "relu6", "leaky_relu", "rrelu", "prelu", "threshold", "hardtanh"),
     *("elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "softplus"),
-    *("tanh", "sigmoid", "hardsigmoid", "softsign"),
+    *("tanh", "sigmoid", "hardsigmoid", "logsigmoid", "softsign"),
+    *("hardshrink", "softshrink", "tanhshrink"),
 )
+
+
+def eager() -> AbstractContextManager[object]:
+    """Return a context in which compiled code is not used."""
+    is_loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
 
 
 def is_call(boundary: str) -> bool:

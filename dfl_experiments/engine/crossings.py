@@ -161,8 +161,11 @@ def computed_tensors(module: nn.Module) -> dict[int, Any]:
     """
     copies: dict[int, Any] = {}
     for part in module.modules():
-        for value in vars(part).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+        waiting = [*vars(part).values(), *part.buffers(recurse=False)]
+        for value in waiting:
+            if isinstance(value, list | tuple):
+                waiting += value
+            elif isinstance(value, Tensor) and not value.is_leaf:
                 copies[id(value)] = value.detach().clone()
     return copies
 

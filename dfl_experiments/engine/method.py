@@ -97,7 +97,10 @@ class Method(nn.Module):
         return []
 
     def neighbour_pairs(self, i: int) -> list[WeightPair]:
-        """Return B_{i+2} B_{i+1}ᵀ with W_{i+1}, or B_Lᵀ with W_L; an empty list if the method has no such B."""
+        """Return B_{i+2} B_{i+1}ᵀ with W_{i+1}, or B_Lᵀ with W_L; an empty list if h_i has no B.
+
+        If h_{L-1} receives BP's signal, B_L is W_Lᵀ.
+        """
         return []
 
     def feedback_norm(self, i: int) -> Tensor | None:

@@ -24,10 +24,15 @@ BEFORE_ACTIVATION = re.compile(f"{KEEPS_ZEROS.pattern}|Norm|Dropout|^Mul")
 class Mark(torch.autograd.Function):
     """The identity, as a separate node of the graph. Its output shares memory and version counter with its input."""
 
+    generate_vmap_rule = True  # the module may use torch.func
+
     @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        ctx.version = h._version
+    def forward(h: Tensor) -> Tensor:
         return h.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.version = inputs[0]._version
 
     @staticmethod
     def backward(ctx: Any, signal: Tensor) -> Tensor:
@@ -50,8 +55,9 @@ class Graph:
         for name in self.outputs:
             twin.get_submodule(name).register_forward_hook(partial(self._after_module, name))
         self.batch = x.shape[:1]
-        with ActivationCalls(self._mark):
+        with ActivationCalls(self._mark) as calls:
             logits = twin(x)
+        self.calls = calls.counts  # number of calls of each activation function
         if not isinstance(logits, Tensor) or logits.grad_fn is None:
             raise UserError(
                 "model: the output must be one tensor that depends on the model's parameters"
@@ -70,6 +76,14 @@ class Graph:
             names.get(getattr(node, "variable", None)): bit for node, bit in self.bits.items()
         }
         self.parameters = {name: bit for name, bit in leaves.items() if name is not None}
+        # for each parameter: the nodes that depend on it directly
+        self.users = dict.fromkeys(self.parameters, 0)
+        by_bit = {bit: name for name, bit in self.parameters.items()}
+        for node, bit in self.bits.items():
+            for child in children(node):
+                parameter = by_bit.get(self.bits[child])
+                if parameter is not None:
+                    self.users[parameter] |= bit
 
     def _after_module(self, name: str, module: nn.Module, inputs: Any, h: Any) -> Any:
         return self._mark(name, h)
@@ -109,15 +123,16 @@ class Graph:
             return "no weight is below it, or the logits do not depend on it"
         if h._version != node.version:
             return "its output is changed in place afterwards"
+        below = self.below[node]
+        for parameter, bit in self.parameters.items():
+            if bit & below and self.users[parameter] & ~below:
+                return f"the blocks below and above it share the weight {parameter}"
         read_above = 0
         for other, bit in self.bits.items():
-            if not bit & self.below[node]:
+            if not bit & below:
                 read_above |= self.read[other]
-        around = read_above & self.below[node] & ~self.bits[node]
-        shared = [name for name, bit in self.parameters.items() if bit & around]
-        if len(shared) < around.bit_count():
-            return "the forward pass has a path that bypasses it"
-        return f"the blocks below and above it share the weight {shared[0]}" if shared else None
+        is_bypassed = read_above & below & ~self.bits[node]
+        return "the forward pass has a path that bypasses it" if is_bypassed else None
 
     def ends_in_relu(self, name: str) -> bool:
         """Return whether the last operation before a boundary is a ReLU. Operations in `KEEPS_ZEROS` are skipped."""

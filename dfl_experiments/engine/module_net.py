@@ -5,9 +5,8 @@ there returns a detached h_i. The autograd graph of a forward pass shows which p
 """
 
 import logging
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
-from dfl_experiments.engine.activation_calls import ActivationCalls, is_call
+from dfl_experiments.engine.activation_calls import ActivationCalls, eager, is_call
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.module_survey import Survey, copies_of
 from dfl_experiments.engine.trace import Segment, Trace
@@ -54,13 +53,17 @@ class ModuleNet(BlockNet):
         if cut_before:
             log.warning(
                 "model: the activation after %s is outside its block, so δ has no f' there; "
-                "choose model.boundaries after the activation, or use a function of torch.nn.functional for it",
+                "choose boundaries after the activation, or use a function such as F.relu or F.silu",
                 ", ".join(cut_before),
             )
         self._visit: Visit | None = None
-        self._calls: dict[
-            str, int
-        ] = {}  # i of each boundary that is a call of an activation function
+        # i of each boundary that is a call, and the numbers of calls in evaluation and in training mode
+        self._calls: dict[str, int] = {}
+        self._counts = [graph.calls for graph in survey.graphs]
+        self._has_fast_path = any(
+            isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+            for part in module.modules()
+        )
         for i, name in enumerate(self.boundaries, start=1):
             if is_call(name):
                 self._calls[name] = i
@@ -80,25 +83,23 @@ class ModuleNet(BlockNet):
 
         visit: function that returns the input of block i+1. If it returns None, the input is h_i.
         """
-        if self._calls:
-            self._refuse_compiled()
         self._visit = visit
-        # PyTorch's fast path of transformer layers turns padded samples into a nested tensor, which has no shape
-        is_fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with ActivationCalls(self._after_call) if self._calls else nullcontext():
-                return run(x)
+            with without_fast_path() if self._has_fast_path else nullcontext():
+                return self._passed_calls(run, x) if self._calls else run(x)
         finally:
-            torch.backends.mha.set_fastpath_enabled(is_fast)
             self._visit = None
 
-    def _refuse_compiled(self) -> None:
-        if any(getattr(part, "_compiled_call_impl", None) for part in self.module.modules()):
+    def _passed_calls(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with eager(), ActivationCalls(self._after_call) as calls:
+            logits = run(x)
+        if calls.counts not in self._counts:
+            counts = ", ".join(f"{name} {count} times" for name, count in calls.counts.items())
             raise UserError(
-                f"model: the boundary {next(iter(self._calls))} does not work in a compiled module; "
-                "choose boundaries that are submodules, or do not compile"
+                f"model: this forward pass calls {counts}, but an earlier one did not; so the boundary "
+                f"{next(iter(self._calls))} may be another call: use modules such as nn.ReLU() as boundaries"
             )
+        return logits
 
     @property
     def depth(self) -> int:
@@ -208,10 +209,15 @@ class ModuleNet(BlockNet):
             end(self.depth, trace.logits)
 
 
-def eager() -> AbstractContextManager[object]:
-    """Return a context in which compiled modules run without their compiled code."""
-    is_loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """In this context PyTorch's transformer layers do not turn padded samples into a nested tensor without a shape."""
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
 
 
 def as_net(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dfl_experiments.engine.activation_calls import is_call
-from dfl_experiments.engine.module_graph import Graph, children
+from dfl_experiments.engine.activation_calls import eager, is_call
+from dfl_experiments.engine.module_graph import Graph, Mark, children
 from dfl_experiments.engine.transpose import is_weight_layer
 from dfl_experiments.errors import UserError, clipped
 
@@ -23,14 +23,16 @@ class Survey:
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         self.module = module
         refuse_wrappers(module)
-        # two samples, because batch normalisation rejects a single sample if its feature maps have one pixel
-        x = copies_of(example, 2, module)
+        # Not one sample, because batch normalisation rejects it if its feature maps have one pixel. Two batch sizes,
+        # because an activation of a weight may have one of them as its first axis.
+        two, three = copies_of(example, 2, module), copies_of(example, 3, module)
         try:
             with (
-                torch.random.fork_rng(devices=[x.device] if x.is_cuda else []),
+                torch.random.fork_rng(devices=[two.device] if two.is_cuda else []),
                 torch.enable_grad(),
+                eager(),
             ):
-                self.graphs = [Graph(module, training, x) for training in (False, True)]
+                self.graphs = [Graph(module, False, two), Graph(module, True, three)]
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if isinstance(error, UserError):
                 raise
@@ -79,7 +81,12 @@ class Survey:
     def names(self) -> list[str]:
         """Return the valid boundaries, without the calls whose output is also the output of a valid submodule."""
         nodes = self.graphs[0].nodes
-        outputs = {child for name in self.valid for child in children(nodes[name])}
+        outputs: set[Any] = set()
+        for name in self.valid:
+            node = nodes[name]
+            while not is_call(name) and isinstance(node, Mark._backward_cls):
+                (node,) = children(node)
+                outputs.add(node)
         return [name for name in self.valid if not is_call(name) or nodes[name] not in outputs]
 
     def automatic(self) -> list[str]:

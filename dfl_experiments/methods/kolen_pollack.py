@@ -37,9 +37,8 @@ class KolenPollack(FeedbackAlignment):
         for layer, feedback in zip(self.layers, self.feedback, strict=True):
             feedback.grad = layer.weight.grad
         if self.decay:
-            decaying: set[Tensor] = (
-                set()
-            )  # a set, so that a weight shared by two layers decays only once
+            # a set, so that a weight shared by two layers decays only once
+            decaying: set[Tensor] = set()
             for layer, feedback in zip(self.layers, self.feedback, strict=True):
                 if layer.weight.requires_grad:
                     decaying.update((layer.weight, feedback))

@@ -444,12 +444,62 @@ def test_a_call_of_an_activation_is_a_boundary_like_a_module(method):
     torch.testing.assert_close([*signals[0].values()], [*signals[1].values()], equal_nan=True)
 
 
-def test_a_call_is_no_boundary_of_a_compiled_module():
-    module = Functional()
-    rule = dfl.rule("dfa", module, IMAGE)
-    module.compile()
-    with pytest.raises(UserError, match="relu@1 does not work in a compiled module"):
+@pytest.mark.parametrize("is_early", [True, False], ids=["compiled before", "compiled after"])
+def test_a_compiled_module_with_calls_runs_without_compiled_code(is_early):
+    found = []
+    for is_compiled in (True, False):
+        torch.manual_seed(1)
+        module = Functional()
+        if is_compiled and is_early:
+            module.compile(backend="aot_eager")
+            module(IMAGE)
+        rule = dfl.rule("dfa", module, IMAGE)
+        if is_compiled:
+            module.compile(backend="aot_eager")
         rule.backward(IMAGE, torch.zeros(1, dtype=torch.long))
+        found.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_call_whose_number_changes_is_refused():
+    class Skipping(Functional):
+        is_short = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = F.relu(self.conv1(x))
+            h = self.conv2(h) if self.is_short else F.relu(self.conv2(h))
+            return self.head(F.relu(self.hidden(h.flatten(1))))
+
+    module = Skipping()
+    rule = dfl.rule("dfa", module, IMAGE, ["relu@1", "relu@2"])
+    module.is_short = True
+    with pytest.raises(UserError, match="this forward pass calls relu 2 times"):
+        rule.backward(IMAGE, torch.zeros(1, dtype=torch.long))
+
+
+def test_an_activation_of_a_weight_is_no_boundary():
+    class Bounded(Functional):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = F.relu(self.conv1(x))
+            h = F.relu(self.conv2(h)).flatten(1)
+            return F.linear(F.relu(self.hidden(h)), torch.tanh(self.head.weight[:2]))
+
+    assert ModuleNet(Bounded(), "auto", IMAGE).boundaries == ["relu@1", "relu@2", "relu@3"]
+
+
+def test_a_recurrent_net_of_many_calls():
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.head = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.zeros(len(x), 5)
+            for t in range(x.shape[1]):
+                h = torch.tanh(self.first(x[:, t]) + self.again(h))
+            return self.head(h)
+
+    assert dfl.boundaries(Cell(), torch.zeros(1, 30, 3)) == ["tanh@30"]
 
 
 def test_a_call_that_depends_on_the_mode_is_no_boundary():
