@@ -25,6 +25,7 @@ from dfl_experiments.running.epochs import evaluate
 from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.result import read_result
 from dfl_experiments.running.run import refuse_changes, run_alone
+from dfl_experiments.running.run_directory import refuse_folder_of_runs
 from dfl_experiments.seal import opened
 
 if TYPE_CHECKING:
@@ -71,12 +72,14 @@ def run(
     """Train one run in its directory, and return the content of its `result.json`.
 
     exist_ok: "resume" continues a run that is already in the directory. If that run has ended, its result is returned.
-    Raises `UserError` if there is already a run in the directory, unless the configuration has force=true.
+    Raises `UserError` if there is already a run in the directory, unless the configuration has force=true, or if the
+    directory is a folder of runs.
     """
     if exist_ok not in (False, "resume"):
         raise UserError(f'exist_ok={exist_ok!r}: must be False or "resume"')
     if exist_ok:
         configuration = check(configuration.values | {"resume": AUTO})
+    refuse_folder_of_runs(Path(run_dir))
     return run_alone(configuration, Path(run_dir))
 
 

@@ -22,6 +22,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.running.outcome import COMMAND, Sweep
 from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan, show_search
 from dfl_experiments.running.point_counter import PointCounter
+from dfl_experiments.running.run_directory import refuse_folder_of_runs
 from dfl_experiments.running.summary import print_summary
 from dfl_experiments.running.sweep import check_job, check_sweep, jobs_of
 from dfl_experiments.running.tracking import warn_of_variable
@@ -40,6 +41,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
         flag.startswith("hydra.run.dir=") for flag in flags
     ):
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
+    refuse_folder_of_runs(run_dir)
     choose_device(configuration.settings.device)
     warn_of_variable(configuration.settings.tracking.mode)
     return configuration, run_dir

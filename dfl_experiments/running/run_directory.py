@@ -26,6 +26,7 @@ EPOCH_COLUMNS = (
 # The value of protocol.accuracy decides which entry of `test_accuracy` in result.json is reported.
 HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
+RUN_FILES = (RESULT, LAST, "epochs.csv")  # a folder with one of these files is a run directory
 Row = dict[str, float | int | None]
 
 
@@ -149,6 +150,24 @@ def record_overrides(run_dir: Path, overrides: Sequence[str]) -> None:
     """Write the overrides of the command line. Hydra would write them too early, before the directory is locked."""
     (run_dir / ".hydra").mkdir(exist_ok=True)
     write_atomically(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is the directory of a run that has begun."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def refuse_folder_of_runs(folder: Path) -> None:
+    """Raise `UserError` if a new run in this folder would hide runs in the folders directly below it."""
+    if is_run(folder) or not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and is_run(Path(entry)):
+                raise UserError(
+                    f"{folder}: is a folder of runs, such as {entry.name}, and a run would hide them; choose another "
+                    "hydra.run.dir="
+                )
 
 
 def relative(folder: Path) -> str:
