@@ -70,9 +70,9 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield counts_sentence(verdicts)
     yield (
         "A verdict needs three seeds of both methods. The last entry of a setting is the number of learning rates that "
-        "were tried. Accuracies are compared at each method's best rate by validation accuracy. Intervals are those of Welch's t, 95 %. Alignment "
-        "is the cosine of layer 1, averaged over the rates at which both methods have three seeds. "
-        "On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
+        "were tried. Accuracies are compared at each method's best rate by validation accuracy. Intervals are those of "
+        "Welch's t, 95 %. Alignment is the cosine of layer 1, averaged over the rates at which both methods have three "
+        "seeds. On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
     yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))

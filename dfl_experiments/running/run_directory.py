@@ -157,17 +157,24 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in RUN_FILES)
 
 
-def refuse_folder_of_runs(folder: Path) -> None:
-    """Raise `UserError` if a new run in this folder would hide runs in the folders directly below it."""
-    if is_run(folder) or not folder.is_dir():
-        return
+def run_below(folder: Path) -> str | None:
+    """Return the name of a run directory directly below a folder; None if there is none.
+
+    The first one is enough, so this is fast in a folder of many runs.
+    """
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() and is_run(Path(entry)):
-                raise UserError(
-                    f"{folder}: is a folder of runs, such as {entry.name}, and a run would hide them; choose another "
-                    "hydra.run.dir="
-                )
+                return entry.name
+    return None
+
+
+def refuse_folder_of_runs(folder: Path) -> None:
+    """Raise `UserError` if a new run in this folder would hide runs in the folders directly below it."""
+    if folder.is_dir() and not is_run(folder) and (name := run_below(folder)):
+        raise UserError(
+            f"{folder}: is a folder of runs, such as {name}, and a run would hide them; choose another hydra.run.dir="
+        )
 
 
 def relative(folder: Path) -> str:
@@ -197,6 +204,7 @@ def rerun_arguments(key: str, folder: str, plugins: Sequence[str]) -> str:
     return printable(shlex.join(words))
 
 
-def plot_line(folder: Path) -> str:
-    """Return the line that says how to plot a run or a sweep."""
-    return printable(f"plot it: dfl-plot {as_argument(folder)}")
+def plot_line(folder: Path, facet: str | None = None) -> str:
+    """Return the line that says how to plot a run or a sweep. facet: key whose values each get a row of plots."""
+    flags = "" if facet is None else f" --facet {facet}"
+    return printable(f"plot it: dfl-plot {as_argument(folder)}{flags}")

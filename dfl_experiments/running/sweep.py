@@ -57,8 +57,8 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
 
     cfg: Hydra's configuration of the whole sweep.
     command: ID of this command.
-    Raises one of `MISTAKES` if there is no job or a wrong job, if two jobs are the same run or have the same folder, or if
-    the sweep's folder is a run.
+    Raises one of `MISTAKES` if there is no job or a wrong job, if two jobs are the same run or have the same folder, or
+    if the sweep's folder is a run.
     """
     sweeper, launcher = (
         cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher")
@@ -198,13 +198,14 @@ def run_point(
         log.info("%s", busy)
     except Exception as error:
         counter.add("failed", start)
+        details = ""
         if not isinstance(error, UserError | OSError):
-            (run_dir / TRACEBACK).write_text(
-                "".join(traceback.format_exception(error)), encoding="utf-8"
-            )
+            path = run_dir / TRACEBACK
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            details = f" ({relative(path)} has the details)"
         # Hydra keeps the error of a job. Clear the error's frames, which would keep network and images in memory.
         traceback.clear_frames(error.__traceback__)
-        log.error("%s: failed: %s", run_dir.name, one_line(error))
+        log.error("%s: failed: %s%s", run_dir.name, one_line(error), details)
         silence_submitit()
     return None
 
