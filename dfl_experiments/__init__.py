@@ -27,11 +27,12 @@ __version__ = "0.1.0"
 # For each public name, the module that defines the name. A module is imported when one of its names is first used,
 # because importing torch is slow.
 NAMES = {
-    **dict.fromkeys(["compose", "load_net", "load_run", "read_rows", "run"], "api"),
-    **dict.fromkeys(["curves", "runs"], "report.frame"),
+    **dict.fromkeys(
+        ["compose", "curves", "draw", "load_net", "load_run", "read_rows", "run"], "api"
+    ),
     "boundaries": "engine.module_survey",
-    "draw": "report.lines",
     "rule": "own_loop",
+    "runs": "report.frame",
 }
 __all__ = [
     "boundaries",

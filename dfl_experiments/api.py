@@ -1,11 +1,12 @@
 """Use runs from Python: compose a configuration, train it, read its results, and load its network."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dfl_experiments.data.batches import Normalise, Standardise
 from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
+from dfl_experiments.report import frame, lines
 from dfl_experiments.running.build import build
 from dfl_experiments.running.checkpoint import load_checkpoint
 from dfl_experiments.running.device import usual_torch
@@ -25,11 +27,11 @@ from dfl_experiments.running.epochs import evaluate
 from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.result import read_result
 from dfl_experiments.running.run import refuse_changes, run_alone
+from dfl_experiments.running.run_directory import refuse_folder_of_runs, run_below
 from dfl_experiments.seal import opened
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+P = ParamSpec("P")
+R = TypeVar("R")
 # For each kind of samples: its name in messages, the type that the net gets, and the types that are converted to it.
 # The last entry is the parameter `casting` of `numpy.can_cast`.
 TYPES: dict[str, tuple[str, Any, Any]] = {
@@ -71,12 +73,14 @@ def run(
     """Train one run in its directory, and return the content of its `result.json`.
 
     exist_ok: "resume" continues a run that is already in the directory. If that run has ended, its result is returned.
-    Raises `UserError` if there is already a run in the directory, unless the configuration has force=true.
+    Raises `UserError` if there is already a run in the directory, unless the configuration has force=true, or if the
+    directory is a folder of runs.
     """
     if exist_ok not in (False, "resume"):
         raise UserError(f'exist_ok={exist_ok!r}: must be False or "resume"')
     if exist_ok:
         configuration = check(configuration.values | {"resume": AUTO})
+    refuse_folder_of_runs(Path(run_dir))
     return run_alone(configuration, Path(run_dir))
 
 
@@ -86,12 +90,26 @@ def read_rows(
     """Return the columns of a table by name, as `pandas.DataFrame` accepts them. An empty cell is NaN."""
     if table not in ("epochs", "iterations"):
         raise UserError(f"table={table!r}: choose epochs or iterations")
-    read_result(Path(run_dir))  # raises UserError if the table is damaged
-    with opened(Path(run_dir) / f"{table}.csv") as file:
+    path = Path(run_dir, f"{table}.csv")
+    # raises UserError if the table is damaged
+    if read_result(Path(run_dir)) is None and not path.exists():
+        raise without_result(run_dir)
+    with opened(path) as file:
         names = file.readline().decode().strip().split(",")
         rows = np.genfromtxt(file, delimiter=",", ndmin=2)
     # a table without rows gives empty columns
     return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))
+
+
+def without_result(run_dir: str | Path) -> UserError:
+    """Return the error for a folder that does not hold the result of a run."""
+    folder = Path(run_dir)
+    problem = "has no result.json of a run that has trained"
+    if not folder.is_dir():
+        problem = "no such folder"
+    elif run_below(folder):
+        problem = f'is a folder of runs, not one run; dfl.runs("{run_dir}") lists them'
+    return UserError(f"{run_dir}: {problem}")
 
 
 @usual_torch()
@@ -103,7 +121,7 @@ def load_net(run_dir: str | Path, plugins: Sequence[str] = ()) -> BlockNet:
     """
     result = read_result(Path(run_dir))
     if result is None or "input_shape" not in result:
-        raise UserError(f"{run_dir}: has no result.json with the network's configuration")
+        raise without_result(run_dir)
     values = completed(result["config"], composition.plain(composition.compose([]))) | {
         "plugins": [*plugins]
     }
@@ -132,7 +150,7 @@ class TrainedRun:
         self.folder, self.plugins = Path(run_dir), plugins
         result = read_result(self.folder)
         if result is None:
-            raise UserError(f"{run_dir}: has no result.json")
+            raise without_result(run_dir)
         self.result = result
         self.config: dict[str, Any] = result["config"]
 
@@ -142,18 +160,16 @@ class TrainedRun:
         return load_net(self.folder, self.plugins)
 
     @property
-    def epochs(self) -> "pd.DataFrame":
+    def epochs(self) -> pd.DataFrame:
         """The table epochs.csv."""
         return self._table("epochs")
 
     @property
-    def iterations(self) -> "pd.DataFrame":
+    def iterations(self) -> pd.DataFrame:
         """The table iterations.csv."""
         return self._table("iterations")
 
-    def _table(self, name: Literal["epochs", "iterations"]) -> "pd.DataFrame":
-        import pandas as pd
-
+    def _table(self, name: Literal["epochs", "iterations"]) -> pd.DataFrame:
         return pd.DataFrame(read_rows(self.folder, name))
 
     @cached_property
@@ -235,3 +251,23 @@ class TrainedRun:
 def load_run(run_dir: str | Path, plugins: Sequence[str] = ()) -> TrainedRun:
     """Return a run with its `net`, `predict`, `evaluate`, `epochs`, `iterations`, `result` and `config`."""
     return TrainedRun(run_dir, plugins)
+
+
+def of_runs(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that raises `UserError` if its first argument is not a table of runs."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = [*args, kwargs["frame"]] if "frame" in kwargs else args
+        if given and not isinstance(given[0], pd.DataFrame):
+            raise UserError(
+                f"{function.__name__}: takes the table that dfl.runs(folder) returns, or rows of it such as "
+                f"runs[:1], not a {type(given[0]).__name__}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+curves = of_runs(frame.curves)
+draw = of_runs(lines.draw)

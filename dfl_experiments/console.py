@@ -32,6 +32,7 @@ def run(program: str, module: str) -> None:
     # an ignored SIGINT stays ignored
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, partial(leave, program))
+    sys.argv[0] = program  # `python -m` sets a file name, which Hydra would print
     for stream in (sys.stdout, sys.stderr):
         # if the terminal's encoding lacks a character, print ?
         if isinstance(stream, io.TextIOWrapper):

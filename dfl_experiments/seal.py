@@ -14,6 +14,7 @@ from dfl_experiments.errors import UserError, reason
 
 RESULT = "result.json"
 SEALED = ("config.yaml", "epochs.csv", "iterations.csv")
+CHANGED = "has changed since the run ended; restore the file, or delete the run's folder and start the run again"
 
 
 def opened(path: Path) -> BufferedReader:
@@ -83,8 +84,8 @@ def read_sealed(run_dir: Path) -> dict[str, Any] | None:
         return result
     seal = result["seal"]
     if not isinstance(seal, dict) or seal.get(RESULT) != own_digest(result):
-        raise UserError(f"{run_dir / RESULT}: is damaged, it has changed since the run")
+        raise UserError(f"{run_dir / RESULT}: {CHANGED}")
     for path in map(run_dir.joinpath, SEALED):
         if path.exists() and sha256_of(path).hexdigest() != seal.get(path.name):
-            raise UserError(f"{path}: is damaged, it has changed since the run wrote {RESULT}")
+            raise UserError(f"{path}: {CHANGED}")
     return result

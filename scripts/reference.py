@@ -48,14 +48,13 @@ TOP = """# The kept runs
 {count} runs, as `dfl-report` shows them. `python scripts/reference.py` writes this page from the run directories beside
 it. Some ran on a GPU, some on a CPU: see `devices` in [`tables.csv`](tables.csv). The runs on CIFAR with bfloat16 used
 one learning rate for all rules of a net. At these rates DFA and LTAS fail with Conv3 on CIFAR-100, and some rules with
-Conv3+BN on CIFAR-10: the tables show the rate, not the rules at their best.
+Conv3+BN on CIFAR-10. Their tables show what happens at this one rate; at other rates the rules may be better.
 
-Runs on one CPU core, in this order. Done: the depth ladder with PyTorch's default and with He initialisation
-(`model.init=kaiming`), 10 seeds each; the stability map, a narrow Conv3 with and without batch
-normalisation at four rates (seed 0), with seeds 1 and 2 for each method at its best rate by validation (without batch
-normalisation: at its two best rates); values that Akrout et al. published (3 seeds). Next: the alignment figure with
-`protocol=paper`; the values of direct Kolen-Pollack (`experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, 9 runs of
-about 45 minutes on one core).
+Kept runs on one CPU core: the depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`), 10
+seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with seeds 1
+and 2 for each method at its best rate by validation (without batch normalisation: at its two best rates); values that
+Akrout et al. published (3 seeds). Not yet run: the alignment figure with `protocol=paper`; the values of direct
+Kolen-Pollack (`experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, 9 runs of about 45 minutes on one core).
 """
 
 
@@ -70,10 +69,10 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield "![Claims × settings](figures/claims.png)\n"
     yield counts_sentence(verdicts)
     yield (
-        "A verdict needs three seeds of both methods. A setting ends with its number of learning rates. Accuracies are "
-        "compared at each method's best rate by validation accuracy. Intervals are those of Welch's t, 95 %. Alignment "
-        "is the cosine of layer 1, averaged over the rates at which both methods have three seeds. "
-        "On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
+        "A verdict needs three seeds of both methods. The last entry of a setting is the number of learning rates that "
+        "were tried. Accuracies are compared at each method's best rate by validation accuracy. Intervals are those of "
+        "Welch's t, 95 %. Alignment is the cosine of layer 1, averaged over the rates at which both methods have three "
+        "seeds. On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
     yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))
@@ -87,7 +86,7 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
         CONTRADICTED: "that it is contradicted (✗)",
         UNDECIDED: "that it is undecided (?)",
         FAILS: "that a run fails at the rate used",
-        CANNOT_RANK: "that the setting cannot rank rules (=)",
+        CANNOT_RANK: "that this setting cannot decide, because BP is not above Shallow (=)",
     }
     texts = [f"{totals[verdict]} {text}" for verdict, text in words.items() if verdict in totals]
     few = totals.get(TOO_FEW, 0)
@@ -163,7 +162,10 @@ def ladder_part() -> Iterator[str]:
 def families_part(runs: pd.DataFrame) -> Iterator[str]:
     """Yield the section on Spearman's ρ between layer 1's cosine and accuracy, over all rules and by family."""
     yield "## Alignment and accuracy\n"
-    yield "Spearman's ρ over the rules' means at one rate (number of rules). Rules are near copies of each other.\n"
+    yield (
+        "Spearman's ρ over the rules' means at one rate (number of rules). Many rules are similar, so they are not "
+        "independent observations: read these ρ with care.\n"
+    )
     measured = cosines(runs[~runs.smoke])
     plain = measured[measured.method.str.partition(",")[0] == measured.rule]
     plain = plain.assign(

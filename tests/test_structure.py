@@ -172,6 +172,7 @@ def test_the_readme_s_python_gives_what_it_says(tmp_path):
 assert result["status"] == "finished" and result["epochs"] == 3
 assert len(table["loss"]) == 63 and 0.5 < table["cosine_sample/1"].mean() < 1
 assert len(runs) == 1 and figure.axes
+assert len(curves) == 3 and set(curves.method) == {"ltas"}
 import torch
 assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 """

@@ -19,8 +19,8 @@ from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
-# names of options in other programs
-OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay"}
+# names of options in other programs, and of the choice that switches W&B off
+OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "none": "disabled", "off": "disabled"}
 INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
 
 
@@ -81,13 +81,22 @@ def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 def did_you_mean(key: str, names: Iterable[str]) -> str:
     """Return "; did you mean …?" with the known name whose last part is closest to that of an unknown key.
 
-    Return "" if none is close. Of several such names, the one with the fewest dots is suggested.
+    Return "" if none is close. Of several such names, the one with the fewest dots is suggested. For a key in a known
+    group, such as optimizer.beta, a name of another group must have the same last part.
     """
     if renamed := (RENAMED | MOVED).get(key):
         return f"; did you mean {renamed}?"
     last = key.lower().rpartition(".")[2]
+    last = OTHER_WORDS.get(last, last)
     last_parts = {name: name.rpartition(".")[2] for name in names if name != key}
-    close = difflib.get_close_matches(OTHER_WORDS.get(last, last), last_parts.values(), n=1)
+    group = f"{key.partition('.')[0]}."
+    if "." in key and any(name.startswith(group) for name in last_parts):
+        last_parts = {
+            name: part
+            for name, part in last_parts.items()
+            if name.startswith(group) or part == last
+        }
+    close = difflib.get_close_matches(last, last_parts.values(), n=1)
     guesses = [name for name, part in last_parts.items() if part in close]
     guesses.sort(key=lambda name: name.count("."))
     return f"; did you mean {guesses[0]}?" if guesses else ""
@@ -130,9 +139,28 @@ def _unknown_key(error: Any) -> str:
     known = ", ".join(str(key) for key in error.parent_node if key not in INTERNAL)
     everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     key = str(error.full_key)
-    suggestion = did_you_mean(key, flat_keys(everything))
-    hint = f"; +{key}=… passes it to the constructor" if "_target_" in error.parent_node else ""
+    suggestion, hint = did_you_mean(key, flat_keys(everything)), ""
+    if _constructor_takes(key, error.parent_node, everything.get("plugins") or []):
+        suggestion, hint = "", f"; +{key}=… passes it to the constructor"
     return f"{key}: no such option{suggestion}; there are {known or 'none'}{hint}"
+
+
+def _constructor_takes(key: str, node: Any, plugins: Sequence[str]) -> bool:
+    """Return whether the constructor of a component takes an option that the configuration lacks.
+
+    key: key of the option, such as `method.fixed_blocks`.
+    node: the part of the configuration that should hold the option. It may be a component, which has a `_target_`.
+    plugins: names of the plugin packages.
+    """
+    from dfl_experiments.configuration.components import KINDS, locate, options_of
+
+    group, _, name = key.rpartition(".")
+    if group not in KINDS or "_target_" not in node:
+        return False
+    try:
+        return name in options_of(locate(node["_target_"], group, plugins), group).model_fields
+    except (UserError, OmegaConfBaseException):  # a wrong `_target_`
+        return False
 
 
 def refusal(

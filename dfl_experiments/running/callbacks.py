@@ -22,6 +22,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.running.outcome import COMMAND, Sweep
 from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan, show_search
 from dfl_experiments.running.point_counter import PointCounter
+from dfl_experiments.running.run_directory import refuse_folder_of_runs
 from dfl_experiments.running.summary import print_summary
 from dfl_experiments.running.sweep import check_job, check_sweep, jobs_of
 from dfl_experiments.running.tracking import warn_of_variable
@@ -40,6 +41,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
         flag.startswith("hydra.run.dir=") for flag in flags
     ):
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
+    refuse_folder_of_runs(run_dir)
     choose_device(configuration.settings.device)
     warn_of_variable(configuration.settings.tracking.mode)
     return configuration, run_dir
@@ -49,6 +51,15 @@ def refuse_chdir(cfg: DictConfig) -> None:
     """Raise `UserError` for hydra.job.chdir=true. In another working directory, a relative data_dir would be wrong."""
     if cfg.hydra.job.chdir:
         raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
+
+
+def note_grid(cfg: DictConfig) -> None:
+    """Print a note if a single run has an experiment's grid, and the command does not choose a point of it."""
+    overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    chosen = [override.partition("=")[0] for override in overrides]
+    keys = [key for key in OmegaConf.select(cfg, "hydra.sweeper.params") or () if key not in chosen]
+    if keys:
+        print(f"this is one run; the experiment's grid over {', '.join(keys)} needs --multirun")
 
 
 def make_folder(folder: Path, key: str) -> None:
@@ -105,6 +116,7 @@ class Checks(Callback):
             HydraConfig.instance().set_config(config)
             refuse_chdir(config)
             Checks.checked, run_dir = check_run(config)
+            note_grid(config)
             if Checks.is_dry:
                 configuration = Checks.checked
                 planned = PlannedRun(run_dir, str(run_dir), [])

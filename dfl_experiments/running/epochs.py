@@ -236,7 +236,10 @@ class Training:
         trained, initial = nn.ModuleList([learner.net, learner.method]), state.initial or 0.0
         state.end = early_end(columns["loss"], epoch, trained, accuracies["best"], initial)
         if state.end is None and has_collapsed and self.settings.stop_collapsed:
-            cause = f"no unit of layer {top} is active for any image whose error is not zero"
+            cause = (
+                f"all units of layer {top} are 0 for every image that still has an error, so nothing can be learned; "
+                "try a lower optimizer.lr"
+            )
             state.end = {"status": "collapsed", "reason": f"after epoch {epoch}: {cause}"}
         state.epoch, state.rows, state.epoch_seconds = epoch, None, 0.0
 

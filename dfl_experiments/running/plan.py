@@ -18,6 +18,9 @@ from dfl_experiments.running.summary import swept_keys, values_by_key
 # number of batches before a time measurement, and largest number of batches in it
 WARM_UP, TIMED = 3, 20
 SECONDS_OF_TIMING = 2.0  # longest duration of a time measurement
+# Seconds that a run needs to start and to end, mostly for Hydra and W&B. Measured on one core of an AMD EPYC.
+BESIDE_TRAINING = 2.0
+BESIDE = f"{BESIDE_TRAINING:g} s of each run are for its start and end"
 
 
 class PlannedRun(NamedTuple):
@@ -119,10 +122,8 @@ def show_plan(
     except (*MISTAKES, RuntimeError) as error:
         print(f"time unknown: {one_line(error)}")
         return
-    total = sum(seconds[run.kind] for run in waiting)
-    print(
-        f"about {duration(total)} of training on this machine, one run after another; each also needs time to start"
-    )
+    total = sum(seconds[run.kind] + BESIDE_TRAINING for run in waiting)
+    print(f"about {duration(total)} on this machine, one run after another; {BESIDE}")
 
 
 def show_search(n_trials: int | None, configuration: Configuration) -> None:
@@ -138,7 +139,7 @@ def show_search(n_trials: int | None, configuration: Configuration) -> None:
     except (*MISTAKES, RuntimeError) as error:
         print(f"time unknown: {one_line(error)}")
         return
-    print(f"about {duration(seconds)} of training for one run; each also needs time to start")
+    print(f"about {duration(seconds + BESIDE_TRAINING)} for one run; {BESIDE}")
 
 
 def seconds_of_run(configuration: Configuration) -> float:

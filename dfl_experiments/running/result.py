@@ -121,6 +121,25 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return content
 
 
+def has_failed_to_learn(result: Mapping[str, Any]) -> bool:
+    """Return whether the last test accuracy is below 0.8 × the run's best one, or at chance.
+
+        at chance: accuracy < c + min(c/2, 0.02, (1 − c)/5)
+
+    c is the accuracy of a net that always predicts the most frequent class. A smoke run is not judged.
+    """
+    if result.get("config", {}).get("smoke") is not None:
+        return False
+    accuracies = result.get("test_accuracy") or {}
+    last = accuracies.get("last")
+    if last is None:
+        last = result["accuracy"]
+    num_classes = result.get("num_classes") or math.inf
+    chance = result.get("largest_class") or 1 / num_classes
+    margin = min(chance / 2, 0.02, (1 - chance) / 5)
+    return last < max(0.8 * (accuracies.get("best") or 0.0), chance + margin)
+
+
 def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[float | None]]:
     """Return the columns of `epochs.csv` by name. A value is None if it is infinite or was not measured.
 

@@ -26,6 +26,7 @@ EPOCH_COLUMNS = (
 # The value of protocol.accuracy decides which entry of `test_accuracy` in result.json is reported.
 HEADLINES = {"last": "last", "best_test": "best", "best_validation": "at_best_validation"}
 CONFIG, RESULT, LAST, PREVIOUS = "config.yaml", "result.json", "last.pt", "previous.pt"
+RUN_FILES = (RESULT, LAST, "epochs.csv")  # a folder with one of these files is a run directory
 Row = dict[str, float | int | None]
 
 
@@ -151,6 +152,31 @@ def record_overrides(run_dir: Path, overrides: Sequence[str]) -> None:
     write_atomically(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is the directory of a run that has begun."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def run_below(folder: Path) -> str | None:
+    """Return the name of a run directory directly below a folder; None if there is none.
+
+    The first one is enough, so this is fast in a folder of many runs.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and is_run(Path(entry)):
+                return entry.name
+    return None
+
+
+def refuse_folder_of_runs(folder: Path) -> None:
+    """Raise `UserError` if a new run in this folder would hide runs in the folders directly below it."""
+    if folder.is_dir() and not is_run(folder) and (name := run_below(folder)):
+        raise UserError(
+            f"{folder}: is a folder of runs, such as {name}, and a run would hide them; choose another hydra.run.dir="
+        )
+
+
 def relative(folder: Path) -> str:
     """Return the path of a folder; inside the current folder, the relative path."""
     path = folder.absolute()
@@ -178,6 +204,7 @@ def rerun_arguments(key: str, folder: str, plugins: Sequence[str]) -> str:
     return printable(shlex.join(words))
 
 
-def plot_line(folder: Path) -> str:
-    """Return the line that says how to plot a run or a sweep."""
-    return printable(f"plot it: dfl-plot {as_argument(folder)}")
+def plot_line(folder: Path, facet: str | None = None) -> str:
+    """Return the line that says how to plot a run or a sweep. facet: key whose values each get a row of plots."""
+    flags = "" if facet is None else f" --facet {facet}"
+    return printable(f"plot it: dfl-plot {as_argument(folder)}{flags}")

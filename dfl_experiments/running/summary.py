@@ -17,11 +17,12 @@ from dfl_experiments.running.outcome import (
     other_endings,
     overrides_of,
 )
-from dfl_experiments.running.result import DONE
+from dfl_experiments.running.result import DONE, has_failed_to_learn
 from dfl_experiments.running.run_directory import as_argument, csv_text, plot_line, write_atomically
 from dfl_experiments.running.workers import QUEUE
 
 ROWS_SHOWN = 50  # largest number of unfinished points that are printed
+FACETS = 4  # largest number of rows of plots that the printed command asks for
 NOT_STARTED = "not started"
 # options in NOT_IN_DIGEST whose values a sweep may compare
 COMPARED = ("protocol", "stop_collapsed")
@@ -41,11 +42,24 @@ class Setting:
         values = [end.result.get(name) for end in self.endings if end.is_finished]
         return [value for value in values if value is not None]
 
-    def rank(self) -> tuple[bool, float]:
-        """Return the sort key. The highest accuracy comes first. Settings with a run that ended early come last."""
+    @property
+    def not_learned(self) -> int:
+        """Number of finished runs that did not learn."""
+        return sum(end.is_finished and has_failed_to_learn(end.result) for end in self.endings)
+
+    @property
+    def is_failing(self) -> bool:
+        """True if a run ended early or did not learn."""
         ended_early = any(end.status in DONE and not end.is_finished for end in self.endings)
+        return ended_early or self.not_learned > 0
+
+    def rank(self) -> tuple[bool, bool, float]:
+        """Return the sort key.
+
+        The highest accuracy comes first. Settings with a failing run come later, settings without a result last.
+        """
         accuracies = self.results("validation_accuracy") or self.results("accuracy")
-        return ended_early, -mean(accuracies or [0.0])
+        return not accuracies, self.is_failing, -mean(accuracies or [0.0])
 
     def row(self) -> list[str]:
         """Return the cells that follow the swept values in the table: n, accuracies, and the cosine of layer 1."""
@@ -53,6 +67,8 @@ class Setting:
         count = str(len(finished))
         if len(finished) < len(self.endings):
             count += f" of {len(self.endings)}"
+        if self.not_learned:
+            count += f" ({self.not_learned} did not learn)"
         cosines = [end.result.get("cosine", {}).get("1") for end in finished]
         cosines = [cosine for cosine in cosines if cosine is not None]
         return [
@@ -120,7 +136,10 @@ def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
 
 
 def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:
-    """Return the keys whose values differ between settings, and the settings themselves, the best first."""
+    """Return the keys whose values differ between settings, and the settings themselves.
+
+    The best setting comes first. Settings that differ only in options of the optimizer are together.
+    """
     points = [values_by_key(end.overrides) for end in endings]
     keys = [key for key in swept_keys(points) if key != "seed"]
     settings: dict[tuple[str, ...], Setting] = {}
@@ -128,27 +147,40 @@ def settings_of(endings: Sequence[Ending]) -> tuple[list[str], list[Setting]]:
         cells = [values.get(key, "") for key in keys]
         setting = settings.setdefault(tuple(cells), Setting(cells, []))
         setting.endings.append(end)
-    return keys, sorted(settings.values(), key=Setting.rank)
+    groups: dict[tuple[str, ...], list[Setting]] = {}
+    for setting in sorted(settings.values(), key=Setting.rank):
+        pairs = zip(keys, setting.values, strict=True)
+        group = tuple(value for key, value in pairs if not key.startswith("optimizer"))
+        groups.setdefault(group, []).append(setting)
+    return keys, [setting for group in groups.values() for setting in group]
 
 
 def print_settings(endings: Sequence[Ending]) -> None:
-    """Print a table with one row per setting, the best first. A row has the means over the setting's seeds.
+    """Print a table with one row per setting, the best first, and what its marks mean.
 
-    If no point has finished, nothing is printed.
+    A row has the means over the setting's seeds. If no point has finished, nothing is printed.
     """
     from tabulate import tabulate
 
     if not any(end.is_finished for end in endings):
         return
     keys, settings = settings_of(endings)
-    table = [["", *keys, "n", "accuracy", "validation accuracy", "cosine of layer 1"]]
-    for setting in settings:
-        is_best = setting is settings[0] and len(settings) > 1
-        table.append(["*" if is_best else "", *setting.values, *setting.row()])
+    best = None if len(settings) == 1 or settings[0].is_failing else settings[0]
+    has_seeds = any(len(setting.results("accuracy")) > 1 for setting in settings)
+    accuracy = "accuracy (mean ± sd)" if has_seeds else "accuracy"
+    head = ["", *keys, "n", f"test {accuracy}", f"validation {accuracy}", "cosine of layer 1"]
+    body = [["*" if one is best else "", *one.values, *one.row()] for one in settings]
     # leave out the columns without a value
-    columns = [column for column in zip(*table, strict=True) if set(column[1:]) != {"-"}]
+    columns = [column for column in zip(head, *body, strict=True) if set(column[1:]) != {"-"}]
     header, *rows = zip(*columns, strict=True)
     print(tabulate(rows, header, tablefmt="plain", disable_numparse=True))
+    is_any_failing = any(setting.is_failing for setting in settings)
+    if best is not None:
+        kind = "validation" if best.results("validation_accuracy") else "test"
+        others = " of the settings without failing runs" if is_any_failing else ""
+        print(f"  * highest {kind} accuracy{others}")
+    if any(setting.not_learned for setting in settings):
+        print("  did not learn: the last test accuracy is below 0.8 × the run's best, or at chance")
 
 
 def print_unfinished(sweep: Sweep, endings: Sequence[Ending]) -> None:
@@ -168,6 +200,20 @@ def print_unfinished(sweep: Sweep, endings: Sequence[Ending]) -> None:
         description = reason or advice
         text = f"{count} {NOT_STARTED}: {description}" if description else f"{count} {NOT_STARTED}"
         print(printable(f"  {text}"))
+
+
+def facet_of(endings: Sequence[Ending]) -> str | None:
+    """Return the key by which a plot of several methods is best divided; None if it needs no division.
+
+    This is the only key that differs beside method and seed, if it has at most `FACETS` values.
+    """
+    keys, settings = settings_of(endings)
+    others = [key for key in keys if key != "method"]
+    if len(others) != 1 or len(keys) != 2:
+        return None
+    number = keys.index(others[0])
+    values = {setting.values[number] for setting in settings}
+    return others[0] if len(values) <= FACETS else None
 
 
 def print_best(sweep: Sweep, endings: Sequence[Ending]) -> None:
@@ -211,7 +257,7 @@ def print_summary(sweep: Sweep) -> int:
         print_best(sweep, rest)
     print(f"  {path}" if problem is None else f"dfl-train: {path}: {problem}")
     if any(end.result.get("epochs") for end in shown):
-        print(f"  {plot_line(sweep.folder)}")
+        print(f"  {plot_line(sweep.folder, facet_of(shown))}")
         if not has_more:
             print(f"  compare: {report}")
     return 1 if counts.keys() & {"failed", "interrupted", NOT_STARTED, "damaged"} else 0

@@ -24,7 +24,7 @@ from dfl_experiments.running.locks import Busy, lock_run
 from dfl_experiments.running.outcome import Sweep, SweepPoint, has_begun, write_outcome
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
-from dfl_experiments.running.run_directory import record_overrides, relative
+from dfl_experiments.running.run_directory import is_run, record_overrides, relative
 from dfl_experiments.running.summary import four_digits
 from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import BUSY, check_launcher, silence_submitit
@@ -57,7 +57,8 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
 
     cfg: Hydra's configuration of the whole sweep.
     command: ID of this command.
-    Raises one of `MISTAKES` if there is no job or a wrong job, or if two jobs are the same run or have the same folder.
+    Raises one of `MISTAKES` if there is no job or a wrong job, if two jobs are the same run or have the same folder, or
+    if the sweep's folder is a run.
     """
     sweeper, launcher = (
         cfg.hydra.runtime.choices[f"hydra/{name}"] for name in ("sweeper", "launcher")
@@ -68,6 +69,10 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     digests: dict[str, str] = {}
     folders: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
+    if is_run(sweep_dir):
+        raise UserError(
+            f"{relative(sweep_dir)}: is a run, and would hide the runs of a sweep in it; choose another sweep="
+        )
     force = bool(cfg.force)
     sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, force, config_flags(cfg))
     for number, overrides in enumerate(
@@ -193,13 +198,14 @@ def run_point(
         log.info("%s", busy)
     except Exception as error:
         counter.add("failed", start)
+        details = ""
         if not isinstance(error, UserError | OSError):
-            (run_dir / TRACEBACK).write_text(
-                "".join(traceback.format_exception(error)), encoding="utf-8"
-            )
+            path = run_dir / TRACEBACK
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            details = f" ({relative(path)} has the details)"
         # Hydra keeps the error of a job. Clear the error's frames, which would keep network and images in memory.
         traceback.clear_frames(error.__traceback__)
-        log.error("%s: failed: %s", run_dir.name, one_line(error))
+        log.error("%s: failed: %s%s", run_dir.name, one_line(error), details)
         silence_submitit()
     return None
 

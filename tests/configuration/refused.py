@@ -95,6 +95,10 @@ KEYS = {
         "method.fixed_blocks",
         "; +method.fixed_blocks=… passes it to the constructor",
     ),
+    "tracking=none": ("tracking=none: there are disabled", "did you mean disabled?"),
+    "optimizer=torch optimizer._target_=torch.optim.SGD optimizer.momentum=0.9": (
+        "; +optimizer.momentum=… passes it to the constructor",
+    ),
     "optimizer.milestones=[0.5]": (
         "optimizer.milestones: no such option",
         "did you mean schedule.milestones?",

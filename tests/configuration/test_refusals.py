@@ -35,6 +35,16 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_hint_leads_to_the_next_refusal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(["optimizer=sgd", "optimizer.betas=[0.9,0.99]"], monkeypatch, capsys)
+    assert said.startswith("dfl-train: error: optimizer.betas: no such option; there are lr, ")
+    assert "constructor" not in said
+    # an option with this name in another group is what was meant
+    said = refusal(["schedule.lr=0.1"], monkeypatch, capsys)
+    assert "did you mean optimizer.lr?" in said
+
+
 def test_a_refusal_from_the_shell_is_one_line_and_an_exit_code(tmp_path):
     done = dfl_train(tmp_path, "optimizer.lr=abc", environment={})
     assert (done.returncode, done.stdout) == (2, "")

@@ -216,6 +216,7 @@ def test_a_mistake_in_the_code_is_not_passed_off_as_the_user_s(
         main()
     assert end.value.code == 1
     (path,) = tmp_path.glob("outputs/*/*/traceback.txt")
+    assert f"({path.relative_to(tmp_path)} has the details)" in capsys.readouterr().out
     assert "no_such_attribute" in path.read_text()
 
 

@@ -265,3 +265,29 @@ def test_what_is_no_table_and_a_frame_without_runs_are_refused(folder):
 
 def test_the_public_names_are_listed():
     assert set(dir(dfl)) >= {"compose", "draw", "load_run", "rule", "run", "runs"}
+
+
+@pytest.mark.parametrize("load", [dfl.load_run, dfl.load_net, dfl.read_rows])
+def test_what_is_not_one_run_is_refused_with_what_to_do(load, folder, tmp_path):
+    with pytest.raises(UserError, match=r"is a folder of runs, not one run; dfl\.runs\(.* lists"):
+        load(folder.parent)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no result\.json"):
+        load(tmp_path)
+
+
+def test_curves_and_drawings_take_only_the_table_of_runs(folder):
+    runs = dfl.runs(folder)
+    assert len(dfl.curves(runs)) == len(dfl.curves(runs[:1], table="epochs")) == 3
+    assert "what: names of quantities" in dfl.draw.__doc__
+    for function in (dfl.curves, dfl.draw):
+        for wrong in (str(folder), folder, runs.iloc[0]):
+            with pytest.raises(
+                UserError, match=r"takes the table that dfl\.runs\(folder\) returns"
+            ):
+                function(wrong)
+        with pytest.raises(UserError, match="not a PosixPath"):
+            function(frame=folder)
+        with pytest.raises(TypeError, match="frame"):
+            function()

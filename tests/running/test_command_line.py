@@ -261,6 +261,21 @@ def test_the_package_is_the_command_too_and_tells_its_version(tmp_path):
             check=True,
         )
         assert done.stdout == f"dfl-experiments {version('dfl-experiments')}\n"
+    command = [sys.executable, "-m", "dfl_experiments", "--cfg"]
+    wrong = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("usage: dfl-train ")
+
+
+def test_one_run_of_an_experiment_says_that_its_grid_needs_multirun(tmp_path):
+    options = ("experiment=depth_digits", "epochs=1", "--dry-run")
+    note = "this is one run; the experiment's grid over "
+    keys = "seed, model.widths, optimizer.lr, method"
+    assert f"{note}{keys} needs --multirun\n" in dfl_train(tmp_path, *options).stdout
+    point = ("seed=0", "model.widths=[8]", "optimizer.lr=1e-3")
+    assert f"{note}method needs" in dfl_train(tmp_path, *options, *point).stdout
+    assert note not in dfl_train(tmp_path, *options, *point, "method=dfa").stdout
+    assert note not in dfl_train(tmp_path, "--multirun", *options, *point, "method=dfa").stdout
 
 
 def test_any_text_can_be_printed_on_any_terminal(tmp_path):

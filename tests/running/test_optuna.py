@@ -88,7 +88,7 @@ def test_a_dry_run_says_how_many_runs_a_sweeper_may_choose(tmp_path):
     assert (dry.returncode, dry.stderr) == (0, "")
     _, runs, time = dry.stdout.splitlines()
     assert runs == "the sweeper chooses the points as it goes, up to 3 runs"
-    assert re.fullmatch(r"about \d+ s of training for one run; each also needs time to start", time)
+    assert re.fullmatch(r"about \d+ s for one run; 2 s of each run are for its start and end", time)
     assert not list(tmp_path.iterdir())
 
 

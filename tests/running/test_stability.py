@@ -186,7 +186,7 @@ def test_a_run_that_collapses_ends_as_such_and_says_so(tmp_path):
     )
     last = rows[-1]
     assert result["status"] == "collapsed"
-    assert result["reason"].startswith(f"after epoch {len(rows)}: no unit of layer 2 ")
+    assert result["reason"].startswith(f"after epoch {len(rows)}: all units of layer 2 ")
     assert len(rows) == result["epochs"] < 6
     assert (last["dead/2"], last["activation_rms/2"]) == ("1", "0")
     for name in ("activation_rms", "dead", "norm_ratio"):

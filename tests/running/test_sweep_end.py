@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -11,7 +12,7 @@ from processes import dfl_train
 from dfl_experiments.running.outcome import Ending
 from dfl_experiments.running.point_counter import PointCounter, duration, progress_text
 from dfl_experiments.running.run_directory import plot_line
-from dfl_experiments.running.summary import print_settings, summary_rows, values_by_key
+from dfl_experiments.running.summary import facet_of, print_settings, summary_rows, values_by_key
 
 SMALL = ("model.widths=[16]", "epochs=1", "limit=64", "tracking=disabled")
 SWEEP = (
@@ -22,6 +23,8 @@ SWEEP = (
     "seed=0,1",
     "data_dir=nowhere",
     *SMALL,
+    "batch_size=8",
+    "optimizer.lr=1e-2",
 )
 
 
@@ -74,9 +77,11 @@ def test_summary_csv_has_a_column_for_each_swept_key_and_each_result(ended_sweep
 
 def test_the_end_table_has_a_row_for_each_setting_with_the_best_first_and_marked(ended_sweep):
     folder, done = ended_sweep
-    head, *lines = done.stdout.partition("sweep s: 8 points, ")[2].splitlines()[1:6]
-    names = ["method", "dataset", "n", "accuracy", "validation accuracy", "cosine of layer 1"]
+    head, *lines, legend = done.stdout.partition("sweep s: 8 points, ")[2].splitlines()[1:7]
+    accuracies = ["test accuracy (mean ± sd)", "validation accuracy (mean ± sd)"]
+    names = ["method", "dataset", "n", *accuracies, "cosine of layer 1"]
     assert re.split("  +", head.strip()) == names
+    assert legend == "  * highest validation accuracy"
     held_out = {}
     for row in table_of(folder):
         if row["status"] == "finished":
@@ -113,7 +118,7 @@ def test_each_finished_run_is_one_line_that_says_how_far_the_sweep_is(ended_swee
 def test_a_run_and_a_sweep_end_with_the_command_that_plots_them(ended_sweep, tmp_path):
     _, done = ended_sweep
     assert done.stdout.splitlines()[-2:] == [
-        "  plot it: dfl-plot outputs/s",
+        "  plot it: dfl-plot outputs/s --facet dataset",
         "  compare: dfl-report outputs/s",
     ]
     assert "the folder holds" not in done.stdout
@@ -137,7 +142,7 @@ def test_a_dry_run_lists_the_points_and_their_time_and_leaves_nothing(tmp_path):
     ):
         dry = dfl_train(tmp_path, *options)
         assert (dry.returncode, dry.stderr) == (0, "")
-        assert re.search(r"^about \d+ \w+ of training on this machine", dry.stdout, re.M)
+        assert re.search(r"^about \d+ \w+ on this machine.*; 2 s of each run are", dry.stdout, re.M)
         assert not list(tmp_path.iterdir())
     assert dfl_train(tmp_path, *swept, "seed=0").returncode == 0
     (point,) = (tmp_path / "grid").glob("*/result.json")
@@ -195,7 +200,8 @@ def test_a_setting_that_partly_collapsed_ranks_below_those_that_did_not(capsys):
             ending("1", 2, 0.8),
         ]
     )
-    head, best, other = capsys.readouterr().out.splitlines()
+    head, best, other, legend = capsys.readouterr().out.splitlines()
+    assert legend == "  * highest validation accuracy of the settings without failing runs"
     assert best.split() == [
         "*",
         "2",
@@ -215,9 +221,56 @@ def test_a_setting_that_partly_collapsed_ranks_below_those_that_did_not(capsys):
             ending("0", 2, 0.3, validation_accuracy=None),
         ]
     )
-    head, best, _ = capsys.readouterr().out.splitlines()
+    head, best, _, legend = capsys.readouterr().out.splitlines()
     assert "validation" not in head
+    assert "sd" not in head  # one seed
+    assert legend == "  * highest test accuracy"
     assert best.split() == ["*", "2", "1", "0.3000", "0.500"]
+
+
+def ended_point(method, lr, accuracy, classes=10, **result):
+    """A finished point of one seed."""
+    told = {"num_classes": classes, "test_accuracy": {"last": accuracy, "best": accuracy}} | result
+    point = ending("0", lr, accuracy, **told)
+    return point._replace(overrides=[f"method={method}", *point.overrides])
+
+
+def test_the_settings_of_one_method_are_together_and_those_that_did_not_learn_are_marked(capsys):
+    points = [
+        ended_point("bp", 1, 0.5),
+        ended_point("las", 1, 0.8),
+        ended_point("bp", 2, 0.9, test_accuracy={"last": 0.7, "best": 0.9}),
+        ended_point("las", 2, 0.1111),
+        ended_point("bp", 3, 0.1111, config={"smoke": 64}),
+    ]
+    print_settings(points)
+    _, *rows, legend, explanation = capsys.readouterr().out.splitlines()
+    assert rows[0].split()[:4] == ["*", "las", "1", "1"]
+    assert [row.replace("*", "").split()[:2] for row in rows] == [
+        ["las", "1"],
+        ["las", "2"],
+        ["bp", "1"],
+        ["bp", "3"],
+        ["bp", "2"],
+    ]
+    assert ["1 (1 did not learn)" in row for row in rows] == [False, True, False, False, True]
+    assert "without failing runs" in legend
+    assert explanation.startswith("  did not learn: ")
+    print_settings([ended_point("bp", 1, 0.1111), ended_point("bp", 2, 0.1)])
+    assert "*" not in capsys.readouterr().out
+
+
+def test_the_plot_line_gives_each_value_of_the_only_other_key_a_row():
+    def points(*rates, methods=("bp", "las")):
+        return [ended_point(method, lr, 0.9) for method in methods for lr in rates]
+
+    assert facet_of(points(1, 2, 3, 4)) == "optimizer.lr"
+    assert facet_of(points(1, 2, 3, 4, 5)) is None
+    assert facet_of(points(1)) is None
+    assert facet_of(points(1, 2, methods=["bp"])) is None
+    other = [point._replace(overrides=[*point.overrides, "epochs=3"]) for point in points(1, 2)]
+    assert facet_of([*points(1, 2), *other]) is None
+    assert plot_line(Path("a b"), "optimizer.lr") == "plot it: dfl-plot 'a b' --facet optimizer.lr"
 
 
 def test_columns_are_what_differs_and_what_decides_a_result():

@@ -15,6 +15,8 @@ import pytest
 import torch
 from processes import dfl_train, ended, forked
 
+import dfl_experiments as dfl
+from dfl_experiments.errors import UserError
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.locks import alive, lock_run
 from dfl_experiments.running.result import status_of
@@ -288,3 +290,29 @@ def test_neither_finished_nor_failed_points_leave_tensors_behind(tmp_path, monke
         counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
     assert counts[1] <= counts[0]
     assert sorted(statuses(tmp_path).values()) == ["failed"] * 10 + ["finished"] * 10
+
+
+def test_no_run_hides_a_sweep_and_no_sweep_hides_in_a_run(tmp_path):
+    small = ("epochs=1", "limit=64", "tracking=disabled")
+    alone, sweep = ("hydra.run.dir=outputs/one", *small), ("--multirun", "seed=0,1", *small)
+    assert dfl_train(tmp_path, *alone).returncode == 0
+    assert dfl_train(tmp_path, *sweep, "sweep=grid").returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for is_dry in ([], ["--dry-run"]):
+        for extra in ([], ["force=true"], ["resume=auto"]):
+            inside = dfl_train(tmp_path, "hydra.run.dir=outputs/grid", *small, *extra, *is_dry)
+            assert inside.returncode == 2
+            assert "outputs/grid: is a folder of runs, such as las-fc-" in inside.stderr
+        inside = dfl_train(tmp_path, *sweep, "sweep=one", *is_dry)
+        assert inside.returncode == 2
+        assert inside.stderr.startswith("dfl-train: error: outputs/one: is a run, and would hide")
+    with pytest.raises(UserError, match="grid: is a folder of runs"):
+        dfl.run(dfl.compose([*small]), tmp_path / "outputs" / "grid")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    for again in ([*sweep, "sweep=grid"], [*alone, "force=true"], ["resume=outputs/one"]):
+        assert dfl_train(tmp_path, *again).returncode == 0
+    # a run may have folders of other kinds, and an earlier version may have put runs there
+    (point,) = (tmp_path / "outputs" / "grid").glob("*-seed1-*")
+    point.rename(tmp_path / "outputs" / "one" / point.name)
+    assert dfl_train(tmp_path, "resume=outputs/one").returncode == 0
+    assert dfl_train(tmp_path, *alone, "force=true").returncode == 0
