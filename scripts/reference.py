@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 
 import depth_ladder
 import pandas as pd
@@ -27,13 +28,21 @@ from claims import (
     picture,
     published,
 )
+from matplotlib.figure import Figure
 from stability_map import best_rates, runs_of_map
 
 from dfl_experiments.report import document, frame
 from dfl_experiments.report.compare import cosines
 from dfl_experiments.report.dfl_report import arguments
 from dfl_experiments.report.figures import Drawing, figures
-from dfl_experiments.report.style import family_of, method_name, row_title, save
+from dfl_experiments.report.style import (
+    family_of,
+    look_of,
+    method_name,
+    row_title,
+    save,
+    styled,
+)
 from dfl_experiments.report.table_text import NONE, markdown
 from dfl_experiments.report.tables import Section, sections
 
@@ -159,23 +168,45 @@ def ladder_part() -> Iterator[str]:
     yield f"{depth_ladder.markdown(summary)}\n"
 
 
-def families_part(runs: pd.DataFrame) -> Iterator[str]:
-    """Yield the section on Spearman's ρ between layer 1's cosine and accuracy, over all rules and by family."""
-    yield "## Alignment and accuracy\n"
-    yield (
-        "Spearman's ρ over the rules' means at one rate (number of rules). Many rules are similar, so they are not "
-        "independent observations: read these ρ with care.\n"
-    )
+def means_of_rules(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return for each setting and rate with enough rules the rules' mean cosine of layer 1 and mean accuracy."""
     measured = cosines(runs[~runs.smoke])
     plain = measured[measured.method.str.partition(",")[0] == measured.rule]
     plain = plain.assign(
         setting=[f"{row_title(row)}, lr {row.lr:g}" for _, row in plain.iterrows()]
     )
-    rows = []
+    settings = {}
     for setting, part in plain.groupby("setting"):
         means = part.groupby("rule")[["cosine/1", "accuracy"]].mean().dropna()
-        if len(means) < 2 * FEWEST_RULES:
-            continue
+        if len(means) >= 2 * FEWEST_RULES:
+            settings[str(setting)] = means
+    return settings
+
+
+def families_picture(runs: pd.DataFrame) -> Figure:
+    """Draw the ranks of accuracy and of layer 1's cosine: a panel for each setting and rate, a point for each rule."""
+    settings = means_of_rules(runs)
+    drawing = Figure(figsize=(5.2 * len(settings), 4.4), layout="constrained")
+    panels = drawing.subplots(1, len(settings), squeeze=False)[0]
+    for axes, (setting, means) in zip(panels, settings.items(), strict=True):
+        for rule, point in means.rank().iterrows():
+            axes.plot(*point, "o", color=look_of(str(rule)).colour)
+            axes.annotate(method_name(str(rule)), point, xytext=(4, 3), textcoords="offset points")
+        axes.set_title(fill(setting, 55))
+        axes.set(xlabel="rank of the cosine with BP, layer 1", ylabel="rank of the test accuracy")
+    return drawing
+
+
+def families_part(runs: pd.DataFrame) -> Iterator[str]:
+    """Yield the section on Spearman's ρ between layer 1's cosine and accuracy, over all rules and by family."""
+    yield "## Alignment and accuracy\n"
+    yield "![Ranks of accuracy and of the cosine of layer 1, a point for each rule](figures/families.png)\n"
+    yield (
+        "Spearman's ρ over the rules' means at one rate (number of rules). Many rules are similar, so they are not "
+        "independent observations: read these ρ with care. The figure shows the ranks; 1 is the lowest.\n"
+    )
+    rows = []
+    for setting, means in means_of_rules(runs).items():
         family = means.index.map(family_of)
         row = {"setting": setting, "all rules": correlation(means)}
         row["direct"] = correlation(means[family.str.startswith("direct")])
@@ -249,6 +280,8 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)  # delete the figures of the previous call
     document.save_all(drawings, folder, ["png"])
     save(picture(verdicts), folder / "claims.png")
+    with styled():
+        save(families_picture(runs), folder / "families.png", dpi=120)
     depth_ladder.write_figure()
     stability_map.write_figure(runs)
     (KEPT / "README.md").write_text(page(runs, parts, verdicts, drawings))

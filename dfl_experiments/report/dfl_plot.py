@@ -14,6 +14,8 @@ EPILOG = """examples:
   dfl-plot outputs/grid --where method=las --where optimizer.lr=1e-3
   dfl-plot outputs/grid --what norm,rms,dead --log --color method --out stability.svg
 """
+WHAT = """loss, accuracy, alignment, norm, rms, dead (default: the first three if measured);
+columns of epochs.csv, such as cosine, are other names of these"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -25,57 +27,22 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run directory, or a folder with run directories",
-    )
-    add(
-        "--what",
-        type=names,
-        help="loss, accuracy, alignment, norm, rms, dead (default: the first three if measured); "
-        "columns of epochs.csv, such as cosine, are other names of these",
-    )
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder with some")
+    add("--what", type=names, help=WHAT)
     add("--layer", type=layers, help="hidden layers, such as 1,3 (default: all)")
-    add(
-        "--by",
-        choices=("iteration", "epoch"),
-        help="x axis (default: iteration, if all runs have iterations.csv)",
-    )
-    add(
-        "--smooth",
-        type=positive,
-        metavar="N",
-        help="running mean over N measured iterations; 1: none",
-    )
-    add(
-        "--color",
-        metavar="KEY",
-        help="configuration key with one colour for each value (default: method)",
-    )
-    add(
-        "--facet",
-        metavar="KEY",
-        help="configuration key with one panel for each value, such as optimizer.lr",
-    )
-    add(
-        "--where",
-        type=condition,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="draw only the runs with this value of a configuration key or column (may be repeated)",
-    )
+    by = "x axis (default: iteration, if all runs have iterations.csv)"
+    add("--by", choices=("iteration", "epoch"), help=by)
+    add("--smooth", type=positive, metavar="N", help="running mean over N values; 1: none")
+    color = "configuration key with one colour for each value (default: method)"
+    add("--color", metavar="KEY", help=color)
+    facet = "configuration key with one panel for each value, such as optimizer.lr"
+    add("--facet", metavar="KEY", help=facet)
+    where = "draw only the runs with this value of a configuration key or column (may be repeated)"
+    add("--where", type=condition, action="append", default=[], metavar="KEY=VALUE", help=where)
     add("--log", action="store_true", help="logarithmic y axis for loss, norm and rms")
     add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help=".png, .pdf or .svg (default: plot.png, in RUN if there is one)",
-    )
+    out = ".png, .pdf or .svg (default: plot.png, in RUN if there is one)"
+    add("--out", type=Path, metavar="FILE", help=out)
     return parser.parse_args(words)
 
 
@@ -110,7 +77,7 @@ def plot(asked: argparse.Namespace) -> Path:
     from dfl_experiments.report.lines import draw
     from dfl_experiments.report.style import save
 
-    path = asked.out or (asked.runs[0] if len(asked.runs) == 1 else Path()) / "plot.png"
+    folder = asked.runs[0] if len(asked.runs) == 1 else Path()
     frame = runs(*asked.runs)
     for key, value in asked.where:
         frame = with_value(frame, key, value)
@@ -124,6 +91,7 @@ def plot(asked: argparse.Namespace) -> Path:
         asked.smooth,
         asked.log,
     )
+    path = asked.out or folder / "plot.png"
     save(figure, path, asked.dpi)
     return path
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from dfl_experiments.configuration.refusals import refusing
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "html", "commands")
+FORMAT = """terminal (default), markdown, csv (one row for each method), latex (booktabs), html (one page), or
+commands (dfl-train commands that repeat the runs in the table of methods)"""
 EPILOG = """examples:
   dfl-report outputs/lr_grid                               the table of methods, then tables with details
   dfl-report outputs/lr_grid --format html --figures f     report.html, and every figure as PNG and PDF in f/
@@ -25,34 +27,15 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    formats = (
-        "terminal (default), markdown, csv (one row for each method), latex (booktabs), html (one page), or "
-        "commands (dfl-train commands that repeat the runs in the table of methods)"
-    )
-    add(
-        "folders",
-        nargs="+",
-        type=Path,
-        help="run directories, or folders that contain run directories",
-    )
-    add("--format", choices=FORMATS, default="terminal", metavar="FORMAT", help=formats)
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="write the report to FILE (html: default report.html)",
-    )
-    add(
-        "--figures",
-        type=Path,
-        metavar="FOLDER",
-        help="write every figure to FOLDER, as PNG and PDF",
-    )
-    add(
-        "--paper",
-        action="store_true",
-        help="add the paper's accuracies, and list the paper's runs that are missing",
-    )
+    folders = "run directories, or folders that contain run directories"
+    add("folders", nargs="+", type=Path, help=folders)
+    add("--format", choices=FORMATS, default="terminal", metavar="FORMAT", help=FORMAT)
+    out = "write the report to FILE (html: default report.html)"
+    add("--out", type=Path, metavar="FILE", help=out)
+    figures = "write every figure to FOLDER, as PNG and PDF"
+    add("--figures", type=Path, metavar="FOLDER", help=figures)
+    paper = "add the paper's accuracies, and list the paper's runs that are missing"
+    add("--paper", action="store_true", help=paper)
     add("--card", metavar="RULE", help="show only the rows of one rule, such as las")
     return parser.parse_args(words)
 

@@ -21,12 +21,7 @@ from dfl_experiments.running.run_directory import csv_text, rerun_arguments
 
 
 def report(asked: Namespace) -> None:
-    """Read the runs and write the report.
-
-    Raises:
-        UserError: a folder does not exist, there are no runs, or no run has the rule of --card.
-        OSError: a file cannot be written.
-    """
+    """Read the runs and write the report. Raises `UserError` if there are no runs, or none of the rule of --card."""
     runs = frame.runs(*asked.folders)
     rules = sorted(set(runs.rule))
     if asked.card and asked.card not in rules:
@@ -44,7 +39,7 @@ def report(asked: Namespace) -> None:
     elif asked.format == "latex":
         write(latex(sections, asked.paper), asked.out)
     elif asked.format == "html":
-        write(html(sections, asked, drawings), asked.out or Path("report.html"))
+        write(page.page(parts(sections, asked, drawings)), asked.out or Path("report.html"))
     else:
         write(text(sections, asked, drawings), asked.out)
     if asked.figures:
@@ -73,19 +68,19 @@ def parts(
     for section in sections:
         if asked.card and asked.card not in set(section.runs.rule):
             continue
-        answer, *details = tables.answer(section, paper), *tables.details(section)
+        shown = [tables.answer(section, paper), *tables.details(section)]
         if asked.card:
-            answer, *details = [table.only(asked.card) for table in (answer, *details)]
+            shown = [table.only(asked.card) for table in shown]
+        answer, *details = [table for table in shown if len(table.frame)]
+        for table in shown:
+            columns.update(table.frame.columns)
         yield "heading", section.title
         yield "table", answer
-        columns.update(answer.frame.columns)
         for drawing in drawings:
             if drawing.section == section.title:
                 yield "figure", drawing
         for table in details:
-            if len(table.frame):
-                columns.update(table.frame.columns)
-                yield "details", table
+            yield "details", table
         yield "notes", tables.notes(section)
     if asked.paper:
         yield "heading", "Missing runs of the paper's tables"
@@ -94,21 +89,16 @@ def parts(
     yield "items", table_text.explanations(columns, bool(runs.smoke.any()))
 
 
-def html(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing]) -> str:
-    """Return the report as an HTML page that contains its figures."""
-    return page.page(
-        getattr(page, kind)(content) for kind, content in parts(sections, asked, drawings)
-    )
-
-
 def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing]) -> str:
     """Return the report for a terminal or in Markdown."""
     is_markdown = asked.format == "markdown"
     clean = table_text.markdown if is_markdown else str
     lines: list[str] = []
     for kind, content in parts(sections, asked, drawings):
-        if kind == "heading":
-            lines.append(f"## {clean(content)}\n" if is_markdown else f"{content}\n{72 * '='}\n")
+        if kind == "heading" and is_markdown:
+            lines.append(f"## {clean(content)}\n")
+        elif kind == "heading":
+            lines.append(f"{content}\n{72 * '='}\n")
         elif kind == "figure":
             lines.append(picture(asked.figures / f"{content.name}.png", asked.out))
         elif kind == "notes":
@@ -137,14 +127,10 @@ def latex(sections: list[Section], with_paper: bool) -> str:
     for section in sections:
         table = tables.answer(section, paper)
         caption = f"{section.title}. Test accuracy, mean ± sd over n seeds. {table.caption}"
-        body = table_text.write(table, "latex_booktabs")
-        texts += [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{table_text.latex(caption)}}}",
-            body,
-            "\\end{table}\n",
-        ]
+        texts.append("\\begin{table}\n\\centering")
+        texts.append(rf"\caption{{{table_text.latex(caption)}}}")
+        texts.append(table_text.write(table, "latex_booktabs"))
+        texts.append("\\end{table}\n")
     return "\n".join(texts) + "\n"
 
 
@@ -156,12 +142,10 @@ def csv_of(sections: list[Section]) -> str:
 
 
 def commands(sections: list[Section]) -> str:
-    """Return one line for each run in the table of methods.
-
-    The line is a command that repeats the run. A comment in the line gives the accuracy.
-    """
+    """Return for each run in the table of methods a line with the command that repeats it, and with its accuracy."""
     lines = []
-    for run in tables.ordered(pd.concat([section.chosen for section in sections])).itertuples():
+    chosen = pd.concat([section.chosen for section in sections])
+    for run in tables.ordered(chosen).itertuples():
         arguments = rerun_arguments("repeat", str(Path(run.folder).resolve()), run.plugins)
         accuracy = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
         lines.append(f"dfl-train {arguments}  # {accuracy}\n")

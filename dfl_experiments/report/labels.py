@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
+from pandas import DataFrame, Series
 
 from dfl_experiments.configuration.composition import CONF_DIR
 from dfl_experiments.report.run_record import as_text, flat
@@ -21,62 +21,78 @@ UNRESOLVED = "${}"  # in place of a default that refers to another option
 REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
-def labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns `setting`, `shared` and `method`, and a column for each option that `setting` or `method` names.
+Options = Mapping[str, str]
 
-    `method` is a text with the rule and those of its options that differ from their default. An option without a
-    default in conf/method/RULE.yaml is named if it differs between runs. `setting` is a text with all other options
-    that differ between runs. `shared` is a text with the options that all runs share and that differ from their
-    defaults. `is_default` says whether all options of a run except the method's have their defaults.
+
+def labelled(frame: DataFrame) -> DataFrame:
+    """Add the columns `setting`, `shared` and `method`, and a column for each option that they name.
+
+    setting: text with the options that differ between runs, without the method's.
+    shared: text with the options that all runs share and that differ from their defaults.
+    is_default: whether all options except the method's have their defaults.
+    method: text with the rule and those of its options that differ from their defaults.
     """
-    settings, methods = {}, {}
-    shared: dict[Any, str] = {}
-    is_default: dict[Any, bool] = {}
-    columns: dict[Any, dict[str, str]] = {}
-    for names, group in frame.groupby(NAMES, sort=False):
-        keys = differing(group.options)
-        defaults = defaults_of(dict(zip(NAMES, names, strict=True)))
-        text = ", ".join(assignments(shared_options(defaults, group.options)))
-        shared |= dict.fromkeys(group.index, text)
-        for index, options in group.options.items():
-            is_default[index] = has_defaults(options, defaults)
-            shown = {key: options[key] for key in keys if key in options}
-            settings[index] = ", ".join(assignments(shown))
-            columns[index] = shown
-    for (*_, protocol, rule), group in frame.groupby([*NAMES, "rule"], sort=False):
-        defaults = as_texts(conf_values("method", str(rule)), {"protocol": str(protocol)})
-        known = [key for key, value in defaults.items() if value != UNRESOLVED]
-        named = {*known, *differing(group.method_options)}
-        for index, options in group.method_options.items():
-            shown = {
-                key: value
-                for key, value in options.items()
-                if key in named and value != defaults.get(key)
-            }
-            methods[index] = ", ".join([str(rule), *assignments(shown)])
-            columns[index] |= {f"method.{key}": value for key, value in shown.items()}
-    frame = frame.assign(setting=settings, shared=shared, is_default=is_default, method=methods)
-    frame = frame.drop(columns=["options", "method_options"])
-    shown_options = pd.DataFrame.from_dict(columns, orient="index").fillna("")
-    return frame.join(shown_options[sorted(shown_options.columns.difference(frame.columns))])
+    columns: dict[Any, dict[str, Any]] = {}
+    for names, runs in frame.groupby(NAMES, sort=False):
+        columns |= setting_columns(dict(zip(NAMES, names, strict=True)), runs.options)
+    for (*_, protocol, rule), runs in frame.groupby([*NAMES, "rule"], sort=False):
+        for index, named in method_columns(protocol, rule, runs.method_options).items():
+            columns[index] |= named
+    frame = frame.drop(columns=["options", "method_options", "method"])
+    new = DataFrame.from_dict(columns, orient="index").fillna("")
+    return frame.join(new[new.columns.difference(frame.columns)])
 
 
-def has_defaults(options: Mapping[str, str], defaults: Mapping[str, str]) -> bool:
-    """Return whether the options of a run are those of conf/. Digests and the place of δ do not count."""
-    for key, value in options.items():
-        is_identity = key in ("data", "delta_at") or key.endswith(".code")
-        if not is_identity and defaults.get(key) not in (value, UNRESOLVED):
-            return False
-    return True
+def setting_columns(names: Options, all_options: Series) -> dict[Any, dict[str, Any]]:
+    """Return for each run the columns of `labelled` that do not depend on the method.
+
+    names: for each column of `NAMES`, the value that the runs share.
+    """
+    defaults = defaults_of(names)
+    keys = differing(all_options)
+    columns = {}
+    for index, options in all_options.items():
+        differs = {key: options[key] for key in keys if key in options}
+        unusual = [key for key, value in options.items() if not is_usual(key, value, defaults)]
+        shared = {key: options[key] for key in unusual if key not in keys}
+        texts = {"setting": joined(differs), "shared": joined(shared), "is_default": not unusual}
+        columns[index] = differs | texts
+    return columns
 
 
-def assignments(options: Mapping[str, str]) -> list[str]:
-    """Return options as texts such as "lr=0.1"."""
-    return [f"{key}={value}" for key, value in options.items()]
+def method_columns(protocol: str, rule: str, all_options: Series) -> dict[Any, dict[str, str]]:
+    """Return for each run the column `method`, and a column for each option that it names.
+
+    An option without a default in conf/method/RULE.yaml is named if it differs between the runs.
+    """
+    keys = differing(all_options)
+    shared = {key: value for key, value in all_options.iloc[0].items() if key not in keys}
+    defaults = as_texts(conf_values("method", rule), {"protocol": protocol})
+    usual = shared | {key: value for key, value in defaults.items() if value != UNRESOLVED}
+    columns = {}
+    for index, options in all_options.items():
+        named = {key: value for key, value in options.items() if value != usual.get(key)}
+        method = ", ".join(filter(None, [rule, joined(named)]))
+        columns[index] = {f"method.{key}": value for key, value in named.items()}
+        columns[index]["method"] = method
+    return columns
 
 
-def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
-    """Return the keys whose values differ between runs.
+def joined(options: Options) -> str:
+    """Return options as one text, such as "batch_size=32, loss=mse"."""
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def is_usual(key: str, value: str, defaults: Options) -> bool:
+    """Return whether an option has the value in conf/. Digests and the place of δ do not count."""
+    if key == ACTIVATION:
+        return False
+    is_identity = key in ("data", "delta_at") or key.endswith(".code")
+    return is_identity or defaults.get(key) in (value, UNRESOLVED)
+
+
+def differing(all_options: Iterable[Options]) -> list[str]:
+    """Return the keys whose values differ between runs, sorted.
 
     Digests of data or code are compared only between the runs that recorded them.
     """
@@ -91,7 +107,7 @@ def differing(all_options: Iterable[Mapping[str, str]]) -> list[str]:
     return keys
 
 
-def defaults_of(names: Mapping[str, str]) -> dict[str, str]:
+def defaults_of(names: Options) -> dict[str, str]:
     """Return the values of the options in conf/, as texts.
 
     names: for each group of conf/, the name of the file that the runs use.
@@ -103,27 +119,10 @@ def defaults_of(names: Mapping[str, str]) -> dict[str, str]:
     return defaults
 
 
-def shared_options(
-    defaults: Mapping[str, str], all_options: Iterable[Mapping[str, str]]
-) -> dict[str, str]:
-    """Return the options that have the same value in all runs, and another value in conf/.
-
-    defaults: what `defaults_of` returns for the runs.
-    """
-    first, *others = all_options
-    shared = {}
-    for key, value in first.items():
-        is_default = key != ACTIVATION and defaults.get(key, value) in (value, UNRESOLVED)
-        if not is_default and all(options.get(key) == value for options in others):
-            shared[key] = value
-    return shared
-
-
-def as_texts(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+def as_texts(values: Mapping[str, Any], names: Options) -> dict[str, str]:
     """Return the values of a file in conf/ as texts.
 
-    A value that refers to a data set or a protocol is replaced by the value in their file. Other references become
-    `UNRESOLVED`.
+    A reference to the data set or the protocol is replaced by the value there, any other one by `UNRESOLVED`.
 
     names: name of the data set and of the protocol.
     """
@@ -142,7 +141,7 @@ def conf_values(group: str, option: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def option_names(frame: pd.DataFrame) -> list[str]:
+def option_names(frame: DataFrame) -> list[str]:
     """Return the options that occur in the texts of the column `setting` and that have a column of their own."""
     keys = set(OPTION.findall(", ".join(set(frame.setting))))
     return sorted(keys.intersection(frame.columns))

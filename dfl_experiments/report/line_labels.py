@@ -1,13 +1,13 @@
 """Group runs into the lines of a figure, and choose the label, the colour and the dash of each line."""
 
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-import pandas as pd
+from pandas import DataFrame
 from pandas.api.types import is_numeric_dtype
 
 from dfl_experiments.report.choose import states
-from dfl_experiments.report.frame import POINT
+from dfl_experiments.report.frame import POINT, by_precedence
 from dfl_experiments.report.labels import option_names
 from dfl_experiments.report.style import (
     DASHES,
@@ -25,30 +25,19 @@ MOST_LABELS = 6
 # Columns that can appear in the label of a line. Options appear after FIRST_NAMES and before LAST_NAMES.
 FIRST_NAMES = ("method", "model", "dataset", "augmentation")
 LAST_NAMES = (
-    "lr", "weight_decay", "epochs", "limit", "optimizer", "schedule", "precision", "protocol", "smoke", "origin",
+    "lr", "weight_decay", "epochs", "limit", "optimizer", "schedule", "precision", "protocol", "smoke",
 )  # fmt: skip
 
 
-def with_lines(frame: pd.DataFrame, keys: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """Return the runs to draw, with the columns `line` and `origin`.
+def with_lines(frame: DataFrame, keys: Sequence[str], notes: list[str]) -> DataFrame:
+    """Return the runs to draw, with the number of their line in the column `line`.
 
-    line: number of the line that the run belongs to.
-    origin: name of the run's folder, if there is another run with the same settings and seed; else empty.
-
-    If a line has finished runs, its other runs are left out. Sentences about unfinished runs are added to `notes`.
+    Of several runs with the same settings and seed, one is drawn. If a line has finished runs, its other runs are left
+    out.
     """
-    point = list(dict.fromkeys([*POINT, *keys, "origin"]))
-    frame = frame.reset_index(drop=True).assign(origin="")
-    paths = [Path(folder).absolute() for folder in frame.folder]
-    parents, names = [path.parent.name for path in paths], [path.name for path in paths]
-    for origins in (parents, names, frame.folder):
-        is_repeated = frame.duplicated([*point, "seed"], keep=False)
-        if not is_repeated.any():
-            break
-        line = frame.groupby(point, dropna=False).ngroup()
-        is_ambiguous = is_repeated.groupby(line).transform("any")
-        frame["origin"] = frame.origin.mask(is_ambiguous, origins)
-    frame["line"] = frame.groupby(point, dropna=False).ngroup()
+    point = [*POINT, *keys]
+    frame = by_precedence(frame).drop_duplicates([*point, "seed"])
+    frame["line"] = frame.groupby(point).ngroup()
     is_finished = frame.status == "finished"
     has_finished = is_finished.groupby(frame.line).transform("any")
     rest = frame[has_finished & ~is_finished]
@@ -60,9 +49,7 @@ def with_lines(frame: pd.DataFrame, keys: Sequence[str], notes: list[str]) -> pd
     return frame.drop(rest.index)
 
 
-def lines_of(
-    frame: pd.DataFrame, color: str | None, facet: str | None, notes: list[str]
-) -> pd.DataFrame:
+def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list[str]) -> DataFrame:
     """Return a table with one row for each line. The index is the line's number. The new columns are:
 
     facet: value of the key `facet`.
@@ -75,24 +62,25 @@ def lines_of(
     lines["facet"] = lines[facet] if facet else ""
     lines["heading"] = in_words(lines, facet) if facet else ""
     columns = differing_columns(lines, color)
-    texts = [in_words(lines, column) for column in columns]
-    lines["label"] = (
-        [", ".join(filter(None, row)) for row in zip(*texts, strict=True)] if texts else ""
-    )
+    lines["label"] = ""
+    for column in columns:
+        lines["label"] = lines.label.str.cat(in_words(lines, column), sep=", ")
+    lines["label"] = lines.label.str.strip(", ")
     key = color or next(iter(columns), "label")
     lines["look"] = looks(lines, key)
     lines["legend"] = lines.label
     if lines.label.nunique() > MOST_LABELS:
         lines["legend"] = in_words(lines, key)
-        others = ["folder" if column == "origin" else column for column in columns if column != key]
-        notes.append(f"Lines of one colour differ in {', '.join(others)}.")
+        others = [column for column in columns if column != key]
+        if others:
+            notes.append(f"Lines of one colour differ in {', '.join(others)}.")
     if lines.legend.nunique() > MOST_LABELS and key == "method":
         lines["legend"] = lines.method.map(family_of)
         lines["look"] = [Look(look.colour) for look in lines["look"]]
     return lines
 
 
-def differing_columns(lines: pd.DataFrame, color: str | None) -> list[str]:
+def differing_columns(lines: DataFrame, color: str | None) -> list[str]:
     """Return the columns whose values differ between the lines of one facet."""
     names = [*FIRST_NAMES, *option_names(lines), *LAST_NAMES]
     if color and color not in names:
@@ -101,43 +89,37 @@ def differing_columns(lines: pd.DataFrame, color: str | None) -> list[str]:
     return counts.columns[counts.max() > 1].tolist()
 
 
-def in_words(lines: pd.DataFrame, column: str) -> list[str]:
+def in_words(lines: DataFrame, column: str) -> list[str]:
     """Return the values of a column as labels."""
     return [words(column, value) for value in lines[column]]
 
 
-def looks(lines: pd.DataFrame, key: str) -> list[Look]:
+def looks(lines: DataFrame, key: str) -> list[Look]:
     """Return the look of each line. The value in the column `key` decides the colour.
 
     If there are few labels, lines of the same colour get different dashes.
     """
     values = sorted(lines[key].unique())
-    is_number = is_numeric_dtype(lines[key])
     by_value = {}
     for index, value in enumerate(values):
         if key == "method":
             by_value[value] = look_of(value)
-        elif is_number:
+        elif is_numeric_dtype(lines[key]):
             by_value[value] = gradient(index, len(values))
         else:
             by_value[value] = Look(PALETTE[index % len(PALETTE)])
     by_label = dict(zip(lines.label, lines[key].map(by_value), strict=True))
     is_ambiguous = len(set(by_label.values())) < len(by_label)
     if is_ambiguous and len(by_label) <= MOST_LABELS:
-        colours = [look.colour for look in by_label.values()]
-        for index, label in enumerate(by_label):
-            colour = colours[index]
-            dash = colours[:index].count(colour)
-            by_label[label] = Look(colour, DASHES[dash % len(DASHES)])
+        used: Counter[str] = Counter()
+        for label, (colour, _) in by_label.items():
+            by_label[label] = Look(colour, DASHES[used[colour] % len(DASHES)])
+            used[colour] += 1
     return [by_label[label] for label in lines.label]
 
 
-def title(lines: pd.DataFrame) -> str:
-    """Return the title of a figure: nets and data sets, method, learning rate.
-
-    If there are more than three pairs of net and data set, the title only gives their number. The method is left out if
-    it differs between lines. The learning rate is also left out if it differs.
-    """
+def title(lines: DataFrame) -> str:
+    """Return the title of a figure: nets and data sets, and the method and learning rate that all lines share."""
     titles = list(dict.fromkeys(title_of(row) for row in lines.to_dict("records")))
     if len(titles) > 3:
         titles = [f"{len(titles)} nets and data sets"]

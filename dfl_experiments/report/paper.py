@@ -7,6 +7,7 @@ two tables are swapped; here the tables are named "fc" and "cnn".
 from pathlib import Path
 
 import pandas as pd
+from pandas import DataFrame
 
 from dfl_experiments.report.labels import conf_values
 from dfl_experiments.report.run_record import ALL_IMAGES
@@ -17,7 +18,7 @@ ROWS = ["dataset", "augmentation", "model"]
 SETTINGS = [*ROWS, "method", "epochs", "limit", "optimizer", "schedule", "is_default"]
 
 
-def published() -> pd.DataFrame:
+def published() -> DataFrame:
     """Return the published accuracies as fractions of 1. The other columns hold the settings of a comparable run."""
     frame = pd.read_csv(Path(__file__).with_name("paper_tables.csv"))
     frame["epochs"] = [int(conf_values("dataset", name)["epochs"]) for name in frame.dataset]
@@ -26,7 +27,7 @@ def published() -> pd.DataFrame:
     ).rename(columns={"accuracy": "published"})
 
 
-def missing(runs: pd.DataFrame) -> list[str]:
+def missing(runs: DataFrame) -> list[str]:
     """Return one line for each incomplete row of the paper's tables. The line names the methods without a run."""
     mine = runs.loc[~runs.smoke, SETTINGS].drop_duplicates()
     paper = published().merge(mine, on=SETTINGS, how="left", indicator="source")
@@ -37,5 +38,6 @@ def missing(runs: pd.DataFrame) -> list[str]:
             continue
         names = ", ".join(map(method_name, absent))
         state = "not begun" if len(absent) == len(row) else f"missing {names}"
-        lines.append(f"{title_of(row.iloc[0])} ({row.epochs.iloc[0]} epochs): {state}")
+        first = row.iloc[0]
+        lines.append(f"{title_of(first)} ({first.epochs} epochs): {state}")
     return lines

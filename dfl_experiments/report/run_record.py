@@ -3,9 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pandas import DataFrame
 
 from dfl_experiments.configuration.components import KINDS, NAME
 from dfl_experiments.configuration.composition import (
@@ -18,45 +20,44 @@ from dfl_experiments.configuration.composition import (
 from dfl_experiments.configuration.history import WITHOUT_EFFECT, with_current_names
 from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.errors import UserError
-from dfl_experiments.running.result import DONE, flat, read_epochs, read_result, status_of
+from dfl_experiments.running.result import (
+    DONE,
+    flat,
+    has_failed_to_learn,
+    read_epochs,
+    read_result,
+    status_of,
+)
 from dfl_experiments.running.run_directory import CONFIG
 
+Values = Mapping[str, Any]
 ENDED = ("finished", "collapsed")  # statuses of a run that has an accuracy
 UNFIT = ("diverged", "collapsed", "stopped", "failed")  # statuses of a run that fails
 GROUPS = (*PLACES, "optimizer", "schedule", "protocol")
 ALL_IMAGES = "all"  # value in the column `limit` if a run trains on all training images
-# Number of test images, for runs of early versions, which did not record it.
-TEST_IMAGES = {
-    "digits": 360,
-    "mnist": 10_000,
-    "fashion_mnist": 10_000,
-    "cifar10": 10_000,
-    "cifar100": 10_000,
-    "tinyimagenet": 10_000,
-}
+# number of test images, for runs of early versions, which did not record it
+TEST_IMAGES = dict.fromkeys(("mnist", "cifar10", "cifar100"), 10_000)
 PER_LAYER = ("cosine", "activation_rms", "dead", "norm_ratio", "zeros")
+# configuration keys whose column has another name
+ALIASES = {
+    "optimizer.lr": "lr",
+    "optimizer.weight_decay": "weight_decay",
+    "method.name": "rule",
+    **{f"{group}.name": group for group in GROUPS},
+}
 # Options that the column `setting` does not show. They have a column of their own, or do not change the results.
 NOT_IN_SETTING = {
-    "epochs",
-    "precision",
-    "seed",
-    "smoke",
-    "limit",
-    "optimizer.lr",
-    "optimizer.weight_decay",
-    "alignment.every",
-    "alignment.quantities",
-    "memory_format",
-    "protocol.accuracy",
-    *(f"{group}.name" for group in GROUPS),
-}
-PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z_\d-]*")
+    *ALIASES, "epochs", "precision", "seed", "smoke", "limit", "alignment.every", "alignment.quantities",
+    "memory_format", "protocol.accuracy", "schedule._target_",
+}  # fmt: skip
+PLAIN_WORD = re.compile(r"(?!(?i:null|true|false)$)[A-Za-z_][A-Za-z_\d-]*")
 
 
 def record_of(run_dir: Path) -> dict[str, Any]:
     """Return the row of one run. Raises an error of any type if the directory holds no valid run."""
     result = harmless(read_result(run_dir) or {})
-    config = with_current_names(result["config"] if result else recorded_config(run_dir))
+    recorded = result.get("config") or harmless(read_recorded(run_dir / CONFIG, str(run_dir)))
+    config = with_current_names(recorded)
     for group in GROUPS:
         NAME.validate_python(config[group]["name"], strict=True)
     status, reason = result.get("status", ""), result.get("reason") or ""
@@ -64,9 +65,9 @@ def record_of(run_dir: Path) -> dict[str, Any]:
         status, _, reason = harmless(status_of(run_dir))
     if status == "damaged":
         raise UserError(reason)
-    epochs = read_epochs(run_dir, result)
-    needs_epochs = config["protocol"]["accuracy"] == "best_validation"
-    if status == "finished" and needs_epochs and not epochs:
+    layers = {name: result.get(name) or {} for name in PER_LAYER}
+    epochs = DataFrame(read_epochs(run_dir, result), dtype=float)
+    if status == "finished" and is_best_by_validation(config) and epochs.empty:
         raise UserError(
             "epochs.csv is missing, but protocol.accuracy=best_validation needs its validation accuracies"
         )
@@ -75,25 +76,17 @@ def record_of(run_dir: Path) -> dict[str, Any]:
         "status": status,
         "reason": reason,
         **settings_of(config),
+        "config": flat(config),
         "options": options_of(config, result),
         "method_options": method_options_of(config, result),
-        **results_of(status, config, result, epochs),
-        **layers_of(result),
+        **results_of(status, config, result),
+        **validation_of(config, result, epochs),
+        "done_epochs": result.get("epochs", len(epochs)),
+        **{name: number(value) for name, value in flat(layers, "/").items()},
     }
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration in result.json, or in config.yaml if the run has no result yet."""
-    result = read_result(run_dir)
-    return harmless(result["config"]) if result else recorded_config(run_dir)
-
-
-def recorded_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration in config.yaml."""
-    return harmless(read_recorded(run_dir / CONFIG, str(run_dir)))
-
-
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Values) -> dict[str, Any]:
     """Return the columns for the settings of a run."""
     return {
         "smoke": config.get("smoke") is not None,
@@ -111,13 +104,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def options_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options that distinguish settings, as a mapping from key to text.
-
-    Digests of the data and of the user's code count as options.
-    """
+def options_of(config: Values, result: Values) -> dict[str, str]:
+    """Return the options that distinguish settings, and the digests of the data and of the user's code, as texts."""
     values = flat(result_options(config))
-    values.pop("schedule._target_", None)
     by_rule = config["protocol"].get("activation_of") or {}
     if values.get("model.activation") == by_rule.get(config["method"]["name"], "relu"):
         values.pop("model.activation", None)  # the rule decides the activation
@@ -125,76 +114,47 @@ def options_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str
     for key, value in values.items():
         if key not in NOT_IN_SETTING and not key.startswith("method."):
             options[key] = as_text(value)
-    if result.get("data"):
-        options["data"] = result["data"]
     for group, digest in result.get("code", {}).items():
         if group in KINDS and group != "method":
             options[f"{group}.code"] = digest
-    if result.get("delta_at"):
-        options["delta_at"] = result["delta_at"]
+    for key in ("data", "delta_at"):
+        if result.get(key):
+            options[key] = result[key]
     return options
 
 
-def method_options_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options of the method, as a mapping from key to text, with a digest of the user's code."""
-    values = result_options(config)["method"]
-    feedback = config["method"].get("feedback")
+def method_options_of(config: Values, result: Values) -> dict[str, str]:
+    """Return the options of the method, and the digest of the user's code, as texts."""
+    values = dict(result_options(config)["method"])
     without_effect = WITHOUT_EFFECT.get(config["model"].get("_target_"), ())
-    if feedback is not None and "method.feedback" not in without_effect:
+    if config["method"].get("feedback") and "method.feedback" not in without_effect:
         # added because `result_options` omits the value conv
-        values = values | {"feedback": feedback}
+        values["feedback"] = config["method"]["feedback"]
     options = {key: as_text(value) for key, value in flat(values).items() if key != "name"}
     if "method" in result.get("code", {}):
         options["code"] = result["code"]["method"]
     return options
 
 
-def results_of(
-    status: str,
-    config: Mapping[str, Any],
-    result: Mapping[str, Any],
-    epochs: Mapping[str, Sequence[float | None]],
-) -> dict[str, Any]:
+def results_of(status: str, config: Values, result: Values) -> dict[str, Any]:
     """Return the columns for the results of a run."""
     accuracy = result.get("accuracy") if status in ENDED else None
-    validation, validation_loss = validation_of(config, result, epochs)
-    failed_to_learn = False
-    if accuracy is not None and config.get("smoke") is None:
-        accuracies = result.get("test_accuracy") or {}
-        last = accuracies.get("last")
-        num_classes = result.get("num_classes")
-        chance = result.get("largest_class") or (1 / num_classes if num_classes else 0.0)
-        failed_to_learn = has_failed_to_learn(
-            accuracy if last is None else last, accuracies.get("best") or 0.0, chance
-        )
-    test_images = result.get("test_images")
-    if test_images is None and config.get("smoke") is None:
-        test_images = TEST_IMAGES.get(config["dataset"]["name"])
+    failed_to_learn = accuracy is not None and has_failed_to_learn(result)
+    is_whole = config.get("smoke") is None
+    known_images = TEST_IMAGES.get(config["dataset"]["name"]) if is_whole else None
     return {
         "accuracy": number(accuracy),
-        "validation_accuracy": number(validation),
-        "validation_loss": number(validation_loss),
-        "score": number(accuracy if validation is None else validation),
         "seconds": number(result.get("seconds")),
         "images_per_second": number(result.get("samples_per_second")),
         "device": result.get("device"),
         "finished_at": result.get("finished_at") or "",
-        "test_images": number(test_images),
-        "done_epochs": result.get("epochs", len(epochs.get("epoch", ()))),
+        "test_images": number(result.get("test_images") or known_images),
         "exact_layers": tuple(sorted(set(result.get("cosine_by_construction", ())), key=int)),
         "unstable": instability_text(result.get("unstable")),
         "failed_to_learn": failed_to_learn,
         "fails": status in UNFIT or failed_to_learn,
+        "has_ended": status in (*ENDED, *UNFIT),
     }
-
-
-def layers_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return the columns for the values of each layer, such as `cosine/1`."""
-    columns = {}
-    for name in PER_LAYER:
-        for layer, value in (result.get(name) or {}).items():
-            columns[f"{name}/{layer}"] = number(value)
-    return columns
 
 
 def number(value: float | None) -> float:
@@ -202,58 +162,39 @@ def number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def validation_of(
-    config: Mapping[str, Any],
-    result: Mapping[str, Any],
-    epochs: Mapping[str, Sequence[float | None]],
-) -> tuple[float | None, float | None]:
-    """Return the validation accuracy and the validation loss at the epoch that the protocol reports.
-
-    A value that was not recorded is None.
-    """
-    if config["protocol"]["accuracy"] != "best_validation":
-        return result.get("validation_accuracy"), result.get("validation_loss")
-    accuracies = [number(value) for value in epochs.get("validation_accuracy", ())]
-    measured = [value for value in accuracies if not math.isnan(value)]
-    if not measured:
-        return None, None
-    best = accuracies.index(max(measured))
-    losses = epochs.get("validation_loss")
-    return accuracies[best], losses[best] if losses else None
+def is_best_by_validation(config: Values) -> bool:
+    """Return whether the run reports the epoch of the best validation accuracy."""
+    return bool(config["protocol"]["accuracy"] == "best_validation")
 
 
-def has_failed_to_learn(accuracy: float, best: float, chance: float) -> bool:
-    """Return whether a run ends below 0.8 × its best test accuracy, or at chance.
-
-    accuracy: test accuracy after the last epoch.
-    best: highest test accuracy of all epochs.
-
-    An accuracy is at chance if it is below c + min(c/2, 0.02, (1 − c)/5).
-
-    chance: c, the accuracy of a network that always predicts the most frequent class. It is 1/K for K classes of the
-        same size.
-    """
-    margin = min(chance / 2, 0.02, (1 - chance) / 5)
-    return accuracy < max(0.8 * best, chance + margin)
+def validation_of(config: Values, result: Values, epochs: DataFrame) -> dict[str, float]:
+    """Return the validation accuracy and loss at the epoch that the protocol reports; NaN if not recorded."""
+    names = ["validation_accuracy", "validation_loss"]
+    if not is_best_by_validation(config):
+        return {name: number(result.get(name)) for name in names}
+    measured = epochs.reindex(columns=names).dropna(subset=names[:1])
+    best = measured.nlargest(1, names[0])
+    return {name: best[name].max() for name in names}
 
 
-def instability_text(unstable: Mapping[str, Any] | None) -> str:
+def instability_text(unstable: Values | None) -> str:
     """Return the first instability of a run as text, empty if there is none; see `running/stability.py`."""
     if not unstable:
         return ""
-    value, layer, epoch = unstable["value"], unstable["layer"], unstable["epoch"]
-    problem = (
-        f"{value:.0%} of units dead"
-        if unstable["measure"] == "dead"
-        else f"activations grew {value:.0f}-fold"
-    )
-    return f"layer {layer}, epoch {epoch}: {problem}"
+    value = unstable["value"]
+    problem = f"activations grew {value:.0f}-fold"
+    if unstable["measure"] == "dead":
+        problem = f"{value:.0%} of units dead"
+    return f"layer {unstable['layer']}, epoch {unstable['epoch']}: {problem}"
 
 
 def as_text(value: Any) -> str:
     """Return the value of an option as text: a plain word, a quoted text, or JSON with 1 for 1.0."""
     if isinstance(value, str):
-        is_plain = PLAIN_WORD.fullmatch(value) and value.lower() not in ("null", "true", "false")
-        return value if is_plain else quoted(value)
-    value = changed(value, lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
-    return json.dumps(value, separators=(",", ":"))
+        return value if PLAIN_WORD.fullmatch(value) else quoted(value)
+    return json.dumps(changed(value, without_point), separators=(",", ":"))
+
+
+def without_point(value: Any) -> Any:
+    """Return a whole float as an integer, and any other value unchanged."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

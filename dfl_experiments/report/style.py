@@ -102,10 +102,7 @@ class Look(NamedTuple):
 
 
 def method_name(method: str) -> str:
-    """Return the printed name of a method: "LAS, fixed_blocks=2" for "las, fixed_blocks=2".
-
-    A user's own rule keeps its name.
-    """
+    """Return the printed name of a method, such as "LAS, fixed_blocks=2". A user's own rule keeps its name."""
     rule, comma, options = method.partition(", ")
     is_own = not any(rule in members for members in FAMILIES.values())
     return (rule if is_own else RULES.get(rule, rule.upper())) + comma + options
@@ -121,11 +118,7 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def family_of(method: str) -> str:
-    """Return a method's family.
-
-    The option `feedback` (the shape of B) does not change the family. A method with other options belongs to `OTHER`. A
-    user's own rule also belongs to `OTHER`.
-    """
+    """Return a method's family: `OTHER` for a user's own rule, and for options other than `feedback` (B's shape)."""
     rule, *options = method.split(", ")
     if all(option.startswith("feedback=") for option in options):
         for family, members in FAMILIES.items():
@@ -145,7 +138,8 @@ def look_of(method: str) -> Look:
 
 def gradient(index: int, count: int) -> Look:
     """Return the look of line `index` of `count` ordered lines. The first line is dark, the last line is light."""
-    return Look(to_hex(colormaps["viridis"](0.85 * index / max(1, count - 1))))
+    share = index / max(1, count - 1)
+    return Look(to_hex(colormaps["viridis"](0.85 * share)))
 
 
 def words(column: str, value: Any) -> str:
@@ -161,7 +155,7 @@ def words(column: str, value: Any) -> str:
     if column == "limit":
         return "" if value == "all" else f"{value} training images"
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    if column in ("precision", "origin") or not text:
+    if column == "precision" or not text:
         return text
     name = column.rpartition(".")[2].replace("_", " ")
     return f"{name} {text}"
@@ -174,13 +168,15 @@ def title_of(row: Mapping[str, Any]) -> str:
         title += f" with {words('augmentation', row['augmentation'])}"
     if row["smoke"]:
         title += " (smoke test, no result)"
-    return title[0].upper() + title[1:] if row["model"] in IN_WORDS["model"] else title
+    is_own_model = row["model"] not in IN_WORDS["model"]
+    return title if is_own_model else title[0].upper() + title[1:]
 
 
 def row_title(row: Mapping[str, Any]) -> str:
     """Return a setting as text: "CIFAR-10, Conv3+BN, 5 epochs"."""
     parts = [words(column, row[column]) for column in ("dataset", "model", "epochs")]
-    parts += [words(key, row[key]) for key, usual in USUAL.items() if row[key] != usual]
+    unusual = [key for key, usual in USUAL.items() if row[key] != usual]
+    parts += [words(key, row[key]) for key in unusual]
     parts += [row["setting"], words("smoke", row["smoke"])]
     return ", ".join(filter(None, parts))
 

@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 
-import pandas as pd
+from pandas import DataFrame, Series
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from dfl_experiments.report.style import method_name
@@ -59,7 +59,7 @@ class Table:
     """A table of a report."""
 
     title: str
-    frame: pd.DataFrame
+    frame: DataFrame
     """The texts of the cells, by column."""
     caption: str = ""
     """One line below the table; empty: no caption."""
@@ -78,9 +78,10 @@ def explanations(columns: Collection[str], has_smoke: bool) -> list[str]:
     return [*sentences, SMOKE] if has_smoke else sentences
 
 
-def numbers(values: Iterable[float], style: str) -> list[str]:
+def numbers(values: Series, style: str) -> Series:
     """Return numbers as texts. NaN becomes a dash."""
-    return [NONE if math.isnan(value) else f"{value:{style}}" for value in values]
+    texts = [NONE if math.isnan(value) else f"{value:{style}}" for value in values]
+    return Series(texts, values.index, dtype=object)
 
 
 def interval_text(

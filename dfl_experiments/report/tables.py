@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from pandas import DataFrame, Series
 
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import cells, choose
@@ -17,6 +18,7 @@ from dfl_experiments.report.style import IN_WORDS, USUAL, method_name, method_or
 from dfl_experiments.report.table_text import NONE, Table, interval_text, numbers
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
+MARK = "The mark: highest accuracy of its setting."
 AT_END = "An lr marked (lowest) or (highest) is at this end of the method's grid: extend the grid."
 SECTION = ["smoke", "dataset", "model", "augmentation"]
 # Options are compared only between runs that are equal in these columns.
@@ -28,43 +30,40 @@ class Section:
     """The runs of one net on one data set."""
 
     title: str
-    runs: pd.DataFrame
-    chosen: pd.DataFrame
+    runs: DataFrame
+    chosen: DataFrame
     """Those of `runs` that are at the best grid points, see `choose.choose`."""
-    cells: pd.DataFrame
+    cells: DataFrame
     """One row for each method of each setting, see `compared_cells`."""
 
 
-def sections(runs: pd.DataFrame) -> list[Section]:
+def sections(runs: DataFrame) -> list[Section]:
     """Return the sections of a report. Smoke runs come last."""
     chosen = choose(runs)
-    frame = compared_cells(runs, chosen)
+    by_section = compared_cells(runs, chosen).groupby(SECTION)
     parts = []
     for key, part in runs.groupby(SECTION, sort=True):
-        is_here = (frame[SECTION] == list(key)).all(axis="columns")
-        parts.append(Section(title_of(part.iloc[0]), part, among(chosen, part), frame[is_here]))
+        title = title_of(part.iloc[0])
+        parts.append(Section(title, part, among(chosen, part), by_section.get_group(key)))
     return parts
 
 
-def among(chosen: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+def among(chosen: DataFrame, runs: DataFrame) -> DataFrame:
     """Return those of the chosen runs that are also in `runs`."""
     return chosen[chosen.index.isin(runs.index)]
 
 
-def compared_cells(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+def compared_cells(runs: DataFrame, chosen: DataFrame) -> DataFrame:
     """Return the rows of `choose.cells` with more columns: the differences from BP and DFA, and the depth utility.
 
     chosen: what `choose.choose` returns for the runs.
     """
-    frame = cells(runs, chosen)
     utility = compare.depth_utility(chosen)
-    frame = frame.merge(
-        utility.rename(columns={"low": "utility_low", "high": "utility_high"}), on=CELL, how="left"
-    )
+    utility = utility.rename(columns={"low": "utility_low", "high": "utility_high"})
+    frame = cells(runs, chosen).merge(utility, on=CELL, how="left")
     for control in ("bp", "dfa"):
-        differences = compare.against(chosen, control).set_axis(
-            [*CELL, *difference_names(control)], axis="columns"
-        )
+        names = [*CELL, *difference_names(control)]
+        differences = compare.against(chosen, control).set_axis(names, axis="columns")
         frame = frame.merge(differences, on=CELL, how="left")
     return ordered(frame)
 
@@ -74,32 +73,31 @@ def difference_names(control: str) -> list[str]:
     return [f"{name}_{control}" for name in ("difference", "low", "high", "test")]
 
 
-def ordered(frame: pd.DataFrame) -> pd.DataFrame:
+def ordered(frame: DataFrame) -> DataFrame:
     """Sort the rows by setting, and within a setting by `method_order`."""
     order = frame.assign(order=frame.method.map(method_order))
     return order.sort_values([*ROW, "order"], kind="stable")[frame.columns]
 
 
 def with_settings(
-    frame: pd.DataFrame, runs: pd.DataFrame, columns: Mapping[str, Sequence[str]]
-) -> pd.DataFrame:
-    """Return a table of texts.
+    frame: DataFrame, runs: DataFrame, columns: Mapping[str, Sequence[str]]
+) -> DataFrame:
+    """Return a table of texts: the settings that differ between rows, the method, and `columns`.
 
-    The first columns are the settings that differ between rows. The next column is the method. The last columns are
-    those of `columns`. A column that contains only dashes is left out.
+    A column that contains only dashes is left out.
 
     frame: the setting and the method of each row.
     runs: the runs of the table, with a column for each option.
     columns: the texts of each further column.
     """
-    shown = pd.DataFrame(index=frame.index)
+    shown = DataFrame(index=frame.index)
     for key in ROW:
         if key != "setting" and frame[key].nunique() > 1:
             in_words = IN_WORDS.get(key, {})
             shown[key] = [in_words.get(value, str(value)) for value in frame[key]]
     names = option_names(runs)
-    options = runs.drop_duplicates(CELL).set_index(CELL)[names]
-    options_of_rows = frame[CELL].join(options, on=CELL)
+    options = runs.drop_duplicates(CELL)[[*CELL, *names]]
+    options_of_rows = frame[CELL].merge(options, on=CELL, how="left").set_index(frame.index)
     shown[names] = options_of_rows[names].replace("", NONE)
     shown["method"] = frame.method.map(method_name)
     for name, texts in columns.items():
@@ -108,37 +106,35 @@ def with_settings(
     return shown
 
 
-def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
+def answer(section: Section, paper: DataFrame | None = None) -> Table:
     """Return the table of methods. In each setting, the best method comes first.
-
-    The table shows accuracies, differences from BP and DFA with their intervals, and depth utilities.
 
     paper: published accuracies, see `paper.published`. Each is shown in the row with the same settings and epochs.
     """
-    frame = section.cells.assign(
+    order = section.cells.assign(
         has_no_result=section.cells.n == 0,
         is_failing=section.cells.failing > 0,
         falling=-section.cells.accuracy,
     )
-    frame = frame.sort_values(
-        [*ROW, "has_no_result", "is_failing", "falling"], kind="stable", ignore_index=True
-    )
-    is_best = best_of_setting(frame)
+    keys = [*ROW, "has_no_result", "is_failing", "falling"]
+    frame = order.sort_values(keys, kind="stable", ignore_index=True)
+    rows = list(frame.itertuples())
     columns = {
-        "lr": rate_texts(frame),
+        "lr": numbers(frame.lr, "g") + frame.lr_at_end.replace(".+", r" (\g<0>)", regex=True),
         "weight decay": numbers(frame.weight_decay.replace(0, math.nan), "g"),
-        "n": [str(value) for value in frame.n],
-        "accuracy, %": [accuracy_text(row) for row in frame.itertuples()],
+        "n": frame.n.astype(str),
+        "accuracy, %": [accuracy_text(row) for row in rows],
         "minus BP": [interval_text(*row) for row in frame[difference_names("bp")].to_numpy()],
         "minus DFA": [interval_text(*row) for row in frame[difference_names("dfa")].to_numpy()],
-        "depth utility, %": [utility_text(row) for row in frame.itertuples()],
+        "depth utility, %": [utility_text(row) for row in rows],
     }
     if paper is not None:
         published = frame.merge(paper, on=SETTINGS, how="left").published
         columns["paper, %"] = numbers(100 * published, ".2f")
         columns["minus paper"] = numbers(100 * (frame.accuracy - published), "+.2f")
+    is_best = best_of_setting(frame)
     captions = [
-        verdict(frame, is_best),
+        MARK if is_best.any() else "",
         answer_caption(frame, section.runs),
         AT_END if frame.lr_at_end.any() else "",
     ]
@@ -146,80 +142,37 @@ def answer(section: Section, paper: pd.DataFrame | None = None) -> Table:
     return Table("Methods", with_settings(frame, section.runs, columns), caption, is_best.tolist())
 
 
-def rate_texts(frame: pd.DataFrame) -> list[str]:
-    """Return the learning rates as texts, such as "0.001", or "0.001 (highest)" at an end of the grid."""
-    texts = numbers(frame.lr, "g")
-    ends = [f" ({end})" if end else "" for end in frame.lr_at_end]
-    return [text + end for text, end in zip(texts, ends, strict=True)]
-
-
-def best_of_setting(frame: pd.DataFrame) -> pd.Series:
-    """Return for each row whether its rounded accuracy is the highest of its setting.
-
-    Methods with a failing run are left out. If fewer than two methods of a setting remain, no row is best.
-    """
+def best_of_setting(frame: DataFrame) -> Series:
+    """Return for each row whether its rounded accuracy is the highest of two or more methods without a failing run."""
     ranked = frame.accuracy.mask(frame.is_failing)
     in_setting = ranked.groupby([frame[key] for key in ROW])
     is_highest = ranked > in_setting.transform("max") - HALF_DIGIT
     return is_highest & (in_setting.transform("count") > 1)
 
 
-def verdict(frame: pd.DataFrame, is_best: pd.Series) -> str:
-    """Return the part of the caption that explains the mark of the best methods.
-
-    If all rows have one setting, also name the methods without a significant difference from BP.
-    """
-    if not is_best.any():
-        return ""
-    text = "The mark: highest accuracy of its setting."
-    if len(frame[ROW].drop_duplicates()) > 1:
-        return text
-    includes_zero = (frame.low_bp <= 0) & (frame.high_bp >= 0)
-    names = ", ".join(map(method_name, frame.method[includes_zero]))
-    if names:
-        return f"{text} No significant difference from BP: {names}."
-    return (
-        f"{text} All differences from BP are significant." if frame.low_bp.notna().any() else text
-    )
-
-
-def answer_caption(frame: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """Return the settings that all rows share, the noise floors, and the number of rows without an interval.
-
-    frame: the rows of the table. runs: the runs of its section.
-    """
+def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
+    """Return the unusual settings that all rows share, and the noise floors. runs: the runs of the section."""
     parts = []
-    if frame.epochs.nunique() == 1:
-        parts.append(words("epochs", frame.epochs.iloc[0]))
-    for key, default in USUAL.items():
+    for key in ["epochs", *USUAL]:
         value = frame[key].iloc[0]
-        if frame[key].nunique() == 1 and value != default:
+        if frame[key].nunique() == 1 and value != USUAL.get(key):
             parts.append(words(key, value))
-    counted = frame[frame.n > 0]
-    for _, row in runs.drop_duplicates(KIND).iterrows():
-        if row.shared:
-            kind = [words(key, row[key]) for key in KIND if runs[key].nunique() > 1]
-            parts.append(": ".join(filter(None, [", ".join(kind), row.shared])))
-    floors = []
-    for row in counted[~counted.smoke].itertuples():
-        floor = compare.noise_floor(row.accuracy, row.test_images)
-        floors.append(100 * floor)
-    if any(floors):
-        low, high = f"{min(floors):.2f}", f"{max(floors):.2f}"
-        span = low if low == high else f"{low} to {high}"
+    differs = [key for key in KIND if runs[key].nunique() > 1]
+    for _, row in runs[runs.shared != ""].drop_duplicates(KIND).iterrows():
+        kind = ", ".join(words(key, row[key]) for key in differs)
+        parts.append(f"{kind}: {row.shared}" if kind else row.shared)
+    real = frame[(frame.n > 0) & ~frame.smoke]
+    floors = 100 * compare.noise_floor(real.accuracy, real.test_images)
+    if floors.any():
+        ends = [f"{floors.min():.2f}", f"{floors.max():.2f}"]
+        span = " to ".join(dict.fromkeys(ends))
         parts.append(f"noise floor √(p(1−p)/N) of one accuracy: {span} points")
-    single = (counted.n < 2).sum()
-    if single:
-        parts.append(f"{single} of {len(frame)} rows have one seed and no interval")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def accuracy_text(row: Any) -> str:
-    """Return a cell's accuracy as text, such as "98.64 ± 0.07" or "66.56 (1 of 3; 2 failed)".
-
-    If the cell has no accuracy, return the number of its runs of each status instead.
-    """
+    """Return a cell's accuracy, such as "66.56 ± 0.07 (2 of 3; 1 failed)", or the number of its runs by status."""
     if row.n == 0:
         return row.states
     if row.failing == row.ended:
@@ -240,53 +193,62 @@ def utility_text(row: Any) -> str:
 
 
 def details(section: Section) -> list[Table]:
-    """Return the tables that follow the table of methods: rates, alignment and stability. Empty tables are left out."""
-    tables = [rates(section.runs), alignment(section.runs), stability(section)]
+    """Return the tables that follow the table of methods. Empty tables are left out."""
+    runs = section.runs
+    tables = [rates(runs), alignment(runs), stability(section), reference_sizes(section)]
     return [table for table in tables if table is not None]
 
 
-def rates(runs: pd.DataFrame) -> Table | None:
+def rates(runs: DataFrame) -> Table | None:
     """Return accuracy by learning rate and weight decay; None if every method has a single grid point."""
-    ended = distinct(runs[runs.status.isin(ENDED) | runs.fails])
-    if ended.groupby(CELL)[["lr", "weight_decay"]].nunique().max(axis=None) in (1, math.nan):
+    ended = distinct(runs[runs.has_ended])
+    grid = ["lr", "weight_decay"]
+    if ended.groupby(CELL)[grid].nunique().max(axis=None) in (1, math.nan):
         return None
-    has_decay = ended.weight_decay.any()
-    rows = ordered(ended.drop_duplicates(CELL)).set_index(CELL, drop=False)
+    points = ended.groupby([*CELL, *grid])[["fails", "accuracy"]]
+    texts = points.apply(point_text).unstack(grid).sort_index(axis="columns", ascending=False)
+    rows = ordered(texts.index.to_frame(index=False))
     columns = {}
-    for (lr, decay), point in sorted(
-        ended.groupby(["lr", "weight_decay"]), reverse=True, key=lambda group: group[0]
-    ):
+    has_decay = ended.weight_decay.any()
+    for (lr, decay), column in texts.iloc[rows.index].fillna(NONE).items():
         name = f"lr {lr:g}, decay {decay:g}" if has_decay else f"lr {lr:g}"
-        texts = {key: point_text(same) for key, same in point.groupby(CELL)}
-        columns[name] = [texts.get(key, NONE) for key in rows.index]
+        columns[name] = column
     shown = with_settings(rows.reset_index(drop=True), runs, columns)
     return Table("Rates", shown, "Accuracy in percent (n seeds) at each point of the grid.")
 
 
-def point_text(point: pd.DataFrame) -> str:
+def point_text(point: DataFrame) -> str:
     """Return the accuracy at a grid point: "98.3 (3)", "66.6 (1 of 3)", "fails (3 of 3)"."""
     good = point[~point.fails]
+    n = len(point)
     if good.empty:
-        return f"fails ({len(point)} of {len(point)})"
-    count = f"{len(good)} of {len(point)}" if len(good) < len(point) else str(len(good))
+        return f"fails ({n} of {n})"
+    count = f"{len(good)} of {n}" if len(good) < n else n
     return f"{100 * good.accuracy.mean():.2f} ({count})"
 
 
-def alignment(runs: pd.DataFrame) -> Table | None:
+def alignment(runs: DataFrame) -> Table | None:
     """Return the cosine with BP of every layer, by learning rate; None if the cosine was not measured."""
     frame = compare.alignment(runs)
     if frame.empty:
         return None
     frame = ordered(frame).sort_values([*ROW, "lr"], kind="stable")
-    columns = {"lr": numbers(frame.lr, "g"), "n": [str(n) for n in frame.n]}
-    for name in layer_names(frame, "cosine"):
-        layer = name.removeprefix("cosine/")
-        columns[f"layer {layer}"] = numbers(frame[name], "+.2f")
-    columns["no signal"] = list(frame.no_signal.replace("", NONE))
+    columns = {"lr": numbers(frame.lr, "g"), "n": frame.n.astype(str)}
+    columns |= layer_columns(frame, "cosine", "layer", "+.2f")
+    columns["no signal"] = frame.no_signal.replace("", NONE)
     caption = "Cosine with BP's error signal."
     if frame.no_signal.any():
         caption += " No signal: layers where more than half of the samples have a zero signal."
     return Table("Alignment", with_settings(frame, runs, columns), caption)
+
+
+def layer_columns(frame: DataFrame, quantity: str, title: str, style: str) -> dict[str, Series]:
+    """Return the values of a quantity in each layer as texts, in columns such as "layer 1"."""
+    columns = {}
+    for name in layer_names(frame, quantity):
+        layer = name.partition("/")[2]
+        columns[f"{title} {layer}"] = numbers(frame[name], style)
+    return columns
 
 
 def stability(section: Section) -> Table | None:
@@ -302,35 +264,36 @@ def stability(section: Section) -> Table | None:
     }
     if "norm_ratio/1" in frame:
         columns["‖δ₁‖/‖δ₁ of BP‖"] = numbers(frame["norm_ratio/1"], ".2g")
-    columns["unstable runs"] = [unstable_text(row) for row in frame.itertuples()]
-    columns["failing runs"] = [f"{row.failing} of {row.ended}" for row in frame.itertuples()]
+    ended = frame.ended.astype(str)
+    first = frame.unstable.mask(frame.unstable != "", ": " + frame.unstable)
+    columns["unstable runs"] = frame.unstable_runs.astype(str) + " of " + ended + first
+    columns["failing runs"] = frame.failing.astype(str) + " of " + ended
     return Table("Stability", with_settings(frame, section.runs, columns), "After the last epoch.")
 
 
-def largest(frame: pd.DataFrame, quantity: str, style: str) -> list[str]:
+def largest(frame: DataFrame, quantity: str, style: str) -> Series:
     """Return for each row a text such as "12% (layer 3)": the largest value over the layers, and its layer."""
-    texts = []
-    for _, row in frame[layer_names(frame, quantity)].iterrows():
-        values = row.dropna()
-        text = NONE
-        if len(values):
-            layer = values.idxmax().partition("/")[2]
-            text = f"{values.max():{style}} (layer {layer})"
-        texts.append(text)
-    return texts
+    values = frame[layer_names(frame, quantity)]
+    measured = values.dropna(how="all")
+    layers = measured.idxmax(axis="columns").astype(str).str.removeprefix(f"{quantity}/")
+    texts = numbers(measured.max(axis="columns"), style) + " (layer " + layers + ")"
+    return texts.reindex(frame.index, fill_value=NONE)
 
 
-def unstable_text(row: Any) -> str:
-    """Return the number of unstable runs of a cell, and the first instability."""
-    text = f"{row.unstable_runs} of {row.ended}"
-    return f"{text}: {row.unstable}" if row.unstable_runs else text
+def reference_sizes(section: Section) -> Table | None:
+    """Return the median size of BP's error signal in each layer; None if no run has iterations.csv."""
+    frame = compare.reference_sizes(section.chosen)
+    if frame.empty:
+        return None
+    frame = ordered(frame)
+    columns = {"lr": numbers(frame.lr, "g")}
+    columns |= layer_columns(frame, "norm_bp", "‖δ of BP‖, layer", ".2g")
+    caption = "Median over the batches of the last epoch, mean over the runs."
+    return Table("Size of BP's signal", with_settings(frame, section.runs, columns), caption)
 
 
 def notes(section: Section) -> list[str]:
-    """Return one note for each status of the runs without an accuracy.
-
-    The note has the number of these runs, their methods, and the first reason.
-    """
+    """Return a note for each status of the runs without an accuracy: their number, their methods, the first reason."""
     texts = []
     unfinished = section.runs[~section.runs.status.isin(ENDED)]
     for status, part in unfinished.groupby("status"):

@@ -99,8 +99,9 @@ def test_a_verdict_is_whether_the_interval_excludes_zero(low, high, verdict):
 def test_fieller_s_limits_are_where_the_ratio_is_just_not_rejected():
     groups = [RANDOM.normal(mean, 0.4, 4) for mean in (95.0, 97.0, 92.0)]
     values, bp, shallow = groups
-    found = fieller(values, bp, shallow, groups)
-    variance, degrees = compare.pooled_variance(groups)
+    pool = compare.pooled({"las": values, "bp": bp, "shallow": shallow})
+    found = fieller(values, bp, shallow, pool)
+    variance, degrees = pool.variance, pool.degrees
     t = stats.t.ppf(0.975, degrees)
     for limit in (found.low, found.high):
         difference = values.mean() - shallow.mean() - limit * (bp.mean() - shallow.mean())

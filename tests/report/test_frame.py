@@ -258,6 +258,16 @@ def test_a_run_that_still_trains_has_its_curve(finished_point, tmp_path):
     assert list(curves(frame).epoch) == [1, 2]
 
 
+def test_of_a_long_table_the_last_rows_are_read(finished_point):
+    frame = runs(finished_point)
+    whole = curves(frame, "iterations")
+    size = (finished_point / "iterations.csv").stat().st_size
+    part = curves(frame, "iterations", tail=size // 2)
+    assert 0 < len(part) < len(whole)
+    assert part.equals(whole.tail(len(part)).reset_index(drop=True))
+    assert curves(frame, "iterations", tail=size).equals(whole)
+
+
 def test_an_option_is_shown_for_every_run_of_a_section(finished_point, tmp_path):
     """Also for those that share its value: among the runs of AdamW nothing differs."""
     for number, (optimizer, limit) in enumerate(
