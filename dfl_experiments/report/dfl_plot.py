@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfl_experiments.configuration.refusals import refusing
+from dfl_experiments.report.dfl_report import add_where
 
 EPILOG = """examples:
   dfl-plot outputs/2026-01-31/12-00-00            loss, accuracy and alignment of a run, as plot.png in its folder
   dfl-plot outputs/grid --facet optimizer.lr      a sweep: means over seeds, a panel for each learning rate
   dfl-plot RUN1 RUN2 --what alignment --layer 1,3 --by epoch --out alignment.pdf
-  dfl-plot outputs/grid --where method=las --where optimizer.lr=1e-3
+  dfl-plot outputs/grid --where method=las,dfa --where optimizer.lr=1e-3
   dfl-plot outputs/grid --what norm,rms,dead --log --color method --out stability.svg
 """
 WHAT = """loss, accuracy, alignment, norm, rms, dead (default: the first three if measured);
@@ -37,8 +38,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--color", metavar="KEY", help=color)
     facet = "configuration key with one panel for each value, such as optimizer.lr"
     add("--facet", metavar="KEY", help=facet)
-    where = "draw only the runs with this value of a configuration key or column (may be repeated)"
-    add("--where", type=condition, action="append", default=[], metavar="KEY=VALUE", help=where)
+    add_where(add)
     add("--log", action="store_true", help="logarithmic y axis for loss, norm and rms")
     add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
     out = ".png, .pdf or .svg (default: plot.png, in RUN if there is one)"
@@ -61,14 +61,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
-
-
-def condition(text: str) -> tuple[str, str]:
-    """Split a text such as "method=las" into a key and a value. Raises `ArgumentTypeError`."""
-    key, equals, value = (part.strip() for part in text.partition("="))
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, value
 
 
 def plot(asked: argparse.Namespace) -> Path:

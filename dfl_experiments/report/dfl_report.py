@@ -2,8 +2,9 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dfl_experiments.configuration.refusals import refusing
 
@@ -37,7 +38,22 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     paper = "add the paper's accuracies, and list the paper's runs that are missing"
     add("--paper", action="store_true", help=paper)
     add("--card", metavar="RULE", help="show only the rows of one rule, such as las")
+    add_where(add)
     return parser.parse_args(words)
+
+
+def add_where(add: Callable[..., Any]) -> None:
+    """Add the option --where to a command line. add: the parser's `add_argument`."""
+    where = "use only the runs with this value of a configuration key or column, or one of several (may be repeated)"
+    add("--where", type=condition, action="append", default=[], metavar="KEY=VALUE", help=where)
+
+
+def condition(text: str) -> tuple[str, str]:
+    """Split a text such as "method=las" into a key and a value. Raises `ArgumentTypeError`."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
 
 
 def main(words: Sequence[str] | None = None) -> None:

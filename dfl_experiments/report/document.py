@@ -22,7 +22,13 @@ from dfl_experiments.running.run_directory import csv_text, rerun_arguments
 
 def report(asked: Namespace) -> None:
     """Read the runs and write the report. Raises `UserError` if there are no runs, or none of the rule of --card."""
+    if asked.card and asked.format in ("csv", "latex", "commands"):
+        raise UserError(
+            f"--card: the format {asked.format} has no cards; choose terminal, markdown or html"
+        )
     runs = frame.runs(*asked.folders)
+    for key, value in asked.where:
+        runs = frame.with_value(runs, key, value)
     rules = sorted(set(runs.rule))
     if asked.card and asked.card not in rules:
         raise UserError(

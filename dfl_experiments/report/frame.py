@@ -79,8 +79,8 @@ def run_folders(folder: Path) -> Iterator[Path]:
         seen.add(real)
         below[:] = sorted(name for name in below if name not in ("wandb", ".hydra"))
         # A directory with one of these files is a run. If it lacks other files, `record_of` reports a damaged run.
+        # The walk goes on below it, because a run may have been written into a folder of runs.
         if {CONFIG, RESULT, LAST, "epochs.csv"} & {*files, *below}:
-            below.clear()
             yield Path(path)
 
 
@@ -154,9 +154,17 @@ def curves(frame: DataFrame, table: str = "epochs", tail: int = sys.maxsize) -> 
 
 
 def with_value(frame: DataFrame, key: str, value: str) -> DataFrame:
-    """Return the runs with this value of a column or a configuration key. Raises `UserError` if there are none."""
+    """Return the runs with this value of a column or a configuration key, or with one of several: "las,dfa".
+
+    Raises `UserError` if no run has the value, or one of the values.
+    """
     column = column_of(frame, key)
-    is_equal = column.map(comparable) == comparable(value)
+    values = column.map(comparable)
+    is_equal = values == comparable(value)
+    if not is_equal.any():
+        parts = [comparable(part) for part in value.split(",")]
+        if set(parts) <= set(values):
+            is_equal = values.isin(parts)
     if not is_equal.any():
         choices = column[column != ""].dropna().drop_duplicates().sort_values()
         texts = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in choices]

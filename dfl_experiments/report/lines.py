@@ -226,7 +226,10 @@ def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
     has_outliers = highest > OUTLIER * usual > 0
     if log or (name != "loss" and has_outliers):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        positive = np.concatenate(curves)
+        positive = positive[positive > 0]
+        is_narrow = len(positive) > 0 and positive.max() < 1e3 * positive.min()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif has_outliers:

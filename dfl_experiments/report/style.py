@@ -36,6 +36,10 @@ OTHER = "with options of its own"
 FAMILY_COLOURS = dict(
     zip([*FAMILIES, OTHER], (GREY, ORANGE, BLUE, PINK, GREEN, OLIVE), strict=True)
 )
+NUMBERS: dict[
+    str, int
+] = {}  # of users' own rules and of rules with options, in the order of their first use
+OWN_COLOURS = (OLIVE, "#7b3294", "#8c510a", "#01665e")
 RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 IN_WORDS = {
     "dataset": {
@@ -132,8 +136,10 @@ def look_of(method: str) -> Look:
     rule = method.partition(", ")[0]
     family = family_of(method)
     members = FAMILIES.get(family, ())
-    dash = members.index(rule) if members else sum(method.encode()) % len(DASHES)
-    return Look(FAMILY_COLOURS[family], DASHES[dash])
+    if members:
+        return Look(FAMILY_COLOURS[family], DASHES[members.index(rule)])
+    number = NUMBERS.setdefault(method, len(NUMBERS))
+    return Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
 
 
 def gradient(index: int, count: int) -> Look:

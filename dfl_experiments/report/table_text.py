@@ -14,7 +14,15 @@ from dfl_experiments.report.style import method_name
 NONE = "–"
 # Characters that are Markdown syntax. A link is disabled by escaping its ]. A _ inside a word is not syntax.
 MARKDOWN_SYNTAX = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
-LATEX_SYMBOLS = {"±": r"$\pm$", "−": "$-$", "–": "--", "‖": r"$\|$", "δ": r"$\delta$", "₁": "$_1$"}
+LATEX_SYMBOLS = {
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "‖": r"$\|$",
+    "δ": r"$\delta$",
+    "₁": "$_1$",
+    "√": r"$\surd$",
+}
 # Explanations of columns, by column name. A report ends with the explanations of the columns in its tables.
 EXPLANATIONS = {
     "accuracy, %": (

@@ -325,3 +325,31 @@ def test_a_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsy
     assert end.value.code == 2
     assert error.startswith(f"dfl-plot: error: {REFUSED[arguments]}")
     assert error.count("\n") == 1
+
+
+def test_rules_of_one_s_own_have_looks_of_their_own():
+    looks = [look_of(name) for name in ("ours", "noisy", "clipped")]
+    assert len(set(looks)) == 3
+
+
+@pytest.mark.parametrize("highest", [10.0, 1e19])
+def test_a_logarithmic_axis_has_numbers(highest):
+    axes = Figure().subplots()
+    axes.plot([0, 1], [0.2, highest])
+    set_scale(axes, "loss", True, [])
+    axes.figure.draw_without_rendering()
+    lower, upper = axes.get_ylim()
+    assert sum(lower <= tick <= upper for tick in axes.get_yticks()) > 1
+
+
+def test_one_of_several_values(outputs):
+    frame = runs(outputs)
+    assert set(with_value(frame, "method", "las,dfa").rule) == {"las", "dfa"}
+    with pytest.raises(UserError, match="method=las,dfaa: no run has this value"):
+        with_value(frame, "method", "las,dfaa")
+
+
+def test_a_run_in_a_folder_of_runs_does_not_hide_them(outputs, tmp_path):
+    shutil.copytree(outputs / "grid", tmp_path / "grid")
+    shutil.copytree(outputs / "alone", tmp_path / "grid", dirs_exist_ok=True)
+    assert len(runs(tmp_path / "grid")) == len(runs(outputs / "grid")) + 1

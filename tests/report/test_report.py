@@ -204,3 +204,12 @@ def test_the_page_holds_its_figures_and_loads_no_other_file(reported, tmp_path):
     text = page.read_text()
     assert text.count("<figure><svg") >= 3
     assert not re.search(r'(src|href)="(?!#|data:)', text)
+
+
+def test_a_report_of_some_runs(reported):
+    text = dfl_report(reported, "outputs", "--where", "method=las,bp").stdout
+    assert "LAS" in text
+    assert "DFA" not in text.partition("Accuracy:")[0].replace("minus DFA", "")
+    done = dfl_report(reported, "outputs", "--card", "las", "--format", "csv")
+    assert done.returncode == 2
+    assert "--card: the format csv has no cards" in done.stderr
