@@ -150,7 +150,7 @@ def refuse_checkpointed(layer: nn.Module, inputs: Any) -> None:
 
 
 def copy_of(module: nn.Module) -> Any:
-    """Return a copy of a module."""
+    """Return a copy of a module, also of one that keeps computed tensors (see `computed_tensors`)."""
     return copy.deepcopy(module, computed_tensors(module))
 
 

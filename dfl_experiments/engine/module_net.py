@@ -96,8 +96,8 @@ class ModuleNet(BlockNet):
         if calls.counts not in self._counts:
             counts = ", ".join(f"{name} {count} times" for name, count in calls.counts.items())
             raise UserError(
-                f"model: this forward pass calls {counts}, but an earlier one did not; so the boundary "
-                f"{next(iter(self._calls))} may be another call: use modules such as nn.ReLU() as boundaries"
+                f"model: this forward pass calls {counts}, other numbers than when the net was built. So the boundary "
+                f"{next(iter(self._calls))} may be another call; use modules such as nn.ReLU() as boundaries"
             )
         return logits
 
@@ -211,7 +211,7 @@ class ModuleNet(BlockNet):
 
 @contextmanager
 def without_fast_path() -> Iterator[None]:
-    """In this context PyTorch's transformer layers do not turn padded samples into a nested tensor without a shape."""
+    """Switch off the fast path of PyTorch's transformer layers: it makes nested tensors, which have no shape."""
     is_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
