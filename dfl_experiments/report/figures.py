@@ -11,6 +11,7 @@ from dfl_experiments.report.choose import POINT_IN_CELL, counted
 from dfl_experiments.report.frame import ROW, distinct
 from dfl_experiments.report.lines import add_legend, draw
 from dfl_experiments.report.style import (
+    FAMILY_COLOURS,
     add_text,
     family_of,
     look_of,
@@ -139,7 +140,10 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     for method in methods:
         part = points.loc[method]
         colour, dash = look_of(method)
-        label = method_name(method) if len(methods) <= MOST_LINES else family_of(method)
+        label = method_name(method)
+        if len(methods) > MOST_LINES:
+            label = family_of(method)
+            colour = FAMILY_COLOURS[label]
         axes.plot(part["mean"], marker="o", color=colour, linestyle=dash, label=label)
         axes.fill_between(part.index, part["min"], part["max"], color=colour, alpha=0.15)
         axes.vlines(part.index, part["min"], part["max"], color=colour)

@@ -11,6 +11,7 @@ from dfl_experiments.report.frame import POINT, by_precedence
 from dfl_experiments.report.labels import option_names
 from dfl_experiments.report.style import (
     DASHES,
+    FAMILY_COLOURS,
     PALETTE,
     Look,
     family_of,
@@ -76,7 +77,7 @@ def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list
             notes.append(f"Lines of one colour differ in {', '.join(others)}.")
     if lines.legend.nunique() > MOST_LABELS and key == "method":
         lines["legend"] = lines.method.map(family_of)
-        lines["look"] = [Look(look.colour) for look in lines["look"]]
+        lines["look"] = [Look(FAMILY_COLOURS[family]) for family in lines.legend]
     return lines
 
 

@@ -13,18 +13,35 @@ from matplotlib.figure import Figure
 
 from dfl_experiments.errors import UserError
 
-# Okabe and Ito's palette for colour-blind readers. Each colour is visible on white and on black.
-GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = (
-    "#767676",
-    "#D55E00",
-    "#0072B2",
-    "#CC79A7",
-    "#009E73",
-    "#A69500",
-)
+# Okabe and Ito's palette for colour-blind readers.
+BLACK = "#000000"
+GREY = "#767676"
+ORANGE = "#D55E00"
+BLUE = "#0072B2"
+PINK = "#CC79A7"
+GREEN = "#009E73"
+OLIVE = "#A69500"
 TEXT_GREY = "#505050"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, OLIVE, GREY)
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (9, 2)))
+LONG_DASH = (0, (9, 2))
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", LONG_DASH)
+
+
+class Look(NamedTuple):
+    """Colour and dash of a line, in the notation of matplotlib."""
+
+    colour: str
+    dash: Any = "-"
+
+
+# The paper's rules. Each has a colour and a dash that no other of them has, for colour-blind readers and grey prints.
+PAPER_LOOKS = {
+    "bp": Look(BLACK, "-"),
+    "shallow": Look(GREY, ":"),
+    "dfa": Look(ORANGE, "--"),
+    "las": Look(BLUE, LONG_DASH),
+    "ltas": Look(GREEN, "-."),
+}
 FAMILIES = {
     "backpropagation": ("bp", "shallow"),
     "direct, B fixed": ("dfa", "sdfa", "bdfa", "shared", "drtp"),
@@ -33,12 +50,16 @@ FAMILIES = {
     "through every layer, B learns": ("kp", "wm", "pfa"),
 }
 OTHER = "with options of its own"
-FAMILY_COLOURS = dict(
-    zip([*FAMILIES, OTHER], (GREY, ORANGE, BLUE, PINK, GREEN, OLIVE), strict=True)
-)
-NUMBERS: dict[
-    str, int
-] = {}  # of users' own rules and of rules with options, in the order of their first use
+FAMILY_COLOURS = {
+    "backpropagation": GREY,
+    "direct, B fixed": ORANGE,
+    "direct, B learns": BLUE,
+    "through every layer, B fixed or signs of W": PINK,
+    "through every layer, B learns": GREEN,
+    OTHER: OLIVE,
+}
+# numbers of users' own rules and of rules with options, in the order of their first use
+NUMBERS: dict[str, int] = {}
 OWN_COLOURS = (OLIVE, "#7b3294", "#8c510a", "#01665e")
 RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 IN_WORDS = {
@@ -98,13 +119,6 @@ STYLE: dict[str, Any] = {
 }
 
 
-class Look(NamedTuple):
-    """Colour and dash of a line, in the notation of matplotlib."""
-
-    colour: str
-    dash: Any = "-"
-
-
 def method_name(method: str) -> str:
     """Return the printed name of a method, such as "LAS, fixed_blocks=2". A user's own rule keeps its name."""
     rule, comma, options = method.partition(", ")
@@ -114,7 +128,7 @@ def method_name(method: str) -> str:
 
 def method_order(method: str) -> tuple[int, str]:
     """Return the sort key of a method: first the paper's five, then other methods by family, then the user's rules."""
-    rules = ["bp", "shallow", "dfa", "las", "ltas"]
+    rules = list(PAPER_LOOKS)
     for members in FAMILIES.values():
         rules += [rule for rule in members if rule not in rules]
     rule = method.partition(", ")[0]
@@ -132,14 +146,21 @@ def family_of(method: str) -> str:
 
 
 def look_of(method: str) -> Look:
-    """Return a method's look: the colour of its family, and a dash. A method has the same look in every figure."""
-    rule = method.partition(", ")[0]
+    """Return a method's look, which is the same in every figure.
+
+    The paper's rules have looks of their own. Any other rule has the colour of its family, and its own dash.
+    """
     family = family_of(method)
-    members = FAMILIES.get(family, ())
-    if members:
-        return Look(FAMILY_COLOURS[family], DASHES[members.index(rule)])
-    number = NUMBERS.setdefault(method, len(NUMBERS))
-    return Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
+    if family == OTHER:
+        number = NUMBERS.setdefault(method, len(NUMBERS))
+        return Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
+    rule = method.partition(", ")[0]
+    if rule in PAPER_LOOKS:
+        return PAPER_LOOKS[rule]
+    others = [member for member in FAMILIES[family] if member not in PAPER_LOOKS]
+    all_looks = [Look(FAMILY_COLOURS[family], dash) for dash in DASHES]
+    free = [look for look in all_looks if look not in PAPER_LOOKS.values()]
+    return free[others.index(rule)]
 
 
 def gradient(index: int, count: int) -> Look:

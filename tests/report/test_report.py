@@ -145,6 +145,8 @@ def test_every_method_looks_unlike_every_other():
     methods = [method for members in FAMILIES.values() for method in members]
     assert set(methods) == {*group_options("method")}
     assert len({look_of(method) for method in methods}) == len(methods)
+    paper = [look_of(method) for method in ("bp", "shallow", "dfa", "las", "ltas")]
+    assert len({look.colour for look in paper}) == len({look.dash for look in paper}) == 5
 
 
 def test_alignment_is_drawn_at_one_learning_rate(finished_point, tmp_path):
