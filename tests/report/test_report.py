@@ -31,6 +31,21 @@ def test_every_format_holds_the_same_numbers(reported, tmp_path):
     assert r"\toprule" in (tmp_path / "latex").read_text()
 
 
+def test_csv_and_latex_have_the_other_rates(reported):
+    chosen = [row for row in csv_rows(reported) if row["method"] == "dfa" and row["n"] == "2"]
+    others = [row for row in csv_rows(reported, chosen="False") if row["method"] == "dfa"]
+    assert {float(row["lr"]) for row in chosen + others} == {1e-2, 1e-3}
+    (other,) = others
+    frame = runs(reported / "outputs").query("method == 'dfa' and not smoke and not fails")
+    accuracies = frame.accuracy[frame.lr == float(other["lr"])]
+    assert int(other["n"]) == len(accuracies) > 0
+    assert float(other["accuracy"]) == pytest.approx(accuracies.mean())
+    assert other["difference_bp"] == ""
+    text = dfl_report(reported, "outputs", "--format", "latex").stdout
+    assert "lr 0.01 & lr 0.001" in " ".join(text.split())
+    assert f"{100 * accuracies.mean():.2f} (" in text
+
+
 def test_the_best_method_is_marked(reported):
     rows = [
         row
