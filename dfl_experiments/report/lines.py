@@ -116,7 +116,7 @@ def draw(
     panels = []
     for _, part in lines.groupby("facet"):
         panels += [Panel(name, layer, part) for name, layer in shown]
-    with styled():
+    with styled(is_small=size is not None):
         figure = with_axes(panels, lines.facet.nunique(), size)
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
@@ -260,5 +260,5 @@ def add_legend(figure: Figure, order: Iterable[str] = (), is_below: bool = False
     if is_below:
         longest = max(map(len, texts))
         columns = int(figure.get_figwidth() / (0.07 * longest + 0.55))
-        style = {"loc": "outside lower center", "ncols": max(1, columns), "fontsize": 8}
+        style = {"loc": "outside lower center", "ncols": max(1, columns)}
     figure.legend([handles[label] for label in labels], texts, **style)

@@ -117,6 +117,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "dfl",
     "text.parse_math": False,  # a $ in a name does not begin a formula
 }
+SMALL = {"axes.titlesize": 8, "font.size": 8, "lines.linewidth": 1.3}
 
 
 def method_name(method: str) -> str:
@@ -217,9 +218,10 @@ def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
         figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
 
 
-def styled() -> AbstractContextManager[None]:
-    """Use this project's style instead of the user's matplotlibrc."""
-    return matplotlib.style.context(STYLE, after_reset=True)
+def styled(is_small: bool = False) -> AbstractContextManager[None]:
+    """Use this project's style instead of the user's matplotlibrc. is_small: for a figure in a paper."""
+    style = STYLE | SMALL if is_small else STYLE
+    return matplotlib.style.context(style, after_reset=True)
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
