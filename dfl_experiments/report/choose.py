@@ -26,9 +26,7 @@ def choose(runs: DataFrame) -> DataFrame:
     for _, cell in needed.groupby(CELL, sort=False):
         point = best_point(cell)
         if point is not None:
-            lr, weight_decay = point
-            is_chosen = (cell.lr == lr) & (cell.weight_decay == weight_decay)
-            chosen += cell.index[is_chosen].tolist()
+            chosen += cell.groupby(POINT_IN_CELL).groups[point].tolist()
     return runs.loc[chosen]
 
 
@@ -39,13 +37,12 @@ def best_point(cell: DataFrame) -> tuple[float, float] | None:
     points = fails[fails.index.isin(ended.set_index(POINT_IN_CELL).index)]
     candidates = list(points.index[~points]) or list(points.index)
     table = ended.pivot(index="seed", columns=POINT_IN_CELL, values=["score", "validation_loss"])
-    best, most = None, (-1, 0.0)
-    for point in candidates:
+
+    def rank(point: tuple[float, float]) -> tuple[int, float]:
         wins = sum(beats(table, point, other) for other in candidates if other != point)
-        rank = (wins, table["score"][point].mean())
-        if rank > most:
-            best, most = point, rank
-    return best
+        return wins, table["score"][point].mean()
+
+    return max(candidates, key=rank, default=None)
 
 
 def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -105,21 +102,25 @@ def means(runs: DataFrame, shown: DataFrame, keys: Sequence[str]) -> DataFrame:
     every = distinct(runs).groupby(keys, sort=False)
     averaged = counted(shown, keys).groupby(keys, sort=False)
     ended = shown[shown.status.isin(ENDED)].groupby(keys, sort=False)
-    unstable = shown[shown.unstable != ""].groupby(keys, sort=False).unstable
+    unstable = shown[shown.unstable != ""].groupby(keys, sort=False)
 
-    frame = every[["rule", "is_default"]].first()
-    frame["n"] = averaged.size()
-    frame["accuracy"] = averaged.accuracy.mean()
-    frame["sd"] = averaged.accuracy.std()
-    frame["score"] = averaged.score.mean()
-    frame["test_images"] = averaged.test_images.first()
-    frame["hours"] = averaged.seconds.mean() / 3600
-    frame["ended"] = ended.size()
-    frame["failing"] = ended.fails.sum()
-    frame["states"] = every.status.agg(states)
-    frame["unstable"] = unstable.first()
-    frame["unstable_runs"] = unstable.size()
-    frame["devices"] = averaged.device.agg(joined)
+    frame = every.agg(
+        rule=("rule", "first"), is_default=("is_default", "first"), states=("status", states)
+    )
+    results = averaged.agg(
+        n=("rule", "size"),
+        accuracy=("accuracy", "mean"),
+        sd=("accuracy", "std"),
+        score=("score", "mean"),
+        test_images=("test_images", "first"),
+        hours=("seconds", "mean"),
+        devices=("device", joined),
+    )
+    results["hours"] /= 3600
+    stability = unstable.agg(unstable=("unstable", "first"), unstable_runs=("rule", "size"))
+    frame = frame.join(results)
+    frame = frame.join(ended.agg(ended=("rule", "size"), failing=("fails", "sum")))
+    frame = frame.join(stability)
 
     counts = ["n", "ended", "failing", "unstable_runs"]
     frame[counts] = frame[counts].fillna(0).astype(int)

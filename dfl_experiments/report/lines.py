@@ -27,6 +27,7 @@ BOUNDED = ("accuracy", "alignment", "dead")  # endings of the names of quantitie
 MOST_COLUMNS = 3  # largest number of panels in a row
 MOST_COLUMNS_OF_FACET = 6  # the same, if every facet begins a new row
 NARROWEST = 1.6  # inches of a panel in a figure of a given size
+MOST_IN_COLUMN = 14  # largest number of texts in a column of the legend
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_POINTS = 500  # largest number of points in a curve
 MOST_DETAILED = 3  # a panel with more curves shows no validation curves
@@ -86,36 +87,36 @@ def draw(
     names = known(what or DEFAULT, of_epochs + of_iterations)
     color = ALIASES.get(str(color), color)
     facet = ALIASES.get(str(facet), facet)
-    keys = list(filter(None, (color, facet)))
+    keys = [key for key in (color, facet) if key]
     for key in keys:
         frame = with_key(frame, key)
     notes: list[str] = []
     frame = with_lines(frame, keys, notes)
     lines = lines_of(frame, color, facet, notes)
-    exist = [(Path(folder) / "iterations.csv").exists() for folder in frame.folder]
-    is_epoch = by == "epoch" or not all(exist) or set(names).isdisjoint(of_iterations)
-    x = "epoch" if is_epoch else "iteration"
+    x = "epoch"
+    has_iterations = all(Path(folder, "iterations.csv").exists() for folder in frame.folder)
+    if by != "epoch" and has_iterations and set(names) & set(of_iterations):
+        x = "iteration"
     values = over_seeds(measured(frame, names, x, smooth, notes), frame)
+    measured_layers = sorted(set(values.layer) - {0})
     for layer in layers or ():
-        if layer not in set(values.layer):
-            there_are = ", ".join(map(str, sorted(set(values.layer) - {0})))
+        if layer not in measured_layers:
+            there_are = ", ".join(map(str, measured_layers))
             raise UserError(f"layer={layer}: not measured; there are {there_are}")
     values = without_constants(values, lines, notes)
-    for name in names if what else ():
-        if name not in set(values.what):
+    for name in names:
+        if what and name not in set(values.what):
             raise UserError(f"what={name}: not measured by {x}, or equal to BP's by construction")
     most_seeds = values.runs.max()
     if most_seeds > 1:
         notes.append(f"Mean over up to {most_seeds} seeds, their range shaded.")
     elif len(lines) > 1:
         notes.append("Each line is one run.")
-    shown = []
-    for name in names:
-        of_name = values[values.what == name]
-        shown += [(name, layer) for layer in layers_of(of_name, layers, notes)]
     panels = []
     for _, part in lines.groupby("facet"):
-        panels += [Panel(name, layer, part) for name, layer in shown]
+        for name in names:
+            shown = layers_of(values[values.what == name], layers, notes)
+            panels += [Panel(name, layer, part) for layer in shown]
     with styled(is_small=size is not None):
         figure = with_axes(panels, lines.facet.nunique(), size)
         for axes, panel in zip(figure.axes, panels, strict=True):
@@ -136,8 +137,8 @@ def without_constants(values: DataFrame, lines: DataFrame, notes: list[str]) -> 
     about = lines.loc[values.line]
     layers = values.layer.astype(str)
     is_exact = [layer in exact for layer, exact in zip(layers, about.exact_layers, strict=True)]
-    is_constant = is_exact | (about.rule == "bp").to_numpy()
-    is_hidden = is_constant & values.what.isin(RELATIVE)
+    is_bp = about.rule == "bp"
+    is_hidden = values.what.isin(RELATIVE) & (is_exact | is_bp.to_numpy())
     if is_hidden.any():
         notes.append("Not shown: signals that equal BP's by construction, or that are mostly zero.")
     return values[~is_hidden]
@@ -256,9 +257,10 @@ def add_legend(figure: Figure, order: Iterable[str] = (), is_below: bool = False
     if not labels:
         return
     texts = [fill(label, 24) for label in labels]
-    style: dict[str, Any] = {"loc": "outside right center"}
+    columns = math.ceil(len(labels) / MOST_IN_COLUMN)
+    style: dict[str, Any] = {"loc": "outside right center", "ncols": columns}
     if is_below:
         longest = max(map(len, texts))
-        columns = int(figure.get_figwidth() / (0.07 * longest + 0.55))
+        columns = int(figure.get_figwidth() / (0.06 * longest + 0.6))
         style = {"loc": "outside lower center", "ncols": max(1, columns)}
     figure.legend([handles[label] for label in labels], texts, **style)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ GREEN = "#009E73"
 OLIVE = "#A69500"
 TEXT_GREY = "#505050"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, OLIVE, GREY)
-LONG_DASH = (0, (9, 2))
+LONG_DASH = (0, (8, 2))
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", LONG_DASH)
 
 
@@ -112,6 +113,7 @@ STYLE: dict[str, Any] = {
     "font.size": 9,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
+    "legend.handlelength": 3.2,  # two long dashes
     "lines.linewidth": 1.6,
     "pdf.fonttype": 42,  # TrueType: publishers refuse matplotlib's default, Type 3
     "svg.hashsalt": "dfl",
@@ -123,15 +125,15 @@ SMALL = {"axes.titlesize": 8, "font.size": 8, "lines.linewidth": 1.3}
 def method_name(method: str) -> str:
     """Return the printed name of a method, such as "LAS, fixed_blocks=2". A user's own rule keeps its name."""
     rule, comma, options = method.partition(", ")
-    is_own = not any(rule in members for members in FAMILIES.values())
-    return (rule if is_own else RULES.get(rule, rule.upper())) + comma + options
+    name = RULES.get(rule, rule)
+    if name == rule and rule in chain.from_iterable(FAMILIES.values()):
+        name = rule.upper()
+    return f"{name}{comma}{options}"
 
 
 def method_order(method: str) -> tuple[int, str]:
     """Return the sort key of a method: first the paper's five, then other methods by family, then the user's rules."""
-    rules = list(PAPER_LOOKS)
-    for members in FAMILIES.values():
-        rules += [rule for rule in members if rule not in rules]
+    rules = [*PAPER_LOOKS, *chain.from_iterable(FAMILIES.values())]
     rule = method.partition(", ")[0]
     return (rules.index(rule) if rule in rules else len(rules)), method
 

@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import cells, choose, means
 from dfl_experiments.report.frame import CELL, POINT, ROW, distinct, layer_names
-from dfl_experiments.report.labels import option_names
+from dfl_experiments.report.labels import KIND, SECTION, option_names
 from dfl_experiments.report.paper import SETTINGS
 from dfl_experiments.report.run_record import ENDED
 from dfl_experiments.report.style import IN_WORDS, USUAL, method_name, method_order, title_of, words
@@ -20,9 +20,6 @@ from dfl_experiments.report.table_text import NONE, Table, interval_text, number
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
 MARK = "The mark: highest accuracy of its setting."
 AT_END = "An lr marked (lowest) or (highest) is at this end of the method's grid: extend the grid."
-SECTION = ["smoke", "dataset", "model", "augmentation"]
-# Options are compared only between runs that are equal in these columns.
-KIND = ["optimizer", "schedule", "protocol"]
 
 
 @dataclass
