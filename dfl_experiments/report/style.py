@@ -22,6 +22,9 @@ BLUE = "#0072B2"
 PINK = "#CC79A7"
 GREEN = "#009E73"
 OLIVE = "#A69500"
+LIGHT_ORANGE = "#E69F00"
+SKY = "#56B4E9"
+WINE = "#882255"
 TEXT_GREY = "#505050"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, OLIVE, GREY)
 LONG_DASH = (0, (8, 2))
@@ -35,7 +38,7 @@ class Look(NamedTuple):
     dash: Any = "-"
 
 
-# The paper's rules. Each has a colour and a dash that no other of them has, for colour-blind readers and grey prints.
+# The paper's rules. Each has a colour of its own and, for grey prints, a dash that no other of the five has.
 PAPER_LOOKS = {
     "bp": Look(BLACK, "-"),
     "shallow": Look(GREY, ":"),
@@ -53,10 +56,10 @@ FAMILIES = {
 OTHER = "with options of its own"
 FAMILY_COLOURS = {
     "backpropagation": GREY,
-    "direct, B fixed": ORANGE,
-    "direct, B learns": BLUE,
+    "direct, B fixed": LIGHT_ORANGE,
+    "direct, B learns": SKY,
     "through every layer, B fixed or signs of W": PINK,
-    "through every layer, B learns": GREEN,
+    "through every layer, B learns": WINE,
     OTHER: OLIVE,
 }
 # numbers of users' own rules and of rules with options, in the order of their first use
@@ -161,9 +164,7 @@ def look_of(method: str) -> Look:
     if rule in PAPER_LOOKS:
         return PAPER_LOOKS[rule]
     others = [member for member in FAMILIES[family] if member not in PAPER_LOOKS]
-    all_looks = [Look(FAMILY_COLOURS[family], dash) for dash in DASHES]
-    free = [look for look in all_looks if look not in PAPER_LOOKS.values()]
-    return free[others.index(rule)]
+    return Look(FAMILY_COLOURS[family], DASHES[others.index(rule)])
 
 
 def gradient(index: int, count: int) -> Look:
