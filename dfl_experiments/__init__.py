@@ -25,27 +25,20 @@ if sys.platform == "win32":
 
 __version__ = "0.1.0"
 # For each public name, the module that defines the name. A module is imported when one of its names is first used,
-# because importing torch is slow.
+# because importing torch or pandas is slow.
 NAMES = {
-    **dict.fromkeys(
-        ["compose", "curves", "draw", "load_net", "load_run", "read_rows", "run"], "api"
-    ),
     "boundaries": "engine.module_survey",
+    "compose": "api",
+    "curves": "report.frame",
+    "draw": "report.lines",
+    "load_net": "api",
+    "load_run": "api",
+    "read_rows": "api",
     "rule": "own_loop",
+    "run": "api",
     "runs": "report.frame",
 }
-__all__ = [
-    "boundaries",
-    "compose",
-    "curves",
-    "draw",
-    "load_net",
-    "load_run",
-    "read_rows",
-    "rule",
-    "run",
-    "runs",
-]
+__all__ = [*NAMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,11 @@
 """Use runs from Python: compose a configuration, train it, read its results, and load its network."""
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, wraps
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from dfl_experiments.data.batches import Normalise, Standardise
 from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
-from dfl_experiments.report import frame, lines
 from dfl_experiments.running.build import build
 from dfl_experiments.running.checkpoint import load_checkpoint
 from dfl_experiments.running.device import usual_torch
@@ -30,8 +28,9 @@ from dfl_experiments.running.run import refuse_changes, run_alone
 from dfl_experiments.running.run_directory import refuse_folder_of_runs, run_below
 from dfl_experiments.seal import opened
 
-P = ParamSpec("P")
-R = TypeVar("R")
+if TYPE_CHECKING:  # imported where it is used, because importing pandas is slow
+    from pandas import DataFrame
+
 # For each kind of samples: its name in messages, the type that the net gets, and the types that are converted to it.
 # The last entry is the parameter `casting` of `numpy.can_cast`.
 TYPES: dict[str, tuple[str, Any, Any]] = {
@@ -160,17 +159,19 @@ class TrainedRun:
         return load_net(self.folder, self.plugins)
 
     @property
-    def epochs(self) -> pd.DataFrame:
+    def epochs(self) -> "DataFrame":
         """The table epochs.csv."""
         return self._table("epochs")
 
     @property
-    def iterations(self) -> pd.DataFrame:
+    def iterations(self) -> "DataFrame":
         """The table iterations.csv."""
         return self._table("iterations")
 
-    def _table(self, name: Literal["epochs", "iterations"]) -> pd.DataFrame:
-        return pd.DataFrame(read_rows(self.folder, name))
+    def _table(self, name: Literal["epochs", "iterations"]) -> "DataFrame":
+        from pandas import DataFrame
+
+        return DataFrame(read_rows(self.folder, name))
 
     @cached_property
     def _standardisation(self) -> dict[str, Tensor] | None:
@@ -251,23 +252,3 @@ class TrainedRun:
 def load_run(run_dir: str | Path, plugins: Sequence[str] = ()) -> TrainedRun:
     """Return a run with its `net`, `predict`, `evaluate`, `epochs`, `iterations`, `result` and `config`."""
     return TrainedRun(run_dir, plugins)
-
-
-def of_runs(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function that raises `UserError` if its first argument is not a table of runs."""
-
-    @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = [*args, kwargs["frame"]] if "frame" in kwargs else args
-        if given and not isinstance(given[0], pd.DataFrame):
-            raise UserError(
-                f"{function.__name__}: takes the table that dfl.runs(folder) returns, or rows of it such as "
-                f"runs[:1], not a {type(given[0]).__name__}"
-            )
-        return function(*args, **kwargs)
-
-    return checked
-
-
-curves = of_runs(frame.curves)
-draw = of_runs(lines.draw)

@@ -36,8 +36,8 @@ from dfl_experiments.report.compare import cosines
 from dfl_experiments.report.dfl_report import arguments
 from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.style import (
+    FAMILY_COLOURS,
     family_of,
-    look_of,
     method_name,
     row_title,
     save,
@@ -202,7 +202,7 @@ def families_picture(runs: pd.DataFrame) -> Figure:
     panels = drawing.subplots(1, len(settings), squeeze=False)[0]
     for axes, (setting, means) in zip(panels, settings.items(), strict=True):
         for rule, point in means.rank().iterrows():
-            axes.plot(*point, "o", color=look_of(str(rule)).colour)
+            axes.plot(*point, "o", color=FAMILY_COLOURS[family_of(str(rule))])
             axes.annotate(method_name(str(rule)), point, xytext=(4, 3), textcoords="offset points")
         axes.set_title(fill(setting, 55))
         axes.set(xlabel="rank of the cosine with BP, layer 1", ylabel="rank of the test accuracy")

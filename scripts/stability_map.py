@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from dfl_experiments.report.choose import choose
 from dfl_experiments.report.frame import layer_names
 from dfl_experiments.report.style import (
-    DASHES,
-    PALETTE,
+    look_of,
     method_name,
     method_order,
     save,
@@ -25,7 +24,6 @@ from dfl_experiments.report.style import (
 
 FOLDER = Path("outputs/reference/stability_map")
 COLUMN = ["model", "dataset"]
-RULES = ["bp", "shallow", "dfa", "las", "ltas"]
 LARGEST_RMS = 1e3  # upper end of the axis; a collapsing run can reach 1e8
 ROWS = {
     "accuracy": "test accuracy, %",
@@ -101,16 +99,10 @@ def figure(frame: pd.DataFrame) -> Figure:
 def draw_rules(axes: Axes, shown: pd.DataFrame, name: str) -> None:
     """Draw one quantity against the rate: a line for each rule, a cross where a run fails."""
     for rule in sorted(shown.rule.unique(), key=method_order):
-        index = RULES.index(rule)
+        colour, dash = look_of(rule)
         curve = shown[shown.rule == rule].sort_values("lr")
-        axes.plot(
-            curve.lr,
-            curve[name],
-            "o",
-            color=PALETTE[index],
-            linestyle=DASHES[index],
-            label=method_name(rule),
-        )
+        style = {"color": colour, "linestyle": dash, "label": method_name(rule)}
+        axes.plot(curve.lr, curve[name], "o", **style)
         failing = curve[curve.fails]
         axes.plot(failing.lr, failing[name], "x", color="black", markersize=9)
     axes.plot([], [], "x", color="black", label="a run fails")

@@ -26,9 +26,7 @@ def choose(runs: DataFrame) -> DataFrame:
     for _, cell in needed.groupby(CELL, sort=False):
         point = best_point(cell)
         if point is not None:
-            lr, weight_decay = point
-            is_chosen = (cell.lr == lr) & (cell.weight_decay == weight_decay)
-            chosen += cell.index[is_chosen].tolist()
+            chosen += cell.groupby(POINT_IN_CELL).groups[point].tolist()
     return runs.loc[chosen]
 
 
@@ -39,13 +37,12 @@ def best_point(cell: DataFrame) -> tuple[float, float] | None:
     points = fails[fails.index.isin(ended.set_index(POINT_IN_CELL).index)]
     candidates = list(points.index[~points]) or list(points.index)
     table = ended.pivot(index="seed", columns=POINT_IN_CELL, values=["score", "validation_loss"])
-    best, most = None, (-1, 0.0)
-    for point in candidates:
+
+    def rank(point: tuple[float, float]) -> tuple[int, float]:
         wins = sum(beats(table, point, other) for other in candidates if other != point)
-        rank = (wins, table["score"][point].mean())
-        if rank > most:
-            best, most = point, rank
-    return best
+        return wins, table["score"][point].mean()
+
+    return max(candidates, key=rank, default=None)
 
 
 def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -73,43 +70,64 @@ def cells(runs: DataFrame, chosen: DataFrame) -> DataFrame:
 
     chosen: what `choose` returns for the runs.
 
-    Columns:
-        `CELL`, `rule`, `is_default`, `lr`, `weight_decay`: the cell, its rule and its chosen grid point.
+    Columns: those of `means`, and
+        `lr`, `weight_decay`: the chosen grid point.
         `lr_at_end`: whether the chosen learning rate is at an end of the grid, see `end_of_grid`.
+    """
+    frame = means(runs, chosen, CELL)
+    averaged = counted(chosen).groupby(CELL, sort=False)
+    rates = averaged.lr.first().reindex(frame.index)
+    at_end = end_of_grid(rates.mask(averaged.fails.all()), runs)
+    place = frame.columns.get_loc("n")
+    frame.insert(place, "lr", rates)
+    frame.insert(place + 1, "lr_at_end", at_end)
+    frame.insert(place + 2, "weight_decay", averaged.weight_decay.first())
+    return frame.reset_index()
+
+
+def means(runs: DataFrame, shown: DataFrame, keys: Sequence[str]) -> DataFrame:
+    """Return a table with one row for each combination of values of `keys`, which are its index.
+
+    shown: those of the runs from which the results are computed.
+
+    Columns:
+        `rule`, `is_default`: the rule, and whether the settings are the defaults.
         `n`, `devices`: number of averaged runs (0: no accuracy yet), and their devices.
         `accuracy`, `sd`, `score`, `hours`, `cosine/1`, `dead/1`, …: means over the averaged runs; standard deviation.
         `ended`, `failing`, `unstable_runs`: number of ended runs, and how many of them fail or are unstable.
-        `states`: number of runs of each status, counted over all grid points.
+        `states`: number of runs of each status, counted over all of `runs`.
         `unstable`: first instability, as text.
     """
-    every = distinct(runs).groupby(CELL, sort=False)
-    averaged = counted(chosen).groupby(CELL, sort=False)
-    ended = chosen[chosen.status.isin(ENDED)].groupby(CELL, sort=False)
-    unstable = chosen[chosen.unstable != ""].groupby(CELL, sort=False).unstable
+    keys = list(keys)
+    every = distinct(runs).groupby(keys, sort=False)
+    averaged = counted(shown, keys).groupby(keys, sort=False)
+    ended = shown[shown.status.isin(ENDED)].groupby(keys, sort=False)
+    unstable = shown[shown.unstable != ""].groupby(keys, sort=False)
 
-    frame = every[["rule", "is_default"]].first()
-    frame["lr"] = averaged.lr.first()
-    frame["lr_at_end"] = end_of_grid(frame.lr.mask(averaged.fails.all()), runs)
-    frame["weight_decay"] = averaged.weight_decay.first()
-    frame["n"] = averaged.size()
-    frame["accuracy"] = averaged.accuracy.mean()
-    frame["sd"] = averaged.accuracy.std()
-    frame["score"] = averaged.score.mean()
-    frame["test_images"] = averaged.test_images.first()
-    frame["hours"] = averaged.seconds.mean() / 3600
-    frame["ended"] = ended.size()
-    frame["failing"] = ended.fails.sum()
-    frame["states"] = every.status.agg(states)
-    frame["unstable"] = unstable.first()
-    frame["unstable_runs"] = unstable.size()
-    frame["devices"] = averaged.device.agg(joined)
+    frame = every.agg(
+        rule=("rule", "first"), is_default=("is_default", "first"), states=("status", states)
+    )
+    results = averaged.agg(
+        n=("rule", "size"),
+        accuracy=("accuracy", "mean"),
+        sd=("accuracy", "std"),
+        score=("score", "mean"),
+        test_images=("test_images", "first"),
+        hours=("seconds", "mean"),
+        devices=("device", joined),
+    )
+    results["hours"] /= 3600
+    stability = unstable.agg(unstable=("unstable", "first"), unstable_runs=("rule", "size"))
+    frame = frame.join(results)
+    frame = frame.join(ended.agg(ended=("rule", "size"), failing=("fails", "sum")))
+    frame = frame.join(stability)
 
     counts = ["n", "ended", "failing", "unstable_runs"]
     frame[counts] = frame[counts].fillna(0).astype(int)
     texts = ["unstable", "devices"]
     frame[texts] = frame[texts].fillna("")
     of_layers = [name for quantity in PER_LAYER for name in layer_names(runs, quantity)]
-    return frame.join(averaged[of_layers].mean(skipna=False)).reset_index()
+    return frame.join(averaged[of_layers].mean(skipna=False))
 
 
 def end_of_grid(chosen_rates: Series, runs: DataFrame) -> Series:

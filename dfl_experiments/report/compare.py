@@ -284,7 +284,7 @@ def cosines(runs: DataFrame) -> DataFrame:
     kept = kept.assign(no_signal="")
     for name in layer_names(kept, "cosine"):
         layer = name.removeprefix("cosine/")
-        is_exact = kept.exact_layers.map(lambda layers, layer=layer: layer in layers)
+        is_exact = np.array([layer in layers for layers in kept.exact_layers], dtype=bool)
         is_silent = share_without_signal(kept, layer) > MOST_ZEROS
         kept[name] = kept[name].mask(is_exact | is_silent)
         kept["no_signal"] += np.where(is_silent, f", {layer}", "")

@@ -14,9 +14,10 @@ EPILOG = """examples:
   dfl-plot RUN1 RUN2 --what alignment --layer 1,3 --by epoch --out alignment.pdf
   dfl-plot outputs/grid --where method=las,dfa --where optimizer.lr=1e-3
   dfl-plot outputs/grid --what norm,rms,dead --log --color method --out stability.svg
+  dfl-plot outputs/grid --what alignment --layer 1 --size 3.4x2.4 --out figure.pdf      for a paper
 """
-WHAT = """loss, accuracy, alignment, norm, rms, dead (default: the first three if measured);
-columns of epochs.csv, such as cosine, are other names of these"""
+WHAT = """loss, accuracy, alignment, norm, rms, dead (default: the first three if measured), or any column of epochs.csv
+or iterations.csv, such as validation_loss"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,7 +40,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     facet = "configuration key with one panel for each value, such as optimizer.lr"
     add("--facet", metavar="KEY", help=facet)
     add_where(add)
-    add("--log", action="store_true", help="logarithmic y axis for loss, norm and rms")
+    log = "logarithmic y axis, except for accuracy, alignment and dead"
+    add("--log", action="store_true", help=log)
+    size = "width and height in inches of a figure for a paper: without title and caption"
+    add("--size", type=inches, metavar="WxH", help=size)
     add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
     out = ".png, .pdf or .svg (default: plot.png, in RUN if there is one)"
     add("--out", type=Path, metavar="FILE", help=out)
@@ -63,6 +67,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def inches(text: str) -> tuple[float, float]:
+    """Convert a text such as "3.4x2.4" to a width and a height. Raises `ArgumentTypeError`."""
+    width, _, height = text.lower().partition("x")
+    try:
+        size = (float(width), float(height))
+    except ValueError:
+        size = (0.0, 0.0)
+    if not all(1 <= side <= 100 for side in size):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size from 1x1 to 100x100 inches")
+    return size
+
+
 def plot(asked: argparse.Namespace) -> Path:
     """Draw the figure and return the path of its file."""
     from dfl_experiments.report.frame import runs, with_value
@@ -82,6 +98,7 @@ def plot(asked: argparse.Namespace) -> Path:
         asked.facet,
         asked.smooth,
         asked.log,
+        asked.size,
     )
     path = asked.out or folder / "plot.png"
     save(figure, path, asked.dpi)

@@ -127,22 +127,28 @@ def picture(file: Path, page: Path | None) -> str:
 
 
 def latex(sections: list[Section], with_paper: bool) -> str:
-    """Return the table of methods of every section in LaTeX. The LaTeX document needs the package booktabs."""
+    """Return the tables of every section in LaTeX. The LaTeX document needs the package booktabs."""
     paper = published() if with_paper else None
     texts = []
     for section in sections:
-        table = tables.answer(section, paper)
-        caption = f"{section.title}. Test accuracy, mean ± sd over n seeds. {table.caption}"
-        texts.append("\\begin{table}\n\\centering")
-        texts.append(rf"\caption{{{table_text.latex(caption)}}}")
-        texts.append(table_text.write(table, "latex_booktabs"))
-        texts.append("\\end{table}\n")
+        for table in [tables.answer(section, paper), *tables.details(section)]:
+            title = table.title
+            if title == "Methods":
+                title = "Test accuracy, mean ± sd over n seeds"
+            caption = f"{section.title}. {title}. {table.caption}"
+            texts.append("\\begin{table}\n\\centering")
+            texts.append(rf"\caption{{{table_text.latex(caption)}}}")
+            texts.append(table_text.write(table, "latex_booktabs"))
+            texts.append("\\end{table}\n")
     return "\n".join(texts) + "\n"
 
 
 def csv_of(sections: list[Section]) -> str:
-    """Return CSV text with one row for each method in each setting. Accuracies are fractions of 1."""
-    frame = pd.concat([section.cells for section in sections])
+    """Return CSV text with one row for each grid point of each method. Accuracies are fractions of 1.
+
+    `chosen` is true for the rows of the table of methods. Only these rows have comparisons with other methods.
+    """
+    frame = pd.concat([tables.grid_points(section) for section in sections])
     rows = frame.astype(object).where(frame.notna(), None)
     return csv_text([list(rows.columns), *rows.to_numpy().tolist()])
 

@@ -12,7 +12,6 @@ from dfl_experiments.report.frame import ROW, distinct
 from dfl_experiments.report.lines import add_legend, draw
 from dfl_experiments.report.style import (
     add_text,
-    family_of,
     look_of,
     method_name,
     method_order,
@@ -22,7 +21,6 @@ from dfl_experiments.report.style import (
 from dfl_experiments.report.tables import Section, among
 
 LONGEST_NAME = 130  # characters of a figure's file name, without its kind
-MOST_LINES = 6  # if there are more methods, the legend names their families instead
 
 
 @dataclass
@@ -139,8 +137,8 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     for method in methods:
         part = points.loc[method]
         colour, dash = look_of(method)
-        label = method_name(method) if len(methods) <= MOST_LINES else family_of(method)
-        axes.plot(part["mean"], marker="o", color=colour, linestyle=dash, label=label)
+        style = {"color": colour, "linestyle": dash, "label": method_name(method)}
+        axes.plot(part["mean"], marker="o", **style)
         axes.fill_between(part.index, part["min"], part["max"], color=colour, alpha=0.15)
         axes.vlines(part.index, part["min"], part["max"], color=colour)
     fails = ended.groupby(point).fails.any()

@@ -122,13 +122,23 @@ def layer_names(frame: DataFrame, quantity: str) -> list[str]:
     return sorted(names, key=lambda name: int(name.partition("/")[2]))
 
 
+def refuse_other(frame: Any, function: str) -> None:
+    """Raise `UserError` if the argument of a public function is not a table of runs."""
+    if not isinstance(frame, DataFrame):
+        raise UserError(
+            f"{function}: takes the table that dfl.runs(folder) returns, or rows of it such as "
+            f"runs[:1], not a {type(frame).__name__}"
+        )
+
+
 def curves(frame: DataFrame, table: str = "epochs", tail: int = sys.maxsize) -> DataFrame:
     """Return the rows of `epochs.csv` or `iterations.csv` of all runs, with a column for the run's `folder`.
 
     An incomplete last line is left out, because a run that still trains may be writing it.
 
-    tail: of a longer file, only the rows in the last `tail` bytes are read.
+    tail: of a longer file, only the rows in the last `tail` bytes are read. 0: the names of the columns.
     """
+    refuse_other(frame, "curves")
     tables = []
     for folder in frame.folder:
         path = Path(folder) / f"{table}.csv"

@@ -12,8 +12,10 @@ from pandas import DataFrame, Series
 from dfl_experiments.configuration.composition import CONF_DIR
 from dfl_experiments.report.run_record import as_text, flat
 
-# Options are compared only between runs that are equal in these columns.
-NAMES = ["smoke", "dataset", "model", "augmentation", "optimizer", "schedule", "protocol"]
+# columns that identify a section of a report
+SECTION = ["smoke", "dataset", "model", "augmentation"]
+KIND = ["optimizer", "schedule", "protocol"]
+NAMES = [*SECTION, *KIND]  # options are compared only between runs that are equal in these columns
 OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
 # This default depends on the rule. `options_of` leaves the option out at its default.
 ACTIVATION = "model.activation"

@@ -13,14 +13,14 @@ from dfl_experiments.report.style import (
     DASHES,
     PALETTE,
     Look,
-    family_of,
     gradient,
     look_of,
+    method_order,
     title_of,
     words,
 )
 
-# largest number of labels in the legend; with more, the legend explains only the colours
+# largest number of labels in the legend; with more, the legend explains only what decides the looks
 MOST_LABELS = 6
 # Columns that can appear in the label of a line. Options appear after FIRST_NAMES and before LAST_NAMES.
 FIRST_NAMES = ("method", "model", "dataset", "augmentation")
@@ -56,9 +56,11 @@ def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list
     heading: this value as a label.
     label: text with the values that differ between lines.
     look: colour and dash.
-    legend: the line's text in the legend. It is the label or, if there are many lines, the meaning of the colour.
+    legend: the line's text in the legend. It is the label or, if there are many labels, the meaning of the look.
     """
     lines = frame.drop_duplicates("line").set_index("line").sort_index()
+    order = lines.method.map(method_order).sort_values(kind="stable")
+    lines = lines.loc[order.index]
     lines["facet"] = lines[facet] if facet else ""
     lines["heading"] = in_words(lines, facet) if facet else ""
     columns = differing_columns(lines, color)
@@ -73,10 +75,7 @@ def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list
         lines["legend"] = in_words(lines, key)
         others = [column for column in columns if column != key]
         if others:
-            notes.append(f"Lines of one colour differ in {', '.join(others)}.")
-    if lines.legend.nunique() > MOST_LABELS and key == "method":
-        lines["legend"] = lines.method.map(family_of)
-        lines["look"] = [Look(look.colour) for look in lines["look"]]
+            notes.append(f"Lines of one look differ in {', '.join(others)}.")
     return lines
 
 

@@ -13,18 +13,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pandas import DataFrame
 
-from dfl_experiments.configuration.refusals import did_you_mean
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.frame import with_key
+from dfl_experiments.report.frame import refuse_other, with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
 from dfl_experiments.report.run_record import ALIASES
-from dfl_experiments.report.series import BY_ITERATION, COLUMNS, WHAT, measured, over_seeds
+from dfl_experiments.report.series import known, measured, over_seeds, quantity_of, recorded
 from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
 
 DEFAULT = ("loss", "accuracy", "alignment")
-RELATIVE = ("alignment", "norm")  # relative to BP: constant in a layer whose signal equals BP's
-BOUNDED = ("accuracy", "alignment", "dead")  # quantities with a fixed range
-MOST_COLUMNS = 6  # largest number of panels in a row, if every facet begins a new row
+# relative to BP: constant in a layer whose signal equals BP's
+RELATIVE = ("alignment", "cosine_batch", "norm")
+BOUNDED = ("accuracy", "alignment", "dead")  # endings of the names of quantities with a fixed range
+MOST_COLUMNS = 3  # largest number of panels in a row
+MOST_COLUMNS_OF_FACET = 6  # the same, if every facet begins a new row
+NARROWEST = 1.6  # inches of a panel in a figure of a given size
+MOST_IN_COLUMN = 14  # largest number of texts in a column of the legend
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_POINTS = 500  # largest number of points in a curve
 MOST_DETAILED = 3  # a panel with more curves shows no validation curves
@@ -35,7 +38,7 @@ class Panel(NamedTuple):
     """One panel of a figure."""
 
     name: str
-    """A quantity of `WHAT`."""
+    """Name of a quantity, see `series.quantity_of`."""
     layer: int
     """A hidden layer, or 0 for a quantity of the whole net."""
     lines: DataFrame
@@ -51,6 +54,7 @@ def draw(
     facet: str | None = None,
     smooth: int | None = None,
     log: bool = False,
+    size: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw the curves of the runs.
 
@@ -59,74 +63,73 @@ def draw(
 
     Parameters:
         frame: the runs, as `frame.runs` returns them.
-        what: names of quantities in `WHAT`, or their columns in epochs.csv, such as cosine for alignment. Default:
-            those of loss, accuracy and alignment that were measured.
+        what: names of quantities: loss, accuracy, alignment, norm, rms, dead, and columns of epochs.csv or
+            iterations.csv without the ending /i, such as validation_loss. Default: those of loss, accuracy and
+            alignment that were measured.
         layers: hidden layers, counted from 1. Default: all, or six evenly spaced ones if there are more.
         by: the x axis. Default: iteration if every run has iterations.csv, else epoch.
         color: column or configuration key. Each of its values gets a colour. Default: the first column that differs.
         facet: column or configuration key. Each of its values gets a panel for each quantity and layer.
         smooth: window of the running mean, in measured values. Default: 1/40 of the iterations; by epoch, none.
-        log: use a logarithmic y axis for loss, norm and rms.
+        log: use a logarithmic y axis, except for accuracy, alignment and dead.
+        size: width and height in inches of a figure for a paper, without a title and a caption.
 
     Raises:
         UserError: the frame is empty; no run has a requested quantity, layer or key; or no run has values.
     """
+    refuse_other(frame, "draw")
     if frame.empty:
         raise UserError("frame: has no runs to draw")
-    names = quantities([what] if isinstance(what, str) else what or DEFAULT)
+    if isinstance(what, str):
+        what = [what]
+    of_epochs = recorded(frame, "epochs")
+    of_iterations = recorded(frame, "iterations")
+    names = known(what or DEFAULT, of_epochs + of_iterations)
     color = ALIASES.get(str(color), color)
     facet = ALIASES.get(str(facet), facet)
-    keys = list(filter(None, (color, facet)))
+    keys = [key for key in (color, facet) if key]
     for key in keys:
         frame = with_key(frame, key)
     notes: list[str] = []
     frame = with_lines(frame, keys, notes)
     lines = lines_of(frame, color, facet, notes)
-    exist = [(Path(folder) / "iterations.csv").exists() for folder in frame.folder]
-    is_epoch = by == "epoch" or not all(exist) or set(names).isdisjoint(BY_ITERATION)
-    x = "epoch" if is_epoch else "iteration"
+    x = "epoch"
+    has_iterations = all(Path(folder, "iterations.csv").exists() for folder in frame.folder)
+    if by != "epoch" and has_iterations and set(names) & set(of_iterations):
+        x = "iteration"
     values = over_seeds(measured(frame, names, x, smooth, notes), frame)
+    measured_layers = sorted(set(values.layer) - {0})
     for layer in layers or ():
-        if layer not in set(values.layer):
-            there_are = ", ".join(map(str, sorted(set(values.layer) - {0})))
+        if layer not in measured_layers:
+            there_are = ", ".join(map(str, measured_layers))
             raise UserError(f"layer={layer}: not measured; there are {there_are}")
     values = without_constants(values, lines, notes)
-    for name in names if what else ():
-        if name not in set(values.what):
-            raise UserError(f"what={name}: not measured, or equal to BP's by construction")
+    for name in names:
+        if what and name not in set(values.what):
+            raise UserError(f"what={name}: not measured by {x}, or equal to BP's by construction")
     most_seeds = values.runs.max()
     if most_seeds > 1:
         notes.append(f"Mean over up to {most_seeds} seeds, their range shaded.")
     elif len(lines) > 1:
         notes.append("Each line is one run.")
-    shown = []
-    for name in names:
-        of_name = values[values.what == name]
-        shown += [(name, layer) for layer in layers_of(of_name, layers, notes)]
     panels = []
     for _, part in lines.groupby("facet"):
-        panels += [Panel(name, layer, part) for name, layer in shown]
-    with styled():
-        figure = with_axes(panels, facets=lines.facet.nunique())
+        for name in names:
+            shown = layers_of(values[values.what == name], layers, notes)
+            panels += [Panel(name, layer, part) for layer in shown]
+    with styled(is_small=size is not None):
+        figure = with_axes(panels, lines.facet.nunique(), size)
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
             draw_panel(axes, panel, values, notes)
         # now all curves are drawn, also on shared axes
         for axes, panel in zip(figure.axes, panels, strict=True):
-            if panel.name not in BOUNDED and axes.lines:
+            if not panel.name.endswith(BOUNDED) and axes.lines:
                 set_scale(axes, panel.name, log, notes)
-        add_legend(figure, lines.legend.tolist())
-        add_text(figure, title(lines), notes)
+        add_legend(figure, lines.legend.tolist(), is_below=size is not None)
+        if size is None:
+            add_text(figure, title(lines), notes)
     return figure
-
-
-def quantities(names: Sequence[str]) -> list[str]:
-    """Return the names of quantities, each once, also for columns of epochs.csv. Raises `UserError`."""
-    for name in names:
-        if name not in WHAT and name not in COLUMNS:
-            hint = did_you_mean(name, [*WHAT, *COLUMNS])
-            raise UserError(f"what={name}: no such quantity; there are {', '.join(WHAT)}{hint}")
-    return list(dict.fromkeys(COLUMNS.get(name, name) for name in names))
 
 
 def without_constants(values: DataFrame, lines: DataFrame, notes: list[str]) -> DataFrame:
@@ -134,8 +137,8 @@ def without_constants(values: DataFrame, lines: DataFrame, notes: list[str]) -> 
     about = lines.loc[values.line]
     layers = values.layer.astype(str)
     is_exact = [layer in exact for layer, exact in zip(layers, about.exact_layers, strict=True)]
-    is_constant = is_exact | (about.rule == "bp").to_numpy()
-    is_hidden = is_constant & values.what.isin(RELATIVE)
+    is_bp = about.rule == "bp"
+    is_hidden = values.what.isin(RELATIVE) & (is_exact | is_bp.to_numpy())
     if is_hidden.any():
         notes.append("Not shown: signals that equal BP's by construction, or that are mostly zero.")
     return values[~is_hidden]
@@ -156,26 +159,30 @@ def evenly(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
-def with_axes(panels: Sequence[Panel], facets: int) -> Figure:
+def with_axes(
+    panels: Sequence[Panel], facets: int, size: tuple[float, float] | None = None
+) -> Figure:
     """Return a figure with axes for each panel. If a facet has several panels, it begins a new row.
 
     If all runs use one data set, panels of the same quantity and layer share one y axis. For bounded quantities, the
     panels of all layers share one.
     """
-    block, most = (
-        len(panels),
-        3,
-    )  # number of panels that begin on a new row, largest number of columns
+    block = len(panels)  # number of panels that begin on a new row
+    most = MOST_COLUMNS
     if 1 < facets < len(panels):
-        block, most = len(panels) // facets, MOST_COLUMNS
+        block = len(panels) // facets
+        most = MOST_COLUMNS_OF_FACET
+    if size:
+        most = min(most, max(1, int(size[0] / NARROWEST)))
     rows = math.ceil(block / most)
     columns = math.ceil(block / rows)
     all_rows = rows * len(panels) // block
-    figure = Figure(figsize=(2.3 + 4.2 * columns, 0.9 + 2.9 * all_rows), layout="constrained")
+    usual_size = (2.3 + 4.2 * columns, 0.9 + 2.9 * all_rows)
+    figure = Figure(figsize=size or usual_size, layout="constrained")
     datasets = pd.concat([panel.lines.dataset for panel in panels]).nunique()
     first: dict[Any, Axes] = {}
     for index, panel in enumerate(panels):
-        layer = 0 if panel.name in BOUNDED else panel.layer
+        layer = 0 if panel.name.endswith(BOUNDED) else panel.layer
         key = (panel.name, layer) if datasets == 1 else index
         place = index // block * rows * columns + index % block
         first[key] = figure.add_subplot(all_rows, columns, place + 1, sharey=first.get(key))
@@ -184,7 +191,7 @@ def with_axes(panels: Sequence[Panel], facets: int) -> Figure:
 
 def draw_panel(axes: Axes, panel: Panel, values: DataFrame, notes: list[str]) -> None:
     """Draw a panel: one curve for each line."""
-    quantity = WHAT[panel.name]
+    quantity = quantity_of(panel.name)
     layer = f", layer {panel.layer}" if panel.layer else ""
     headings = [panel.lines.heading.iloc[0], f"{quantity.title}{layer}"]
     axes.set(title=" · ".join(filter(None, headings)), ylabel=quantity.axis)
@@ -216,7 +223,7 @@ def draw_curve(axes: Axes, rows: DataFrame, label: str, look: Look) -> None:
 def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
     """Set the scale of a y axis so that outliers do not compress the curves.
 
-    Outliers of norm and rms make the axis logarithmic. Outliers of the loss are cut off.
+    Outliers of a loss are cut off. Outliers of other quantities make the axis logarithmic.
     """
     siblings = axes.get_shared_y_axes().get_siblings(axes)
     curves = [np.asarray(line.get_ydata()) for sibling in siblings for line in sibling.lines]
@@ -224,7 +231,7 @@ def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
     usual = np.median([np.quantile(curve, 0.98) for curve in curves])
     usual = max(usual, np.median([curve[0] for curve in curves]))
     has_outliers = highest > OUTLIER * usual > 0
-    if log or (name != "loss" and has_outliers):
+    if log or (has_outliers and not name.endswith("loss")):
         axes.set_yscale("log")
         positive = np.concatenate(curves)
         positive = positive[positive > 0]
@@ -234,11 +241,11 @@ def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif has_outliers:
         axes.set_ylim(0, OUTLIER * usual)
-        notes.append(f"{WHAT[name].title}: the axis cuts off the highest values.")
+        notes.append(f"{quantity_of(name).title}: the axis cuts off the highest values.")
 
 
-def add_legend(figure: Figure, order: Iterable[str] = ()) -> None:
-    """Add one legend for all panels, in which every text occurs once.
+def add_legend(figure: Figure, order: Iterable[str] = (), is_below: bool = False) -> None:
+    """Add one legend for all panels, in which every text occurs once. It stands beside the panels, or below them.
 
     order: the order of the texts. Texts without a curve are left out. Default: the order in which they were drawn.
     """
@@ -247,6 +254,13 @@ def add_legend(figure: Figure, order: Iterable[str] = ()) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     labels = [label for label in dict.fromkeys(order or handles) if label in handles]
-    if labels:
-        texts = [fill(label, 24) for label in labels]
-        figure.legend([handles[label] for label in labels], texts, loc="outside right center")
+    if not labels:
+        return
+    texts = [fill(label, 24) for label in labels]
+    columns = math.ceil(len(labels) / MOST_IN_COLUMN)
+    style: dict[str, Any] = {"loc": "outside right center", "ncols": columns}
+    if is_below:
+        longest = max(map(len, texts))
+        columns = int(figure.get_figwidth() / (0.06 * longest + 0.6))
+        style = {"loc": "outside lower center", "ncols": max(1, columns)}
+    figure.legend([handles[label] for label in labels], texts, **style)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
+from dfl_experiments.configuration.refusals import did_you_mean
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import curves
 
@@ -24,20 +25,55 @@ class Quantity(NamedTuple):
     """Factor by which the values are multiplied."""
 
 
+ACCURACY = "accuracy (%)"
 WHAT = {
     "loss": Quantity(("train_loss", "validation_loss"), "Training loss", "loss"),
-    "accuracy": Quantity(
-        ("test_accuracy", "validation_accuracy"), "Test accuracy", "accuracy (%)", 100
-    ),
+    "accuracy": Quantity(("test_accuracy", "validation_accuracy"), "Test accuracy", ACCURACY, 100),
     "alignment": Quantity(("cosine",), "Alignment", "cosine of δ with BP's"),
     "norm": Quantity(("norm_ratio",), "Size of the error signal", "‖δ‖ / ‖δ of BP‖"),
     "rms": Quantity(("activation_rms",), "Activations", "root mean square of h"),
     "dead": Quantity(("dead",), "Dead units", "share of units (%)", 100),
+    "lr": Quantity(("lr",), "Learning rate", "learning rate"),
 }
-# column of epochs.csv, without the ending /i: the quantity that it belongs to
-COLUMNS = {column: name for name, quantity in WHAT.items() for column in quantity.columns}
-# in iterations.csv; other quantities are measured once an epoch
-BY_ITERATION = ("loss", "alignment", "norm")
+# column, without the ending /i: the quantity of `WHAT` that it is another name of
+COLUMNS = {quantity.columns[0]: name for name, quantity in WHAT.items()}
+COLUMNS["cosine_sample"] = "alignment"
+KEYS = ("folder", "epoch", "iteration")  # columns that are no quantities
+
+
+def quantity_of(name: str) -> Quantity:
+    """Return the quantity with a name in `WHAT`, or of another column, such as "validation_loss"."""
+    if name in WHAT:
+        return WHAT[name]
+    words = name.replace("_", " ")
+    if name.endswith("accuracy"):
+        return Quantity((name,), words.capitalize(), ACCURACY, 100)
+    return Quantity((name,), words.capitalize(), words)
+
+
+def recorded(frame: DataFrame, table: str) -> list[str]:
+    """Return the names of the quantities in `epochs.csv` or `iterations.csv` of the runs."""
+    rows = curves(frame, table, tail=0)
+    if table == "iterations":
+        rows = with_names_of_epochs(rows)
+    columns = dict.fromkeys(name.partition("/")[0] for name in rows)
+    return [COLUMNS.get(column, column) for column in columns if column not in KEYS]
+
+
+def known(names: Sequence[str], recorded_names: Sequence[str]) -> list[str]:
+    """Return the names of quantities, each once, also for columns with another name.
+
+    recorded_names: the quantities in the files of the runs, see `recorded`.
+
+    Raises:
+        UserError: a name is neither in `WHAT` nor in the files.
+    """
+    choices = list(dict.fromkeys([*WHAT, *recorded_names]))
+    for name in names:
+        if name not in choices and name not in COLUMNS:
+            hint = did_you_mean(name, [*choices, *COLUMNS])
+            raise UserError(f"what={name}: no such quantity; there are {', '.join(choices)}{hint}")
+    return list(dict.fromkeys(COLUMNS.get(name, name) for name in names))
 
 
 def measured(
@@ -63,7 +99,7 @@ def measured(
         window = smooth or max(1, longest // 40)
         values = pd.concat([smoothed(iterations, window, notes), once.assign(x=once.iteration)])
     if values.empty:
-        raise UserError("nothing to draw: no run has values yet")
+        raise UserError(f"nothing to draw: no run has such values by {x} yet")
     return values
 
 
@@ -77,29 +113,31 @@ def with_names_of_epochs(iterations: DataFrame) -> DataFrame:
 
 
 def long(table: DataFrame, x: str, names: Sequence[str]) -> DataFrame:
-    """Return a table with one row for each finite value in `table`.
+    """Return a table with one row for each finite value of the named quantities in `table`.
 
     Columns:
         folder: the run directory.
         x: iteration or epoch.
-        column: name of the column in `table`.
         value: the value in the unit of the figure.
-        what: name of the quantity in `WHAT`.
+        column: name of the column in `table`.
+        what: name of the quantity.
         layer: hidden layer, or 0 for a quantity of the whole net.
-        is_validation: whether the value was measured on the validation set.
+        is_validation: whether the value belongs to the quantity's second column.
     """
-    rows = []
-    for column in table:
-        quantity, _, layer = column.partition("/")
-        name = COLUMNS.get(quantity, "")
-        if name in names:
-            is_validation = quantity.startswith("validation")
-            rows.append((column, name, int(layer or 0), is_validation, WHAT[name].scale))
-    about = DataFrame(rows, columns=["column", "what", "layer", "is_validation", "scale"])
-    values = table.melt(["folder", x], about.column, var_name="column")
-    values = values[np.isfinite(values.value.astype(float))].merge(about, on="column")
-    values["value"] *= values.scale
-    return values.rename(columns={x: "x"}).drop(columns="scale")
+    keys = {"folder": table.folder, "x": table[x]}
+    parts = [DataFrame(columns=[*keys, "value", "column", "what", "layer", "is_validation"])]
+    for name in names:
+        quantity = quantity_of(name)
+        for column in table:
+            base, _, layer = column.partition("/")
+            if base in quantity.columns:
+                part = DataFrame({**keys, "value": quantity.scale * table[column]})
+                part["column"] = column
+                part["what"] = name
+                part["layer"] = int(layer or 0)
+                part["is_validation"] = base != quantity.columns[0]
+                parts.append(part[np.isfinite(part.value)])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def smoothed(values: DataFrame, window: int, notes: list[str]) -> DataFrame:
@@ -107,7 +145,7 @@ def smoothed(values: DataFrame, window: int, notes: list[str]) -> DataFrame:
     if window == 1:
         return values
     notes.append(f"Running mean of {window} measured values.")
-    curves = values.groupby(["folder", "column"], sort=False).value
+    curves = values.groupby(["folder", "what", "column"], sort=False).value
     means = curves.transform(lambda curve: curve.rolling(window, 1, center=True).mean())
     return values.assign(value=means)
 

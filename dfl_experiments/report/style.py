@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -13,18 +14,38 @@ from matplotlib.figure import Figure
 
 from dfl_experiments.errors import UserError
 
-# Okabe and Ito's palette for colour-blind readers. Each colour is visible on white and on black.
-GREY, ORANGE, BLUE, PINK, GREEN, OLIVE = (
-    "#767676",
-    "#D55E00",
-    "#0072B2",
-    "#CC79A7",
-    "#009E73",
-    "#A69500",
-)
+# Okabe and Ito's palette for colour-blind readers.
+BLACK = "#000000"
+GREY = "#767676"
+ORANGE = "#D55E00"
+BLUE = "#0072B2"
+PINK = "#CC79A7"
+GREEN = "#009E73"
+OLIVE = "#A69500"
+LIGHT_ORANGE = "#E69F00"
+SKY = "#56B4E9"
+WINE = "#882255"
 TEXT_GREY = "#505050"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, OLIVE, GREY)
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (9, 2)))
+LONG_DASH = (0, (8, 2))
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", LONG_DASH)
+
+
+class Look(NamedTuple):
+    """Colour and dash of a line, in the notation of matplotlib."""
+
+    colour: str
+    dash: Any = "-"
+
+
+# The paper's rules. Each has a colour of its own and, for grey prints, a dash that no other of the five has.
+PAPER_LOOKS = {
+    "bp": Look(BLACK, "-"),
+    "shallow": Look(GREY, ":"),
+    "dfa": Look(ORANGE, "--"),
+    "las": Look(BLUE, LONG_DASH),
+    "ltas": Look(GREEN, "-."),
+}
 FAMILIES = {
     "backpropagation": ("bp", "shallow"),
     "direct, B fixed": ("dfa", "sdfa", "bdfa", "shared", "drtp"),
@@ -33,12 +54,16 @@ FAMILIES = {
     "through every layer, B learns": ("kp", "wm", "pfa"),
 }
 OTHER = "with options of its own"
-FAMILY_COLOURS = dict(
-    zip([*FAMILIES, OTHER], (GREY, ORANGE, BLUE, PINK, GREEN, OLIVE), strict=True)
-)
-NUMBERS: dict[
-    str, int
-] = {}  # of users' own rules and of rules with options, in the order of their first use
+FAMILY_COLOURS = {
+    "backpropagation": GREY,
+    "direct, B fixed": LIGHT_ORANGE,
+    "direct, B learns": SKY,
+    "through every layer, B fixed or signs of W": PINK,
+    "through every layer, B learns": WINE,
+    OTHER: OLIVE,
+}
+# numbers of users' own rules and of rules with options, in the order of their first use
+NUMBERS: dict[str, int] = {}
 OWN_COLOURS = (OLIVE, "#7b3294", "#8c510a", "#01665e")
 RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 IN_WORDS = {
@@ -91,32 +116,27 @@ STYLE: dict[str, Any] = {
     "font.size": 9,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
+    "legend.handlelength": 3.2,  # two long dashes
     "lines.linewidth": 1.6,
     "pdf.fonttype": 42,  # TrueType: publishers refuse matplotlib's default, Type 3
     "svg.hashsalt": "dfl",
     "text.parse_math": False,  # a $ in a name does not begin a formula
 }
-
-
-class Look(NamedTuple):
-    """Colour and dash of a line, in the notation of matplotlib."""
-
-    colour: str
-    dash: Any = "-"
+SMALL = {"axes.titlesize": 8, "font.size": 8, "lines.linewidth": 1.3}
 
 
 def method_name(method: str) -> str:
     """Return the printed name of a method, such as "LAS, fixed_blocks=2". A user's own rule keeps its name."""
     rule, comma, options = method.partition(", ")
-    is_own = not any(rule in members for members in FAMILIES.values())
-    return (rule if is_own else RULES.get(rule, rule.upper())) + comma + options
+    name = RULES.get(rule, rule)
+    if name == rule and rule in chain.from_iterable(FAMILIES.values()):
+        name = rule.upper()
+    return f"{name}{comma}{options}"
 
 
 def method_order(method: str) -> tuple[int, str]:
     """Return the sort key of a method: first the paper's five, then other methods by family, then the user's rules."""
-    rules = ["bp", "shallow", "dfa", "las", "ltas"]
-    for members in FAMILIES.values():
-        rules += [rule for rule in members if rule not in rules]
+    rules = [*PAPER_LOOKS, *chain.from_iterable(FAMILIES.values())]
     rule = method.partition(", ")[0]
     return (rules.index(rule) if rule in rules else len(rules)), method
 
@@ -132,14 +152,19 @@ def family_of(method: str) -> str:
 
 
 def look_of(method: str) -> Look:
-    """Return a method's look: the colour of its family, and a dash. A method has the same look in every figure."""
-    rule = method.partition(", ")[0]
+    """Return a method's look, which is the same in every figure.
+
+    The paper's rules have looks of their own. Any other rule has the colour of its family, and its own dash.
+    """
     family = family_of(method)
-    members = FAMILIES.get(family, ())
-    if members:
-        return Look(FAMILY_COLOURS[family], DASHES[members.index(rule)])
-    number = NUMBERS.setdefault(method, len(NUMBERS))
-    return Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
+    if family == OTHER:
+        number = NUMBERS.setdefault(method, len(NUMBERS))
+        return Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
+    rule = method.partition(", ")[0]
+    if rule in PAPER_LOOKS:
+        return PAPER_LOOKS[rule]
+    others = [member for member in FAMILIES[family] if member not in PAPER_LOOKS]
+    return Look(FAMILY_COLOURS[family], DASHES[others.index(rule)])
 
 
 def gradient(index: int, count: int) -> Look:
@@ -196,9 +221,10 @@ def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
         figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
 
 
-def styled() -> AbstractContextManager[None]:
-    """Use this project's style instead of the user's matplotlibrc."""
-    return matplotlib.style.context(STYLE, after_reset=True)
+def styled(is_small: bool = False) -> AbstractContextManager[None]:
+    """Use this project's style instead of the user's matplotlibrc. is_small: for a figure in a paper."""
+    style = STYLE | SMALL if is_small else STYLE
+    return matplotlib.style.context(style, after_reset=True)
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:

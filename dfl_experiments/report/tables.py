@@ -9,9 +9,9 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from dfl_experiments.report import compare
-from dfl_experiments.report.choose import cells, choose
-from dfl_experiments.report.frame import CELL, ROW, distinct, layer_names
-from dfl_experiments.report.labels import option_names
+from dfl_experiments.report.choose import cells, choose, means
+from dfl_experiments.report.frame import CELL, POINT, ROW, distinct, layer_names
+from dfl_experiments.report.labels import KIND, SECTION, option_names
 from dfl_experiments.report.paper import SETTINGS
 from dfl_experiments.report.run_record import ENDED
 from dfl_experiments.report.style import IN_WORDS, USUAL, method_name, method_order, title_of, words
@@ -20,9 +20,6 @@ from dfl_experiments.report.table_text import NONE, Table, interval_text, number
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
 MARK = "The mark: highest accuracy of its setting."
 AT_END = "An lr marked (lowest) or (highest) is at this end of the method's grid: extend the grid."
-SECTION = ["smoke", "dataset", "model", "augmentation"]
-# Options are compared only between runs that are equal in these columns.
-KIND = ["optimizer", "schedule", "protocol"]
 
 
 @dataclass
@@ -66,6 +63,18 @@ def compared_cells(runs: DataFrame, chosen: DataFrame) -> DataFrame:
         differences = compare.against(chosen, control).set_axis(names, axis="columns")
         frame = frame.merge(differences, on=CELL, how="left")
     return ordered(frame)
+
+
+def grid_points(section: Section) -> DataFrame:
+    """Return the rows of `section.cells`, and a row for each grid point that was not chosen, see `choose.means`."""
+    runs = distinct(section.runs)
+    points = means(runs, runs, POINT).reset_index()
+    points["chosen"] = False
+    chosen = section.cells.copy()
+    chosen.insert(chosen.columns.get_loc("n"), "chosen", True)
+    # of two rows of one grid point, the first remains
+    every = pd.concat([chosen, points], ignore_index=True).drop_duplicates(POINT)
+    return ordered(every)
 
 
 def difference_names(control: str) -> list[str]:

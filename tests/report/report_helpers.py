@@ -91,11 +91,12 @@ def dfl_report(folder, *arguments):
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def csv_rows(folder, *arguments):
+def csv_rows(folder, *arguments, chosen="True"):
     """The rows of `dfl-report --format csv` on a folder's outputs, or on what the arguments name."""
     done = dfl_report(folder, *(arguments or ["outputs"]), "--format", "csv")
     assert done.returncode == 0, done.stderr
-    return list(csv.DictReader(io.StringIO(done.stdout)))
+    rows = csv.DictReader(io.StringIO(done.stdout))
+    return [row for row in rows if row["chosen"] == chosen]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,14 +16,14 @@ from report_helpers import altered
 from dfl_experiments.errors import UserError
 from dfl_experiments.report import dfl_plot
 from dfl_experiments.report.figures import LONGEST_NAME, unused_name
-from dfl_experiments.report.frame import runs, with_key, with_value
+from dfl_experiments.report.frame import curves, runs, with_key, with_value
 from dfl_experiments.report.line_labels import lines_of, with_lines
 from dfl_experiments.report.lines import RELATIVE, draw, evenly, set_scale
-from dfl_experiments.report.series import BY_ITERATION, WHAT, over_seeds, smoothed
+from dfl_experiments.report.series import WHAT, over_seeds, smoothed
 from dfl_experiments.report.style import look_of, title_of, words
 
 # 4 in an epoch; the others are measured at its end
-ITERATIONS = [("iteration", what) for what in BY_ITERATION]
+ITERATIONS = [("iteration", what) for what in ("loss", "alignment", "norm")]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def labels(frame, color=None, facet=None):
 
 
 def test_a_running_mean_is_the_mean_of_the_values_around():
-    values = pd.DataFrame({"folder": "a", "column": "loss", "value": [0.0, 3.0, 6.0, 0.0]})
+    values = pd.DataFrame(
+        {"folder": "a", "what": "loss", "column": "loss", "value": [0.0, 3.0, 6.0, 0.0]}
+    )
     notes = []
     assert smoothed(values, 1, notes) is values
     assert smoothed(values, 3, notes).value.tolist() == [1.5, 3.0, 2.0 + 1.0, 3.0]
@@ -187,7 +191,7 @@ def test_names_are_in_words():
     assert words("model.widths", "[32,32]") == "widths [32,32]"
     assert words("method", "brsf, feedback=full") == "brSF, feedback=full"
     assert words("method", "my_rule, c=2") == "my_rule, c=2"
-    assert look_of("las, held=2").colour != look_of("las").colour == look_of("ltas").colour
+    assert look_of("las, held=2").colour != look_of("las").colour
 
 
 def test_the_caption_says_how_the_lines_came_about(outputs):
@@ -215,6 +219,47 @@ def test_a_column_of_epochs_csv_is_another_name_of_its_quantity(outputs):
     assert texts(columns) == texts(names)
 
 
+@pytest.mark.parametrize(
+    ("column", "by", "scale"),
+    [
+        ("validation_loss", "epoch", 1),
+        ("train_accuracy", "epoch", 100),
+        ("seconds", "epoch", 1),
+        ("lr", "epoch", 1),
+        ("cosine_batch", "iteration", 1),
+    ],
+)
+def test_any_column_is_drawn(column, by, scale, outputs):
+    frame = runs(outputs / "alone")
+    table = "epochs" if by == "epoch" else "iterations"
+    (name, *_) = [name for name in curves(frame, table) if name.split("/")[0] == column]
+    values = scale * curves(frame, table)[name]
+    axes, *_ = draw(frame, what=column, layers=[1] if "/" in name else None, smooth=1).axes
+    (line,) = axes.lines
+    assert axes.get_xlabel() == by
+    assert line.get_ydata() == pytest.approx(values.to_numpy())
+
+
+def test_a_loss_and_its_column_are_smoothed_apart(outputs):
+    frame = runs(outputs / "alone")
+    both = draw(frame, what=["loss", "validation_loss"], by="epoch", smooth=2)
+    alone = draw(frame, what=["validation_loss"], by="epoch", smooth=2)
+    dotted = both.axes[0].lines[1].get_ydata()
+    assert dotted.tolist() == both.axes[1].lines[0].get_ydata().tolist()
+    assert dotted.tolist() == alone.axes[0].lines[0].get_ydata().tolist()
+
+
+def test_a_figure_for_a_paper_has_its_size_and_neither_title_nor_caption(outputs, tmp_path):
+    path = tmp_path / "figure.png"
+    options = ["--what", "loss,accuracy", "--size", "3.4x2.4", "--dpi", "100", "--out", str(path)]
+    dfl_plot.main([str(outputs / "grid"), *options])
+    assert plt.imread(path).shape[:2] == (240, 340)
+    figure = draw(runs(outputs / "grid"), what=["loss"], size=(3.4, 2.4))
+    assert not any("lr 0.001 ·" in text or "Mean over" in text for text in texts(figure))
+    figure.draw_without_rendering()
+    assert all(axes.get_window_extent().width > 60 for axes in figure.axes)
+
+
 def test_bp_is_not_drawn_beside_others_where_it_is_1_by_definition(outputs):
     frame = runs(outputs / "grid").query("lr == 0.01")
     figure = draw(frame, what=["alignment", "norm", "accuracy"], by="epoch")
@@ -226,13 +271,13 @@ def test_bp_is_not_drawn_beside_others_where_it_is_1_by_definition(outputs):
     shown = texts(figure)
     assert any("signals that equal BP's by construction" in text for text in shown)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BP", "DFA"]
-    with pytest.raises(UserError, match="what=alignment: not measured, or equal to BP's"):
+    with pytest.raises(UserError, match="what=alignment: not measured by epoch, or equal"):
         draw(frame.query("rule == 'bp'"), what=["alignment"], by="epoch")
 
 
 @pytest.mark.parametrize(
     ("what", "rows", "columns"),
-    [(["rms", "accuracy"], 1, 3), (["rms", "dead", "accuracy", "loss"], 1, 6), (list(WHAT), 2, 4)],
+    [(["rms", "accuracy"], 1, 3), (["rms", "dead", "accuracy", "loss"], 1, 6), (list(WHAT), 2, 5)],
 )
 def test_every_facet_begins_a_new_row(what, rows, columns, outputs):
     figure = draw(runs(outputs / "grid"), what=what, layers=[1, 2], by="epoch", facet="lr")
@@ -311,6 +356,7 @@ REFUSED = {
     "grid --where optimizr.lr=1": "optimizr.lr: no run has this key; did you mean lr?",
     "grid --where optimizer.lr=1": "optimizer.lr=1: no run has this value; there are 0.001, 0.01",
     "grid --where lr=0.01 --where rule=las": "rule=las: no run has this value; there are bp, dfa",
+    "grid --what cosine_batch --by epoch": "nothing to draw: no run has such values by epoch",
     "grid --out plot.jpg": "plot.jpg: a figure's file ends in .png, .pdf or .svg",
 }
 
@@ -325,6 +371,12 @@ def test_a_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsy
     assert end.value.code == 2
     assert error.startswith(f"dfl-plot: error: {REFUSED[arguments]}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["3.4", "3.4x", "0x2", "nanx2", "axb"])
+def test_a_size_needs_two_numbers(size):
+    with pytest.raises(ArgumentTypeError, match="is not a size from 1x1 to 100x100 inches"):
+        dfl_plot.inches(size)
 
 
 def test_rules_of_one_s_own_have_looks_of_their_own():

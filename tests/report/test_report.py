@@ -31,6 +31,21 @@ def test_every_format_holds_the_same_numbers(reported, tmp_path):
     assert r"\toprule" in (tmp_path / "latex").read_text()
 
 
+def test_csv_and_latex_have_the_other_rates(reported):
+    chosen = [row for row in csv_rows(reported) if row["method"] == "dfa" and row["n"] == "2"]
+    others = [row for row in csv_rows(reported, chosen="False") if row["method"] == "dfa"]
+    assert {float(row["lr"]) for row in chosen + others} == {1e-2, 1e-3}
+    (other,) = others
+    frame = runs(reported / "outputs").query("method == 'dfa' and not smoke and not fails")
+    accuracies = frame.accuracy[frame.lr == float(other["lr"])]
+    assert int(other["n"]) == len(accuracies) > 0
+    assert float(other["accuracy"]) == pytest.approx(accuracies.mean())
+    assert other["difference_bp"] == ""
+    text = dfl_report(reported, "outputs", "--format", "latex").stdout
+    assert "lr 0.01 & lr 0.001" in " ".join(text.split())
+    assert f"{100 * accuracies.mean():.2f} (" in text
+
+
 def test_the_best_method_is_marked(reported):
     rows = [
         row
@@ -145,6 +160,8 @@ def test_every_method_looks_unlike_every_other():
     methods = [method for members in FAMILIES.values() for method in members]
     assert set(methods) == {*group_options("method")}
     assert len({look_of(method) for method in methods}) == len(methods)
+    paper = [look_of(method) for method in ("bp", "shallow", "dfa", "las", "ltas")]
+    assert len({look.colour for look in paper}) == len({look.dash for look in paper}) == 5
 
 
 def test_alignment_is_drawn_at_one_learning_rate(finished_point, tmp_path):
