@@ -22,7 +22,7 @@ from dfl_experiments.engine.alignment import measure
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.crossings import from_the_leaves
 from dfl_experiments.engine.losses import LOSSES, OutputLoss, precise
-from dfl_experiments.engine.method import Method
+from dfl_experiments.engine.method import Method, refuse_shared
 from dfl_experiments.engine.module_net import Boundaries, ModuleNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.measured import QUANTITIES
@@ -311,6 +311,7 @@ def rule(
     output_loss = LOSSES[loss]
     kind = component(node, "method", own)
     method: Method = kind.build(net=net, num_classes=classes, loss=output_loss)
+    refuse_shared(method, net)
     method.to(example.device)
     learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if learnt and optimizer is None:

@@ -340,6 +340,24 @@ def test_a_rule_of_one_s_own_is_passed_as_its_class():
         dfl.rule(Halved, module(), INPUTS[:1], sharee=1.0)
 
 
+class Holding(Halved):
+    def __init__(self, net, num_classes, loss, **options: Any):
+        super().__init__(net, num_classes, loss, **options)
+        self.net = net
+
+
+class Changing(Halved):
+    def source(self, error, target):
+        return error.mul_(self.share)
+
+
+def test_a_rule_that_changes_the_net_or_the_error_is_refused():
+    with pytest.raises(UserError, match="weights would count as B"):
+        rule_of(Holding, module())
+    with pytest.raises(UserError, match="changes e in place"):
+        rule_of(Changing, module()).backward(INPUTS, LABELS)
+
+
 def test_an_activation_outside_the_blocks_is_warned_of(caplog):
     class Functional(nn.Module):
         def __init__(self):
