@@ -20,8 +20,9 @@ from dfl_experiments.configuration.refusals import did_you_mean
 from dfl_experiments.engine.activation_calls import eager
 from dfl_experiments.engine.alignment import measure
 from dfl_experiments.engine.blocknet import BlockNet
+from dfl_experiments.engine.crossings import from_the_leaves
 from dfl_experiments.engine.losses import LOSSES, OutputLoss, precise
-from dfl_experiments.engine.method import Method
+from dfl_experiments.engine.method import Method, refuse_shared
 from dfl_experiments.engine.module_net import Boundaries, ModuleNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.measured import QUANTITIES
@@ -55,6 +56,7 @@ class Rule:
         self.net, self.method, self.loss, self.optimizer, self.lr = net, method, loss, optimizer, lr
         self.classes = classes
         self._parameters = list(net.parameters())
+        self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._are_alike = self._is_like_net()
 
     def backward(
@@ -79,8 +81,9 @@ class Rule:
 
         Raises:
             UserError: the samples do not have the shape of the example; without `loss`, the targets are not labels;
-                gradients are disabled; no parameter can learn; a parameter of the network was replaced; or autocast to
-                float16 is enabled. float16 needs a gradient scaler, and the scaler would not scale the error signals.
+                gradients are disabled; no parameter can learn; a parameter of the network was replaced; something else
+                than the network would need a gradient or has hooks that do not run; or autocast to float16 is enabled.
+                float16 needs a gradient scaler, and the scaler would not scale the error signals.
         """
         refuse_float16(inputs.device.type)
         if not torch.is_grad_enabled():
@@ -88,6 +91,7 @@ class Rule:
                 "backward: gradients are disabled here; call it outside of torch.no_grad()"
             )
         self._check(inputs, target, loss)
+        self._refuse_what_has_no_effect(inputs)
         use_own_compiled_code(self.net)
         method = self.method
         trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
@@ -189,6 +193,11 @@ class Rule:
             raise UserError(
                 f"model: is now {weight.dtype} on {weight.device}, but B is not; call dfl.rule again"
             )
+        if self.method.transpose is not None and any(p.requires_grad for p in self._frozen):
+            raise UserError(
+                "model: a parameter learns now that was frozen in dfl.rule, and the layers above it may have no B; "
+                "call dfl.rule again, or call it before you freeze parameters"
+            )
         if not any(parameter.requires_grad for parameter in parameters):
             raise UserError("model: all parameters are frozen (requires_grad=False)")
         is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
@@ -207,6 +216,20 @@ class Rule:
                 problem = f"labels {lowest} to {highest}"
                 raise UserError(f"target: {problem}; must be 0 to {self.classes - 1}")
 
+    def _refuse_what_has_no_effect(self, inputs: Tensor) -> None:
+        """Raise `UserError` for layers below the inputs, and for hooks that only `loss.backward` calls."""
+        if inputs.requires_grad:
+            raise UserError(
+                "inputs: need a gradient, but the rule sends none; pass inputs.detach(), or put the layers below "
+                "into the module"
+            )
+        # PyTorch has no public way to ask for these hooks
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters):
+            raise UserError(
+                "model: the rule does not call the hooks of register_post_accumulate_grad_hook; remove them, and step "
+                "the optimizer after `backward`"
+            )
+
     def _value_and_error(
         self, logits: Tensor, target: Tensor, loss: Loss | None
     ) -> tuple[Tensor, Tensor]:
@@ -219,6 +242,12 @@ class Rule:
             raise UserError(
                 f"loss: returned a tensor of shape {tuple(value.shape)}; must be one number, such as the mean"
             )
+        for node in from_the_leaves(value.grad_fn):
+            if getattr(node, "variable", leaf) is not leaf:
+                raise UserError(
+                    f"loss: also depends on a tensor of shape {tuple(node.variable.shape)} that requires a gradient, "
+                    "which it does not get here; detach it, or call backward() on this part of the loss yourself"
+                )
         (error,) = torch.autograd.grad(value, leaf)
         return value.detach(), precise(error)
 
@@ -282,6 +311,7 @@ def rule(
     output_loss = LOSSES[loss]
     kind = component(node, "method", own)
     method: Method = kind.build(net=net, num_classes=classes, loss=output_loss)
+    refuse_shared(method, net)
     method.to(example.device)
     learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if learnt and optimizer is None:

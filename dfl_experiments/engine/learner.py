@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dfl_experiments.engine.alignment import measure, quantity_names
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss, precise
-from dfl_experiments.engine.method import Method
+from dfl_experiments.engine.method import Method, refuse_shared
 from dfl_experiments.optimizers import OptimizerFactory
 from dfl_experiments.ranges import Precision
 
@@ -37,6 +37,7 @@ class Learner:
         feedback_optimizer: OptimizerFactory | None = None,
         clip_norm: float | None = None,
     ) -> None:
+        refuse_shared(method, net)
         self.net, self.method, self.loss, self.precision = net, method, loss, precision
         self.extra_quantities, self.clip_norm = extra_quantities, clip_norm
         self.device = next(net.parameters()).device

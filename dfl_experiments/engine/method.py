@@ -110,3 +110,12 @@ class Method(nn.Module):
     def prediction(self, i: int, trace: Trace) -> Tensor | None:
         """Return the local module's prediction of the logits from h_i, (N, K); None if h_i has no module."""
         return None
+
+
+def refuse_shared(method: Method, net: BlockNet) -> None:
+    """Raise `UserError` if weights of the network are parameters of the method too. B's optimizer would change them."""
+    if not set(method.parameters()).isdisjoint(net.parameters()):
+        raise UserError(
+            f"method: {type(method).__name__} has a module of the network as an attribute, so the network's weights "
+            "would count as B; keep it in a list or a tuple"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfl_experiments.engine.activation_calls import ActivationCalls
+from dfl_experiments.engine.activation_calls import ActivationCalls, is_call
 from dfl_experiments.engine.crossings import checkpointed_part, copy_of, from_the_leaves
 from dfl_experiments.errors import UserError
 
@@ -17,6 +17,7 @@ KEEPS_ZEROS = re.compile("Pool|Mean|View|Reshape|Squeeze|Permute|Transpose|Clone
 ACTIVATION = re.compile(
     "Relu|Elu|Gelu|Silu|Mish|Tanh|Sigmoid|Softplus|Hardswish|Clamp|Threshold|Maximum", re.IGNORECASE
 )
+IS_IGNORED = "it works in place and its result is not used; write h = f(h), not only f(h)"
 # operations that can stand between a layer and its activation
 BEFORE_ACTIVATION = re.compile(f"{KEEPS_ZEROS.pattern}|Norm|Dropout|^Mul")
 
@@ -71,6 +72,14 @@ class Graph:
             for child in children(node):
                 self.read[node] |= self.bits[child]
                 self.below[node] |= self.below[child]
+        # calls in place whose result is not used. Their node here is the operation itself, because the mark after it
+        # is not in the graph.
+        self.ignored: set[str] = set()
+        for name, node in self.nodes.items():
+            (operation,) = children(node)
+            if is_call(name) and node not in self.below and operation in self.below:
+                self.ignored.add(name)
+                self.nodes[name] = operation
         names: dict[Any, str] = {p: name for name, p in twin.named_parameters()}
         leaves = {
             names.get(getattr(node, "variable", None)): bit for node, bit in self.bits.items()
@@ -121,7 +130,7 @@ class Graph:
             return "the first axis of its output is not the batch"
         if node is None or node not in self.below:
             return "no weight is below it, or the logits do not depend on it"
-        if h._version != node.version:
+        if name not in self.ignored and h._version != node.version:
             return "its output is changed in place afterwards"
         below = self.below[node]
         for parameter, bit in self.parameters.items():
@@ -131,8 +140,9 @@ class Graph:
         for other, bit in self.bits.items():
             if not bit & below:
                 read_above |= self.read[other]
-        is_bypassed = read_above & below & ~self.bits[node]
-        return "the forward pass has a path that bypasses it" if is_bypassed else None
+        if read_above & below & ~self.bits[node]:
+            return "the forward pass has a path that bypasses it"
+        return IS_IGNORED if name in self.ignored else None
 
     def ends_in_relu(self, name: str) -> bool:
         """Return whether the last operation before a boundary is a ReLU. Operations in `KEEPS_ZEROS` are skipped."""

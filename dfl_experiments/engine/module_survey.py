@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dfl_experiments.engine.activation_calls import eager, is_call
-from dfl_experiments.engine.module_graph import Graph, Mark, children
+from dfl_experiments.engine.module_graph import IS_IGNORED, Graph, Mark, children
 from dfl_experiments.engine.transpose import is_weight_layer
 from dfl_experiments.errors import UserError, clipped
 
@@ -97,8 +97,10 @@ class Survey:
         belongs to a module without submodules. So a position embedding does not count as a weight if its module has
         submodules.
 
-        Raises `UserError` if the module has no boundary with a weight below and a weight above it.
+        Raises `UserError` if the module has no boundary with a weight below and a weight above it, or if the result of
+        an activation in place is not used: then no boundary follows this activation.
         """
+        self._refuse_ignored()
         weights = set()
         for name in self.parameters:
             owner = self.module.get_submodule(name.rpartition(".")[0])
@@ -113,6 +115,14 @@ class Survey:
         if not chain:
             raise UserError(f"model: there is no boundary; {self._why_none()}")
         return chain
+
+    def _refuse_ignored(self) -> None:
+        for name in self.graphs[0].ignored:
+            if self.problem(name) == IS_IGNORED:
+                below = self._below(name)
+                above = [other for other in self.valid if self._is_above(other, name)]
+                if below and not any(self.valid[other] == below for other in above):
+                    raise UserError(f"model: {name}: {IS_IGNORED}")
 
     def _why_none(self) -> str:
         """Return why no submodule is a boundary. A possible reason: a layer returns a tuple, as an LSTM does."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from dfl_experiments.engine.transpose import Transpose
+from dfl_experiments.errors import UserError
 
 
 @dataclass
@@ -77,11 +78,12 @@ class Trace:
             all segments above h_i are computed. The graph of these segments is then freed, except in a kept trace.
         error: e = ∂ℒ/∂a_L, (N, K).
         target: labels, (N,).
+        Raises `UserError` if `signal` changes e.
         Returns the applied signals δ_1 … δ_{L-1}, with None for a layer without a signal. If the trace is not kept,
             the list is empty.
         """
         deltas: list[Tensor | None] = [None] * len(self.preactivations)
-        start, leaked = error, None
+        start, leaked, version = error, None, error._version
         for segment in reversed(self.segments):
             if segment.last <= len(self.outputs):
                 start = self._placeholder(
@@ -99,6 +101,10 @@ class Trace:
             below = gradients[len(segment.parameters) :]
             leaked = below[0] if leak else None
             deltas[inside] = below[len(leak) :]
+        if error._version != version:
+            raise UserError(
+                "method: changes e in place, but the lower layers and BP need it unchanged"
+            )
         return deltas
 
     def _placeholder(

@@ -1,5 +1,6 @@
 """Replace Wᵀ by feedback weights in the backward pass of weight layers."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
@@ -110,7 +111,10 @@ class Transpose:
             self.exact = False
 
     def _give(self, k: int, inputs: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        return lambda layer, args, output: Crossing.apply(output, inputs.pop(), self, k)
+        def give(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return Crossing.apply(output, inputs.pop(), self, k)
+
+        return uncompiled(give)
 
     def send(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
         """Compute the signal at the input x of layers[k] from the signal at the layer's output."""
@@ -118,6 +122,12 @@ class Transpose:
         return (
             transposed(layer, layer.weight, signal, x) if self.exact else self.carry(k, signal, x)
         )
+
+
+def uncompiled(hook: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a hook that is not compiled where PyTorch fails to compile `Crossing`: 2.6 fails, 2.14 does not."""
+    is_needed = "torch._dynamo" in sys.modules and torch.__version__ < "2.14"
+    return torch.compiler.disable(hook) if is_needed else hook
 
 
 def _detach_input(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,10 @@ class Products:
         )
         is_flat = all(len(shape) == 1 for shape in shapes)
         reads_all = [layer.weight.shape[1:] for layer in self.layers[1:]] == list(shapes)
-        self.dense = has_one_each and is_flat and reads_all and len(matrices) == net.depth
+        # not so with an activation such as GLU, which halves the units
+        above_first = pairwise(layer.weight.shape for layer in self.layers[1:])
+        fit = all(lower[0] == upper[1] for lower, upper in above_first)
+        self.dense = has_one_each and is_flat and reads_all and fit and len(matrices) == net.depth
         width = self.layers[-1].weight.shape[1] if self.layers else 0
         are_tokens = all(len(shape) == 2 and shape[1] == width for shape in shapes)
         above_input = [layer for layers in by_block[1:] for layer in layers]

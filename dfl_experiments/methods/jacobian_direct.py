@@ -9,7 +9,7 @@ from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.trace import Trace
 from dfl_experiments.errors import UserError
-from dfl_experiments.methods.direct import Direct
+from dfl_experiments.methods.direct import Direct, Products
 from dfl_experiments.ranges import Probability
 
 
@@ -26,12 +26,12 @@ class ProductDirectFeedback(Direct):
     def __init__(
         self, net: BlockNet, num_classes: int, loss: OutputLoss, rate: Probability, **options: Any
     ) -> None:
-        super().__init__(net, num_classes, loss, **options)
-        self.rate = rate
-        if not self.products.dense:
+        if not Products(net, net.output_shapes()).dense:
             raise UserError(
                 "method: B of ADFA follows the product of the weights, so the net must be fully connected"
             )
+        super().__init__(net, num_classes, loss, **options)
+        self.rate = rate
 
     def adapt(self, trace: Trace, error: Tensor, target: Tensor) -> None:
         """Move every B towards the product of the current weights."""

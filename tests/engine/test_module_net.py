@@ -487,6 +487,52 @@ def test_an_activation_of_a_weight_is_no_boundary():
     assert ModuleNet(Bounded(), "auto", IMAGE).boundaries == ["relu@1", "relu@2", "relu@3"]
 
 
+IN_PLACE = {
+    "relu_": F.relu_,
+    "method": lambda h: h.relu_(),
+    "inplace=True": lambda h: F.relu(h, inplace=True),
+    "module": nn.ReLU(inplace=True),
+}
+
+
+class InPlace(Functional):
+    """`Functional` with a first activation in place, whose result is used or not."""
+
+    def __init__(self, activation, is_used: bool, is_pooled: bool = False) -> None:
+        super().__init__()
+        self.activation, self.is_used = activation, is_used
+        self.pool = nn.MaxPool2d(1) if is_pooled else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(x)
+        if self.is_used:
+            h = self.activation(h)
+        else:
+            self.activation(h)
+        h = h if self.pool is None else self.pool(h)
+        h = F.relu(self.conv2(h)).flatten(1)
+        return self.head(F.relu(self.hidden(h)))
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_an_activation_in_place_whose_result_is_not_used_is_refused(kind):
+    gradients = []
+    for activation in (IN_PLACE[kind], F.relu):
+        torch.manual_seed(1)
+        module = InPlace(activation, is_used=True)
+        rule = dfl.rule("dfa", module, IMAGE)
+        assert len(rule.net.boundaries) == 3
+        rule.backward(IMAGE, torch.zeros(1, dtype=torch.long))
+        gradients.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(*gradients)
+    for names in ("auto", ["relu@1", "relu@2"]):
+        with pytest.raises(UserError, match="relu@1: it works in place and its result is not used"):
+            ModuleNet(InPlace(IN_PLACE[kind], is_used=False), names, IMAGE)
+    # the pooling layer after it is the boundary
+    pooled = ModuleNet(InPlace(IN_PLACE[kind], is_used=False, is_pooled=True), "auto", IMAGE)
+    assert pooled.boundaries == ["pool", "relu@2", "relu@3"]
+
+
 def test_a_recurrent_net_of_many_calls():
     class Cell(nn.Module):
         def __init__(self) -> None:

@@ -171,6 +171,55 @@ def test_kp_learns_from_clipped_gradients():
     assert torch.allclose(distances[0], distances[-1], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["bp", "dfa", "fa", "kp"])
+def test_gradients_pass_the_hooks_of_parameters(name):
+    net, twin = module(), module()
+    net[2].weight.register_hook(lambda gradient: 0.5 * gradient)
+    for each in (net, twin):
+        rule_of(name, each).backward(INPUTS, LABELS)
+    expected = gradients(twin)
+    expected[2] = 0.5 * expected[2]
+    torch.testing.assert_close(gradients(net), expected)
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "usf"])
+def test_a_layer_may_be_frozen_and_learn_again_but_not_start_frozen(name):
+    net, twin = module(), module()
+    rule = rule_of(name, net)
+    net[:4].requires_grad_(False)
+    rule.backward(INPUTS, LABELS, step_feedback=False)
+    net.zero_grad()
+    net.requires_grad_(True)
+    rule.backward(INPUTS, LABELS, step_feedback=False)
+    rule_of(name, twin).backward(INPUTS, LABELS, step_feedback=False)
+    torch.testing.assert_close(gradients(net), gradients(twin))
+    frozen = module()
+    frozen[:4].requires_grad_(False)
+    rule = rule_of(name, frozen)
+    rule.backward(INPUTS, LABELS)
+    frozen.requires_grad_(True)
+    for call in (rule.backward, rule.alignment):
+        with pytest.raises(UserError, match="that was frozen in"):
+            call(INPUTS, LABELS)
+
+
+def test_what_would_have_no_effect_is_refused():
+    net = module()
+    rule = rule_of("dfa", net)
+    with pytest.raises(UserError, match="put the layers below into the module"):
+        rule.backward(nn.Linear(20, 20)(INPUTS), LABELS)
+    with pytest.raises(UserError, match=r"loss: also depends on a tensor of shape \(3,\)"):
+        rule.backward(
+            INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t) + net[4].bias.square().sum()
+        )
+    rule.backward(INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t, torch.ones(3)))
+    hook = net[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(UserError, match="does not call the hooks"):
+        rule.backward(INPUTS, LABELS)
+    hook.remove()
+    rule.backward(INPUTS, LABELS)
+
+
 def test_regression_works_with_a_loss_of_one_s_own():
     torch.manual_seed(3)
     net = nn.Sequential(
@@ -289,6 +338,24 @@ def test_a_rule_of_one_s_own_is_passed_as_its_class():
         torch.testing.assert_close(mine, 0.25 * other)
     with pytest.raises(UserError, match=r"method\.sharee: no such option"):
         dfl.rule(Halved, module(), INPUTS[:1], sharee=1.0)
+
+
+class Holding(Halved):
+    def __init__(self, net, num_classes, loss, **options: Any):
+        super().__init__(net, num_classes, loss, **options)
+        self.net = net
+
+
+class Changing(Halved):
+    def source(self, error, target):
+        return error.mul_(self.share)
+
+
+def test_a_rule_that_changes_the_net_or_the_error_is_refused():
+    with pytest.raises(UserError, match="weights would count as B"):
+        rule_of(Holding, module())
+    with pytest.raises(UserError, match="changes e in place"):
+        rule_of(Changing, module()).backward(INPUTS, LABELS)
 
 
 def test_an_activation_outside_the_blocks_is_warned_of(caplog):

@@ -180,6 +180,37 @@ def test_a_net_without_b_is_warned_of(caplog):
     assert "no hidden layer has a B" in caplog.text
 
 
+def test_adfa_says_nothing_of_a_random_b(caplog):
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 4)])
+
+        def forward(self, x):
+            first, second, third = self.layers
+            return third(F.relu(second(F.relu(first(x)))))
+
+    caplog.set_level("INFO")
+    rule = rule_of("adfa", Functional())
+    weights = rule.net.module.layers
+    expected = weights[2].weight @ weights[1].weight
+    assert torch.equal(rule.method.local_modules[1].weight, expected)
+    images = nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 2, 1), nn.ReLU(), nn.Flatten())
+    with pytest.raises(UserError, match="the net must be fully connected"):
+        rule_of("adfa", images.append(nn.Linear(8, 4)))
+    assert "random" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["dfa", "las", "fdfa"])
+def test_units_that_an_activation_halves_have_no_product(name, caplog):
+    caplog.set_level("INFO")
+    glu = [nn.Linear(12, 16), nn.GLU(), nn.Linear(8, 16), nn.GLU(), nn.Linear(8, 4)]
+    net = nn.Sequential(*glu)
+    rule_of(name, net).backward(INPUTS, LABELS)
+    assert len(gradients(net)) == 6
+    assert ("B starts random" in caplog.text) == (name != "fdfa")
+
+
 def test_images_of_one_axis_are_no_tokens():
     def convolutions(length):
         torch.manual_seed(1)
