@@ -229,7 +229,6 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
 
     The cells of the first seed come first, then those of the next seed. Within a seed, the cheapest cell comes first.
     """
-    print("timing 2 steps of each kind of run", file=sys.stderr)
     fixed, times = fixed_overrides(asked)
     grids = []
     for sweep, whole in chosen(asked.target, asked.only):
@@ -244,6 +243,7 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
             point = next(grid.points())
             kind = (grid.experiment, point["dataset"], point["model"], point["method"])
             if runs and kind not in seconds:
+                print("timing 2 steps:", *kind[1:], file=sys.stderr)
                 seconds[kind] = seconds_of(point, grid.experiment, fixed)
             if runs:
                 of_seed.append(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,7 @@ def own(tmp_path, monkeypatch):
     assert sorted(Path(name).name for name, _ in blocks) == [
         "clipped.yaml",
         "my_data.py",
+        "my_nets.py",
         "my_rules.py",
         "noise.yaml",
         "small.yaml",
@@ -162,6 +164,24 @@ def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_p
     assert (own / "there" / "iterations.csv").read_bytes() == (
         own / "here" / "iterations.csv"
     ).read_bytes()
+
+
+def test_the_guide_s_net_trains_on_arrays_as_the_readme_calls_it(own):
+    samples, labels = np.zeros((90, 6, 4), np.float32), np.arange(90) % 3
+    samples += labels[:, None, None]
+    np.savez(
+        own / "data.npz",
+        X_train=samples,
+        y_train=labels,
+        X_test=samples,
+        y_test=labels,
+    )
+    command = re.search(r"dfl-train (model=module .*?)#", prose(), re.S)[1]
+    arguments = command.replace("\\\n", " ").replace('"', "").split()
+    quick = ("epochs=1", "tracking=disabled")
+    done = dfl_train(own, *arguments, *quick, "hydra.run.dir=here")
+    assert done.returncode == 0, done.stderr
+    assert "layers: 1 first, 2 second" in done.stdout
 
 
 def test_the_readme_s_python_gives_what_it_says(tmp_path):

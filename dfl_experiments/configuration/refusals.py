@@ -22,6 +22,15 @@ MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
 # names of options in other programs, and of the choice that switches W&B off
 OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "none": "disabled", "off": "disabled"}
 INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
+LONG_LIST = 12  # a longer list of keys is left out of a message that suggests one of them
+# launchers and sweepers that are not installed by default, and the extra that has them
+EXTRAS = {
+    "joblib": "joblib",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+    "ray": "ray",
+    "optuna": "optuna",
+}
 
 
 def refuse(error: BaseException, program: str = "dfl-train") -> NoReturn:
@@ -111,10 +120,11 @@ def message_with_choices(error: BaseException | None) -> str | None:
         return _how_to_quote(str(error.override))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group.startswith("hydra/") and name in EXTRAS:
+            command = f"pip install -e '.[{EXTRAS[name]}]'"
+            return f"{group}={name}: not installed; in the project's folder run {command}"
         choices = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
         advice = "--config-dir=<folder> adds your own options"
-        if group.startswith("hydra/"):
-            advice = "more need an extra, such as dfl-experiments[optuna]"
         return f"{group}={name}: {choices} ({advice})"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(
@@ -137,12 +147,15 @@ def _how_to_quote(override: str) -> str | None:
 def _unknown_key(error: Any) -> str:
     """Return a message for an unknown key, with the known keys and a suggestion. error: OmegaConf's error."""
     known = ", ".join(str(key) for key in error.parent_node if key not in INTERNAL)
+    choices = f"; there are {known or 'none'}"
     everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     key = str(error.full_key)
     suggestion, hint = did_you_mean(key, flat_keys(everything)), ""
     if _constructor_takes(key, error.parent_node, everything.get("plugins") or []):
         suggestion, hint = "", f"; +{key}=… passes it to the constructor"
-    return f"{key}: no such option{suggestion}; there are {known or 'none'}{hint}"
+    if suggestion and len(error.parent_node) > LONG_LIST:
+        choices = ""
+    return f"{key}: no such option{suggestion}{choices}{hint}"
 
 
 def _constructor_takes(key: str, node: Any, plugins: Sequence[str]) -> bool:

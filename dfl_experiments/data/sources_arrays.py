@@ -34,6 +34,8 @@ class ArrayFile(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return the arrays. Raises `UserError` if an array is absent, or if the labels are not class numbers."""
         names = self.PARTS[:4]
+        if not self.path.exists():
+            raise UserError(f"dataset.source.path={self.path}: no such file")
         try:
             with zipfile.ZipFile(self.path), np.load(self.path) as file:
                 parts = [file[name] for name in names]

@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
         devices.append("mps")
     name = "cuda:0" if name == "cuda" else name
     if name not in devices:
-        raise UserError(f"device={name}: not on this machine; there are {', '.join(devices)}")
+        raise UserError(f"device={name}: not on this machine; available: {', '.join(devices)}")
     return torch.device(name)
 
 

@@ -19,7 +19,7 @@ VALUES = {
     "data_dir=": ("data_dir=''", "must be the path of a folder"),
     "sweep=a/b": ("sweep='a/b'", "must be 1 to 64 letters"),
     "device=gpu": ("device='gpu'", "must be auto, cpu, mps, cuda"),
-    "device=cuda:77": ("device=cuda:77", "there are cpu"),
+    "device=cuda:77": ("device=cuda:77", "available: cpu"),
     "optimizer.lr=nan": ("optimizer.lr=nan", "finite"),
     "optimizer.lr=1e-3x": ("optimizer.lr='1e-3x'", "valid number"),
     "optimizer.betas=[0.9]": ("optimizer.betas=[0.9]", "at least 2"),

@@ -7,6 +7,7 @@ import pytest
 from processes import dfl_train
 from refused import REFUSED
 
+from dfl_experiments.configuration.refusals import EXTRAS
 from dfl_experiments.train import main
 
 pytestmark = pytest.mark.usefixtures("clean_logging")
@@ -43,6 +44,21 @@ def test_no_hint_leads_to_the_next_refusal(tmp_path, monkeypatch, capsys):
     # an option with this name in another group is what was meant
     said = refusal(["schedule.lr=0.1"], monkeypatch, capsys)
     assert "did you mean optimizer.lr?" in said
+
+
+def test_a_suggestion_replaces_a_long_list_of_keys(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(["methd=dfa"], monkeypatch, capsys)
+    assert said == "dfl-train: error: methd: no such option; did you mean method?\n"
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(EXTRAS, "absent", "slurm")
+    said = refusal(["--multirun", "hydra/launcher=absent"], monkeypatch, capsys)
+    assert said.endswith(
+        "hydra/launcher=absent: not installed; in the project's folder run pip install -e '.[slurm]'\n"
+    )
 
 
 def test_a_refusal_from_the_shell_is_one_line_and_an_exit_code(tmp_path):

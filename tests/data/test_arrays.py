@@ -252,7 +252,7 @@ REFUSED = {
         ("dataset.name=mnist",),
         "dataset.name='mnist': this name does not belong to the data source",
     ),
-    "absent": ({}, ("dataset.source.path=none.npz",), "No such file"),
+    "absent": ({}, ("dataset.source.path=none.npz",), "no such file"),
     "no archive": ({}, ("dataset.source.path=words.npz",), "File is not a zip file"),
     "no path": ({}, ("dataset.source.path=???",), "dataset.source.path: missing"),
 }
