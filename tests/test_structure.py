@@ -93,6 +93,7 @@ def own(tmp_path, monkeypatch):
     blocks = re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", text, re.S)
     assert sorted(Path(name).name for name, _ in blocks) == [
         "clipped.yaml",
+        "gru.yaml",
         "my_data.py",
         "my_nets.py",
         "my_rules.py",
