@@ -107,9 +107,10 @@ def draw(
     for name in names:
         if what and name not in set(values.what):
             raise UserError(f"what={name}: not measured by {x}, or equal to BP's by construction")
-    most_seeds = values.runs.max()
+    fewest_seeds, most_seeds = values.runs.min(), values.runs.max()
     if most_seeds > 1:
-        notes.append(f"Mean over up to {most_seeds} seeds, their range shaded.")
+        up_to = "up to " if fewest_seeds < most_seeds else ""
+        notes.append(f"Mean over {up_to}{most_seeds} seeds, their range shaded.")
     elif len(lines) > 1:
         notes.append("Each line is one run.")
     panels = []

@@ -12,6 +12,7 @@ from tabulate import LATEX_ESCAPE_RULES, tabulate
 from dfl_experiments.report.style import method_name
 
 NONE = "–"
+MARK = "The mark: highest accuracy of its setting."
 # Characters that are Markdown syntax. A link is disabled by escaping its ]. A _ inside a word is not syntax.
 MARKDOWN_SYNTAX = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
 LATEX_SYMBOLS = {
@@ -77,7 +78,8 @@ class Table:
     def only(self, rule: str) -> "Table":
         """Return the table with only the rows of one rule. No row is marked as best."""
         is_shown = self.frame.method.str.partition(", ")[0] == method_name(rule)
-        return Table(self.title, self.frame[is_shown], self.caption)
+        caption = self.caption.removeprefix(MARK).strip()
+        return Table(self.title, self.frame[is_shown], caption)
 
 
 def explanations(columns: Collection[str], has_smoke: bool) -> list[str]:

@@ -15,10 +15,9 @@ from dfl_experiments.report.labels import KIND, SECTION, option_names
 from dfl_experiments.report.paper import SETTINGS
 from dfl_experiments.report.run_record import ENDED
 from dfl_experiments.report.style import IN_WORDS, USUAL, method_name, method_order, title_of, words
-from dfl_experiments.report.table_text import NONE, Table, interval_text, numbers
+from dfl_experiments.report.table_text import MARK, NONE, Table, interval_text, numbers
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
-MARK = "The mark: highest accuracy of its setting."
 AT_END = "An lr marked (lowest) or (highest) is at this end of the method's grid: extend the grid."
 
 

@@ -196,7 +196,7 @@ def test_names_are_in_words():
 
 def test_the_caption_says_how_the_lines_came_about(outputs):
     grid = texts(draw(runs(outputs / "grid"), smooth=2))
-    assert any("Mean over up to 2 seeds" in text and "Running mean of 2" in text for text in grid)
+    assert any("Mean over 2 seeds" in text and "Running mean of 2" in text for text in grid)
     assert {"Training loss", "Test accuracy", "Alignment, layer 1", "iteration"} <= set(grid)
 
 
