@@ -20,7 +20,7 @@ from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.outcome import COMMAND, Sweep
-from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan, show_search
+from dfl_experiments.running.plan import PlannedRun, planned_runs, print_time, show_plan
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.run_directory import refuse_folder_of_runs
 from dfl_experiments.running.summary import print_summary
@@ -118,9 +118,8 @@ class Checks(Callback):
             Checks.checked, run_dir = check_run(config)
             note_grid(config)
             if Checks.is_dry:
-                configuration = Checks.checked
-                planned = PlannedRun(run_dir, str(run_dir), [])
-                show_plan([planned], configuration.settings.force, lambda overrides: configuration)
+                planned = PlannedRun(run_dir, str(run_dir), Checks.checked)
+                show_plan([planned], Checks.checked.settings.force)
                 raise SystemExit(0)
             make_folder(run_dir, "hydra.run.dir")
             Checks.begun = True
@@ -133,15 +132,11 @@ class Checks(Callback):
             if Checks.is_dry:
                 print(f"sweep {sweep.name}, in {sweep.folder}")
                 if sweep.points:
-                    show_plan(
-                        planned_runs(sweep),
-                        sweep.force,
-                        lambda overrides: check_job(config, overrides)[0],
-                    )
+                    show_plan(planned_runs(sweep), sweep.force)
                 else:
                     (job,) = jobs_of(config)
-                    n_trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
-                    show_search(n_trials, check_job(config, job)[0])
+                    print("the sweeper chooses the points as it goes; of one run:", flush=True)
+                    print_time([PlannedRun(sweep.folder, "", check_job(config, job)[0])])
                 raise SystemExit(0)
             make_folder(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)

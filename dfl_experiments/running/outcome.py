@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dfl_experiments.configuration.composition import config_digest, harmless
 from dfl_experiments.configuration.recorded import read_yaml
+from dfl_experiments.configuration.schema import Configuration
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.result import DONE, read_epochs, read_result, read_status
 from dfl_experiments.running.run_directory import CONFIG, write_atomically
@@ -23,8 +24,8 @@ class SweepPoint(NamedTuple):
 
     overrides: list[str]
     """Overrides of the job, without those of Hydra's own options."""
-    config_digest: str
-    """Digest of the job's configuration."""
+    configuration: Configuration
+    """The job's checked configuration."""
 
 
 @dataclass
@@ -106,7 +107,7 @@ def ending(sweep: Sweep, name: str) -> Ending:
         is_other = (job_status, job_reason) != (status, reason)
         if is_other and not is_late_signal and job_status != "running":
             status, reason, result = job_status, job_reason, {}
-    elif result and config_digest(result["config"]) != point.config_digest:
+    elif result and config_digest(result["config"]) != point.configuration.config_digest:
         status, reason, result = (
             "not started",
             "the folder has a run with another configuration",

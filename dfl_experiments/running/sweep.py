@@ -98,7 +98,7 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
             )
         digests[digest] = folders[folder] = job
         if is_grid:
-            sweep.points[folder] = SweepPoint(overrides, digest)
+            sweep.points[folder] = SweepPoint(overrides, configuration)
     return sweep
 
 
