@@ -139,28 +139,10 @@ def _unknown_key(error: Any) -> str:
     known = ", ".join(str(key) for key in error.parent_node if key not in INTERNAL)
     everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     key = str(error.full_key)
-    suggestion, hint = did_you_mean(key, flat_keys(everything)), ""
-    if _constructor_takes(key, error.parent_node, everything.get("plugins") or []):
-        suggestion, hint = "", f"; +{key}=… passes it to the constructor"
+    suggestion = did_you_mean(key, flat_keys(everything))
+    is_component = "_target_" in error.parent_node
+    hint = f"; +{key}=… if its constructor has it" if is_component and not suggestion else ""
     return f"{key}: no such option{suggestion}; there are {known or 'none'}{hint}"
-
-
-def _constructor_takes(key: str, node: Any, plugins: Sequence[str]) -> bool:
-    """Return whether the constructor of a component takes an option that the configuration lacks.
-
-    key: key of the option, such as `method.fixed_blocks`.
-    node: the part of the configuration that should hold the option. It may be a component, which has a `_target_`.
-    plugins: names of the plugin packages.
-    """
-    from dfl_experiments.configuration.components import KINDS, locate, options_of
-
-    group, _, name = key.rpartition(".")
-    if group not in KINDS or "_target_" not in node:
-        return False
-    try:
-        return name in options_of(locate(node["_target_"], group, plugins), group).model_fields
-    except (UserError, OmegaConfBaseException):  # a wrong `_target_`
-        return False
 
 
 def refusal(

@@ -93,11 +93,11 @@ KEYS = {
     ),
     "method=dfa method.fixed_blocks=1": (
         "method.fixed_blocks",
-        "; +method.fixed_blocks=… passes it to the constructor",
+        "; +method.fixed_blocks=… if its constructor has it",
     ),
     "tracking=none": ("tracking=none: there are disabled", "did you mean disabled?"),
     "optimizer=torch optimizer._target_=torch.optim.SGD optimizer.momentum=0.9": (
-        "; +optimizer.momentum=… passes it to the constructor",
+        "; +optimizer.momentum=… if its constructor has it",
     ),
     "optimizer.milestones=[0.5]": (
         "optimizer.milestones: no such option",
