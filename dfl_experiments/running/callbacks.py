@@ -25,7 +25,6 @@ from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.run_directory import refuse_folder_of_runs
 from dfl_experiments.running.summary import print_summary
 from dfl_experiments.running.sweep import check_job, check_sweep, jobs_of
-from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import QUEUE
 
 
@@ -33,7 +32,8 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     """Return the checked configuration of a single run, and its directory. Raises `UserError` for a wrong option."""
     from dfl_experiments.running.device import choose_device
 
-    refuse_chdir(cfg)
+    if cfg.hydra.job.chdir:  # in another working directory, a relative data_dir would be wrong
+        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
@@ -43,14 +43,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     refuse_folder_of_runs(run_dir)
     choose_device(configuration.settings.device)
-    warn_of_variable(configuration.settings.tracking.mode)
     return configuration, run_dir
-
-
-def refuse_chdir(cfg: DictConfig) -> None:
-    """Raise `UserError` for hydra.job.chdir=true. In another working directory, a relative data_dir would be wrong."""
-    if cfg.hydra.job.chdir:
-        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
 
 
 def note_grid(cfg: DictConfig) -> None:
@@ -114,7 +107,6 @@ class Checks(Callback):
         """Check a single run before its directory is made."""
         with refusing():
             HydraConfig.instance().set_config(config)
-            refuse_chdir(config)
             Checks.checked, run_dir = check_run(config)
             note_grid(config)
             if Checks.is_dry:

@@ -26,7 +26,6 @@ from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
 from dfl_experiments.running.run_directory import is_run, record_overrides, relative
 from dfl_experiments.running.summary import four_digits
-from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import BUSY, check_launcher, silence_submitit
 
 log = logging.getLogger(__name__)
@@ -139,7 +138,6 @@ def check_job(
     configuration = check(job_cfg)
     settings = configuration.settings
     refuse_missing_package(settings.tracking)
-    warn_of_variable(settings.tracking.mode)
     if settings.resume is not None or settings.repeat is not None:
         raise UserError(
             "resume and repeat are for a single run; to continue a sweep, start it again"

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,6 @@ WANDB, TENSORBOARD = "W&B", "TensorBoard"
 COUNTERS = ("iteration", "epoch")
 # variables that would merge all points of a sweep into one W&B run
 ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")
-MODES = ("online", "offline", "disabled")
-OTHER_MODES = {"run": "online", "dryrun": "offline"}  # W&B's older names
 unreachable: set[str] = set()  # tracking modes in which W&B could not be reached by this process
 
 
@@ -207,19 +204,6 @@ def start_event_files(run_dir: Path) -> EventFiles | None:
 def marker(tracking: Tracking, run_dir: Path) -> Path:
     """Return the file that marks the mirror of a run as complete."""
     return run_dir / (MIRRORED_EVENTS if tracking.mode == "tensorboard" else MIRRORED)
-
-
-@cache  # one warning for all jobs of a sweep
-def warn_of_variable(mode: str) -> None:
-    """Log a warning if the variable WANDB_MODE asks for another mode than the run has. mode: `tracking.mode`."""
-    asked = os.environ.get("WANDB_MODE")
-    if not asked:
-        return
-    wanted = OTHER_MODES.get(asked, asked)
-    is_without = wanted == "disabled" and mode == "tensorboard"
-    if wanted != mode and not is_without:
-        advice = f"use tracking={wanted}" if wanted in MODES else f"the run has tracking={mode}"
-        log.warning("WANDB_MODE=%s has no effect; %s", asked, advice)
 
 
 def rows_apart(tracking: Tracking, batches: int, measured: int) -> int:
