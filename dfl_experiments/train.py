@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +26,7 @@ from dfl_experiments.configuration.grids import BASIC
 from dfl_experiments.configuration.launchers import register_launchers
 from dfl_experiments.configuration.refusals import refuse, refusing, uncomposed
 from dfl_experiments.console import leave
-from dfl_experiments.errors import Fault, UserError, reason
+from dfl_experiments.errors import Fault, reason
 from dfl_experiments.running import workers
 from dfl_experiments.running.callbacks import Checks, sum_up
 from dfl_experiments.running.outcome import COMMAND, count_done, objective
@@ -98,34 +97,13 @@ def main() -> None:
     # Hydra then raises its errors, and `refusing` prints one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     handlers = handle(on_signal)
-    ended_before = -1
     try:
         with refusing():
-            refuse_dashes(sys.argv[1:])
-            while True:
-                try:
-                    job()
-                    return
-                except Exception as error:
-                    if not Checks.begun and not isinstance(error, BrokenPipeError):
-                        refuse(uncomposed(error, sys.argv[1:]))
-                    if Checks.sweep is None:  # not a sweep, or the summary is already printed
-                        raise
-                    ended = count_done(Checks.sweep)
-                    if type(error).__name__ not in KILLED or ended <= ended_before:
-                        problem = f"{type(error).__name__}: {reason(error)}"
-                        raise Fault(f"hydra/launcher={Checks.sweep.launcher}: {problem}") from error
-                    # If one worker is killed, joblib ends all workers. Repeat the sweep until a repetition finishes
-                    # no further point.
-                    ended_before = ended
-                    print("dfl-train: a worker was killed; the sweep continues")
-                    if not any(argument.startswith("sweep=") for argument in sys.argv):
-                        # repeat the sweep under the same name, which by default is made from the current time
-                        sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")
+            run_jobs()
     except KeyboardInterrupt as stop:
-        signum = (
-            stop.signum if isinstance(stop, Interrupted) else Checks.stopped_by or signal.SIGINT
-        )
+        signum = Checks.stopped_by or signal.SIGINT
+        if isinstance(stop, Interrupted):
+            signum = stop.signum
         print(f"dfl-train: interrupted ({signal.Signals(signum).name})", file=sys.stderr)
         raise SystemExit(128 + signum) from None
     finally:
@@ -142,16 +120,30 @@ def main() -> None:
             signal.signal(signum, handler)
 
 
-def refuse_dashes(arguments: Sequence[str]) -> None:
-    """Raise `UserError` for an option that is written with dashes, such as --epochs=3 or --method dfa."""
-    keys = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
-    keys |= yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8")).keys() - {
-        "hydra"
-    }
-    for argument in arguments:
-        name = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and name.partition(".")[0] in keys:
-            raise UserError(f"{argument}: options are written without dashes; write {name}=…")
+def run_jobs() -> None:
+    """Run the command's jobs. If one worker is killed, joblib ends all workers. In this case, start the sweep again.
+
+    A repetition that finishes no further point is the last one.
+    """
+    ended_before = -1
+    while True:
+        try:
+            job()
+            return
+        except Exception as error:
+            if not Checks.begun and not isinstance(error, BrokenPipeError):
+                refuse(uncomposed(error, sys.argv[1:]))
+            if Checks.sweep is None:  # not a sweep, or the summary is already printed
+                raise
+            ended = count_done(Checks.sweep)
+            if type(error).__name__ not in KILLED or ended <= ended_before:
+                problem = f"{type(error).__name__}: {reason(error)}"
+                raise Fault(f"hydra/launcher={Checks.sweep.launcher}: {problem}") from error
+            ended_before = ended
+            print("dfl-train: a worker was killed; the sweep continues")
+            if not any(argument.startswith("sweep=") for argument in sys.argv):
+                # repeat the sweep under the same name, which by default is made from the current time
+                sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")
 
 
 def overrides_first(arguments: Sequence[str]) -> list[str]:

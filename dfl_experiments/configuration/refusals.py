@@ -140,8 +140,7 @@ def _unknown_key(error: Any) -> str:
     everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     key = str(error.full_key)
     suggestion = did_you_mean(key, flat_keys(everything))
-    is_component = "_target_" in error.parent_node
-    hint = f"; +{key}=… if its constructor has it" if is_component and not suggestion else ""
+    hint = f"; +{key}=… if its constructor has it" if "_target_" in error.parent_node else ""
     return f"{key}: no such option{suggestion}; there are {known or 'none'}{hint}"
 
 

@@ -80,7 +80,6 @@ NAMES = {
 }
 KEYS = {
     "hydra.job.chdir=true": ("hydra.job.chdir=true",),
-    "--epochs=3": ("--epochs=3", "write epochs=…"),
     # there is no such option, or one is missing
     "lr=1e-3": ("lr", "did you mean optimizer.lr?"),
     "batchsize=32": ("batchsize", "did you mean batch_size?"),
