@@ -194,9 +194,7 @@ def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
     if is_plain_module(target, key):
         fields["boundaries"] = (Literal["auto"] | list[str], "auto")
     elif missing := [name for name in passed if name not in parameters]:
-        raise UserError(
-            f"{key}._target_={target.__name__}: needs a parameter {missing[0]}, which the program passes"
-        )
+        raise UserError(f"{key}._target_={target.__name__}: has no parameter {missing[0]}")
     for name, (hint, default) in parameters.items():
         if name not in passed:
             hint = Any if hint is empty else hint

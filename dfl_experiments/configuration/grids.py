@@ -32,9 +32,7 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
         elif override.is_discrete_sweep():
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not choices[key]:
-                raise UserError(
-                    f"{override.input_line}: matches no option, so the sweep has no job"
-                )
+                raise UserError(f"{override.input_line}: matches nothing, so there is no job")
         elif sweeper == BASIC:
             raise UserError(f"{override.input_line}: a continuous range needs hydra/sweeper=optuna")
         if key == "seed":
@@ -42,8 +40,6 @@ def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:
     if sweeper != BASIC and seed is not None:
         is_range = seed.is_sweep_override() and not seed.is_discrete_sweep()
         if is_range or len(set(choices["seed"])) > 1:
-            raise UserError(
-                f"{seed.input_line}: hydra/sweeper={sweeper} would choose a lucky seed; set one seed, then train the "
-                f"best point with several"
-            )
+            problem = f"hydra/sweeper={sweeper} would choose a lucky seed; set one seed"
+            raise UserError(f"{seed.input_line}: {problem}")
     return (list(point) for point in itertools.product(*choices.values()))

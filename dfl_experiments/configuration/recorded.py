@@ -38,10 +38,8 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     not_allowed = [name for name in keys if name.partition(".")[0] not in (*OPERATIONAL, key)]
     if not_allowed:
-        raise UserError(
-            f"{not_allowed[0]}: cannot be set, because {key}={values[key]} takes its configuration from {path}; "
-            f"only these can be set: {', '.join(OPERATIONAL)}"
-        )
+        advice = f"only these can be set: {', '.join(OPERATIONAL)}"
+        raise UserError(f"{not_allowed[0]}: is recorded in {key}={values[key]}; {advice}")
     recorded = read_recorded(path, f"{key}={values[key]}")
     of_command = {name: values[name] for name in (*COMMAND_ONLY, "resume", "repeat")}
     mode = (recorded.get("tracking") or {}).get("mode")
@@ -91,9 +89,7 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
         texts: list[str] = []
         changed(content, lambda item: texts.append(str(item)))
         if any(INTERPOLATION.search(text) for text in texts):
-            raise UserError(
-                f"{path} has an interpolation; a recorded configuration must contain values only"
-            )
+            raise UserError(f"{path} has an interpolation, but must contain values only")
         # also removes escapes of `${`
         values: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
         read_sealed(path.parent)

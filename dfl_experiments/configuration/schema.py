@@ -41,9 +41,8 @@ class Alignment(Options):
         option = f"alignment.quantities={shown(quantities)}"
         for name in quantities:
             if name not in EXTRA_QUANTITIES:
-                raise UserError(
-                    f"{option}: {shown(name)} is not a quantity; there are {', '.join(EXTRA_QUANTITIES)}"
-                )
+                choices = ", ".join(EXTRA_QUANTITIES)
+                raise UserError(f"{option}: {shown(name)} is unknown; there are {choices}")
             if quantities.count(name) > 1:
                 raise UserError(f"{option}: lists {name} twice")
         return quantities
@@ -95,7 +94,7 @@ class Dataset(Options):
         if len(self.mean) != len(self.std):
             option = f"dataset.std={shown(self.std)}"
             raise UserError(
-                f"{option}: needs as many values as dataset.mean, which has {len(self.mean)}"
+                f"{option}: must be as long as dataset.mean, which has {len(self.mean)}"
             )
         return self
 
@@ -188,9 +187,7 @@ class Settings(Options):
         if self.force and self.resume is not None:
             raise UserError("force=true: starts a new run, but resume continues a run; choose one")
         if self.protocol.accuracy == "best_validation" and not self.validation_fraction:
-            raise UserError(
-                "protocol.accuracy='best_validation': needs a validation split; set validation_fraction"
-            )
+            raise UserError("protocol.accuracy='best_validation': set validation_fraction too")
         return self
 
 
@@ -232,10 +229,8 @@ def check_name(dataset: Dataset) -> None:
     named: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{dataset.name}.yaml")
     keys = ("_target_", "classes")
     if any(dataset.source.get(key) != named.source.get(key) for key in keys):
-        raise UserError(
-            f"dataset.name={shown(dataset.name)}: this name does not belong to the data source; "
-            "to choose another data set, use dataset=…"
-        )
+        problem = "this name does not belong to the data source; choose a data set with dataset=…"
+        raise UserError(f"dataset.name={shown(dataset.name)}: {problem}")
 
 
 def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
@@ -249,9 +244,7 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
         node = values.get(group)
         if not isinstance(node, Mapping) or "name" not in node:
             problem = "missing" if node is None else f"{shown(node)} is not an option of this group"
-            raise UserError(
-                f"{group}: {problem}; set {group}=…, there are {', '.join(group_options(group))}"
-            )
+            raise UserError(f"{group}: {problem}; there are {', '.join(group_options(group))}")
     options = {key: value for key, value in values.items() if key not in GROUPS}
     try:
         settings = Settings.model_validate(options)

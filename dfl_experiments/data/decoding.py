@@ -34,9 +34,8 @@ class Tree:
         try:
             return self.read(name).decode().splitlines()
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
-            raise UserError(
-                f"{self.label}/{name}: cannot be read as text ({reason(error)})"
-            ) from error
+            problem = f"cannot be read as text ({reason(error)})"
+            raise UserError(f"{self.label}/{name}: {problem}") from error
 
 
 def is_user_folder(name: str) -> bool:
@@ -58,16 +57,12 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     for start in inside:
         for folder, subfolders, files in os.walk(root / start, onerror=refuse, followlinks=True):
             if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
-                raise UserError(
-                    f"{folder}: is a link to a folder that contains the link; delete the link"
-                )
+                raise UserError(f"{folder}: links to a folder that contains it; delete the link")
             subfolders[:] = filter(is_user_folder, subfolders)
             visible = [Path(folder, name) for name in files if not name.startswith(".")]
             for path in visible:
                 if not path.is_file():
-                    raise UserError(
-                        f"{path}: is neither a file nor a folder (a broken link?); delete it"
-                    )
+                    raise UserError(f"{path}: is neither a file nor a folder; delete it")
             names += [path.relative_to(root).as_posix() for path in visible]
     return Tree(str(root), sorted(names), lambda name: (root / name).read_bytes())
 
@@ -99,13 +94,10 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
                 decoded = Image.alpha_composite(Image.new("RGBA", decoded.size, "white"), decoded)
             decoded = decoded.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # Pillow and zipfile raise errors of many types for a damaged file
-        raise UserError(
-            f"{tree.label}/{name}: cannot be read as an image ({reason(error)})"
-        ) from error
+        problem = f"cannot be read as an image ({reason(error)})"
+        raise UserError(f"{tree.label}/{name}: {problem}") from error
     if mode.startswith(("I", "F")):
-        raise UserError(
-            f"{tree.label}/{name}: has more than 8 bits per channel; convert it to 8 bits"
-        )
+        raise UserError(f"{tree.label}/{name}: has more than 8 bits per channel; convert it")
     if size is not None:
         decoded = ImageOps.fit(decoded, (size, size))
     return np.asarray(decoded).reshape(decoded.height, decoded.width, channels).transpose(2, 0, 1)

@@ -99,9 +99,7 @@ def read_published(path: Path, md5: str) -> bytes:
     """
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise UserError(
-            f"{path}: damaged or altered, its MD5 is wrong; delete it, then it is downloaded again"
-        )
+        raise UserError(f"{path}: its MD5 is wrong; delete it, then it is downloaded again")
     return content
 
 

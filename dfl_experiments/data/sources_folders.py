@@ -93,9 +93,8 @@ class TinyImageNet(Published):
         except OSError:
             raise
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
-            raise UserError(
-                f"{archive}: damaged or incomplete ({error}); delete it and download it again"
-            ) from error
+            problem = f"damaged or incomplete ({error}); delete it and download it again"
+            raise UserError(f"{archive}: {problem}") from error
         with opened:
             return self.arrays(zip_tree(opened, self.NAME))
 
@@ -128,15 +127,13 @@ class TinyImageNet(Published):
             raise UserError(f"{tree.label}: incomplete, {absent[0]} is missing")
         if [name for name, _ in test] != [name for name in images if name.startswith("val/")]:
             raise UserError(
-                f"{tree.label}/{self.LABELS}: damaged, it must have one line for each image in val/images"
+                f"{tree.label}/{self.LABELS}: damaged, must have one line for each image"
             )
         trained = sorted({wnid for _, wnid in train})
         tested = sorted({wnid for _, wnid in test})
         wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else trained
         if not sorted(wnids) == trained == tested:
-            raise UserError(
-                f"{tree.label}: train/, {self.LABELS} and wnids.txt have different classes"
-            )
+            raise UserError(f"{tree.label}: train/, val/ and wnids.txt have different classes")
         return Listing(train, test, wnids)
 
 
@@ -191,9 +188,7 @@ class Folder(Source):
         found = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)]
         splits = found[:2]
         if len(splits) < 2 or splits[0] != "train":
-            raise UserError(
-                f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class"
-            )
+            raise UserError(f"{self.path}: needs train/ and test/ (or val/)")
         if len(found) > len(splits):
             log.warning(
                 "%s: val/ is not used; the validation images are a part of train/, see validation_fraction",
@@ -208,9 +203,7 @@ class Folder(Source):
                     names.add(composed(path.name))
         classes = sorted(names)
         if len(classes) < 2:
-            raise UserError(
-                f"{self.path / 'train'}: needs folders of at least two classes, has {classes}"
-            )
+            raise UserError(f"{self.path / 'train'}: needs at least two classes, has {classes}")
         groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for split in splits:
             groups |= {(split, name): [] for name in classes}
@@ -219,14 +212,13 @@ class Folder(Source):
                 continue
             split, name, *inner = file.split("/")
             if not inner:
-                raise UserError(
-                    f"{self.path / file}: is outside the class folders; move it into one of them"
-                )
+                raise UserError(f"{self.path / file}: is outside the class folders")
             groups[split, composed(name)].append((file, composed(name)))
         for (split, name), images in groups.items():
             if not images:
+                suffixes = " ".join(SUFFIXES)
                 raise UserError(
-                    f"{self.path}/{split}/{name}/: no images of this class ({' '.join(SUFFIXES)})"
+                    f"{self.path}/{split}/{name}/: no images of this class ({suffixes})"
                 )
         train, test = [], []
         for name in classes:

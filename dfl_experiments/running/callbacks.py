@@ -65,9 +65,8 @@ def make_folder(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}={folder}: cannot be made ({getattr(error, 'strerror', error)})"
-        ) from error
+        cause = getattr(error, "strerror", error)
+        raise UserError(f"{key}={folder}: cannot be made ({cause})") from error
 
 
 def pin(config: DictConfig, sweep: Sweep) -> None:

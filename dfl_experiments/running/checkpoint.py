@@ -133,9 +133,7 @@ def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, A
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
     if saved["format"] != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"{path}: has format {saved['format']}, this version reads {CHECKPOINT_FORMAT}"
-        )
+        raise UserError(f"{path}: has format {saved['format']}, not {CHECKPOINT_FORMAT}")
     if config_digest is None:
         return saved
     if saved["science"] != config_digest:

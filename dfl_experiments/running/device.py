@@ -125,9 +125,7 @@ def set_up(
     Raises `UserError` for tf32 on a device without TF32.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise UserError(
-            f"precision=tf32: needs a GPU; device={device.type} has float32 and bfloat16"
-        )
+        raise UserError(f"precision=tf32: needs a GPU; {device.type} has float32, bfloat16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -174,9 +172,7 @@ def refuse_wrong_gradients(net: BlockNet) -> None:
         hook.remove()
     if wrong:
         problem = f"PyTorch computes a wrong gradient for {wrong[0]}, a strided convolution whose input has one pixel"
-        raise UserError(
-            f"precision=bfloat16: on this processor (AMX) {problem}; use float32 or larger images"
-        )
+        raise UserError(f"precision=bfloat16: on this processor (AMX) {problem}; use float32")
 
 
 def reuse_memory() -> None:

@@ -88,9 +88,7 @@ class Result(BaseModel):
         config, accuracies = self.config, self.test_accuracy or Accuracies()
         has_numbers = None not in (self.accuracy, self.seconds, self.samples_per_second)
         if self.status in ("finished", "collapsed") and not has_numbers:
-            raise UserError(
-                f"accuracy, seconds or samples_per_second: missing in a {self.status} run"
-            )
+            raise UserError(f"accuracy or seconds: missing in a {self.status} run")
         if self.status == "finished" and self.epochs != config["epochs"]:
             raise UserError(f"epochs={self.epochs}: a finished run has {config['epochs']}")
         if accuracies.best is not None:
@@ -173,9 +171,7 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
         if last is not None:
             written = columns["test_accuracy"][epochs - 1] or 0.0
             if not math.isclose(written, last, rel_tol=1e-6):
-                raise UserError(
-                    f"has test accuracy {written:g} after epoch {epochs}, but {RESULT} has {last:g}"
-                )
+                raise UserError(f"ends with test accuracy {written:g}, {RESULT} with {last:g}")
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: is damaged ({reason(error)})") from None
     return columns

@@ -77,9 +77,7 @@ class Table:
             self.sha256 = hashlib.sha256()
             self._append([self.columns])
         elif header(path) != self.columns:
-            raise UserError(
-                f"{path}: has other columns than this version writes; force=true starts a new run"
-            )
+            raise UserError(f"{path}: has other columns now; force=true starts a new run")
         else:
             os.truncate(path, length)
             self.sha256 = sha256_of(path)
@@ -173,7 +171,7 @@ def refuse_folder_of_runs(folder: Path) -> None:
     """Raise `UserError` if a new run in this folder would hide runs in the folders directly below it."""
     if folder.is_dir() and not is_run(folder) and (name := run_below(folder)):
         raise UserError(
-            f"{folder}: is a folder of runs, such as {name}, and a run would hide them; choose another hydra.run.dir="
+            f"{folder}: is a folder of runs, such as {name}; choose another hydra.run.dir="
         )
 
 

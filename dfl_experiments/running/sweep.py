@@ -69,9 +69,7 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     folders: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
     if is_run(sweep_dir):
-        raise UserError(
-            f"{relative(sweep_dir)}: is a run, and would hide the runs of a sweep in it; choose another sweep="
-        )
+        raise UserError(f"{relative(sweep_dir)}: is a run; choose another sweep=")
     force = bool(cfg.force)
     sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, force, config_flags(cfg))
     for number, overrides in enumerate(
@@ -81,19 +79,16 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
         try:
             configuration, folder = check_job(cfg, overrides, number)
             if not is_grid and not configuration.settings.validation_fraction:
-                raise UserError(
-                    f"validation_fraction=0: hydra/sweeper={sweeper} needs a validation accuracy"
-                )
+                raise UserError(f"validation_fraction=0: hydra/sweeper={sweeper} needs validation")
         except (*MISTAKES, ValueError) as error:
-            raise UserError(
-                f"{one_line(uncomposed(error, overrides))} (in the job {job})"
-            ) from error
+            problem = one_line(uncomposed(error, overrides))
+            raise UserError(f"{problem} (in the job {job})") from error
         digest = configuration.config_digest
         if digest in digests:
             raise UserError(f"two jobs are the same run: {digests[digest]} and {job}")
         if folder in folders:
             raise UserError(
-                f"two jobs would write to {folder} (hydra.sweep.subdir): {folders[folder]} and {job}"
+                f"hydra.sweep.subdir={folder}: of two jobs, {folders[folder]} and {job}"
             )
         digests[digest] = folders[folder] = job
         if is_grid:
@@ -140,7 +135,7 @@ def check_job(
     refuse_missing_package(settings.tracking)
     if settings.resume is not None or settings.repeat is not None:
         raise UserError(
-            "resume and repeat are for a single run; to continue a sweep, start it again"
+            "resume and repeat are for a single run; start a sweep again to continue it"
         )
     return configuration, subdir(job_cfg, configuration)
 

@@ -39,9 +39,11 @@ def at_work(sweep: Sweep) -> set[int]:
 def check_launcher(launcher: str, node: DictConfig) -> None:
     """Raise `UserError` if the launcher's options leave a job no time to save its run."""
     if launcher == QUEUE and node.timeout_min * 60 <= node.signal_delay_s:
+        limit = (
+            f"hydra.launcher.signal_delay_s={node.signal_delay_s} seconds, the time to save a run"
+        )
         raise UserError(
-            f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than hydra.launcher.signal_delay_s="
-            f"{node.signal_delay_s} seconds, the time that a job has to save its run"
+            f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than {limit}"
         )
 
 

@@ -76,7 +76,7 @@ FOLDERS = {
     "test is a file": (all_of(remove("test"), write("test")), "needs train/ and test/"),
     "nothing": (
         all_of(remove("train"), remove("test"), make("train", "test")),
-        r"train: needs folders of at least two classes, has \[\]",
+        r"train: needs at least two classes, has \[\]",
     ),
     "images without classes": (write("train/x.png"), r"train/x\.png: is outside the class folders"),
     "class in train only": (remove("test/dogs"), r"test/dogs/: no images of this class"),
@@ -117,7 +117,7 @@ FOLDERS = {
     ),
     "a loop of links": (
         all_of(link("train/dogs/there", "../cats"), link("train/cats/back", "../dogs")),
-        r"train/cats/back/there: is a link to a folder that contains the link; delete the link",
+        r"train/cats/back/there: links to a folder that contains it; delete the link",
     ),
     "mixed sizes": (
         image("test/dogs/x.png", 8, 4),
@@ -158,7 +158,7 @@ TINY = {
     "no labels": (remove(LABELS), f"{LABELS}: cannot be read as text .*No such file"),
     "labels without an end": (
         shorten(LABELS, 35),
-        f"{LABELS}: damaged, it must have one line for each",
+        f"{LABELS}: damaged, must have one line for each",
     ),
     "labels cut in a class": (shorten(LABELS, 12), "have different classes"),
     "no text": (write(LABELS, b"\xff\xfe\x00"), f"{LABELS}: cannot be read as text"),
@@ -168,7 +168,7 @@ TINY = {
     ),
     "an image too many": (
         image("val/images/x.JPEG", 64, 64),
-        f"{LABELS}: damaged, it must have one line",
+        f"{LABELS}: damaged, must have one line",
     ),
     "no training images": (
         remove("train"),

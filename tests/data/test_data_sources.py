@@ -78,7 +78,7 @@ def test_damaged_mnist(mnist, name, fault):
         "mnist",
         Mnist(),
         mnist,
-        rf"{name}: damaged or altered, .*; delete it, then it is downloaded again",
+        rf"{name}: its MD5 is wrong; delete it, then it is downloaded again",
     )
 
 
