@@ -101,7 +101,7 @@ def main() -> None:
         with refusing():
             run_jobs()
     except KeyboardInterrupt as stop:
-        signum = Checks.stopped_by or signal.SIGINT
+        signum: int = Checks.stopped_by or signal.SIGINT
         if isinstance(stop, Interrupted):
             signum = stop.signum
         print(f"dfl-train: interrupted ({signal.Signals(signum).name})", file=sys.stderr)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dfl_experiments.configuration.composition import AUTO, changed, plain
-from dfl_experiments.configuration.history import with_current_names
+from dfl_experiments.configuration.history import VALUES_BEFORE, with_current_names
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.seal import read_bytes, read_sealed
 
@@ -63,11 +63,8 @@ def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, 
     option gets the composed value.
     values: the composed configuration.
     """
-    before: dict[str, Any] = {
-        "memory_format": "contiguous",
-        "stop_collapsed": False,
-        "validation_split": "random",
-    }
+    before = {key: value for key, value in VALUES_BEFORE.items() if "." not in key}
+    before["stop_collapsed"] = False
     merged = {name: values[name] for name in OPERATIONAL} | before | with_current_names(recorded)
     today = values | {"protocol": values["protocol"] | {"stop_collapsed": False}}
     # groups to which options were added later

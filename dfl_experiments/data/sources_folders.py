@@ -21,19 +21,8 @@ log = logging.getLogger(__name__)
 # version of the decoding; if it changes, every folder is packed again
 DECODING = "turned, on white"
 SUFFIXES = (
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+    ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

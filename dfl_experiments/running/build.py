@@ -111,7 +111,7 @@ def build(
     arrays, origin = load_arrays(configuration)
     loss = LOSSES[settings.loss]
     # Build the network on the CPU, so that a seed gives the same W on every device and for every method.
-    net = build_net(configuration, arrays)
+    net: Any = build_net(configuration, arrays)
     method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
     are_images = len(arrays.shape) == 3
     memory_format: MemoryFormat = settings.memory_format if are_images else "contiguous"

@@ -46,15 +46,6 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     return configuration, run_dir
 
 
-def note_grid(cfg: DictConfig) -> None:
-    """Print a note if a single run has an experiment's grid, and the command does not choose a point of it."""
-    overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
-    chosen = [override.partition("=")[0] for override in overrides]
-    keys = [key for key in OmegaConf.select(cfg, "hydra.sweeper.params") or () if key not in chosen]
-    if keys:
-        print(f"this is one run; the experiment's grid over {', '.join(keys)} needs --multirun")
-
-
 def make_folder(folder: Path, key: str) -> None:
     """Make a folder, and store in `Checks.made` the folders that did not exist before.
 
@@ -107,7 +98,6 @@ class Checks(Callback):
         with refusing():
             HydraConfig.instance().set_config(config)
             Checks.checked, run_dir = check_run(config)
-            note_grid(config)
             if Checks.is_dry:
                 planned = PlannedRun(run_dir, str(run_dir), Checks.checked)
                 show_plan([planned], Checks.checked.settings.force)

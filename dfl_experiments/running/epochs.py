@@ -183,9 +183,9 @@ class Training:
         parts, state, check = self.parts, self.state, self.stop.raise_if_asked
         activations = Activations(parts.learner.net)
         held_out = len(parts.validation) > 0
-        validation_loss, validation = (
-            evaluate(parts, parts.validation, check, activations) if held_out else (None, None)
-        )
+        validation_loss, validation = None, None
+        if held_out:
+            validation_loss, validation = evaluate(parts, parts.validation, check, activations)
         test_loss, test = evaluate(parts, parts.test, check, None if held_out else activations)
         stability, has_collapsed = activations.measured()
         batch_size = parts.settings.batch_size

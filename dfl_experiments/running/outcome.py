@@ -108,11 +108,8 @@ def ending(sweep: Sweep, name: str) -> Ending:
         if is_other and not is_late_signal and job_status != "running":
             status, reason, result = job_status, job_reason, {}
     elif result and config_digest(result["config"]) != point.configuration.config_digest:
-        status, reason, result = (
-            "not started",
-            "the folder has a run with another configuration",
-            {},
-        )
+        why = "the folder has a run with another configuration"
+        status, reason, result = "not started", why, {}
     elif sweep.force and status not in ("running", "not started", "damaged"):
         status, reason, result = "not started", "the folder has a run of an earlier command", {}
     result = with_reported_validation(run_dir, result or {})

@@ -112,6 +112,27 @@ def rehearse(parts: Parts) -> None:
         learner.step(x, target, parts.settings.alignment.every > 0)
 
 
+def facts_of(parts: Parts) -> dict[str, Any]:
+    """Return the entries of result.json that follow from the parts of a run."""
+    net, labels = parts.learner.net, parts.test.labels
+    is_last = parts.memory_format == torch.channels_last
+    facts = parts.origin | {
+        "input_shape": list(net.input_shape),
+        "num_classes": parts.num_classes,
+        "test_images": len(labels),
+        "largest_class": float(labels.bincount().max() / len(labels)),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "cosine_by_construction": [
+            str(i) for i in range(parts.learner.method.exact_from, net.depth)
+        ],
+        "device": device_name(parts.device),
+        "memory_format": "channels_last" if is_last else "contiguous",
+    }
+    if isinstance(net, ModuleNet):
+        facts |= {"delta_at": "boundary", "boundaries": net.boundaries}
+    return facts
+
+
 def prepare(
     parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop
 ) -> State:
@@ -123,28 +144,16 @@ def prepare(
     saved: snapshot in the checkpoint; None for a new run.
     Raises `UserError` if the checkpoint belongs to other data or code, and `Interrupted` if a signal has arrived.
     """
-    net, method = parts.learner.net, parts.learner.method
+    net = parts.learner.net
     made_by = {key: result[key] for key in ("versions", "git_commit")}
     if saved is not None:
         refuse_changes(run_dir, saved["training"], parts.origin)
-    result |= parts.origin | {
-        "input_shape": list(net.input_shape),
-        "num_classes": parts.num_classes,
-        "test_images": len(parts.test.labels),
-        "largest_class": float(parts.test.labels.bincount().max() / len(parts.test.labels)),
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
-        "device": device_name(parts.device),
-        "memory_format": "channels_last"
-        if parts.memory_format == torch.channels_last
-        else "contiguous",
-    }
+    result |= facts_of(parts)
     if parts.settings.repeat is not None:
         repeated = read_result(Path(parts.settings.repeat)) or {}
         if repeated.get("data") not in (None, result["data"]):
             log.warning("the data differ from those of %s", parts.settings.repeat)
     if isinstance(net, ModuleNet):
-        result |= {"delta_at": "boundary", "boundaries": net.boundaries}
         names = [f"{i} {name}" for i, name in enumerate(net.boundaries, start=1)]
         log.info("layers: %s", ", ".join(names))
     if saved is None:
@@ -317,9 +326,8 @@ def result_if_done(
     if status not in DONE:
         return None
     advice = "" if status == "finished" else "; force=true trains it again"
-    log.info(
-        "%s: %s already, accuracy %s%s", run_dir, status, four_digits(before["accuracy"]), advice
-    )
+    accuracy = four_digits(before["accuracy"])
+    log.info("%s: %s already, accuracy %s%s", run_dir, status, accuracy, advice)
     discard_spent(run_dir, before["config"])
     make_whole(settings.tracking, run_dir, before, group)
     return before

@@ -101,12 +101,8 @@ def instability(row: dict[str, Any], first: dict[str, Any], top: int) -> dict[st
         start = max(first[f"activation_rms/{layer}"], SMALLEST_RMS)
         growth = rms / start
         if growth > GROWTH_LIMIT:
-            return {
-                "layer": int(layer),
-                "epoch": row["epoch"],
-                "measure": "activation_rms",
-                "value": growth,
-            }
+            sign = {"layer": int(layer), "measure": "activation_rms", "value": growth}
+            return sign | {"epoch": row["epoch"]}
     dead = row.get(f"dead/{top}", 0.0)
     if dead > DEAD_LIMIT:
         return {"layer": top, "epoch": row["epoch"], "measure": "dead", "value": dead}

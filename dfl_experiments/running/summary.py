@@ -22,7 +22,6 @@ from dfl_experiments.running.run_directory import as_argument, csv_text, plot_li
 from dfl_experiments.running.workers import QUEUE
 
 ROWS_SHOWN = 50  # largest number of unfinished points that are printed
-FACETS = 4  # largest number of rows of plots that the printed command asks for
 NOT_STARTED = "not started"
 # options in NOT_IN_DIGEST whose values a sweep may compare
 COMPARED = ("protocol", "stop_collapsed")
@@ -202,20 +201,6 @@ def print_unfinished(sweep: Sweep, endings: Sequence[Ending]) -> None:
         print(printable(f"  {text}"))
 
 
-def facet_of(endings: Sequence[Ending]) -> str | None:
-    """Return the key by which a plot of several methods is best divided; None if it needs no division.
-
-    This is the only key that differs beside method and seed, if it has at most `FACETS` values.
-    """
-    keys, settings = settings_of(endings)
-    others = [key for key in keys if key != "method"]
-    if len(others) != 1 or len(keys) != 2:
-        return None
-    number = keys.index(others[0])
-    values = {setting.values[number] for setting in settings}
-    return others[0] if len(values) <= FACETS else None
-
-
 def print_best(sweep: Sweep, endings: Sequence[Ending]) -> None:
     """Print the command line of the finished point with the highest validation accuracy."""
     folder = sweep.folder
@@ -257,7 +242,7 @@ def print_summary(sweep: Sweep) -> int:
         print_best(sweep, rest)
     print(f"  {path}" if problem is None else f"dfl-train: {path}: {problem}")
     if any(end.result.get("epochs") for end in shown):
-        print(f"  {plot_line(sweep.folder, facet_of(shown))}")
+        print(f"  {plot_line(sweep.folder)}")
         if not has_more:
             print(f"  compare: {report}")
     return 1 if counts.keys() & {"failed", "interrupted", NOT_STARTED, "damaged"} else 0

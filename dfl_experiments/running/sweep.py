@@ -180,9 +180,8 @@ def run_point(
             ending = f"accuracy {four_digits(result['accuracy'])}"
             if result["status"] != "finished":
                 ending = f"{result['status']}, {ending}"
-            log.info(
-                "%s  (%s: %s)", counter.add("ran", start) or result["status"], run_dir.name, ending
-            )
+            progress = counter.add("ran", start) or result["status"]
+            log.info("%s  (%s: %s)", progress, run_dir.name, ending)
         else:
             counter.add("found", start)
         return result["accuracy"]

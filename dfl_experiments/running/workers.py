@@ -50,18 +50,11 @@ def check_launcher(launcher: str, node: DictConfig) -> None:
 def wind_down(sweep: Sweep) -> None:
     """Ask all processes that work on points to save and end. Wait for their end. SLURM jobs stay in the queue."""
     if sweep.launcher == QUEUE:
-        command = [
-            "squeue",
-            "--me",
-            "--noheader",
-            "--states=PENDING,RUNNING",
-            f"--name={sweep.name}",
-        ]
+        command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING"]
         with suppress(OSError):
-            if subprocess.run(command, capture_output=True).stdout.strip():
-                print(
-                    "\ndfl-train: unfinished jobs stay in the queue (squeue lists them, scancel cancels them)"
-                )
+            jobs = subprocess.run([*command, f"--name={sweep.name}"], capture_output=True)
+            if jobs.stdout.strip():
+                print("\ndfl-train: unfinished jobs stay in the queue (see squeue and scancel)")
         return
     asked: set[int] = set()
     while pids := at_work(sweep):

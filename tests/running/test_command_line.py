@@ -267,17 +267,6 @@ def test_the_package_is_the_command_too_and_tells_its_version(tmp_path):
     assert wrong.stderr.startswith("usage: dfl-train ")
 
 
-def test_one_run_of_an_experiment_says_that_its_grid_needs_multirun(tmp_path):
-    options = ("experiment=depth_digits", "epochs=1", "--dry-run")
-    note = "this is one run; the experiment's grid over "
-    keys = "seed, model.widths, optimizer.lr, method"
-    assert f"{note}{keys} needs --multirun\n" in dfl_train(tmp_path, *options).stdout
-    point = ("seed=0", "model.widths=[8]", "optimizer.lr=1e-3")
-    assert f"{note}method needs" in dfl_train(tmp_path, *options, *point).stdout
-    assert note not in dfl_train(tmp_path, *options, *point, "method=dfa").stdout
-    assert note not in dfl_train(tmp_path, "--multirun", *options, *point, "method=dfa").stdout
-
-
 def test_any_text_can_be_printed_on_any_terminal(tmp_path):
     options = ("hydra.run.dir='d/日本'", "epochs=1", "limit=64", "tracking=disabled")
     done = dfl_train(tmp_path, *options, environment={"PYTHONIOENCODING": "ascii"})
