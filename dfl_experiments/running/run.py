@@ -227,11 +227,9 @@ def run(
             if command is not None:
                 write_outcome(run_dir, command, "running")
             written = state.lengths if resume else None
-            tracking = settings.tracking.model_copy(
-                update={"every": result["config"]["tracking"]["every"]}
-            )
+            config = result["config"]
             with track(
-                tracking, run_dir, result["config"], parts.columns, group, written
+                settings.tracking, run_dir, config, parts.columns, group, written
             ) as tracker:
                 try:
                     own_digest, is_quiet = configuration.config_digest, command is not None
@@ -239,7 +237,7 @@ def run(
                     result |= state.result | (state.end or {"status": "finished"})
                     # write the result before W&B finishes, because a signal may interrupt W&B
                     conclude(run_dir, result, started=True)
-                    discard_spent(run_dir, result["config"])
+                    discard_spent(run_dir, config)
                 except BaseException as error:
                     result |= state.result | failure(error)
                     raise

@@ -65,16 +65,14 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     check_launcher(launcher, cfg.hydra.launcher)
     is_grid = sweeper == BASIC
     jobs = jobs_of(cfg)
-    digests: dict[str, str] = {}
-    folders: dict[str, str] = {}
+    jobs_by_digest: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
     if is_run(sweep_dir):
         raise UserError(f"{relative(sweep_dir)}: is a run; choose another sweep=")
-    force = bool(cfg.force)
-    sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, force, config_flags(cfg))
-    for number, overrides in enumerate(
-        tqdm(jobs, "checking", unit="job", leave=False, disable=None)
-    ):
+    flags = config_flags(cfg)
+    sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, bool(cfg.force), flags)
+    progress = tqdm(jobs, "checking", unit="job", leave=False, disable=None)
+    for number, overrides in enumerate(progress):
         job = " ".join(overrides)
         try:
             configuration, folder = check_job(cfg, overrides, number)
@@ -83,16 +81,16 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
         except (*MISTAKES, ValueError) as error:
             problem = one_line(uncomposed(error, overrides))
             raise UserError(f"{problem} (in the job {job})") from error
+        if not is_grid:
+            return sweep
         digest = configuration.config_digest
-        if digest in digests:
-            raise UserError(f"two jobs are the same run: {digests[digest]} and {job}")
-        if folder in folders:
-            raise UserError(
-                f"hydra.sweep.subdir={folder}: of two jobs, {folders[folder]} and {job}"
-            )
-        digests[digest] = folders[folder] = job
-        if is_grid:
-            sweep.points[folder] = SweepPoint(overrides, configuration)
+        if digest in jobs_by_digest:
+            raise UserError(f"two jobs are the same run: {jobs_by_digest[digest]} and {job}")
+        if folder in sweep.points:
+            other = " ".join(sweep.points[folder].overrides)
+            raise UserError(f"hydra.sweep.subdir={folder}: of two jobs, {other} and {job}")
+        jobs_by_digest[digest] = job
+        sweep.points[folder] = SweepPoint(overrides, configuration)
     return sweep
 
 

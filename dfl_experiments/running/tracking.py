@@ -220,8 +220,7 @@ def track(
 ) -> Iterator[Tracker]:
     """Provide a tracker for one job. The mirror's run ends with the block. An exception marks it as failed.
 
-    tracking: options of tracking. `every` is the number that `rows_apart` returned.
-    config: the resolved configuration.
+    config: the resolved configuration. Its `tracking.every` is the number that `rows_apart` returned.
     tables: column names by table, see `Tracker`.
     group: name of the job's sweep.
     written: table lengths of a resumed run, see `rows_written`; None for a new run.
@@ -236,7 +235,7 @@ def track(
             run = start(tracking, run_dir, config, group, written is not None)
     except Exception as error:  # an error of the mirror's package, its service, or the file system
         give_up(error, mirror)
-    tracker = Tracker(run, tables.values(), tracking.every or 1)
+    tracker = Tracker(run, tables.values(), config["tracking"].get("every") or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
     # Do not use `with run`. W&B would print a traceback for every exception, even for an interruption.
@@ -262,6 +261,5 @@ def make_whole(
     tables = {name: header(path) for name, path in paths.items()}
     refuse_missing_package(tracking)
     log.info("%s: all rows are sent again to %s", run_dir.name, mirror)
-    settled = tracking.model_copy(update={"every": result["config"]["tracking"].get("every")})
-    with track(settled, run_dir, result["config"], tables, group, lengths) as tracker:
+    with track(tracking, run_dir, result["config"], tables, group, lengths) as tracker:
         tracker.summarise(result)
