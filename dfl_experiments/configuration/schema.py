@@ -214,12 +214,10 @@ class Configuration:
 
 def _options_of_group(key: tuple[Any, ...]) -> list[str]:
     """Return the known options of the group that contains a key. key: the parts of the key's full name."""
-    fields: dict[str, Any] = dict(Settings.model_fields)
-    for part in key[:-1]:
-        field = fields.get(part)
-        fields = dict(getattr(field.annotation, "model_fields", {})) if field else {}
-    groups = GROUPS if len(key) == 1 else ()
-    return [*groups, *fields]
+    if len(key) == 1:
+        return [*GROUPS, *Settings.model_fields]
+    group = Settings.model_fields.get(key[0])
+    return [*getattr(group and group.annotation, "model_fields", ())]
 
 
 def check_name(dataset: Dataset) -> None:
@@ -266,10 +264,10 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
         except ValidationError as error:
             raise refusal(error, group, list(kind.model_fields), every_key) from None
     feedback = feedback_overrides(shared["optimizer"].feedback)
+    if feedback and "_target_" not in feedback:
+        feedback = nodes["optimizer"] | feedback
     if feedback:
-        nodes["optimizer.feedback"] = (
-            feedback if "_target_" in feedback else nodes["optimizer"] | feedback
-        )
+        nodes["optimizer.feedback"] = feedback
     if shared["schedule"].feedback:
         nodes["schedule.feedback"] = shared["schedule"].feedback
     nodes["dataset.source"] = settings.dataset.source

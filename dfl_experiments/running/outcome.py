@@ -112,8 +112,7 @@ def ending(sweep: Sweep, name: str) -> Ending:
         status, reason, result = "not started", why, {}
     elif sweep.force and status not in ("running", "not started", "damaged"):
         status, reason, result = "not started", "the folder has a run of an earlier command", {}
-    result = with_reported_validation(run_dir, result or {})
-    return Ending(*harmless([name, status, reason, point.overrides, result]))
+    return printable_ending(run_dir, status, reason, point.overrides, result)
 
 
 def other_endings(sweep: Sweep) -> Iterator[Ending]:
@@ -121,18 +120,22 @@ def other_endings(sweep: Sweep) -> Iterator[Ending]:
     for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
         if run_dir.name not in sweep.points:
             status, reason, result = read_status(run_dir)
-            result = with_reported_validation(run_dir, result or {})
-            yield Ending(*harmless([run_dir.name, status, reason, overrides_of(run_dir), result]))
+            yield printable_ending(run_dir, status, reason, overrides_of(run_dir), result)
 
 
-def with_reported_validation(run_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result whose validation accuracy is that of the reported epoch, in place of the last epoch."""
-    if result.get("validation_accuracy") is None or result["status"] != "finished":
-        return result
-    if result["config"]["protocol"]["accuracy"] != "last":
+def printable_ending(
+    run_dir: Path, status: str, reason: str, overrides: list[str], result: dict[str, Any] | None
+) -> Ending:
+    """Return an ending with printable texts.
+
+    The validation accuracy of its result is that of the reported epoch, in place of the last epoch.
+    """
+    result = result or {}
+    is_held_out = result.get("validation_accuracy") is not None and result["status"] == "finished"
+    if is_held_out and result["config"]["protocol"]["accuracy"] != "last":
         with suppress(UserError):  # a damaged table is reported elsewhere
-            return result | {"validation_accuracy": objective(run_dir)}
-    return result
+            result = result | {"validation_accuracy": objective(run_dir)}
+    return Ending(*harmless([run_dir.name, status, reason, overrides, result]))
 
 
 def overrides_of(run_dir: Path) -> list[str]:
