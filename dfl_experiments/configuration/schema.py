@@ -15,10 +15,17 @@ from dfl_experiments.configuration.history import feedback_overrides
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
 from dfl_experiments.measured import EXTRA_QUANTITIES
+from dfl_experiments.ranges import matching
 
 # `components` checks the options of these groups
 GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")
 SCHEDULES = ("schedule", "schedule.feedback")
+ModuleName = Annotated[str, matching(r"[A-Za-z_][\w.]*", "the name of a module, such as my_rules")]
+Folder = Annotated[str, matching(r"[^\x00]+", "the path of a folder")]
+DEVICES = "auto, cpu, mps, cuda, or for one GPU cuda:0"
+Device = Annotated[str, matching(r"auto|cpu|mps|cuda(:\d+)?", DEVICES)]
+Project = Annotated[str, matching(r"[^/\\#?%:]{1,128}", "1 to 128 characters without / \\ # ? % :")]
+Entity = Annotated[str, matching(r"[\w.-]{1,128}", "1 to 128 letters, digits and . _ -")]
 
 
 class Options(BaseModel):
@@ -64,13 +71,8 @@ class Tracking(Options):
     """Options of W&B and TensorBoard (see conf/tracking)."""
 
     mode: Literal["offline", "online", "disabled", "tensorboard"]
-    project: Annotated[
-        str, ranges.matching(r"[^/\\#?%:]{1,128}", "1 to 128 characters without / \\ # ? % :")
-    ]
-    entity: (
-        Annotated[str, ranges.matching(r"[\w.-]{1,128}", "1 to 128 letters, digits and . _ -")]
-        | None
-    )
+    project: Project
+    entity: Entity | None
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     every: ranges.Count | None
@@ -150,20 +152,13 @@ class Settings(Options):
     dataset: Dataset
     protocol: Protocol
     tracking: Tracking
-    plugins: list[
-        Annotated[
-            str, ranges.matching(r"[A-Za-z_][\w.]*", "the name of a module, such as my_rules")
-        ]
-    ]
-    data_dir: Annotated[str, ranges.matching(r"[^\x00]+", "the path of a folder")]
+    plugins: list[ModuleName]
+    data_dir: Folder
     epochs: ranges.Count
     batch_size: ranges.Count
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     loss: ranges.LossName
-    device: Annotated[
-        str,
-        ranges.matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, or for one GPU cuda:0"),
-    ]
+    device: Device
     threads: ranges.Count | None
     precision: ranges.Precision
     memory_format: ranges.MemoryFormat

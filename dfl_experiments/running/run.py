@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -267,31 +267,24 @@ def run_alone(
     already has a run, and the configuration sets neither resume nor force.
     """
     settings = configuration.settings
-    resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
     is_new = not run_dir.is_dir()
     if not is_new and run_dir.absolute() != Path.cwd():
         is_new = set(os.listdir(run_dir)) <= {"run.log"}
     with lock_run(run_dir):
-        is_replaced = settings.force and settings.resume is None
-        status = None if is_replaced else status_left(run_dir)
+        status = None if settings.force else status_left(run_dir)
         is_resumed = settings.resume is not None
         if settings.resume == AUTO:
             is_resumed = status is not None
-        if not is_resumed and status is not None:
-            choices = "force=true replaces it, another hydra.run.dir= keeps both"
-            if status not in DONE:
-                choices = f"{resume} continues it, {choices}"
-            raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
         if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
-        if is_resumed and status is None:
-            repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
-            raise UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
+        if is_resumed != (status is not None):
+            refuse_start(settings, run_dir, status)
         if not is_resumed:
             record_overrides(run_dir, overrides)
         try:
             result = run(configuration, run_dir, resume=is_resumed)
         except Interrupted:
+            resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
             log.info("interrupted; continue with: dfl-train %s", resume)
             raise
         except UserError as error:
@@ -300,6 +293,22 @@ def run_alone(
             raise
     log_summary(result, run_dir)
     return result
+
+
+def refuse_start(settings: Settings, run_dir: Path, status: str | None) -> NoReturn:
+    """Raise `UserError`, because there is nothing to resume, or because a new run would replace a run.
+
+    status: status of the run in the directory; None if there is no run to resume.
+    """
+    resume, repeat = (
+        rerun_arguments(key, relative(run_dir), settings.plugins) for key in ("resume", "repeat")
+    )
+    if status is None:
+        raise UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
+    choices = "force=true replaces it, another hydra.run.dir= keeps both"
+    if status not in DONE:
+        choices = f"{resume} continues it, {choices}"
+    raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
 
 
 def result_if_done(
