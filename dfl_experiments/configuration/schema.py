@@ -209,7 +209,7 @@ class Configuration:
 
 def _options_of_group(key: tuple[Any, ...]) -> list[str]:
     """Return the known options of the group that contains a key. key: the parts of the key's full name."""
-    if len(key) == 1:
+    if len(key) < 2:
         return [*GROUPS, *Settings.model_fields]
     group = Settings.model_fields.get(key[0])
     return [*getattr(group and group.annotation, "model_fields", ())]
