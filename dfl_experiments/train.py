@@ -98,34 +98,14 @@ def main() -> None:
     # Hydra then raises its errors, and `refusing` prints one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     handlers = handle(on_signal)
-    ended_before = -1
     try:
         with refusing():
             refuse_dashes(sys.argv[1:])
-            while True:
-                try:
-                    job()
-                    return
-                except Exception as error:
-                    if not Checks.begun and not isinstance(error, BrokenPipeError):
-                        refuse(uncomposed(error, sys.argv[1:]))
-                    if Checks.sweep is None:  # not a sweep, or the summary is already printed
-                        raise
-                    ended = count_done(Checks.sweep)
-                    if type(error).__name__ not in KILLED or ended <= ended_before:
-                        problem = f"{type(error).__name__}: {reason(error)}"
-                        raise Fault(f"hydra/launcher={Checks.sweep.launcher}: {problem}") from error
-                    # If one worker is killed, joblib ends all workers. Repeat the sweep until a repetition finishes
-                    # no further point.
-                    ended_before = ended
-                    print("dfl-train: a worker was killed; the sweep continues")
-                    if not any(argument.startswith("sweep=") for argument in sys.argv):
-                        # repeat the sweep under the same name, which by default is made from the current time
-                        sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")
+            run_jobs()
     except KeyboardInterrupt as stop:
-        signum = (
-            stop.signum if isinstance(stop, Interrupted) else Checks.stopped_by or signal.SIGINT
-        )
+        signum: int = Checks.stopped_by or signal.SIGINT
+        if isinstance(stop, Interrupted):
+            signum = stop.signum
         print(f"dfl-train: interrupted ({signal.Signals(signum).name})", file=sys.stderr)
         raise SystemExit(128 + signum) from None
     finally:
@@ -140,6 +120,32 @@ def main() -> None:
                 folder.rmdir()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def run_jobs() -> None:
+    """Run the command's jobs. If one worker is killed, joblib ends all workers. In this case, start the sweep again.
+
+    A repetition that finishes no further point is the last one.
+    """
+    ended_before = -1
+    while True:
+        try:
+            job()
+            return
+        except Exception as error:
+            if not Checks.begun and not isinstance(error, BrokenPipeError):
+                refuse(uncomposed(error, sys.argv[1:]))
+            if Checks.sweep is None:  # not a sweep, or the summary is already printed
+                raise
+            ended = count_done(Checks.sweep)
+            if type(error).__name__ not in KILLED or ended <= ended_before:
+                problem = f"{type(error).__name__}: {reason(error)}"
+                raise Fault(f"hydra/launcher={Checks.sweep.launcher}: {problem}") from error
+            ended_before = ended
+            print("dfl-train: a worker was killed; the sweep continues")
+            if not any(argument.startswith("sweep=") for argument in sys.argv):
+                # repeat the sweep under the same name, which by default is made from the current time
+                sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")
 
 
 def refuse_dashes(arguments: Sequence[str]) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiment_grids import TABLES, Grid, grid_of
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from measuring import learner_of, medians, random_batch
 from reproduce_arguments import read_arguments
 
 from dfl_experiments.configuration.composition import PLACES, compose, point_name
-from dfl_experiments.configuration.grids import TABLES, Grid, grid_of
 from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import UserError

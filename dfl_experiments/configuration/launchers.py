@@ -5,6 +5,7 @@ Hydra's own defaults start one job per core, stop runs that take long, and minim
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -23,12 +24,15 @@ def register_launchers() -> None:
     """
     # load the plugins' own defaults first, so that the defaults below replace them
     Plugins.instance()
-    store = ConfigStore.instance()
+
+    def register(group: str, name: str, node: Any) -> None:
+        store = ConfigStore.instance()
+        store.store(name, node, group=f"hydra/{group}", provider="dfl_experiments")
+
     with suppress(ImportError):
         from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 
-        joblib = JobLibLauncherConf(n_jobs=JOBS_AT_ONCE, batch_size="1")
-        store.store("joblib", joblib, group="hydra/launcher", provider="dfl_experiments")
+        register("launcher", "joblib", JobLibLauncherConf(n_jobs=JOBS_AT_ONCE, batch_size="1"))
     with suppress(ImportError):
         from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 
@@ -37,24 +41,18 @@ def register_launchers() -> None:
             # Submitit's controller must ignore Ctrl-C, or it kills the jobs. dfl-train lets the jobs save instead.
             setup: list[str] = field(default_factory=lambda: ["trap '' INT HUP"])
 
-        local = Local(timeout_min=DAY, name="${sweep}")
         slurm = SlurmQueueConf(timeout_min=DAY, max_num_timeout=TIMEOUTS, name="${sweep}")
-        for name, node in (("submitit_local", local), ("submitit_slurm", slurm)):
-            store.store(name, node, group="hydra/launcher", provider="dfl_experiments")
+        register("launcher", "submitit_local", Local(timeout_min=DAY, name="${sweep}"))
+        register("launcher", "submitit_slurm", slurm)
     with suppress(ImportError):
         from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher
 
         # object_store_memory is None, because an existing Ray cluster does not accept the plugin's default value
         node = {"init": {"address": None, "object_store_memory": None}, "remote": {}}
         target = f"{RayLauncher.__module__}.{RayLauncher.__name__}"
-        store.store(
-            "ray",
-            {"_target_": target, "ray": node},
-            group="hydra/launcher",
-            provider="dfl_experiments",
-        )
+        register("launcher", "ray", {"_target_": target, "ray": node})
     with suppress(ImportError):
         from hydra_plugins.hydra_optuna_sweeper.config import Direction, OptunaSweeperConf
 
         optuna = OptunaSweeperConf(direction=Direction.maximize, n_jobs=JOBS_AT_ONCE)
-        store.store("optuna", optuna, group="hydra/sweeper", provider="dfl_experiments")
+        register("sweeper", "optuna", optuna)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dfl_experiments.configuration.composition import AUTO, changed, plain
-from dfl_experiments.configuration.history import with_current_names
+from dfl_experiments.configuration.history import VALUES_BEFORE, with_current_names
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.seal import read_bytes, read_sealed
 
@@ -38,10 +38,9 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     not_allowed = [name for name in keys if name.partition(".")[0] not in (*OPERATIONAL, key)]
     if not_allowed:
-        raise UserError(
-            f"{not_allowed[0]}: cannot be set, because {key}={values[key]} takes its configuration from {path}; "
-            f"only these can be set: {', '.join(OPERATIONAL)}"
-        )
+        advice = f"only these can be set: {', '.join(OPERATIONAL)}"
+        problem = f"cannot be set, because {key}={values[key]} takes its configuration from {path}"
+        raise UserError(f"{not_allowed[0]}: {problem}; {advice}")
     recorded = read_recorded(path, f"{key}={values[key]}")
     of_command = {name: values[name] for name in (*COMMAND_ONLY, "resume", "repeat")}
     mode = (recorded.get("tracking") or {}).get("mode")
@@ -65,11 +64,8 @@ def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, 
     option gets the composed value.
     values: the composed configuration.
     """
-    before: dict[str, Any] = {
-        "memory_format": "contiguous",
-        "stop_collapsed": False,
-        "validation_split": "random",
-    }
+    before = {key: value for key, value in VALUES_BEFORE.items() if "." not in key}
+    before["stop_collapsed"] = False
     merged = {name: values[name] for name in OPERATIONAL} | before | with_current_names(recorded)
     today = values | {"protocol": values["protocol"] | {"stop_collapsed": False}}
     # groups to which options were added later
@@ -91,9 +87,7 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
         texts: list[str] = []
         changed(content, lambda item: texts.append(str(item)))
         if any(INTERPOLATION.search(text) for text in texts):
-            raise UserError(
-                f"{path} has an interpolation; a recorded configuration must contain values only"
-            )
+            raise UserError(f"{path} has an interpolation, but must contain values only")
         # also removes escapes of `${`
         values: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
         read_sealed(path.parent)

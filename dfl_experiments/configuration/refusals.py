@@ -139,9 +139,8 @@ def _how_to_quote(override: str) -> str | None:
     key, _, value = override.partition("=")
     if not value or set(value) & set("'\"[]{}"):
         return None
-    return (
-        f"""quote a value with other characters than letters, digits and -_./: "{key}='{value}'\""""
-    )
+    rule = "quote a value with other characters than letters, digits and -_./"
+    return f"""{rule}: "{key}='{value}'\""""
 
 
 def _unknown_key(error: Any) -> str:

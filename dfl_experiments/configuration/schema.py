@@ -15,10 +15,17 @@ from dfl_experiments.configuration.history import feedback_overrides
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
 from dfl_experiments.measured import EXTRA_QUANTITIES
+from dfl_experiments.ranges import matching
 
 # `components` checks the options of these groups
 GROUPS = ("method", "model", "augmentation", "optimizer", "schedule")
 SCHEDULES = ("schedule", "schedule.feedback")
+ModuleName = Annotated[str, matching(r"[A-Za-z_][\w.]*", "the name of a module, such as my_rules")]
+Folder = Annotated[str, matching(r"[^\x00]+", "the path of a folder")]
+DEVICES = "auto, cpu, mps, cuda, or for one GPU cuda:0"
+Device = Annotated[str, matching(r"auto|cpu|mps|cuda(:\d+)?", DEVICES)]
+Project = Annotated[str, matching(r"[^/\\#?%:]{1,128}", "1 to 128 characters without / \\ # ? % :")]
+Entity = Annotated[str, matching(r"[\w.-]{1,128}", "1 to 128 letters, digits and . _ -")]
 
 
 class Options(BaseModel):
@@ -41,9 +48,8 @@ class Alignment(Options):
         option = f"alignment.quantities={shown(quantities)}"
         for name in quantities:
             if name not in EXTRA_QUANTITIES:
-                raise UserError(
-                    f"{option}: {shown(name)} is not a quantity; there are {', '.join(EXTRA_QUANTITIES)}"
-                )
+                choices = ", ".join(EXTRA_QUANTITIES)
+                raise UserError(f"{option}: {shown(name)} is unknown; there are {choices}")
             if quantities.count(name) > 1:
                 raise UserError(f"{option}: lists {name} twice")
         return quantities
@@ -65,13 +71,8 @@ class Tracking(Options):
     """Options of W&B and TensorBoard (see conf/tracking)."""
 
     mode: Literal["offline", "online", "disabled", "tensorboard"]
-    project: Annotated[
-        str, ranges.matching(r"[^/\\#?%:]{1,128}", "1 to 128 characters without / \\ # ? % :")
-    ]
-    entity: (
-        Annotated[str, ranges.matching(r"[\w.-]{1,128}", "1 to 128 letters, digits and . _ -")]
-        | None
-    )
+    project: Project
+    entity: Entity | None
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     every: ranges.Count | None
@@ -95,7 +96,7 @@ class Dataset(Options):
         if len(self.mean) != len(self.std):
             option = f"dataset.std={shown(self.std)}"
             raise UserError(
-                f"{option}: needs as many values as dataset.mean, which has {len(self.mean)}"
+                f"{option}: must be as long as dataset.mean, which has {len(self.mean)}"
             )
         return self
 
@@ -151,20 +152,13 @@ class Settings(Options):
     dataset: Dataset
     protocol: Protocol
     tracking: Tracking
-    plugins: list[
-        Annotated[
-            str, ranges.matching(r"[A-Za-z_][\w.]*", "the name of a module, such as my_rules")
-        ]
-    ]
-    data_dir: Annotated[str, ranges.matching(r"[^\x00]+", "the path of a folder")]
+    plugins: list[ModuleName]
+    data_dir: Folder
     epochs: ranges.Count
     batch_size: ranges.Count
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     loss: ranges.LossName
-    device: Annotated[
-        str,
-        ranges.matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, or for one GPU cuda:0"),
-    ]
+    device: Device
     threads: ranges.Count | None
     precision: ranges.Precision
     memory_format: ranges.MemoryFormat
@@ -217,12 +211,10 @@ class Configuration:
 
 def _options_of_group(key: tuple[Any, ...]) -> list[str]:
     """Return the known options of the group that contains a key. key: the parts of the key's full name."""
-    fields: dict[str, Any] = dict(Settings.model_fields)
-    for part in key[:-1]:
-        field = fields.get(part)
-        fields = dict(getattr(field.annotation, "model_fields", {})) if field else {}
-    groups = GROUPS if len(key) == 1 else ()
-    return [*groups, *fields]
+    if len(key) < 2:
+        return [*GROUPS, *Settings.model_fields]
+    group = Settings.model_fields.get(key[0])
+    return [*getattr(group and group.annotation, "model_fields", ())]
 
 
 def check_name(dataset: Dataset) -> None:
@@ -232,10 +224,8 @@ def check_name(dataset: Dataset) -> None:
     named: Any = OmegaConf.load(CONF_DIR / "dataset" / f"{dataset.name}.yaml")
     keys = ("_target_", "classes")
     if any(dataset.source.get(key) != named.source.get(key) for key in keys):
-        raise UserError(
-            f"dataset.name={shown(dataset.name)}: this name does not belong to the data source; "
-            "to choose another data set, use dataset=…"
-        )
+        problem = "this name does not belong to the data source; choose a data set with dataset=…"
+        raise UserError(f"dataset.name={shown(dataset.name)}: {problem}")
 
 
 def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
@@ -273,10 +263,10 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
         except ValidationError as error:
             raise refusal(error, group, list(kind.model_fields), every_key) from None
     feedback = feedback_overrides(shared["optimizer"].feedback)
+    if feedback and "_target_" not in feedback:
+        feedback = nodes["optimizer"] | feedback
     if feedback:
-        nodes["optimizer.feedback"] = (
-            feedback if "_target_" in feedback else nodes["optimizer"] | feedback
-        )
+        nodes["optimizer.feedback"] = feedback
     if shared["schedule"].feedback:
         nodes["schedule.feedback"] = shared["schedule"].feedback
     nodes["dataset.source"] = settings.dataset.source

@@ -56,9 +56,7 @@ class Augmentation:
                 f"augmentation={name}: needs uint8 images{size}, but a sample has shape {shape}"
             )
         if self.randaugment is not None and shape[0] not in (1, 3):
-            raise UserError(
-                f"augmentation={name}: RandAugment needs images of 1 or 3 channels, not {shape[0]}"
-            )
+            raise UserError(f"augmentation={name}: needs images of 1 or 3 channels, not {shape[0]}")
 
     def __call__(
         self, images: Tensor, normalise: Callable[[Tensor], Tensor], generator: torch.Generator
@@ -73,7 +71,8 @@ class Augmentation:
             return normalise(images)
         count, _, height, width = images.shape
         if self.randaugment is not None:
-            images = self.randaugment.apply(images, self.randaugment.draw(count, generator))
+            draws = self.randaugment.draw(count, generator)
+            images = self.randaugment.apply(images, draws)
         if self.crop:
             for axis in (2, 3):
                 offsets = torch.randint(-self.crop, self.crop + 1, (count,), generator=generator)
@@ -84,8 +83,8 @@ class Augmentation:
             columns = torch.randint(width, (count,), generator=generator)
             x = cut_out(x, rows, columns, self.cutout)
         if self.flip:
-            chosen = (torch.rand(count, generator=generator) < self.flip).nonzero().squeeze(1)
-            chosen = chosen.to(x.device, non_blocking=True)
+            is_chosen = torch.rand(count, generator=generator) < self.flip
+            chosen = is_chosen.nonzero().squeeze(1).to(x.device, non_blocking=True)
             x[chosen] = x[chosen].flip(-1)
         return x
 
@@ -96,8 +95,8 @@ def shifted(images: Tensor, offsets: Tensor, axis: int) -> Tensor:
     images: (N, C, H, W). offsets: (N,); pixel i of the result is pixel i + offset of the image.
     """
     last = images.shape[axis] - 1
-    # reflect indices before the first pixel
-    sources = (torch.arange(last + 1) + offsets[:, None]).abs()
+    sources = torch.arange(last + 1) + offsets[:, None]
+    sources = sources.abs()  # reflect indices before the first pixel
     sources = last - (last - sources).abs()  # reflect indices after the last pixel
     sources = sources[:, None, :, None] if axis == 2 else sources[:, None, None, :]
     sources = sources.to(images.device, non_blocking=True)
@@ -111,10 +110,12 @@ def cut_out(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
     rows, columns: position of the centre of each square, (N,). A square begins side // 2 pixels before its centre.
     side: side of the square in pixels. A square may extend beyond the image.
     """
-    in_rows = _is_inside(rows, side, x.shape[-2])
-    in_columns = _is_inside(columns, side, x.shape[-1])
-    square = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-    return x.mul_((~square).to(x.device, x.dtype, non_blocking=True))
+    height, width = x.shape[-2:]
+    in_rows = _is_inside(rows, side, height)
+    in_columns = _is_inside(columns, side, width)
+    is_cut = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    kept = (~is_cut).to(x.device, x.dtype, non_blocking=True)
+    return x.mul_(kept)
 
 
 def _is_inside(centres: Tensor, side: int, length: int) -> Tensor:

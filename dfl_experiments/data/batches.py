@@ -26,8 +26,9 @@ def random_stream(seed: int, *key: int) -> torch.Generator:
 
     key: purpose of the generator, then for example the epoch and the chunk.
     """
-    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    (state,) = sequence.generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))
 
 
 def split(
@@ -45,9 +46,9 @@ def split(
         raise UserError(
             f"validation_fraction={fraction}: selects {held_out} of {n} samples; choose another value"
         )
-    strata = (
-        torch.zeros_like(order) if labels is None else torch.from_numpy(labels.astype(np.int64))
-    )
+    strata = torch.zeros_like(order)
+    if labels is not None:
+        strata = torch.from_numpy(labels.astype(np.int64))
     is_held_out = stratified(strata[order], fraction)
     return order[~is_held_out], order[is_held_out]
 
@@ -61,10 +62,13 @@ def stratified(labels: Tensor, fraction: float) -> Tensor:
     shares = labels.bincount().double() * fraction
     quotas = shares.long()
     rest = round(len(labels) * fraction) - int(quotas.sum())
-    quotas[(shares - quotas).argsort(descending=True, stable=True)[:rest]] += 1
+    remainders = shares - quotas
+    largest_first = remainders.argsort(descending=True, stable=True)
+    quotas[largest_first[:rest]] += 1
     is_chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label, quota in enumerate(quotas.tolist()):
-        is_chosen[(labels == label).nonzero()[:quota]] = True
+        members = (labels == label).nonzero()
+        is_chosen[members[:quota]] = True
     return is_chosen
 
 
@@ -76,8 +80,10 @@ def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tu
     # `np.require` copies a memory-mapped file, because it is read-only; it does not copy a writable array in memory
     image_copies = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     label_copies = torch.from_numpy(labels.astype(np.int64))
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        return image_copies, label_copies
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if images.nbytes > free // 2:
+            return image_copies, label_copies
     return image_copies.to(device), label_copies.to(device)
 
 
@@ -95,11 +101,12 @@ class Normalise:
     """
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
+        means, deviations = torch.tensor([mean, std], dtype=torch.float64)
         shape = () if len(mean) == 1 else (-1, 1, 1)
-        means = torch.tensor(mean, dtype=torch.float64).reshape(shape)
-        deviations = torch.tensor(std, dtype=torch.float64).reshape(shape)
-        self.scale = (1 / (255 * deviations)).float()
-        self.shift = (-means / deviations).float()
+        scale = 1 / (255 * deviations)
+        shift = -means / deviations
+        self.scale = scale.float().reshape(shape)
+        self.shift = shift.float().reshape(shape)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return normalised images, float32. Features and tokens are returned unchanged.
@@ -110,15 +117,13 @@ class Normalise:
         if images.dtype != torch.uint8:
             return images
         if self.scale.ndim and len(self.scale) != images.shape[1]:
-            channels = images.shape[1]
-            values = len(self.scale)
-            raise UserError(
-                f"dataset.mean, dataset.std: {values} values, but the images have {channels} channels"
-            )
+            problem = f"{len(self.scale)} values, but the images have {images.shape[1]} channels"
+            raise UserError(f"dataset.mean, dataset.std: {problem}")
         if self.scale.ndim and self.scale.device != images.device:
             self.scale = moved(self.scale, images.device)
             self.shift = moved(self.shift, images.device)
-        return images.float().mul_(self.scale).add_(self.shift)
+        x = images.float()
+        return x.mul_(self.scale).add_(self.shift)
 
 
 @dataclass(frozen=True)
@@ -136,21 +141,6 @@ class Standardise:
         return ((samples - self.mean) / self.std).astype(np.float32)
 
 
-def pooled_axes(samples: np.ndarray) -> tuple[int, ...]:
-    """Return all axes except the axis of the features, see `preparation`."""
-    feature_axis = 2 if samples.ndim == 3 else 1
-    return tuple(axis for axis in range(samples.ndim) if axis != feature_axis)
-
-
-def count_new_variation(training: np.ndarray, test: np.ndarray) -> int:
-    """Return the number of features with one value in all training samples and another value in a test sample."""
-    axes = pooled_axes(training)
-    is_constant = training.min(axes) == training.max(axes)
-    value = training.min(axes).astype(np.float32)  # the two arrays may have different types
-    lowest, highest = test.min(axes).astype(np.float32), test.max(axes).astype(np.float32)
-    return int((is_constant & ((lowest != value) | (highest != value))).sum())
-
-
 def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that converts samples before training: tokens to int64, features to float32, images unchanged.
 
@@ -162,13 +152,11 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
         return partial(np.asarray, dtype=np.uint8 if training.dtype == np.uint8 else np.int64)
     if not standardise:
         return partial(np.asarray, dtype=np.float32)
-    axes = pooled_axes(training)
+    feature_axis = 2 if training.ndim == 3 else 1
+    axes = tuple(axis for axis in range(training.ndim) if axis != feature_axis)
     if training.ndim == 3:
-        log.info(
-            "features of shape %s: each of the %d entries of the last axis is standardised",
-            training.shape[1:],
-            training.shape[2],
-        )
+        text = "features of shape %s: each of the %d entries of the last axis is standardised"
+        log.info(text, training.shape[1:], training.shape[2])
     mean = training.mean(axes, np.float64, keepdims=True)
     std = training.std(axes, np.float64, keepdims=True)
     std[std <= ROUNDING * np.abs(mean)] = 1.0
@@ -207,21 +195,21 @@ class Batches:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches (images, labels) of an epoch, beginning with batch number `start_batch`."""
-        order = torch.randperm(len(self.labels), generator=random_stream(self.seed, SHUFFLE, epoch))
-        chunks = moved(order, self.images.device).split(self.per_chunk * self.batch_size)
+        size = self.batch_size
+        stream = random_stream(self.seed, SHUFFLE, epoch)
+        order = torch.randperm(len(self.labels), generator=stream)
+        chunks = moved(order, self.images.device).split(self.per_chunk * size)
         first, skipped = divmod(start_batch, self.per_chunk)
         for chunk in range(first, len(chunks)):
             indices = chunks[chunk]
             images = moved(self.images[indices], self.device)
             labels = moved(self.labels[indices], self.device)
-            generator = random_stream(self.seed, AUGMENT, epoch, chunk)
-            x = self.augmentation(images, self.normalise, generator)
+            stream = random_stream(self.seed, AUGMENT, epoch, chunk)
+            x = self.augmentation(images, self.normalise, stream)
             x = x.to(memory_format=self.memory_format)
-            batches = list(
-                zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
-            )
-            start = skipped if chunk == first else 0
-            yield from batches[start:]
+            batches = list(zip(x.split(size), labels.split(size), strict=True))
+            yield from batches[skipped:]
+            skipped = 0
 
 
 class EvaluationBatches:
@@ -248,5 +236,7 @@ class EvaluationBatches:
         """Yield (images, labels) on the device."""
         for start in range(0, len(self.labels), self.batch_size):
             part = slice(start, start + self.batch_size)
-            images = self.normalise(moved(self.images[part], self.device))
-            yield images.to(memory_format=self.memory_format), moved(self.labels[part], self.device)
+            images = moved(self.images[part], self.device)
+            labels = moved(self.labels[part], self.device)
+            x = self.normalise(images)
+            yield x.to(memory_format=self.memory_format), labels

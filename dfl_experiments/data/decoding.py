@@ -34,9 +34,8 @@ class Tree:
         try:
             return self.read(name).decode().splitlines()
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
-            raise UserError(
-                f"{self.label}/{name}: cannot be read as text ({reason(error)})"
-            ) from error
+            problem = f"cannot be read as text ({reason(error)})"
+            raise UserError(f"{self.label}/{name}: {problem}") from error
 
 
 def is_user_folder(name: str) -> bool:
@@ -99,9 +98,8 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
                 decoded = Image.alpha_composite(Image.new("RGBA", decoded.size, "white"), decoded)
             decoded = decoded.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # Pillow and zipfile raise errors of many types for a damaged file
-        raise UserError(
-            f"{tree.label}/{name}: cannot be read as an image ({reason(error)})"
-        ) from error
+        problem = f"cannot be read as an image ({reason(error)})"
+        raise UserError(f"{tree.label}/{name}: {problem}") from error
     if mode.startswith(("I", "F")):
         raise UserError(
             f"{tree.label}/{name}: has more than 8 bits per channel; convert it to 8 bits"

@@ -47,7 +47,7 @@ def is_packed(folder: Path) -> bool:
     if belongs_to_user and missing and has_any:
         names = ", ".join(missing)
         raise UserError(
-            f"{folder}: incomplete, without {names}; add the missing files, or delete {folder}"
+            f"{folder}: incomplete, without {names}; add the missing files or delete it"
         )
     return not missing
 

@@ -5,7 +5,6 @@ nearest, and positions outside the image are black.
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -14,33 +13,14 @@ from torch import Tensor
 
 from dfl_experiments.ranges import MAGNITUDE_BINS as BINS
 
-STRAIGHT = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-
 # Operations that move pixels. `_origins` applies them to an image whose values are the positions of its pixels.
-GEOMETRY: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "ShearX": lambda image, v: F.affine(
-        image, **STRAIGHT | {"shear": [_angle(v), 0.0]}, center=[0, 0]
-    ),
-    "ShearY": lambda image, v: F.affine(
-        image, **STRAIGHT | {"shear": [0.0, _angle(v)]}, center=[0, 0]
-    ),
-    "TranslateX": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [int(v), 0]}),
-    "TranslateY": lambda image, v: F.affine(image, **STRAIGHT | {"translate": [0, int(v)]}),
-    "Rotate": lambda image, v: F.rotate(image, v),
-}
-SIGNED = (*GEOMETRY, "Brightness", "Color", "Contrast", "Sharpness")
+GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+# Operations with the factor 1 ± magnitude.
+FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
+SIGNED = (*GEOMETRY, *FACTORS)
 OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 # Operations in which the new grey level of a pixel depends only on its old grey level.
-LEVELS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "Brightness": lambda levels, v: F.adjust_brightness(levels, 1.0 + v),
-    "Posterize": lambda levels, v: F.posterize(levels, int(v)),
-    "Solarize": lambda levels, v: F.solarize(levels, v),
-}
-
-
-def _angle(shear: float) -> float:
-    """Return the angle of a shear in degrees. shear: slope."""
-    return math.degrees(math.atan(shear))
+LEVELS = ("Brightness", "Posterize", "Solarize")
 
 
 def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
@@ -51,13 +31,36 @@ def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
     """
     if operation == "Posterize":
         return float(8 - round(bin_ / ((BINS - 1) / 4)))
-    if operation == "Solarize":
-        return torch.linspace(255.0, 0.0, BINS)[bin_].item()
-    largest = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0}
-    largest["TranslateX"] = 150.0 / 331.0 * width
-    largest["TranslateY"] = 150.0 / 331.0 * height
-    largest |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
-    return torch.linspace(0.0, largest.get(operation, 0.0), BINS)[bin_].item()
+    first, last = 0.0, 0.0  # magnitudes of the first and of the last bin
+    match operation:
+        case "ShearX" | "ShearY":
+            last = 0.3
+        case "TranslateX":
+            last = 150.0 / 331.0 * width
+        case "TranslateY":
+            last = 150.0 / 331.0 * height
+        case "Rotate":
+            last = 30.0
+        case "Solarize":
+            first = 255.0
+        case _ if operation in FACTORS:
+            last = 0.9
+    return torch.linspace(first, last, BINS)[bin_].item()
+
+
+def _transform(image: Tensor, operation: str, value: float) -> Tensor:
+    """Apply an operation of `GEOMETRY`. value: slope, pixels or degrees."""
+    angle = math.degrees(math.atan(value))  # of a slope
+    match operation:
+        case "ShearX":
+            return F.affine(image, 0.0, [0, 0], 1.0, [angle, 0.0], center=[0, 0])
+        case "ShearY":
+            return F.affine(image, 0.0, [0, 0], 1.0, [0.0, angle], center=[0, 0])
+        case "TranslateX":
+            return F.affine(image, 0.0, [int(value), 0], 1.0, [0.0, 0.0])
+        case "TranslateY":
+            return F.affine(image, 0.0, [0, int(value)], 1.0, [0.0, 0.0])
+    return F.rotate(image, value)
 
 
 @lru_cache(maxsize=256)
@@ -66,22 +69,37 @@ def _origins(operation: str, value: float, height: int, width: int, device: torc
 
     The origin is 1 + the index of a pixel in the flat image, or 0 for a position outside the image.
     """
-    positions = torch.arange(1.0, height * width + 1).reshape(1, 1, height, width)
-    return GEOMETRY[operation](positions, value).flatten().long().to(device, non_blocking=True)
+    positions = torch.arange(1.0, height * width + 1)
+    image = positions.reshape(1, 1, height, width)
+    origins = _transform(image, operation, value).flatten()
+    return origins.long().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
 def _levels(operation: str, value: float, device: torch.device) -> Tensor:
     """Return a table with the new level of each grey level. The table is uint8 of shape (256,)."""
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256)
-    return LEVELS[operation](levels, value).flatten().to(device, non_blocking=True)
+    match operation:
+        case "Brightness":
+            levels = F.adjust_brightness(levels, 1.0 + value)
+        case "Posterize":
+            levels = F.posterize(levels, int(value))
+        case "Solarize":
+            levels = F.solarize(levels, value)
+    return levels.flatten().to(device, non_blocking=True)
+
+
+def _planes(images: Tensor) -> Tensor:
+    """Return each channel of each image as a row. images: (N, C, H, W). The result has shape (N · C, H · W)."""
+    return images.flatten(2).flatten(0, 1)
 
 
 def _move(images: Tensor, origins: Tensor) -> Tensor:
     """Move the pixels of images. images: (N, C, H, W). origins: result of `_origins`, (H · W,)."""
     # index 0: a black pixel
-    planes = torch.nn.functional.pad(images.flatten(2).flatten(0, 1), (1, 0))
-    return planes.gather(1, origins.expand(len(planes), -1)).view_as(images)
+    planes = torch.nn.functional.pad(_planes(images), (1, 0))
+    moved = planes.gather(1, origins.expand(len(planes), -1))
+    return moved.view_as(images)
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
@@ -89,24 +107,28 @@ def _look_up(images: Tensor, tables: Tensor) -> Tensor:
 
     tables: one table for all images, (256,); or one table for each channel of each image, (N · C, 256).
     """
-    planes = images.flatten(2).flatten(0, 1)
-    return tables.expand(len(planes), 256).gather(1, planes.long()).view_as(images)
+    planes = _planes(images).long()
+    rows = tables.expand(len(planes), 256)
+    return rows.gather(1, planes).view_as(images)
 
 
 def equalize(images: Tensor) -> Tensor:
     """Equalise the histogram of each channel of each image. images: (N, C, H, W) uint8."""
-    planes = images.flatten(2).flatten(0, 1).long()
+    planes = _planes(images).long()
     ones = torch.ones((), dtype=torch.int64, device=images.device).expand_as(planes)
     counts = torch.zeros(len(planes), 256, dtype=torch.int64, device=images.device)
     counts.scatter_add_(1, planes, ones)
     brightest = counts.gather(1, planes.amax(1, keepdim=True))
     step = (planes.shape[1] - brightest) // 255
-    below = torch.nn.functional.pad(counts.cumsum(1)[:, :-1], (1, 0))
-    tables = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    cumulated = counts.cumsum(1)
+    below = torch.nn.functional.pad(cumulated[:, :-1], (1, 0))
+    tables = (below + step // 2) // step.clamp(min=1)
+    tables = tables.clamp(0, 255)
     tables[:, 0] = 0
     # a channel whose step is 0 keeps its levels
     levels = torch.arange(256, device=images.device)
-    return _look_up(images, torch.where(step == 0, levels, tables).to(torch.uint8))
+    tables = torch.where(step == 0, levels, tables)
+    return _look_up(images, tables.to(torch.uint8))
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
@@ -125,15 +147,17 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
     total = columns + 4 * x[..., 1:-1, 1:-1]
     blurred = images.float()
     blurred[..., 1:-1, 1:-1] = total.float().div_(13).round_()
-    return (
-        images.float().mul_(factor).add_(blurred.mul_(1.0 - factor)).clamp_(0, 255).to(torch.uint8)
-    )
+    blurred.mul_(1.0 - factor)
+    sharp = images.float().mul_(factor).add_(blurred)
+    return sharp.clamp_(0, 255).to(torch.uint8)
 
 
 def apply(operation: str, images: Tensor, value: float) -> Tensor:
     """Apply one operation to all images. images: (N, C, H, W) uint8. value: magnitude with its sign."""
+    height, width = images.shape[-2:]
     if operation in GEOMETRY:
-        return _move(images, _origins(operation, value, *images.shape[-2:], images.device))
+        origins = _origins(operation, value, height, width, images.device)
+        return _move(images, origins)
     if operation in LEVELS:
         return _look_up(images, _levels(operation, value, images.device))
     match operation:
@@ -181,13 +205,17 @@ class RandAugment:
             back = order.argsort().to(images.device, non_blocking=True)
             order = order.to(images.device, non_blocking=True)
             groups = images.index_select(0, order).split(sizes)
-            changed = [self.change(code, group) for code, group in enumerate(groups) if len(group)]
+            changed = []
+            for code, group in enumerate(groups):
+                if len(group):
+                    changed.append(self.change(code, group))
             images = torch.cat(changed).index_select(0, back)
         return images
 
     def change(self, code: int, images: Tensor) -> Tensor:
         """Apply the operation and the sign of a code to all images. See `draw` for the codes."""
         operation = OPERATIONS[code // 2]
-        value = magnitude(operation, self.bin, *images.shape[-2:])
+        height, width = images.shape[-2:]
+        value = magnitude(operation, self.bin, height, width)
         is_negative = code % 2 == 1 and operation in SIGNED
         return apply(operation, images, -value if is_negative else value)

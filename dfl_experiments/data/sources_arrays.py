@@ -27,10 +27,6 @@ class ArrayFile(Source):
         """Return the path of the file."""
         return [self.path]
 
-    def cache_name(self, name: str) -> str | None:
-        """Return None: the file is read as it is."""
-        return None
-
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return the arrays. Raises `UserError` if an array is absent, or if the labels are not class numbers."""
         names = self.PARTS[:4]
@@ -41,9 +37,8 @@ class ArrayFile(Source):
                 parts = [file[name] for name in names]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             needed = f"must be an .npz file with {', '.join(names)}"
-            raise UserError(
-                f"dataset.source.path={self.path}: {needed} ({reason(error)})"
-            ) from error
+            problem = f"{needed} ({reason(error)})"
+            raise UserError(f"dataset.source.path={self.path}: {problem}") from error
         train, train_labels, test, test_labels = parts
         if train.dtype == test.dtype == np.uint8 and train.ndim == test.ndim == 3:
             train, test = train[:, None], test[:, None]

@@ -21,19 +21,8 @@ log = logging.getLogger(__name__)
 # version of the decoding; if it changes, every folder is packed again
 DECODING = "turned, on white"
 SUFFIXES = (
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+    ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,9 +82,8 @@ class TinyImageNet(Published):
         except OSError:
             raise
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
-            raise UserError(
-                f"{archive}: damaged or incomplete ({error}); delete it and download it again"
-            ) from error
+            problem = f"damaged or incomplete ({error}); delete it and download it again"
+            raise UserError(f"{archive}: {problem}") from error
         with opened:
             return self.arrays(zip_tree(opened, self.NAME))
 
@@ -134,9 +122,7 @@ class TinyImageNet(Published):
         tested = sorted({wnid for _, wnid in test})
         wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else trained
         if not sorted(wnids) == trained == tested:
-            raise UserError(
-                f"{tree.label}: train/, {self.LABELS} and wnids.txt have different classes"
-            )
+            raise UserError(f"{tree.label}: train/, val/ and wnids.txt have different classes")
         return Listing(train, test, wnids)
 
 
@@ -225,8 +211,9 @@ class Folder(Source):
             groups[split, composed(name)].append((file, composed(name)))
         for (split, name), images in groups.items():
             if not images:
+                suffixes = " ".join(SUFFIXES)
                 raise UserError(
-                    f"{self.path}/{split}/{name}/: no images of this class ({' '.join(SUFFIXES)})"
+                    f"{self.path}/{split}/{name}/: no images of this class ({suffixes})"
                 )
         train, test = [], []
         for name in classes:

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from dfl_experiments.data.batches import (
     EvaluationBatches,
     Normalise,
     Standardise,
-    count_new_variation,
     preparation,
     resident,
     split,
@@ -27,7 +26,7 @@ from dfl_experiments.data.packs import (
     test_images_in_training,
     warn_of_empty_classes,
 )
-from dfl_experiments.data.sources import kind_of
+from dfl_experiments.data.sources import Arrays, kind_of
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.crossings import copy_of
 from dfl_experiments.engine.cuda_graph import CapturedStep
@@ -68,8 +67,6 @@ class Parts:
     """Batches of the validation images; may be empty."""
     test: EvaluationBatches
     """Batches of the test images."""
-    train_size: int
-    """Number of training images."""
     num_classes: int
     """Number of classes."""
     memory_format: torch.memory_format
@@ -82,6 +79,11 @@ class Parts:
     """Network, method and their optimizers."""
     step: Callable[[Tensor, Tensor, bool], Tensor]
     """Function that trains a batch: `Learner.step`, or a CUDA graph that was captured from it."""
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        return len(self.batches.labels)
 
     @property
     def columns(self) -> dict[str, list[str]]:
@@ -104,68 +106,18 @@ def build(
     """
     settings, components = configuration.settings, configuration.components
     device = choose_device(device_name or settings.device)
-    set_up(
-        device,
-        settings.precision,
-        settings.seed,
-        settings.deterministic,
-        settings.threads or threads,
-    )
-    dataset = settings.dataset
-    source, data_dir = components["dataset.source"].build(), Path(settings.data_dir)
-    arrays, data = load_with_digest(dataset.name, source, data_dir)
-    repeated = test_images_in_training(dataset.name, arrays)
-    warn_of_empty_classes(dataset.name, arrays)
-    kind = kind_of(arrays.train_images)
-    origin = {
-        "samples": kind,
-        "data": data,
-        "code": code_of(components),
-        "test_images_in_training": repeated,
-    }
-    strata = arrays.train_labels if settings.validation_split == "stratified" else None
-    indices = split(len(arrays.train_labels), settings.validation_fraction, settings.seed, strata)
-    train, held_out = (index.numpy() for index in indices)
+    threads = settings.threads or threads
+    set_up(device, settings.precision, settings.seed, settings.deterministic, threads)
+    arrays, origin = load_arrays(configuration)
     loss = LOSSES[settings.loss]
     # Build the network on the CPU, so that a seed gives the same W on every device and for every method.
-    refuse_shape(components["model"], arrays.shape)
-    net = components["model"].build(kind, input_shape=arrays.shape, num_classes=arrays.num_classes)
-    if kind == "tokens":
-        highest = max(arrays.train_images.max(), arrays.test_images.max())
-        net.example = torch.full((1, *arrays.shape), int(highest))
-    initialise(net, configuration.weight_init)
+    net: Any = build_net(configuration, arrays)
     method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
-    memory_format: MemoryFormat = settings.memory_format if len(arrays.shape) == 3 else "contiguous"
+    are_images = len(arrays.shape) == 3
+    memory_format: MemoryFormat = settings.memory_format if are_images else "contiguous"
     layout = layout_of(memory_format, net, device, settings.precision)
-    smoke = settings.smoke
-    train, held_out = train[:smoke][: settings.limit], held_out[:smoke]
-    normalise = Normalise(dataset.mean, dataset.std)
-    images, labels = arrays.train_images, arrays.train_labels
-    training = images[train]
-    prepared = preparation(training, dataset.standardise)
-    standardisation = {}
-    if isinstance(prepared, Standardise):
-        standardisation = {
-            "mean": torch.from_numpy(prepared.mean),
-            "std": torch.from_numpy(prepared.std),
-        }
-        if count := count_new_variation(training, arrays.test_images):
-            text = "%s: %d features are constant in the training samples, but not in the test samples; not scaled"
-            log.warning(text, dataset.name, count)
-    evaluation = partial(
-        EvaluationBatches, normalise=normalise, device=device, memory_format=layout
-    )
-    validation = evaluation(*resident(prepared(images[held_out]), labels[held_out], device))
-    test = evaluation(
-        *resident(prepared(arrays.test_images[:smoke]), arrays.test_labels[:smoke], device)
-    )
-    augmentation = components["augmentation"].build()
-    augmentation.check(arrays.shape, kind == "images", configuration.values["augmentation"]["name"])
-    batches = Batches(
-        *resident(prepared(training), labels[train], device),
-        normalise, augmentation, settings.batch_size, settings.seed, device, memory_format=layout,
-    )  # fmt: skip
-    refuse_single_image(net, len(train), settings.batch_size)
+    data = make_batches(configuration, arrays, device, layout)
+    refuse_single_image(net, len(data.training.labels), settings.batch_size)
     if device.type == "cpu" and settings.precision == "bfloat16":
         refuse_wrong_gradients(net)
     optimizer = components["optimizer"].build()
@@ -180,16 +132,85 @@ def build(
         if optimizer.captured and feedback_optimizer.captured:
             step = CapturedStep(learner, settings.batch_size, device)
         else:
-            log.info(
-                "optimizer: cannot be captured in a CUDA graph, so each training step runs without one"
-            )
+            log.info("optimizer: cannot be captured in a CUDA graph, so each step runs without one")
+    schedule = components["schedule"]
+    feedback_schedule = components.get("schedule.feedback", schedule)
     return Parts(
-        settings, device, origin, standardisation, batches, validation, test, len(train), arrays.num_classes, layout,
-        components["schedule"].build(),
-        components.get("schedule.feedback", components["schedule"]).build(),
-        learner,
-        step,
+        settings, device, origin, data.standardisation, data.training, data.validation, data.test, arrays.num_classes,
+        layout, schedule.build(), feedback_schedule.build(), learner, step,
     )  # fmt: skip
+
+
+def load_arrays(configuration: Configuration) -> tuple[Arrays, dict[str, Any]]:
+    """Return the data set, and the entries `origin` of `Parts`. Log warnings about doubtful data."""
+    settings, components = configuration.settings, configuration.components
+    name, source = settings.dataset.name, components["dataset.source"].build()
+    arrays, digest = load_with_digest(name, source, Path(settings.data_dir))
+    repeated = test_images_in_training(name, arrays)
+    warn_of_empty_classes(name, arrays)
+    origin = {
+        "samples": kind_of(arrays.train_images),
+        "data": digest,
+        "code": code_of(components),
+        "test_images_in_training": repeated,
+    }
+    return arrays, origin
+
+
+def build_net(configuration: Configuration, arrays: Arrays) -> BlockNet:
+    """Return the network with its initial weights."""
+    kind, model = kind_of(arrays.train_images), configuration.components["model"]
+    refuse_shape(model, arrays.shape)
+    net = model.build(kind, input_shape=arrays.shape, num_classes=arrays.num_classes)
+    if kind == "tokens":
+        highest = max(arrays.train_images.max(), arrays.test_images.max())
+        net.example = torch.full((1, *arrays.shape), int(highest))
+    initialise(net, configuration.weight_init)
+    return net
+
+
+class Data(NamedTuple):
+    """The batches of a run. See `Parts` for the fields."""
+
+    training: Batches
+    validation: EvaluationBatches
+    test: EvaluationBatches
+    standardisation: dict[str, Tensor]
+
+
+def make_batches(
+    configuration: Configuration, arrays: Arrays, device: torch.device, layout: torch.memory_format
+) -> Data:
+    """Split, standardise and move the samples, and return their batches."""
+    settings = configuration.settings
+    dataset, smoke = settings.dataset, settings.smoke
+    images, labels = arrays.train_images, arrays.train_labels
+    strata = labels if settings.validation_split == "stratified" else None
+    indices = split(len(labels), settings.validation_fraction, settings.seed, strata)
+    train, held_out = (index.numpy() for index in indices)
+    train, held_out = train[:smoke][: settings.limit], held_out[:smoke]
+    training = images[train]
+    prepared = preparation(training, dataset.standardise)
+    standardisation = {}
+    if isinstance(prepared, Standardise):
+        for name, statistic in (("mean", prepared.mean), ("std", prepared.std)):
+            standardisation[name] = torch.from_numpy(statistic)
+    augmentation = configuration.components["augmentation"].build()
+    are_images = kind_of(images) == "images"
+    augmentation.check(arrays.shape, are_images, configuration.values["augmentation"]["name"])
+    normalise = Normalise(dataset.mean, dataset.std)
+
+    def evaluation(images: np.ndarray, labels: np.ndarray) -> EvaluationBatches:
+        samples = resident(prepared(images), labels, device)
+        return EvaluationBatches(*samples, normalise, device, memory_format=layout)
+
+    batches = Batches(
+        *resident(prepared(training), labels[train], device),
+        normalise, augmentation, settings.batch_size, settings.seed, device, memory_format=layout,
+    )  # fmt: skip
+    validation = evaluation(images[held_out], labels[held_out])
+    test = evaluation(arrays.test_images[:smoke], arrays.test_labels[:smoke])
+    return Data(batches, validation, test, standardisation)
 
 
 def refuse_shape(model: Component, shape: tuple[int, ...]) -> None:
@@ -200,7 +221,7 @@ def refuse_shape(model: Component, shape: tuple[int, ...]) -> None:
     axes = get_args(get_type_hints(model.target).get("input_shape"))
     if axes and Ellipsis not in axes and len(axes) != len(shape):
         raise UserError(
-            f"model={model.target.__name__}: needs samples with {len(axes)} axes, but gets {shape}"
+            f"model={model.target.__name__}: needs samples with {len(axes)} axes, but their shape is {shape}"
         )
 
 

@@ -20,12 +20,11 @@ from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.outcome import COMMAND, Sweep
-from dfl_experiments.running.plan import PlannedRun, planned_runs, show_plan, show_search
+from dfl_experiments.running.plan import PlannedRun, planned_runs, print_time, show_plan
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.run_directory import refuse_folder_of_runs
 from dfl_experiments.running.summary import print_summary
 from dfl_experiments.running.sweep import check_job, check_sweep, jobs_of
-from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import QUEUE
 
 
@@ -33,7 +32,8 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     """Return the checked configuration of a single run, and its directory. Raises `UserError` for a wrong option."""
     from dfl_experiments.running.device import choose_device
 
-    refuse_chdir(cfg)
+    if cfg.hydra.job.chdir:  # in another working directory, a relative data_dir would be wrong
+        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
@@ -43,14 +43,7 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
     refuse_folder_of_runs(run_dir)
     choose_device(configuration.settings.device)
-    warn_of_variable(configuration.settings.tracking.mode)
     return configuration, run_dir
-
-
-def refuse_chdir(cfg: DictConfig) -> None:
-    """Raise `UserError` for hydra.job.chdir=true. In another working directory, a relative data_dir would be wrong."""
-    if cfg.hydra.job.chdir:
-        raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
 
 
 def note_grid(cfg: DictConfig) -> None:
@@ -72,9 +65,8 @@ def make_folder(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}={folder}: cannot be made ({getattr(error, 'strerror', error)})"
-        ) from error
+        cause = getattr(error, "strerror", error)
+        raise UserError(f"{key}={folder}: cannot be made ({cause})") from error
 
 
 def pin(config: DictConfig, sweep: Sweep) -> None:
@@ -114,13 +106,11 @@ class Checks(Callback):
         """Check a single run before its directory is made."""
         with refusing():
             HydraConfig.instance().set_config(config)
-            refuse_chdir(config)
             Checks.checked, run_dir = check_run(config)
             note_grid(config)
             if Checks.is_dry:
-                configuration = Checks.checked
-                planned = PlannedRun(run_dir, str(run_dir), [])
-                show_plan([planned], configuration.settings.force, lambda overrides: configuration)
+                planned = PlannedRun(run_dir, str(run_dir), Checks.checked)
+                show_plan([planned], Checks.checked.settings.force)
                 raise SystemExit(0)
             make_folder(run_dir, "hydra.run.dir")
             Checks.begun = True
@@ -133,15 +123,14 @@ class Checks(Callback):
             if Checks.is_dry:
                 print(f"sweep {sweep.name}, in {sweep.folder}")
                 if sweep.points:
-                    show_plan(
-                        planned_runs(sweep),
-                        sweep.force,
-                        lambda overrides: check_job(config, overrides)[0],
-                    )
+                    show_plan(planned_runs(sweep), sweep.force)
                 else:
                     (job,) = jobs_of(config)
-                    n_trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
-                    show_search(n_trials, check_job(config, job)[0])
+                    print(
+                        "the sweeper chooses the points as it goes; the time is that of one run",
+                        flush=True,
+                    )
+                    print_time([PlannedRun(sweep.folder, "", check_job(config, job)[0])])
                 raise SystemExit(0)
             make_folder(sweep.folder, "hydra.sweep.dir")
             pin(config, sweep)

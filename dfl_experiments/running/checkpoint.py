@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +68,8 @@ def restore(learner: Learner, saved: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if (
-        states["cuda"]
-        and torch.cuda.is_initialized()
-        and len(states["cuda"]) == torch.cuda.device_count()
-    ):
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    if states["cuda"] and len(states["cuda"]) == count:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
@@ -108,16 +105,16 @@ def save_checkpoint(run_dir: Path, saved: dict[str, Any]) -> None:
         new.unlink(missing_ok=True)
 
 
-def discard_checkpoints(run_dir: Path, *names: str) -> None:
-    """Remove the named checkpoints, or all if none is named."""
-    for name in names or (LAST, PREVIOUS):
+def discard_checkpoints(run_dir: Path, names: Sequence[str] = (LAST, PREVIOUS)) -> None:
+    """Remove checkpoints."""
+    for name in names:
         (run_dir / name).unlink(missing_ok=True)
 
 
 def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Remove the checkpoints that an ended run with this configuration does not keep."""
     keeps = (config.get("checkpoint") or {}).get("keep", True)
-    discard_checkpoints(run_dir, *([PREVIOUS] if keeps else [LAST, PREVIOUS]))
+    discard_checkpoints(run_dir, [PREVIOUS] if keeps else [LAST, PREVIOUS])
 
 
 def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, Any]:

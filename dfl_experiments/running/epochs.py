@@ -134,9 +134,8 @@ class Training:
         epoch = state.epoch + 1
         learner.net.train()
         rows = torch.empty(len(batches), len(learner.metric_names), device=self.parts.device)
-        start_batch = 0
+        start_batch = 0 if state.rows is None else len(state.rows)
         if state.rows is not None:
-            start_batch = len(state.rows)
             rows[:start_batch] = state.rows
         self.progress.begin(epoch, rates[0], start_batch)
         iteration, start = state.epoch * len(batches) + start_batch, time.perf_counter()
@@ -183,9 +182,9 @@ class Training:
         parts, state, check = self.parts, self.state, self.stop.raise_if_asked
         activations = Activations(parts.learner.net)
         held_out = len(parts.validation) > 0
-        validation_loss, validation = (
-            evaluate(parts, parts.validation, check, activations) if held_out else (None, None)
-        )
+        validation_loss, validation = None, None
+        if held_out:
+            validation_loss, validation = evaluate(parts, parts.validation, check, activations)
         test_loss, test = evaluate(parts, parts.test, check, None if held_out else activations)
         stability, has_collapsed = activations.measured()
         batch_size = parts.settings.batch_size
@@ -236,11 +235,9 @@ class Training:
         trained, initial = nn.ModuleList([learner.net, learner.method]), state.initial or 0.0
         state.end = early_end(columns["loss"], epoch, trained, accuracies["best"], initial)
         if state.end is None and has_collapsed and self.settings.stop_collapsed:
-            cause = (
-                f"all units of layer {top} are 0 for every image that still has an error, so nothing can be learned; "
-                "try a lower optimizer.lr"
-            )
-            state.end = {"status": "collapsed", "reason": f"after epoch {epoch}: {cause}"}
+            cause = f"all units of layer {top} are 0 for every image that still has an error"
+            reason = f"after epoch {epoch}: {cause}; try a lower optimizer.lr"
+            state.end = {"status": "collapsed", "reason": reason}
         state.epoch, state.rows, state.epoch_seconds = epoch, None, 0.0
 
     def save(self) -> None:

@@ -56,6 +56,4 @@ class EventFiles:
 def refuse_missing_package(tracking: Tracking) -> None:
     """Raise `UserError` if tracking=tensorboard and the package is not installed."""
     if tracking.mode == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError(
-            'tracking=tensorboard: needs a package; pip install "dfl-experiments[tensorboard]"'
-        )
+        raise UserError('tracking=tensorboard needs: pip install "dfl-experiments[tensorboard]"')

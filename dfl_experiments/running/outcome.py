@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dfl_experiments.configuration.composition import config_digest, harmless
 from dfl_experiments.configuration.recorded import read_yaml
+from dfl_experiments.configuration.schema import Configuration
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.result import DONE, read_epochs, read_result, read_status
 from dfl_experiments.running.run_directory import CONFIG, write_atomically
@@ -23,8 +24,8 @@ class SweepPoint(NamedTuple):
 
     overrides: list[str]
     """Overrides of the job, without those of Hydra's own options."""
-    config_digest: str
-    """Digest of the job's configuration."""
+    configuration: Configuration
+    """The job's checked configuration."""
 
 
 @dataclass
@@ -106,16 +107,12 @@ def ending(sweep: Sweep, name: str) -> Ending:
         is_other = (job_status, job_reason) != (status, reason)
         if is_other and not is_late_signal and job_status != "running":
             status, reason, result = job_status, job_reason, {}
-    elif result and config_digest(result["config"]) != point.config_digest:
-        status, reason, result = (
-            "not started",
-            "the folder has a run with another configuration",
-            {},
-        )
+    elif result and config_digest(result["config"]) != point.configuration.config_digest:
+        why = "the folder has a run with another configuration"
+        status, reason, result = "not started", why, {}
     elif sweep.force and status not in ("running", "not started", "damaged"):
         status, reason, result = "not started", "the folder has a run of an earlier command", {}
-    result = with_reported_validation(run_dir, result or {})
-    return Ending(*harmless([name, status, reason, point.overrides, result]))
+    return printable_ending(run_dir, status, reason, point.overrides, result)
 
 
 def other_endings(sweep: Sweep) -> Iterator[Ending]:
@@ -123,18 +120,22 @@ def other_endings(sweep: Sweep) -> Iterator[Ending]:
     for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
         if run_dir.name not in sweep.points:
             status, reason, result = read_status(run_dir)
-            result = with_reported_validation(run_dir, result or {})
-            yield Ending(*harmless([run_dir.name, status, reason, overrides_of(run_dir), result]))
+            yield printable_ending(run_dir, status, reason, overrides_of(run_dir), result)
 
 
-def with_reported_validation(run_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result whose validation accuracy is that of the reported epoch, in place of the last epoch."""
-    if result.get("validation_accuracy") is None or result["status"] != "finished":
-        return result
-    if result["config"]["protocol"]["accuracy"] != "last":
+def printable_ending(
+    run_dir: Path, status: str, reason: str, overrides: list[str], result: dict[str, Any] | None
+) -> Ending:
+    """Return an ending with printable texts.
+
+    The validation accuracy of its result is that of the reported epoch, in place of the last epoch.
+    """
+    result = result or {}
+    is_held_out = result.get("validation_accuracy") is not None and result["status"] == "finished"
+    if is_held_out and result["config"]["protocol"]["accuracy"] != "last":
         with suppress(UserError):  # a damaged table is reported elsewhere
-            return result | {"validation_accuracy": objective(run_dir)}
-    return result
+            result = result | {"validation_accuracy": objective(run_dir)}
+    return Ending(*harmless([run_dir.name, status, reason, overrides, result]))
 
 
 def overrides_of(run_dir: Path) -> list[str]:

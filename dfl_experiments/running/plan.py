@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,7 @@ from dfl_experiments.configuration.schema import Configuration
 from dfl_experiments.errors import UserError, printable
 from dfl_experiments.running.outcome import Sweep
 from dfl_experiments.running.point_counter import duration
-from dfl_experiments.running.result import DONE, read_status
-from dfl_experiments.running.run_directory import LAST, PREVIOUS
+from dfl_experiments.running.result import DONE, read_result, read_status, status_left
 from dfl_experiments.running.summary import swept_keys, values_by_key
 
 # number of batches before a time measurement, and largest number of batches in it
@@ -20,7 +19,6 @@ WARM_UP, TIMED = 3, 20
 SECONDS_OF_TIMING = 2.0  # longest duration of a time measurement
 # Seconds that a run needs to start and to end, mostly for Hydra and W&B. Measured on one core of an AMD EPYC.
 BESIDE_TRAINING = 2.0
-BESIDE = f"{BESIDE_TRAINING:g} s of each run are for its start and end"
 
 
 class PlannedRun(NamedTuple):
@@ -30,17 +28,16 @@ class PlannedRun(NamedTuple):
     """The run directory."""
     description: str
     """Text that distinguishes the run from the command's other runs."""
-    overrides: list[str]
+    configuration: Configuration
+    """The checked configuration."""
+    overrides: Sequence[str] = ()
     """The overrides of the run."""
 
     @property
     def kind(self) -> str:
         """The overrides that can change the training time. Seed, optimizer options and schedule do not change it."""
-        return " ".join(
-            text
-            for text in self.overrides
-            if not text.startswith(("seed=", "optimizer.", "schedule"))
-        )
+        without_effect = ("seed=", "optimizer.", "schedule")
+        return " ".join(text for text in self.overrides if not text.startswith(without_effect))
 
 
 def planned_runs(sweep: Sweep) -> list[PlannedRun]:
@@ -48,43 +45,36 @@ def planned_runs(sweep: Sweep) -> list[PlannedRun]:
     values = {name: values_by_key(point.overrides) for name, point in sweep.points.items()}
     keys = swept_keys([*values.values()])
     runs = []
-    for name, point in sweep.points.items():
+    for name, (overrides, configuration) in sweep.points.items():
         words = [f"{key}={values[name].get(key, '')}" for key in keys]
-        runs.append(PlannedRun(sweep.folder / name, "  ".join([name, *words]), point.overrides))
+        description = "  ".join([name, *words])
+        runs.append(PlannedRun(sweep.folder / name, description, configuration, overrides))
     return runs
 
 
-def planned_status(
-    run: PlannedRun, force: bool, compose: Callable[[list[str]], Configuration]
-) -> str:
+def planned_status(run: PlannedRun, force: bool) -> str:
     """Return `done`, `interrupted` or `new`. Return `running` or `damaged` for a run that cannot start now.
 
     Raises `UserError` if the command will refuse the run, because it has another configuration, other data or code.
     """
-    status, _, before = read_status(run.folder)
+    status, _, _ = read_status(run.folder)
     if status in ("running", "damaged"):
         return status
-    if force or status == "not started":
+    earlier = None if force else status_left(run.folder)
+    if earlier is None:
         return "new"
-    has_checkpoint = any((run.folder / name).exists() for name in (LAST, PREVIOUS))
-    if status not in DONE and not has_checkpoint:
-        return "new"
-    refuse_other(run.folder, before, compose(run.overrides))
-    return "done" if status in DONE else "interrupted"
+    refuse_other(run.folder, run.configuration)
+    return "done" if earlier in DONE else "interrupted"
 
 
-def refuse_other(
-    run_dir: Path, before: Mapping[str, Any] | None, configuration: Configuration
-) -> None:
-    """Raise `UserError` if the run in a directory has another configuration, other data or code.
-
-    before: content of the run's result.json; None for a killed run, which has only a checkpoint.
-    """
+def refuse_other(run_dir: Path, configuration: Configuration) -> None:
+    """Raise `UserError` if the run in a directory has another configuration, other data or code."""
     from dfl_experiments.running.checkpoint import load_checkpoint
     from dfl_experiments.running.provenance import code_of
     from dfl_experiments.running.run import data_digest, refuse_changes, refuse_configuration
 
-    if before is None:
+    before = read_result(run_dir)
+    if before is None:  # the run was killed, so it has only a checkpoint
         before = load_checkpoint(run_dir, configuration.config_digest)["training"]
     else:
         refuse_configuration(run_dir, before, configuration)
@@ -93,18 +83,15 @@ def refuse_other(
     refuse_changes(run_dir, before, {"data": data, "code": code_of(configuration.components)})
 
 
-def show_plan(
-    runs: Sequence[PlannedRun], force: bool, compose: Callable[[list[str]], Configuration]
-) -> None:
+def show_plan(runs: Sequence[PlannedRun], force: bool) -> None:
     """Print every run with its status, and the estimated time of all runs that are not done.
 
     force: train runs again even if they are done.
-    compose: function that returns the checked configuration for a run's overrides.
     """
     waiting, refusals = [], []
     for run in runs:
         try:
-            status = planned_status(run, force, compose)
+            status = planned_status(run, force)
         except UserError as error:
             status = "refused"
             refusals.append(str(error))
@@ -114,32 +101,21 @@ def show_plan(
     print(f"{len(waiting)} of {len(runs)} to train", flush=True)
     if refusals:
         print(printable(f"{len(refusals)} will be refused; the first: {refusals[0]}"))
-    if not waiting:
-        return
-    kinds = {run.kind: run for run in waiting}
+    if waiting:
+        print_time(waiting)
+
+
+def print_time(runs: Sequence[PlannedRun]) -> None:
+    """Print the estimated time of runs. Of the runs of a kind, only one is measured."""
+    kinds = {run.kind: run for run in runs}
     try:
-        seconds = {kind: seconds_of_run(compose(run.overrides)) for kind, run in kinds.items()}
+        seconds = {kind: seconds_of_run(run.configuration) for kind, run in kinds.items()}
     except (*MISTAKES, RuntimeError) as error:
         print(f"time unknown: {one_line(error)}")
         return
-    total = sum(seconds[run.kind] + BESIDE_TRAINING for run in waiting)
-    print(f"about {duration(total)} on this machine, one run after another; {BESIDE}")
-
-
-def show_search(n_trials: int | None, configuration: Configuration) -> None:
-    """Print what is known of a sweep whose sweeper chooses the points: the number of runs, and the time of one.
-
-    n_trials: largest number of runs; None if it is unknown.
-    configuration: the checked configuration of a job.
-    """
-    runs = "" if n_trials is None else f", up to {n_trials} runs"
-    print(f"the sweeper chooses the points as it goes{runs}", flush=True)
-    try:
-        seconds = seconds_of_run(configuration)
-    except (*MISTAKES, RuntimeError) as error:
-        print(f"time unknown: {one_line(error)}")
-        return
-    print(f"about {duration(seconds + BESIDE_TRAINING)} for one run; {BESIDE}")
+    total = sum(seconds[run.kind] + BESIDE_TRAINING for run in runs)
+    beside = f"{BESIDE_TRAINING:g} s of each run are for its start and end"
+    print(f"about {duration(total)} on this machine, one run after another; {beside}")
 
 
 def seconds_of_run(configuration: Configuration) -> float:
@@ -152,7 +128,9 @@ def seconds_of_run(configuration: Configuration) -> float:
     from dfl_experiments.running.epochs import evaluate
     from dfl_experiments.running.stability import Activations
 
-    refuse_unprepared(configuration)
+    if folder := missing_pack(configuration):  # a dry run neither downloads nor packs
+        name = configuration.settings.dataset.name
+        raise UserError(f"dataset {name} is not in {folder}; run `dfl-data prepare dataset={name}`")
     with usual_torch():
         parts = build(configuration)
         every = parts.settings.alignment.every
@@ -182,13 +160,6 @@ def seconds_per_batch(batches: Iterator[Any], work: Callable[[int, Any], None]) 
         if index > WARM_UP and time.perf_counter() - start > SECONDS_OF_TIMING:
             break
     return (time.perf_counter() - start) / (index + 1 - WARM_UP)
-
-
-def refuse_unprepared(configuration: Configuration) -> None:
-    """Raise `UserError` if the data set is not packed, because a dry run neither downloads nor packs it."""
-    if folder := missing_pack(configuration):
-        name = configuration.settings.dataset.name
-        raise UserError(f"dataset {name} is not in {folder}; run `dfl-data prepare dataset={name}`")
 
 
 def missing_pack(configuration: Configuration) -> Path | None:

@@ -96,9 +96,9 @@ class Progress:
         text = self._text(values, images / (now - self._epoch_start))
         if self.is_terminal:
             self._bar.set_postfix_str(text)
-            return
-        done = f"epoch {self._epoch}/{self.epochs} batch {self._batch}/{self.batches}"
-        log.info("%s  %s", done, text)
+        else:
+            done = f"epoch {self._epoch}/{self.epochs} batch {self._batch}/{self.batches}"
+            log.info("%s  %s", done, text)
 
     def end(self, row: Mapping[str, Any]) -> None:
         """End the epoch, and print a line if due. row: the epoch's row of epochs.csv."""

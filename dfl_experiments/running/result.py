@@ -88,9 +88,7 @@ class Result(BaseModel):
         config, accuracies = self.config, self.test_accuracy or Accuracies()
         has_numbers = None not in (self.accuracy, self.seconds, self.samples_per_second)
         if self.status in ("finished", "collapsed") and not has_numbers:
-            raise UserError(
-                f"accuracy, seconds or samples_per_second: missing in a {self.status} run"
-            )
+            raise UserError(f"accuracy or seconds: missing in a {self.status} run")
         if self.status == "finished" and self.epochs != config["epochs"]:
             raise UserError(f"epochs={self.epochs}: a finished run has {config['epochs']}")
         if accuracies.best is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -112,6 +112,27 @@ def rehearse(parts: Parts) -> None:
         learner.step(x, target, parts.settings.alignment.every > 0)
 
 
+def facts_of(parts: Parts) -> dict[str, Any]:
+    """Return the entries of result.json that follow from the parts of a run."""
+    net, labels = parts.learner.net, parts.test.labels
+    is_last = parts.memory_format == torch.channels_last
+    facts = parts.origin | {
+        "input_shape": list(net.input_shape),
+        "num_classes": parts.num_classes,
+        "test_images": len(labels),
+        "largest_class": float(labels.bincount().max() / len(labels)),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "cosine_by_construction": [
+            str(i) for i in range(parts.learner.method.exact_from, net.depth)
+        ],
+        "device": device_name(parts.device),
+        "memory_format": "channels_last" if is_last else "contiguous",
+    }
+    if isinstance(net, ModuleNet):
+        facts |= {"delta_at": "boundary", "boundaries": net.boundaries}
+    return facts
+
+
 def prepare(
     parts: Parts, run_dir: Path, result: dict[str, Any], saved: dict[str, Any] | None, stop: Stop
 ) -> State:
@@ -123,28 +144,16 @@ def prepare(
     saved: snapshot in the checkpoint; None for a new run.
     Raises `UserError` if the checkpoint belongs to other data or code, and `Interrupted` if a signal has arrived.
     """
-    net, method = parts.learner.net, parts.learner.method
+    net = parts.learner.net
     made_by = {key: result[key] for key in ("versions", "git_commit")}
     if saved is not None:
         refuse_changes(run_dir, saved["training"], parts.origin)
-    result |= parts.origin | {
-        "input_shape": list(net.input_shape),
-        "num_classes": parts.num_classes,
-        "test_images": len(parts.test.labels),
-        "largest_class": float(parts.test.labels.bincount().max() / len(parts.test.labels)),
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "cosine_by_construction": [str(i) for i in range(method.exact_from, net.depth)],
-        "device": device_name(parts.device),
-        "memory_format": "channels_last"
-        if parts.memory_format == torch.channels_last
-        else "contiguous",
-    }
+    result |= facts_of(parts)
     if parts.settings.repeat is not None:
         repeated = read_result(Path(parts.settings.repeat)) or {}
         if repeated.get("data") not in (None, result["data"]):
             log.warning("the data differ from those of %s", parts.settings.repeat)
     if isinstance(net, ModuleNet):
-        result |= {"delta_at": "boundary", "boundaries": net.boundaries}
         names = [f"{i} {name}" for i, name in enumerate(net.boundaries, start=1)]
         log.info("layers: %s", ", ".join(names))
     if saved is None:
@@ -218,11 +227,9 @@ def run(
             if command is not None:
                 write_outcome(run_dir, command, "running")
             written = state.lengths if resume else None
-            tracking = settings.tracking.model_copy(
-                update={"every": result["config"]["tracking"]["every"]}
-            )
+            config = result["config"]
             with track(
-                tracking, run_dir, result["config"], parts.columns, group, written
+                settings.tracking, run_dir, config, parts.columns, group, written
             ) as tracker:
                 try:
                     own_digest, is_quiet = configuration.config_digest, command is not None
@@ -230,7 +237,7 @@ def run(
                     result |= state.result | (state.end or {"status": "finished"})
                     # write the result before W&B finishes, because a signal may interrupt W&B
                     conclude(run_dir, result, started=True)
-                    discard_spent(run_dir, result["config"])
+                    discard_spent(run_dir, config)
                 except BaseException as error:
                     result |= state.result | failure(error)
                     raise
@@ -260,31 +267,24 @@ def run_alone(
     already has a run, and the configuration sets neither resume nor force.
     """
     settings = configuration.settings
-    resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
     is_new = not run_dir.is_dir()
     if not is_new and run_dir.absolute() != Path.cwd():
         is_new = set(os.listdir(run_dir)) <= {"run.log"}
     with lock_run(run_dir):
-        is_replaced = settings.force and settings.resume is None
-        status = None if is_replaced else status_left(run_dir)
+        status = None if settings.force else status_left(run_dir)
         is_resumed = settings.resume is not None
         if settings.resume == AUTO:
             is_resumed = status is not None
-        if not is_resumed and status is not None:
-            choices = "force=true replaces it, another hydra.run.dir= keeps both"
-            if status not in DONE:
-                choices = f"{resume} continues it, {choices}"
-            raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
         if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
-        if is_resumed and status is None:
-            repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
-            raise UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
+        if is_resumed != (status is not None):
+            refuse_start(settings, run_dir, status)
         if not is_resumed:
             record_overrides(run_dir, overrides)
         try:
             result = run(configuration, run_dir, resume=is_resumed)
         except Interrupted:
+            resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
             log.info("interrupted; continue with: dfl-train %s", resume)
             raise
         except UserError as error:
@@ -293,6 +293,22 @@ def run_alone(
             raise
     log_summary(result, run_dir)
     return result
+
+
+def refuse_start(settings: Settings, run_dir: Path, status: str | None) -> NoReturn:
+    """Raise `UserError`, because there is nothing to resume, or because a new run would replace a run.
+
+    status: status of the run in the directory; None if there is no run to resume.
+    """
+    resume, repeat = (
+        rerun_arguments(key, relative(run_dir), settings.plugins) for key in ("resume", "repeat")
+    )
+    if status is None:
+        raise UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
+    choices = "force=true replaces it, another hydra.run.dir= keeps both"
+    if status not in DONE:
+        choices = f"{resume} continues it, {choices}"
+    raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
 
 
 def result_if_done(
@@ -317,9 +333,8 @@ def result_if_done(
     if status not in DONE:
         return None
     advice = "" if status == "finished" else "; force=true trains it again"
-    log.info(
-        "%s: %s already, accuracy %s%s", run_dir, status, four_digits(before["accuracy"]), advice
-    )
+    accuracy = four_digits(before["accuracy"])
+    log.info("%s: %s already, accuracy %s%s", run_dir, status, accuracy, advice)
     discard_spent(run_dir, before["config"])
     make_whole(settings.tracking, run_dir, before, group)
     return before

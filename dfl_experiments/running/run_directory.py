@@ -204,7 +204,6 @@ def rerun_arguments(key: str, folder: str, plugins: Sequence[str]) -> str:
     return printable(shlex.join(words))
 
 
-def plot_line(folder: Path, facet: str | None = None) -> str:
-    """Return the line that says how to plot a run or a sweep. facet: key whose values each get a row of plots."""
-    flags = "" if facet is None else f" --facet {facet}"
-    return printable(f"plot it: dfl-plot {as_argument(folder)}{flags}")
+def plot_line(folder: Path) -> str:
+    """Return the line that says how to plot a run or a sweep."""
+    return printable(f"plot it: dfl-plot {as_argument(folder)}")

@@ -6,15 +6,8 @@ import subprocess
 from submitit.slurm import slurm
 
 ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "OUT_OF_MEMORY",
-    "NODE_FAIL",
-    "BOOT_FAIL",
-    "DEADLINE",
-)
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"
+)  # fmt: skip
 # not much longer, because SLURM forgets a job some minutes after its end
 SECONDS_BETWEEN_QUERIES = 60
 

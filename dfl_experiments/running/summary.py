@@ -22,7 +22,6 @@ from dfl_experiments.running.run_directory import as_argument, csv_text, plot_li
 from dfl_experiments.running.workers import QUEUE
 
 ROWS_SHOWN = 50  # largest number of unfinished points that are printed
-FACETS = 4  # largest number of rows of plots that the printed command asks for
 NOT_STARTED = "not started"
 # options in NOT_IN_DIGEST whose values a sweep may compare
 COMPARED = ("protocol", "stop_collapsed")
@@ -37,7 +36,7 @@ class Setting:
     endings: list[Ending]
     """Endings of the points of the setting."""
 
-    def results(self, name: str) -> list[float]:
+    def results(self, name: str) -> list[Any]:
         """Return the values of one entry of result.json. Points that did not finish or lack the entry are left out."""
         values = [end.result.get(name) for end in self.endings if end.is_finished]
         return [value for value in values if value is not None]
@@ -63,20 +62,16 @@ class Setting:
 
     def row(self) -> list[str]:
         """Return the cells that follow the swept values in the table: n, accuracies, and the cosine of layer 1."""
-        finished = [end for end in self.endings if end.is_finished]
-        count = str(len(finished))
-        if len(finished) < len(self.endings):
+        finished = sum(end.is_finished for end in self.endings)
+        count = str(finished)
+        if finished < len(self.endings):
             count += f" of {len(self.endings)}"
         if self.not_learned:
             count += f" ({self.not_learned} did not learn)"
-        cosines = [end.result.get("cosine", {}).get("1") for end in finished]
-        cosines = [cosine for cosine in cosines if cosine is not None]
-        return [
-            count,
-            with_deviation(self.results("accuracy")),
-            with_deviation(self.results("validation_accuracy")),
-            f"{mean(cosines):.3f}" if cosines else "-",
-        ]
+        accuracy = with_deviation(self.results("accuracy"))
+        validation = with_deviation(self.results("validation_accuracy"))
+        cosines = [cosine["1"] for cosine in self.results("cosine") if cosine.get("1") is not None]
+        return [count, accuracy, validation, f"{mean(cosines):.3f}" if cosines else "-"]
 
 
 def with_deviation(values: Sequence[float]) -> str:
@@ -106,12 +101,7 @@ def values_by_key(overrides: Iterable[str]) -> dict[str, str]:
 def swept_keys(points: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the keys whose values differ between points, in the order of the command line."""
     keys = dict.fromkeys(key for values in points for key in values)
-    swept = []
-    for key in keys:
-        values_of_key = {values.get(key) for values in points}
-        if len(values_of_key) > 1:
-            swept.append(key)
-    return swept
+    return [key for key in keys if len({values.get(key) for values in points}) > 1]
 
 
 def summary_rows(endings: Sequence[Ending]) -> list[list[Any]]:
@@ -193,27 +183,14 @@ def print_unfinished(sweep: Sweep, endings: Sequence[Ending]) -> None:
     if len(unfinished) > ROWS_SHOWN:
         print(f"  … and {len(unfinished) - ROWS_SHOWN} more")
     reasons = Counter(end.reason for end in endings if end.status == NOT_STARTED)
+    advice = ""
     # jobs in a queue start without the command; with force=true the same command would repeat all points
-    continues = not sweep.force and sweep.launcher != QUEUE
-    advice = f"the same command with sweep={shlex.quote(sweep.name)} continues" if continues else ""
+    if not sweep.force and sweep.launcher != QUEUE:
+        advice = f"the same command with sweep={shlex.quote(sweep.name)} continues"
     for reason, count in reasons.items():
         description = reason or advice
         text = f"{count} {NOT_STARTED}: {description}" if description else f"{count} {NOT_STARTED}"
         print(printable(f"  {text}"))
-
-
-def facet_of(endings: Sequence[Ending]) -> str | None:
-    """Return the key by which a plot of several methods is best divided; None if it needs no division.
-
-    This is the only key that differs beside method and seed, if it has at most `FACETS` values.
-    """
-    keys, settings = settings_of(endings)
-    others = [key for key in keys if key != "method"]
-    if len(others) != 1 or len(keys) != 2:
-        return None
-    number = keys.index(others[0])
-    values = {setting.values[number] for setting in settings}
-    return others[0] if len(values) <= FACETS else None
 
 
 def print_best(sweep: Sweep, endings: Sequence[Ending]) -> None:
@@ -250,14 +227,13 @@ def print_summary(sweep: Sweep) -> int:
     report = printable(f"dfl-report {as_argument(sweep.folder)}")
     has_more = bool(named and rest)
     if has_more:
-        print(
-            f"  only the points of this command; the folder holds {len(rest)} more, and {report} shows all"
-        )
+        text = f"the folder holds {len(rest)} more, and {report} shows all"
+        print(f"  only the points of this command; {text}")
     if not named:
         print_best(sweep, rest)
     print(f"  {path}" if problem is None else f"dfl-train: {path}: {problem}")
     if any(end.result.get("epochs") for end in shown):
-        print(f"  {plot_line(sweep.folder, facet_of(shown))}")
+        print(f"  {plot_line(sweep.folder)}")
         if not has_more:
             print(f"  compare: {report}")
     return 1 if counts.keys() & {"failed", "interrupted", NOT_STARTED, "damaged"} else 0

@@ -26,7 +26,6 @@ from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
 from dfl_experiments.running.run_directory import is_run, record_overrides, relative
 from dfl_experiments.running.summary import four_digits
-from dfl_experiments.running.tracking import warn_of_variable
 from dfl_experiments.running.workers import BUSY, check_launcher, silence_submitit
 
 log = logging.getLogger(__name__)
@@ -66,39 +65,38 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     check_launcher(launcher, cfg.hydra.launcher)
     is_grid = sweeper == BASIC
     jobs = jobs_of(cfg)
-    digests: dict[str, str] = {}
-    folders: dict[str, str] = {}
+    jobs_by_digest: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
     if is_run(sweep_dir):
         raise UserError(
             f"{relative(sweep_dir)}: is a run, and would hide the runs of a sweep in it; choose another sweep="
         )
-    force = bool(cfg.force)
-    sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, force, config_flags(cfg))
-    for number, overrides in enumerate(
-        tqdm(jobs, "checking", unit="job", leave=False, disable=None)
-    ):
+    flags = config_flags(cfg)
+    sweep = Sweep(sweep_dir, str(cfg.sweep), command, launcher, bool(cfg.force), flags)
+    progress = tqdm(jobs, "checking", unit="job", leave=False, disable=None)
+    for number, overrides in enumerate(progress):
         job = " ".join(overrides)
         try:
             configuration, folder = check_job(cfg, overrides, number)
             if not is_grid and not configuration.settings.validation_fraction:
                 raise UserError(
-                    f"validation_fraction=0: hydra/sweeper={sweeper} needs a validation accuracy"
+                    f"validation_fraction=0: hydra/sweeper={sweeper} needs a validation split"
                 )
         except (*MISTAKES, ValueError) as error:
-            raise UserError(
-                f"{one_line(uncomposed(error, overrides))} (in the job {job})"
-            ) from error
+            problem = one_line(uncomposed(error, overrides))
+            raise UserError(f"{problem} (in the job {job})") from error
+        if not is_grid:
+            return sweep
         digest = configuration.config_digest
-        if digest in digests:
-            raise UserError(f"two jobs are the same run: {digests[digest]} and {job}")
-        if folder in folders:
+        if digest in jobs_by_digest:
+            raise UserError(f"two jobs are the same run: {jobs_by_digest[digest]} and {job}")
+        if folder in sweep.points:
+            other = " ".join(sweep.points[folder].overrides)
             raise UserError(
-                f"two jobs would write to {folder} (hydra.sweep.subdir): {folders[folder]} and {job}"
+                f"hydra.sweep.subdir: two jobs would write to {folder}: {other} and {job}"
             )
-        digests[digest] = folders[folder] = job
-        if is_grid:
-            sweep.points[folder] = SweepPoint(overrides, digest)
+        jobs_by_digest[digest] = job
+        sweep.points[folder] = SweepPoint(overrides, configuration)
     return sweep
 
 
@@ -139,10 +137,9 @@ def check_job(
     configuration = check(job_cfg)
     settings = configuration.settings
     refuse_missing_package(settings.tracking)
-    warn_of_variable(settings.tracking.mode)
     if settings.resume is not None or settings.repeat is not None:
         raise UserError(
-            "resume and repeat are for a single run; to continue a sweep, start it again"
+            "resume and repeat are for a single run; start a sweep again to continue it"
         )
     return configuration, subdir(job_cfg, configuration)
 
@@ -187,9 +184,8 @@ def run_point(
             ending = f"accuracy {four_digits(result['accuracy'])}"
             if result["status"] != "finished":
                 ending = f"{result['status']}, {ending}"
-            log.info(
-                "%s  (%s: %s)", counter.add("ran", start) or result["status"], run_dir.name, ending
-            )
+            progress = counter.add("ran", start) or result["status"]
+            log.info("%s  (%s: %s)", progress, run_dir.name, ending)
         else:
             counter.add("found", start)
         return result["accuracy"]

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,12 @@ SECONDS_TO_START = 30
 # rows of this time are sent together: W&B takes 1 ms for a single row, 0.2 ms per row for many
 SECONDS_TOGETHER = 5
 ROWS_AN_EPOCH = 200
-MIRRORED = ".mirrored"  # file in the run directory that marks its W&B run as complete
-MIRRORED_EVENTS = ".mirrored_tensorboard"  # file that marks its event files as complete
 WANDB, TENSORBOARD = "W&B", "TensorBoard"
+# for each mirror, the file in the run directory that marks it as complete
+MARKERS = {WANDB: ".mirrored", TENSORBOARD: ".mirrored_tensorboard"}
 COUNTERS = ("iteration", "epoch")
 # variables that would merge all points of a sweep into one W&B run
 ONE_RUN_S = ("WANDB_RUN_ID", "WANDB_RESUME")
-MODES = ("online", "offline", "disabled")
-OTHER_MODES = {"run": "online", "dryrun": "offline"}  # W&B's older names
 unreachable: set[str] = set()  # tracking modes in which W&B could not be reached by this process
 
 
@@ -148,7 +145,6 @@ def start(
 ) -> Any:
     """Start a W&B run and return it. If W&B cannot be reached, log a warning and start an offline run.
 
-    Returns None if the offline run fails too.
     go_on: whether this run is resumed. Then its W&B run gets the id of the earlier one and replaces it.
     """
     import wandb
@@ -159,67 +155,44 @@ def start(
     run_id = max(before).rpartition("-")[2] if before else secrets.token_hex(4)
     for variable in ONE_RUN_S:
         os.environ.pop(variable, None)
-    first: Any = "offline" if tracking.mode in unreachable else tracking.mode
-    for mode in dict.fromkeys([first, "offline"]):
-        try:
-            run = wandb.init(
-                mode=mode,
-                dir=run_dir,
-                project=tracking.project,
-                entity=tracking.entity,
-                name=tracking.name or run_dir.name,
-                group=group,
-                job_type=names["method"],
-                tags=[*dict.fromkeys([*names.values(), *smoke, *tracking.tags])],
-                config=dict(config),
-                id=run_id,
-                # without this, W&B would continue an unfinished run of this process instead of starting a new one
-                reinit="finish_previous",
-                settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_START),
-            )
-        except Exception as error:  # an error of wandb, its service, or the file system
-            if mode == "offline":
-                give_up(error, WANDB)
-                return None
-            unreachable.add(mode)
-            log.warning(
-                "W&B cannot be reached (%s); the run is kept offline; `wandb sync` uploads it",
-                reason(error),
-            )
-            end_service()  # the service still holds the run's id
-            continue
-        for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
-            if not folder.samefile(Path(run.dir).parent):
-                shutil.rmtree(folder, ignore_errors=True)
-        return run
-    return None
 
+    def init(mode: Any) -> Any:
+        return wandb.init(
+            mode=mode,
+            dir=run_dir,
+            project=tracking.project,
+            entity=tracking.entity,
+            name=tracking.name or run_dir.name,
+            group=group,
+            job_type=names["method"],
+            tags=[*dict.fromkeys([*names.values(), *smoke, *tracking.tags])],
+            config=dict(config),
+            id=run_id,
+            # without this, W&B would continue an unfinished run of this process instead of starting a new one
+            reinit="finish_previous",
+            settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_START),
+        )
 
-def start_event_files(run_dir: Path) -> EventFiles | None:
-    """Return a writer of event files. If this fails, log a warning and return None."""
+    mode = "offline" if tracking.mode in unreachable else tracking.mode
     try:
-        return EventFiles(run_dir)
-    except Exception as error:  # an error of the file system, or of TensorBoard's imports
-        give_up(error, TENSORBOARD)
-        return None
+        run = init(mode)
+    except Exception as error:
+        if mode == "offline":
+            raise
+        unreachable.add(mode)
+        text = "W&B cannot be reached (%s); the run is kept offline; `wandb sync` uploads it"
+        log.warning(text, reason(error))
+        end_service()  # the service still holds the run's id
+        run = init("offline")
+    for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
+        if not folder.samefile(Path(run.dir).parent):
+            shutil.rmtree(folder, ignore_errors=True)
+    return run
 
 
-def marker(tracking: Tracking, run_dir: Path) -> Path:
-    """Return the file that marks the mirror of a run as complete."""
-    return run_dir / (MIRRORED_EVENTS if tracking.mode == "tensorboard" else MIRRORED)
-
-
-@cache  # one warning for all jobs of a sweep
-def warn_of_variable(mode: str) -> None:
-    """Log a warning if the variable WANDB_MODE asks for another mode than the run has. mode: `tracking.mode`."""
-    asked = os.environ.get("WANDB_MODE")
-    if not asked:
-        return
-    wanted = OTHER_MODES.get(asked, asked)
-    is_without = wanted == "disabled" and mode == "tensorboard"
-    if wanted != mode and not is_without:
-        advice = f"use tracking={wanted}" if wanted in MODES else f"the run has tracking={mode}"
-        log.warning("WANDB_MODE=%s has no effect; %s", asked, advice)
+def mirror_of(tracking: Tracking) -> str:
+    """Return the name of the mirror."""
+    return TENSORBOARD if tracking.mode == "tensorboard" else WANDB
 
 
 def rows_apart(tracking: Tracking, batches: int, measured: int) -> int:
@@ -247,20 +220,22 @@ def track(
 ) -> Iterator[Tracker]:
     """Provide a tracker for one job. The mirror's run ends with the block. An exception marks it as failed.
 
-    tracking: options of tracking. `every` is the number that `rows_apart` returned.
-    config: the resolved configuration.
+    config: the resolved configuration. Its `tracking.every` is the number that `rows_apart` returned.
     tables: column names by table, see `Tracker`.
     group: name of the job's sweep.
     written: table lengths of a resumed run, see `rows_written`; None for a new run.
     """
-    for name in (MIRRORED, MIRRORED_EVENTS):
+    for name in MARKERS.values():
         (run_dir / name).unlink(missing_ok=True)
-    run: Any = None
-    if tracking.mode == "tensorboard":
-        run = start_event_files(run_dir)
-    elif tracking.mode != "disabled":
-        run = start(tracking, run_dir, config, group, written is not None)
-    tracker = Tracker(run, tables.values(), tracking.every or 1)
+    mirror, run = mirror_of(tracking), None
+    try:
+        if mirror == TENSORBOARD:
+            run = EventFiles(run_dir)
+        elif tracking.mode != "disabled":
+            run = start(tracking, run_dir, config, group, written is not None)
+    except Exception as error:  # an error of the mirror's package, its service, or the file system
+        give_up(error, mirror)
+    tracker = Tracker(run, tables.values(), config["tracking"].get("every") or 1)
     if written is not None and None not in written.values():
         tracker.log(rows_written(run_dir, written))
     # Do not use `with run`. W&B would print a traceback for every exception, even for an interruption.
@@ -270,7 +245,7 @@ def track(
         tracker.finish(1)
         raise
     if tracker.finish(0):
-        marker(tracking, run_dir).touch()
+        (run_dir / MARKERS[mirror]).touch()
 
 
 def make_whole(
@@ -278,14 +253,13 @@ def make_whole(
 ) -> None:
     """Send the rows and the result of an ended run to its mirror, if tracking is on and the mirror is incomplete."""
     paths = {name: run_dir / f"{name}.csv" for name in ("iterations", "epochs")}
-    is_mirrored = tracking.mode == "disabled" or marker(tracking, run_dir).exists()
+    mirror = mirror_of(tracking)
+    is_mirrored = tracking.mode == "disabled" or (run_dir / MARKERS[mirror]).exists()
     if is_mirrored or not all(map(Path.is_file, paths.values())):
         return
     lengths = {name: path.stat().st_size for name, path in paths.items()}
     tables = {name: header(path) for name, path in paths.items()}
     refuse_missing_package(tracking)
-    mirror = TENSORBOARD if tracking.mode == "tensorboard" else WANDB
     log.info("%s: all rows are sent again to %s", run_dir.name, mirror)
-    settled = tracking.model_copy(update={"every": result["config"]["tracking"].get("every")})
-    with track(settled, run_dir, result["config"], tables, group, lengths) as tracker:
+    with track(tracking, run_dir, result["config"], tables, group, lengths) as tracker:
         tracker.summarise(result)

@@ -39,27 +39,22 @@ def at_work(sweep: Sweep) -> set[int]:
 def check_launcher(launcher: str, node: DictConfig) -> None:
     """Raise `UserError` if the launcher's options leave a job no time to save its run."""
     if launcher == QUEUE and node.timeout_min * 60 <= node.signal_delay_s:
+        limit = (
+            f"hydra.launcher.signal_delay_s={node.signal_delay_s} seconds, the time to save a run"
+        )
         raise UserError(
-            f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than hydra.launcher.signal_delay_s="
-            f"{node.signal_delay_s} seconds, the time that a job has to save its run"
+            f"hydra.launcher.timeout_min={node.timeout_min}: must be longer than {limit}"
         )
 
 
 def wind_down(sweep: Sweep) -> None:
     """Ask all processes that work on points to save and end. Wait for their end. SLURM jobs stay in the queue."""
     if sweep.launcher == QUEUE:
-        command = [
-            "squeue",
-            "--me",
-            "--noheader",
-            "--states=PENDING,RUNNING",
-            f"--name={sweep.name}",
-        ]
+        command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING"]
         with suppress(OSError):
-            if subprocess.run(command, capture_output=True).stdout.strip():
-                print(
-                    "\ndfl-train: unfinished jobs stay in the queue (squeue lists them, scancel cancels them)"
-                )
+            jobs = subprocess.run([*command, f"--name={sweep.name}"], capture_output=True)
+            if jobs.stdout.strip():
+                print("\ndfl-train: unfinished jobs stay in the queue (see squeue and scancel)")
         return
     asked: set[int] = set()
     while pids := at_work(sweep):

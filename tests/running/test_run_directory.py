@@ -113,6 +113,7 @@ def test_a_crashed_job_s_run_ends_as_failed_and_the_next_one_is_another(tmp_path
     config = {
         key: {"name": key} for key in ("method", "model", "dataset", "augmentation", "protocol")
     }
+    config["tracking"] = {}
     tables, ends = {"iterations": ["iteration", "loss"]}, []
     for name in ("crashed", "fine"):
         folder = tmp_path / name

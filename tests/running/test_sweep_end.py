@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -12,7 +11,7 @@ from processes import dfl_train
 from dfl_experiments.running.outcome import Ending
 from dfl_experiments.running.point_counter import PointCounter, duration, progress_text
 from dfl_experiments.running.run_directory import plot_line
-from dfl_experiments.running.summary import facet_of, print_settings, summary_rows, values_by_key
+from dfl_experiments.running.summary import print_settings, summary_rows, values_by_key
 
 SMALL = ("model.widths=[16]", "epochs=1", "limit=64", "tracking=disabled")
 SWEEP = (
@@ -118,7 +117,7 @@ def test_each_finished_run_is_one_line_that_says_how_far_the_sweep_is(ended_swee
 def test_a_run_and_a_sweep_end_with_the_command_that_plots_them(ended_sweep, tmp_path):
     _, done = ended_sweep
     assert done.stdout.splitlines()[-2:] == [
-        "  plot it: dfl-plot outputs/s --facet dataset",
+        "  plot it: dfl-plot outputs/s",
         "  compare: dfl-report outputs/s",
     ]
     assert "the folder holds" not in done.stdout
@@ -258,19 +257,6 @@ def test_the_settings_of_one_method_are_together_and_those_that_did_not_learn_ar
     assert explanation.startswith("  did not learn: ")
     print_settings([ended_point("bp", 1, 0.1111), ended_point("bp", 2, 0.1)])
     assert "*" not in capsys.readouterr().out
-
-
-def test_the_plot_line_gives_each_value_of_the_only_other_key_a_row():
-    def points(*rates, methods=("bp", "las")):
-        return [ended_point(method, lr, 0.9) for method in methods for lr in rates]
-
-    assert facet_of(points(1, 2, 3, 4)) == "optimizer.lr"
-    assert facet_of(points(1, 2, 3, 4, 5)) is None
-    assert facet_of(points(1)) is None
-    assert facet_of(points(1, 2, methods=["bp"])) is None
-    other = [point._replace(overrides=[*point.overrides, "epochs=3"]) for point in points(1, 2)]
-    assert facet_of([*points(1, 2), *other]) is None
-    assert plot_line(Path("a b"), "optimizer.lr") == "plot it: dfl-plot 'a b' --facet optimizer.lr"
 
 
 def test_columns_are_what_differs_and_what_decides_a_result():

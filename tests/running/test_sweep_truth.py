@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 from data_helpers import write_folder
+from experiment_grids import grid_of
 from omegaconf import OmegaConf
 from processes import dfl_train
 
 from dfl_experiments.configuration.composition import compose, group_options, point_name
-from dfl_experiments.configuration.grids import grid_of
 from dfl_experiments.errors import UserError
 from dfl_experiments.running import checkpoint, run, sweep
 from dfl_experiments.running.outcome import read_outcome

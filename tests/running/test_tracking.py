@@ -11,8 +11,6 @@ import pytest
 from processes import dfl_train, ended, forked
 from run_files import assert_mirrored, records, table
 
-from dfl_experiments.running.tracking import warn_of_variable
-
 RUN = ("limit=300", "threads=1", "model.widths=[16]", "checkpoint.every_seconds=0")
 
 
@@ -66,33 +64,6 @@ def test_a_run_that_ended_without_its_mirror_gets_it_when_its_sweep_is_started_a
         assert json.loads((point / "result.json").read_text())["status"] == "finished"
     assert len(names) == 2
     assert "sent again" not in dfl_train(tmp_path, *sweep).stdout
-
-
-@pytest.mark.parametrize(
-    ("variable", "mode", "advice"),
-    [
-        ("disabled", "offline", "use tracking=disabled"),
-        ("dryrun", "disabled", "use tracking=offline"),
-        ("shared", "offline", "the run has tracking=offline"),
-        ("dryrun", "offline", None),
-        ("disabled", "tensorboard", None),
-        ("", "offline", None),
-    ],
-)
-def test_a_variable_that_has_no_effect_is_said_once(variable, mode, advice, monkeypatch, caplog):
-    monkeypatch.setenv("WANDB_MODE", variable)
-    warn_of_variable.cache_clear()
-    for _ in range(2):
-        warn_of_variable(mode)
-    expected = [f"WANDB_MODE={variable} has no effect; {advice}"] if advice else []
-    assert [record.getMessage() for record in caplog.records] == expected
-
-
-def test_a_run_and_a_sweep_say_that_a_variable_has_no_effect(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
-    for sweep in ((), ("--multirun", "seed=0,1")):
-        dry = dfl_train(tmp_path, *sweep, "tracking=disabled", "--dry-run", *RUN)
-        assert dry.stdout.count("WANDB_MODE=online has no effect; use tracking=online\n") == 1
 
 
 def test_numbers_show_while_a_run_is_under_way(tmp_path):

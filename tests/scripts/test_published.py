@@ -13,11 +13,11 @@ from claims import (
     compared,
     published,
 )
+from experiment_grids import grid_of
 from processes import dfl_train
 from report_helpers import write_packs
 
 from dfl_experiments.configuration.composition import compose
-from dfl_experiments.configuration.grids import grid_of
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.report.frame import runs
