@@ -234,7 +234,7 @@ REFUSED = {
     "a net for images": (
         {},
         ("model=conv3",),
-        "model=conv3: needs 3 axes, but a sample is (12,)",
+        "model=conv3: needs samples with 3 axes, but their shape is (12,)",
     ),
     "augmentation": (
         {},
