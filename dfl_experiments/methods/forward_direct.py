@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.trace import Trace
+from dfl_experiments.errors import UserError, clipped
 from dfl_experiments.methods.direct import Direct
 
 
@@ -50,6 +51,7 @@ class ForwardDirectFeedback(Direct):
         """Draw every p_i and compute d. Return all p_i, by their i, and d.
 
         Every p_i has the shape of h_i, and d has shape (N, K).
+        Raises `UserError` if PyTorch lacks the forward derivative of an operation, such as an LSTM on a CPU.
         """
         noise: dict[int, Tensor] = {}
 
@@ -72,5 +74,11 @@ class ForwardDirectFeedback(Direct):
             attention,
             forward_ad.dual_level(),
         ):
-            logits = self.replay(trace, replace)
+            try:
+                logits = self.replay(trace, replace)
+            except NotImplementedError as error:
+                problem = clipped(str(error).partition(" because ")[0], 120)
+                raise UserError(
+                    f"method: FDFA needs a forward derivative of every operation ({problem}); choose another method"
+                ) from error
             return noise, forward_ad.unpack_dual(logits).tangent

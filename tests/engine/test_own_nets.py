@@ -266,3 +266,29 @@ def test_alignment_keeps_a_buffer_that_the_forward_pass_replaces():
 def test_mistakes_are_refused_in_one_sentence(message, call):
     with pytest.raises(UserError, match=message):
         call()
+
+
+class OnlyBackward(torch.autograd.Function):
+    """Twice the input, without a forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, signal):
+        return 2 * signal
+
+
+class Doubled(nn.Module):
+    """Twice the input."""
+
+    def forward(self, x):
+        return OnlyBackward.apply(x)
+
+
+def test_an_operation_without_a_forward_derivative_is_refused_by_fdfa_only():
+    net = nn.Sequential(*mlp(), Doubled())
+    rule_of("dfa", net).backward(INPUTS, LABELS)
+    with pytest.raises(UserError, match=r"FDFA needs a forward derivative of every operation \("):
+        rule_of("fdfa", net).backward(INPUTS, LABELS)
