@@ -107,11 +107,18 @@ def rates_text(points: pd.DataFrame) -> str:
 
 
 def judged(
-    claim: str, setting: str, estimate: Estimate, n: int, unit: str, failing: str
+    claim: str,
+    setting: str,
+    estimate: Estimate,
+    n: int,
+    unit: str,
+    failing: str,
+    rates: str = "",
 ) -> dict[str, Any]:
     """Return a claim's row with the verdict.
 
     failing: what `failures` returns for the methods of the claim.
+    rates: text with the learning rates that were compared.
     """
     verdict = {1: SUPPORTED, -1: CONTRADICTED, 0: UNDECIDED, None: TOO_FEW}[estimate.verdict]
     if n < compare.FEWEST_SEEDS:
@@ -122,7 +129,7 @@ def judged(
         "claim": claim,
         "setting": setting,
         "n": n,
-        "found": failing or f"{interval_text(*shown)} {unit}",
+        "found": failing or f"{interval_text(*shown)} {unit}{rates}",
         "verdict": FAILS if failing else verdict,
         **estimate._asdict(),
     }
@@ -202,7 +209,8 @@ def alignment_claims(
         if n or failing:
             claim = f"{method_name(first)} aligns better with BP than {method_name(second)}"
             estimate = compare.welch(*means) if n else Estimate(math.nan)
-            yield judged(claim, setting, estimate, n, "cosine", failing)
+            rates = " and ".join(f"{lr:g}" for lr, _ in sorted(common, reverse=True))
+            yield judged(claim, setting, estimate, n, "cosine", failing, f" (lr {rates})")
 
 
 def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -355,7 +363,7 @@ def picture(verdicts: pd.DataFrame) -> Figure:
         f"{mark} {verdict}" for verdict, mark in MARKS.items() if verdict not in (FAILS, TOO_FEW)
     ]
     axes.set_xlabel(
-        "   ".join([*legend, "fails: a run fails at every rate", "blank: too few seeds"]),
+        "   ".join([*legend, "fails: a run fails at every rate", "blank: not compared"]),
         fontsize=8,
     )
     return figure

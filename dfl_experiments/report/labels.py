@@ -29,7 +29,7 @@ Options = Mapping[str, str]
 def labelled(frame: DataFrame) -> DataFrame:
     """Add the columns `setting`, `shared` and `method`, and a column for each option that they name.
 
-    setting: text with the options that differ between runs, without the method's.
+    setting: text with the options that differ between runs, without the method's and without defaults.
     shared: text with the options that all runs share and that differ from their defaults.
     is_default: whether all options except the method's have their defaults.
     method: text with the rule and those of its options that differ from their defaults.
@@ -55,9 +55,15 @@ def setting_columns(names: Options, all_options: Series) -> dict[Any, dict[str, 
     columns = {}
     for index, options in all_options.items():
         differs = {key: options[key] for key in keys if key in options}
+        named = {}
+        for key, value in differs.items():
+            # an option that another run did not record is named, because its value there is unknown
+            is_recorded = all(key in other for other in all_options)
+            if value != defaults.get(key) or not is_recorded:
+                named[key] = value
         unusual = [key for key, value in options.items() if not is_usual(key, value, defaults)]
         shared = {key: options[key] for key in unusual if key not in keys}
-        texts = {"setting": joined(differs), "shared": joined(shared), "is_default": not unusual}
+        texts = {"setting": joined(named), "shared": joined(shared), "is_default": not unusual}
         columns[index] = differs | texts
     return columns
 

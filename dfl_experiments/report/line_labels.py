@@ -12,6 +12,7 @@ from dfl_experiments.report.labels import option_names
 from dfl_experiments.report.style import (
     DASHES,
     PALETTE,
+    USUAL,
     Look,
     gradient,
     look_of,
@@ -118,11 +119,12 @@ def looks(lines: DataFrame, key: str) -> list[Look]:
 
 
 def title(lines: DataFrame) -> str:
-    """Return the title of a figure: nets and data sets, and the method and learning rate that all lines share."""
+    """Return the title of a figure: nets and data sets, and method, rate and unusual settings that all lines share."""
     titles = list(dict.fromkeys(title_of(row) for row in lines.to_dict("records")))
     if len(titles) > 3:
         titles = [f"{len(titles)} nets and data sets"]
-    for column in ("method", "lr"):
-        if lines[column].nunique() == 1:
-            titles.append(words(column, lines[column].iloc[0]))
+    for column in ("method", "lr", *USUAL):
+        value = lines[column].iloc[0]
+        if lines[column].nunique() == 1 and value != USUAL.get(column):
+            titles.append(words(column, value))
     return " · ".join(titles)

@@ -218,7 +218,7 @@ def test_settings_are_told_apart_by_what_differs_and_only_by_that(finished_point
         altered(finished_point, tmp_path / name, **finished(0.9, 1e-3, 0, **config))
     frame = runs(tmp_path).set_index("folder")
     assert frame.loc[str(tmp_path / "b"), "setting"] == "batch_size=32, model.widths=[16,16]"
-    assert frame.loc[str(tmp_path / "c"), "setting"] == "batch_size=64, model.widths=[8,8]"
+    assert frame.loc[str(tmp_path / "c"), "setting"] == "model.widths=[8,8]"
     assert sorted(frame["batch_size"]) == ["32", "64", "64"]
     assert len(shown(tmp_path)) == 3
     assert runs(tmp_path / "a").setting.tolist() == [""]

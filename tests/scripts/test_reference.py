@@ -58,7 +58,7 @@ def test_the_picture_shows_every_verdict_once_and_no_other(verdicts):
 def test_a_claim_with_a_failing_side_has_that_verdict_and_one_that_nothing_can_rank_another(
     verdicts,
 ):
-    conv3 = "CIFAR-100, Conv3, 10 epochs, bfloat16, model.channels=[96,128,256], model.widths=[2048,2048], 1 rate"
+    conv3 = "CIFAR-100, Conv3, 10 epochs, bfloat16, 1 rate"
     by_place = verdicts.set_index(["claim", "setting"]).verdict
     assert by_place["LAS is more accurate than DFA", conv3] == "fails at this rate"
     assert (
