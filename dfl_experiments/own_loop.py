@@ -81,9 +81,10 @@ class Rule:
 
         Raises:
             UserError: the samples do not have the shape of the example; without `loss`, the targets are not labels;
-                gradients are disabled; no parameter can learn; a parameter of the network was replaced; something else
-                than the network would need a gradient or has hooks that do not run; or autocast to float16 is enabled.
-                float16 needs a gradient scaler, and the scaler would not scale the error signals.
+                gradients are disabled; no parameter can learn; a parameter of the network was replaced; the inputs need
+                a gradient; the loss depends on other tensors that need one; a parameter has post-accumulate hooks; or
+                autocast to float16 is enabled. float16 needs a gradient scaler, and the scaler would not scale the
+                error signals.
         """
         refuse_float16(inputs.device.type)
         if not torch.is_grad_enabled():
@@ -242,11 +243,14 @@ class Rule:
             raise UserError(
                 f"loss: returned a tensor of shape {tuple(value.shape)}; must be one number, such as the mean"
             )
-        for node in from_the_leaves(value.grad_fn):
-            if getattr(node, "variable", leaf) is not leaf:
+        variables = [getattr(node, "variable", None) for node in from_the_leaves(value.grad_fn)]
+        if not any(variable is leaf for variable in variables):
+            raise UserError("loss: does not depend on the logits, or was detached from them")
+        for variable in variables:
+            if variable is not None and variable is not leaf:
                 raise UserError(
-                    f"loss: also depends on a tensor of shape {tuple(node.variable.shape)} that requires a gradient, "
-                    "which it does not get here; detach it, or call backward() on this part of the loss yourself"
+                    f"loss: also depends on a tensor of shape {tuple(variable.shape)} that requires a gradient, which "
+                    "it does not get here; detach it, or call backward() on this part of the loss yourself"
                 )
         (error,) = torch.autograd.grad(value, leaf)
         return value.detach(), precise(error)

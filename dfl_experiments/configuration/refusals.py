@@ -124,8 +124,9 @@ def message_with_choices(error: BaseException | None) -> str | None:
             command = f"pip install -e '.[{EXTRAS[name]}]'"
             return f"{group}={name}: not installed; in the project's folder run {command}"
         choices = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
-        advice = "--config-dir=<folder> adds your own options"
-        return f"{group}={name}: {choices} ({advice})"
+        if not group.startswith("hydra/"):
+            choices += " (--config-dir=<folder> adds your own options)"
+        return f"{group}={name}: {choices}"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(
         cause.parent_node

@@ -214,7 +214,9 @@ def _options_of_group(key: tuple[Any, ...]) -> list[str]:
     if len(key) < 2:
         return [*GROUPS, *Settings.model_fields]
     group = Settings.model_fields.get(key[0])
-    return [*getattr(group and group.annotation, "model_fields", ())]
+    if group is None:
+        return []
+    return list(getattr(group.annotation, "model_fields", ()))
 
 
 def check_name(dataset: Dataset) -> None:

@@ -141,6 +141,21 @@ class Standardise:
         return ((samples - self.mean) / self.std).astype(np.float32)
 
 
+def pooled_axes(samples: np.ndarray) -> tuple[int, ...]:
+    """Return all axes except the axis of the features, see `preparation`."""
+    feature_axis = 2 if samples.ndim == 3 else 1
+    return tuple(axis for axis in range(samples.ndim) if axis != feature_axis)
+
+
+def count_new_variation(training: np.ndarray, test: np.ndarray) -> int:
+    """Return the number of features with one value in all training samples and another value in a test sample."""
+    axes = pooled_axes(training)
+    is_constant = training.min(axes) == training.max(axes)
+    value = training.min(axes).astype(np.float32)  # the two arrays may have different types
+    lowest, highest = test.min(axes).astype(np.float32), test.max(axes).astype(np.float32)
+    return int((is_constant & ((lowest != value) | (highest != value))).sum())
+
+
 def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that converts samples before training: tokens to int64, features to float32, images unchanged.
 
@@ -152,8 +167,7 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
         return partial(np.asarray, dtype=np.uint8 if training.dtype == np.uint8 else np.int64)
     if not standardise:
         return partial(np.asarray, dtype=np.float32)
-    feature_axis = 2 if training.ndim == 3 else 1
-    axes = tuple(axis for axis in range(training.ndim) if axis != feature_axis)
+    axes = pooled_axes(training)
     if training.ndim == 3:
         text = "features of shape %s: each of the %d entries of the last axis is standardised"
         log.info(text, training.shape[1:], training.shape[2])

@@ -75,9 +75,10 @@ class Graph:
         # calls in place whose result is not used. Their node here is the operation itself, because the mark after it
         # is not in the graph.
         self.ignored: set[str] = set()
-        for name, node in self.nodes.items():
+        for name in filter(is_call, list(self.nodes)):
+            node = self.nodes[name]
             (operation,) = children(node)
-            if is_call(name) and node not in self.below and operation in self.below:
+            if node not in self.below and operation in self.below:
                 self.ignored.add(name)
                 self.nodes[name] = operation
         names: dict[Any, str] = {p: name for name, p in twin.named_parameters()}

@@ -122,7 +122,7 @@ def layer_names(frame: DataFrame, quantity: str) -> list[str]:
     return sorted(names, key=lambda name: int(name.partition("/")[2]))
 
 
-def refuse_other(frame: Any, function: str) -> None:
+def refuse_no_table(frame: Any, function: str) -> None:
     """Raise `UserError` if the argument of a public function is not a table of runs."""
     if not isinstance(frame, DataFrame):
         raise UserError(
@@ -138,7 +138,7 @@ def curves(frame: DataFrame, table: str = "epochs", tail: int = sys.maxsize) -> 
 
     tail: of a longer file, only the rows in the last `tail` bytes are read. 0: the names of the columns.
     """
-    refuse_other(frame, "curves")
+    refuse_no_table(frame, "curves")
     tables = []
     for folder in frame.folder:
         path = Path(folder) / f"{table}.csv"

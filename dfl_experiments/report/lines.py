@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pandas import DataFrame
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.frame import refuse_other, with_key
+from dfl_experiments.report.frame import refuse_no_table, with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
 from dfl_experiments.report.run_record import ALIASES
 from dfl_experiments.report.series import known, measured, over_seeds, quantity_of, recorded
@@ -77,7 +77,7 @@ def draw(
     Raises:
         UserError: the frame is empty; no run has a requested quantity, layer or key; or no run has values.
     """
-    refuse_other(frame, "draw")
+    refuse_no_table(frame, "draw")
     if frame.empty:
         raise UserError("frame: has no runs to draw")
     if isinstance(what, str):

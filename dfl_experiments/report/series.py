@@ -125,7 +125,9 @@ def long(table: DataFrame, x: str, names: Sequence[str]) -> DataFrame:
         is_validation: whether the value belongs to the quantity's second column.
     """
     keys = {"folder": table.folder, "x": table[x]}
-    parts = [DataFrame(columns=[*keys, "value", "column", "what", "layer", "is_validation"])]
+    # an empty first part with the types of the others
+    empty = DataFrame(keys)[:0].assign(value=0.0, column="", what="", layer=0, is_validation=False)
+    parts = [empty]
     for name in names:
         quantity = quantity_of(name)
         for column in table:
@@ -137,7 +139,7 @@ def long(table: DataFrame, x: str, names: Sequence[str]) -> DataFrame:
                 part["layer"] = int(layer or 0)
                 part["is_validation"] = base != quantity.columns[0]
                 parts.append(part[np.isfinite(part.value)])
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True)
 
 
 def smoothed(values: DataFrame, window: int, notes: list[str]) -> DataFrame:

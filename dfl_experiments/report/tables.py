@@ -69,7 +69,7 @@ def grid_points(section: Section) -> DataFrame:
     runs = distinct(section.runs)
     points = means(runs, runs, POINT).reset_index()
     points["chosen"] = False
-    chosen = section.cells.copy()
+    chosen = section.cells.drop(columns="states").merge(points[[*POINT, "states"]], "left", POINT)
     chosen.insert(chosen.columns.get_loc("n"), "chosen", True)
     # of two rows of one grid point, the first remains
     every = pd.concat([chosen, points], ignore_index=True).drop_duplicates(POINT)

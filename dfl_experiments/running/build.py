@@ -17,6 +17,7 @@ from dfl_experiments.data.batches import (
     EvaluationBatches,
     Normalise,
     Standardise,
+    count_new_variation,
     preparation,
     resident,
     split,
@@ -111,7 +112,7 @@ def build(
     arrays, origin = load_arrays(configuration)
     loss = LOSSES[settings.loss]
     # Build the network on the CPU, so that a seed gives the same W on every device and for every method.
-    net: Any = build_net(configuration, arrays)
+    net = build_net(configuration, arrays)
     method = components["method"].build(net=net, num_classes=arrays.num_classes, loss=loss)
     are_images = len(arrays.shape) == 3
     memory_format: MemoryFormat = settings.memory_format if are_images else "contiguous"
@@ -123,7 +124,8 @@ def build(
     optimizer = components["optimizer"].build()
     feedback_optimizer = components.get("optimizer.feedback", components["optimizer"]).build()
     extra_quantities = settings.alignment.quantities if settings.alignment.every else []
-    net, method = (module.to(device=device, memory_format=layout) for module in (net, method))
+    net = net.to(device).to(memory_format=layout)
+    method = method.to(device).to(memory_format=layout)
     learner = Learner(
         net, method, loss, optimizer, settings.precision, extra_quantities, feedback_optimizer, configuration.clip_norm
     )  # fmt: skip
@@ -136,9 +138,20 @@ def build(
     schedule = components["schedule"]
     feedback_schedule = components.get("schedule.feedback", schedule)
     return Parts(
-        settings, device, origin, data.standardisation, data.training, data.validation, data.test, arrays.num_classes,
-        layout, schedule.build(), feedback_schedule.build(), learner, step,
-    )  # fmt: skip
+        settings=settings,
+        device=device,
+        origin=origin,
+        standardisation=data.standardisation,
+        batches=data.training,
+        validation=data.validation,
+        test=data.test,
+        num_classes=arrays.num_classes,
+        memory_format=layout,
+        schedule=schedule.build(),
+        feedback_schedule=feedback_schedule.build(),
+        learner=learner,
+        step=step,
+    )
 
 
 def load_arrays(configuration: Configuration) -> tuple[Arrays, dict[str, Any]]:
@@ -195,6 +208,9 @@ def make_batches(
     if isinstance(prepared, Standardise):
         for name, statistic in (("mean", prepared.mean), ("std", prepared.std)):
             standardisation[name] = torch.from_numpy(statistic)
+        if count := count_new_variation(training, arrays.test_images):
+            text = "%s: %d features are constant in the training samples, but not in the test samples; not scaled"
+            log.warning(text, dataset.name, count)
     augmentation = configuration.components["augmentation"].build()
     are_images = kind_of(images) == "images"
     augmentation.check(arrays.shape, are_images, configuration.values["augmentation"]["name"])

@@ -126,10 +126,10 @@ class Checks(Callback):
                     show_plan(planned_runs(sweep), sweep.force)
                 else:
                     (job,) = jobs_of(config)
-                    print(
-                        "the sweeper chooses the points as it goes; the time is that of one run",
-                        flush=True,
-                    )
+                    n_trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
+                    most = "" if n_trials is None else f", up to {n_trials} runs"
+                    text = f"the sweeper chooses the points as it goes{most}; one run takes"
+                    print(text, flush=True)
                     print_time([PlannedRun(sweep.folder, "", check_job(config, job)[0])])
                 raise SystemExit(0)
             make_folder(sweep.folder, "hydra.sweep.dir")

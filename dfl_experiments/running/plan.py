@@ -115,7 +115,8 @@ def print_time(runs: Sequence[PlannedRun]) -> None:
         return
     total = sum(seconds[run.kind] + BESIDE_TRAINING for run in runs)
     beside = f"{BESIDE_TRAINING:g} s of each run are for its start and end"
-    print(f"about {duration(total)} on this machine, one run after another; {beside}")
+    order = ", one run after another" if len(runs) > 1 else ""
+    print(f"about {duration(total)} on this machine{order}; {beside}")
 
 
 def seconds_of_run(configuration: Configuration) -> float:

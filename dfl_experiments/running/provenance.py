@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,25 @@ def component_code(path: str, target: object) -> str:
 
 
 def package_code(package: str, module: str) -> str:
-    """Identify a package by the SHA-256 of its `.py` files. It is shortened, as in "my_rules 3f9c0a1b2c3d".
+    """Identify a package by its version if it is installed, otherwise by the SHA-256 of its `.py` files.
+
+    An editable installation counts as not installed. The SHA-256 is shortened, as in "my_rules 3f9c0a1b2c3d".
 
     module: a loaded module of the package.
     """
+    module_file = getattr(sys.modules[module], "__file__", None)
+    for name in packages_distributions().get(package, ()):
+        installed = distribution(name)
+        files = [str(installed.locate_file(file)) for file in installed.files or ()]
+        if installed.read_text("RECORD") and module_file in files:
+            return f"{installed.name} {installed.version}"
+    folders = getattr(sys.modules[package], "__path__", ())
     sources: list[Path] = []
-    for folder in getattr(sys.modules[package], "__path__", ()):
+    for folder in folders:
         sources += Path(folder).rglob("[!.]*.py")
     sources.sort()
     if not sources:
-        sources = [Path(getattr(sys.modules[module], "__file__", None) or "")]
+        sources = [Path(module_file or "")]
     if not sources[0].is_file():
         log.warning("%s: has no file, so a change of its code cannot be noticed", module)
         return ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -277,8 +277,10 @@ def run_alone(
             is_resumed = status is not None
         if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
-        if is_resumed != (status is not None):
-            refuse_start(settings, run_dir, status)
+        if is_resumed and status is None:
+            raise nothing_to_resume(settings, run_dir)
+        if not is_resumed and status is not None:
+            raise has_run_already(settings, run_dir, status)
         if not is_resumed:
             record_overrides(run_dir, overrides)
         try:
@@ -295,20 +297,19 @@ def run_alone(
     return result
 
 
-def refuse_start(settings: Settings, run_dir: Path, status: str | None) -> NoReturn:
-    """Raise `UserError`, because there is nothing to resume, or because a new run would replace a run.
+def nothing_to_resume(settings: Settings, run_dir: Path) -> UserError:
+    """Return the error for a directory without a checkpoint."""
+    repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
+    return UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
 
-    status: status of the run in the directory; None if there is no run to resume.
-    """
-    resume, repeat = (
-        rerun_arguments(key, relative(run_dir), settings.plugins) for key in ("resume", "repeat")
-    )
-    if status is None:
-        raise UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
+
+def has_run_already(settings: Settings, run_dir: Path, status: str) -> UserError:
+    """Return the error for a directory with a run that a new run would replace. status: its status."""
     choices = "force=true replaces it, another hydra.run.dir= keeps both"
     if status not in DONE:
+        resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
         choices = f"{resume} continues it, {choices}"
-    raise UserError(f"{run_dir}: has a run already ({status}); {choices}")
+    return UserError(f"{run_dir}: has a run already ({status}); {choices}")
 
 
 def result_if_done(

@@ -184,9 +184,10 @@ def start(
         log.warning(text, reason(error))
         end_service()  # the service still holds the run's id
         run = init("offline")
-    for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
-        if not folder.samefile(Path(run.dir).parent):
-            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # the run has started, so its mirror must not be given up
+        for folder in run_dir.glob(f"wandb/*run-*-{run_id}"):
+            if not folder.samefile(Path(run.dir).parent):
+                shutil.rmtree(folder, ignore_errors=True)
     return run
 
 

@@ -14,7 +14,7 @@ from processes import dfl_train, ended, forked
 import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose, config_digest, point_name
 from dfl_experiments.data.augmentation import Augmentation
-from dfl_experiments.data.batches import Normalise, preparation, split
+from dfl_experiments.data.batches import Normalise, count_new_variation, preparation, split
 from dfl_experiments.data.packs import load_pack
 from dfl_experiments.data.packs import test_images_in_training as images_in_training
 from dfl_experiments.data.sources import Digits
@@ -286,6 +286,33 @@ def test_test_samples_that_are_training_samples_are_found_whatever_their_types(t
     train, test = samples[:7].astype(types[0]), samples[4:].astype(types[1])
     assert images_in_training("made", Made(train_images=train, test_images=test).arrays) == 3
     assert caplog.messages == ["made: 3 of 5 test samples are also training samples"]
+
+
+def test_a_feature_that_is_constant_in_training_alone_is_told(tmp_path):
+    with np.load(write(tmp_path)) as parts:
+        train, test = parts["X_train"], parts["X_test"]
+    train[:, 3:6] = test[:, 3:6] = 0.1
+    test[7, 4], test[8, 5] = 1e6, -1e6
+    write(tmp_path, X_train=train, X_test=test.astype(np.float32))
+    trained(tmp_path, "epochs=1")
+    log = (tmp_path / "here" / "run.log").read_text()
+    assert (
+        log.count(
+            "arrays: 2 features are constant in the training samples, but not in the test samples"
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (4, 3, 2)], ids=str)
+def test_constant_features_are_counted_along_their_axis(shape):
+    training, test = RANDOM.normal(size=(9, *shape)), RANDOM.normal(size=(6, *shape))
+    first = (slice(None), slice(None), 0) if len(shape) == 2 else (slice(None), 0)
+    assert count_new_variation(training, test) == 0
+    training[first] = 2.0
+    assert count_new_variation(training, test) == 1
+    test[first] = 2.0
+    assert count_new_variation(training, test) == 0
 
 
 def test_an_npz_is_read_as_it_is(tmp_path):

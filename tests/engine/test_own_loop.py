@@ -212,6 +212,8 @@ def test_what_would_have_no_effect_is_refused():
         rule.backward(
             INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t) + net[4].bias.square().sum()
         )
+    with pytest.raises(UserError, match="loss: does not depend on the logits"):
+        rule.backward(INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t).detach())
     rule.backward(INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t, torch.ones(3)))
     hook = net[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
     with pytest.raises(UserError, match="does not call the hooks"):

@@ -240,6 +240,12 @@ def test_any_column_is_drawn(column, by, scale, outputs):
     assert line.get_ydata() == pytest.approx(values.to_numpy())
 
 
+def test_a_column_of_iterations_csv_is_drawn_as_a_mean_over_seeds(outputs):
+    frame = runs(outputs / "grid")
+    figure = draw(frame, what=["cosine_batch"], layers=[1])
+    assert figure.axes[0].lines
+
+
 def test_a_loss_and_its_column_are_smoothed_apart(outputs):
     frame = runs(outputs / "alone")
     both = draw(frame, what=["loss", "validation_loss"], by="epoch", smooth=2)

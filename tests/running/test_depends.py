@@ -194,6 +194,23 @@ def test_a_rule_that_failed_may_be_mended(own, tmp_path):
     assert own(*sweep).returncode == 0
 
 
+@pytest.mark.parametrize("editable", [False, True])
+def test_an_installed_rule_is_known_by_its_version_and_an_editable_one_by_its_code(
+    editable, own, tmp_path
+):
+    record = "" if editable else "my_rules.py,,\n"
+    metadata = {
+        "METADATA": "Name: my-rules\nVersion: 1.2\n",
+        "RECORD": f"{record}x.pth,,\n",
+        "top_level.txt": "my_rules",
+    }
+    info = {f"my_rules-1.2.dist-info/{name}": text for name, text in metadata.items()}
+    write(tmp_path, {"my_rules.py": RULE, **info})
+    assert own("method=mine", *SMALL, "hydra.run.dir=here").returncode == 0
+    code = read_result(tmp_path / "here")["code"]["method"]
+    assert (code == "my-rules 1.2") != editable
+
+
 def test_the_code_of_a_notebook_is_unknown_which_is_said_once(tmp_path):
     text = f"""{RULE}
 import dfl_experiments as dfl

@@ -87,7 +87,7 @@ def test_a_dry_run_of_a_sweeper_that_chooses_says_how_long_one_run_takes(tmp_pat
     dry = dfl_train(tmp_path, *OPTUNA, "--dry-run")
     assert (dry.returncode, dry.stderr) == (0, "")
     _, runs, *_, time = dry.stdout.splitlines()
-    assert runs == "the sweeper chooses the points as it goes; the time is that of one run"
+    assert runs == "the sweeper chooses the points as it goes, up to 3 runs; one run takes"
     assert re.match(r"about \d+ s on this machine", time)
     assert not list(tmp_path.iterdir())
 
