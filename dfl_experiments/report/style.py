@@ -8,8 +8,9 @@ from textwrap import wrap
 from typing import Any, NamedTuple
 
 import matplotlib.style
+import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from dfl_experiments.errors import UserError
@@ -62,8 +63,11 @@ FAMILY_COLOURS = {
     "through every layer, B learns": WINE,
     OTHER: OLIVE,
 }
-# numbers of users' own rules and of rules with options, in the order of their first use
+# numbers of users' own rules, in the order of their first use
 NUMBERS: dict[str, int] = {}
+# for each rule: the methods that are this rule with options, in the order of their first use
+VARIANTS: dict[str, list[str]] = {}
+SHADES = (BLACK, "#FFFFFF")  # mixed with a rule's colour for the rule with options
 OWN_COLOURS = (OLIVE, "#7b3294", "#8c510a", "#01665e")
 RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 IN_WORDS = {
@@ -154,13 +158,30 @@ def family_of(method: str) -> str:
 def look_of(method: str) -> Look:
     """Return a method's look, which is the same in every figure.
 
+    A rule with options has a darker or lighter shade of the rule's colour, and another dash.
+    """
+    rule, _, options = method.partition(", ")
+    colour, dash = look_of_rule(rule)
+    if not options:
+        return Look(colour, dash)
+    variants = VARIANTS.setdefault(rule, [])
+    if method not in variants:
+        variants.append(method)
+    number = variants.index(method)
+    shade = SHADES[number % len(SHADES)]
+    red, green, blue = (to_rgb(colour) + np.array(to_rgb(shade))) / 2
+    return Look(to_hex((red, green, blue)), DASHES[(DASHES.index(dash) + 1 + number) % len(DASHES)])
+
+
+def look_of_rule(rule: str) -> Look:
+    """Return a rule's look.
+
     The paper's rules have looks of their own. Any other rule has the colour of its family, and its own dash.
     """
-    family = family_of(method)
+    family = family_of(rule)
     if family == OTHER:
-        number = NUMBERS.setdefault(method, len(NUMBERS))
+        number = NUMBERS.setdefault(rule, len(NUMBERS))
         return Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
-    rule = method.partition(", ")[0]
     if rule in PAPER_LOOKS:
         return PAPER_LOOKS[rule]
     others = [member for member in FAMILIES[family] if member not in PAPER_LOOKS]
