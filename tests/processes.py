@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import dfl_experiments.running.run  # noqa: F401  # what a fork has, it need not import
 from dfl_experiments.train import main
@@ -56,6 +58,8 @@ def forked(
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a launcher starts
+        # tqdm's own lock is shared with all forks: one that is killed while it holds the lock would block the others
+        tqdm.set_lock(threading.RLock())
         # a fork waits for ever for OpenMP's threads, which stay with its parent
         if torch.get_num_threads() > 1:
             torch.set_num_threads(1)
