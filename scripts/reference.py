@@ -63,10 +63,10 @@ happens at this one rate; at other rates the rules may be better.
 Kept runs on one CPU core: the depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`), 10
 seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with seeds 1
 and 2 for each method at its best rate by validation (without batch normalisation: at its two best rates); values that
-Akrout et al. published (3 seeds); the alignment figure with `protocol=paper` (3 seeds) and with B drawn anew (2 seeds).
-Not yet run: the third seed with B drawn anew (`experiment=alignment_figure sweep=figure_drawn seed=2` with
-`protocol.dfa_init=default protocol.las_init=default`); the values of direct Kolen-Pollack
-(`experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, 9 runs of about 45 minutes on one core).
+Akrout et al. published (3 seeds); the alignment figure with `protocol=paper` (3 seeds) and with B drawn anew (DFA 3
+seeds, LAS and LTAS 2). Not yet run: the third seed of LAS and LTAS with B drawn anew (`experiment=alignment_figure
+sweep=figure_drawn seed=2` with `protocol.dfa_init=default protocol.las_init=default`); the values of direct
+Kolen-Pollack (`experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, 9 runs of about 45 minutes on one core).
 """
 
 

@@ -69,7 +69,10 @@ def grid_points(section: Section) -> DataFrame:
     runs = distinct(section.runs)
     points = means(runs, runs, POINT).reset_index()
     points["chosen"] = False
-    chosen = section.cells.drop(columns="states").merge(points[[*POINT, "states"]], "left", POINT)
+    chosen = section.cells.reset_index(drop=True)
+    # a cell without a chosen point keeps the states of all its points
+    states_of_point = chosen[POINT].merge(points[[*POINT, "states"]], "left", POINT).states
+    chosen["states"] = states_of_point.fillna(chosen.states)
     chosen.insert(chosen.columns.get_loc("n"), "chosen", True)
     # of two rows of one grid point, the first remains
     every = pd.concat([chosen, points], ignore_index=True).drop_duplicates(POINT)
