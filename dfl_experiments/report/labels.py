@@ -52,15 +52,16 @@ def setting_columns(names: Options, all_options: Series) -> dict[Any, dict[str, 
     """
     defaults = defaults_of(names)
     keys = differing(all_options)
+    recorded_by_all = set.intersection(*map(set, all_options))
     columns = {}
     for index, options in all_options.items():
         differs = {key: options[key] for key in keys if key in options}
-        named = {}
-        for key, value in differs.items():
+        named = {
+            key: value
+            for key, value in differs.items()
             # an option that another run did not record is named, because its value there is unknown
-            is_recorded = all(key in other for other in all_options)
-            if value != defaults.get(key) or not is_recorded:
-                named[key] = value
+            if value != defaults.get(key) or key not in recorded_by_all
+        }
         unusual = [key for key, value in options.items() if not is_usual(key, value, defaults)]
         shared = {key: options[key] for key in unusual if key not in keys}
         texts = {"setting": joined(named), "shared": joined(shared), "is_default": not unusual}

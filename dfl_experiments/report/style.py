@@ -156,7 +156,7 @@ def family_of(method: str) -> str:
 
 
 def look_of(method: str) -> Look:
-    """Return a method's look, which is the same in every figure.
+    """Return a method's look. A rule without options has the same look in every figure.
 
     A rule with options has a darker or lighter shade of the rule's colour, and another dash.
     """
