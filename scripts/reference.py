@@ -84,7 +84,7 @@ def table(frame: pd.DataFrame) -> str:
 def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     """Yield the section on the claims: the figure, the counts, and every verdict with its interval."""
     yield "## Claims\n"
-    yield "![Claims × settings](figures/claims.png)\n"
+    yield "![Settings × claims](figures/claims.png)\n"
     yield counts_sentence(verdicts)
     yield (
         "A verdict needs three seeds of both methods; 'fails' needs one failing run at the rate used. The last entry "
