@@ -1,6 +1,7 @@
 """The shape of the code that keeps methods and models orthogonal, and what the README promises."""
 
 import ast
+import csv
 import json
 import os
 import re
@@ -94,9 +95,11 @@ def own(tmp_path, monkeypatch):
     assert sorted(Path(name).name for name, _ in blocks) == [
         "clipped.yaml",
         "gru.yaml",
+        "inverse_root.yaml",
         "my_data.py",
         "my_nets.py",
         "my_rules.py",
+        "my_schedules.py",
         "noise.yaml",
         "small.yaml",
     ]
@@ -146,6 +149,31 @@ def test_the_guide_s_source_gives_what_it_says(own):
     assert "finished: las, fc on noise" in done.stdout
     result = json.loads((own / "here" / "result.json").read_text())
     assert (result["test_images"], result["num_classes"], result["accuracy"]) == (300, 2, 1.0)
+
+
+def test_the_guide_s_schedule_gives_the_rates_of_its_formula(own):
+    quick = ("epochs=3", "optimizer.lr=1e-3", "tracking=disabled", "hydra.run.dir=here")
+    done = dfl_train(own, *asked("schedule"), *quick)
+    assert done.returncode == 0, done.stderr
+    with (own / "here" / "epochs.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([1e-3, 1e-3 / 3**0.5, 1e-3 / 5**0.5])
+
+
+def test_the_guide_s_lines_turn_a_csv_file_into_a_data_set(tmp_path):
+    rows = [f"{i},{i % 3},{('low', 'mid', 'high')[i % 3]}" for i in range(90)]
+    (tmp_path / "table.csv").write_text("\n".join(["number,rest,label", *rows]))
+    (code,) = re.findall(r"```python\n(import numpy as np\nimport pandas.*?)```", prose(), re.S)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    quick = ("epochs=1", "tracking=disabled", "hydra.run.dir=here")
+    done = dfl_train(tmp_path, "dataset=arrays", "dataset.source.path=data.npz", *quick)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "here" / "result.json").read_text())
+    assert (result["samples"], result["input_shape"]) == ("features", [2])
+    assert (result["test_images"], result["num_classes"]) == (45, 3)
 
 
 def test_the_readme_s_new_method_trains_and_its_run_is_repeated_only_where_its_package_is_named(

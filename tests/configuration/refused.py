@@ -116,7 +116,7 @@ KEYS = {
     "dataset=folder": ("dataset.source.path: missing",),
     "~method": ("method: missing", "bp, brsf, dfa"),
     "method=lass": ("method=lass", "did you mean las?", "--config-dir"),
-    "plugins=[no_such_package]": ("plugins=[no_such_package]",),
+    "plugins=[no_such_package]": ("plugins=[no_such_package]", "export PYTHONPATH=."),
     "--info --cfg job": ("--info --cfg job", "Only one of"),
     "--multirun hydra/launcher=slurm": ("hydra/launcher=slurm", "basic"),
     # interpolations

@@ -201,6 +201,25 @@ def test_a_kernel_larger_than_the_images_is_refused_before_training(
     ]
 
 
+PLUGINS = {
+    "own_code": ("import no_such_package", "(No module named 'no_such_package')\n"),
+    "unreadable": ("class Net:\nx = 1", "(unreadable.py, line 2))\n"),
+}
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_that_fails_when_it_is_imported_is_refused_with_the_cause(
+    plugin, tmp_path, monkeypatch, capsys
+):
+    code, cause = PLUGINS[plugin]
+    (tmp_path / f"{plugin}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said = refusal([*QUICK, f"plugins=[{plugin}]"], monkeypatch, capsys)
+    assert f"plugins=[{plugin}]: cannot be imported" in said
+    assert said.endswith(cause)
+
+
 def test_a_mistake_in_the_code_is_not_passed_off_as_the_user_s(
     valid_conv, tmp_path, monkeypatch, capsys
 ):
