@@ -169,8 +169,6 @@ FUNCTIONS: dict[str, Callable[[Measurement], Tensor | None]] = {
 def measure_extra(names: Sequence[str], layer: Measurement) -> Tensor:
     """Return the quantities of a layer, in the order of `names`; NaN for a quantity that the method does not have."""
     nan = exact(layer.reference).new_full((), torch.nan)
-    values = []
-    for name in names:
-        value = FUNCTIONS[name](layer)
-        values.append(nan if value is None else value.to(nan))
-    return torch.stack(values)
+    values = [FUNCTIONS[name](layer) for name in names]
+    same_type = [nan if value is None else value.to(nan) for value in values]
+    return torch.stack(same_type)
