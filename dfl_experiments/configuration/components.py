@@ -61,7 +61,8 @@ class Component:
         samples: kind of the samples that a model reads, if known. The target does not get it.
         Raises `UserError` if the target refuses a value.
         """
-        options, accepted = dict(self.options), arguments
+        options = dict(self.options)
+        accepted = arguments
         # a plugin's model may lack the parameters input_shape and num_classes
         if self.key == "model":
             parameters = parameters_of(self.target)
@@ -71,14 +72,15 @@ class Component:
                 return self.target(**accepted, **options)
             boundaries = options.pop("boundaries", "auto")
             module = self.target(**accepted, **options)
-            return import_object(AS_NET)(module, boundaries, arguments.get("input_shape"), samples)
+            as_net = import_object(AS_NET)
+            return as_net(module, boundaries, arguments.get("input_shape"), samples)
         except UserError:
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
             texts = [f"{name}={shown(value)}" for name, value in self.options.items()]
-            given = ", ".join(texts) or "no options"
+            listed = ", ".join(texts) or "no options"
             cause = f"{reason(error)}{self.line_of(error)}"
-            raise UserError(f"{self.key}: cannot be built with {given} ({cause})") from error
+            raise UserError(f"{self.key}: cannot be built with {listed} ({cause})") from error
 
     def line_of(self, error: Exception) -> str:
         """Return the file and the line of a plugin's code that raised an error: ", my_nets.py line 7"."""
@@ -87,7 +89,9 @@ class Component:
         source = inspect.getsourcefile(self.target)
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == source]
-        return f", {Path(source).name} line {lines[-1]}" if source and lines else ""
+        if not source or not lines:
+            return ""
+        return f", {Path(source).name} line {lines[-1]}"
 
 
 def import_object(target: str) -> Any:
@@ -153,32 +157,36 @@ def returned_class(target: Any) -> Any:
 
 def is_plain_module(target: Any, key: str) -> bool:
     """Return whether a component is a model other than a `BlockNet`. Such a model has the option `boundaries`."""
-    return key == "model" and not issubclass(returned_class(target), import_object(KINDS["model"]))
+    if key != "model":
+        return False
+    net = import_object(KINDS["model"])
+    return not issubclass(returned_class(target), net)
 
 
-def parameters_of(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the annotation and the default of every parameter, by name.
+def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class or function by name, with their annotations as types, not as texts.
 
     If a constructor has `**options`, the parameters of its base class's constructor are included.
     """
-    parameters_by_name: dict[str, tuple[Any, Any]] = {}
     functions: list[Callable[..., Any]] = [target]
+    skipped = 0
     if inspect.isclass(target):
-        functions = [
-            vars(c)["__init__"] for c in inspect.getmro(target)[:-1] if "__init__" in vars(c)
-        ]
-    skipped = int(inspect.isclass(target))  # the first parameter of a constructor, usually `self`
+        classes = inspect.getmro(target)[:-1]
+        functions = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)]
+        skipped = 1  # the first parameter of a constructor, usually `self`
+    by_name: dict[str, inspect.Parameter] = {}
     for function in functions:
         hints = get_type_hints(function, include_extras=True)
-        parameters = list(inspect.signature(function).parameters.values())[skipped:]
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())[skipped:]
         for p in parameters:
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 continue
             hint = hints.get(p.name, p.empty)
-            parameters_by_name.setdefault(p.name, (hint, p.default))
+            by_name.setdefault(p.name, p.replace(annotation=hint))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return parameters_by_name
+    return by_name
 
 
 @cache
@@ -188,19 +196,22 @@ def options_of(target: Callable[..., Any], key: str) -> type[BaseModel]:
     A parameter without a type annotation takes any value. Raises `UserError` if a parameter in `PASSED` is missing,
     except in a plain module (see `is_plain_module`).
     """
-    empty, passed = inspect.Parameter.empty, PASSED.get(key, ())
+    passed = PASSED.get(key, ())
     parameters = parameters_of(target)
     fields: dict[str, Any] = {}
     if is_plain_module(target, key):
         fields["boundaries"] = (Literal["auto"] | list[str], "auto")
-    elif missing := [name for name in passed if name not in parameters]:
-        raise UserError(
-            f"{key}._target_={target.__name__}: needs a parameter {missing[0]}, which the program passes"
-        )
-    for name, (hint, default) in parameters.items():
+    else:
+        missing = [name for name in passed if name not in parameters]
+        if missing:
+            raise UserError(
+                f"{key}._target_={target.__name__}: needs a parameter {missing[0]}, which the program passes"
+            )
+    for name, p in parameters.items():
         if name not in passed:
-            hint = Any if hint is empty else hint
-            fields[name] = (hint, ... if default is empty else default)
+            hint = Any if p.annotation is p.empty else p.annotation
+            default = ... if p.default is p.empty else p.default
+            fields[name] = (hint, default)
     return create_model("Options", __config__=STRICT, **fields)
 
 
@@ -217,11 +228,9 @@ def component(
     if node.get("_target_", "???") == "???":
         raise UserError(f"{key}._target_: missing; set {key}._target_=…")
     target = locate(node["_target_"], key, plugins)
-    options = {
-        name: value
-        for name, value in node.items()
-        if name not in ("_target_", "name") and value != "???"
-    }
+    options = {name: value for name, value in node.items() if value != "???"}
+    options.pop("_target_")
+    options.pop("name", None)
     model = options_of(target, key)
     try:
         checked = model.model_validate(options)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +69,27 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def names_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of a configuration's data set, augmentation, model, method and protocol."""
-    return {group: str(values[group]["name"]) for group in (*PLACES, "protocol")}
+    names = {}
+    for group in (*PLACES, "protocol"):
+        names[group] = str(values[group]["name"])
+    return names
 
 
 def result_options(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that decide what a run computes, including names such as `model.name`."""
     values = plain(cfg)
-    decisive = {key: value for key, value in values.items() if key not in NOT_IN_DIGEST}
-    dataset = values["dataset"].items()
-    decisive["dataset"] = {key: value for key, value in dataset if key not in NOT_IN_DATASET_DIGEST}
+    decisive = without_keys(values, NOT_IN_DIGEST)
+    decisive["dataset"] = without_keys(values["dataset"], NOT_IN_DATASET_DIGEST)
     decisive = without_unrecorded_options(decisive)
     # All other options of the protocol are left out. They only set options in other groups, and those are included.
-    decisive["protocol"] = {key: values["protocol"][key] for key in ("name", "accuracy")}
+    protocol = values["protocol"]
+    decisive["protocol"] = {"name": protocol["name"], "accuracy": protocol["accuracy"]}
     return decisive
+
+
+def without_keys(values: Mapping[str, Any], omitted: Collection[str]) -> dict[str, Any]:
+    """Return values without the omitted keys."""
+    return {key: value for key, value in values.items() if key not in omitted}
 
 
 def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
@@ -89,13 +97,16 @@ def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
 
     A configuration with older names of the options has the same digest.
     """
-    values = changed(with_recorded_names(result_options(cfg)), _integer_if_whole)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    options = with_recorded_names(result_options(cfg))
+    values = changed(options, _integer_if_whole)
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _integer_if_whole(value: Any) -> Any:
     """Return a whole float such as 1.0 as an integer, because a YAML file may contain 1 or 1.0 for the same value."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole else value
 
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -120,22 +131,21 @@ def literal(text: str) -> str:
 def quoted(text: str) -> str:
     """Quote any text as the value of a Hydra override."""
     text = re.sub(r"(\\*)'", r"\1\1\'", literal(text))
-    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+    text = re.sub(r"(\\+)$", r"\1\1", text)
+    return f"'{text}'"
 
 
 def as_values(values: Mapping[str, Any]) -> DictConfig:
     """Return values as an OmegaConf configuration. `${` is escaped, so that no text is read as an interpolation."""
-    config: Any = OmegaConf.create(
-        changed(values, lambda item: literal(item) if isinstance(item, str) else item)
-    )
+    escaped = changed(values, lambda item: literal(item) if isinstance(item, str) else item)
+    config: Any = OmegaConf.create(escaped)
     return config
 
 
 def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
     """Return a sweep point's folder name: method, model, data set, augmentation, seed and `config_digest`."""
-    names = "-".join(
-        str(cfg[group]["name"]) for group in ("method", "model", "dataset", "augmentation")
-    )
+    groups = ("method", "model", "dataset", "augmentation")
+    names = "-".join(str(cfg[group]["name"]) for group in groups)
     return f"{names}-seed{cfg['seed']}-{config_digest(cfg)}"
 
 

@@ -37,15 +37,19 @@ def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recorded configuration with today's names of its options."""
     if "schedule" in config:
         return _renamed(config, RENAMED)
-    return _renamed({**config, "schedule": {"name": "step", "_target_": STEP}}, RENAMED | MOVED)
+    schedule = {"name": "step", "_target_": STEP}
+    return _renamed({**config, "schedule": schedule}, RENAMED | MOVED)
 
 
 def with_recorded_names(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options under the names that older versions used. options: result of `without_unrecorded_options`."""
     has_default_schedule = "_target_" not in options.get("schedule", {})
     has_own_milestones = "milestones" in options["optimizer"] or "decay" in options["optimizer"]
-    names = RENAMED | MOVED if has_default_schedule and not has_own_milestones else RENAMED
-    result = _renamed(options, {new: old for old, new in names.items()})
+    names = RENAMED
+    if has_default_schedule and not has_own_milestones:
+        names = RENAMED | MOVED
+    older_names = {new: old for old, new in names.items()}
+    result = _renamed(options, older_names)
     if not result.get("schedule"):
         result.pop("schedule", None)
     return result
@@ -53,14 +57,21 @@ def with_recorded_names(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _renamed(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
     """Return a configuration with new names for some options. A new name may move the option to another group."""
-    result = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
-    }
+    result = _copied(config)
     for old, new in new_names.items():
-        (group, option), (new_group, new_option) = old.split("."), new.split(".")
+        group, option = old.split(".")
+        new_group, new_option = new.split(".")
         options = result.get(group)
         if isinstance(options, dict) and option in options:
             result.setdefault(new_group, {})[new_option] = options.pop(option)
+    return result
+
+
+def _copied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a configuration and of its groups."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        result[key] = dict(value) if isinstance(value, Mapping) else value
     return result
 
 
@@ -70,15 +81,14 @@ def without_unrecorded_options(config: Mapping[str, Any]) -> dict[str, Any]:
     An option that was added after the first version changes nothing in two cases: it has the value that all runs used
     before the option existed, or it has no effect in this model.
     """
-    result = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in config.items()
-    }
-    result.get("schedule", {}).pop("name", None)  # the name does not change what a run computes
+    result = _copied(config)
+    # the name does not change what a run computes
+    result.get("schedule", {}).pop("name", None)
     feedback = result["optimizer"].get("feedback")
     if isinstance(feedback, Mapping):
         result["optimizer"]["feedback"] = feedback_overrides(feedback)
     target = config["model"].get("_target_")
-    values_before = {**VALUES_BEFORE, **MODEL_VALUES_BEFORE.get(target, {})}
+    values_before = VALUES_BEFORE | MODEL_VALUES_BEFORE.get(target, {})
     without_effect = WITHOUT_EFFECT.get(target, ())
     for key in {*values_before, *without_effect}:
         group, _, option = key.rpartition(".")

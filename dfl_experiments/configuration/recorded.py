@@ -31,30 +31,39 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     Raises `UserError` if an override sets another option, or if there is no recorded configuration.
     """
     values = plain(cfg)
-    key = next((key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)), None)
-    if key is None:
+    chosen = [key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)]
+    if not chosen:
         return values
+    key = chosen[0]
     path = Path(str(values[key])).expanduser() / "config.yaml"
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    not_allowed = [name for name in keys if name.partition(".")[0] not in (*OPERATIONAL, key)]
-    if not_allowed:
-        advice = f"only these can be set: {', '.join(OPERATIONAL)}"
-        problem = f"cannot be set, because {key}={values[key]} takes its configuration from {path}"
-        raise UserError(f"{not_allowed[0]}: {problem}; {advice}")
+    names = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    for name in names:
+        if group_of(name) not in (*OPERATIONAL, key):
+            problem = (
+                f"cannot be set, because {key}={values[key]} takes its configuration from {path}"
+            )
+            advice = f"only these can be set: {', '.join(OPERATIONAL)}"
+            raise UserError(f"{name}: {problem}; {advice}")
     recorded = read_recorded(path, f"{key}={values[key]}")
-    of_command = {name: values[name] for name in (*COMMAND_ONLY, "resume", "repeat")}
-    mode = (recorded.get("tracking") or {}).get("mode")
-    is_tracking_set = any(name.partition(".")[0] == "tracking" for name in keys)
-    if mode in ("disabled", "tensorboard") and not is_tracking_set:
-        of_command["tracking"] = values["tracking"] | {"mode": mode}
-    merged = completed(recorded, values) | of_command
-    for name in keys:
+    merged = completed(recorded, values)
+    for name in (*COMMAND_ONLY, "resume", "repeat"):
+        merged[name] = values[name]
+    recorded_tracking = recorded.get("tracking") or {}
+    mode = recorded_tracking.get("mode")
+    if mode in ("disabled", "tensorboard") and "tracking" not in map(group_of, names):
+        merged["tracking"] = values["tracking"] | {"mode": mode}
+    for name in names:
         group, _, option = name.partition(".")
         if group in OPERATIONAL and option:
             merged[group] = merged[group] | {option: values[group][option]}
         elif group in OPERATIONAL:
             merged[group] = values[group]
     return merged
+
+
+def group_of(name: str) -> str:
+    """Return the group of an option: "tracking" for "tracking.mode", but "device" for "device"."""
+    return name.partition(".")[0]
 
 
 def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -64,10 +73,12 @@ def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, 
     option gets the composed value.
     values: the composed configuration.
     """
-    before = {key: value for key, value in VALUES_BEFORE.items() if "." not in key}
-    before["stop_collapsed"] = False
-    merged = {name: values[name] for name in OPERATIONAL} | before | with_current_names(recorded)
-    today = values | {"protocol": values["protocol"] | {"stop_collapsed": False}}
+    merged = {name: values[name] for name in OPERATIONAL}
+    merged |= {key: value for key, value in VALUES_BEFORE.items() if "." not in key}
+    merged["stop_collapsed"] = False
+    merged |= with_current_names(recorded)
+    protocol = values["protocol"] | {"stop_collapsed": False}
+    today = values | {"protocol": protocol}
     # groups to which options were added later
     for name in ("checkpoint", "alignment", "protocol", "tracking"):
         if isinstance(merged.get(name), dict):
@@ -95,14 +106,19 @@ def read_recorded(path: Path, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: is not a run directory, {path} does not exist") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    is_of_run = isinstance(values, dict) and all(
-        isinstance(values.get(group), dict) for group in GROUPS_OF_RUN
-    )
-    # early versions did not record these groups
-    others = [values.get(group) or {} for group in ("tracking", "checkpoint")] if is_of_run else []
-    if not is_of_run or not all(isinstance(group, dict) for group in others):
+    if not is_of_run(values):
         raise UserError(f"{source}: {path} is not the configuration of a run")
     return values
+
+
+def is_of_run(values: Any) -> bool:
+    """Return whether values are the configuration of a run."""
+    if not isinstance(values, dict):
+        return False
+    groups = [values.get(name) for name in GROUPS_OF_RUN]
+    # early versions did not record these groups
+    groups += [values.get(name) or {} for name in ("tracking", "checkpoint")]
+    return all(isinstance(group, dict) for group in groups)
 
 
 def read_yaml(path: Path) -> Any:
@@ -112,6 +128,7 @@ def read_yaml(path: Path) -> Any:
     """
     content = read_bytes(path)
     try:
-        return OmegaConf.to_container(OmegaConf.create(content.decode("utf-8-sig")), resolve=False)
+        config = OmegaConf.create(content.decode("utf-8-sig"))
+        return OmegaConf.to_container(config, resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None

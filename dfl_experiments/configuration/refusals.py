@@ -69,11 +69,16 @@ def one_line(error: BaseException) -> str:
     """Return the message of an error in one line, even if Hydra, OmegaConf or YAML wrote several."""
     if isinstance(error, MISTAKES) and (message := message_with_choices(error)):
         return message
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_one_line(error) or type(error).__name__
     if isinstance(error.__cause__, OmegaConfBaseException):
-        text += f": {' '.join(str(error.__cause__).split())}"
+        text += f": {in_one_line(error.__cause__)}"
     # OmegaConf writes the key at the end of its message; move the key to the start.
     return clipped(re.sub(r"^(.*?) full_key: (\S+)( .*)?$", r"\2: \1", text))
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the text of an error without line breaks."""
+    return " ".join(str(error).split())
 
 
 def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -93,22 +98,29 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
     Return "" if none is close. Of several such names, the one with the fewest dots is suggested. For a key in a known
     group, such as optimizer.beta, a name of another group must have the same last part.
     """
-    if renamed := (RENAMED | MOVED).get(key):
+    renamed = (RENAMED | MOVED).get(key)
+    if renamed:
         return f"; did you mean {renamed}?"
-    last = key.lower().rpartition(".")[2]
+    last = last_part(key.lower())
     last = OTHER_WORDS.get(last, last)
-    last_parts = {name: name.rpartition(".")[2] for name in names if name != key}
+    candidates = [name for name in names if name != key]
     group = f"{key.partition('.')[0]}."
-    if "." in key and any(name.startswith(group) for name in last_parts):
-        last_parts = {
-            name: part
-            for name, part in last_parts.items()
-            if name.startswith(group) or part == last
-        }
-    close = difflib.get_close_matches(last, last_parts.values(), n=1)
-    guesses = [name for name, part in last_parts.items() if part in close]
-    guesses.sort(key=lambda name: name.count("."))
-    return f"; did you mean {guesses[0]}?" if guesses else ""
+    is_known_group = any(name.startswith(group) for name in candidates)
+    if "." in key and is_known_group:
+        candidates = [
+            name for name in candidates if name.startswith(group) or last_part(name) == last
+        ]
+    close = difflib.get_close_matches(last, map(last_part, candidates), n=1)
+    guesses = [name for name in candidates if last_part(name) in close]
+    if not guesses:
+        return ""
+    guess = min(guesses, key=lambda name: name.count("."))
+    return f"; did you mean {guess}?"
+
+
+def last_part(key: str) -> str:
+    """Return the part of a key after its last dot."""
+    return key.rpartition(".")[2]
 
 
 def message_with_choices(error: BaseException | None) -> str | None:
@@ -128,11 +140,9 @@ def message_with_choices(error: BaseException | None) -> str | None:
             choices += " (--config-dir=<folder> adds your own options)"
         return f"{group}={name}: {choices}"
     cause = error.__cause__ if isinstance(error, HydraException) else error
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and OmegaConf.is_dict(
-        cause.parent_node
-    ):
-        return _unknown_key(cause)
-    return None
+    if not isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return None
+    return _unknown_key(cause) if OmegaConf.is_dict(cause.parent_node) else None
 
 
 def _how_to_quote(override: str) -> str | None:
@@ -146,16 +156,17 @@ def _how_to_quote(override: str) -> str | None:
 
 def _unknown_key(error: Any) -> str:
     """Return a message for an unknown key, with the known keys and a suggestion. error: OmegaConf's error."""
-    known = ", ".join(str(key) for key in error.parent_node if key not in INTERNAL)
+    node = error.parent_node
+    known = ", ".join(str(key) for key in node if key not in INTERNAL)
     choices = f"; there are {known or 'none'}"
-    everything: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
+    everything: Any = OmegaConf.to_container(node._get_root(), resolve=False)
     key = str(error.full_key)
-    suggestion, hint = did_you_mean(key, flat_keys(everything)), ""
-    if _constructor_takes(key, error.parent_node, everything.get("plugins") or []):
-        suggestion, hint = "", f"; +{key}=… passes it to the constructor"
-    if suggestion and len(error.parent_node) > LONG_LIST:
+    if _constructor_takes(key, node, everything.get("plugins") or []):
+        return f"{key}: no such option{choices}; +{key}=… passes it to the constructor"
+    suggestion = did_you_mean(key, flat_keys(everything))
+    if suggestion and len(node) > LONG_LIST:
         choices = ""
-    return f"{key}: no such option{suggestion}{choices}{hint}"
+    return f"{key}: no such option{suggestion}{choices}"
 
 
 def _constructor_takes(key: str, node: Any, plugins: Sequence[str]) -> bool:
@@ -171,7 +182,8 @@ def _constructor_takes(key: str, node: Any, plugins: Sequence[str]) -> bool:
     if group not in KINDS or "_target_" not in node:
         return False
     try:
-        return name in options_of(locate(node["_target_"], group, plugins), group).model_fields
+        target = locate(node["_target_"], group, plugins)
+        return name in options_of(target, group).model_fields
     except (UserError, OmegaConfBaseException):  # a wrong `_target_`
         return False
 
@@ -185,7 +197,8 @@ def refusal(
     names: all keys of the configuration, for suggestions.
     """
     first = error.errors()[0]
-    key = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
+    parts = [where, *map(str, first["loc"])]
+    key = ".".join(part for part in parts if part)
     if first["type"] == "extra_forbidden":
         known = f"; there are {', '.join(options)}" if options else ""
         return UserError(f"{key}: no such option{did_you_mean(key, names)}{known}")
@@ -195,4 +208,5 @@ def refusal(
     if first["type"] == "value_error":
         return UserError(str(first["ctx"]["error"]))
     message = first["msg"]
-    return UserError(f"{key}={shown(first['input'])}: {message[0].lower()}{message[1:]}")
+    message = message[0].lower() + message[1:]
+    return UserError(f"{key}={shown(first['input'])}: {message}")

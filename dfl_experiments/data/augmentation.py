@@ -31,8 +31,9 @@ class Augmentation:
         crop: Size = 0,
     ) -> None:
         self.flip = flip
+        self.cutout = cutout
+        self.crop = crop
         self.randaugment: Any = None  # None, or a `RandAugment`
-        self.cutout, self.crop = cutout, crop
         if randaugment:  # imported only if needed, because importing torchvision is slow
             from dfl_experiments.data.randaugment import RandAugment
 
@@ -84,7 +85,8 @@ class Augmentation:
             x = cut_out(x, rows, columns, self.cutout)
         if self.flip:
             is_chosen = torch.rand(count, generator=generator) < self.flip
-            chosen = is_chosen.nonzero().squeeze(1).to(x.device, non_blocking=True)
+            chosen = is_chosen.nonzero().squeeze(1)
+            chosen = chosen.to(x.device, non_blocking=True)
             x[chosen] = x[chosen].flip(-1)
         return x
 
@@ -94,13 +96,16 @@ def shifted(images: Tensor, offsets: Tensor, axis: int) -> Tensor:
 
     images: (N, C, H, W). offsets: (N,); pixel i of the result is pixel i + offset of the image.
     """
-    last = images.shape[axis] - 1
-    sources = torch.arange(last + 1) + offsets[:, None]
+    length = images.shape[axis]
+    last = length - 1
+    sources = torch.arange(length) + offsets[:, None]
     sources = sources.abs()  # reflect indices before the first pixel
     sources = last - (last - sources).abs()  # reflect indices after the last pixel
-    sources = sources[:, None, :, None] if axis == 2 else sources[:, None, None, :]
     sources = sources.to(images.device, non_blocking=True)
-    return images.gather(axis, sources.expand(images.shape))
+    shape = [len(images), 1, 1, 1]
+    shape[axis] = length
+    sources = sources.view(shape).expand(images.shape)
+    return images.gather(axis, sources)
 
 
 def cut_out(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
@@ -113,13 +118,14 @@ def cut_out(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
     height, width = x.shape[-2:]
     in_rows = _is_inside(rows, side, height)
     in_columns = _is_inside(columns, side, width)
-    is_cut = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    is_cut = in_rows.view(-1, 1, height, 1) & in_columns.view(-1, 1, 1, width)
     kept = (~is_cut).to(x.device, x.dtype, non_blocking=True)
     return x.mul_(kept)
 
 
 def _is_inside(centres: Tensor, side: int, length: int) -> Tensor:
     """Return a mask of shape (N, length). It is true for the `side` pixels around each centre. centres: (N,)."""
-    first = centres[:, None] - side // 2
     positions = torch.arange(length)
-    return (positions >= first) & (positions < first + side)
+    first = centres[:, None] - side // 2
+    end = first + side
+    return (positions >= first) & (positions < end)

@@ -61,7 +61,8 @@ def stratified(labels: Tensor, fraction: float) -> Tensor:
     """
     shares = labels.bincount().double() * fraction
     quotas = shares.long()
-    rest = round(len(labels) * fraction) - int(quotas.sum())
+    total = round(len(labels) * fraction)
+    rest = total - int(quotas.sum())
     remainders = shares - quotas
     largest_first = remainders.argsort(descending=True, stable=True)
     quotas[largest_first[:rest]] += 1
@@ -77,14 +78,15 @@ def resident(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tu
 
     Images and labels stay on the CPU if the images need more than half of the GPU's free memory.
     """
-    # `np.require` copies a memory-mapped file, because it is read-only; it does not copy a writable array in memory
-    image_copies = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-    label_copies = torch.from_numpy(labels.astype(np.int64))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if images.nbytes > free // 2:
-            return image_copies, label_copies
-    return image_copies.to(device), label_copies.to(device)
+            device = torch.device("cpu")
+    # `np.require` copies a memory-mapped file, because it is read-only; it does not copy a writable array in memory
+    writable = np.require(images, requirements=["C", "W"])
+    image_tensor = torch.from_numpy(writable)
+    label_tensor = torch.from_numpy(labels.astype(np.int64))
+    return image_tensor.to(device), label_tensor.to(device)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -101,10 +103,11 @@ class Normalise:
     """
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
-        means, deviations = torch.tensor([mean, std], dtype=torch.float64)
-        shape = () if len(mean) == 1 else (-1, 1, 1)
+        means = torch.tensor(mean, dtype=torch.float64)
+        deviations = torch.tensor(std, dtype=torch.float64)
         scale = 1 / (255 * deviations)
         shift = -means / deviations
+        shape = () if len(mean) == 1 else (-1, 1, 1)
         self.scale = scale.float().reshape(shape)
         self.shift = shift.float().reshape(shape)
 
@@ -116,8 +119,10 @@ class Normalise:
         """
         if images.dtype != torch.uint8:
             return images
-        if self.scale.ndim and len(self.scale) != images.shape[1]:
-            problem = f"{len(self.scale)} values, but the images have {images.shape[1]} channels"
+        values = self.scale.numel()
+        channels = images.shape[1]
+        if values not in (1, channels):
+            problem = f"{values} values, but the images have {channels} channels"
             raise UserError(f"dataset.mean, dataset.std: {problem}")
         if self.scale.ndim and self.scale.device != images.device:
             self.scale = moved(self.scale, images.device)
@@ -138,7 +143,8 @@ class Standardise:
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Return standardised features in float32."""
-        return ((samples - self.mean) / self.std).astype(np.float32)
+        standardised = (samples - self.mean) / self.std
+        return standardised.astype(np.float32)
 
 
 def pooled_axes(samples: np.ndarray) -> tuple[int, ...]:
@@ -151,9 +157,13 @@ def count_new_variation(training: np.ndarray, test: np.ndarray) -> int:
     """Return the number of features with one value in all training samples and another value in a test sample."""
     axes = pooled_axes(training)
     is_constant = training.min(axes) == training.max(axes)
-    value = training.min(axes).astype(np.float32)  # the two arrays may have different types
-    lowest, highest = test.min(axes).astype(np.float32), test.max(axes).astype(np.float32)
-    return int((is_constant & ((lowest != value) | (highest != value))).sum())
+    # compared in float32, because the two arrays may have different types
+    value = training.min(axes).astype(np.float32)
+    lowest = test.min(axes).astype(np.float32)
+    highest = test.max(axes).astype(np.float32)
+    differs = (lowest != value) | (highest != value)
+    is_new = is_constant & differs
+    return int(is_new.sum())
 
 
 def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray], np.ndarray]:
@@ -163,17 +173,23 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
     standardise: whether to convert each feature to (x - mean) / std. A constant feature becomes 0. The features are the
         columns of an array (N, D), or the channels C of an array (N, T, C) or (N, C, …).
     """
+    if training.dtype == np.uint8:
+        return partial(np.asarray, dtype=np.uint8)
     if training.dtype.kind != "f":
-        return partial(np.asarray, dtype=np.uint8 if training.dtype == np.uint8 else np.int64)
+        return partial(np.asarray, dtype=np.int64)
     if not standardise:
         return partial(np.asarray, dtype=np.float32)
     axes = pooled_axes(training)
     if training.ndim == 3:
-        text = "features of shape %s: each of the %d entries of the last axis is standardised"
-        log.info(text, training.shape[1:], training.shape[2])
+        log.info(
+            "features of shape %s: each of the %d entries of the last axis is standardised",
+            training.shape[1:],
+            training.shape[2],
+        )
     mean = training.mean(axes, np.float64, keepdims=True)
     std = training.std(axes, np.float64, keepdims=True)
-    std[std <= ROUNDING * np.abs(mean)] = 1.0
+    is_constant = std <= ROUNDING * np.abs(mean)
+    std[is_constant] = 1.0
     return Standardise(mean, std)
 
 
@@ -196,10 +212,14 @@ class Batches:
         device: torch.device,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.images, self.labels = images, labels
-        self.normalise, self.augmentation = normalise, augmentation
-        self.batch_size, self.seed = batch_size, seed
-        self.device, self.memory_format = device, memory_format
+        self.images = images
+        self.labels = labels
+        self.normalise = normalise
+        self.augmentation = augmentation
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
+        self.memory_format = memory_format
         size = PLAIN_CHUNK if augmentation.is_identity else CHUNK
         self.per_chunk = max(1, size // batch_size)
 
@@ -212,18 +232,23 @@ class Batches:
         size = self.batch_size
         stream = random_stream(self.seed, SHUFFLE, epoch)
         order = torch.randperm(len(self.labels), generator=stream)
-        chunks = moved(order, self.images.device).split(self.per_chunk * size)
+        order = moved(order, self.images.device)
+        chunks = order.split(self.per_chunk * size)
         first, skipped = divmod(start_batch, self.per_chunk)
-        for chunk in range(first, len(chunks)):
-            indices = chunks[chunk]
-            images = moved(self.images[indices], self.device)
-            labels = moved(self.labels[indices], self.device)
+        for chunk, indices in enumerate(chunks[first:], start=first):
             stream = random_stream(self.seed, AUGMENT, epoch, chunk)
-            x = self.augmentation(images, self.normalise, stream)
-            x = x.to(memory_format=self.memory_format)
+            x, labels = self._augmented(indices, stream)
             batches = list(zip(x.split(size), labels.split(size), strict=True))
             yield from batches[skipped:]
             skipped = 0
+
+    def _augmented(self, indices: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return some samples, augmented and on the device, and their labels. stream: for the random decisions."""
+        images = moved(self.images[indices], self.device)
+        labels = moved(self.labels[indices], self.device)
+        x = self.augmentation(images, self.normalise, stream)
+        x = x.to(memory_format=self.memory_format)
+        return x, labels
 
 
 class EvaluationBatches:
@@ -238,8 +263,11 @@ class EvaluationBatches:
         batch_size: int = 1000,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.images, self.labels, self.normalise = images, labels, normalise
-        self.batch_size, self.device = batch_size, device
+        self.images = images
+        self.labels = labels
+        self.normalise = normalise
+        self.device = device
+        self.batch_size = batch_size
         self.memory_format = memory_format
 
     def __len__(self) -> int:
@@ -253,4 +281,5 @@ class EvaluationBatches:
             images = moved(self.images[part], self.device)
             labels = moved(self.labels[part], self.device)
             x = self.normalise(images)
-            yield x.to(memory_format=self.memory_format), labels
+            x = x.to(memory_format=self.memory_format)
+            yield x, labels

@@ -31,7 +31,8 @@ class ChecksumWriter:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.crc32 = file, 0
+        self.file = file
+        self.crc32 = 0
 
     def write(self, piece: bytes) -> None:
         """Write bytes. Raises OSError."""
@@ -43,8 +44,10 @@ def write_record(folder: Path, checksums: Mapping[str, int]) -> None:
     """Write the record of a pack. checksums: CRC-32 of each file, by name."""
     files = {}
     for name, checksum in checksums.items():
-        files[name] = {"bytes": (folder / name).stat().st_size, "crc32": checksum}
-    (folder / RECORD).write_text(json.dumps({"format": 1, "files": files}, indent=1))
+        size = (folder / name).stat().st_size
+        files[name] = {"bytes": size, "crc32": checksum}
+    record = {"format": 1, "files": files}
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
 def read_record(folder: Path) -> dict[str, int] | None:
@@ -77,5 +80,6 @@ def crc32_of(path: Path) -> int:
 def verify(folder: Path, record: Mapping[str, int], names: Iterable[str]) -> None:
     """Compare files with their recorded checksums. Raises `UserError` for the first file whose checksum differs."""
     for name in names:
-        if record.get(name) != crc32_of(folder / name):
-            raise damaged(folder / name, f"its CRC-32 differs from {RECORD}")
+        path = folder / name
+        if record.get(name) != crc32_of(path):
+            raise damaged(path, f"its CRC-32 differs from {RECORD}")

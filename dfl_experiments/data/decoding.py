@@ -30,12 +30,16 @@ class Tree:
     """Function that returns the content of one of the named files."""
 
     def lines(self, name: str) -> list[str]:
-        """Return the lines of a text file. Raises `UserError` if the file cannot be read as text."""
+        """Return the lines of a text file, stripped, without empty ones.
+
+        Raises `UserError` if the file cannot be read as text.
+        """
         try:
-            return self.read(name).decode().splitlines()
+            lines = self.read(name).decode().splitlines()
         except Exception as error:  # zipfile raises errors of many types for a damaged archive
             problem = f"cannot be read as text ({reason(error)})"
             raise UserError(f"{self.label}/{name}: {problem}") from error
+        return [line.strip() for line in lines if line.strip()]
 
 
 def is_user_folder(name: str) -> bool:
@@ -56,7 +60,8 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
     names = []
     for start in inside:
         for folder, subfolders, files in os.walk(root / start, onerror=refuse, followlinks=True):
-            if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
+            is_loop = any(os.path.samefile(folder, parent) for parent in Path(folder).parents)
+            if is_loop:
                 raise UserError(
                     f"{folder}: is a link to a folder that contains the link; delete the link"
                 )
@@ -74,10 +79,12 @@ def folder_tree(root: Path, inside: Sequence[str] = ("",)) -> Tree:
 def zip_tree(archive: zipfile.ZipFile, inner: str) -> Tree:
     """List the files in the folder `inner` of an archive. Nothing is extracted to the disk."""
     prefix = f"{inner}/"
-    names = {name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)}
-    return Tree(
-        f"{archive.filename}:{inner}", sorted(names), lambda name: archive.read(prefix + name)
-    )
+    names = set()
+    for name in archive.namelist():
+        if name.startswith(prefix):
+            names.add(name.removeprefix(prefix))
+    label = f"{archive.filename}:{inner}"
+    return Tree(label, sorted(names), lambda name: archive.read(prefix + name))
 
 
 def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray:
@@ -90,12 +97,13 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
     Raises `UserError` if the file is not an image, or has more than 8 bits per channel.
     """
     try:
-        with Image.open(io.BytesIO(tree.read(name))) as image:
-            mode = image.mode
-            decoded = ImageOps.exif_transpose(image)
+        with Image.open(io.BytesIO(tree.read(name))) as opened:
+            mode = opened.mode
+            decoded = ImageOps.exif_transpose(opened)
             if decoded.has_transparency_data:
                 decoded = decoded.convert("RGBA")
-                decoded = Image.alpha_composite(Image.new("RGBA", decoded.size, "white"), decoded)
+                white = Image.new("RGBA", decoded.size, "white")
+                decoded = Image.alpha_composite(white, decoded)
             decoded = decoded.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # Pillow and zipfile raise errors of many types for a damaged file
         problem = f"cannot be read as an image ({reason(error)})"
@@ -106,7 +114,9 @@ def pixels(tree: Tree, name: str, channels: int, size: int | None) -> np.ndarray
         )
     if size is not None:
         decoded = ImageOps.fit(decoded, (size, size))
-    return np.asarray(decoded).reshape(decoded.height, decoded.width, channels).transpose(2, 0, 1)
+    # a grey image has no axis for its single channel
+    image = np.asarray(decoded).reshape(decoded.height, decoded.width, channels)
+    return image.transpose(2, 0, 1)
 
 
 def decode(tree: Tree, names: Sequence[str], channels: int, size: int | None = None) -> np.ndarray:

@@ -71,10 +71,7 @@ def load_with_digest(
     if cache is None:
         arrays = read_raw(name, source, None, data_dir, download)
         check_arrays(arrays, [f"dataset {name}: {part}" for part in source.PARTS])
-        *parts, classes = vars(arrays).values()
-        checksums = [zlib.crc32(part.tobytes()) for part in parts]
-        checksums.append(zlib.crc32(json.dumps(classes).encode()))
-        return arrays, _digest_of_checksums(checksums)
+        return arrays, digest_in_memory(arrays)
     folder = data_dir / cache
     if not is_packed(folder):
         with lock_pack(data_dir, cache):
@@ -90,21 +87,23 @@ def test_images_in_training(name: str, arrays: Arrays) -> int:
 
     If the types of training and test images differ, the images are compared in the type with fewer bytes.
     """
-    images = (arrays.train_images, arrays.test_images)
-    dtype = min((part.dtype for part in images), key=lambda dtype: dtype.itemsize)
-    train, test = (
-        [hash(image.astype(dtype, copy=False).tobytes()) for image in part] for part in images
-    )
-    training = set(train)
-    count = sum(image in training for image in test)
+    train, test = arrays.train_images, arrays.test_images
+    dtype = min(train.dtype, test.dtype, key=lambda dtype: dtype.itemsize)
+    training = set(hashes(train, dtype))
+    count = sum(value in training for value in hashes(test, dtype))
     if count:
-        log.warning(
-            "%s: %d of %d test samples are also training samples",
-            name,
-            count,
-            len(arrays.test_images),
-        )
+        text = "%s: %d of %d test samples are also training samples"
+        log.warning(text, name, count, len(test))
     return count
+
+
+def hashes(images: np.ndarray, dtype: np.dtype) -> list[int]:
+    """Return a hash of the bytes of each image, after conversion to a data type."""
+    values = []
+    for image in images:
+        converted = image.astype(dtype, copy=False)
+        values.append(hash(converted.tobytes()))
+    return values
 
 
 def warn_of_empty_classes(name: str, arrays: Arrays) -> None:
@@ -123,11 +122,14 @@ def digest(name: str, source: Source, data_dir: Path) -> str | None:
     """
     data_dir = data_dir.expanduser()
     cache = source.cache_name(name)
-    if cache is not None and is_packed(data_dir / cache):
-        return digest_of(data_dir / cache)
-    if cache is not None and not any(os.path.exists(path) for path in source.locations(data_dir)):
-        return None
-    return load_with_digest(name, source, data_dir, download=False)[1]
+    if cache is not None:
+        if is_packed(data_dir / cache):
+            return digest_of(data_dir / cache)
+        has_raw_form = any(os.path.exists(path) for path in source.locations(data_dir))
+        if not has_raw_form:
+            return None
+    _, value = load_with_digest(name, source, data_dir, download=False)
+    return value
 
 
 def digest_of(folder: Path) -> str:
@@ -141,9 +143,19 @@ def digest_of(folder: Path) -> str:
     return _digest_of_checksums([record.get(file, 0) for file in FILES])
 
 
+def digest_in_memory(arrays: Arrays) -> str:
+    """Return the digest of arrays that are not packed."""
+    *parts, classes = vars(arrays).values()
+    checksums = [zlib.crc32(part.tobytes()) for part in parts]
+    text = json.dumps(classes)
+    checksums.append(zlib.crc32(text.encode()))
+    return _digest_of_checksums(checksums)
+
+
 def _digest_of_checksums(checksums: list[int]) -> str:
     """Return one digest of several checksums."""
-    return hashlib.sha256(repr(checksums).encode()).hexdigest()[:12]
+    text = repr(checksums)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
@@ -176,7 +188,7 @@ def read_raw(
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:
         if folder is None:
             raise UserError(f"dataset {name}: cannot be read ({reason(error)})") from error
-        paths = " or ".join(str(path) for path in source.locations(data_dir))
+        paths = " or ".join(map(str, source.locations(data_dir)))
         problem = f"neither packed in {folder} nor readable from {paths} ({reason(error)})"
         advice = f"run `dfl-data prepare dataset={name}` with a network, or set data_dir or DFL_DATA_DIR to its folder"
         raise UserError(f"dataset {name}: {problem}; {advice}") from error
@@ -289,12 +301,12 @@ def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
 
 def check_samples(samples: np.ndarray, name: str) -> None:
     """Raise `UserError` if an array does not hold images, features or tokens, or if it has unusable values."""
-    kind, shape, problem = kind_of(samples), samples.shape, ""
+    kind = kind_of(samples)
+    shape = samples.shape
+    problem = ""
     if not kind or samples.size == 0:
-        problem = (
-            "must be uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
-        )
-        problem += f", is {samples.dtype} {shape}"
+        kinds = "uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
+        problem = f"must be {kinds}, is {samples.dtype} {shape}"
     elif kind == "images" and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         problem = (
             f"{shape} is (N, H, W, C), but must be (N, C, H, W); save images.transpose(0, 3, 1, 2)"
@@ -304,7 +316,8 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         problem += "; save features as float32"
     # this also finds NaN: min and max are then NaN, and every comparison with NaN is false
     elif kind == "features" and not -LARGEST <= samples.min() <= samples.max() <= LARGEST:
-        index = np.argwhere(~(np.abs(samples) <= LARGEST))[0].tolist()
+        is_finite = np.abs(samples) <= LARGEST
+        index = np.argwhere(~is_finite)[0].tolist()
         problem = f"holds {samples[tuple(index)]} at {index}; values must be finite in float32"
     if problem:
         raise UserError(f"{name}: {problem}")

@@ -115,20 +115,31 @@ def _look_up(images: Tensor, tables: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Equalise the histogram of each channel of each image. images: (N, C, H, W) uint8."""
     planes = _planes(images).long()
-    ones = torch.ones((), dtype=torch.int64, device=images.device).expand_as(planes)
-    counts = torch.zeros(len(planes), 256, dtype=torch.int64, device=images.device)
+    ones = planes.new_ones(()).expand_as(planes)
+    counts = planes.new_zeros(len(planes), 256)
     counts.scatter_add_(1, planes, ones)
-    brightest = counts.gather(1, planes.amax(1, keepdim=True))
-    step = (planes.shape[1] - brightest) // 255
+    brightest = planes.amax(1, keepdim=True)
+    others = planes.shape[1] - counts.gather(1, brightest)
+    step = others // 255
     cumulated = counts.cumsum(1)
     below = torch.nn.functional.pad(cumulated[:, :-1], (1, 0))
-    tables = (below + step // 2) // step.clamp(min=1)
+    rounded = below + step // 2
+    tables = rounded // step.clamp(min=1)
     tables = tables.clamp(0, 255)
     tables[:, 0] = 0
     # a channel whose step is 0 keeps its levels
     levels = torch.arange(256, device=images.device)
     tables = torch.where(step == 0, levels, tables)
     return _look_up(images, tables.to(torch.uint8))
+
+
+def _sum_of_three(x: Tensor, axis: int) -> Tensor:
+    """Return the sum of each pixel and its two neighbours along an axis, for all pixels that have two neighbours."""
+    length = x.shape[axis] - 2
+    before = x.narrow(axis, 0, length)
+    centre = x.narrow(axis, 1, length)
+    after = x.narrow(axis, 2, length)
+    return before + centre + after
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
@@ -142,13 +153,15 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
     # The result equals torchvision's exactly. The sums are sums of integers, so their order does not matter. A sum
     # divided by 13 is never halfway between two integers, so rounding is unambiguous.
     x = images.to(torch.int16)
-    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
-    columns = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    total = columns + 4 * x[..., 1:-1, 1:-1]
+    in_columns = _sum_of_three(x, 2)
+    total = _sum_of_three(in_columns, 3)
+    inside = (..., slice(1, -1), slice(1, -1))
+    total += 4 * x[inside]
     blurred = images.float()
-    blurred[..., 1:-1, 1:-1] = total.float().div_(13).round_()
+    blurred[inside] = total.float().div_(13).round_()
     blurred.mul_(1.0 - factor)
-    sharp = images.float().mul_(factor).add_(blurred)
+    sharp = images.float()
+    sharp.mul_(factor).add_(blurred)
     return sharp.clamp_(0, 255).to(torch.uint8)
 
 
@@ -217,5 +230,7 @@ class RandAugment:
         operation = OPERATIONS[code // 2]
         height, width = images.shape[-2:]
         value = magnitude(operation, self.bin, height, width)
-        is_negative = code % 2 == 1 and operation in SIGNED
-        return apply(operation, images, -value if is_negative else value)
+        is_negative = code % 2 == 1
+        if is_negative and operation in SIGNED:
+            value = -value
+        return apply(operation, images, value)

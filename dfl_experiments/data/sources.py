@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import os
 import socket
 import sys
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import SampleKind
 
 SILENCE = 20.0  # a download fails after this number of seconds without an answer
+DIGITS = "0123456789"
 
 
 def kind_of(samples: np.ndarray) -> SampleKind | None:
@@ -92,6 +94,13 @@ class Published(Source):
         return name
 
 
+def absolute(path: str) -> Path:
+    """Return the absolute path without links. `~` at its start is the user's home."""
+    expanded = Path(path).expanduser()
+    # unlike `Path.resolve`, realpath raises no error for a loop of links
+    return Path(os.path.realpath(expanded))
+
+
 def read_published(path: Path, md5: str) -> bytes:
     """Return the content of a published file.
 
@@ -143,7 +152,7 @@ class Digits(Source):
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return the digits. The split into training and test images is fixed."""
         with np.load(self.FILE) as parts:
-            return Arrays(**parts, classes=[str(digit) for digit in range(10)])
+            return Arrays(**parts, classes=list(DIGITS))
 
 
 class Mnist(Published):
@@ -165,11 +174,12 @@ class Mnist(Published):
         from torchvision.datasets import MNIST
 
         (raw,) = self.locations(data_dir)
-        if download and not all((raw / name).exists() for name in self.FILES):
+        is_complete = all((raw / name).exists() for name in self.FILES)
+        if download and not is_complete:
             with quiet_download():
                 MNIST(data_dir, download=True)
         files = [read_published(raw / name, md5) for name, md5 in self.FILES.items()]
-        return read_idx_files(files, [str(digit) for digit in range(10)])
+        return read_idx_files(files, list(DIGITS))
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Return torchvision's folder."""
@@ -197,12 +207,30 @@ class FashionMnist(Published):
 
 
 def read_idx_files(files: list[bytes], classes: list[str]) -> Arrays:
-    """Read four files in MNIST's format. Return their images and labels. An image has shape (1, 28, 28)."""
-    contents = [np.frombuffer(file, np.uint8) for file in files]
-    # the header has 16 bytes in an image file, and 8 bytes in a label file
-    images = [content[16:].reshape(-1, 1, 28, 28) for content in contents[::2]]
-    labels = [content[8:].astype(np.int64) for content in contents[1::2]]
-    return Arrays(images[0], labels[0], images[1], labels[1], classes)
+    """Return the images and labels in MNIST's files. An image has shape (1, 28, 28).
+
+    files: contents of the training images, training labels, test images and test labels.
+    """
+    train_images, train_labels, test_images, test_labels = files
+    return Arrays(
+        read_idx_images(train_images),
+        read_idx_labels(train_labels),
+        read_idx_images(test_images),
+        read_idx_labels(test_labels),
+        classes,
+    )
+
+
+def read_idx_images(content: bytes) -> np.ndarray:
+    """Return the images in a file of MNIST's format, (N, 1, 28, 28). The header has 16 bytes."""
+    pixels = np.frombuffer(content, np.uint8, offset=16)
+    return pixels.reshape(-1, 1, 28, 28)
+
+
+def read_idx_labels(content: bytes) -> np.ndarray:
+    """Return the labels in a file of MNIST's format, (N,). The header has 8 bytes."""
+    labels = np.frombuffer(content, np.uint8, offset=8)
+    return labels.astype(np.int64)
 
 
 class Cifar(Published):
@@ -229,8 +257,6 @@ class Cifar(Published):
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Return the folder that torchvision unpacks, and the archive that torchvision downloads."""
-        names = {
-            10: ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-            100: ("cifar-100-python", "cifar-100-python.tar.gz"),
-        }
-        return [data_dir / name for name in names[self.classes]]
+        unpacked = {10: "cifar-10-batches-py", 100: "cifar-100-python"}[self.classes]
+        archive = f"cifar-{self.classes}-python.tar.gz"
+        return [data_dir / unpacked, data_dir / archive]

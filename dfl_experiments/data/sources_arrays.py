@@ -1,13 +1,12 @@
 """Source for an .npz file with the user's own arrays."""
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from dfl_experiments.data.sources import Arrays, Source
+from dfl_experiments.data.sources import Arrays, Source, absolute
 from dfl_experiments.errors import UserError, reason
 
 
@@ -21,7 +20,7 @@ class ArrayFile(Source):
     PARTS = ("X_train", "y_train", "X_test", "y_test", "y_train")
 
     def __init__(self, path: str) -> None:
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = absolute(path)
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Return the path of the file."""
@@ -36,18 +35,27 @@ class ArrayFile(Source):
             with zipfile.ZipFile(self.path), np.load(self.path) as file:
                 parts = [file[name] for name in names]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            needed = f"must be an .npz file with {', '.join(names)}"
-            problem = f"{needed} ({reason(error)})"
+            problem = f"must be an .npz file with {', '.join(names)} ({reason(error)})"
             raise UserError(f"dataset.source.path={self.path}: {problem}") from error
         train, train_labels, test, test_labels = parts
-        if train.dtype == test.dtype == np.uint8 and train.ndim == test.ndim == 3:
-            train, test = train[:, None], test[:, None]
-        largest = int(train_labels.max(initial=0)) if train_labels.dtype.kind in "iu" else 1
+        largest = 1  # if the labels are no integers, `check_arrays` refuses them
+        if train_labels.dtype.kind in "iu":
+            largest = int(train_labels.max(initial=0))
         if largest > len(train):
-            problem = (
-                f"has the label {largest}; labels must be class numbers from 0, without large gaps"
-            )
-            raise UserError(f"{self.path}: y_train: {problem}")
+            problem = f"has the label {largest}"
+            rule = "labels must be class numbers from 0, without large gaps"
+            raise UserError(f"{self.path}: y_train: {problem}; {rule}")
+        classes = [str(label) for label in range(largest + 1)]
         return Arrays(
-            train, train_labels, test, test_labels, [str(label) for label in range(largest + 1)]
+            with_channel_axis(train),
+            train_labels,
+            with_channel_axis(test),
+            test_labels,
+            classes,
         )
+
+
+def with_channel_axis(samples: np.ndarray) -> np.ndarray:
+    """Return images (N, H, W) as (N, 1, H, W); return other samples unchanged."""
+    is_grey = samples.dtype == np.uint8 and samples.ndim == 3
+    return samples[:, None] if is_grey else samples

@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from dfl_experiments.data.decoding import Tree, decode, folder_tree, is_user_folder, zip_tree
-from dfl_experiments.data.sources import Arrays, Published, Source, fetch
+from dfl_experiments.data.sources import Arrays, Published, Source, absolute, fetch
 from dfl_experiments.errors import UserError
 from dfl_experiments.ranges import Count
 
@@ -26,15 +27,28 @@ SUFFIXES = (
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The images of a data set, by file name."""
+class ImageFile:
+    """An image file and the class of its image."""
 
-    train: list[tuple[str, str]]
-    """Pairs (file, class) of the training images."""
-    test: list[tuple[str, str]]
-    """Pairs (file, class) of the test images."""
+    file: str
+    """Name of the file in its `Tree`."""
+    class_name: str
+    """Name of the class."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of a data set."""
+
+    train: list[ImageFile]
+    test: list[ImageFile]
     classes: list[str]
     """The classes in the order of the labels."""
+
+    @property
+    def images(self) -> list[ImageFile]:
+        """Return the training images, then the test images."""
+        return self.train + self.test
 
 
 def arrays_of(tree: Tree, listing: Listing, channels: int, size: int | None = None) -> Arrays:
@@ -42,12 +56,15 @@ def arrays_of(tree: Tree, listing: Listing, channels: int, size: int | None = No
 
     channels, size: see `pixels`. Raises `UserError` if an image cannot be decoded, or if the images differ in size.
     """
+    files = [image.file for image in listing.images]
+    images = decode(tree, files, channels, size)
     label_of = {name: label for label, name in enumerate(listing.classes)}
-    listed = listing.train + listing.test
-    images = decode(tree, [file for file, _ in listed], channels, size)
-    labels = np.array([label_of[name] for _, name in listed], np.int64)
-    n = len(listing.train)
-    return Arrays(images[:n], labels[:n], images[n:], labels[n:], listing.classes)
+    labels = [label_of[image.class_name] for image in listing.images]
+    label_array = np.array(labels, np.int64)
+    first_test = len(listing.train)
+    train_images, test_images = np.split(images, [first_test])
+    train_labels, test_labels = np.split(label_array, [first_test])
+    return Arrays(train_images, train_labels, test_images, test_labels, listing.classes)
 
 
 def composed(name: str) -> str:
@@ -90,40 +107,67 @@ class TinyImageNet(Published):
     def arrays(self, tree: Tree) -> Arrays:
         """Return the images and labels of a tree. Raises `UserError` for missing parts."""
         arrays = arrays_of(tree, self.listing(tree), channels=3)
-        first_word = {}
-        for row in tree.lines("words.txt") if "words.txt" in tree.names else []:
-            wnid, _, words = row.partition("\t")
-            first_word[wnid] = words.split(",")[0]
-        classes = [f"{wnid} {first_word.get(wnid, '')}".strip() for wnid in arrays.classes]
+        first_word = self.first_words(tree)
+        classes = []
+        for wnid in arrays.classes:
+            word = first_word.get(wnid, "")
+            classes.append(f"{wnid} {word}".strip())
         return replace(arrays, classes=classes)
+
+    def first_words(self, tree: Tree) -> dict[str, str]:
+        """Return the first word that describes each class, from words.txt if there is this file."""
+        words: dict[str, str] = {}
+        if "words.txt" in tree.names:
+            for line in tree.lines("words.txt"):
+                wnid, _, synonyms = line.partition("\t")
+                words[wnid] = synonyms.split(",")[0]
+        return words
 
     def listing(self, tree: Tree) -> Listing:
         """Return the listing of the images. Raises `UserError` if it differs from the text files of the data set."""
-        names = set(tree.names)
-        # each line has the file, the class and a bounding box; the bounding box is not used
-        rows = [f"{line}\t".split("\t") for line in tree.lines(self.LABELS) if line.strip()]
-        images = [
-            name for name in tree.names if re.fullmatch(r"(train/\w+|val)/images/[^/]+\.JPEG", name)
-        ]
-        train = [(name, name.split("/")[1]) for name in images if name.startswith("train/")]
-        test = sorted((f"val/images/{file}", wnid) for file, wnid, *_ in rows)
-        listed = {name for name, _ in test}
-        # the published data set has a text file with the training images of each class
-        for file in filter(re.compile(r"train/(\w+)/\1_boxes\.txt").fullmatch, names):
-            folder = f"{Path(file).parent}/images"
-            listed |= {f"{folder}/{line.split()[0]}" for line in tree.lines(file) if line.strip()}
-        if absent := sorted(listed - names):
+        train: list[ImageFile] = []
+        val_files: list[str] = []
+        for name in tree.names:
+            if re.fullmatch(r"train/\w+/images/[^/]+\.JPEG", name):
+                train.append(ImageFile(name, name.split("/")[1]))
+            elif re.fullmatch(r"val/images/[^/]+\.JPEG", name):
+                val_files.append(name)
+        test = self.annotated(tree)
+        test_files = [image.file for image in test]
+        listed = {*test_files, *self.boxed(tree)}
+        absent = sorted(listed.difference(tree.names))
+        if absent:
             raise UserError(f"{tree.label}: incomplete, {absent[0]} is missing")
-        if [name for name, _ in test] != [name for name in images if name.startswith("val/")]:
+        if test_files != val_files:
             raise UserError(
                 f"{tree.label}/{self.LABELS}: damaged, it must have one line for each image in val/images"
             )
-        trained = sorted({wnid for _, wnid in train})
-        tested = sorted({wnid for _, wnid in test})
-        wnids = " ".join(tree.lines("wnids.txt")).split() if "wnids.txt" in names else trained
+        trained = sorted({image.class_name for image in train})
+        tested = sorted({image.class_name for image in test})
+        wnids = tree.lines("wnids.txt") if "wnids.txt" in tree.names else trained
         if not sorted(wnids) == trained == tested:
             raise UserError(f"{tree.label}: train/, val/ and wnids.txt have different classes")
         return Listing(train, test, wnids)
+
+    def annotated(self, tree: Tree) -> list[ImageFile]:
+        """Return the test images that the annotations list, sorted by file."""
+        images = []
+        for line in tree.lines(self.LABELS):
+            file, _, rest = line.partition("\t")
+            wnid, _, _bounding_box = rest.partition("\t")
+            images.append(ImageFile(f"val/images/{file}", wnid))
+        return sorted(images, key=lambda image: image.file)
+
+    def boxed(self, tree: Tree) -> list[str]:
+        """Return the training images for which the data set lists bounding boxes: in the original, all of them."""
+        images = []
+        for name in tree.names:
+            if re.fullmatch(r"train/(\w+)/\1_boxes\.txt", name):
+                folder = f"{Path(name).parent}/images"
+                for line in tree.lines(name):
+                    file, _, _bounding_box = line.partition("\t")
+                    images.append(f"{folder}/{file}")
+        return images
 
 
 class Folder(Source):
@@ -137,8 +181,9 @@ class Folder(Source):
     """
 
     def __init__(self, path: str, size: Count | None = None, channels: Literal[1, 3] = 3) -> None:
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
-        self.size, self.channels = size, channels
+        self.path = absolute(path)
+        self.size = size
+        self.channels = channels
 
     def locations(self, data_dir: Path) -> list[Path]:
         """Return the folder itself."""
@@ -152,17 +197,19 @@ class Folder(Source):
         """
         _, listing = self.listing()
         lines = [DECODING, str(self.path), str(self.size), str(self.channels)]
-        for file, _ in listing.train + listing.test:
-            status = os.stat(self.path / file)
-            lines.append(f"{file} {status.st_size} {status.st_mtime_ns}")
-        text = "\n".join(lines)
-        return f"{name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:12]}"
+        for image in listing.images:
+            status = os.stat(self.path / image.file)
+            lines.append(f"{image.file} {status.st_size} {status.st_mtime_ns}")
+        text = os.fsencode("\n".join(lines))
+        digest = hashlib.sha256(text).hexdigest()
+        return f"{name}-{digest[:12]}"
 
     def read(self, data_dir: Path, download: bool) -> Arrays:
         """Return the decoded images. Raises `UserError` as `listing` and `arrays_of` do."""
         tree, listing = self.listing()
-        used = {file for file, _ in listing.train + listing.test}
-        if ignored := [name for name in tree.names if name not in used]:
+        used = {image.file for image in listing.images}
+        ignored = [name for name in tree.names if name not in used]
+        if ignored:
             log.warning("%s: %d files are ignored, such as %s", self.path, len(ignored), ignored[0])
         return arrays_of(tree, listing, self.channels, self.size)
 
@@ -172,34 +219,10 @@ class Folder(Source):
         Raises `UserError` for a missing folder or split, for fewer than two classes, for a class without images in a
         split, and for an image without a class.
         """
-        if not os.path.isdir(self.path):
-            raise UserError(f"dataset.source.path={self.path}: no such folder")
-        found = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)]
-        splits = found[:2]
-        if len(splits) < 2 or splits[0] != "train":
-            raise UserError(
-                f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class"
-            )
-        if len(found) > len(splits):
-            log.warning(
-                "%s: val/ is not used; the validation images are a part of train/, see validation_fraction",
-                self.path,
-            )
+        splits = self.splits()
         tree = folder_tree(self.path, splits)
-        names = set()
-        for split in splits:
-            for path in (self.path / split).iterdir():
-                if path.is_dir() and is_user_folder(path.name):
-                    # the same name can have different Unicode forms on different operating systems
-                    names.add(composed(path.name))
-        classes = sorted(names)
-        if len(classes) < 2:
-            raise UserError(
-                f"{self.path / 'train'}: needs folders of at least two classes, has {classes}"
-            )
-        groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-        for split in splits:
-            groups |= {(split, name): [] for name in classes}
+        classes = self.classes(splits)
+        images: dict[str, list[ImageFile]] = {split: [] for split in splits}
         for file in tree.names:
             if not file.lower().endswith(SUFFIXES):
                 continue
@@ -208,15 +231,45 @@ class Folder(Source):
                 raise UserError(
                     f"{self.path / file}: is outside the class folders; move it into one of them"
                 )
-            groups[split, composed(name)].append((file, composed(name)))
-        for (split, name), images in groups.items():
-            if not images:
+            images[split].append(ImageFile(file, composed(name)))
+        for split in splits:
+            present = {image.class_name for image in images[split]}
+            empty = [name for name in classes if name not in present]
+            if empty:
                 suffixes = " ".join(SUFFIXES)
                 raise UserError(
-                    f"{self.path}/{split}/{name}/: no images of this class ({suffixes})"
+                    f"{self.path}/{split}/{empty[0]}/: no images of this class ({suffixes})"
                 )
-        train, test = [], []
-        for name in classes:
-            train += groups[splits[0], name]
-            test += groups[splits[1], name]
+            images[split].sort(key=lambda image: image.class_name)
+        train, test = images.values()
         return tree, Listing(train, test, classes)
+
+    def splits(self) -> list[str]:
+        """Return the names of the two split folders. Raises `UserError` if one is missing."""
+        if not os.path.isdir(self.path):
+            raise UserError(f"dataset.source.path={self.path}: no such folder")
+        present = [split for split in ("train", "test", "val") if os.path.isdir(self.path / split)]
+        if len(present) < 2 or present[0] != "train":
+            raise UserError(
+                f"{self.path}: needs train/ and test/ (or val/), each with a folder for each class"
+            )
+        if len(present) > 2:
+            log.warning(
+                "%s: val/ is not used; the validation images are a part of train/, see validation_fraction",
+                self.path,
+            )
+        return present[:2]
+
+    def classes(self, splits: Sequence[str]) -> list[str]:
+        """Return the names of the class folders, sorted. Raises `UserError` if there are fewer than two."""
+        names = set()
+        for split in splits:
+            for path in (self.path / split).iterdir():
+                if path.is_dir() and is_user_folder(path.name):
+                    # the same name can have different Unicode forms on different operating systems
+                    names.add(composed(path.name))
+        if len(names) < 2:
+            raise UserError(
+                f"{self.path / 'train'}: needs folders of at least two classes, has {sorted(names)}"
+            )
+        return sorted(names)

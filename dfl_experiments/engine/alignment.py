@@ -22,7 +22,11 @@ def quantity_names(depth: int, extra_quantities: Sequence[str] = ()) -> list[str
     depth: L, the number of blocks.
     extra_quantities: quantities measured in addition to `QUANTITIES`.
     """
-    return [f"{name}/{i}" for i in range(1, depth) for name in (*QUANTITIES, *extra_quantities)]
+    quantities = (*QUANTITIES, *extra_quantities)
+    names = []
+    for i in range(1, depth):
+        names += [f"{quantity}/{i}" for quantity in quantities]
+    return names
 
 
 def backprop_signals(
@@ -39,22 +43,14 @@ def backprop_signals(
     known: δ_k^BP … δ_{L-1}^BP, the signals of the highest layers, if they are already computed.
     last: True if the trace is not needed afterwards. Then every part of the trace is released after its use.
     """
-    count, delta = len(trace.preactivations), error
-    lowest_known = count - len(known) + 1
-    for i in range(count, 0, -1):
+    top = len(trace.preactivations)
+    lowest_known = top - len(known) + 1
+    delta = error
+    for i in range(top, 0, -1):
         if i >= lowest_known:
             delta = known[i - lowest_known]
         else:
-            root = trace.logits if i == count else trace.preactivations[i]
-            h = trace.outputs[i - 1]
-            assert h is not None, "the trace was kept"
-            with trace.as_backprop():
-                read = torch.autograd.grad(root, trace.inputs[i], delta, retain_graph=not last)
-                signal = read[0] if len(read) == 1 else read[0] + read[1]
-                (delta,) = torch.autograd.grad(
-                    h, trace.preactivations[i - 1], signal, retain_graph=not last
-                )
-            del root, h, read, signal
+            delta = _signal_below(trace, delta, i, is_top=i == top, keep=not last)
         if last:
             del trace.inputs[i:], trace.preactivations[i:]
         yield i, delta
@@ -62,9 +58,23 @@ def backprop_signals(
             del trace.outputs[i - 1 :]
 
 
+def _signal_below(trace: Trace, delta: Tensor, i: int, is_top: bool, keep: bool) -> Tensor:
+    """Return δ_i^BP. delta: δ_{i+1}^BP, or e at the top. keep: whether the graph is needed again."""
+    root = trace.logits if is_top else trace.preactivations[i]
+    h = trace.outputs[i - 1]
+    assert h is not None, "the trace was kept"
+    with trace.as_backprop():
+        read = torch.autograd.grad(root, trace.inputs[i], delta, retain_graph=keep)
+        signal = read[0] if len(read) == 1 else read[0] + read[1]
+        a = trace.preactivations[i - 1]
+        (below,) = torch.autograd.grad(h, a, signal, retain_graph=keep)
+    return below
+
+
 def backprop_deltas(trace: Trace, error: Tensor) -> list[Tensor]:
     """Return δ_1^BP … δ_{L-1}^BP (see `backprop_signals`)."""
-    return [delta for _, delta in backprop_signals(trace, error)][::-1]
+    deltas = [delta for _, delta in backprop_signals(trace, error)]
+    return deltas[::-1]
 
 
 def signal_products(delta: Tensor | None, reference: Tensor) -> Tensor:
@@ -76,15 +86,18 @@ def signal_products(delta: Tensor | None, reference: Tensor) -> Tensor:
     delta: δ, (N, …), the applied signal; None for zero.
     reference: r, the signal of BP, in the same shape.
     """
-    compared = torch.zeros_like(reference) if delta is None else delta
-    signals = [reference] if delta is reference else [compared, reference]
+    if delta is None:
+        delta = torch.zeros_like(reference)
+    signals = [reference] if delta is reference else [delta, reference]
     signals = [signal.detach() for signal in signals]
     if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
         # memory order, so that `flatten` copies nothing
         signals = [signal.movedim(1, 3) for signal in signals]
     signals = [signal.flatten(1) for signal in signals]
-    is_long = reference.device.type != "cpu" and signals[0].shape[1] > LONG
-    return (by_dots(signals) if is_long else by_products(signals)).expand(len(reference), 2, 2)
+    is_long = signals[0].shape[1] > LONG
+    is_on_cpu = reference.device.type == "cpu"
+    products = by_dots(signals) if is_long and not is_on_cpu else by_products(signals)
+    return products.expand(len(reference), 2, 2)
 
 
 def by_dots(signals: Sequence[Tensor]) -> Tensor:
@@ -95,12 +108,15 @@ def by_dots(signals: Sequence[Tensor]) -> Tensor:
 
     signals: one or two tensors of shape (N, d).
     """
-    first, last = exact(signals[0]), exact(signals[-1])
+    first = exact(signals[0])
+    last = exact(signals[-1])
     dot = torch.linalg.vecdot(first, last)
     if len(signals) == 1:
         return dot[:, None, None]
-    dots = torch.linalg.vecdot(first, first), dot, dot, torch.linalg.vecdot(last, last)
-    return torch.stack(dots, 1).unflatten(1, (2, 2))
+    first_square = torch.linalg.vecdot(first, first)
+    last_square = torch.linalg.vecdot(last, last)
+    products = torch.stack([first_square, dot, dot, last_square], 1)
+    return products.unflatten(1, (2, 2))
 
 
 def by_products(signals: Sequence[Tensor]) -> Tensor:
@@ -108,13 +124,15 @@ def by_products(signals: Sequence[Tensor]) -> Tensor:
 
     On a CPU the samples are processed in groups, so that the float64 copies of a group fit into the cache.
     """
+    device = signals[0].device
     count, length = signals[0].shape
-    rows = max(1, CACHED_NUMBERS // length) if signals[0].device.type == "cpu" else count
+    rows = max(1, CACHED_NUMBERS // length) if device.type == "cpu" else count
     shape = (min(rows, count), len(signals), length)
-    pair = torch.empty(shape, dtype=exact_type(signals[0]), device=signals[0].device)
+    copies = torch.empty(shape, dtype=exact_type(signals[0]), device=device)
     products = []
-    for parts in zip(*(signal.split(rows) for signal in signals), strict=True):
-        group = pair[: len(parts[0])]
+    groups = [signal.split(rows) for signal in signals]
+    for parts in zip(*groups, strict=True):
+        group = copies[: len(parts[0])]
         for k, part in enumerate(parts):
             group[:, k] = part
         products.append(group @ group.mT)
@@ -133,14 +151,19 @@ def compare(products: Tensor, is_rounding: Tensor) -> Tensor:
     products: see `signal_products`, (L-1, N, 2, 2).
     is_rounding: see `only_rounding`, (L-1, N).
     """
-    dd, dot, rr = products[..., 0, 0], products[..., 0, 1], products[..., 1, 1]
-    present = (dd != 0) & (rr != 0) & ~is_rounding
-    cosine = torch.where(present, dot / (dd.sqrt() * rr.sqrt()), 0.0)
-    d_norm, r_norm = dd.sum(1).sqrt(), rr.sum(1).sqrt()
-    count = present.sum(1)
+    dd = products[..., 0, 0]
+    dot = products[..., 0, 1]
+    rr = products[..., 1, 1]
+    is_present = (dd != 0) & (rr != 0) & ~is_rounding
+    cosine = dot / (dd.sqrt() * rr.sqrt())
+    cosine = torch.where(is_present, cosine, 0.0)
+    d_norm = dd.sum(1).sqrt()
+    r_norm = rr.sum(1).sqrt()
+    count = is_present.sum(1)
     batch_cosine = dot.sum(1) / (d_norm * r_norm)
-    zeros = present.shape[1] - count.to(dot)
-    return torch.stack([cosine.sum(1) / count, batch_cosine, d_norm, r_norm, zeros], dim=1)
+    zeros = is_present.shape[1] - count.to(dot)
+    sample_cosine = cosine.sum(1) / count
+    return torch.stack([sample_cosine, batch_cosine, d_norm, r_norm, zeros], dim=1)
 
 
 def relative_rounding(error: Tensor, product: torch.dtype) -> float:
@@ -152,9 +175,11 @@ def relative_rounding(error: Tensor, product: torch.dtype) -> float:
     error: e, (N, K).
     product: data type in which B e is computed.
     """
-    relative = error.shape[1] * torch.finfo(error.dtype).eps
-    if torch.finfo(product).bits < torch.finfo(error.dtype).bits:
-        relative += torch.finfo(product).eps
+    of_error = torch.finfo(error.dtype)
+    of_product = torch.finfo(product)
+    relative = error.shape[1] * of_error.eps
+    if of_product.bits < of_error.bits:
+        relative += of_product.eps
     if error.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         relative += TF32_EPS
     return relative
@@ -172,17 +197,21 @@ def only_rounding(method: Method, trace: Trace, error: Tensor, products: Tensor)
     error: e, (N, K).
     products: see `signal_products`, (L-1, N, 2, 2).
     """
-    relative = relative_rounding(error, error.dtype if method.cuts else trace.logits.dtype)
+    product = error.dtype if method.cuts else trace.logits.dtype
+    relative = relative_rounding(error, product)
     none = torch.zeros(len(error), dtype=torch.bool, device=error.device)
     is_rounding = [none]  # first entry: e; then one for each hidden layer, from the highest down
     for i in range(len(products), 0, -1):
         norm = method.feedback_norm(i)
         if norm is not None:
             largest = relative * norm.to(products.dtype)
-            limits = error.to(products.dtype).square().sum(1) * largest.square()
+            squares = error.to(products.dtype).square().sum(1)
+            limits = squares * largest.square()
             is_rounding.append(products[i - 1, :, 0, 0] <= limits)
+        elif i in method.cuts:
+            is_rounding.append(none)
         else:
-            is_rounding.append(none if i in method.cuts else is_rounding[-1])
+            is_rounding.append(is_rounding[-1])
     return torch.stack(is_rounding[:0:-1])
 
 
@@ -220,7 +249,10 @@ def measure(
             applied[i - 1] = None
             del known[i - method.exact_from :]
     products = torch.stack(all_products[::-1])
-    measured = compare(products, only_rounding(method, trace, error, products))
+    is_rounding = only_rounding(method, trace, error, products)
+    measured = compare(products, is_rounding)
     if extra_quantities:
-        measured = torch.cat([measured, torch.stack(all_extra[::-1])], dim=1)
-    return measured.flatten().to(torch.promote_types(error.dtype, torch.float32))
+        extra = torch.stack(all_extra[::-1])
+        measured = torch.cat([measured, extra], dim=1)
+    dtype = torch.promote_types(error.dtype, torch.float32)
+    return measured.flatten().to(dtype)

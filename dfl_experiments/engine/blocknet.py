@@ -101,9 +101,10 @@ class BlockNet(nn.Module):
     def blank(self, count: int = 1) -> Tensor:
         """Return samples for a trial forward pass, (count, *h_0)."""
         like = next(self.parameters())
+        shape = (count, *self.input_shape)
         if self.example is not None:
-            return self.example.expand(count, *self.input_shape).to(like.device)
-        return torch.zeros(count, *self.input_shape, dtype=like.dtype, device=like.device)
+            return self.example.expand(shape).to(like.device)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     @torch.no_grad()
     def probe(self, cuts: Collection[int] = ()) -> Trace:
@@ -114,18 +115,19 @@ class BlockNet(nn.Module):
         cuts: see `trace`.
         Raises `UserError` if the forward pass fails, for example because a kernel is larger than its input.
         """
-        training = {module: module.training for module in self.modules()}
+        modes = {module: module.training for module in self.modules()}
         x = self.blank()
         try:
             with torch.random.fork_rng(devices=[]):
                 return self.eval().trace(x, cuts, keep=True)
         except (RuntimeError, ValueError, IndexError) as error:
-            what, reason = f"input shape {self.input_shape}", clipped(str(error), 200)
+            samples = f"input shape {self.input_shape}"
             if not x.is_floating_point():
-                what += f" of integers up to {x.max()}"
-            raise UserError(f"model: the forward pass fails for {what} ({reason})") from error
+                samples += f" of integers up to {x.max()}"
+            reason = clipped(str(error), 200)
+            raise UserError(f"model: the forward pass fails for {samples} ({reason})") from error
         finally:
-            for module, mode in training.items():
+            for module, mode in modes.items():
                 module.training = mode
 
     def output_shapes(self) -> list[torch.Size]:
@@ -133,7 +135,8 @@ class BlockNet(nn.Module):
 
         Raises `UserError` if an h_i has a shape that `Block` does not allow, or if a block changes its input in place.
         """
-        shapes = [h.shape[1:] for h in self.probe(range(1, self.depth)).outputs if h is not None]
+        trace = self.probe(range(1, self.depth))
+        shapes = [h.shape[1:] for h in trace.outputs if h is not None]
         for i, shape in enumerate(shapes, start=1):
             if not 1 <= len(shape) <= LONGEST_SHAPE:
                 raise UserError(
@@ -144,6 +147,13 @@ class BlockNet(nn.Module):
     def parameters_above(self, i: int) -> list[nn.Parameter]:
         """Return the parameters of every block above h_i and of the head."""
         return [p for weights in self.weights[i:] for p in weights]
+
+    def trained_parameters(self, first: int, last: int) -> list[nn.Parameter]:
+        """Return the parameters of the blocks `first` to `last`, except the frozen ones."""
+        parameters = []
+        for weights in self.weights[first - 1 : last]:
+            parameters += [p for p in weights if p.requires_grad]
+        return parameters
 
     def parameters_below_delta(self, i: int) -> list[nn.Parameter]:
         """Return the parameters of block i up to its pre-activation a_i, where δ_i is measured."""
@@ -170,8 +180,12 @@ class BlockNet(nn.Module):
     def _copies(module: nn.Module) -> dict[str, Tensor]:
         # Buffers are copied, because batch normalisation changes them. Parameters are made contiguous, because in
         # PyTorch 2.11 the forward derivative of group normalisation rejects other memory formats.
-        copies: dict[str, Tensor] = {name: p.contiguous() for name, p in module.named_parameters()}
-        return copies | {name: b.clone() for name, b in module.named_buffers()}
+        copies: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            copies[name] = parameter.contiguous()
+        for name, buffer in module.named_buffers():
+            copies[name] = buffer.clone()
+        return copies
 
     def trace(
         self,
@@ -197,27 +211,31 @@ class BlockNet(nn.Module):
 
     def _run(self, trace: Trace, x: Tensor, frozen: int) -> None:
         keep = trace.kept
+        learns = torch.is_grad_enabled()
         first, leak, h = 1, None, x
         for i, module in enumerate((*self.blocks, self.head), start=1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or i > frozen)):
+            is_head = module is self.head
+            is_after_cut = i - 1 in trace.cuts
+            gets_signal = is_after_cut and i - 1 > frozen  # h_{i-1} gets a signal of the method
+            with torch.set_grad_enabled(learns and (keep or i > frozen)):
                 read: tuple[Tensor, ...] = (h,)
-                if i - 1 in trace.cuts:
+                if is_after_cut:
                     first, leak = i, None
                     read = (h.detach().requires_grad_(keep),)
-                    # frozen blocks get no gradient, not even through a leak
-                    if getattr(module, "leak", False) and i - 1 > frozen:
-                        leak = h.detach().requires_grad_()
-                        read = (*read, leak)
+                # frozen blocks get no gradient, not even through a leak
+                if gets_signal and getattr(module, "leak", False):
+                    leak = h.detach().requires_grad_()
+                    read = (*read, leak)
                 if keep:
                     trace.inputs.append(read)
                 version = read[0]._version
-                a = module(*read) if module is self.head else module.pre(*read)
-                if i - 1 in trace.cuts and i - 1 > frozen and read[0]._version != version:
+                a = module(*read) if is_head else module.pre(*read)
+                if gets_signal and read[0]._version != version:
                     raise UserError(
                         f"model: block {i} changes its input h_{i - 1} in place, but the feedback to h_{i - 1} needs "
                         "the original values; start the block with another operation, such as ReLU(inplace=False)"
                     )
-                if module is self.head:
+                if is_head:
                     h = trace.logits = a
                 else:
                     # an in-place `post` would take a view out of the graph
@@ -230,11 +248,8 @@ class BlockNet(nn.Module):
                     if h is a:
                         h = a.view_as(a)
                     trace.outputs.append(h if keep or i in trace.cuts else None)
-                if (i in trace.cuts or module is self.head) and i > frozen and h.requires_grad:
-                    parameters = [
-                        p
-                        for weights in self.weights[first - 1 : i]
-                        for p in weights
-                        if p.requires_grad
-                    ]
-                    trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, leak))
+                is_end = is_head or i in trace.cuts
+                if is_end and i > frozen and h.requires_grad:
+                    top = get_gradient_edge(h)
+                    parameters = self.trained_parameters(first, i)
+                    trace.segments.append(Segment(first, i, top, parameters, leak))

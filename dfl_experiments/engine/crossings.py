@@ -37,8 +37,12 @@ def layers_to_replace(net: BlockNet) -> list[int]:
     parameter itself, as in backpropagation.
     """
     twin = copy_of(net).requires_grad_(True)  # so that frozen weights are found too
-    learns = {p: q.requires_grad for p, q in zip(twin.parameters(), net.parameters(), strict=True)}
-    layers = [layer for i in range(twin.depth) for layer in twin.weight_layers(i)]
+    learns = {}
+    for copied, parameter in zip(twin.parameters(), net.parameters(), strict=True):
+        learns[copied] = parameter.requires_grad
+    layers = []
+    for i in range(twin.depth):
+        layers += twin.weight_layers(i)
     for layer in layers:
         layer.register_forward_pre_hook(refuse_checkpointed)
     probe = Transpose(layers, lambda k, signal, x: x)
@@ -73,10 +77,13 @@ def _passed(
     # for each node that is not hidden: the parameters it is computed from
     made_of: dict[Any, list[nn.Parameter]] = {}
     for node in from_the_leaves(logits.grad_fn):
-        children = [child for child, _ in node.next_functions if child is not None]
-        below = set(children)
-        kind = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
-        parameters = [p for child in children if child not in hidden for p in made_of[child]]
+        kind = kind_of(node)
+        read = children(node)
+        below = set(read)
+        parameters: list[nn.Parameter] = []
+        for child in read:
+            if child not in hidden:
+                parameters += made_of[child]
         if kind == "AccumulateGrad":
             parameters = [node.variable] if node.variable in learns else []
         elif kind == "Crossing":
@@ -84,7 +91,8 @@ def _passed(
                 check_transpose(layers[node.k], node.saved_tensors[0])
                 yield node.k
         elif parameters and below & hidden & trained and _mixes(kind, parameters):
-            raise not_replaceable(net, max(parameters, key=torch.numel), kind)
+            largest = max(parameters, key=torch.numel)
+            raise not_replaceable(net, largest, kind)
         if below & trained or any(learns[p] for p in parameters):
             trained.add(node)
         # if the input is tokens, the first hidden values are the embeddings of these tokens
@@ -118,14 +126,12 @@ def check_transpose(layer: WeightLayer, x: Tensor) -> None:
     """
     start = torch.ones_like(x).requires_grad_()
     output = layer(start)
-    signal = (
-        torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
-        .cos()
-        .view_as(output)
-    )
+    angles = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+    signal = angles.cos().view_as(output)
     (own,) = torch.autograd.grad(output, start, signal)
     expected = transposed(layer, layer.weight, signal, start)
-    if (own - expected).norm() > 1e-2 * expected.norm():
+    difference = (own - expected).norm()
+    if difference > 1e-2 * expected.norm():
         raise UserError(
             f"model: a hook or an overwritten method changes the output of {layer}, so FA and the rules based on it "
             "cannot transpose this layer; choose a direct method, shallow or bp"
@@ -170,6 +176,17 @@ def computed_tensors(module: nn.Module) -> dict[int, Any]:
     return copies
 
 
+def children(node: Any) -> list[Any]:
+    """Return the nodes of the graph that a node depends on directly."""
+    return [child for child, _ in node.next_functions if child is not None]
+
+
+def kind_of(node: Any) -> str:
+    """Return the operation of a node, such as "Mul" for `MulBackward0`."""
+    name = node.name().rpartition("::")[2]
+    return re.sub(r"Backward\d*$", "", name)
+
+
 def from_the_leaves(root: Any) -> Iterator[Any]:
     """Yield the root and all nodes that it depends on, in topological order: leaves first, the root last."""
     seen: set[Any] = set()
@@ -181,7 +198,7 @@ def from_the_leaves(root: Any) -> Iterator[Any]:
         elif node is not None and node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((child, False) for child, _ in node.next_functions)
+            stack += [(child, False) for child in children(node)]
 
 
 def not_replaceable(net: nn.Module, weight: nn.Parameter, kind: str) -> UserError:

@@ -38,8 +38,12 @@ class Learner:
         clip_norm: float | None = None,
     ) -> None:
         refuse_shared(method, net)
-        self.net, self.method, self.loss, self.precision = net, method, loss, precision
-        self.extra_quantities, self.clip_norm = extra_quantities, clip_norm
+        self.net = net
+        self.method = method
+        self.loss = loss
+        self.precision = precision
+        self.extra_quantities = extra_quantities
+        self.clip_norm = clip_norm
         self.device = next(net.parameters()).device
         self.metric_names = ["loss", "correct", *quantity_names(net.depth, extra_quantities)]
         self.parameters = net.parameters_above(max(method.frozen, method.fixed_blocks))
@@ -52,7 +56,9 @@ class Learner:
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return the network's optimizer and, if feedback weights learn, their optimizer."""
-        return [self.optimizer, *([self.feedback_optimizer] if self.feedback_optimizer else [])]
+        if self.feedback_optimizer is None:
+            return [self.optimizer]
+        return [self.optimizer, self.feedback_optimizer]
 
     def _update_feedback(self) -> None:
         if self.feedback_optimizer is not None:
@@ -64,9 +70,8 @@ class Learner:
 
         feedback_lr: rate of B; None for the rate of W.
         """
-        for optimizer, value in zip(
-            self.optimizers, (lr, lr if feedback_lr is None else feedback_lr), strict=False
-        ):
+        values = (lr, lr if feedback_lr is None else feedback_lr)
+        for optimizer, value in zip(self.optimizers, values, strict=False):
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(value)
@@ -81,7 +86,9 @@ class Learner:
         if self.clip_norm is None:
             return
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        scaled = [*self.parameters, *(self.feedback if self.method.follows_backward else ())]
+        scaled = list(self.parameters)
+        if self.method.follows_backward:
+            scaled += self.feedback
         clip_grads_with_norm_(scaled, self.clip_norm, norm)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -130,5 +137,7 @@ class Learner:
             self._update_feedback()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        correct = (trace.logits.detach().argmax(1) == target).sum()
-        return torch.cat([torch.stack([loss, correct.to(loss)]), measured])
+        predicted = trace.logits.detach().argmax(1)
+        correct = (predicted == target).sum()
+        loss_and_correct = torch.stack([loss, correct.to(loss)])
+        return torch.cat([loss_and_correct, measured])

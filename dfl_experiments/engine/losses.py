@@ -38,17 +38,22 @@ class CrossEntropy(OutputLoss):
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         log_y = F.log_softmax(logits.detach(), dim=1)
         error = log_y.exp()
-        error.scatter_(1, target[:, None], 0.0)
-        error.scatter_(1, target[:, None], -error.sum(1, keepdim=True))
-        return F.nll_loss(log_y, target), error.div_(len(target))
+        column = target[:, None]
+        error.scatter_(1, column, 0.0)
+        others = error.sum(1, keepdim=True)
+        error.scatter_(1, column, -others)
+        loss = F.nll_loss(log_y, target)
+        return loss, error.div_(len(target))
 
 
 class SquaredError(OutputLoss):
     """The squared error ℒ = (1/2N) Σ ‖a_L - y*‖² with y* one-hot, and e = (a_L - y*) / N."""
 
     def value_and_error(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        difference = logits.detach() - F.one_hot(target, logits.shape[1])
-        return difference.square().sum() / (2 * len(target)), difference / len(target)
+        one_hot = F.one_hot(target, logits.shape[1])
+        difference = logits.detach() - one_hot
+        loss = difference.square().sum() / (2 * len(target))
+        return loss, difference / len(target)
 
 
 LOSSES: dict[str, OutputLoss] = {"cross_entropy": CrossEntropy(), "squared_error": SquaredError()}

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dfl_experiments.engine.activation_calls import ActivationCalls, is_call
-from dfl_experiments.engine.crossings import checkpointed_part, copy_of, from_the_leaves
+from dfl_experiments.engine.crossings import (
+    checkpointed_part,
+    children,
+    copy_of,
+    from_the_leaves,
+)
 from dfl_experiments.errors import UserError
 
 # autograd operations that map zeros to zeros, so that the zeros of a ReLU remain
@@ -64,36 +69,54 @@ class Graph:
                 "model: the output must be one tensor that depends on the model's parameters"
             )
         self.root = logits.grad_fn
+        self._index_nodes()
+        self.ignored = self._ignored_calls()
+        self._index_parameters(twin)
+
+    def _index_nodes(self) -> None:
+        """Give every node its bit, and find the nodes below it."""
         self.bits: dict[Any, int] = {}
         self.read: dict[Any, int] = {}  # for each node: the nodes that it depends on directly
         self.below: dict[Any, int] = {}  # for each node: itself and all nodes that it depends on
         for k, node in enumerate(from_the_leaves(self.root)):
-            self.bits[node], self.read[node], self.below[node] = 1 << k, 0, 1 << k
+            bit = 1 << k
+            self.bits[node] = bit
+            self.read[node] = 0
+            self.below[node] = bit
             for child in children(node):
                 self.read[node] |= self.bits[child]
                 self.below[node] |= self.below[child]
-        # calls in place whose result is not used. Their node here is the operation itself, because the mark after it
-        # is not in the graph.
-        self.ignored: set[str] = set()
+
+    def _index_parameters(self, twin: nn.Module) -> None:
+        """Find the node of every parameter, and the nodes that use the parameter."""
+        names: dict[Any, str] = {p: name for name, p in twin.named_parameters()}
+        self.parameters: dict[str, int] = {}  # for each parameter: its node
+        name_of: dict[Any, str] = {}
+        for node, bit in self.bits.items():
+            name = names.get(getattr(node, "variable", None))
+            if name is not None:
+                self.parameters[name] = bit
+                name_of[node] = name
+        # for each parameter: the nodes that depend on it directly
+        self.users = dict.fromkeys(self.parameters, 0)
+        for node, bit in self.bits.items():
+            for child in children(node):
+                if child in name_of:
+                    self.users[name_of[child]] |= bit
+
+    def _ignored_calls(self) -> set[str]:
+        """Return the calls in place whose result is not used.
+
+        The node of such a call becomes the operation itself, because the mark after the operation is not in the graph.
+        """
+        ignored = set()
         for name in filter(is_call, list(self.nodes)):
             node = self.nodes[name]
             (operation,) = children(node)
             if node not in self.below and operation in self.below:
-                self.ignored.add(name)
+                ignored.add(name)
                 self.nodes[name] = operation
-        names: dict[Any, str] = {p: name for name, p in twin.named_parameters()}
-        leaves = {
-            names.get(getattr(node, "variable", None)): bit for node, bit in self.bits.items()
-        }
-        self.parameters = {name: bit for name, bit in leaves.items() if name is not None}
-        # for each parameter: the nodes that depend on it directly
-        self.users = dict.fromkeys(self.parameters, 0)
-        by_bit = {bit: name for name, bit in self.parameters.items()}
-        for node, bit in self.bits.items():
-            for child in children(node):
-                parameter = by_bit.get(self.bits[child])
-                if parameter is not None:
-                    self.users[parameter] |= bit
+        return ignored
 
     def _after_module(self, name: str, module: nn.Module, inputs: Any, h: Any) -> Any:
         return self._mark(name, h)
@@ -111,16 +134,19 @@ class Graph:
 
     def parameters_below(self, boundary: str | None) -> frozenset[str]:
         """Return the names of the parameters below a boundary, or below the logits for None."""
-        below = self.below[self.root if boundary is None else self.nodes[boundary]]
+        top = self.root if boundary is None else self.nodes[boundary]
+        below = self.below[top]
         return frozenset(name for name, bit in self.parameters.items() if bit & below)
 
     def problem(self, name: str) -> str | None:
         """Return the reason why a name cannot be a boundary in this forward pass; None if it can."""
         if name not in self.outputs:
             return "there is no such submodule or call of an activation function"
-        if len(self.outputs[name]) != 1:
-            return f"it is called {len(self.outputs[name])} times in a forward pass, must be called once"
-        (h,), node = self.outputs[name], self.nodes.get(name)
+        outputs = self.outputs[name]
+        if len(outputs) != 1:
+            return f"it is called {len(outputs)} times in a forward pass, must be called once"
+        h = outputs[0]
+        node = self.nodes.get(name)
         if not isinstance(h, Tensor):
             return "its output is not one tensor"
         if "parametrizations" in name.split("."):
@@ -163,16 +189,21 @@ class Graph:
         """
         if self.ends_in(ACTIVATION, name):
             return False
-        waiting, seen = [self.nodes[name]], set()
+        waiting = [self.nodes[name]]
+        seen = set()
         while waiting:
             node = waiting.pop()
             if node in seen:
                 continue
             seen.add(node)
-            above = [other for other, read in self.read.items() if read & self.bits[node]]
-            if any(ACTIVATION.search(other.name()) for other in above):
-                return True
-            waiting += [other for other in above if BEFORE_ACTIVATION.search(other.name())]
+            bit = self.bits[node]
+            for reader, read in self.read.items():
+                if not read & bit:
+                    continue
+                if ACTIVATION.search(reader.name()):
+                    return True
+                if BEFORE_ACTIVATION.search(reader.name()):
+                    waiting.append(reader)
         return False
 
     def readers(self, layers: Collection[str], boundaries: Sequence[str]) -> dict[str, list[str]]:
@@ -183,14 +214,15 @@ class Graph:
         for node in self.bits:
             first[node] = 0
             for child in children(node):
-                first[node] |= self.bits[child] if child in stops else first[child]
-        readers: dict[str, list[str]] = {}
-        for name in boundaries:
-            bit = self.bits[self.nodes[name]]
-            readers[name] = [layer for layer in layers if first[self.nodes[layer]] & bit]
+                if child in stops:
+                    first[node] |= self.bits[child]
+                else:
+                    first[node] |= first[child]
+        readers: dict[str, list[str]] = {name: [] for name in boundaries}
+        for layer in layers:
+            inputs = first[self.nodes[layer]]
+            for name in boundaries:
+                boundary = self.nodes[name]
+                if inputs & self.bits[boundary]:
+                    readers[name].append(layer)
         return readers
-
-
-def children(node: Any) -> list[Any]:
-    """Return the nodes that a node of the graph depends on directly."""
-    return [child for child, _ in node.next_functions if child is not None]

@@ -164,16 +164,17 @@ class ModuleNet(BlockNet):
             return self._passed(replace, run, trace.x)
 
     def _run(self, trace: Trace, x: Tensor, frozen: int) -> None:
-        keep, first, learns = trace.kept, 1, torch.is_grad_enabled()
+        keep = trace.kept
+        first = 1
+        learns = torch.is_grad_enabled()
         if keep:
             trace.inputs.append((x,))
 
         def end(i: int, h: Tensor) -> None:
             if i > frozen and h.requires_grad:
-                parameters = [
-                    p for block in self.weights[first - 1 : i] for p in block if p.requires_grad
-                ]
-                trace.segments.append(Segment(first, i, get_gradient_edge(h), parameters, None))
+                top = get_gradient_edge(h)
+                parameters = self.trained_parameters(first, i)
+                trace.segments.append(Segment(first, i, top, parameters, None))
 
         def at_boundary(i: int, h: Tensor) -> Tensor:
             nonlocal first
@@ -193,7 +194,8 @@ class ModuleNet(BlockNet):
             read = h
             if i in trace.cuts:
                 end(i, h)
-                first, read = i + 1, h.detach().requires_grad_(keep)
+                first = i + 1
+                read = h.detach().requires_grad_(keep)
             if keep:
                 trace.inputs.append((read,))
             if i == frozen:

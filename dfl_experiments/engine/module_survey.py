@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dfl_experiments.engine.activation_calls import eager, is_call
-from dfl_experiments.engine.module_graph import IS_IGNORED, Graph, Mark, children
+from dfl_experiments.engine.crossings import children
+from dfl_experiments.engine.module_graph import IS_IGNORED, Graph, Mark
 from dfl_experiments.engine.transpose import is_weight_layer
 from dfl_experiments.errors import UserError, clipped
 
@@ -25,18 +26,17 @@ class Survey:
         refuse_wrappers(module)
         # Not one sample, because batch normalisation rejects it if its feature maps have one pixel. Two batch sizes,
         # because an activation of a weight may have one of them as its first axis.
-        two, three = copies_of(example, 2, module), copies_of(example, 3, module)
+        two = copies_of(example, 2, module)
+        three = copies_of(example, 3, module)
+        devices = [two.device] if two.is_cuda else []
         try:
-            with (
-                torch.random.fork_rng(devices=[two.device] if two.is_cuda else []),
-                torch.enable_grad(),
-                eager(),
-            ):
+            with torch.random.fork_rng(devices=devices), torch.enable_grad(), eager():
                 self.graphs = [Graph(module, False, two), Graph(module, True, three)]
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if isinstance(error, UserError):
                 raise
-            shape, reason = tuple(example.shape[1:]), clipped(str(error), 200)
+            shape = tuple(example.shape[1:])
+            reason = clipped(str(error), 200)
             raise UserError(
                 f"model: the forward pass fails for input shape {shape} ({reason})"
             ) from error
@@ -50,11 +50,14 @@ class Survey:
     def _is_above(self, upper: str, lower: str) -> bool:
         """Return whether the output of `upper` depends on the output of `lower`."""
         graph = self.graphs[0]
-        return bool(graph.below[graph.nodes[upper]] & graph.bits[graph.nodes[lower]])
+        below = graph.below[graph.nodes[upper]]
+        bit = graph.bits[graph.nodes[lower]]
+        return below & bit != 0
 
     def _height(self, name: str) -> int:
         graph = self.graphs[0]
-        return graph.below.get(graph.nodes.get(name), 0).bit_count()
+        node = graph.nodes.get(name)
+        return graph.below.get(node, 0).bit_count()
 
     def problem(self, name: str) -> str | None:
         """Return the reason why a name is not a valid boundary; None if it is valid.
@@ -63,9 +66,10 @@ class Survey:
         output is one tensor with the batch as its first axis. No later operation changes this tensor in place. All
         gradients from the logits to the weights below pass through it. There are weights below and above it.
         """
-        problems = [problem for graph in self.graphs if (problem := graph.problem(name))]
-        if problems:
-            return problems[0]
+        for graph in self.graphs:
+            problem = graph.problem(name)
+            if problem:
+                return problem
         in_evaluation, in_training = (graph.parameters_below(name) for graph in self.graphs)
         if is_call(name) and in_evaluation != in_training:
             return "in training mode it is another call than in evaluation mode"
@@ -81,48 +85,54 @@ class Survey:
     def names(self) -> list[str]:
         """Return the valid boundaries, without the calls whose output is also the output of a valid submodule."""
         nodes = self.graphs[0].nodes
+        submodules = [name for name in self.valid if not is_call(name)]
         outputs: set[Any] = set()
-        for name in self.valid:
+        for name in submodules:
             node = nodes[name]
-            while not is_call(name) and isinstance(node, Mark._backward_cls):
+            while isinstance(node, Mark._backward_cls):
                 (node,) = children(node)
                 outputs.add(node)
-        return [name for name in self.valid if not is_call(name) or nodes[name] not in outputs]
+        return [name for name in self.valid if name in submodules or nodes[name] not in outputs]
 
     def automatic(self) -> list[str]:
         """Return a chain of boundaries, each above the one before, with a weight between any two of them.
 
         If several boundaries lie between the same two weights, the last of these boundaries is chosen. Of parallel
-        branches, only the first has boundaries. In this function, a weight is a parameter that has several axes and
-        belongs to a module without submodules. So a position embedding does not count as a weight if its module has
-        submodules.
+        branches, only the first has boundaries. See `_is_weight` for what counts as a weight here.
 
         Raises `UserError` if the module has no boundary with a weight below and a weight above it, or if the result of
         an activation in place is not used: then no boundary follows this activation.
         """
         self._refuse_ignored()
-        weights = set()
-        for name in self.parameters:
-            owner = self.module.get_submodule(name.rpartition(".")[0])
-            is_layer = isinstance(owner, ParametrizationList) or not [*owner.children()]
-            if self.module.get_parameter(name).dim() > 1 and is_layer:
-                weights.add(name)
+        weights = {name for name in self.parameters if self._is_weight(name)}
         last = {below & weights: name for name, below in self.valid.items()}
         chain: list[str] = []
         for below, name in last.items():
-            if below and below != weights and (not chain or self._is_above(name, chain[-1])):
+            is_between_weights = below and below != weights
+            if is_between_weights and (not chain or self._is_above(name, chain[-1])):
                 chain.append(name)
         if not chain:
             raise UserError(f"model: there is no boundary; {self._why_none()}")
         return chain
 
+    def _is_weight(self, name: str) -> bool:
+        """Return whether a parameter has several axes and belongs to a module without submodules.
+
+        So a position embedding does not count as a weight if its module has submodules.
+        """
+        owner = self.module.get_submodule(name.rpartition(".")[0])
+        is_of_layer = isinstance(owner, ParametrizationList) or not list(owner.children())
+        return is_of_layer and self.module.get_parameter(name).dim() > 1
+
     def _refuse_ignored(self) -> None:
         for name in self.graphs[0].ignored:
-            if self.problem(name) == IS_IGNORED:
-                below = self._below(name)
-                above = [other for other in self.valid if self._is_above(other, name)]
-                if below and not any(self.valid[other] == below for other in above):
-                    raise UserError(f"model: {name}: {IS_IGNORED}")
+            if self.problem(name) != IS_IGNORED:
+                continue
+            below = self._below(name)
+            above = [other for other in self.valid if self._is_above(other, name)]
+            below_above = [self.valid[other] for other in above]
+            if below and below not in below_above:
+                raise UserError(f"model: {name}: {IS_IGNORED}")
 
     def _why_none(self) -> str:
         """Return why no submodule is a boundary. A possible reason: a layer returns a tuple, as an LSTM does."""
@@ -134,13 +144,9 @@ class Survey:
     def checked(self, names: Sequence[str]) -> list[str]:
         """Return the named boundaries in the order of the forward pass. Raises `UserError` if one is not valid."""
         for name in names:
-            if problem := self.problem(name):
-                higher = [
-                    other for other in self.names if 0 < self._height(name) < self._height(other)
-                ]
-                choice = f"there are {', '.join(self.names)}" if self.valid else self._why_none()
-                choice = f"the next valid boundary is {higher[0]}" if higher else choice
-                raise UserError(f"model.boundaries: {name}: {problem}; {choice}")
+            problem = self.problem(name)
+            if problem:
+                raise UserError(f"model.boundaries: {name}: {problem}; {self._choice(name)}")
         chain = sorted(names, key=[*self.valid].index)
         for lower, upper in pairwise(chain):
             if self.valid[lower] == self.valid[upper]:
@@ -153,25 +159,32 @@ class Survey:
                 )
         return chain
 
+    def _choice(self, name: str) -> str:
+        """Return the choices in place of a name that is not a valid boundary: the next one above it, or all."""
+        height = self._height(name)
+        higher = [other for other in self.names if 0 < height < self._height(other)]
+        if higher:
+            return f"the next valid boundary is {higher[0]}"
+        return f"there are {', '.join(self.names)}" if self.valid else self._why_none()
+
     def blocks(self, chain: Sequence[str]) -> list[list[nn.Parameter]]:
         """Return the parameters of every block."""
-        limits = [frozenset(), *(self.valid[name] for name in chain), self.parameters]
         blocks = []
-        for lower, upper in pairwise(limits):
+        lower: frozenset[str] = frozenset()
+        uppers = [self.valid[name] for name in chain]
+        for upper in (*uppers, self.parameters):
             names = upper - lower
             blocks.append([p for name, p in self.module.named_parameters() if name in names])
+            lower = upper
         return blocks
 
     def readers(self, chain: Sequence[str]) -> list[str | None]:
         """Return for every boundary the name of the layer that `ModuleNet.reader` returns."""
-        graph, modules = self.graphs[0], dict(self.module.named_modules())
-        layers = [
-            name
-            for name in graph.nodes
-            if not is_call(name)
-            and is_weight_layer(modules[name])
-            and graph.nodes[name] in graph.bits
-        ]
+        graph = self.graphs[0]
+        layers = []
+        for name, module in self.module.named_modules():
+            if is_weight_layer(module) and graph.nodes.get(name) in graph.bits:
+                layers.append(name)
         names: list[str | None] = []
         for boundary, readers in graph.readers(layers, chain).items():
             is_read = len(readers) == 1 and self._reads_channels(readers[0], boundary)
@@ -185,12 +198,15 @@ class Survey:
         """
         layer: Any = self.module.get_submodule(name)
         outputs = self.graphs[0].outputs
-        shape = list(outputs[boundary][0].shape[1:])
-        channels = shape[0] if len(shape) == 3 else shape[-1]
+        h = outputs[boundary][0]
+        output = outputs[name][0]
+        shape = list(h.shape[1:])
+        is_plane = len(shape) == 3
+        channels = shape[0] if is_plane else shape[-1]
         if not isinstance(layer, nn.Linear):
-            return len(shape) == 3 and layer.in_channels == channels
+            return is_plane and layer.in_channels == channels
         # If two axes of h have the same length, it is unknown which of them the layer reads, except for each token.
-        reads_tokens = len(shape) == 2 and outputs[name][0].dim() == 3
+        reads_tokens = len(shape) == 2 and output.dim() == 3
         is_known = reads_tokens or shape.count(channels) == 1
         return is_known and layer.in_features == channels
 
@@ -216,9 +232,9 @@ def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
     if parameter is None:
         raise UserError("model: the module has no parameters")
     dtype = parameter.dtype if example.is_floating_point() else example.dtype
-    return (
-        example[:1].detach().to(parameter.device, dtype).repeat(count, *[1] * (example.dim() - 1))
-    )
+    sample = example[:1].detach().to(parameter.device, dtype)
+    other_axes = [1] * (example.dim() - 1)
+    return sample.repeat(count, *other_axes)
 
 
 def boundaries(module: nn.Module, example: Tensor) -> list[str]:

@@ -49,7 +49,8 @@ def pair_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
     """
     total = None
     for x_piece, y_piece in pairs:
-        x, y = exact(x_piece).flatten(), exact(y_piece).flatten()
+        x = exact(x_piece).flatten()
+        y = exact(y_piece).flatten()
         products = torch.stack([x @ y, x @ x, y @ y])
         total = products if total is None else total + products
     return total
@@ -58,7 +59,10 @@ def pair_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
 def cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
     """Return the cosine of x and y (see `pair_products`); NaN if x or y is zero, None if there are no pairs."""
     products = pair_products(pairs)
-    return None if products is None else products[0] / products[1].sqrt() / products[2].sqrt()
+    if products is None:
+        return None
+    dot, x_square, y_square = products
+    return dot / x_square.sqrt() / y_square.sqrt()
 
 
 def weight_cosine(layer: Measurement) -> Tensor | None:
@@ -80,14 +84,20 @@ def weight_cosine_pair(layer: Measurement) -> Tensor | None:
 
 def sign_agreement(layer: Measurement) -> Tensor | None:
     """Return the share of entries of B that have the same sign as the weights that they replace."""
-    same = [(b.detach().sign() == w.detach().sign()).flatten() for b, w in layer.pairs]
+    same = []
+    for b, w in layer.pairs:
+        is_same = b.detach().sign() == w.detach().sign()
+        same.append(is_same.flatten())
     return torch.cat(same).float().mean() if same else None
 
 
 def weight_ratio(layer: Measurement) -> Tensor | None:
     """Return ‖B‖ / ‖W‖ over the pairs of h_i."""
     products = pair_products(layer.pairs)
-    return None if products is None else (products[1] / products[2]).sqrt()
+    if products is None:
+        return None
+    _, b_square, w_square = products
+    return (b_square / w_square).sqrt()
 
 
 def gradient_cosine(layer: Measurement) -> Tensor | None:
@@ -118,24 +128,29 @@ def local_cosine(layer: Measurement) -> Tensor | None:
     trace, i = layer.trace, layer.i
     if trace.transpose is None or layer.above is None:
         return None
-    root = trace.logits if i == layer.net.depth - 1 else trace.preactivations[i]
-    (sent,) = torch.autograd.grad(root, trace.inputs[i], layer.above, retain_graph=True)
+    is_top = i == layer.net.depth - 1
+    root = trace.logits if is_top else trace.preactivations[i]
+    h = trace.inputs[i]
+    (by_method,) = torch.autograd.grad(root, h, layer.above, retain_graph=True)
     with trace.as_backprop():
-        (exactly,) = torch.autograd.grad(root, trace.inputs[i], layer.above, retain_graph=True)
-    return sample_cosines(sent, exactly).nanmean()
+        (by_backprop,) = torch.autograd.grad(root, h, layer.above, retain_graph=True)
+    return sample_cosines(by_method, by_backprop).nanmean()
 
 
 def sample_cosines(x: Tensor, y: Tensor) -> Tensor:
     """Return cos(x_n, y_n) for every sample n, (N,); NaN where x_n or y_n is zero."""
-    x, y = exact(x).flatten(1), exact(y).flatten(1)
-    return (x * y).sum(1) / x.norm(dim=1) / y.norm(dim=1)
+    x = exact(x).flatten(1)
+    y = exact(y).flatten(1)
+    dot = (x * y).sum(1)
+    return dot / x.norm(dim=1) / y.norm(dim=1)
 
 
 def output_cosine(layer: Measurement) -> Tensor | None:
     """Return the mean over samples of cos(a_L, y_i), with the local prediction y_i; NaN if y_i is zero for a sample."""
     logits = layer.trace.logits
     # after a forward pass under autocast, B and h_i have different types, so the prediction needs autocast too
-    with torch.autocast(logits.device.type, torch.bfloat16, enabled=logits.dtype == torch.bfloat16):
+    is_autocast = logits.dtype == torch.bfloat16
+    with torch.autocast(logits.device.type, torch.bfloat16, enabled=is_autocast):
         y = layer.method.prediction(layer.i, layer.trace)
     return None if y is None else sample_cosines(y, logits).mean()
 
@@ -155,4 +170,5 @@ def measure_extra(names: Sequence[str], layer: Measurement) -> Tensor:
     """Return the quantities of a layer, in the order of `names`; NaN for a quantity that the method does not have."""
     nan = exact(layer.reference).new_full((), torch.nan)
     values = [FUNCTIONS[name](layer) for name in names]
-    return torch.stack([nan if value is None else value.to(nan) for value in values])
+    same_type = [nan if value is None else value.to(nan) for value in values]
+    return torch.stack(same_type)

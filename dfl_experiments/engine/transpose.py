@@ -35,18 +35,15 @@ def is_weight_layer(module: nn.Module) -> TypeGuard[WeightLayer]:
     if not isinstance(module, WeightLayer):
         return False
     kind = next(kind for kind in WeightLayer.__args__ if isinstance(module, kind))
-    return type(module).forward is kind.forward and "weight" in dict(
-        module.named_parameters(recurse=False)
-    )
+    own_parameters = dict(module.named_parameters(recurse=False))
+    return type(module).forward is kind.forward and "weight" in own_parameters
 
 
 def pads_with_zeros(layer: WeightLayer) -> bool:
     """Return whether a layer is a convolution with zero padding whose size is a number (not "same" or "valid")."""
-    return (
-        not isinstance(layer, nn.Linear)
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
+    if isinstance(layer, nn.Linear):
+        return False
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def transposed(layer: WeightLayer, weight: Tensor, signal: Tensor, x: Tensor) -> Tensor:
@@ -84,7 +81,9 @@ class Transpose:
     """
 
     def __init__(self, layers: Sequence[WeightLayer], carry: Carry) -> None:
-        self.layers, self.carry, self.exact = list(layers), carry, False
+        self.layers = list(layers)
+        self.carry = carry
+        self.exact = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -92,13 +91,11 @@ class Transpose:
         with ExitStack() as stack:
             for k, layer in enumerate(self.layers):
                 inputs: list[Tensor] = []
-                stack.enter_context(
-                    layer.register_forward_pre_hook(_detach_input(inputs), with_kwargs=True)
-                )
+                before = layer.register_forward_pre_hook(_detach_input(inputs), with_kwargs=True)
+                stack.enter_context(before)
                 # `prepend` makes this hook run before the hook of a boundary, so h_i is the output of `Crossing`
-                stack.enter_context(
-                    layer.register_forward_hook(self._give(k, inputs), prepend=True)
-                )
+                after = layer.register_forward_hook(self._give(k, inputs), prepend=True)
+                stack.enter_context(after)
             yield
 
     @contextmanager
@@ -118,16 +115,17 @@ class Transpose:
 
     def send(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
         """Compute the signal at the input x of layers[k] from the signal at the layer's output."""
+        if not self.exact:
+            return self.carry(k, signal, x)
         layer = self.layers[k]
-        return (
-            transposed(layer, layer.weight, signal, x) if self.exact else self.carry(k, signal, x)
-        )
+        return transposed(layer, layer.weight, signal, x)
 
 
 def uncompiled(hook: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a hook that is not compiled where PyTorch fails to compile `Crossing`: 2.6 fails, 2.14 does not."""
-    is_needed = "torch._dynamo" in sys.modules and torch.__version__ < "2.14"
-    return torch.compiler.disable(hook) if is_needed else hook
+    if "torch._dynamo" in sys.modules and torch.__version__ < "2.14":
+        return torch.compiler.disable(hook)
+    return hook
 
 
 def _detach_input(inputs: list[Tensor]) -> Callable[..., tuple[tuple[Tensor], dict[str, Any]]]:
@@ -165,7 +163,7 @@ class Crossing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, signal: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        below = (
-            ctx.transpose.send(ctx.k, signal, x).to(x.dtype) if ctx.needs_input_grad[1] else None
-        )
+        below = None
+        if ctx.needs_input_grad[1]:
+            below = ctx.transpose.send(ctx.k, signal, x).to(x.dtype)
         return signal, below, None, None

@@ -1,5 +1,6 @@
 """Conv3 and its variants with normalisation: three convolutions, then three linear layers (Crafton et al., 2019)."""
 
+import math
 from typing import Annotated
 
 from pydantic import Field
@@ -46,9 +47,10 @@ def conv3(
     """
     planes, height, width = input_shape
     pooled = downsampling == "max_pool"
+    stride = 1 if pooled else 2
     blocks: list[Block] = []
     for out in channels:
-        layers: list[nn.Module] = [nn.Conv2d(planes, out, 5, stride=1 if pooled else 2, padding=2)]
+        layers: list[nn.Module] = [nn.Conv2d(planes, out, 5, stride, padding=2)]
         if batch_norm:
             layers.append(normalisation(out, batch_norm_updates))
         if layer_norm:
@@ -59,7 +61,9 @@ def conv3(
         if len(blocks) == len(channels) - 1:
             after.append(nn.Flatten())
         blocks.append(Block(nn.Sequential(*layers), nn.Sequential(*after)))
-        planes, height, width = out, -(-height // 2), -(-width // 2)
+        planes = out
+        height = math.ceil(height / 2)
+        width = math.ceil(width / 2)
     dense = [planes * height * width, *widths]
     blocks += dense_blocks(dense, activation)
     return BlockNet(*blocks, head=nn.Linear(dense[-1], num_classes), input_shape=input_shape)

@@ -1,5 +1,6 @@
 """MLP-Mixer (Tolstikhin et al., 2021): layers mix image patches along tokens, then along channels."""
 
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -15,12 +16,15 @@ class Patches(nn.Module):
 
     def __init__(self, planes: int, height: int, width: int, patch: int, channels: int) -> None:
         super().__init__()
-        self.border = nn.ZeroPad2d((0, -width % patch, 0, -height % patch))
+        rows = math.ceil(height / patch)
+        columns = math.ceil(width / patch)
+        self.tokens = rows * columns
+        self.border = nn.ZeroPad2d((0, columns * patch - width, 0, rows * patch - height))
         self.embedding = nn.Conv2d(planes, channels, patch, stride=patch)
-        self.tokens = -(-height // patch) * -(-width // patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.embedding(self.border(x)).flatten(2).mT.contiguous()
+        embedded = self.embedding(self.border(x))
+        return embedded.flatten(2).mT.contiguous()
 
 
 class Mixing(nn.Module):
@@ -37,8 +41,9 @@ class Mixing(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         normalised = self.norm(h)
-        mixed = self.mlp(normalised.mT).mT if self.along_tokens else self.mlp(normalised)
-        return h + mixed
+        if self.along_tokens:
+            return h + self.mlp(normalised.mT).mT
+        return h + self.mlp(normalised)
 
 
 class TokenMean(nn.Module):

@@ -37,7 +37,9 @@ class Residual(nn.Module):
         x: input of the branch, (N, C, H, W).
         skipped: input of the shortcut, in the shape of x. None: the shortcut reads x.
         """
-        return self.branch(x) + self.shortcut(x if skipped is None else skipped)
+        if skipped is None:
+            skipped = x
+        return self.branch(x) + self.shortcut(skipped)
 
 
 class Stage(nn.Module):
@@ -75,17 +77,21 @@ def resnet18(
     stem: convolution of the stem: "7x7" with stride 2, or "3x3" with stride 1.
     """
     planes = channels[0]
-    kernel, stride, padding = (7, 2, 3) if stem == "7x7" else (3, 1, 1)
-    convolution = nn.Conv2d(input_shape[0], planes, kernel, stride, padding, bias=False)
-    blocks = [
-        Block(nn.Sequential(convolution, normalisation(planes, batch_norm_updates)), nn.ReLU())
-    ]
+    if stem == "7x7":
+        convolution = nn.Conv2d(input_shape[0], planes, 7, stride=2, padding=3, bias=False)
+    else:
+        convolution = nn.Conv2d(input_shape[0], planes, 3, padding=1, bias=False)
+    pre = nn.Sequential(convolution, normalisation(planes, batch_norm_updates))
+    blocks = [Block(pre, nn.ReLU())]
+    updates = batch_norm_updates
     for index, out in enumerate(channels):
         is_top = index == len(channels) - 1
-        updates = batch_norm_updates_top or batch_norm_updates if is_top else batch_norm_updates
-        first = Residual(planes, out, 1 if index == 0 else 2, updates)
-        rest = (Residual(out, out, 1, updates) for _ in range(residuals - 1))
-        blocks.append(Block(Stage(first, *rest), nn.ReLU(), leak=skip == "leak"))
+        if is_top and batch_norm_updates_top is not None:
+            updates = batch_norm_updates_top
+        stride = 1 if index == 0 else 2
+        chain = [Residual(planes, out, stride, updates)]
+        chain += [Residual(out, out, 1, updates) for _ in range(residuals - 1)]
+        blocks.append(Block(Stage(*chain), nn.ReLU(), leak=skip == "leak"))
         planes = out
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(planes, num_classes))
     return BlockNet(*blocks, head=head, input_shape=input_shape)

@@ -1,5 +1,7 @@
 """Vision Transformer (Dosovitskiy et al., 2021), whose attention is built from linear layers."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +17,8 @@ class Tokens(nn.Module):
     def __init__(self, patches: Patches, channels: int) -> None:
         super().__init__()
         self.patches = patches
-        self.positions = nn.Parameter(torch.empty(patches.tokens, channels).normal_(std=0.02))
+        positions = torch.empty(patches.tokens, channels).normal_(std=0.02)
+        self.positions = nn.Parameter(positions)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.patches(x) + self.positions
@@ -27,16 +30,21 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        inner = heads * -(-channels // heads)
-        self.query, self.value = nn.Linear(channels, inner), nn.Linear(channels, inner)
+        inner = heads * math.ceil(channels / heads)
+        self.query = nn.Linear(channels, inner)
+        self.value = nn.Linear(channels, inner)
         # a bias of K would not change the softmax
         self.key = nn.Linear(channels, inner, bias=False)
         self.output = nn.Linear(inner, channels)
 
     def forward(self, h: Tensor) -> Tensor:
-        query, key, value = (self.split(layer(h)) for layer in (self.query, self.key, self.value))
-        weighted = F.softmax(query @ key.mT / query.shape[-1] ** 0.5, dim=-1) @ value
-        return self.output(weighted.transpose(1, 2).flatten(2))
+        query = self.split(self.query(h))
+        key = self.split(self.key(h))
+        value = self.split(self.value(h))
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        weighted = F.softmax(scores, dim=-1) @ value
+        joined = weighted.transpose(1, 2).flatten(2)
+        return self.output(joined)
 
     def split(self, tokens: Tensor) -> Tensor:
         """Return the tokens, split into heads. The result has shape (N, heads, T, d)."""
@@ -49,8 +57,12 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, heads: int, width: int) -> None:
         super().__init__()
         self.attention = nn.Sequential(nn.LayerNorm(channels), Attention(channels, heads))
-        layers = [nn.Linear(channels, width), nn.GELU(), nn.Linear(width, channels)]
-        self.mlp = nn.Sequential(nn.LayerNorm(channels), *layers)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(channels),
+            nn.Linear(channels, width),
+            nn.GELU(),
+            nn.Linear(width, channels),
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         h = h + self.attention(h)
@@ -73,7 +85,10 @@ def vit(
     patch: side of a patch in pixels. width: C of the tokens; the hidden layer of each MLP has 4 C units.
     heads: number of attention heads.
     """
-    blocks = [Block(Tokens(Patches(*input_shape, patch, width), width), nn.Identity())]
-    blocks += [Block(Encoder(width, heads, 4 * width), nn.Identity()) for _ in range(depth)]
+    patches = Patches(*input_shape, patch, width)
+    blocks = [Block(Tokens(patches, width), nn.Identity())]
+    for _ in range(depth):
+        encoder = Encoder(width, heads, 4 * width)
+        blocks.append(Block(encoder, nn.Identity()))
     head = nn.Sequential(nn.LayerNorm(width), TokenMean(), nn.Linear(width, num_classes))
     return BlockNet(*blocks, head=head, input_shape=input_shape)
