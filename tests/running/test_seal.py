@@ -87,6 +87,15 @@ def test_an_altered_digit_in_a_sealed_file_is_refused_by_every_reader(name, run)
     assert name in kept.stderr
 
 
+def test_runs_are_not_kept_in_place_of_themselves(run):
+    before = (run / "epochs.csv").read_bytes(), (run / "result.json").read_bytes()
+    command = [sys.executable, str(SCRIPTS / "keep_results.py"), run.parent, f"{run}/.."]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is the source; choose another folder for the copies" in done.stderr
+    assert before == ((run / "epochs.csv").read_bytes(), (run / "result.json").read_bytes())
+
+
 def test_a_file_that_was_not_kept_is_no_damage(run):
     before = dfl_report(run.parent, "run", "--format", "csv").stdout
     for name in ("iterations.csv", "epochs.csv", "config.yaml"):
