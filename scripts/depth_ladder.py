@@ -37,9 +37,7 @@ def collected(folders: list[Path]) -> pd.DataFrame:
     parts = []
     for folder in folders:
         frame = with_key(runs(folder), "model.widths")
-        frame["init"] = (
-            with_key(frame, "model.init")["model.init"] if "kaiming" in folder.name else "default"
-        )
+        frame["init"] = frame.config.map(lambda config: config.get("model.init", "default"))
         frame["depth"] = frame["model.widths"].str.count(",") + 1
         frame["dead"] = frame[layer_names(frame, "dead")].max(axis=1)
         parts.append(frame[[*COLUMNS, "cosine/1", "norm_ratio/1", "dead"]])

@@ -87,11 +87,11 @@ def test_the_stability_map_marks_each_rate_at_which_a_run_fails(kept):
 def test_a_collected_sweep_replaces_runs_of_the_same_settings_and_adds_others(tmp_path):
     done = dfl_train(
         tmp_path, "--multirun", "experiment=depth_digits", "method=bp", "seed=0,77", "epochs=1", "model.init=kaiming",
-        "model.widths=[32,32]", "optimizer.lr=1e-3", "sweep=depth_digits_kaiming", "tracking=disabled", "threads=1",
+        "model.widths=[32,32]", "optimizer.lr=1e-3", "sweep=he", "tracking=disabled", "threads=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = pd.read_csv(ROOT / KEPT / "depth_digits" / "summary.csv")
-    merged = depth_ladder.with_collected(summary, [tmp_path / "outputs" / "depth_digits_kaiming"])
+    merged = depth_ladder.with_collected(summary, [tmp_path / "outputs" / "he"])
     assert len(merged) == len(summary) + 1
     cell = "init == 'kaiming' and depth == 2 and rule == 'bp' and lr == 1e-3 and seed in (0, 77)"
     assert len(summary.query(cell)) == 1
