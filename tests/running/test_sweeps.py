@@ -19,7 +19,7 @@ import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.locks import alive, lock_run
-from dfl_experiments.running.result import status_of
+from dfl_experiments.running.result import read_status
 from dfl_experiments.train import main
 
 SWEEP = ("--multirun", "sweep=grid", "epochs=3", "limit=300", "tracking=disabled", "threads=1")
@@ -129,16 +129,16 @@ def test_a_status_is_read_without_the_lock_and_leaves_no_trace(tmp_path):
     point = tmp_path / "point"
     with lock_run(point):
         (point / ".lock").unlink()  # whoever took the lock now would make it again
-        assert status_of(point)[0] == "running"
+        assert read_status(point)[0] == "running"
         assert not (point / ".lock").exists()
-    assert status_of(point) == ("interrupted", None, "the process ended without writing a result")
+    assert read_status(point) == ("interrupted", "the process ended without writing a result", None)
     # what a killed process leaves, on this machine and on another
     (point / ".running").write_text(json.dumps({"host": platform.node(), "pid": 2**22 + 1}))
-    assert status_of(point)[0] == "interrupted"
+    assert read_status(point)[0] == "interrupted"
     (point / ".running").write_text(json.dumps({"host": "another", "pid": 1}))
-    assert status_of(point)[0] == "running"
+    assert read_status(point)[0] == "running"
     (point / ".running").write_text("half a li")
-    status, _, reason = status_of(point)
+    status, reason, _ = read_status(point)
     assert status == "damaged"
     assert "point/.running: cannot be read" in reason
 

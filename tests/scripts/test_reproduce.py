@@ -127,6 +127,9 @@ def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
     rest = planned(*asked)
     assert [name.split()[-1] for _, _, name in cells_with_hours(rest.stdout)].count("bp") == 0
     assert "16 runs of 4 cells" in rest.stdout
+    # the finished runs have the first value of an override with two values
+    both = planned(*asked[:2], "mnist,bp", *asked[3:], "optimizer.weight_decay=0,0.01")
+    assert "4 runs of 1 cells" in both.stdout
 
 
 @pytest.mark.parametrize(
