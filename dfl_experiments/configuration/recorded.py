@@ -31,8 +31,10 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     Raises `UserError` if an override sets another option, or if there is no recorded configuration.
     """
     values = plain(cfg)
-    key = next((key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)), None)
-    if key is None:
+    key = "resume"
+    if values.get("repeat") is not None:
+        key = "repeat"
+    elif values.get("resume") in (None, AUTO):
         return values
     path = Path(str(values[key])).expanduser() / "config.yaml"
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
