@@ -175,6 +175,11 @@ SWEEPS = {
         "seed=0",
         "seed=1",
     ),
+    "--multirun seed=0 hydra.sweep.subdir=../x": (
+        "hydra.sweep.subdir='../x'",
+        "must be a folder inside the sweep's folder",
+    ),
+    "--multirun seed=0 hydra.sweep.subdir=": ("hydra.sweep.subdir=''", "inside the sweep's folder"),
     "--multirun method=bp,lass": (
         "method=lass: there are adfa",
         "did you mean las?",
