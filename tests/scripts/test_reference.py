@@ -6,7 +6,7 @@ from pathlib import Path
 import depth_ladder
 import pandas as pd
 import pytest
-from claims import MARKS, TOO_FEW, claims, counts, picture
+from claims import MARKS, TOO_FEW, claims, counts, main, picture
 from processes import dfl_train
 from reference import page, readme
 from stability_map import COLUMN, figure
@@ -97,3 +97,19 @@ def test_a_collected_sweep_replaces_runs_of_the_same_settings_and_adds_others(tm
     assert len(summary.query(cell)) == 1
     assert len(merged.query(cell)) == 2
     assert not set(summary.query(cell).accuracy) & set(merged.query(cell).accuracy)
+
+
+def test_a_folder_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["depth_ladder.py", "--collect", "nowhere"])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        depth_ladder.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "depth_ladder.py: error: nowhere: no such folder\n"
+
+
+def test_runs_without_a_claim_give_empty_tables(kept, monkeypatch, capsys):
+    run = kept.folder[kept.rule == "fa"].iloc[0]
+    monkeypatch.setattr("sys.argv", ["claims.py", run])
+    main()
+    assert "| claim   | setting   | n   | found   | verdict   |" in capsys.readouterr().out
