@@ -34,6 +34,8 @@ Passes = Annotated[int, Field(ge=1, le=2)]
 # The upper limit is needed, because a mistyped large number could exhaust the memory.
 Depth = Annotated[int, Field(gt=0, le=1000)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
+# PyTorch crashes if it cannot start the threads of a mistyped large number.
+Threads = Annotated[int, Field(gt=0, le=1024)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=1000)]
 
 MAGNITUDE_BINS = 31  # RandAugment has the magnitudes 0 to 30

@@ -65,12 +65,13 @@ OVER_SHALLOW = (("dfa", "shallow"), ("las", "shallow"), ("ltas", "shallow"))
 UNDER_BP = (("bp", "dfa"), ("bp", "las"), ("bp", "ltas"))
 ACCURACY = (*ALIGNMENT, *OVER_SHALLOW, *UNDER_BP)
 RULES = ("bp", "shallow", "dfa", "las", "ltas")
+COLUMNS = ["claim", "setting", "n", "found", "verdict", "value", "low", "high"]
 
 
 def claims(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table with one row for each claim in each setting.
 
-    Columns: claim, setting, n (number of seeds), found (a text), verdict, value, low, high.
+    Columns: `COLUMNS`. n is the number of seeds, and found is a text.
 
     A setting ends with the number of learning rates. Accuracies are compared at each method's best rate, cosines over
     the rates at which both methods have enough seeds. The last three columns are the difference and its interval.
@@ -90,7 +91,7 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
             rows += alignment_claims(row, all_points, suffix, setting)
             rows += accuracy_claims(row, suffix, setting)
     rows += class_claims(chosen, real)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def title_with_net(row: pd.Series) -> str:

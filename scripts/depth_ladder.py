@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.report.frame import layer_names, runs, with_key
 from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, method_order, save
 
@@ -37,9 +38,7 @@ def collected(folders: list[Path]) -> pd.DataFrame:
     parts = []
     for folder in folders:
         frame = with_key(runs(folder), "model.widths")
-        frame["init"] = (
-            with_key(frame, "model.init")["model.init"] if "kaiming" in folder.name else "default"
-        )
+        frame["init"] = frame.config.map(lambda config: config.get("model.init", "default"))
         frame["depth"] = frame["model.widths"].str.count(",") + 1
         frame["dead"] = frame[layer_names(frame, "dead")].max(axis=1)
         parts.append(frame[[*COLUMNS, "cosine/1", "norm_ratio/1", "dead"]])
@@ -148,12 +147,12 @@ def main() -> None:
         help="folders of sweeps for a new summary",
     )
     folders = parser.parse_args().collect
-    if folders:
-        with_collected(pd.read_csv(SUMMARY), folders).to_csv(
-            SUMMARY, index=False, float_format="%.6g"
-        )
-    print(markdown(pd.read_csv(SUMMARY)))
-    write_figure()
+    with refusing("depth_ladder.py"):
+        if folders:
+            summary = with_collected(pd.read_csv(SUMMARY), folders)
+            summary.to_csv(SUMMARY, index=False, float_format="%.6g")
+        print(markdown(pd.read_csv(SUMMARY)))
+        write_figure()
 
 
 def write_figure() -> None:

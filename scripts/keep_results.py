@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("destination", type=Path, help="folder for the copies")
     options = parser.parse_args()
     if not options.source.is_dir():
-        raise SystemExit(f"error: {options.source}: no such folder")
+        parser.error(f"{options.source}: no such folder")
+    if options.destination.resolve() == options.source.resolve():
+        parser.error(f"{options.destination}: is the source; choose another folder for the copies")
     print(f"{keep(options.source, options.destination)} runs kept in {options.destination}")
 
 

@@ -25,7 +25,7 @@ from dfl_experiments.configuration.refusals import MISTAKES, one_line
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.device import choose_device
-from dfl_experiments.running.result import DONE, status_of
+from dfl_experiments.running.result import DONE, read_status
 
 EXPERIMENTS = {"alignment_figure": ("alignment_figure",), **TABLES}
 SMOKE = {"smoke": "128", "epochs": "1"}
@@ -163,22 +163,22 @@ def seconds_of(point: dict[str, str], experiment: str, overrides: list[str]) -> 
     return step * math.ceil(count / cfg.settings.batch_size) * cfg.settings.epochs
 
 
-def fixed_overrides(asked: argparse.Namespace) -> tuple[list[str], int]:
-    """Return the overrides with a single value, and the number of combinations of the other overrides.
+def combinations_of(asked: argparse.Namespace) -> list[list[str]]:
+    """Return the overrides of a run, once for each combination of the values that the user's overrides sweep.
 
     Overrides of Hydra's own options are left out.
     """
     own = [("protocol", asked.protocol), ("epochs", asked.epochs)]
-    fixed = [f"{key}={value}" for key, value in own if value]
-    combinations = 1
+    choices = [[f"{key}={value}"] for key, value in own if value]
     for override in OverridesParser.create().parse_overrides(asked.overrides):
         if override.is_hydra_override():
             continue
         if override.is_sweep_override():
-            combinations *= len(list(override.sweep_iterator()))
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            fixed.append(str(override.input_line))
-    return fixed, combinations
+            choices.append([str(override.input_line)])
+    return [list(combination) for combination in itertools.product(*choices)]
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def unfinished(sweep: str, grid: Grid, seed: int, overrides: list[str]) -> int:
         if any(folder.glob(f"{names}-seed{seed}-*")):  # if there may be a run; composing is slow
             values = [f"{key}={value}" for key, value in point.items()]
             cfg = compose([f"experiment={grid.experiment}", *values, f"seed={seed}", *overrides])
-            done = status_of(folder / point_name(cfg))[0] in DONE
+            done = read_status(folder / point_name(cfg))[0] in DONE
         count += not done
     return count
 
@@ -229,22 +229,22 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
 
     The cells of the first seed come first, then those of the next seed. Within a seed, the cheapest cell comes first.
     """
-    fixed, times = fixed_overrides(asked)
+    combinations = combinations_of(asked)
     grids = []
     for sweep, whole in chosen(asked.target, asked.only):
         grids += [(sweep, grid) for grid in cells_of(whole)]
-    # one run's; assumed equal for all augmentations and grid points
+    # one run's; assumed equal for all augmentations, grid points and swept overrides
     seconds: dict[tuple[str, ...], float] = {}
     planned = []
     for seed in range(asked.seeds):
         of_seed = []
         for sweep, grid in grids:
-            runs = times * unfinished(sweep, grid, seed, fixed)
+            runs = sum(unfinished(sweep, grid, seed, overrides) for overrides in combinations)
             point = next(grid.points())
             kind = (grid.experiment, point["dataset"], point["model"], point["method"])
             if runs and kind not in seconds:
                 print("timing 2 steps:", *kind[1:], file=sys.stderr)
-                seconds[kind] = seconds_of(point, grid.experiment, fixed)
+                seconds[kind] = seconds_of(point, grid.experiment, combinations[0])
             if runs:
                 of_seed.append(
                     PlannedCell(sweep, grid, seed, runs, BESIDE_STEPS * runs * seconds[kind] / 3600)

@@ -31,10 +31,11 @@ def with_recorded(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     Raises `UserError` if an override sets another option, or if there is no recorded configuration.
     """
     values = plain(cfg)
-    chosen = [key for key in ("resume", "repeat") if values.get(key) not in (None, AUTO)]
-    if not chosen:
+    key = "resume"
+    if values.get("repeat") is not None:
+        key = "repeat"
+    elif values.get("resume") in (None, AUTO):
         return values
-    key = chosen[0]
     path = Path(str(values[key])).expanduser() / "config.yaml"
     names = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for name in names:

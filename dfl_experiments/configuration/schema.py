@@ -159,7 +159,7 @@ class Settings(Options):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     loss: ranges.LossName
     device: Device
-    threads: ranges.Count | None
+    threads: ranges.Threads | None
     precision: ranges.Precision
     memory_format: ranges.MemoryFormat
     cuda_graph: bool

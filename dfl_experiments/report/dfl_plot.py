@@ -44,7 +44,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--log", action="store_true", help=log)
     size = "width and height in inches of a figure for a paper: without title and caption"
     add("--size", type=inches, metavar="WxH", help=size)
-    add("--dpi", type=positive, default=150, help="dots per inch of a PNG file (default: 150)")
+    add("--dpi", type=dots, default=150, help="dots per inch of a PNG file (default: 150)")
     out = ".png, .pdf or .svg (default: plot.png, in RUN if there is one)"
     add("--out", type=Path, metavar="FILE", help=out)
     return parser.parse_args(words)
@@ -64,6 +64,13 @@ def positive(text: str) -> int:
     """Convert a text to a positive integer. Raises `ArgumentTypeError`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def dots(text: str) -> int:
+    """Convert a text to a number of dots per inch. Raises `ArgumentTypeError`."""
+    if not text.isdecimal() or not 20 <= int(text) <= 1200:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 20 to 1200")
     return int(text)
 
 

@@ -199,7 +199,8 @@ def column_of(frame: DataFrame, key: str) -> Series:
     """
     name = ALIASES.get(key, key)
     keys = set().union(*frame.config)
-    if name in frame and (name in NOT_IN_SETTING or name not in keys):
+    is_column = name in frame and name != "config"  # which holds mappings
+    if is_column and (name in NOT_IN_SETTING or name not in keys):
         return frame[name]
     if name not in keys:
         hint = did_you_mean(key, sorted(keys.union(frame)))

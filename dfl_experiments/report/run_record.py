@@ -21,12 +21,10 @@ from dfl_experiments.configuration.history import WITHOUT_EFFECT, with_current_n
 from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.result import (
-    DONE,
     flat,
     has_failed_to_learn,
     read_epochs,
-    read_result,
-    status_of,
+    read_status,
 )
 from dfl_experiments.running.run_directory import CONFIG
 
@@ -55,16 +53,14 @@ PLAIN_WORD = re.compile(r"(?!(?i:null|true|false)$)[A-Za-z_][A-Za-z_\d-]*")
 
 def record_of(run_dir: Path) -> dict[str, Any]:
     """Return the row of one run. Raises an error of any type if the directory holds no valid run."""
-    result = harmless(read_result(run_dir) or {})
+    status, reason, result = harmless(read_status(run_dir))
+    if status == "damaged":
+        raise UserError(reason)
+    result = result or {}
     recorded = result.get("config") or harmless(read_recorded(run_dir / CONFIG, str(run_dir)))
     config = with_current_names(recorded)
     for group in GROUPS:
         NAME.validate_python(config[group]["name"], strict=True)
-    status, reason = result.get("status", ""), result.get("reason") or ""
-    if status not in DONE:
-        status, _, reason = harmless(status_of(run_dir))
-    if status == "damaged":
-        raise UserError(reason)
     layers = {name: result.get(name) or {} for name in PER_LAYER}
     epochs = DataFrame(read_epochs(run_dir, result), dtype=float)
     if status == "finished" and is_best_by_validation(config) and epochs.empty:

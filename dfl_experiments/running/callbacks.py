@@ -37,10 +37,12 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
-    if configuration.settings.resume == AUTO and not any(
-        flag.startswith("hydra.run.dir=") for flag in flags
-    ):
+    resume = configuration.settings.resume
+    if resume == AUTO and not any(flag.startswith("hydra.run.dir=") for flag in flags):
         raise UserError("resume=auto needs hydra.run.dir=<directory>")
+    if resume not in (None, AUTO) and run_dir.resolve() != Path(resume).expanduser().resolve():
+        problem = f"resume={resume} continues the run in its own directory"
+        raise UserError(f"hydra.run.dir={run_dir}: {problem}; leave out hydra.run.dir=")
     refuse_folder_of_runs(run_dir)
     choose_device(configuration.settings.device)
     return configuration, run_dir

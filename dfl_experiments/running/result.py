@@ -65,15 +65,15 @@ class Result(BaseModel):
     validation_loss: NonNegative | None = None
     """Validation loss after the last epoch."""
     cosine: dict[Layer, Cosine | None] = {}
-    """Mean of `cosine_sample` over the last epoch."""
+    """Mean of `cosine_sample` over the last epoch with a measurement."""
     zeros: dict[Layer, NonNegative | None] = {}
-    """Number of samples in the last epoch whose error signal is zero."""
+    """Number of samples whose error signal is zero, in the last epoch with a measurement."""
     activation_rms: dict[Layer, NonNegative | None] = {}
     """Root mean square of the activations, after the last epoch."""
     dead: dict[Layer, Share | None] = {}
     """Fraction of dead units, after the last epoch."""
     norm_ratio: dict[Layer, NonNegative | None] = {}
-    """Mean of ‖δ_i‖/‖δ_i^BP‖ over the last epoch."""
+    """Mean of ‖δ_i‖/‖δ_i^BP‖ over the last epoch with a measurement."""
     unstable: dict[str, Any] | None = None
     """The first sign of instability, see `stability.instability`."""
     cosine_by_construction: list[Layer] = []
@@ -220,12 +220,6 @@ def read_status(run_dir: Path) -> tuple[str, str, dict[str, Any] | None]:
     if result is None:
         return "interrupted", "the process ended without writing a result", None
     return result["status"], result.get("reason") or "", result
-
-
-def status_of(run_dir: Path) -> tuple[str, float | None, str]:
-    """Return status, accuracy and reason of a run, see `read_status`."""
-    status, reason, result = read_status(run_dir)
-    return status, (result or {}).get("accuracy"), reason
 
 
 def flat(node: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

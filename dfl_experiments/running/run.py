@@ -406,7 +406,7 @@ def log_summary(result: dict[str, Any], run_dir: Path) -> None:
     if (best := accuracy["at_best_validation"]) is not None:
         log.info("                  %.4f after the epoch of best validation accuracy", best)
     if result["cosine"]:
-        log.info("  alignment with BP, mean cosine of the last epoch")
+        log.info("  alignment with BP, mean cosine of the last measured epoch")
     for layer, cosine in result["cosine"].items():
         value = "no signal" if cosine is None or math.isnan(cosine) else f"{cosine:.3f}"
         if layer in result["cosine_by_construction"]:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -145,9 +146,15 @@ def check_job(
 
 
 def subdir(cfg: DictConfig, configuration: Configuration) -> str:
-    """Return the name of a job's folder in the sweep's folder."""
-    is_default = unresolved(cfg, "hydra.sweep.subdir") == "${point:}"
-    return point_name(configuration.values) if is_default else str(cfg.hydra.sweep.subdir)
+    """Return the name of a job's folder in the sweep's folder. Raises `UserError` for a folder outside of it."""
+    if unresolved(cfg, "hydra.sweep.subdir") == "${point:}":
+        return point_name(configuration.values)
+    folder = os.path.normpath(str(cfg.hydra.sweep.subdir))
+    if os.path.isabs(folder) or Path(folder).parts[:1] in ((), ("..",)):
+        raise UserError(
+            f"hydra.sweep.subdir='{cfg.hydra.sweep.subdir}': must be a folder inside the sweep's folder"
+        )
+    return folder
 
 
 def unresolved(cfg: DictConfig, key: str) -> Any:

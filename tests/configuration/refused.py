@@ -3,6 +3,7 @@
 VALUES = {
     "dataset.mean=[127]": ("dataset.mean.0=127", "less than or equal to 1"),
     "epochs=0": ("epochs=0", "greater than 0"),
+    "threads=100000": ("threads=100000", "less than or equal to 1024"),
     "epochs=true": ("epochs=True", "valid integer"),
     "epochs=99999999999": ("epochs=99999999999", "less than 2147483648"),
     "seed=-1": ("seed=-1", "greater than or equal to 0"),
@@ -74,6 +75,7 @@ NAMES = {
     ),
     "dataset=cifar10 dataset.source.classes=100": ("dataset.name='cifar10'",),
     "resume=auto": ("resume=auto", "hydra.run.dir"),
+    "repeat=auto": ("repeat=auto", "is not a run directory"),
     "resume=auto hydra.run.dir=here force=true": ("force=true", "resume continues a run"),
     "--multirun resume=auto seed=0,1": ("resume and repeat are for a single run",),
     "data_dir=~/data": ("quote a value", "\"data_dir='~/data'\""),
@@ -173,6 +175,11 @@ SWEEPS = {
         "seed=0",
         "seed=1",
     ),
+    "--multirun seed=0 hydra.sweep.subdir=../x": (
+        "hydra.sweep.subdir='../x'",
+        "must be a folder inside the sweep's folder",
+    ),
+    "--multirun seed=0 hydra.sweep.subdir=": ("hydra.sweep.subdir=''", "inside the sweep's folder"),
     "--multirun method=bp,lass": (
         "method=lass: there are adfa",
         "did you mean las?",

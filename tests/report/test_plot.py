@@ -358,6 +358,7 @@ REFUSED = {
     "grid --what lossy": "what=lossy: no such quantity; there are loss, accuracy",
     "grid --what rms --layer 1,7": "layer=7: not measured; there are 1, 2",
     "grid --facet optimizr.lr": "optimizr.lr: no run has this key; did you mean lr?",
+    "grid --color config": "config: no run has this key",
     "grid --color lrr": "lrr: no run has this key; did you mean lr?",
     "grid --where optimizr.lr=1": "optimizr.lr: no run has this key; did you mean lr?",
     "grid --where optimizer.lr=1": "optimizer.lr=1: no run has this value; there are 0.001, 0.01",
@@ -383,6 +384,14 @@ def test_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsys)
 def test_size_needs_two_numbers(size):
     with pytest.raises(ArgumentTypeError, match="is not a size from 1x1 to 100x100 inches"):
         dfl_plot.inches(size)
+
+
+@pytest.mark.parametrize("dpi", ["1", "19", "1000000", "-5", "nan"])
+def test_dots_per_inch_have_a_range(dpi, outputs, capsys):
+    with pytest.raises(SystemExit) as end:
+        dfl_plot.main([str(outputs / "alone"), f"--dpi={dpi}"])
+    assert end.value.code == 2
+    assert f"argument --dpi: '{dpi}' is not a number from 20 to 1200" in capsys.readouterr().err
 
 
 def test_own_rules_have_different_looks():

@@ -195,3 +195,13 @@ def test_resume_auto_starts_continues_and_keeps_a_finished_run(tmp_path):
     assert other.returncode == 2
     assert "another configuration" in other.stderr
     assert "hydra.run.dir=<directory>" in dfl_train(tmp_path, "resume=auto").stderr
+
+
+def test_a_run_is_not_continued_in_the_directory_of_another(tmp_path):
+    for name in ("one", "two"):
+        options = ("epochs=1", "limit=64", "tracking=disabled", f"hydra.run.dir={name}")
+        assert dfl_train(tmp_path, *options).returncode == 0
+    done = dfl_train(tmp_path, "resume=one", "hydra.run.dir=two")
+    assert done.returncode == 2
+    assert "hydra.run.dir=two: resume=one continues the run in its own directory" in done.stderr
+    assert dfl_train(tmp_path, "resume=one", "hydra.run.dir=./one").returncode == 0

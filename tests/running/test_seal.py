@@ -88,6 +88,15 @@ def test_altered_digit_in_a_sealed_file_is_refused_by_every_reader(name, run):
     assert name in kept.stderr
 
 
+def test_keep_results_refuses_its_source_as_the_destination(run):
+    before = (run / "epochs.csv").read_bytes(), (run / "result.json").read_bytes()
+    command = [sys.executable, str(SCRIPTS / "keep_results.py"), run.parent, f"{run}/.."]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is the source; choose another folder for the copies" in done.stderr
+    assert before == ((run / "epochs.csv").read_bytes(), (run / "result.json").read_bytes())
+
+
 def test_missing_tables_and_configuration_do_not_change_the_report(run):
     before = dfl_report(run.parent, "run", "--format", "csv").stdout
     for name in ("iterations.csv", "epochs.csv", "config.yaml"):

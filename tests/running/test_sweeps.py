@@ -19,7 +19,7 @@ import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.locks import alive, lock_run
-from dfl_experiments.running.result import status_of
+from dfl_experiments.running.result import read_status
 from dfl_experiments.train import main
 
 SWEEP = ("--multirun", "sweep=grid", "epochs=3", "limit=300", "tracking=disabled", "threads=1")
@@ -121,16 +121,16 @@ def test_reading_a_status_takes_no_lock_and_writes_nothing(tmp_path):
     point = tmp_path / "point"
     with lock_run(point):
         (point / ".lock").unlink()  # taking the lock would create this file again
-        assert status_of(point)[0] == "running"
+        assert read_status(point)[0] == "running"
         assert not (point / ".lock").exists()
-    assert status_of(point) == ("interrupted", None, "the process ended without writing a result")
+    assert read_status(point) == ("interrupted", "the process ended without writing a result", None)
     # a killed process leaves .running; a process of another host cannot be checked, so the file is trusted
     (point / ".running").write_text(json.dumps({"host": platform.node(), "pid": 2**22 + 1}))
-    assert status_of(point)[0] == "interrupted"
+    assert read_status(point)[0] == "interrupted"
     (point / ".running").write_text(json.dumps({"host": "another", "pid": 1}))
-    assert status_of(point)[0] == "running"
+    assert read_status(point)[0] == "running"
     (point / ".running").write_text("half a li")
-    status, _, reason = status_of(point)
+    status, reason, _ = read_status(point)
     assert status == "damaged"
     assert "point/.running: cannot be read" in reason
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import depth_ladder
 import pandas as pd
 import pytest
-from claims import MARKS, TOO_FEW, claims, counts, picture
+from claims import MARKS, TOO_FEW, claims, counts, main, picture
 from processes import dfl_train
 from reference import page, readme
 from stability_map import COLUMN, figure
@@ -81,13 +81,29 @@ def test_the_stability_map_marks_each_rate_at_which_a_run_fails(kept):
 def test_collected_sweep_replaces_runs_of_the_same_settings_and_adds_others(tmp_path):
     done = dfl_train(
         tmp_path, "--multirun", "experiment=depth_digits", "method=bp", "seed=0,77", "epochs=1", "model.init=kaiming",
-        "model.widths=[32,32]", "optimizer.lr=1e-3", "sweep=depth_digits_kaiming", "tracking=disabled", "threads=1",
+        "model.widths=[32,32]", "optimizer.lr=1e-3", "sweep=he", "tracking=disabled", "threads=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = pd.read_csv(ROOT / KEPT / "depth_digits" / "summary.csv")
-    merged = depth_ladder.with_collected(summary, [tmp_path / "outputs" / "depth_digits_kaiming"])
+    merged = depth_ladder.with_collected(summary, [tmp_path / "outputs" / "he"])
     assert len(merged) == len(summary) + 1
     cell = "init == 'kaiming' and depth == 2 and rule == 'bp' and lr == 1e-3 and seed in (0, 77)"
     assert len(summary.query(cell)) == 1
     assert len(merged.query(cell)) == 2
     assert not set(summary.query(cell).accuracy) & set(merged.query(cell).accuracy)
+
+
+def test_a_folder_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["depth_ladder.py", "--collect", "nowhere"])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        depth_ladder.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "depth_ladder.py: error: nowhere: no such folder\n"
+
+
+def test_runs_without_a_claim_give_empty_tables(kept, monkeypatch, capsys):
+    run = kept.folder[kept.rule == "fa"].iloc[0]
+    monkeypatch.setattr("sys.argv", ["claims.py", run])
+    main()
+    assert "| claim   | setting   | n   | found   | verdict   |" in capsys.readouterr().out

@@ -130,6 +130,9 @@ def test_finished_runs_do_not_count_towards_a_budget(tmp_path, planned):
     for _, _, name in cells_with_hours(rest.stdout):
         assert not name.endswith(" bp")
     assert "16 runs of 4 cells" in rest.stdout
+    # the finished runs have the first value of an override with two values
+    both = planned(*asked[:2], "mnist,bp", *asked[3:], "optimizer.weight_decay=0,0.01")
+    assert "4 runs of 1 cells" in both.stdout
 
 
 @pytest.mark.parametrize(
