@@ -131,7 +131,8 @@ def test_finished_runs_do_not_count_towards_a_budget(tmp_path, planned):
         assert not name.endswith(" bp")
     assert "16 runs of 4 cells" in rest.stdout
     # the finished runs have the first value of an override with two values
-    both = planned(*asked[:2], "mnist,bp", *asked[3:], "optimizer.weight_decay=0,0.01")
+    swept = "optimizer.weight_decay=0,0.01"
+    both = planned("fc_table", "--only", "mnist,bp", *options, swept)
     assert "4 runs of 1 cells" in both.stdout
 
 
