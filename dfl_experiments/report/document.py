@@ -17,7 +17,7 @@ from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.paper import missing, published
 from dfl_experiments.report.style import save
 from dfl_experiments.report.tables import Section
-from dfl_experiments.running.run_directory import csv_text, rerun_arguments
+from dfl_experiments.running.run_directory import rerun_arguments
 
 
 def report(asked: Namespace) -> None:
@@ -38,16 +38,24 @@ def report(asked: Namespace) -> None:
     drawings = figures(sections) if asked.figures or asked.format == "html" else []
     if asked.figures:
         save_all(drawings, asked.figures)
+    path = asked.out
     if asked.format == "csv":
-        write(csv_of(sections), asked.out)
+        content = csv_of(sections)
     elif asked.format == "commands":
-        write(commands(sections), asked.out)
+        content = commands(sections)
     elif asked.format == "latex":
-        write(latex(sections, asked.paper), asked.out)
+        content = latex(sections, asked)
     elif asked.format == "html":
-        write(page.page(parts(sections, asked, drawings)), asked.out or Path("report.html"))
+        content = page.page(parts(sections, asked, drawings))
+        path = path or Path("report.html")
     else:
-        write(text(sections, asked, drawings), asked.out)
+        content = text(sections, asked, drawings)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8", errors="replace")
+        print(path)
+    else:
+        print(content.rstrip("\n"))
     if asked.figures:
         print(f"{len(drawings)} figures in {asked.figures}")
 
@@ -101,44 +109,43 @@ def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing])
     clean = table_text.markdown if is_markdown else str
     lines: list[str] = []
     for kind, content in parts(sections, asked, drawings):
-        if kind == "heading" and is_markdown:
-            lines.append(f"## {clean(content)}\n")
-        elif kind == "heading":
-            lines.append(f"{content}\n{72 * '='}\n")
+        if kind == "heading":
+            lines.append(f"## {clean(content)}" if is_markdown else f"{content}\n{72 * '='}")
         elif kind == "figure":
             lines.append(picture(asked.figures / f"{content.name}.png", asked.out))
         elif kind == "notes":
-            lines += [f"{clean(note)}\n" for note in content]
+            lines += [clean(note) for note in content]
         elif kind == "items":
             width = sys.maxsize if is_markdown else 100
-            for item in content:
-                lines.append(textwrap.fill(f"- {item}", width, subsequent_indent="  "))
-            lines.append("")
+            items = [textwrap.fill(f"- {item}", width, subsequent_indent="  ") for item in content]
+            lines.append("\n".join(items))
         else:
-            lines.append(table_text.write(content, "github" if is_markdown else "simple") + "\n")
-            lines += [f"{clean(content.caption)}\n"] if content.caption else []
-    return "\n".join(lines)
+            lines.append(table_text.write(content, "github" if is_markdown else "simple"))
+            lines.append(clean(content.caption))
+    return "\n\n".join(filter(None, lines)) + "\n"
 
 
 def picture(file: Path, page: Path | None) -> str:
     """Return the Markdown line that shows an image file, with its path relative to the report's file."""
     path = os.path.relpath(file, page.parent if page else Path())
-    return f"![{file.stem}]({quote(Path(path).as_posix())})\n"
+    return f"![{file.stem}]({quote(Path(path).as_posix())})"
 
 
-def latex(sections: list[Section], with_paper: bool) -> str:
+def latex(sections: list[Section], asked: Namespace) -> str:
     """Return the tables of every section in LaTeX. The LaTeX document needs the package booktabs."""
-    paper = published() if with_paper else None
     texts = []
-    for section in sections:
-        for table in [tables.answer(section, paper), *tables.details(section)]:
-            title = table.title
-            if title == "Methods":
+    heading = ""
+    for kind, content in parts(sections, asked, []):
+        if kind == "heading":
+            heading = content
+        elif kind in ("table", "details"):
+            title = content.title
+            if kind == "table":
                 title = "Test accuracy, mean ± sd over n seeds"
-            caption = f"{section.title}. {title}. {table.caption}"
+            caption = table_text.latex(f"{heading}. {title}. {content.caption}")
             texts.append("\\begin{table}\n\\centering")
-            texts.append(rf"\caption{{{table_text.latex(caption)}}}")
-            texts.append(table_text.write(table, "latex_booktabs"))
+            texts.append(rf"\caption{{{caption}}}")
+            texts.append(table_text.write(content, "latex_booktabs"))
             texts.append("\\end{table}\n")
     return "\n".join(texts) + "\n"
 
@@ -148,9 +155,8 @@ def csv_of(sections: list[Section]) -> str:
 
     `chosen` is true for the rows of the table of methods. Only these rows have comparisons with other methods.
     """
-    frame = pd.concat([tables.grid_points(section) for section in sections])
-    rows = frame.astype(object).where(frame.notna(), None)
-    return csv_text([list(rows.columns), *rows.to_numpy().tolist()])
+    frame = pd.concat([section.points for section in sections])
+    return frame.to_csv(index=False, float_format="%.9g")
 
 
 def commands(sections: list[Section]) -> str:
@@ -162,13 +168,3 @@ def commands(sections: list[Section]) -> str:
         accuracy = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
         lines.append(f"dfl-train {arguments}  # {accuracy}\n")
     return "".join(lines)
-
-
-def write(content: str, path: Path | None) -> None:
-    """Write a text to a file and print its path, or print the text."""
-    if path is None:
-        print(content.rstrip("\n"))
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8", errors="replace")
-    print(path)

@@ -9,8 +9,8 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from dfl_experiments.report import compare
-from dfl_experiments.report.choose import cells, choose, means
-from dfl_experiments.report.frame import CELL, POINT, ROW, distinct, layer_names
+from dfl_experiments.report.choose import choose, grid_points
+from dfl_experiments.report.frame import CELL, ROW, distinct, layer_names
 from dfl_experiments.report.labels import KIND, SECTION, option_names
 from dfl_experiments.report.paper import SETTINGS
 from dfl_experiments.report.run_record import ENDED
@@ -29,18 +29,23 @@ class Section:
     runs: DataFrame
     chosen: DataFrame
     """Those of `runs` that are at the best grid points, see `choose.choose`."""
-    cells: DataFrame
-    """One row for each method of each setting, see `compared_cells`."""
+    points: DataFrame
+    """One row for each grid point of each method, see `compared_points`."""
+
+    @property
+    def cells(self) -> DataFrame:
+        """One row for each method of each setting: its best grid point."""
+        return self.points[self.points.chosen]
 
 
 def sections(runs: DataFrame) -> list[Section]:
     """Return the sections of a report. Smoke runs come last."""
     chosen = choose(runs)
-    by_section = compared_cells(runs, chosen).groupby(SECTION)
+    points = compared_points(runs, chosen).groupby(SECTION)
     parts = []
     for key, part in runs.groupby(SECTION, sort=True):
         title = title_of(part.iloc[0])
-        parts.append(Section(title, part, among(chosen, part), by_section.get_group(key)))
+        parts.append(Section(title, part, among(chosen, part), points.get_group(key)))
     return parts
 
 
@@ -49,34 +54,21 @@ def among(chosen: DataFrame, runs: DataFrame) -> DataFrame:
     return chosen[chosen.index.isin(runs.index)]
 
 
-def compared_cells(runs: DataFrame, chosen: DataFrame) -> DataFrame:
-    """Return the rows of `choose.cells` with more columns: the differences from BP and DFA, and the depth utility.
+def compared_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
+    """Return the rows of `choose.grid_points`. The chosen ones also have depth utility and differences from BP and DFA.
 
     chosen: what `choose.choose` returns for the runs.
     """
     utility = compare.depth_utility(chosen)
     utility = utility.rename(columns={"low": "utility_low", "high": "utility_high"})
-    frame = cells(runs, chosen).merge(utility, on=CELL, how="left")
+    comparisons = [utility]
     for control in ("bp", "dfa"):
         names = [*CELL, *difference_names(control)]
-        differences = compare.against(chosen, control).set_axis(names, axis="columns")
-        frame = frame.merge(differences, on=CELL, how="left")
+        comparisons.append(compare.against(chosen, control).set_axis(names, axis="columns"))
+    frame = grid_points(runs, chosen).sort_values("chosen", ascending=False, kind="stable")
+    for comparison in comparisons:
+        frame = frame.merge(comparison.assign(chosen=True), on=[*CELL, "chosen"], how="left")
     return ordered(frame)
-
-
-def grid_points(section: Section) -> DataFrame:
-    """Return the rows of `section.cells`, and a row for each grid point that was not chosen, see `choose.means`."""
-    runs = distinct(section.runs)
-    points = means(runs, runs, POINT).reset_index()
-    points["chosen"] = False
-    chosen = section.cells.reset_index(drop=True)
-    # a cell without a chosen point keeps the states of all its points
-    states_of_point = chosen[POINT].merge(points[[*POINT, "states"]], "left", POINT).states
-    chosen["states"] = states_of_point.fillna(chosen.states)
-    chosen.insert(chosen.columns.get_loc("n"), "chosen", True)
-    # of two rows of one grid point, the first remains
-    every = pd.concat([chosen, points], ignore_index=True).drop_duplicates(POINT)
-    return ordered(every)
 
 
 def difference_names(control: str) -> list[str]:

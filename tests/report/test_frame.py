@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from report_helpers import altered, csv_rows, dfl_report, finished, results
 
-from dfl_experiments.report.choose import cells, choose
+from dfl_experiments.report.choose import choose, grid_points
 from dfl_experiments.report.frame import curves, distinct, runs
 from dfl_experiments.report.tables import answer, sections
 
@@ -22,7 +22,8 @@ KEPT = Path(__file__).with_name("kept_cells.csv")
 def shown(folder):
     """The cells of the runs in a folder, an entry for each."""
     frame = runs(folder)
-    return list(cells(frame, choose(frame)).itertuples())
+    points = grid_points(frame, choose(frame))
+    return list(points[points.chosen].itertuples())
 
 
 def test_the_kept_runs_have_the_cells_that_were_published():
