@@ -89,11 +89,11 @@ def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
 
     A configuration with older names of the options has the same digest.
     """
-    values = changed(with_recorded_names(result_options(cfg)), _integer_if_whole)
+    values = changed(with_recorded_names(result_options(cfg)), integer_if_whole)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _integer_if_whole(value: Any) -> Any:
+def integer_if_whole(value: Any) -> Any:
     """Return a whole float such as 1.0 as an integer, because a YAML file may contain 1 or 1.0 for the same value."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
