@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import permutations
 
-import numpy as np
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from dfl_experiments.report.frame import CELL, POINT, distinct, layer_names
 from dfl_experiments.report.run_record import ENDED, PER_LAYER
@@ -39,12 +39,11 @@ def best_point(cell: DataFrame) -> tuple[float, float] | None:
     points = fails[fails.index.isin(ended.set_index(POINT_IN_CELL).index)]
     candidates = list(points.index[~points]) or list(points.index)
     table = ended.pivot(index="seed", columns=POINT_IN_CELL, values=["score", "validation_loss"])
-
-    def rank(point: tuple[float, float]) -> tuple[int, float]:
-        wins = sum(beats(table, point, other) for other in candidates if other != point)
-        return wins, table["score"][point].mean()
-
-    return max(candidates, key=rank, default=None)
+    wins = dict.fromkeys(candidates, 0)
+    for point, other in permutations(candidates, 2):
+        wins[point] += beats(table, point, other)
+    means = table["score"].mean()
+    return max(candidates, key=lambda point: (wins[point], means[point]), default=None)
 
 
 def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -53,11 +52,12 @@ def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, floa
     table: score and validation loss (columns) of each seed (row) at each grid point.
     """
     scores = table["score"][[point, other]].dropna()
-    lead = scores[point].mean() - scores[other].mean()
+    lead = (scores[point] - scores[other]).mean()
     if abs(lead) > TIE:
         return bool(lead > 0)
     losses = table["validation_loss"].loc[scores.index]
-    return bool(losses[point].mean(skipna=False) < losses[other].mean(skipna=False))
+    excess = losses[point] - losses[other]
+    return bool(excess.mean(skipna=False) < 0)
 
 
 def counted(runs: DataFrame, keys: Sequence[str] = POINT) -> DataFrame:
@@ -93,7 +93,7 @@ def grid_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
         **identity, lr=("lr", "first"), weight_decay=("weight_decay", "first")
     )
     averaged = counted(runs).groupby(POINT)
-    ended = runs[runs.status.isin(ENDED)].groupby(POINT)
+    ended = runs[runs.has_ended].groupby(POINT)
     unstable = runs[runs.unstable != ""].groupby(POINT)
     results = averaged.agg(
         n=("rule", "size"),
@@ -126,7 +126,7 @@ def grid_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
     return frame
 
 
-def end_of_grid(points: DataFrame, runs: DataFrame) -> np.ndarray:
+def end_of_grid(points: DataFrame, runs: DataFrame) -> Series:
     """Return for each point "lowest" or "highest" if it is chosen and its learning rate is at this end of the grid.
 
     Return "" for other points, for a grid of one rate, and if all runs at the point fail.
@@ -134,9 +134,10 @@ def end_of_grid(points: DataFrame, runs: DataFrame) -> np.ndarray:
     tried = runs[runs.has_ended].groupby(CELL).lr
     ends = points[CELL].join(tried.agg(lowest="min", highest="max"), on=CELL)
     is_marked = points.chosen & (points.failing < points.ended) & (ends.lowest < ends.highest)
-    is_lowest = is_marked & (points.lr == ends.lowest)
-    is_highest = is_marked & (points.lr == ends.highest)
-    return np.select([is_lowest, is_highest], ["lowest", "highest"], "")
+    names = Series("", points.index)
+    names[is_marked & (points.lr == ends.lowest)] = "lowest"
+    names[is_marked & (points.lr == ends.highest)] = "highest"
+    return names
 
 
 def states(statuses: Iterable[str]) -> str:

@@ -229,9 +229,7 @@ def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, pool: Pool)
     spread = var_top - 2 * ratio * covariance + ratio**2 * var_bottom
     spread -= g * (var_top - covariance**2 / var_bottom)
     half = t / abs(bottom) * math.sqrt(max(spread, 0.0))
-    low = (centre - half) / (1 - g)
-    high = (centre + half) / (1 - g)
-    return Estimate(ratio, low, high)
+    return Estimate(ratio, (centre - half) / (1 - g), (centre + half) / (1 - g))
 
 
 def cosines(runs: DataFrame) -> DataFrame:

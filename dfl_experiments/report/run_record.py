@@ -126,12 +126,10 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
 
 def method_options_of(config: Values, result: Values) -> dict[str, str]:
     """Return the options of the method, and the digest of the user's code, as texts."""
-    values = dict(result_options(config)["method"])
-    without_effect = WITHOUT_EFFECT.get(config["model"].get("_target_"), ())
-    if config["method"].get("feedback") and "method.feedback" not in without_effect:
-        # added because `result_options` omits the value conv
-        values["feedback"] = config["method"]["feedback"]
-    options = {key: as_text(value) for key, value in flat(values).items() if key != "name"}
+    values = flat(config["method"])
+    if "method.feedback" in WITHOUT_EFFECT.get(config["model"].get("_target_"), ()):
+        values.pop("feedback", None)
+    options = {key: as_text(value) for key, value in values.items() if key != "name"}
     if "method" in result.get("code", {}):
         options["code"] = result["code"]["method"]
     return options

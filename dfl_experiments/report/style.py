@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from dfl_experiments.errors import UserError
 
@@ -190,6 +191,16 @@ def words(column: str, value: Any) -> str:
         return text
     name = column.rpartition(".")[2].replace("_", " ")
     return f"{name} {text}"
+
+
+def common_words(frame: DataFrame, columns: Iterable[str]) -> list[str]:
+    """Return the values that all rows share, as labels, without usual values."""
+    labels = []
+    for column in columns:
+        value = frame[column].iloc[0]
+        if frame[column].nunique() == 1 and value != USUAL.get(column):
+            labels.append(words(column, value))
+    return labels
 
 
 def title_of(row: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The tables of a report, and the sections that they belong to."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,19 @@ from pandas import DataFrame, Series
 
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose, grid_points
-from dfl_experiments.report.frame import CELL, ROW, distinct, layer_names
+from dfl_experiments.report.frame import CELL, ROW, layer_names
 from dfl_experiments.report.labels import KIND, SECTION, option_names
 from dfl_experiments.report.paper import SETTINGS
 from dfl_experiments.report.run_record import ENDED
-from dfl_experiments.report.style import IN_WORDS, USUAL, method_name, method_order, title_of, words
+from dfl_experiments.report.style import (
+    IN_WORDS,
+    USUAL,
+    common_words,
+    method_name,
+    method_order,
+    title_of,
+    words,
+)
 from dfl_experiments.report.table_text import MARK, NONE, Table, interval_text, numbers
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
@@ -83,7 +91,7 @@ def ordered(frame: DataFrame) -> DataFrame:
 
 
 def with_settings(
-    frame: DataFrame, runs: DataFrame, columns: Mapping[str, Sequence[str]]
+    frame: DataFrame, runs: DataFrame, columns: Mapping[Any, Iterable[str]]
 ) -> DataFrame:
     """Return a table of texts: the settings that differ between rows, the method, and `columns`.
 
@@ -150,25 +158,24 @@ def best_of_setting(frame: DataFrame) -> Series:
     ranked = frame.accuracy.mask(frame.is_failing)
     in_setting = ranked.groupby([frame[key] for key in ROW])
     is_highest = ranked > in_setting.transform("max") - HALF_DIGIT
-    return is_highest & (in_setting.transform("count") > 1)
+    has_others = in_setting.transform("count") > 1
+    return is_highest & has_others
 
 
 def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
     """Return the unusual settings that all rows share, and the noise floors. runs: the runs of the section."""
-    parts = []
-    for key in ["epochs", *USUAL]:
-        value = frame[key].iloc[0]
-        if frame[key].nunique() == 1 and value != USUAL.get(key):
-            parts.append(words(key, value))
-    differs = [key for key in KIND if runs[key].nunique() > 1]
-    for _, row in runs[runs.shared != ""].drop_duplicates(KIND).iterrows():
-        kind = ", ".join(words(key, row[key]) for key in differs)
+    parts = common_words(frame, ["epochs", *USUAL])
+    differing = [key for key in KIND if runs[key].nunique() > 1]
+    kinds = runs[runs.shared != ""].drop_duplicates(KIND)
+    for _, row in kinds.iterrows():
+        kind = ", ".join(words(key, row[key]) for key in differing)
         parts.append(f"{kind}: {row.shared}" if kind else row.shared)
     real = frame[(frame.n > 0) & ~frame.smoke]
     floors = 100 * compare.noise_floor(real.accuracy, real.test_images)
     if floors.any():
-        ends = [f"{floors.min():.2f}", f"{floors.max():.2f}"]
-        span = " to ".join(dict.fromkeys(ends))
+        lowest = f"{floors.min():.2f}"
+        highest = f"{floors.max():.2f}"
+        span = lowest if lowest == highest else f"{lowest} to {highest}"
         parts.append(f"noise floor √(p(1−p)/N) of one accuracy: {span} points")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
@@ -197,42 +204,37 @@ def utility_text(row: Any) -> str:
 
 def details(section: Section) -> list[Table]:
     """Return the tables that follow the table of methods. Empty tables are left out."""
-    runs = section.runs
-    tables = [rates(runs), alignment(runs), stability(section), reference_sizes(section)]
+    tables = [rates(section), alignment(section), stability(section), reference_sizes(section)]
     return [table for table in tables if table is not None]
 
 
-def rates(runs: DataFrame) -> Table | None:
+def rates(section: Section) -> Table | None:
     """Return accuracy by learning rate and weight decay; None if every method has a single grid point."""
-    ended = distinct(runs[runs.has_ended])
+    points = section.points[section.points.ended > 0]
     grid = ["lr", "weight_decay"]
-    if ended.groupby(CELL)[grid].nunique().max(axis=None) in (1, math.nan):
+    if points.groupby(CELL)[grid].nunique().le(1).all(axis=None):
         return None
-    points = ended.groupby([*CELL, *grid])[["fails", "accuracy"]]
-    texts = points.apply(point_text).unstack(grid).sort_index(axis="columns", ascending=False)
-    rows = ordered(texts.index.to_frame(index=False))
-    columns = {}
-    has_decay = ended.weight_decay.any()
-    for (lr, decay), column in texts.iloc[rows.index].fillna(NONE).items():
-        name = f"lr {lr:g}, decay {decay:g}" if has_decay else f"lr {lr:g}"
-        columns[name] = column
-    shown = with_settings(rows.reset_index(drop=True), runs, columns)
+    texts = Series([point_text(point) for point in points.itertuples()], points.index)
+    table = points.assign(text=texts).pivot(index=CELL, columns=grid, values="text").fillna(NONE)
+    table = table.sort_index(axis="columns", ascending=False)
+    has_decay = points.weight_decay.any()
+    names = [f"lr {lr:g}, decay {decay:g}" if has_decay else f"lr {lr:g}" for lr, decay in table]
+    table = ordered(table.set_axis(names, axis="columns").reset_index())
+    shown = with_settings(table, section.runs, table[names])
     return Table("Rates", shown, "Accuracy in percent (n seeds) at each point of the grid.")
 
 
-def point_text(point: DataFrame) -> str:
+def point_text(point: Any) -> str:
     """Return the accuracy at a grid point: "98.3 (3)", "66.6 (1 of 3)", "fails (3 of 3)"."""
-    good = point[~point.fails]
-    n = len(point)
-    if good.empty:
-        return f"fails ({n} of {n})"
-    count = f"{len(good)} of {n}" if len(good) < n else n
-    return f"{100 * good.accuracy.mean():.2f} ({count})"
+    if point.failing == point.ended:
+        return f"fails ({point.ended} of {point.ended})"
+    count = f"{point.n} of {point.ended}" if point.failing else point.n
+    return f"{100 * point.accuracy:.2f} ({count})"
 
 
-def alignment(runs: DataFrame) -> Table | None:
+def alignment(section: Section) -> Table | None:
     """Return the cosine with BP of every layer, by learning rate; None if the cosine was not measured."""
-    frame = compare.alignment(runs)
+    frame = compare.alignment(section.runs)
     if frame.empty:
         return None
     frame = ordered(frame).sort_values([*ROW, "lr"], kind="stable")
@@ -242,7 +244,7 @@ def alignment(runs: DataFrame) -> Table | None:
     caption = "Cosine with BP's error signal."
     if frame.no_signal.any():
         caption += " No signal: layers where more than half of the samples have a zero signal."
-    return Table("Alignment", with_settings(frame, runs, columns), caption)
+    return Table("Alignment", with_settings(frame, section.runs, columns), caption)
 
 
 def layer_columns(frame: DataFrame, quantity: str, title: str, style: str) -> dict[str, Series]:
@@ -267,19 +269,19 @@ def stability(section: Section) -> Table | None:
     }
     if "norm_ratio/1" in frame:
         columns["‖δ₁‖/‖δ₁ of BP‖"] = numbers(frame["norm_ratio/1"], ".2g")
-    ended = frame.ended.astype(str)
+    of_ended = " of " + frame.ended.astype(str)
     first = frame.unstable.mask(frame.unstable != "", ": " + frame.unstable)
-    columns["unstable runs"] = frame.unstable_runs.astype(str) + " of " + ended + first
-    columns["failing runs"] = frame.failing.astype(str) + " of " + ended
+    columns["unstable runs"] = frame.unstable_runs.astype(str) + of_ended + first
+    columns["failing runs"] = frame.failing.astype(str) + of_ended
     return Table("Stability", with_settings(frame, section.runs, columns), "After the last epoch.")
 
 
 def largest(frame: DataFrame, quantity: str, style: str) -> Series:
     """Return for each row a text such as "12% (layer 3)": the largest value over the layers, and its layer."""
-    values = frame[layer_names(frame, quantity)]
-    measured = values.dropna(how="all")
-    layers = measured.idxmax(axis="columns").astype(str).str.removeprefix(f"{quantity}/")
-    texts = numbers(measured.max(axis="columns"), style) + " (layer " + layers + ")"
+    values = frame[layer_names(frame, quantity)].dropna(how="all")
+    layers = values.idxmax(axis="columns").astype(str).str.removeprefix(f"{quantity}/")
+    highest = numbers(values.max(axis="columns"), style)
+    texts = highest + " (layer " + layers + ")"
     return texts.reindex(frame.index, fill_value=NONE)
 
 
