@@ -35,6 +35,8 @@ def choose(runs: DataFrame) -> DataFrame:
 def best_point(cell: DataFrame) -> tuple[float, float] | None:
     """Return (lr, weight_decay) of the best grid point of a cell; None if no run has an accuracy."""
     ended = cell[cell.status.isin(ENDED)]
+    if ended.empty:
+        return None
     fails = cell.groupby(POINT_IN_CELL).fails.any()
     points = fails[fails.index.isin(ended.set_index(POINT_IN_CELL).index)]
     candidates = list(points.index[~points]) or list(points.index)
@@ -43,7 +45,7 @@ def best_point(cell: DataFrame) -> tuple[float, float] | None:
     for point, other in permutations(candidates, 2):
         wins[point] += beats(table, point, other)
     means = table["score"].mean()
-    return max(candidates, key=lambda point: (wins[point], means[point]), default=None)
+    return max(candidates, key=lambda point: (wins[point], means[point]))
 
 
 def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -142,7 +144,8 @@ def end_of_grid(points: DataFrame, runs: DataFrame) -> Series:
 
 def states(statuses: Iterable[str]) -> str:
     """Return the number of runs of each status: "3 finished, 1 failed"."""
-    return ", ".join(f"{count} {status}" for status, count in Counter(statuses).most_common())
+    counts = Counter(statuses).most_common()
+    return ", ".join(f"{count} {status}" for status, count in counts)
 
 
 def joined(names: Iterable[str]) -> str:

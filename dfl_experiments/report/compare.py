@@ -98,10 +98,9 @@ def dunnett(samples: Samples, control: str) -> dict[str, tuple[Estimate, str]]:
             half = critical_value(tuple(sizes), len(reference)) * math.sqrt(variance)
             estimate, test = around(estimate.value, half), "Dunnett"
         elif has_intervals and len(values) > 1:
-            interval = stats.ttest_ind(values, reference, equal_var=False).confidence_interval(
-                LEVEL
-            )
-            estimate, test = Estimate(estimate.value, *map(float, interval)), "Welch"
+            result = stats.ttest_ind(values, reference, equal_var=False)
+            low, high = result.confidence_interval(LEVEL)
+            estimate, test = Estimate(estimate.value, float(low), float(high)), "Welch"
         differences[method] = (estimate, test)
     return differences
 
@@ -138,8 +137,10 @@ def pooled(samples: Samples, references: Collection[str]) -> Pool:
 
 def pooled_variance(samples: Collection[np.ndarray]) -> tuple[float, int]:
     """Return the pooled variance s² = Σ (x − mean)² / Σ (n − 1), and its degrees of freedom Σ (n − 1)."""
-    squares = sum(float(values.var() * len(values)) for values in samples)
-    degrees = sum(len(values) - 1 for values in samples)
+    squares, degrees = 0.0, 0
+    for values in samples:
+        squares += float(values.var() * len(values))
+        degrees += len(values) - 1
     return squares / max(degrees, 1), degrees
 
 
@@ -159,8 +160,9 @@ def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
     result = stats.dunnett(*groups[:-1], control=groups[-1], rng=generator)
     interval = result.confidence_interval(LEVEL)
     half = (interval.high[0] - interval.low[0]) / 2
-    variance, _ = pooled_variance(groups)
-    return float(half / math.sqrt(variance * (1 / sizes[0] + 1 / control_size)))
+    pool = Pool((), *pooled_variance(groups))
+    variance = pool.of_difference(sizes[0], control_size)
+    return float(half / math.sqrt(variance))
 
 
 def depth_utility(chosen: DataFrame) -> DataFrame:

@@ -1,23 +1,48 @@
 """Write a report in one of its formats: its tables and figures, section by section."""
 
+import io
 import os
 import sys
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.report import frame, page, table_text, tables
+from dfl_experiments.report import frame, table_text, tables
 from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.paper import missing, published
-from dfl_experiments.report.style import save
+from dfl_experiments.report.style import METADATA, save, styled
 from dfl_experiments.report.tables import Section
 from dfl_experiments.running.run_directory import rerun_arguments
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 0 1rem 4rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .25rem .7rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.note { font-size: .85rem; opacity: .8; }
+figure { margin: 1.5rem 0; overflow-x: auto; background: white; border-radius: .4rem; }
+figure svg { max-width: 100%; height: auto; min-width: 20rem; } summary { cursor: pointer; }
+"""
+HEAD = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Direct feedback runs</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>Direct feedback runs</h1>
+"""
 
 
 def report(asked: Namespace) -> None:
@@ -46,7 +71,7 @@ def report(asked: Namespace) -> None:
     elif asked.format == "latex":
         content = latex(sections, asked)
     elif asked.format == "html":
-        content = page.page(parts(sections, asked, drawings))
+        content = html(sections, asked, drawings)
         path = path or Path("report.html")
     else:
         content = text(sections, asked, drawings)
@@ -110,9 +135,11 @@ def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing])
     lines: list[str] = []
     for kind, content in parts(sections, asked, drawings):
         if kind == "heading":
-            lines.append(f"## {clean(content)}" if is_markdown else f"{content}\n{72 * '='}")
+            underlined = f"{content}\n{72 * '='}"
+            lines.append(f"## {clean(content)}" if is_markdown else underlined)
         elif kind == "figure":
-            lines.append(picture(asked.figures / f"{content.name}.png", asked.out))
+            file = asked.figures / f"{content.name}.png"
+            lines.append(picture(file, asked.out))
         elif kind == "notes":
             lines += [clean(note) for note in content]
         elif kind == "items":
@@ -125,10 +152,49 @@ def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing])
     return "\n\n".join(filter(None, lines)) + "\n"
 
 
+def html(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing]) -> str:
+    """Return the report as one HTML page with tables and SVG figures. The page loads no other file."""
+    body = [html_part(kind, content) for kind, content in parts(sections, asked, drawings)]
+    return "\n".join([HEAD, *body, "</body>\n</html>\n"])
+
+
+def html_part(kind: str, content: Any) -> str:
+    """Return a part of the report as HTML. Of a part "details", only the title is visible until one clicks on it."""
+    if kind == "heading":
+        return f"<h2>{escape(content)}</h2>"
+    if kind == "figure":
+        return f"<figure>{svg(content.figure)}</figure>"
+    if kind == "notes":
+        return html_notes(content)
+    if kind == "items":
+        items = [f"<li>{escape(text)}</li>" for text in content]
+        return "\n".join(["<ul>", *items, "</ul>"])
+    table = f'<div class="wide">{table_text.write(content, "html")}</div>'
+    table = f"{table}\n{html_notes([content.caption])}"
+    if kind == "details":
+        return f"<details><summary>{content.title}</summary>\n{table}\n</details>"
+    return table
+
+
+def html_notes(texts: Iterable[str]) -> str:
+    """Return one HTML paragraph for each note that is not empty."""
+    return "\n".join(f'<p class="note">{escape(text)}</p>' for text in texts if text)
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element."""
+    file = io.StringIO()
+    with styled():
+        figure.savefig(file, format="svg", metadata=METADATA["svg"])
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
 def picture(file: Path, page: Path | None) -> str:
     """Return the Markdown line that shows an image file, with its path relative to the report's file."""
     path = os.path.relpath(file, page.parent if page else Path())
-    return f"![{file.stem}]({quote(Path(path).as_posix())})"
+    address = quote(Path(path).as_posix())
+    return f"![{file.stem}]({address})"
 
 
 def latex(sections: list[Section], asked: Namespace) -> str:
@@ -165,6 +231,6 @@ def commands(sections: list[Section]) -> str:
     chosen = pd.concat([section.chosen for section in sections])
     for run in tables.ordered(chosen).itertuples():
         arguments = rerun_arguments("repeat", str(Path(run.folder).resolve()), run.plugins)
-        accuracy = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
-        lines.append(f"dfl-train {arguments}  # {accuracy}\n")
+        comment = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
+        lines.append(f"dfl-train {arguments}  # {comment}\n")
     return "".join(lines)

@@ -42,10 +42,11 @@ def figures(sections: list[Section]) -> list[Drawing]:
         for _, row in section.runs.groupby(ROW, sort=True):
             if row.done_epochs.any():
                 title = row_title(row.iloc[0])
-                names.append(unused_name(title, names))
+                name = unused_name(title, names)
+                names.append(name)
                 chosen = among(section.chosen, row)
                 for kind, figure in figures_of_row(row, chosen, title).items():
-                    drawings.append(Drawing(section.title, f"{names[-1]}-{kind}", figure))
+                    drawings.append(Drawing(section.title, f"{name}-{kind}", figure))
     return drawings
 
 

@@ -59,7 +59,8 @@ def runs(*folders: str | Path) -> DataFrame:
             except Exception as error:  # reading another user's files can raise any error
                 problem = "no run that can be shown"
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                log.warning("left out: %s", printable(f"{run_dir} ({kind}{one_line(error)})"))
+                text = f"{run_dir} ({kind}{one_line(error)})"
+                log.warning("left out: %s", printable(text))
     if not records:
         raise UserError(f"{', '.join(map(str, folders))}: {problem}")
     frame = labelled(DataFrame(list(records.values())))

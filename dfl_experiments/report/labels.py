@@ -88,8 +88,8 @@ def joined(options: DataFrame) -> list[str]:
     """Return for each run its options as one text, such as "batch_size=32, loss=mse"."""
     texts = []
     for _, row in options.iterrows():
-        values = row.dropna().items()
-        texts.append(", ".join(f"{key}={value}" for key, value in values))
+        parts = [f"{key}={value}" for key, value in row.dropna().items()]
+        texts.append(", ".join(parts))
     return texts
 
 
@@ -133,7 +133,8 @@ def as_texts(values: Mapping[str, Any], names: Names) -> dict[str, str]:
     texts = {}
     for key, value in flat(values).items():
         if isinstance(value, str) and (link := REFERENCE.fullmatch(value)):
-            value = conf_values(link[1], names.get(link[1], "")).get(link[2], "${}")
+            group, option = link.groups()
+            value = conf_values(group, names.get(group, "")).get(option, UNRESOLVED)
         texts[key] = UNRESOLVED if "${" in str(value) else as_text(value)
     return texts
 

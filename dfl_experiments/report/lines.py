@@ -157,7 +157,8 @@ def layers_of(values: DataFrame, asked: Sequence[int] | None, notes: list[str]) 
 
 def evenly(count: int, most: int) -> list[int]:
     """Return at most `most` evenly spaced indices from 0 … count-1. The first and the last index are among them."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+    indices = np.linspace(0, count - 1, min(count, most))
+    return indices.round().astype(int).tolist()
 
 
 def with_axes(

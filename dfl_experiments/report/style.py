@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib.style
@@ -205,7 +205,8 @@ def common_words(frame: DataFrame, columns: Iterable[str]) -> list[str]:
 
 def title_of(row: Mapping[str, Any]) -> str:
     """Return the net and the data set of a run, such as "Conv3 on CIFAR-10"."""
-    title = f"{words('model', row['model'])} on {words('dataset', row['dataset'])}"
+    model = words("model", row["model"])
+    title = f"{model} on {words('dataset', row['dataset'])}"
     if row["augmentation"] != "none":
         title += f" with {words('augmentation', row['augmentation'])}"
     if row["smoke"]:
@@ -226,10 +227,10 @@ def row_title(row: Mapping[str, Any]) -> str:
 def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
     """Add a title above a figure, and a caption below the figure. The caption has each note once."""
     width = figure.get_figwidth()
+    figure.suptitle(fill(title, int(9 * width)))
     caption = " ".join(dict.fromkeys(notes))
-    figure.suptitle("\n".join(wrap(title, int(9 * width))))
     if caption:
-        figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
+        figure.supxlabel(fill(caption, int(15 * width)), fontsize=8, color=TEXT_GREY)
 
 
 def styled(is_small: bool = False) -> AbstractContextManager[None]:

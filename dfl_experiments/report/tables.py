@@ -177,8 +177,10 @@ def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
         highest = f"{floors.max():.2f}"
         span = lowest if lowest == highest else f"{lowest} to {highest}"
         parts.append(f"noise floor √(p(1−p)/N) of one accuracy: {span} points")
+    if not parts:
+        return ""
     text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def accuracy_text(row: Any) -> str:
@@ -215,10 +217,13 @@ def rates(section: Section) -> Table | None:
     if points.groupby(CELL)[grid].nunique().le(1).all(axis=None):
         return None
     texts = Series([point_text(point) for point in points.itertuples()], points.index)
-    table = points.assign(text=texts).pivot(index=CELL, columns=grid, values="text").fillna(NONE)
-    table = table.sort_index(axis="columns", ascending=False)
+    points = points.assign(text=texts)
+    table = points.pivot(index=CELL, columns=grid, values="text")
+    table = table.fillna(NONE).sort_index(axis="columns", ascending=False)
     has_decay = points.weight_decay.any()
-    names = [f"lr {lr:g}, decay {decay:g}" if has_decay else f"lr {lr:g}" for lr, decay in table]
+    names = [f"lr {lr:g}" for lr, _ in table]
+    if has_decay:
+        names = [f"lr {lr:g}, decay {decay:g}" for lr, decay in table]
     table = ordered(table.set_axis(names, axis="columns").reset_index())
     shown = with_settings(table, section.runs, table[names])
     return Table("Rates", shown, "Accuracy in percent (n seeds) at each point of the grid.")

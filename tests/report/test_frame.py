@@ -150,20 +150,22 @@ def test_a_point_with_a_failing_run_comes_last(finished_point, tmp_path, status)
     assert (cell.lr, cell.failing) == (1e-3, 0)
 
 
-def test_runs_that_fail_are_counted_apart_and_the_text_says_so(finished_point, tmp_path):
-    for seed, status in enumerate(("finished", "collapsed", "finished")):
-        altered(
-            finished_point,
-            tmp_path / str(seed),
-            **finished(0.8 + 0.1 * (seed == 2), 1e-2, seed),
-            status=status,
-        )
+@pytest.mark.parametrize(
+    ("status", "alone"),
+    [("collapsed", "fails at this rate: 1 of 1"), ("diverged", "1 diverged")],
+)
+def test_runs_that_fail_are_counted_apart_and_the_text_says_so(
+    finished_point, tmp_path, status, alone
+):
+    for seed, ending in enumerate(("finished", status, "finished")):
+        values = finished(0.8 + 0.1 * (seed == 2), 1e-2, seed)
+        altered(finished_point, tmp_path / str(seed), **values, status=ending)
     (cell,) = shown(tmp_path)
     assert (cell.n, cell.ended, cell.failing, cell.accuracy) == (2, 3, 1, pytest.approx(0.85))
     assert "85.00 ± 7.07 (2 of 3; 1 failed)" in dfl_report(tmp_path, ".").stdout
     for seed in (0, 2):
         shutil.rmtree(tmp_path / str(seed))
-    assert "fails at this rate: 1 of 1" in dfl_report(tmp_path, ".").stdout
+    assert alone in dfl_report(tmp_path, ".").stdout
 
 
 @pytest.mark.parametrize(
