@@ -1,4 +1,4 @@
-"""Judge the paper's claims on the runs in a folder, and draw a picture of claims × settings.
+"""Judge the paper's claims on the runs in a folder, and draw a picture of settings × claims.
 
     python scripts/claims.py outputs/mine      print the verdicts
 
@@ -359,15 +359,14 @@ def counts(verdicts: pd.DataFrame) -> pd.DataFrame:
 
 
 def picture(verdicts: pd.DataFrame) -> Figure:
-    """Draw a grid of claims (rows) and settings (columns), with a mark for each verdict."""
+    """Draw a grid of settings (rows) and claims (columns), with a mark for each verdict."""
     shown = verdicts[verdicts.verdict != TOO_FEW]
     names, settings = list(shown.claim.unique()), list(shown.setting.unique())
-    figure = Figure(
-        figsize=(4.7 + 0.62 * len(settings), 1.9 + 0.34 * len(names)), layout="constrained"
-    )
+    size = (6.0 + 0.5 * len(names), 2.8 + 0.27 * len(settings))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     for row in shown.itertuples():
-        x, y = settings.index(row.setting), names.index(row.claim)
+        x, y = names.index(row.claim), settings.index(row.setting)
         mark = MARKS[row.verdict]
         axes.fill_between(
             [x - 0.46, x + 0.46],
@@ -378,23 +377,19 @@ def picture(verdicts: pd.DataFrame) -> Figure:
             linewidth=0,
         )
         axes.text(x, y, mark, ha="center", va="center", fontsize=11 if len(mark) == 1 else 8)
-    axes.set(xlim=(-0.5, len(settings) - 0.5), ylim=(len(names) - 0.5, -0.5))
+    axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(settings) - 0.5, -0.5))
     labels = [CHANNELS.sub(r"channels \1", WIDTHS.sub("", setting)) for setting in settings]
     is_clear = len(set(labels)) == len(labels)
-    axes.set_xticks(
-        range(len(settings)), labels if is_clear else settings, rotation=35, ha="left", fontsize=8
-    )
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(range(len(settings)), labels if is_clear else settings, fontsize=9)
+    axes.set_xticks(range(len(names)), names, rotation=50, ha="left", fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     legend = [
         f"{mark} {verdict}" for verdict, mark in MARKS.items() if verdict not in (FAILS, TOO_FEW)
     ]
-    axes.set_xlabel(
-        "   ".join([*legend, "fails: a run fails at every rate", "blank: not compared"]),
-        fontsize=8,
-    )
+    legend += ["fails: a run fails at every rate", "blank: not compared"]
+    figure.supxlabel("   ".join(legend), fontsize=9)
     return figure
 
 

@@ -57,10 +57,16 @@ happens at this one rate; at other rates the rules may be better.
 Kept runs on one CPU core: the depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`), 10
 seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with seeds 1
 and 2 for each method at its best rate by validation (without batch normalisation: at its two best rates); values that
-Akrout et al. published (3 seeds); the alignment figure with `protocol=paper` (3 seeds) and with B drawn anew (DFA 3
-seeds, LAS and LTAS 2). Not yet run: the third seed of LAS and LTAS with B drawn anew (`experiment=alignment_figure
-sweep=figure_drawn seed=2` with `protocol.dfa_init=default protocol.las_init=default`); the values of direct
-Kolen-Pollack (`experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, 9 runs of about 45 minutes on one core).
+Akrout et al. published (3 seeds); the alignment figure with `protocol=paper` and with B drawn anew (3 seeds each).
+
+Not yet run, in this order; hours are for one core:
+
+1. The values of direct Kolen-Pollack: `experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, seeds 0, 1 and 2 (6
+   hours).
+2. All rules except PFA on MNIST: `experiment=rules_mnist`, three seeds at 3e-4, and the missing seeds at 1e-4 (5
+   hours).
+3. The fully connected net on CIFAR-100 at lower rates: `experiment=class_count model=fc dataset=cifar100
+   method=bp,dfa,las,ltas optimizer.lr=5e-5,1e-5 epochs=10`, seed 0 (5 hours).
 """
 
 
@@ -72,7 +78,7 @@ def table(frame: pd.DataFrame) -> str:
 def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     """Yield the section on the claims: the figure, the counts, and every verdict with its interval."""
     yield "## Claims\n"
-    yield "![Claims × settings](figures/claims.png)\n"
+    yield "![Settings × claims](figures/claims.png)\n"
     yield counts_sentence(verdicts)
     yield (
         "A verdict needs three seeds of both methods; 'fails' needs one failing run at the rate used. The last entry "
