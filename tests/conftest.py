@@ -1,14 +1,15 @@
-"""Every method × every model that conf/ names, tiny and in float64; and the real data, where there is some."""
+"""Shared fixtures: every method × every model of conf/ as a tiny float64 net, small data sets, and real data."""
 
 import os
 
-# The networks are tiny: several threads would only wait for one another.
+# The networks are tiny, so several threads would only slow the tests down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 import urllib.request
 from contextlib import suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 from urllib.error import URLError
 
@@ -28,102 +29,114 @@ from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.engine.method import Method
 from dfl_experiments.engine.trace import Trace
 
-THREADS = torch.get_num_threads()  # of OMP_NUM_THREADS
+THREADS = torch.get_num_threads()  # as OMP_NUM_THREADS says
 CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
 
 
 def roundoff(terms: int, dtype: torch.dtype = torch.float64) -> float:
-    """Return the largest relative error of a sum of products, in whatever order it is computed: terms · u.
+    """Return an upper bound for the rounding error of a sum of products, relative to the size of its terms: terms · u.
 
-    The error is relative to the size of the terms, not to that of a sum whose terms cancel (Higham, Accuracy and
-    Stability of Numerical Algorithms, §3.1). Another processor, shape or memory layout may have another order.
+    The bound holds for every order of addition (Higham, Accuracy and Stability of Numerical Algorithms, §3.1). The
+    order depends on the processor, the shape and the memory layout. If the terms cancel, the error relative to the sum
+    itself may be larger.
 
-    terms: how many rounded numbers enter the result. dtype: of the results; u is half of its eps.
+    terms: number of rounded numbers that enter the result.
+    dtype: data type of the result; u is half of its eps.
     """
     return terms * torch.finfo(dtype).eps / 2
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Assert that ‖found - expected‖ ≤ tolerance · ‖expected‖."""
-    assert found.shape == expected.shape
-    error, size = (found - expected).norm().item(), expected.norm().item()
-    assert error <= tolerance * size, (
-        f"an error of {error:.2g} in {size:.2g}; {tolerance * size:.2g} is rounding"
-    )
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Assert that ‖actual - expected‖ ≤ tolerance · ‖expected‖."""
+    assert actual.shape == expected.shape
+    error, size = (actual - expected).norm().item(), expected.norm().item()
+    assert error <= tolerance * size, f"the error is {error:.2g}, allowed is {tolerance * size:.2g}"
 
 
-# methods and models of one's own, which the same laws are for: their YAML, and the package that they name
-OWN_CONF, OWN_PLUGINS = os.environ.get("DFL_CONFIG_DIR"), os.environ.get("DFL_PLUGINS", "")
-OWN = (
-    [f"hydra.searchpath=[file://{Path(OWN_CONF).absolute()}]", f"plugins=[{OWN_PLUGINS}]"]
-    if OWN_CONF
-    else []
-)
+# The laws also test a user's methods and models: DFL_CONFIG_DIR has their YAML files, DFL_PLUGINS names their package.
+USER_CONF = os.environ.get("DFL_CONFIG_DIR")
+CONF_DIRS = [CONF_DIR]
+USER_OVERRIDES = []
+if USER_CONF:
+    CONF_DIRS = [Path(USER_CONF).absolute(), CONF_DIR]
+    plugins = os.environ.get("DFL_PLUGINS", "")
+    USER_OVERRIDES = [f"hydra.searchpath=[file://{CONF_DIRS[0]}]", f"plugins=[{plugins}]"]
 
 
 def options(group: str) -> list[str]:
-    """The names of a group's files: a new one is tested from the day it is added."""
-    own = Path(OWN_CONF, group).glob("*.yaml") if OWN_CONF else ()
-    return sorted([*group_options(group), *(path.stem for path in own)])
+    """Return the names of a group's files, so that new files are tested without further changes."""
+    names = set(group_options(group))
+    if USER_CONF:
+        names |= {path.stem for path in Path(USER_CONF, group).glob("*.yaml")}
+    return sorted(names)
 
 
 @cache
 def node(group: str, name: str) -> DictConfig:
-    """A group's choice as its file has it."""
-    own = Path(OWN_CONF or "", group, f"{name}.yaml")
-    return OmegaConf.load(own if OWN_CONF and own.exists() else CONF_DIR / group / own.name)
+    """Return the content of a group's file."""
+    files = [folder / group / f"{name}.yaml" for folder in CONF_DIRS]
+    return OmegaConf.load(next(file for file in files if file.exists()))
 
 
-METHODS, MODELS, PROTOCOLS = (options(group) for group in ("method", "model", "protocol"))
-# modules that are no chains of blocks have laws of their own, in tests/engine/test_module_net.py
-MODELS = [name for name in MODELS if "boundaries" not in node("model", name)]
-MODELS.remove("resnet18_cifar")  # resnet18 with another stem
-# whose B follows a product of matrices
+METHODS, PROTOCOLS = options("method"), options("protocol")
+# for models with boundaries, tests/engine/test_module_net.py tests the laws
+MODELS = [name for name in options("model") if "boundaries" not in node("model", name)]
+MODELS.remove("resnet18_cifar")  # equals resnet18 except for the stem
+# ADFA's B is a product of the weight matrices, so it needs a fully connected net
 REFUSED = [("adfa", model) for model in MODELS if not model.startswith("fc")]
-PAIRS = [
-    (method, model) for method in METHODS for model in MODELS if (method, model) not in REFUSED
-]
+PAIRS = [pair for pair in product(METHODS, MODELS) if pair not in REFUSED]
 CROSS = pytest.mark.parametrize(("method", "model"), PAIRS)
 
 
 @cache
 def composed(*overrides: str) -> DictConfig:
-    """The composition of everything but the method and the model."""
-    return compose([*OWN, *overrides])
+    """Return the composed configuration, of which `tiny_configuration` replaces the method and the model."""
+    return compose([*USER_OVERRIDES, *overrides])
 
 
 @cache
 def tiny_configuration(method: str, model: str, *overrides: str) -> Configuration:
-    """Every size of the model made small, with no two neighbours alike."""
-    special = [
-        override for override in overrides if override.lstrip("+").startswith(("method.", "model."))
-    ]
+    """Return a configuration whose model has small sizes. Neighbouring sizes differ, to reveal swapped axes."""
     if any("experiment=" in override for override in overrides):
-        values = plain(compose([*OWN, f"method={method}", f"model={model}", *overrides]))
+        choices = (f"method={method}", f"model={model}")
+        values = plain(compose([*USER_OVERRIDES, *choices, *overrides]))
     else:
-        cfg = composed(*(override for override in overrides if override not in special)).copy()
-        cfg.method, cfg.model = node("method", method), node("model", model)
-        for override in special:
-            key, _, value = override.lstrip("+").partition("=")
-            OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=True)
-        values = plain(cfg)
-    for index, (key, value) in enumerate(values["model"].items()):
+        values = plain(with_method_and_model(method, model, *overrides))
+    sizes = values["model"]
+    for index, (key, value) in enumerate(sizes.items()):
         if isinstance(value, list) and all(isinstance(item, int) for item in value):
-            values["model"][key] = [5 + (place + 2) % 3 for place in range(len(value))]
+            sizes[key] = [5 + (layer + 2) % 3 for layer in range(len(value))]
         elif type(value) is int and value > 16:
-            values["model"][key] = 5 + index % 3
+            sizes[key] = 5 + index % 3
     return check(values)
+
+
+def with_method_and_model(method: str, model: str, *overrides: str) -> DictConfig:
+    """Put a method and a model into a composed configuration. This is faster than composing all pairs with Hydra."""
+    of_method_or_model = []
+    others = []
+    for override in overrides:
+        if override.lstrip("+").startswith(("method.", "model.")):
+            of_method_or_model.append(override)
+        else:
+            others.append(override)
+    cfg = composed(*others).copy()
+    cfg.method, cfg.model = node("method", method), node("model", model)
+    for override in of_method_or_model:
+        key, _, value = override.lstrip("+").partition("=")
+        OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=True)
+    return cfg
 
 
 @pytest.fixture(autouse=True)
 def threads() -> None:
-    """Give every test the same number of threads, whatever a run in this process has set before."""
+    """Reset the number of threads, which a run in this process may have changed."""
     torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
 def clean_logging():
-    """Leave logging as it was: a command run in this process sets it up for streams that end with the test."""
+    """Restore logging after the test: a command in this process makes it write to streams that end with the test."""
     handlers, level = logging.root.handlers[:], logging.root.level
     yield
     logging.root.handlers[:] = handlers
@@ -131,7 +144,7 @@ def clean_logging():
 
 
 class Tiny:
-    """A tiny float64 network with its method and its learner, and a batch to learn from."""
+    """A tiny float64 network with its method and its learner, and a batch."""
 
     def __init__(
         self, method: str, model: str, *overrides: str, classes: int = CLASSES, device: str = "cpu"
@@ -162,43 +175,47 @@ class Tiny:
 
     @property
     def results(self) -> int:
-        """Return the number of layers that a signal passes. In bfloat16 each layer rounds its result, a float32 sum."""
+        """Return the number of layers that a signal passes. In bfloat16, each layer rounds its result once."""
         return sum(not list(module.children()) for module in self.net.modules())
 
     def backward(self) -> tuple[Trace, list[torch.Tensor | None], torch.Tensor]:
-        """A kept trace after its backward pass, the δ_i that were applied, and the error it started from."""
+        """Run a forward and a backward pass. Return the kept trace, the applied signals δ_i, and the error."""
         trace = self.trace(keep=True)
         _, error = self.loss.value_and_error(trace.logits, self.target)
         return trace, self.start(trace, error), error
 
     def trace(self, keep: bool = False) -> Trace:
-        """One forward pass, as the method wants it."""
+        """Run a forward pass with the method's cuts and feedback weights."""
         return self.net.trace(
             self.x, self.method.cuts, self.method.frozen, keep, self.method.transpose
         )
 
     def start(self, trace: Trace, error: torch.Tensor) -> list[torch.Tensor | None]:
-        """Start autograd from the method's signals for this error."""
+        """Run the backward pass of the method's signals for this error. Return the applied signals."""
         return trace.backward(self.method.signal, error, self.target)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every weight, buffer and B, copied to the CPU."""
-        return {
-            f"{name}.{key}": value.detach().cpu().clone()
-            for name, module in (("net", self.net), ("method", self.method))
-            for key, value in module.state_dict().items()
-        }
+        """Return a copy of every weight, buffer and B, on the CPU."""
+        state = {}
+        for name, module in (("net", self.net), ("method", self.method)):
+            for key, value in module.state_dict().items():
+                state[f"{name}.{key}"] = value.detach().cpu().clone()
+        return state
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """Links to the real data sets, in a folder of their own to be packed in; skips, saying so, without any."""
+    """Return a temporary folder of links to the real data sets. Skip the test if there are none.
+
+    Packed data sets are written to this folder, so the user's folder does not change.
+    """
     folder = os.environ.get("DFL_DATA_DIR")
     if not folder:
         pytest.skip("DFL_DATA_DIR names no folder of real data sets")
-    place = tmp_path_factory.getbasetemp()
-    # the same for all processes that run tests side by side
-    links = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "real-data"
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # parallel processes share one folder
+        base = base.parent
+    links = base / "real-data"
     links.mkdir(exist_ok=True)
     for item in Path(folder).iterdir():
         with suppress(FileExistsError):
@@ -208,26 +225,26 @@ def data_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A user's own folder of images."""
+    """Return a user's folder of images."""
     return write_folder(tmp_path / "mine")
 
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
-    """A data_dir with a small TinyImageNet, unpacked."""
+    """Return a data_dir with a small TinyImageNet, extracted."""
     return write_tiny(tmp_path / "data")
 
 
 @pytest.fixture
 def mnist(tmp_path, monkeypatch) -> Path:
-    """A data_dir with a small MNIST, which counts as the published one."""
+    """Return a data_dir with a small MNIST. Its checksums replace those of the published one."""
     monkeypatch.setattr(Mnist, "FILES", write_mnist(tmp_path / "data"))
     return tmp_path / "data"
 
 
 @pytest.fixture
 def offline(monkeypatch) -> None:
-    """No network, without waiting for one."""
+    """Let every download fail at once, as without a network."""
 
     def refuse(*args, **kwargs):
         raise URLError("no network")

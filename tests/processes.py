@@ -1,4 +1,4 @@
-"""`dfl-train` in a process of its own, to be looked at or killed."""
+"""Run `dfl-train` in another process, so that tests can read its output or kill it."""
 
 import logging
 import os
@@ -13,28 +13,28 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import dfl_experiments.running.run  # noqa: F401  # what a fork has, it need not import
+import dfl_experiments.running.run  # noqa: F401  # imported here once, so that forks need not
 from dfl_experiments.train import main
 
 
 def dfl_train(
     folder: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 280
 ):
-    """Run `dfl-train` in a folder as a person would, with what it writes.
+    """Run `dfl-train` in a folder. Return its exit code and its output.
 
-    In a fork of this process, which has PyTorch already; in a new one where an environment is given.
+    It runs in a fork of this process, which saves the import of PyTorch. With an environment it runs in a new process.
     """
     command = [sys.executable, "-m", "dfl_experiments.train", *arguments]
     if environment is not None:
-        # one thread, or two busy cores make a tiny network's threads wait for one another most of the time
+        # one thread: with more, the threads of a tiny network wait for one another most of the time
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(
             command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout
         )
-    with tempfile.TemporaryDirectory() as place:
-        files = Path(place) / "out", Path(place) / "err"
-        code = ended(forked(folder, *arguments, files=files))
-        return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
+    with tempfile.TemporaryDirectory() as temporary:
+        out, err = Path(temporary, "out"), Path(temporary, "err")
+        code = ended(forked(folder, *arguments, files=(out, err)))
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
 def forked(
@@ -45,7 +45,8 @@ def forked(
 ) -> int:
     """Start `dfl-train` in a folder in a fork of this process, and return its process id.
 
-    before: called in the fork. files: for what it writes to stdout and stderr; else both go to output.txt there.
+    before: function that the fork calls first.
+    files: for stdout and stderr; None: both are appended to output.txt in the folder.
     """
     pid = os.fork()
     if pid:
@@ -58,9 +59,9 @@ def forked(
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a launcher starts
-        # tqdm's own lock is shared with all forks: one that is killed while it holds the lock would block the others
+        # forks share tqdm's default lock: a fork that is killed while it holds the lock would block the others for ever
         tqdm.set_lock(threading.RLock())
-        # a fork waits for ever for OpenMP's threads, which stay with its parent
+        # OpenMP's threads do not exist in a fork, which would wait for them for ever
         if torch.get_num_threads() > 1:
             torch.set_num_threads(1)
             torch.set_num_threads = lambda count: None
@@ -81,5 +82,5 @@ def forked(
 
 
 def ended(pid: int) -> int:
-    """Wait for a process and return its exit code, that of a killed one below zero."""
+    """Wait for a process, and return its exit code: minus the signal's number if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

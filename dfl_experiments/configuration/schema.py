@@ -230,6 +230,20 @@ def check_name(dataset: Dataset) -> None:
         raise UserError(f"dataset.name={shown(dataset.name)}: {problem}")
 
 
+def _import_plugin(plugin: str) -> None:
+    """Import a package or a file of the user, so that `_target_` can name its classes.
+
+    Raises `UserError` if Python does not find it or cannot read it, or if one of its own imports fails.
+    """
+    try:
+        import_module(plugin)
+    except (ImportError, SyntaxError) as error:
+        problem = f"cannot be imported ({error})"
+        if isinstance(error, ModuleNotFoundError) and error.name == plugin.split(".")[0]:
+            problem += "; add its folder to PYTHONPATH, for example: export PYTHONPATH=."
+        raise UserError(f"plugins=[{plugin}]: {problem}") from error
+
+
 def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     """Check a composed configuration and return it with its components. Nothing is written.
 
@@ -250,10 +264,7 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     except ValidationError as error:
         raise refusal(error, "", _options_of_group(error.errors()[0]["loc"]), every_key) from None
     for plugin in settings.plugins:
-        try:
-            import_module(plugin)
-        except ImportError as error:
-            raise UserError(f"plugins=[{plugin}]: cannot be imported ({error})") from error
+        _import_plugin(plugin)
     nodes = {group: dict(values[group]) for group in GROUPS}
     shared: dict[str, Any] = {}
     for group, kind in SHARED.items():

@@ -301,6 +301,7 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         )
     elif kind == "tokens" and samples.min() < 0:
         problem = f"tokens must be 0 or more, the smallest is {samples.min()}"
+        problem += "; save features as float32"
     # this also finds NaN: min and max are then NaN, and every comparison with NaN is false
     elif kind == "features" and not -LARGEST <= samples.min() <= samples.max() <= LARGEST:
         index = np.argwhere(~(np.abs(samples) <= LARGEST))[0].tolist()

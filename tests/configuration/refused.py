@@ -1,4 +1,4 @@
-"""Bad command lines as they are typed in a shell, each with what its refusal has to name. A row or two of a kind."""
+"""Invalid command lines as typed in a shell, each with words that its refusal must contain. One or two of each kind."""
 
 VALUES = {
     "dataset.mean=[127]": ("dataset.mean.0=127", "less than or equal to 1"),
@@ -81,7 +81,7 @@ NAMES = {
 KEYS = {
     "hydra.job.chdir=true": ("hydra.job.chdir=true",),
     "--epochs=3": ("--epochs=3", "write epochs=…"),
-    # there is no such option, or one is missing
+    # unknown or missing options
     "lr=1e-3": ("lr", "did you mean optimizer.lr?"),
     "batchsize=32": ("batchsize", "did you mean batch_size?"),
     "optimizer.learning_rate=1e-3": ("optimizer.learning_rate", "did you mean optimizer.lr?"),
@@ -116,7 +116,7 @@ KEYS = {
     "dataset=folder": ("dataset.source.path: missing",),
     "~method": ("method: missing", "bp, brsf, dfa"),
     "method=lass": ("method=lass", "did you mean las?", "--config-dir"),
-    "plugins=[no_such_package]": ("plugins=[no_such_package]",),
+    "plugins=[no_such_package]": ("plugins=[no_such_package]", "export PYTHONPATH=."),
     "--info --cfg job": ("--info --cfg job", "Only one of"),
     "--multirun hydra/launcher=slurm": ("hydra/launcher=slurm", "basic"),
     # interpolations
@@ -124,7 +124,7 @@ KEYS = {
     "'epochs=${epochs}'": ("epochs: ", "Recursive interpolation"),
     "'epochs=${oc.env:NO_SUCH_VARIABLE}'": ("NO_SUCH_VARIABLE",),
     "'hydra.run.dir=${nowhere}'": ("nowhere",),
-    # what Hydra's grammar does not have
+    # not valid in Hydra's grammar
     "epochs": ("epochs",),
     "model.widths=[256,256": ("[256,256",),
     "seed=0,1": ("seed=0,1", "--multirun"),
@@ -181,6 +181,9 @@ SWEEPS = {
     ),
     "--multirun seed=0,1 resume=here": ("resume and repeat are for a single run",),
     "--multirun seed=0,1 hydra.sweep.dir=/proc/here": ("hydra.sweep.dir=/proc/here",),
-    "hydra.run.dir=/dev/null/here": ("hydra.run.dir=/dev/null/here",),
+    "--multirun seed=0,1 hydra.sweep.dir=/dev/null/here": ("hydra.sweep.dir=/dev/null/here",),
+    "hydra.run.dir=/dev/null/here": (
+        "hydra.run.dir=/dev/null/here: cannot be made (Not a directory)",
+    ),
 }
 REFUSED = VALUES | NAMES | KEYS | TARGETS | SWEEPS

@@ -1,4 +1,4 @@
-"""A refusal leaves files as they were, a configuration from elsewhere calls nothing, a misfit is found in time."""
+"""Refusals change no file, foreign configurations call no code, and unsuitable nets are refused before training."""
 
 import shlex
 import sys
@@ -39,7 +39,7 @@ def valid_conv(input_shape: tuple[int, int, int], num_classes: int, kernel: Coun
 
 
 def broken(input_shape: tuple[int, int, int], num_classes: int, kernel: Count) -> BlockNet:
-    """A mistake of its author's."""
+    """A bug of its author."""
     return kernel.no_such_attribute
 '''
 
@@ -50,7 +50,7 @@ def contents(folder):
     }
 
 
-def test_a_refused_command_line_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch, capsys):
+def test_refused_command_line_keeps_a_finished_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["dfl-train", *QUICK, "hydra.run.dir=here"])
     main()
@@ -70,16 +70,13 @@ def test_a_refused_command_line_leaves_a_finished_run_as_it_was(tmp_path, monkey
         "dataset.std=[1,1]",
         "--multirun hydra.sweep.subdir=. seed=0,1",
     )
+    here = ("hydra.run.dir=here", "hydra.sweep.dir=here")
     for arguments in refused:
-        refusal(
-            [*QUICK, "hydra.run.dir=here", "hydra.sweep.dir=here", *shlex.split(arguments)],
-            monkeypatch,
-            capsys,
-        )
+        refusal([*QUICK, *here, *shlex.split(arguments)], monkeypatch, capsys)
         assert contents(tmp_path) == before, arguments
 
 
-STRANGERS = {
+FOREIGN = {
     "a method": (
         {"method": {"name": "las", "_target_": "os.mkdir", "path": "touched"}},
         "method._target_=os.mkdir",
@@ -97,25 +94,26 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("key", ["repeat", "resume"])
-@pytest.mark.parametrize("what", STRANGERS)
-def test_a_stranger_s_run_directory_calls_nothing(what, key, stranger, monkeypatch, capsys):
-    change, words = STRANGERS[what]
+@pytest.mark.parametrize("what", FOREIGN)
+def test_foreign_configuration_calls_no_code(what, key, stranger, monkeypatch, capsys):
+    change, words = FOREIGN[what]
     stranger(change)
     assert words in refusal([f"{key}=theirs"], monkeypatch, capsys)
     assert not [name for name in ("touched", "outputs") if Path(name).exists()]
 
 
 @pytest.mark.parametrize("key", ["repeat", "resume"])
-def test_a_stranger_s_yaml_makes_no_object(key, stranger, monkeypatch, capsys):
+def test_foreign_yaml_creates_no_object(key, stranger, monkeypatch, capsys):
     stranger({})
     Path("theirs/config.yaml").write_text("method: !!python/object/apply:os.mkdir [touched]\n")
     assert "cannot be read" in refusal([f"{key}=theirs"], monkeypatch, capsys)
     assert not Path("touched").exists()
 
 
-def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(stranger, monkeypatch):
+def test_report_of_foreign_runs_calls_no_code_and_resolves_nothing(stranger, monkeypatch):
     monkeypatch.setenv("TOKEN", "sesame4711")
-    stranger(STRANGERS["a method"][0] | {"loss": "${oc.env:TOKEN}"})
+    change, _ = FOREIGN["a method"]
+    stranger(change | {"loss": "${oc.env:TOKEN}"})
     for kind in ("terminal", "html"):
         done = dfl_report(Path(), "theirs", "--format", kind, "--out", "page")
         assert done.returncode == 0, done.stderr
@@ -128,24 +126,24 @@ def test_a_report_of_a_stranger_s_runs_calls_nothing_and_resolves_nothing(strang
     assert not Path("touched").exists()
 
 
-def test_what_looks_like_an_interpolation_in_a_path_is_a_text(tmp_path, monkeypatch):
+def test_interpolation_syntax_in_a_path_is_kept_as_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DFL_DATA_DIR", str(tmp_path / "a${b}\\${oc.env:HOME}"))
-    for arguments in (["hydra.run.dir=here"], ["repeat=here", "hydra.run.dir=again"]):
-        monkeypatch.setattr(
-            sys, "argv", ["dfl-train", *(QUICK if len(arguments) == 1 else []), *arguments]
-        )
+    for arguments in ([*QUICK, "hydra.run.dir=here"], ["repeat=here", "hydra.run.dir=again"]):
+        monkeypatch.setattr(sys, "argv", ["dfl-train", *arguments])
         main()
-    found = [
-        read_recorded(Path(folder, "config.yaml"), "")["data_dir"] for folder in ("here", "again")
-    ]
-    assert found == [str(tmp_path / "a${b}\\${oc.env:HOME}")] * 2
+    for folder in ("here", "again"):
+        recorded = read_recorded(Path(folder, "config.yaml"), "")
+        assert recorded["data_dir"] == str(tmp_path / "a${b}\\${oc.env:HOME}")
     assert "las" in dfl_report(Path(), "here").stdout
 
 
 @pytest.fixture
 def stranger(tmp_path, monkeypatch):
-    """Makes a run directory `theirs` whose recorded configuration says something else, beside a package that acts."""
+    """Return a function that makes a run directory `theirs` with a changed configuration.
+
+    Beside it lies a package that creates a folder when it is imported.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("stranger.py").write_text("import os\nos.mkdir('touched')\n")
@@ -162,7 +160,7 @@ def stranger(tmp_path, monkeypatch):
 
 @pytest.fixture
 def valid_conv(tmp_path, monkeypatch):
-    """A user's model in the package and its YAML, both in a folder of the test's."""
+    """Add a user's model to the package, and its YAML file, both in temporary folders. Yield the options for it."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "valid_conv.py").write_text(VALID_CONV)
     (tmp_path / "conf" / "model").mkdir(parents=True)
@@ -176,7 +174,7 @@ def valid_conv(tmp_path, monkeypatch):
     del models.valid_conv
 
 
-def test_a_kernel_larger_than_the_images_is_refused_before_training(
+def test_kernel_larger_than_the_images_is_refused_before_training(
     valid_conv, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -187,23 +185,34 @@ def test_a_kernel_larger_than_the_images_is_refused_before_training(
     capsys.readouterr()
     assert (tmp_path / "fits" / "last.pt").exists()
     for method in ("bp", "las"):
-        line = refusal(
-            [*valid_conv, *QUICK, f"method={method}", "model.kernel=9", "hydra.run.dir=here"],
-            monkeypatch,
-            capsys,
-        )
-        assert "input shape (1, 8, 8)" in line
-        assert "9 x 9" in line
-    assert not [
-        name
-        for name in ("last.pt", "iterations.csv", "epochs.csv")
-        if (tmp_path / "here" / name).exists()
-    ]
+        options = [f"method={method}", "model.kernel=9", "hydra.run.dir=here"]
+        error = refusal([*valid_conv, *QUICK, *options], monkeypatch, capsys)
+        assert "input shape (1, 8, 8)" in error
+        assert "9 x 9" in error
+    for name in ("last.pt", "iterations.csv", "epochs.csv"):
+        assert not (tmp_path / "here" / name).exists()
 
 
-def test_a_mistake_in_the_code_is_not_passed_off_as_the_user_s(
-    valid_conv, tmp_path, monkeypatch, capsys
+PLUGINS = {
+    "own_code": ("import no_such_package", "(No module named 'no_such_package')\n"),
+    "unreadable": ("class Net:\nx = 1", "(unreadable.py, line 2))\n"),
+}
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_plugin_that_cannot_be_imported_is_refused_with_the_cause(
+    plugin, tmp_path, monkeypatch, capsys
 ):
+    code, cause = PLUGINS[plugin]
+    (tmp_path / f"{plugin}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    error = refusal([*QUICK, f"plugins=[{plugin}]"], monkeypatch, capsys)
+    assert f"plugins=[{plugin}]: cannot be imported" in error
+    assert error.endswith(cause)
+
+
+def test_bug_in_a_model_is_not_reported_as_a_user_error(valid_conv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     broken = "model._target_=dfl_experiments.models.valid_conv.broken"
     monkeypatch.setattr(sys, "argv", ["dfl-train", *valid_conv, broken, *QUICK])
@@ -220,14 +229,16 @@ def test_a_mistake_in_the_code_is_not_passed_off_as_the_user_s(
     assert "no_such_attribute" in path.read_text()
 
 
-def test_a_data_set_that_is_nowhere_is_refused_with_what_to_do(tmp_path, monkeypatch, capsys):
+def test_missing_data_set_is_refused_with_the_command_that_prepares_it(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     line = refusal(["dataset=mnist", "data_dir=nowhere", *QUICK], monkeypatch, capsys)
     assert "dfl-data prepare dataset=mnist" in line
     assert not list(tmp_path.rglob("last.pt"))
 
 
-def test_a_network_that_no_method_can_train_is_the_user_s_mistake():
+def test_untrainable_network_is_a_user_error():
     def net(*blocks, outputs=10):
         return BlockNet(
             *blocks, head=nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)), input_shape=(1, 8, 8)
@@ -235,17 +246,17 @@ def test_a_network_that_no_method_can_train_is_the_user_s_mistake():
 
     hidden = Block(nn.Identity(), nn.ReLU())
     assert Backprop(net(hidden), 10, LOSSES["cross_entropy"]).depth == 2
-    for wrong, words in (
+    for unsuitable, words in (
         (net(), "at least one hidden block"),
         (net(hidden, outputs=7), r"\(1, 7\).*\(1, 10\)"),
         (net(Block(nn.AvgPool2d(9), nn.ReLU())), r"input shape \(1, 8, 8\)"),
         (net(Block(nn.AvgPool2d(2), nn.ReLU())), r"input shape \(1, 8, 8\)"),
     ):
         with pytest.raises(UserError, match=words):
-            Backprop(wrong, 10, LOSSES["cross_entropy"])
+            Backprop(unsuitable, 10, LOSSES["cross_entropy"])
 
 
-def test_what_torch_cannot_make_is_named_with_its_options():
+def test_failed_construction_names_the_options():
     node = {"_target_": "dfl_experiments.models.fc", "widths": [4], "activation": "relu"}
     with pytest.raises(
         UserError, match=r"model: cannot be built with widths=\[4\], .* \(.*negative dimension"

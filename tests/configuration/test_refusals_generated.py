@@ -1,4 +1,4 @@
-"""The law of refusals on generated configurations: what is checked is accepted, or refused by one line."""
+"""Any generated configuration is accepted, or refused in one line."""
 
 import copy
 
@@ -45,16 +45,16 @@ values = st.recursive(
 
 
 def changed(changes):
-    """The configuration with these values at these keys, wherever a key still leads somewhere."""
-    found = copy.deepcopy(VALUES)
+    """Return the configuration with these values at these keys. A key whose parent was replaced is skipped."""
+    configuration = copy.deepcopy(VALUES)
     for key, value in changes:
         *path, last = key.split(".")
-        node = found
+        node = configuration
         for name in path:
             node = node.get(name) if isinstance(node, dict) else None
         if isinstance(node, dict):
             node[last] = value
-    return found
+    return configuration
 
 
 @settings(
@@ -65,11 +65,11 @@ def changed(changes):
     suppress_health_check=[*HealthCheck],
 )
 @given(st.lists(st.tuples(st.sampled_from(KEYS), values), min_size=1, max_size=3))
-def test_a_configuration_is_accepted_or_refused_in_one_line(changes):
-    said = ""
+def test_generated_configuration_is_accepted_or_refused_in_one_line(changes):
+    message = ""
     try:
         assert isinstance(check(changed(changes)), Configuration)
     except UserError as error:
-        said = str(error)
-    assert "\n" not in said
-    assert len(said) < 3000
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 3000

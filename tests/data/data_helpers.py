@@ -1,4 +1,4 @@
-"""Small data sets on disk in the forms of the real ones, and processes that end at a moment of one's choosing."""
+"""Small data sets on disk in the formats of the real ones, and processes that are killed at a chosen moment."""
 
 import hashlib
 import itertools
@@ -23,17 +23,17 @@ from dfl_experiments.errors import UserError
 
 
 class Made(Published):
-    """Arrays as given: two classes, four and two grey images of 2x2, unless something else is."""
+    """Given arrays. By default four training and two test images, grey, 2x2, of two classes."""
 
     def __init__(self, **parts) -> None:
-        good = {
+        defaults = {
             "train_images": np.arange(16, dtype=np.uint8).reshape(4, 1, 2, 2),
             "train_labels": np.array([0, 1, 0, 1]),
             "test_images": np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2),
             "test_labels": np.array([0, 1]),
             "classes": ["a", "b"],
         }
-        self.arrays = Arrays(**good | parts)
+        self.arrays = Arrays(**defaults | parts)
 
     def read(self, data_dir, download):
         return self.arrays
@@ -44,10 +44,8 @@ class Made(Published):
 
 def equal(first: Arrays, second: Arrays) -> bool:
     """Return whether two data sets have equal arrays."""
-    return all(
-        np.array_equal(*parts)
-        for parts in zip(*(vars(data).values() for data in (first, second)), strict=True)
-    )
+    pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+    return all(np.array_equal(part, other) for part, other in pairs)
 
 
 def write_image(
@@ -59,7 +57,7 @@ def write_image(
 
 
 def write_folder(root: Path) -> Path:
-    """Two classes, three training images and one test image each, one of them deeper down."""
+    """Write two classes with three training images, one of them in a subfolder, and one test image each."""
     for label, name in enumerate(("cats", "dogs")):
         for index in range(3):
             inner = "deeper" if index == 2 else ""
@@ -70,7 +68,7 @@ def write_folder(root: Path) -> Path:
 
 
 def write_tiny(data_dir: Path) -> Path:
-    """TinyImageNet's layout: two classes of 64x64, some files grey."""
+    """Write the layout of TinyImageNet with two classes of 64x64 images, some of them grey."""
     root = data_dir / TinyImageNet.NAME
     rows = []
     for label, wnid in enumerate(("n02", "n01")):
@@ -100,7 +98,7 @@ def write_tiny(data_dir: Path) -> Path:
 
 
 def write_mnist(data_dir: Path, train: int = 12) -> dict[str, str]:
-    """Idx files of MNIST's form, of so many and 5 images; their names and checksums."""
+    """Write MNIST's idx files with `train` training and 5 test images. Return their checksums by name."""
     random = np.random.default_rng(0)
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -113,16 +111,17 @@ def write_mnist(data_dir: Path, train: int = 12) -> dict[str, str]:
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(
             struct.pack(">2i", 0x801, count) + labels.tobytes()
         )
-    order = [
-        f"{name}-{kind}"
-        for name in ("train", "t10k")
-        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    ]
-    return {name: md5(raw / name) for name in order}
+    names = (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
+    return {name: md5(raw / name) for name in names}
 
 
 def write_cifar(data_dir: Path, published: type[CIFAR10], patch: pytest.MonkeyPatch) -> Path:
-    """Batches of CIFAR's form, of 20 images each, which count as the published ones; their folder."""
+    """Write CIFAR's files with 20 images each, register their checksums as the published ones, return their folder."""
     folder = data_dir / published.base_folder
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -148,30 +147,26 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def flip(path: Path, place: int = -1) -> None:
-    """Alter one byte of a file."""
+def flip(path: Path, offset: int = -1) -> None:
+    """Flip one bit of the byte at this offset of a file."""
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 
 def contents(*roots: Path) -> dict[str, tuple[int, int]]:
-    """Every file below the folders, but for locks, with its length and the time it was last written to."""
-    files = (
-        (str(path), path.lstat())
-        for root in roots
-        for path in root.rglob("*")
-        if path.suffix != ".lock"
-    )
-    return {
-        path: (file.st_size, file.st_mtime_ns)
-        for path, file in files
-        if not stat.S_ISDIR(file.st_mode)
-    }
+    """Return length and modification time of every file below the folders, except locks."""
+    files = {}
+    for root in roots:
+        for path in root.rglob("*"):
+            status = path.lstat()
+            if path.suffix != ".lock" and not stat.S_ISDIR(status.st_mode):
+                files[str(path)] = status.st_size, status.st_mtime_ns
+    return files
 
 
 def refused(name: str, source: Source, data_dir: Path, message: str, **options) -> str:
-    """Check that loading raises one line that matches, and writes nothing; the line."""
+    """Assert that loading raises an error of one line that matches, and writes nothing. Return the line."""
     before = contents(data_dir)
     with pytest.raises(UserError, match=message) as caught:
         load_pack(name, source, data_dir, **options)
@@ -183,27 +178,30 @@ def refused(name: str, source: Source, data_dir: Path, message: str, **options) 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
-def forked(act: Callable[[], object], moment: int = 0, send: int = signal.SIGKILL) -> int:
-    """Start a process that does `act` and signals itself before its moment-th operation on files; its number."""
+def forked(action: Callable[[], object], moment: int = 0) -> int:
+    """Start a process that runs `action` and kills itself before its n-th file operation. Return its process id.
+
+    moment: n. At 0 the process is not killed.
+    """
     child = os.fork()
     if child:
         return child
     try:
-        left = itertools.count(1)
+        operations = itertools.count(1)
 
-        def look(event: str, arguments: tuple) -> None:
-            if event in FILE_EVENTS and next(left) == moment:
-                os.kill(os.getpid(), send)
+        def kill_at_moment(event: str, arguments: tuple) -> None:
+            if event in FILE_EVENTS and next(operations) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        sys.addaudithook(look)
-        act()
+        sys.addaudithook(kill_at_moment)
+        action()
         os._exit(0)
     finally:
         os._exit(1)
 
 
-def killed(act: Callable[[], object], moment: int) -> bool:
-    """Do `act` in a process that is killed at a moment; whether it was, or ended well before."""
-    _, status = os.waitpid(forked(act, moment), 0)
+def killed(action: Callable[[], object], moment: int) -> bool:
+    """Run `action` in a process that is killed before its n-th file operation. Return False if it ended before."""
+    _, status = os.waitpid(forked(action, moment), 0)
     assert status in (0, signal.SIGKILL)
     return status != 0

@@ -1,4 +1,4 @@
-"""Arrays of one's own: what may lie in the .npz, what reaches the net, and what is refused."""
+"""dataset=arrays: which arrays an .npz file may hold, what reaches the net, and what is refused."""
 
 import os
 import signal
@@ -29,25 +29,30 @@ RANDOM = np.random.default_rng(0)
 
 
 def write(folder: Path, **changed) -> Path:
-    """An .npz file: 240 and 60 samples of three classes with 12 features; `changed` parts differ, None: absent."""
+    """Write data.npz with 240 training and 60 test samples of three classes with 12 features, and return its path.
+
+    changed: parts that replace the default ones; None leaves a part out.
+    """
     random = np.random.default_rng(1)
     labels = random.integers(0, 3, 300)
     centres = random.normal(size=(3, 12))
-    # features of many sizes: as given, the large ones hide the others
+    # features of very different sizes: without standardisation the large ones would dominate
     features = (centres[labels] + random.normal(size=(300, 12)) / 2) * 10.0 ** np.arange(-4, 8) + 7
-    good = {
+    defaults = {
         "X_train": features[:240],
         "y_train": labels[:240],
         "X_test": features[240:],
         "y_test": labels[240:],
     }
-    parts = {name: part for name, part in (good | changed).items() if part is not None}
-    np.savez(folder / "data.npz", **parts)
+    parts = defaults | changed
+    np.savez(
+        folder / "data.npz", **{name: parts[name] for name in parts if parts[name] is not None}
+    )
     return folder / "data.npz"
 
 
 def reshaped(folder: Path, *shape: int, dtype: type = np.float64) -> None:
-    """The same features in another shape and type."""
+    """Write the features of `write` in another shape and type."""
     with np.load(write(folder)) as parts:
         samples = {
             name: parts[name].reshape(-1, *shape).astype(dtype) for name in ("X_train", "X_test")
@@ -56,7 +61,7 @@ def reshaped(folder: Path, *shape: int, dtype: type = np.float64) -> None:
 
 
 def trained(folder: Path, *arguments: str) -> dict:
-    """The result of a run in `folder`/here."""
+    """Train a run in `folder`/here and return its result."""
     done = dfl_train(folder, *NPZ, *QUIET, *arguments)
     assert done.returncode == 0, done.stderr
     result = read_result(folder / "here")
@@ -71,16 +76,17 @@ def test_float_features_of_any_shape_are_learnt(tmp_path, shape, dtype):
     rate = ("optimizer.lr=3e-3", "epochs=5", "dataset.fc_widths=[64,64]")
     result = trained(tmp_path, *rate)
     assert result["input_shape"] == list(shape)
-    if len(shape) == 1:  # with more axes a feature is a channel, of places with many sizes
+    if (
+        len(shape) == 1
+    ):  # with more axes the mean and std are per channel, over features of different sizes
         assert result["accuracy"] > 0.8
 
 
-def test_digits_as_features_reach_what_they_reach_as_images(tmp_path):
+def test_digits_as_features_are_learnt_as_well_as_digits_as_images(tmp_path):
     digits = load_pack("digits", Digits(), tmp_path)
     images = {"X_train": digits.train_images, "X_test": digits.test_images}
     labels = {"y_train": digits.train_labels, "y_test": digits.test_labels}
     options = ("epochs=10", "method=bp", "dataset.fc_widths=[64,64]", "optimizer.lr=1e-3")
-    found = {}
     normalise = Normalise([0.5], [0.25])
     floats = {
         name: normalise(torch.from_numpy(part)).flatten(1).numpy() for name, part in images.items()
@@ -93,17 +99,18 @@ def test_digits_as_features_reach_what_they_reach_as_images(tmp_path):
         "normalised": (floats, ("dataset.standardise=false",)),
         "raw": (raw, ()),
     }
-    for name, (samples, more) in kinds.items():
+    results = {}
+    for name, (samples, extra) in kinds.items():
         write(tmp_path, **samples, **labels)
-        found[name] = trained(tmp_path, *options, *more, "force=true")
-    assert found["images"]["accuracy"] > 0.93
-    assert found["planes"]["accuracy"] == found["images"]["accuracy"]
-    assert found["planes"]["input_shape"] == [1, 8, 8]
-    # the same numbers by another path
-    assert found["normalised"]["validation_loss"] == pytest.approx(
-        found["images"]["validation_loss"], rel=1e-3
-    )
-    assert found["raw"]["accuracy"] > found["images"]["accuracy"] - 0.03
+        results[name] = trained(tmp_path, *options, *extra, "force=true")
+    accuracy = {name: result["accuracy"] for name, result in results.items()}
+    loss = {name: result["validation_loss"] for name, result in results.items()}
+    assert accuracy["images"] > 0.93
+    assert accuracy["planes"] == accuracy["images"]
+    assert results["planes"]["input_shape"] == [1, 8, 8]
+    # the net gets the same numbers from normalised floats
+    assert loss["normalised"] == pytest.approx(loss["images"], rel=1e-3)
+    assert accuracy["raw"] > accuracy["images"] - 0.03
 
 
 MODEL = """
@@ -124,7 +131,7 @@ def tokens(input_shape: tuple[int, ...], num_classes: int, vocabulary: int) -> B
 
 @pytest.fixture
 def token_model(tmp_path, monkeypatch) -> tuple[str, ...]:
-    """Tokens whose first one decides the class, and the options for a model that looks them up."""
+    """Write tokens, of which the first decides the class. Return the options for a model with an embedding."""
     tokens = np.random.default_rng(2).integers(0, 20, (600, 6)).astype(np.int32)
     labels = (tokens[:, 0] > 9).astype(np.uint8)
     write(
@@ -159,7 +166,7 @@ def test_tokens_reach_the_net_as_integers(tmp_path, token_model, method, precisi
     assert result["input_shape"] == [6]
 
 
-def test_a_module_may_read_tokens_without_an_embedding(tmp_path, token_model):
+def test_module_can_read_tokens_without_an_embedding(tmp_path, token_model):
     module = """
 import torch
 
@@ -180,7 +187,7 @@ def one_hot():
     assert run.predict(np.zeros((3, 6), np.int32)).shape == (3, 2)
 
 
-def test_tokens_beyond_the_vocabulary_and_nets_without_one_are_refused(tmp_path, token_model):
+def test_tokens_are_refused_beyond_the_vocabulary_and_by_nets_for_floats(tmp_path, token_model):
     for options in ((*token_model, "model.vocabulary=19"), ("model=fc",)):
         done = dfl_train(tmp_path, *NPZ, *QUIET, *options)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -188,9 +195,10 @@ def test_tokens_beyond_the_vocabulary_and_nets_without_one_are_refused(tmp_path,
         assert not (tmp_path / "here").exists()
 
 
-def spoilt(place: tuple[int, ...], value: float, dtype: type = np.float64) -> np.ndarray:
-    samples = np.ones((240, 12), dtype)
-    samples[place] = value
+def ones_with(value: float, index: tuple[int, int]) -> np.ndarray:
+    """Return training samples of ones with another value at one index."""
+    samples = np.ones((240, 12))
+    samples[index] = value
     return samples
 
 
@@ -198,8 +206,8 @@ LABELS = np.arange(240) % 3
 PICTURES = np.zeros((240, 8, 8, 3), np.uint8)
 REFUSED = {
     "no part": ({"X_test": None}, (), "X_test is not a file in the archive"),
-    "not a number": ({"X_train": spoilt((17, 3), np.nan)}, (), "X_train: holds nan at [17, 3]"),
-    "beyond float32": ({"X_train": spoilt((2, 0), 1e39)}, (), "X_train: holds 1e+39 at [2, 0]"),
+    "not a number": ({"X_train": ones_with(np.nan, (17, 3))}, (), "X_train: holds nan at [17, 3]"),
+    "beyond float32": ({"X_train": ones_with(1e39, (2, 0))}, (), "X_train: holds 1e+39 at [2, 0]"),
     "channels last": ({"X_train": PICTURES}, (), "X_train: (240, 8, 8, 3) is (N, H, W, C)"),
     "negative tokens": (
         {"X_train": np.full((240, 12), -1)},
@@ -259,7 +267,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_one_line_before_training(tmp_path, case):
+def test_unsuitable_arrays_are_refused_in_one_line_before_training(tmp_path, case):
     changed, options, message = REFUSED[case]
     write(tmp_path, **changed)
     (tmp_path / "words.npz").write_text("words")
@@ -269,7 +277,7 @@ def test_what_does_not_fit_is_one_line_before_training(tmp_path, case):
     assert not (tmp_path / "here").exists()
 
 
-def test_a_class_without_training_samples_and_any_kind_of_integer_are_allowed(tmp_path):
+def test_class_without_training_samples_and_all_integer_types_are_allowed(tmp_path):
     write(
         tmp_path, y_train=(LABELS * 2).astype(np.uint8), y_test=(LABELS[:60] + 1).astype(np.int16)
     )
@@ -281,14 +289,14 @@ def test_a_class_without_training_samples_and_any_kind_of_integer_are_allowed(tm
 @pytest.mark.parametrize(
     "types", [("f4", "f4"), ("f8", "f4"), ("f4", "f8"), (">f4", "<f4"), ("i4", "i8")]
 )
-def test_test_samples_that_are_training_samples_are_found_whatever_their_types(types, caplog):
+def test_test_samples_among_training_samples_are_found_for_all_types(types, caplog):
     samples = np.round(RANDOM.normal(size=(9, 5)) * 1e3, 3 if "f" in types[0] else 0)
     train, test = samples[:7].astype(types[0]), samples[4:].astype(types[1])
     assert images_in_training("made", Made(train_images=train, test_images=test).arrays) == 3
     assert caplog.messages == ["made: 3 of 5 test samples are also training samples"]
 
 
-def test_a_feature_that_is_constant_in_training_alone_is_told(tmp_path):
+def test_features_constant_only_in_training_are_warned_about(tmp_path):
     with np.load(write(tmp_path)) as parts:
         train, test = parts["X_train"], parts["X_test"]
     train[:, 3:6] = test[:, 3:6] = 0.1
@@ -315,7 +323,7 @@ def test_constant_features_are_counted_along_their_axis(shape):
     assert count_new_variation(training, test) == 0
 
 
-def test_an_npz_is_read_as_it_is(tmp_path):
+def test_npz_is_read_directly_and_not_packed(tmp_path):
     path = write(tmp_path)
     arrays = load_pack("arrays", ArrayFile(str(path)), tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -358,11 +366,11 @@ fc_widths: [32]
 
 
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "unpacked"])
-def test_a_source_of_one_s_own_returns_any_of_them(tmp_path, token_model, is_packed):
+def test_own_source_may_return_floats_or_tokens_but_no_gaps(tmp_path, token_model, is_packed):
     (tmp_path / "my_source.py").write_text(SOURCE)
     (tmp_path / "conf" / "dataset").mkdir()
     (tmp_path / "conf" / "dataset" / "mine.yaml").write_text(DATASET)
-    mine = (
+    dataset = (
         "--config-dir",
         "conf",
         "plugins=[my_source,my_tokens]",
@@ -377,13 +385,14 @@ def test_a_source_of_one_s_own_returns_any_of_them(tmp_path, token_model, is_pac
             f"dataset.source.is_packed={is_packed}",
             "force=true",
         )
-        done = dfl_train(tmp_path, *mine, *source, *options)
+        done = dfl_train(tmp_path, *dataset, *source, *options)
         return done.returncode, done.stderr
 
-    place = "mine/train_images.npy" if is_packed else "dataset mine: train_images"
-    code, line = run("gaps")
-    assert (code, line.count("\n")) == (2, 1)
-    assert f"{place}: holds nan at [7, 0, 0, 1]; values must be finite" in line
+    name = "mine/train_images.npy" if is_packed else "dataset mine: train_images"
+    code, error = run("gaps")
+    assert code == 2
+    assert error.count("\n") == 1
+    assert f"{name}: holds nan at [7, 0, 0, 1]; values must be finite" in error
     small = (
         "model.channels=[4,4,4]",
         "model.widths=[16]",
@@ -394,7 +403,8 @@ def test_a_source_of_one_s_own_returns_any_of_them(tmp_path, token_model, is_pac
     assert run("floats", "model=conv3", *small) == (0, "")
     assert (tmp_path / "mine" / "train_images.npy").exists() == is_packed
     result = read_result(tmp_path / "here")
-    assert (result["input_shape"], result["accuracy"] > 0.9) == ([3, 16, 16], True)
+    assert result["input_shape"] == [3, 16, 16]
+    assert result["accuracy"] > 0.9
     assert run("tokens", "dataset.name=words", "model=look_up", "model.vocabulary=9") == (0, "")
 
 
@@ -411,7 +421,7 @@ def test_standardised_features_have_mean_0_and_deviation_1(shape, axes, dtype):
     assert np.array_equal(preparation(training, False)(training), training.astype(np.float32))
 
 
-def test_constant_features_become_0_and_others_use_the_training_samples_alone():
+def test_standardisation_uses_training_samples_only_and_zeroes_constant_features():
     training = RANDOM.normal(size=(50, 3))
     training[:, 0], training[:, 1] = 0.1, 0
     prepare = preparation(training, True)
@@ -423,7 +433,7 @@ def test_constant_features_become_0_and_others_use_the_training_samples_alone():
     assert preparation(images, True)(images) is images
 
 
-def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
+def test_killed_and_resumed_run_on_features_is_bitwise_equal(tmp_path):
     write(tmp_path)
     options = (
         *NPZ,
@@ -434,8 +444,8 @@ def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
     )
     assert dfl_train(tmp_path, *options, "hydra.run.dir=whole").returncode == 0
     pid = forked(tmp_path, *options, "hydra.run.dir=broken")
-    until = time.monotonic() + 60
-    while not (tmp_path / "broken" / "last.pt").exists() and time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "broken" / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     assert ended(pid) == -signal.SIGKILL
@@ -456,7 +466,7 @@ def test_a_killed_run_on_features_is_resumed_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.37])
 @pytest.mark.parametrize("sizes", [(50, 30, 20), (1, 1, 98), (7, 0, 13, 1), (3,) * 40], ids=str)
-def test_a_stratified_split_keeps_every_class_s_share_to_within_one_sample(sizes, fraction):
+def test_stratified_split_keeps_class_shares_to_within_one_sample(sizes, fraction):
     labels = RANDOM.permutation(np.repeat(np.arange(len(sizes)), sizes))
     train, held_out = split(len(labels), fraction, 3, labels)
     assert len(held_out) == round(len(labels) * fraction)
@@ -466,12 +476,13 @@ def test_a_stratified_split_keeps_every_class_s_share_to_within_one_sample(sizes
     again, other = (split(len(labels), fraction, seed, labels)[0] for seed in (3, 4))
     assert torch.equal(again, train)
     assert not torch.equal(other, train)
-    # both parts stay shuffled: `limit` takes the first
+    # the training part keeps the shuffled order, because `limit` takes its first samples
     order = torch.cat(split(len(labels), 0.0, 3)).tolist()
-    assert [order.index(i) for i in train] == sorted(order.index(i) for i in train)
+    positions = [order.index(sample) for sample in train]
+    assert positions == sorted(positions)
 
 
-def test_the_split_is_an_option_that_names_and_digests_recorded_before_do_not_notice():
+def test_validation_split_option_keeps_recorded_names():
     before = compose([])
     assert before.validation_split == "random"
     stratified = compose(["validation_split=stratified"])
@@ -483,33 +494,33 @@ def test_the_split_is_an_option_that_names_and_digests_recorded_before_do_not_no
 def crop_flipped(
     images: torch.Tensor, generator: torch.Generator, crop: int, flip: float
 ) -> torch.Tensor:
-    """One image at a time, with the decisions of a whole batch: pad by reflection, cut out, flip."""
+    """Pad by reflection, crop and flip one image at a time, with the random numbers of a whole batch."""
     count = len(images)
-    tops, lefts = (
+    rows, columns = (
         torch.randint(-crop, crop + 1, (count,), generator=generator) + crop for _ in range(2)
     )
     flips = torch.rand(count, generator=generator) < flip
     height, width = images.shape[2:]
     results = []
-    for image, top, left, is_flipped in zip(images, tops, lefts, flips, strict=True):
+    for image, row, column, is_flipped in zip(images, rows, columns, flips, strict=True):
         padded = torch.nn.functional.pad(image.float(), [crop] * 4, mode="reflect")
-        cut = padded[:, top : top + height, left : left + width]
-        results.append(cut.flip(-1) if is_flipped else cut)
+        cropped = padded[:, row : row + height, column : column + width]
+        results.append(cropped.flip(-1) if is_flipped else cropped)
     return torch.stack(results)
 
 
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 9, 5)], ids=str)
-def test_crop_flip_equals_one_image_at_a_time(shape):
-    images = torch.randint(
-        256, (200, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
+def test_crop_flip_of_a_batch_equals_one_image_at_a_time(shape):
+    images = torch.randint(256, (200, *shape), generator=generator(1), dtype=torch.uint8)
     before = images.clone()
     augmentation = Augmentation(crop=4, flip=0.5)
     for seed in range(3):
-        found = augmentation(
-            images, lambda given: given.float(), torch.Generator().manual_seed(seed)
-        )
-        assert torch.equal(found, crop_flipped(images, torch.Generator().manual_seed(seed), 4, 0.5))
+        augmented = augmentation(images, lambda batch: batch.float(), generator(seed))
+        assert torch.equal(augmented, crop_flipped(images, generator(seed), 4, 0.5))
     assert torch.equal(images, before)
 
 
@@ -521,7 +532,7 @@ def test_images_must_be_larger_than_the_crop():
     Augmentation(crop=4).check((1, 5, 9), True, "crop_flip")
 
 
-def test_images_are_cropped_and_flipped_from_the_command_line(tmp_path):
+def test_crop_flip_run_from_the_command_line_repeats_bitwise(tmp_path):
     options = ("augmentation=crop_flip", "validation_split=stratified", "epochs=1", "limit=300")
     done = dfl_train(tmp_path, *QUIET, *options)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: what each operation makes of an image, how often it is drawn, and in which order."""
+"""Augmentation of whole batches: the result of each operation, how often it is drawn, and the order of operations."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SHAPES = [(3, 32, 32), (1, 28, 28), (3, 64, 64), (1, 8, 8), (3, 21, 34)]
 
 
 def pictures(shape: tuple[int, int, int], count: int = 24) -> torch.Tensor:
-    """Noise, smooth images, flat ones, dark ones, and one of two levels.  (count, C, H, W) uint8."""
+    """Return noise, smooth images, a constant one, a dark one and one of two levels: (count, C, H, W) uint8."""
     random = torch.Generator().manual_seed(5)
     images = torch.randint(256, (count, *shape), generator=random, dtype=torch.uint8)
     coarse = torch.rand(count // 2, shape[0], 4, 4, generator=random) * 300 - 20
@@ -32,7 +32,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def floats(images: torch.Tensor) -> torch.Tensor:
-    """A normalisation that can be read off: x / 255 + 1, so that zero is the cutout's alone."""
+    """Return x / 255 + 1. No pixel is zero after this normalisation, so zeros show the cutout."""
     return images.float() / 255 + 1
 
 
@@ -66,19 +66,14 @@ def test_draws_are_uniform_and_independent():
         expected = count / codes
         # the 99.9 % point for 27 degrees of freedom
         assert ((observed - expected) ** 2 / expected).sum() < 55.5
-    pairs = (
-        (first // 2 * len(OPERATIONS) + second // 2)
-        .bincount(minlength=len(OPERATIONS) ** 2)
-        .double()
-    )
-    expected = count / len(OPERATIONS) ** 2
-    assert ((pairs - expected) ** 2 / expected).sum() < 263  # 195 degrees of freedom
-    neighbours = (
-        (first[:-1] // 2 * len(OPERATIONS) + first[1:] // 2)
-        .bincount(minlength=len(OPERATIONS) ** 2)
-        .double()
-    )
-    assert ((neighbours - expected) ** 2 / expected).sum() < 263
+    operations, next_operations = first // 2, second // 2
+    same_image = operations * len(OPERATIONS) + next_operations
+    neighbours = operations[:-1] * len(OPERATIONS) + operations[1:]
+    for pairs in (same_image, neighbours):
+        observed = pairs.bincount(minlength=len(OPERATIONS) ** 2).double()
+        expected = count / len(OPERATIONS) ** 2
+        # the 99.9 % point for 195 degrees of freedom
+        assert ((observed - expected) ** 2 / expected).sum() < 263
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)], ids=str)
@@ -91,21 +86,21 @@ def test_each_image_gets_its_own_operations(shape):
         expected = images[index]
         for code in draws[:, index].tolist():
             operation = OPERATIONS[code // 2]
-            value = magnitude(operation, 9, *shape[1:]) * (
-                -1 if code % 2 and operation in SIGNED else 1
-            )
+            value = magnitude(operation, 9, *shape[1:])
+            if code % 2 and operation in SIGNED:
+                value = -value
             expected = _apply_op(expected, operation, value, InterpolationMode.NEAREST, None)
         assert torch.equal(result[index], expected)
 
 
-def test_the_images_given_are_left_as_they_are():
+def test_input_images_are_not_changed():
     images = pictures((3, 32, 32))
     before = images.clone()
     Augmentation(flip=0.5, randaugment=True, cutout=14)(images, floats, generator())
     assert torch.equal(images, before)
 
 
-def test_same_generator_same_result():
+def test_same_generator_gives_the_same_result():
     images, augmentation = (
         pictures((3, 32, 32)),
         Augmentation(flip=0.5, randaugment=True, cutout=14),
@@ -142,7 +137,7 @@ def test_cutout_centres_are_uniform():
     assert ((observed - expected) ** 2 / expected).sum() < 103.4
 
 
-def test_flip_mirrors_about_the_given_share():
+def test_flip_mirrors_the_configured_share_of_images():
     images = pictures((3, 32, 32), count=2000)[1000:]
     x = Augmentation(flip=0.3)(images, floats, generator(7))
     mirrored = (x == floats(images).flip(-1)).flatten(1).all(1)
@@ -152,13 +147,13 @@ def test_flip_mirrors_about_the_given_share():
     assert torch.equal(Augmentation(flip=1.0)(images, floats, generator()), floats(images).flip(-1))
 
 
-def test_order_of_the_steps():
+def test_steps_are_randaugment_normalise_cutout_flip_in_this_order():
     images = pictures((3, 32, 32))
-    seen = []
+    normalised = []
 
-    def normalise(given):
-        seen.append(given)
-        return floats(given)
+    def normalise(batch):
+        normalised.append(batch)
+        return floats(batch)
 
     random = generator(8)
     x = Augmentation(flip=1.0, randaugment=True, cutout=14)(images, normalise, random)
@@ -166,14 +161,14 @@ def test_order_of_the_steps():
     randaugment = RandAugment(2, 9)
     changed = randaugment.apply(images, randaugment.draw(len(images), random))
     rows, columns = (torch.randint(32, (len(images),), generator=random) for _ in range(2))
-    assert len(seen) == 1
-    assert seen[0].dtype == torch.uint8
-    assert torch.equal(seen[0], changed)
+    (batch,) = normalised
+    assert batch.dtype == torch.uint8
+    assert torch.equal(batch, changed)
     assert torch.equal(x, cut_out(floats(changed), rows, columns, 14).flip(-1))
 
 
 @pytest.mark.parametrize("name", group_options("augmentation"))
-def test_configured_augmentations(name):
+def test_every_configured_augmentation_returns_float32(name):
     augmentation = check(compose([f"augmentation={name}"])).components["augmentation"].build()
     assert augmentation.is_identity == (name == "none")
     assert augmentation(pictures((1, 28, 28)), floats, generator()).dtype == torch.float32

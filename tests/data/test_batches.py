@@ -1,4 +1,4 @@
-"""Batches are a function of the seed, the epoch and the place in it."""
+"""A batch is determined by the seed, the epoch and its number in the epoch."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def made_batches(
     count: int, batch_size: int, augmentation: Augmentation, seed: int = 0, **options
 ) -> Batches:
-    """Images that all differ, with labels that number them."""
+    """Return batches of images that all differ. The label of an image is its index."""
     random = torch.Generator().manual_seed(1)
     images = torch.randint(256, (count, 3, 8, 8), generator=random, dtype=torch.uint8)
     return Batches(
@@ -43,11 +43,12 @@ STRONG = Augmentation(flip=0.5, randaugment=True, cutout=3)
     ("count", "size"), [(100, 16), (96, 16), (7, 16), (2500, 64), (20, 1), (5000, 3000)]
 )
 @pytest.mark.parametrize("augmentation", [Augmentation(), STRONG], ids=["plain", "strong"])
-def test_an_epoch_covers_everything_once(count, size, augmentation):
+def test_epoch_covers_every_image_once(count, size, augmentation):
     batches = made_batches(count, size, augmentation)
     drawn = list(batches.epoch(1))
     assert len(drawn) == len(batches)
-    assert [len(labels) for _, labels in drawn[:-1]] == [size] * (len(batches) - 1)
+    for _, labels in drawn[:-1]:
+        assert len(labels) == size
     order = torch.cat([labels for _, labels in drawn])
     assert torch.equal(order.sort().values, torch.arange(count))
     assert count < 20 or not torch.equal(order, torch.arange(count))
@@ -59,26 +60,26 @@ def test_an_epoch_covers_everything_once(count, size, augmentation):
 
 @pytest.mark.parametrize("augmentation", [Augmentation(), STRONG], ids=["plain", "strong"])
 @pytest.mark.parametrize("start", [1, 32, 33, 40])
-def test_any_batch_can_be_drawn_alone(augmentation, start):
+def test_epoch_can_start_at_any_batch(augmentation, start):
     batches = made_batches(2500, 64, augmentation)
     list(batches.epoch(1))
-    torch.rand(3)
+    torch.rand(3)  # the global random state has no influence
     whole = list(batches.epoch(2))
-    alone = list(made_batches(2500, 64, augmentation).epoch(2, start_batch=start))
-    assert len(alone) == len(whole) - min(start, len(whole))
-    for (x, labels), (y, others) in zip(whole[start:], alone, strict=True):
-        assert torch.equal(labels, others)
-        assert torch.equal(x, y)
+    rest = list(made_batches(2500, 64, augmentation).epoch(2, start_batch=start))
+    assert len(rest) == len(whole) - min(start, len(whole))
+    for (x, labels), (expected, expected_labels) in zip(rest, whole[start:], strict=True):
+        assert torch.equal(labels, expected_labels)
+        assert torch.equal(x, expected)
 
 
-def test_epochs_seeds_and_chunks_differ():
+def test_random_numbers_differ_between_epochs_seeds_and_chunks():
     def order(seed: int, epoch: int) -> list[int]:
         batches = made_batches(200, 50, Augmentation(), seed)
         return torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist()
 
-    orders = [order(seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 0), (1, 1))]
-    assert all(first != second for index, first in enumerate(orders) for second in orders[:index])
-    same = Batches(
+    orders = {tuple(order(seed, epoch)) for seed, epoch in ((0, 1), (0, 2), (1, 0), (1, 1))}
+    assert len(orders) == 4
+    equal_images = Batches(
         torch.full((2 * CHUNK, 1, 8, 8), 9, dtype=torch.uint8),
         torch.zeros(2 * CHUNK, dtype=torch.int64),
         Normalise([0.5], [0.25]),
@@ -87,14 +88,13 @@ def test_epochs_seeds_and_chunks_differ():
         0,
         CPU,
     )
-    first, second, other_epoch = (
-        x for epoch in (0, 1) for x, _ in list(same.epoch(epoch))[: 2 - epoch]
-    )
-    assert not torch.equal(first, second)
+    (first, _), (second, _) = equal_images.epoch(0)
+    (other_epoch, _), _ = equal_images.epoch(1)
+    assert not torch.equal(first, second)  # they differ only in the cutout
     assert not torch.equal(first, other_epoch)
 
 
-def test_batches_leave_the_global_random_numbers_alone():
+def test_batches_do_not_change_the_global_random_state():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(made_batches(50, 8, STRONG).epoch(0))
@@ -103,7 +103,7 @@ def test_batches_leave_the_global_random_numbers_alone():
 
 
 @pytest.mark.parametrize(("mean", "std"), [([0.15], [0.3]), ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])])
-def test_normalise(mean, std):
+def test_normalise_subtracts_mean_and_divides_by_std(mean, std):
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
     expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     x = Normalise(mean, std)(images)
@@ -111,7 +111,7 @@ def test_normalise(mean, std):
     torch.testing.assert_close(x, expected, rtol=0, atol=2e-6)
 
 
-def test_normalise_refuses_what_does_not_fit():
+def test_normalise_refuses_another_number_of_channels():
     with pytest.raises(UserError, match="3 values, but the images have 1 channels"):
         Normalise([0.5] * 3, [0.25] * 3)(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
 
@@ -120,32 +120,27 @@ def test_evaluation_batches_can_be_repeated():
     images, labels = resident(
         np.arange(30, dtype=np.uint8).reshape(10, 3, 1, 1), np.arange(10, dtype=np.int32), CPU
     )
-    batches = EvaluationBatches(
-        images, labels, Normalise([0.5], [0.25]), torch.device("cpu"), batch_size=4
-    )
+    batches = EvaluationBatches(images, labels, Normalise([0.5], [0.25]), CPU, batch_size=4)
     for _ in range(2):
         drawn = list(batches)
-        assert [len(target) for _, target in drawn] == [4, 4, 2] == [4] * (len(batches) - 1) + [2]
+        assert len(batches) == 3
+        assert [len(target) for _, target in drawn] == [4, 4, 2]
         assert torch.equal(torch.cat([target for _, target in drawn]), torch.arange(10))
         assert torch.equal(torch.cat([x for x, _ in drawn]), Normalise([0.5], [0.25])(images))
-    assert (
-        list(
-            EvaluationBatches(images[:0], labels[:0], Normalise([0.5], [0.25]), torch.device("cpu"))
-        )
-        == []
-    )
+    empty = EvaluationBatches(images[:0], labels[:0], Normalise([0.5], [0.25]), CPU)
+    assert list(empty) == []
 
 
-def test_resident_copies():
+def test_resident_copies_its_arrays():
     images, labels = np.zeros((4, 1, 2, 2), np.uint8), np.zeros(4, np.int32)
-    images.flags.writeable = False  # as a mapped file is
+    images.flags.writeable = False  # like a memory-mapped file
     copied, targets = resident(images, labels, CPU)
     assert (copied.dtype, targets.dtype) == (torch.uint8, torch.int64)
     copied += 1
     assert images.sum() == 0
 
 
-def test_split():
+def test_split_is_a_partition_that_depends_on_the_seed_only():
     train, validation = split(1000, 0.1, 3)
     assert (len(train), len(validation)) == (900, 100)
     assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(1000))

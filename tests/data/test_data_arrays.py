@@ -1,4 +1,4 @@
-"""Packed arrays, and arrays that somebody brought: what is damaged or does not fit is one line naming the file."""
+"""Packed arrays, and arrays that the user has put there: damaged or inconsistent files are refused by name."""
 
 import json
 import zlib
@@ -15,19 +15,19 @@ from dfl_experiments.errors import UserError
 
 @pytest.fixture
 def packed(tmp_path) -> Path:
-    """A data_dir with a pack of our own."""
+    """Return a data_dir with a pack that `load_pack` has written."""
     load_pack("made", Made(), tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def brought(packed) -> Path:
-    """A data_dir with the same arrays as somebody else would write them."""
+    """Return a data_dir with the same arrays without checksums, as a user would write them."""
     (packed / "made" / checksums.RECORD).unlink()
     return packed
 
 
-def test_a_pack_has_a_record_and_is_not_packed_again(packed):
+def test_pack_has_checksums_and_is_not_packed_again(packed):
     record = json.loads((packed / "made" / checksums.RECORD).read_text())
     contents = {name: (packed / "made" / name).read_bytes() for name in FILES}
     expected = {
@@ -38,15 +38,15 @@ def test_a_pack_has_a_record_and_is_not_packed_again(packed):
     assert equal(load_pack("made", Made(classes=["other", "names"]), packed), Made().arrays)
 
 
-def test_brought_arrays_need_no_record_and_are_left_alone(brought):
+def test_arrays_of_the_user_need_no_checksums_and_are_not_changed(brought):
     assert equal(load_pack("made", Made(classes=["other", "names"]), brought), Made().arrays)
     assert sorted(path.name for path in (brought / "made").iterdir()) == sorted(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("place", [0, -1])
-def test_an_altered_byte_is_found(packed, name, place):
-    flip(packed / "made" / name, place)
+@pytest.mark.parametrize("offset", [0, -1])
+def test_altered_byte_is_refused(packed, name, offset):
+    flip(packed / "made" / name, offset)
     message = refused(
         "made", Made(), packed, rf"made/{name}: unreadable or damaged \(its CRC-32 differs "
     )
@@ -58,32 +58,23 @@ def test_an_altered_byte_is_found(packed, name, place):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("length", [0, 1, -1])
-def test_a_truncated_file_is_found(packed, name, length):
+def test_truncated_file_is_refused(packed, name, length):
     file = packed / "made" / name
     file.write_bytes(file.read_bytes()[:length])
-    refused(
-        "made",
-        Made(),
-        packed,
-        rf"made/{name}: unreadable or damaged \(its CRC-32 differs .*\); delete ",
-    )
+    damaged = rf"made/{name}: unreadable or damaged"
+    refused("made", Made(), packed, rf"{damaged} \(its CRC-32 differs .*\); delete ")
     (packed / "made" / checksums.RECORD).unlink()
-    refused(
-        "made",
-        Made(),
-        packed,
-        rf"made/{name}: unreadable or damaged \(.*\); .*put an undamaged copy there",
-    )
+    refused("made", Made(), packed, rf"{damaged} \(.*\); .*put an undamaged copy there")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_part_of_somebody_s_arrays_is_not_written_over(brought, name):
+def test_incomplete_arrays_of_the_user_are_not_overwritten(brought, name):
     (brought / "made" / name).unlink()
     refused("made", Made(), brought, rf"made: incomplete, without {name}; add the missing files")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 1, "files": {}}'])
-def test_a_damaged_record(packed, text):
+def test_damaged_checksum_file_is_refused(packed, text):
     (packed / "made" / checksums.RECORD).write_text(text)
     refused(
         "made",
@@ -93,7 +84,7 @@ def test_a_damaged_record(packed, text):
     )
 
 
-def test_links_to_nowhere_are_not_written_over(tmp_path):
+def test_broken_links_are_not_overwritten(tmp_path):
     (tmp_path / "made").mkdir()
     for name in (*FILES, checksums.RECORD):
         (tmp_path / "made" / name).symlink_to(tmp_path / "a disk that is away" / name)
@@ -151,7 +142,7 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
         ("classes", {"a": 0, "b": 1}, r'must be a list of class names, such as \["cats", "dogs"\]'),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(brought, tmp_path, part, value, message):
+def test_inconsistent_arrays_are_refused(brought, tmp_path, part, value, message):
     assert load_pack("made", Made(), brought).shape == (1, 2, 2)
     file = CLASSES if part == "classes" else f"{part}.npy"
     message = message if ".npy: " in message else f"{file}: {message}"
@@ -164,13 +155,13 @@ def test_arrays_that_do_not_fit_are_refused(brought, tmp_path, part, value, mess
     refused("made", Made(), brought, rf"{file}: (unreadable|must)")
 
 
-def test_a_file_where_the_folder_would_be(tmp_path):
+def test_file_in_place_of_the_pack_folder_is_refused_and_kept(tmp_path):
     (tmp_path / "made").write_text("mine")
     refused("made", Made(), tmp_path, r"made: cannot be written \(.*File exists")
     assert (tmp_path / "made").read_text() == "mine"
 
 
-def test_one_pixel_and_two_classes_are_enough(tmp_path):
+def test_images_of_one_pixel_and_two_classes_are_accepted(tmp_path):
     arrays = load_pack(
         "made", Made(train_images=IMAGES[..., :1, :1], test_images=IMAGES[:2, :, :1, :1]), tmp_path
     )
@@ -178,11 +169,14 @@ def test_one_pixel_and_two_classes_are_enough(tmp_path):
     assert is_packed(tmp_path / "made")
 
 
-def test_somebody_s_list_of_classes_may_begin_with_a_mark_and_is_never_to_be_deleted(brought):
+def test_class_list_of_the_user_may_have_a_byte_order_mark(brought):
     classes = brought / "made" / CLASSES
     classes.write_bytes(b"\xef\xbb\xbf" + classes.read_bytes())
     assert load_pack("made", Made(), brought).num_classes == 2
-    classes.write_text("[")
-    with pytest.raises(UserError, match=r"classes\.json: unreadable or damaged") as told:
+
+
+def test_damaged_class_list_of_the_user_is_refused_without_advice_to_delete_it(brought):
+    (brought / "made" / CLASSES).write_text("[")
+    with pytest.raises(UserError, match=r"classes\.json: unreadable or damaged") as caught:
         load_pack("made", Made(), brought)
-    assert "delete" not in str(told.value)
+    assert "delete" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A mistake in a folder of images gives one line, which names the mistake and what is expected. Nothing is written."""
+"""A mistake in a folder of images is refused in one line, which names the mistake. Nothing is written."""
 
 import os
 import shutil
@@ -54,7 +54,7 @@ def image(name: str, *size: int, **options):
 
 
 def half(name: str, **options):
-    """An image file without its second half."""
+    """Write an image file without its second half."""
 
     def change(root: Path) -> None:
         write_image(root / name, 1, (64, 64), **options)
@@ -64,7 +64,7 @@ def half(name: str, **options):
 
 
 def deep(name: str, dtype: type):
-    """An image file with more than 8 bits per channel."""
+    """Write an image file with more than 8 bits per channel."""
     return lambda root: Image.fromarray(np.full((8, 8), 200, dtype)).save(root / name)
 
 
@@ -135,7 +135,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_bad_folders(folder, tmp_path, case):
+def test_bad_folder_is_refused_and_not_changed(folder, tmp_path, case):
     change, message = FOLDERS[case]
     change(folder)
     if "not to be read" in case and all(os.access(path, os.R_OK) for path in folder.rglob("*")):
@@ -147,7 +147,7 @@ def test_bad_folders(folder, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["class in test only", "images without classes"])
-def test_a_folder_that_has_become_bad_is_refused_although_it_is_packed(folder, tmp_path, case):
+def test_packed_folder_that_became_bad_is_refused(folder, tmp_path, case):
     load_pack("folder", Folder(str(folder)), tmp_path / "data")
     FOLDERS[case][0](folder)
     refused("folder", Folder(str(folder)), tmp_path / "data", FOLDERS[case][1])
@@ -193,7 +193,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("case", TINY)
-def test_bad_tinyimagenet(tiny, case):
+def test_bad_tinyimagenet_is_refused(tiny, case):
     change, message = TINY[case]
     change(tiny / TinyImageNet.NAME)
     assert str(tiny) in refused("tinyimagenet", TinyImageNet(), tiny, message, download=False)
@@ -201,7 +201,7 @@ def test_bad_tinyimagenet(tiny, case):
 
 @pytest.mark.usefixtures("clean_logging")
 @pytest.mark.parametrize("case", ["class in test only", "mixed sizes"])
-def test_a_bad_folder_ends_the_run_before_it_trains(folder, tmp_path, monkeypatch, capsys, case):
+def test_bad_folder_ends_the_command_before_training(folder, tmp_path, monkeypatch, capsys, case):
     FOLDERS[case][0](folder)
     before = contents(folder)
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,6 @@
-"""Downloads from a server of our own on this machine, which breaks off, sends rubbish, or falls silent."""
+"""Downloads from a local server that breaks off, sends altered bytes, or stops sending."""
 
 import gzip
-import itertools
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ from dfl_experiments.errors import UserError
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` as its `mode` says."""
+    """Serve `files`, with the fault that `mode` names, or whole."""
 
     daemon_threads = True
     block_on_close = False
@@ -64,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """The server, running; a silent one is given up soon."""
+    """Yield a running server. The client waits only 0.3 s for a silent one."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(sources, "SILENCE", 0.3)
     with Server() as running:
@@ -73,48 +72,48 @@ def server(monkeypatch):
         running.shutdown()
 
 
-def publish_mnist(server: Server, monkeypatch, place: Path) -> Source:
-    files = write_mnist(place, 200)
-    publish_compressed(server, monkeypatch, place, MNIST)
+def publish_mnist(server: Server, monkeypatch, folder: Path) -> Source:
+    files = write_mnist(folder, 200)
+    publish_compressed(server, monkeypatch, folder, MNIST)
     monkeypatch.setattr(Mnist, "FILES", files)
     return Mnist()
 
 
-def publish_fashion_mnist(server: Server, monkeypatch, place: Path) -> Source:
-    write_mnist(place, 200)
-    publish_compressed(server, monkeypatch, place, FashionMNIST)
+def publish_fashion_mnist(server: Server, monkeypatch, folder: Path) -> Source:
+    write_mnist(folder, 200)
+    publish_compressed(server, monkeypatch, folder, FashionMNIST)
     return FashionMnist()
 
 
-def publish_compressed(server: Server, monkeypatch, place: Path, published: type[MNIST]) -> None:
+def publish_compressed(server: Server, monkeypatch, folder: Path, published: type[MNIST]) -> None:
     for name, _ in published.resources:
-        packed = place / name
-        packed.write_bytes(gzip.compress((place / "MNIST" / "raw" / packed.stem).read_bytes()))
+        packed = folder / name
+        packed.write_bytes(gzip.compress((folder / "MNIST" / "raw" / packed.stem).read_bytes()))
         server.files[packed.name] = packed.read_bytes()
     monkeypatch.setattr(published, "mirrors", [f"{server.url}/"])
     monkeypatch.setattr(
-        published, "resources", [(name, md5(place / name)) for name in server.files]
+        published, "resources", [(name, md5(folder / name)) for name in server.files]
     )
 
 
-def publish_cifar100(server: Server, monkeypatch, place: Path) -> Source:
-    write_cifar(place, CIFAR100, monkeypatch)
-    archive = place / CIFAR100.filename
+def publish_cifar100(server: Server, monkeypatch, folder: Path) -> Source:
+    write_cifar(folder, CIFAR100, monkeypatch)
+    archive = folder / CIFAR100.filename
     with tarfile.open(archive, "w:gz") as opened:
-        opened.add(place / CIFAR100.base_folder, CIFAR100.base_folder)
+        opened.add(folder / CIFAR100.base_folder, CIFAR100.base_folder)
     server.files[archive.name] = archive.read_bytes()
     monkeypatch.setattr(CIFAR100, "url", f"{server.url}/{archive.name}")
     monkeypatch.setattr(CIFAR100, "tgz_md5", md5(archive))
     return Cifar(100)
 
 
-def publish_tinyimagenet(server: Server, monkeypatch, place: Path) -> Source:
-    write_tiny(place)
-    unlabelled = place / TinyImageNet.NAME / "test" / "images" / "test_0.JPEG"
+def publish_tinyimagenet(server: Server, monkeypatch, folder: Path) -> Source:
+    write_tiny(folder)
+    unlabelled = folder / TinyImageNet.NAME / "test" / "images" / "test_0.JPEG"
     unlabelled.parent.mkdir(parents=True)
     unlabelled.write_bytes(random.Random(0).randbytes(100_000))
     archive = Path(
-        shutil.make_archive(str(place / TinyImageNet.NAME), "zip", place, TinyImageNet.NAME)
+        shutil.make_archive(str(folder / TinyImageNet.NAME), "zip", folder, TinyImageNet.NAME)
     )
     server.files[archive.name] = archive.read_bytes()
     monkeypatch.setattr(TinyImageNet, "URL", f"{server.url}/{archive.name}")
@@ -133,13 +132,13 @@ FAULTS = ("half", "half and silence", "silent", "altered", "missing")
 
 @pytest.fixture(params=PUBLISH)
 def published(request, server, monkeypatch, tmp_path) -> tuple[str, Source]:
-    """A data set that the server has, and its source."""
+    """Return the name and the source of a data set on the server."""
     (tmp_path / "published").mkdir()
     return request.param, PUBLISH[request.param](server, monkeypatch, tmp_path / "published")
 
 
 def fails(name: str, source: Source, data_dir: Path, download: bool = True) -> None:
-    """Check that there is no data set to load, which is one line."""
+    """Assert that loading is refused in one line and leaves no pack."""
     with pytest.raises(UserError) as caught:
         load_pack(name, source, data_dir, download)
     line = str(caught.value)
@@ -151,43 +150,46 @@ def fails(name: str, source: Source, data_dir: Path, download: bool = True) -> N
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_download_that_fails_is_done_anew(server, published, tmp_path, fault):
+def test_failed_download_is_repeated(server, published, tmp_path, fault):
     (name, source), data_dir = published, tmp_path / "data"
     server.mode = fault
     fails(name, source, data_dir)
-    fails(name, source, data_dir, download=False)  # what was left is not taken for whole
+    fails(name, source, data_dir, download=False)  # a partial download is not used
     server.mode = "whole"
     expected = load_pack(name, source, tmp_path / "elsewhere")
     assert len(expected.train_labels) > 6
     assert equal(load_pack(name, source, data_dir), expected)
 
 
-def test_a_process_killed_in_a_download(server, published, tmp_path):
+def test_download_of_a_killed_process_is_repeated(server, published, tmp_path):
     (name, source), data_dir = published, tmp_path / "data"
     expected = load_pack(name, source, tmp_path / "elsewhere")
     server.mode = "half and silence"
+
+    def has_partial_file():
+        return any(path.stat().st_size for path in data_dir.rglob("*") if path.is_file())
+
     child = forked(lambda: load_pack(name, source, data_dir))
-    until = time.monotonic() + 2
-    while (
-        not any(path.stat().st_size for path in data_dir.rglob("*") if path.is_file())
-        and time.monotonic() < until
-    ):
+    deadline = time.monotonic() + 2
+    while not has_partial_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert any(path.stat().st_size for path in data_dir.rglob("*") if path.is_file())
+    assert has_partial_file()
     fails(name, source, data_dir, download=False)
     server.mode = "whole"
     assert equal(load_pack(name, source, data_dir), expected)
 
 
-def test_a_process_killed_at_any_moment_of_downloading_and_packing(server, published, tmp_path):
+def test_process_killed_before_any_file_operation_leaves_a_recoverable_state(
+    server, published, tmp_path
+):
     name, source = published
     expected = load_pack(name, source, tmp_path / "elsewhere")
-    for moment in itertools.count(1):
+    moment, is_killed = 0, True
+    while is_killed:
+        moment += 1
         data_dir = tmp_path / f"{moment}"
-        ended = not killed(lambda data_dir=data_dir: load_pack(name, source, data_dir), moment)
+        is_killed = killed(lambda data_dir=data_dir: load_pack(name, source, data_dir), moment)
         assert equal(load_pack(name, source, data_dir), expected)
-        if ended:
-            break
     assert moment > 20

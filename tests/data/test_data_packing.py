@@ -1,4 +1,4 @@
-"""Packing: once and whole, whatever interrupts it, and by one process at a time."""
+"""A data set is packed once, by one process at a time, and an interruption leaves no partial pack."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ from dfl_experiments.data.sources_folders import Folder, TinyImageNet
 from dfl_experiments.errors import UserError
 
 
-def test_missing_data_is_one_line(offline, tmp_path, capsys):
+def test_missing_data_is_refused_in_one_line(offline, tmp_path, capsys):
     for name, source in (
         ("mnist", Mnist()),
         ("cifar100", Cifar(100)),
@@ -36,18 +36,19 @@ def test_missing_data_is_one_line(offline, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("before", ["nothing", "a part of a pack"])
-def test_packing_killed_at_any_moment_is_done_anew(folder, tmp_path, before):
-    source, expected = Folder(str(folder)), Folder(str(folder)).read(tmp_path, False)
-    moment, ended, unfinished = 0, False, 0
-    while not ended:
+def test_packing_killed_before_any_file_operation_is_repeated(folder, tmp_path, before):
+    source = Folder(str(folder))
+    expected = source.read(tmp_path, False)
+    moment, unfinished, is_killed = 0, 0, True
+    while is_killed:
         moment += 1
         data_dir = tmp_path / f"{moment}"
         packed = data_dir / source.cache_name("folder")
-        if before != "nothing":
+        if before == "a part of a pack":
             data_dir.mkdir()
             pack(Made().arrays, packed)
             (packed / FILES[0]).unlink()
-        ended = not killed(lambda data_dir=data_dir: load_pack("folder", source, data_dir), moment)
+        is_killed = killed(lambda data_dir=data_dir: load_pack("folder", source, data_dir), moment)
         unfinished += not is_packed(packed)
         assert equal(load_pack("folder", source, data_dir), expected)
         assert sorted(path.name for path in packed.iterdir()) == sorted([*FILES, checksums.RECORD])
@@ -55,34 +56,42 @@ def test_packing_killed_at_any_moment_is_done_anew(folder, tmp_path, before):
     assert unfinished > 20
 
 
-def test_two_processes_at_once(folder, tmp_path):
-    code = (
-        "import sys, logging, zlib; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
-        "from dfl_experiments.data.packs import load_pack\n"
-        "from dfl_experiments.data.sources_folders import Folder\n"
-        "source = Folder(sys.argv[1]); print('ready', flush=True)\n"
-        "arrays = load_pack('folder', source, Path(sys.argv[2]))\n"
-        "*parts, classes = vars(arrays).values(); print(*(zlib.crc32(part.tobytes()) for part in parts), classes)"
-    )
+# a program that loads a folder of images and prints a checksum of the training images
+LOAD_FOLDER = """\
+import logging, sys, zlib
+from pathlib import Path
+from dfl_experiments.data.packs import load_pack
+from dfl_experiments.data.sources_folders import Folder
+
+logging.basicConfig(level=logging.INFO)
+source = Folder(sys.argv[1])
+print("ready", flush=True)
+arrays = load_pack("folder", source, Path(sys.argv[2]))
+print(zlib.crc32(arrays.train_images.tobytes()))
+"""
+
+
+def test_two_processes_pack_a_data_set_once(folder, tmp_path):
     data_dir = tmp_path / "data"
-    arguments = [sys.executable, "-c", code, str(folder), str(data_dir)]
+    arguments = [sys.executable, "-c", LOAD_FOLDER, str(folder), str(data_dir)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     with packs.lock_pack(data_dir, Folder(str(folder)).cache_name("folder")):
         processes = [subprocess.Popen(arguments, **pipes) for _ in range(2)]
         for process in processes:
             assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3)  # both have found nothing packed, and wait
+        time.sleep(0.3)  # both find no pack and wait for the lock
     results = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    *parts, classes = vars(load_pack("folder", Folder(str(folder)), data_dir)).values()
-    expected = [zlib.crc32(part.tobytes()) for part in parts]
-    assert [out for out, _ in results] == [f"{' '.join(map(str, expected))} {classes}\n"] * 2
-    assert sum(err.count("preparing folder") for _, err in results) == 1
+    arrays = load_pack("folder", Folder(str(folder)), data_dir)
+    for printed, _ in results:
+        assert printed == f"{zlib.crc32(arrays.train_images.tobytes())}\n"
+    logs = "".join(log for _, log in results)
+    assert logs.count("preparing folder") == 1
     assert not list(data_dir.glob("*.partial"))
 
 
-def test_data_dir_that_cannot_be_written(tmp_path):
+def test_unwritable_data_dir_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError, match=r"^data_dir=.*file.*: the packed data set mnist cannot be written there"
@@ -90,7 +99,7 @@ def test_data_dir_that_cannot_be_written(tmp_path):
         load_pack("mnist", Mnist(), tmp_path / "file" / "inside")
 
 
-def test_a_disk_without_room(folder, tmp_path):
+def test_full_disk_is_refused_and_packing_succeeds_later(folder, tmp_path):
     data_dir = tmp_path / "data"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

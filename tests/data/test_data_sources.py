@@ -1,4 +1,4 @@
-"""Data sets in their raw form: what is read is what was there, whole, and what is damaged is named."""
+"""Raw data sets: they are read completely and unchanged, and damaged files are named."""
 
 import random
 import shutil
@@ -21,7 +21,7 @@ from dfl_experiments.data.sources_folders import TinyImageNet
 from dfl_experiments.errors import UserError
 
 
-def test_digits_need_nothing_and_write_nothing(tmp_path):
+def test_digits_need_no_files_and_write_none(tmp_path):
     arrays = load_pack("digits", Digits(), tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     assert arrays.shape == (1, 8, 8)
@@ -33,13 +33,14 @@ def test_digits_need_nothing_and_write_nothing(tmp_path):
     assert equal(arrays, load_pack("digits", Digits(), tmp_path))
 
 
-def test_digits_are_those_of_scikit_learn(tmp_path):
-    arrays, theirs = load_pack("digits", Digits(), tmp_path), load_digits()
-    images = np.concatenate([arrays.train_images, arrays.test_images])
+def test_digits_equal_those_of_scikit_learn(tmp_path):
+    arrays = load_pack("digits", Digits(), tmp_path)
+    images = np.concatenate([arrays.train_images, arrays.test_images]).reshape(-1, 64)
     labels = np.concatenate([arrays.train_labels, arrays.test_labels])
-    ours = sorted(zip(images.reshape(-1, 64).tolist(), labels.tolist(), strict=True))
-    grey = np.rint(theirs.data * (255 / 16)).astype(int)
-    assert ours == sorted(zip(grey.tolist(), theirs.target.tolist(), strict=True))
+    digits = load_digits()
+    expected = np.rint(digits.data * (255 / 16)).astype(int)
+    samples = sorted(zip(images.tolist(), labels.tolist(), strict=True))
+    assert samples == sorted(zip(expected.tolist(), digits.target.tolist(), strict=True))
 
 
 def test_packed_mnist_equals_torchvision(data_dir, tmp_path):
@@ -55,7 +56,7 @@ def test_packed_mnist_equals_torchvision(data_dir, tmp_path):
         assert np.array_equal(labels, reference.targets)
 
 
-def test_packed_cifar_is_used_as_it_is(data_dir):
+def test_packed_cifar_is_loaded(data_dir):
     arrays = load_pack("cifar10", Cifar(10), data_dir, download=False)
     assert arrays.shape == (3, 32, 32)
     assert np.bincount(arrays.train_labels).tolist() == [5000] * 10
@@ -69,17 +70,16 @@ def test_present_mnist_needs_no_network(offline, mnist):
 
 @pytest.mark.parametrize("name", Mnist.FILES)
 @pytest.mark.parametrize("fault", ["truncated", "altered", "empty"])
-def test_damaged_mnist(mnist, name, fault):
+def test_damaged_mnist_is_refused(mnist, name, fault):
     file = mnist / "MNIST" / "raw" / name
-    flip(file, -3) if fault == "altered" else file.write_bytes(
-        file.read_bytes()[: -1 if fault == "truncated" else 0]
-    )
-    refused(
-        "mnist",
-        Mnist(),
-        mnist,
-        rf"{name}: damaged or altered, .*; delete it, then it is downloaded again",
-    )
+    if fault == "altered":
+        flip(file, -3)
+    elif fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.write_bytes(b"")
+    message = rf"{name}: damaged or altered, .*; delete it, then it is downloaded again"
+    refused("mnist", Mnist(), mnist, message)
 
 
 @pytest.mark.parametrize(("classes", "published"), [(10, CIFAR10), (100, CIFAR100)])
@@ -98,7 +98,7 @@ def test_cifar_equals_torchvision(offline, tmp_path, monkeypatch, classes, publi
 
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
 @pytest.mark.parametrize("fault", ["truncated", "altered", "empty", "absent"])
-def test_damaged_cifar(offline, tmp_path, monkeypatch, name, fault):
+def test_damaged_cifar_is_refused(offline, tmp_path, monkeypatch, name, fault):
     file = write_cifar(tmp_path, CIFAR100, monkeypatch) / name
     if fault == "absent":
         file.unlink()
@@ -111,7 +111,7 @@ def test_damaged_cifar(offline, tmp_path, monkeypatch, name, fault):
         refused("cifar100", Cifar(100), tmp_path, message, download=download)
 
 
-def test_tinyimagenet(tiny):
+def test_tinyimagenet_is_read_with_classes_and_grey_images(tiny):
     arrays = TinyImageNet().read(tiny, download=False)
     assert arrays.classes == ["n02 dog", "n01 cat"]
     assert arrays.train_images.shape == (8, 3, 64, 64)
@@ -126,7 +126,7 @@ def test_tinyimagenet(tiny):
 
 @pytest.fixture
 def archive(tiny):
-    """The same as an archive alone."""
+    """Replace the unpacked small TinyImageNet by its zip archive, and return the archive's path."""
     path = tiny / f"{TinyImageNet.NAME}.zip"
     shutil.make_archive(str(path.with_suffix("")), "zip", tiny, TinyImageNet.NAME)
     shutil.rmtree(tiny / TinyImageNet.NAME)
@@ -143,7 +143,7 @@ def test_tinyimagenet_archive_equals_folder(archive, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK nothing"])
-def test_damaged_archive(archive, content):
+def test_damaged_archive_is_refused(archive, content):
     archive.write_bytes(content)
     refused(
         "tinyimagenet",
@@ -153,35 +153,36 @@ def test_damaged_archive(archive, content):
     )
 
 
-def test_an_archive_s_damage_is_found_wherever_it_is(archive):
-    whole, content = TinyImageNet().read(archive.parent, download=False), archive.read_bytes()
-    places = random.Random(0)
-    found = 0
+def test_damage_anywhere_in_an_archive_is_refused_or_harmless(archive):
+    expected = TinyImageNet().read(archive.parent, download=False)
+    content = archive.read_bytes()
+    generator = random.Random(0)
+    refusals = 0
     for trial in range(150):
-        archive.write_bytes(
-            content[: places.randrange(len(content))] if trial % 3 == 0 else content
-        )
-        if trial % 3:
-            # the directory of an archive is at its end
-            flip(
-                archive,
-                places.randrange(len(content)) if trial % 3 == 1 else -places.randrange(1, 1500),
-            )
+        kind = ("truncated", "flipped anywhere", "flipped in the directory")[trial % 3]
+        if kind == "truncated":
+            archive.write_bytes(content[: generator.randrange(len(content))])
+        elif kind == "flipped anywhere":
+            archive.write_bytes(content)
+            flip(archive, generator.randrange(len(content)))
+        else:  # the directory of an archive is at its end
+            archive.write_bytes(content)
+            flip(archive, -generator.randrange(1, 1500))
         try:
-            # what no length and no checksum covers, such as a date, may differ
-            assert equal(TinyImageNet().read(archive.parent, download=False), whole)
+            # some bytes, such as dates, are covered by no checksum, and do not matter
+            assert equal(TinyImageNet().read(archive.parent, download=False), expected)
         except UserError:
-            found += 1
-    assert found > 75
+            refusals += 1
+    assert refusals > 75
 
 
-def test_tinyimagenet_without_lists_of_classes(tiny):
+def test_tinyimagenet_without_class_lists_uses_folder_names(tiny):
     for file in ("wnids.txt", "words.txt"):
         (tiny / TinyImageNet.NAME / file).unlink()
     assert TinyImageNet().read(tiny, download=False).classes == ["n01", "n02"]
 
 
-def test_real_tinyimagenet(data_dir, tmp_path):
+def test_real_tinyimagenet_is_packed(data_dir, tmp_path):
     (tmp_path / TinyImageNet.NAME).symlink_to(data_dir / TinyImageNet.NAME)
     arrays = load_pack("tinyimagenet", TinyImageNet(), tmp_path, download=False)
     assert arrays.num_classes == 200
@@ -190,13 +191,9 @@ def test_real_tinyimagenet(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("name", group_options("dataset"))
-def test_configured_data_sets(name, tmp_path):
-    cfg = compose(
-        [
-            f"dataset={name}",
-            *([f"dataset.source.path={tmp_path}"] if name in ("arrays", "folder") else []),
-        ]
-    )
+def test_every_configured_data_set_builds_and_normalises(name, tmp_path):
+    path = [f"dataset.source.path={tmp_path}"] if name in ("arrays", "folder") else []
+    cfg = compose([f"dataset={name}", *path])
     assert isinstance(check(cfg).components["dataset.source"].build(), Source)
     assert cfg.dataset.name == name
     x = Normalise(list(cfg.dataset.mean), list(cfg.dataset.std))(

@@ -1,4 +1,4 @@
-"""Every rule of the wider family against a NumPy transcription of its equations, over several steps."""
+"""Compare several steps of each rule beyond the paper's five methods with a NumPy transcription of its equations."""
 
 import numpy as np
 import pytest
@@ -20,90 +20,92 @@ def softmax(z):
 
 
 def built(name, *overrides):
-    method, own = ("drtp", ("method.projected=error_sign",)) if name == "sign" else (name, ())
-    fixed = (
+    """Return a tiny net of three layers with a rule, its layers, and copies of their weights and biases."""
+    method = name
+    if name == "sign":
+        method = "drtp"
+        overrides = (*overrides, "method.projected=error_sign")
+    options = (
         "optimizer=sgd",
         f"optimizer.lr={RATE}",
         "protocol.activation_of=null",
         "dataset.fc_widths=[9,9]",
     )
-    t = Tiny(method, "fc", *fixed, *own, *overrides)
+    t = Tiny(method, "fc", *options, *overrides)
     layers = [t.net.weight_layers(i)[0] for i in range(3)]
     return t, layers, numpy(layer.weight for layer in layers), numpy(layer.bias for layer in layers)
 
 
 def forward(x, W, b):
-    a1 = x @ W[0].T + b[0]
-    a2 = np.maximum(a1, 0) @ W[1].T + b[1]
-    return np.maximum(a1, 0), np.maximum(a2, 0), np.maximum(a2, 0) @ W[2].T + b[2]
+    """Return h_1, h_2 and the logits."""
+    h1 = np.maximum(x @ W[0].T + b[0], 0)
+    h2 = np.maximum(h1 @ W[1].T + b[1], 0)
+    return h1, h2, h2 @ W[2].T + b[2]
 
 
 def updated(W, b, deltas, inputs):
+    """Return the new weights, the new biases, and the gradients of the weights."""
     gradients = [delta.T @ h for delta, h in zip(deltas, inputs, strict=True)]
-    W = [w - RATE * g for w, g in zip(W, gradients, strict=True)]
-    return W, [bias - RATE * delta.sum(0) for bias, delta in zip(b, deltas, strict=True)], gradients
+    W = [w - RATE * gradient for w, gradient in zip(W, gradients, strict=True)]
+    b = [bias - RATE * delta.sum(0) for bias, delta in zip(b, deltas, strict=True)]
+    return W, b, gradients
 
 
 def assert_equal(t, layers, W, b, B):
-    found = [
-        *(layer.weight for layer in layers),
-        *(layer.bias for layer in layers),
-        *t.method.parameters(),
-    ]
-    expected = [*W, *b, *B]
-    largest = max(
-        np.abs(p.detach().numpy() - e).max() for p, e in zip(found, expected, strict=True)
-    )
-    # the longest sum, of numbers of about 1 at most
-    assert largest < STEPS * roundoff(layers[0].in_features)
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers]
+    # the longest sum has as many terms as the first layer has inputs; all terms are at most about 1
+    tolerance = STEPS * roundoff(layers[0].in_features)
+    trained = [*weights, *biases, *t.method.parameters()]
+    for parameter, expected in zip(trained, [*W, *b, *B], strict=True):
+        assert np.abs(parameter.detach().numpy() - expected).max() < tolerance
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
-def test_steps_of_a_sequential_rule_equal_the_transcription(name):
+def test_steps_of_sequential_rules_equal_the_numpy_transcription(name):
     t, layers, W, b = built(name)
     x, y_star = t.x.flatten(1).numpy(), np.eye(CLASSES)[t.target.numpy()]
-    B = numpy(t.method.parameters())  # R of PFA
-    scale = [np.sqrt((w**2).mean()) for w in W[1:]]
-    fixed = numpy(t.method.get_buffer(f"fixed_{k}") for k in range(2)) if name == "pfa" else None
+    B = numpy(t.method.parameters())  # for PFA: R
+    initial_rms = [np.sqrt((w**2).mean()) for w in W[1:]]
+    if name == "pfa":
+        P = numpy(t.method.get_buffer(f"fixed_{k}") for k in range(2))
     for step in range(STEPS):
         torch.manual_seed(step)
         t.learner.step(t.x, t.target)
         if name == "wm":
             torch.manual_seed(step)
-            M = t.method.samples
+            m = t.method.samples
             for k, w in enumerate(W[1:]):
-                xi = torch.randn(M, w.shape[1], dtype=torch.float64).numpy()
+                xi = torch.randn(m, w.shape[1], dtype=torch.float64).numpy()
                 y = xi @ w.T
-                rho = min(1, 0.08 * (M - 1) / (w.shape[1] + 1))
-                B[k] = (1 - rho) * B[k] + rho * (y - y.mean(0)).T @ (xi - xi.mean(0)) / (M - 1)
+                rho = min(1, 0.08 * (m - 1) / (w.shape[1] + 1))
+                covariance = (y - y.mean(0)).T @ (xi - xi.mean(0)) / (m - 1)
+                B[k] = (1 - rho) * B[k] + rho * covariance
         V = B
         if name == "usf":
-            V = [s * np.sign(w) for s, w in zip(scale, W[1:], strict=True)]
+            V = [initial_rms[k] * np.sign(W[k + 1]) for k in range(2)]
         if name in ("brsf", "frsf"):
-            V = [
-                t.method.get_buffer(f"magnitude_{k}").numpy() * np.sign(w)
-                for k, w in enumerate(W[1:])
-            ]
-            assert all(
-                0 <= np.abs(v).min() <= np.abs(v).max() <= 3**0.5 * s
-                for v, s in zip(V, scale, strict=True)
-            )
+            M = [t.method.get_buffer(f"magnitude_{k}").numpy() for k in range(2)]
+            V = [M[k] * np.sign(W[k + 1]) for k in range(2)]
+            for k in range(2):
+                assert M[k].min() >= 0
+                assert M[k].max() <= 3**0.5 * initial_rms[k]
         if name == "pfa":
-            V = [p @ r for p, r in zip(fixed, B, strict=True)]
+            V = [P[k] @ B[k] for k in range(2)]
         h1, h2, logits = forward(x, W, b)
         e = (softmax(logits) - y_star) / BATCH
         delta2 = (e @ V[1]) * (h2 > 0)
         delta1 = (delta2 @ V[0]) * (h1 > 0)
         W, b, gradients = updated(W, b, (delta1, delta2, e), (x, h1, h2))
         if name == "kp":
-            B = [beta - RATE * g for beta, g in zip(B, gradients[1:], strict=True)]
+            B = [B[k] - RATE * gradients[k + 1] for k in range(2)]
         if name == "pfa":
-            B = [r - RATE * p.T @ g for r, p, g in zip(B, fixed, gradients[1:], strict=True)]
+            B = [B[k] - RATE * P[k].T @ gradients[k + 1] for k in range(2)]
     assert_equal(t, layers, W, b, B)
 
 
 @pytest.mark.parametrize("name", DIRECT)
-def test_steps_of_a_direct_rule_equal_the_transcription(name):
+def test_steps_of_direct_rules_equal_the_numpy_transcription(name):
     t, layers, W, b = built(name, "method.top=direct")
     x, y_star = t.x.flatten(1).numpy(), np.eye(CLASSES)[t.target.numpy()]
     B = numpy(t.method.parameters())  # (K, d_1), (K, d_2)
@@ -113,20 +115,22 @@ def test_steps_of_a_direct_rule_equal_the_transcription(name):
         h1, h2, logits = forward(x, W, b)
         e = (softmax(logits) - y_star) / BATCH
         if name == "adfa":
-            B = [
-                beta + t.method.rate * (product - beta)
-                for beta, product in zip(B, (W[2] @ W[1], W[2]), strict=True)
-            ]
-        s = {"drtp": -y_star / BATCH, "sign": np.sign(e) / BATCH}.get(name, e)
+            products = [W[2] @ W[1], W[2]]
+            B = [B[k] + t.method.rate * (products[k] - B[k]) for k in range(2)]
+        s = e
+        if name == "drtp":
+            s = -y_star / BATCH
+        if name == "sign":
+            s = np.sign(e) / BATCH
         deltas = ((s @ B[0]) * (h1 > 0), (s @ B[1]) * (h2 > 0), e)
         if name == "dkp":
-            B = [beta - RATE * e.T @ h for beta, h in zip(B, (h1, h2), strict=True)]
+            B = [B[0] - RATE * e.T @ h1, B[1] - RATE * e.T @ h2]
         if name == "fdfa":
             torch.manual_seed(step)
-            p1, p2 = (torch.randn(*h.shape, dtype=torch.float64).numpy() for h in (h1, h2))
-            d = ((p1 @ W[1].T) * (h2 > 0) + p2) @ W[2].T
-            B = [
-                beta - RATE * (beta - d.T @ p / BATCH) for beta, p in zip(B, (p1, p2), strict=True)
-            ]
+            p1 = torch.randn(*h1.shape, dtype=torch.float64).numpy()
+            p2 = torch.randn(*h2.shape, dtype=torch.float64).numpy()
+            d = ((p1 @ W[1].T) * (h2 > 0) + p2) @ W[2].T  # forward derivative of the logits
+            estimates = [d.T @ p1 / BATCH, d.T @ p2 / BATCH]
+            B = [B[k] - RATE * (B[k] - estimates[k]) for k in range(2)]
         W, b, _ = updated(W, b, deltas, (x, h1, h2))
     assert_equal(t, layers, W, b, B)

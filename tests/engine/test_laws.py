@@ -1,4 +1,4 @@
-"""The laws of correct feedback learning (spec §8), over every method × every model."""
+"""Check the laws of feedback learning, for every method × every model."""
 
 from contextlib import nullcontext
 
@@ -19,13 +19,16 @@ DIRECT_CROSS = pytest.mark.parametrize(
     ("method", "model"), [pair for pair in PAIRS if pair[0] in DIRECT]
 )
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
-
-
-OF_ITSELF = (WeightMirror, ProductDirectFeedback)  # B moves without an optimizer
+UPDATES_B_WITHOUT_OPTIMIZER = (WeightMirror, ProductDirectFeedback)
 
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def gradients(module):
+    """Return a copy of each parameter's gradient, None for a parameter without one."""
+    return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
 
 
 @EVERY_MODEL
@@ -37,35 +40,34 @@ def test_backprop_through_blocks_is_plain_autograd(model, loss):
     if loss == "squared_error":
         value = (logits - F.one_hot(t.target, CLASSES)).square().sum() / (2 * len(t.target))
     value.backward()
-    expected = [p.grad.clone() for p in t.net.parameters()]
+    expected = gradients(t.net)
     t.net.zero_grad()
     trace = t.net.trace(t.x)
-    measured, error = t.loss.value_and_error(trace.logits, t.target)
+    engine_value, error = t.loss.value_and_error(trace.logits, t.target)
     t.start(trace, error)
-    close(measured, value.detach())
-    for p, gradient in zip(t.net.parameters(), expected, strict=True):
-        close(p.grad, gradient)
+    close(engine_value, value.detach())
+    close(gradients(t.net), expected)
 
 
 @pytest.mark.parametrize(("method", "model"), REFUSED)
-def test_a_pair_that_has_no_meaning_is_refused(method, model):
+def test_adfa_refuses_nets_that_are_not_fully_connected(method, model):
     with pytest.raises(UserError, match="so the net must be fully connected"):
         Tiny(method, model)
 
 
 @CROSS
-def test_forward_pass_is_the_same_whatever_is_cut(method, model):
+def test_cuts_do_not_change_the_logits(method, model):
     t = Tiny(method, model)
     assert torch.equal(t.trace().logits, t.net(t.x))
 
 
 @DIRECT_CROSS
-def test_zero_feedback_reaches_no_block_below_the_last_two(method, model):
+def test_zero_feedback_gives_zero_gradients_below_the_highest_cut(method, model):
     t = Tiny(method, model)
     for module in t.method.feedback:
         module.weight.data.zero_()
     t.backward()
-    # of BDFA, whose convolutions are below the lowest cut, as of the others
+    # this includes blocks below the lowest cut, such as BDFA's convolutions
     top = max(t.method.cuts)
     lower = [p for block in t.net.blocks[:top] for p in block.parameters()]
     upper = t.net.parameters_above(top)
@@ -75,6 +77,7 @@ def test_zero_feedback_reaches_no_block_below_the_last_two(method, model):
 
 
 def test_dfa_with_the_jacobian_products_of_a_linear_net_is_backprop():
+    # by default, B starts as the product of the weights above
     t, bp = (Tiny(method, "fc", "model.activation=identity") for method in ("dfa", "bp"))
     for delta, reference in zip(t.backward()[1], bp.backward()[1], strict=True):
         close(delta, reference)
@@ -89,33 +92,31 @@ def test_las_on_a_linear_net_converges_to_the_jacobian_products():
         "optimizer=sgd",
         "optimizer.lr=0.3",
     )
-    # a local module has no bias, so that a net without is within its reach
+    # Local modules have no bias, so they can equal the net only if it has no bias either.
     for i in range(t.net.depth):
         t.net.weight_layers(i)[0].bias.data.zero_()
         torch.nn.init.orthogonal_(t.net.weight_layers(i)[0].weight)
     optimizer = t.optimizer.make(list(t.method.parameters()))
     trace = t.net.trace(torch.randn(500, *t.x.shape[1:], dtype=torch.float64), t.method.cuts)
-    error = torch.zeros_like(trace.logits)  # LAS learns B from h and the logits alone
+    error = torch.zeros_like(trace.logits)  # LAS ignores it: B learns from h and the logits
     for _ in range(3000):
         t.method.adapt(trace, error, t.target)
         optimizer.step()
         optimizer.zero_grad()
     weights = [t.net.weight_layers(i)[0].weight.detach() for i in range(t.net.depth)]
-    assert len(t.method.feedback) == 2
-    for i, module in enumerate(t.method.feedback, start=1):
-        torch.testing.assert_close(
-            module.weight.detach(), torch.linalg.multi_dot([*weights[:i:-1], weights[i]])
-        )
+    products = [weights[3] @ weights[2] @ weights[1], weights[3] @ weights[2]]
+    for module, product in zip(t.method.feedback, products, strict=True):
+        torch.testing.assert_close(module.weight.detach(), product)
     trace, deltas, error = t.backward()
     for delta, reference in zip(deltas, backprop_deltas(trace, error), strict=True):
         torch.testing.assert_close(delta, reference)
 
 
 @EVERY_MODEL
-def test_direct_feedback_with_the_head_s_weights_is_backprop_at_the_top(model):
+def test_dfa_with_the_head_s_weights_is_backprop_at_the_last_hidden_layer(model):
     t = Tiny("dfa", model, "method.top=direct")
     if model in ("mixer", "vit"):
-        t.net.head[0] = torch.nn.Identity()  # the Jacobian of its normalisation is no part of B
+        t.net.head[0] = torch.nn.Identity()  # B does not contain the Jacobian of LayerNorm
     top = t.method.feedback[-1].weight
     top.data.copy_(t.net.weight_layers(t.net.depth - 1)[0].weight.reshape(top.shape))
     trace, deltas, error = t.backward()
@@ -124,82 +125,80 @@ def test_direct_feedback_with_the_head_s_weights_is_backprop_at_the_top(model):
 
 @DIRECT_CROSS
 @pytest.mark.parametrize("top", ["backprop", "direct"])
-def test_feedback_is_the_transpose_of_the_sum_pooled_module(method, model, top):
+def test_feedback_is_the_transpose_of_the_sum_pooled_local_module(method, model, top):
     t = Tiny(method, model, f"++method.top={top}")
     trace, _, error = t.backward()
     assert max(t.method.local_modules) == t.net.depth - (1 if top == "direct" else 2)
     for i, module in t.method.local_modules.items():
         h = trace.outputs[i - 1]
-        y = module(h) * module.positions
+        y = module(h) * module.positions  # the module averages over positions
         assert y.shape == error.shape
         close((y * error).sum(), (h * module.feedback(error)).sum())
 
 
+@pytest.mark.parametrize("pooling", ["average", "max"])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"),
     [(5, 1, 2, 1), (3, 2, 1, 1), (4, 3, 0, 1), (3, 1, 2, 2)],
 )
-def test_local_module_is_a_pooled_convolution_and_its_transpose(kernel, stride, padding, dilation):
+def test_local_module_is_a_pooled_convolution_and_feedback_its_transpose(
+    kernel, stride, padding, dilation, pooling
+):
     torch.manual_seed(0)
     reader = torch.nn.Conv2d(3, 7, kernel, stride, padding, dilation).double()
     h = torch.randn(2, 3, 11, 9, dtype=torch.float64)
     error = torch.randn(2, CLASSES, dtype=torch.float64)
-    for pooling, pool in (
-        ("average", lambda planes: planes.mean((2, 3))),
-        ("max", lambda planes: planes.amax((2, 3))),
-    ):
-        module = LocalModule(reader, h.shape[1:], CLASSES, pooling)
-        module.initialise("default")
-        planes = F.conv2d(h, module.weight, None, stride, padding, dilation)
-        close(module(h), pool(planes))
-        image = h.clone().requires_grad_()
-        F.conv2d(image, module.weight, None, stride, padding, dilation).backward(
-            error[:, :, None, None].expand_as(planes)
-        )
-        close(module.feedback(error), image.grad)
+    module = LocalModule(reader, h.shape[1:], CLASSES, pooling)
+    module.initialise("default")
+    h.requires_grad_()
+    planes = F.conv2d(h, module.weight, None, stride, padding, dilation)
+    pooled = planes.mean((2, 3)) if pooling == "average" else planes.amax((2, 3))
+    close(module(h), pooled)
+    repeated_error = error[:, :, None, None].expand_as(planes)
+    (transposed,) = torch.autograd.grad(planes, h, repeated_error)
+    close(module.feedback(error), transposed)
 
 
 @CROSS
-def test_local_and_network_losses_do_not_touch_each_other(method, model):
+def test_local_losses_change_only_b_and_error_signals_change_only_w(method, model):
     t = Tiny(method, model)
     trace = t.trace()
-    t.method.adapt(trace, t.loss.value_and_error(trace.logits, t.target)[1], t.target)
-    assert all(p.grad is None for p in t.net.parameters())
-    before = [p.grad.clone() if p.grad is not None else None for p in t.method.parameters()]
-    learns = [p.requires_grad and isinstance(t.method, Direct) for p in t.method.parameters()]
-    assert [b is not None for b in before] == learns
     _, error = t.loss.value_and_error(trace.logits, t.target)
+    t.method.adapt(trace, error, t.target)
+    assert all(p.grad is None for p in t.net.parameters())
+    for p in t.method.parameters():
+        is_learned = p.requires_grad and isinstance(t.method, Direct)
+        assert (p.grad is not None) == is_learned
+    before = gradients(t.method)
     t.start(trace, error)
-    for p, b in zip(t.method.parameters(), before, strict=True):
-        if not isinstance(t.method, ProductFeedback):  # whose R learns on the way down
-            assert p.grad is b if b is None else torch.equal(p.grad, b)
     assert all(p.grad is not None for p in t.learner.parameters)
+    if not isinstance(t.method, ProductFeedback):  # PFA's R gets its gradient in the backward pass
+        torch.testing.assert_close(gradients(t.method), before, rtol=0, atol=0)
 
 
 @CROSS
 def test_the_measured_signal_is_the_applied_signal(method, model):
     t = Tiny(method, model)
     trace, deltas, _ = t.backward()
-    assert [delta is None for delta in deltas] == [
-        i < t.method.frozen for i in range(t.net.depth - 1)
-    ]
     for i, (block, delta) in enumerate(zip(t.net.blocks, deltas, strict=True), start=1):
+        assert (delta is None) == (i <= t.method.frozen)
         if delta is None:
             continue
-        read = [x.detach() for x in trace.inputs[i - 1]]
+        inputs = [x.detach() for x in trace.inputs[i - 1]]
         weights = list(block.pre.parameters())
         with nullcontext() if t.method.transpose is None else t.method.transpose.installed():
-            a = block.pre(*read)
+            a = block.pre(*inputs)
         for p, gradient in zip(weights, torch.autograd.grad(a, weights, delta), strict=True):
             close(p.grad, gradient)
-        first = t.net.weight_layers(i - 1)[0]
-        reads_h = isinstance(first, torch.nn.Linear) and first.in_features == read[0][0].numel()
-        if len(weights) == 2 and reads_h:
-            close(first.weight.grad, delta.T @ read[0].flatten(1))
+        layer = t.net.weight_layers(i - 1)[0]
+        h = inputs[0].flatten(1)
+        reads_h = isinstance(layer, torch.nn.Linear) and layer.in_features == h.shape[1]
+        if reads_h and len(weights) == 2:  # the block has no other weights
+            close(layer.weight.grad, delta.T @ h)
 
 
 @CROSS
-def test_the_reference_is_the_backprop_gradient_at_every_preactivation(method, model):
+def test_the_reference_signals_are_those_of_backprop(method, model):
     t, bp = Tiny(method, model, "protocol.activation_of=null"), Tiny("bp", model)
     bp.net.load_state_dict(t.net.state_dict())
     trace, _, error = t.backward()
@@ -208,7 +207,7 @@ def test_the_reference_is_the_backprop_gradient_at_every_preactivation(method, m
 
 
 @CROSS
-def test_measuring_alignment_changes_no_bit(method, model):
+def test_measuring_alignment_does_not_change_training(method, model):
     plain, measured = Tiny(method, model), Tiny(method, model)
     for step in range(4):
         for t, align in ((plain, False), (measured, True)):
@@ -219,50 +218,45 @@ def test_measuring_alignment_changes_no_bit(method, model):
 
 
 @CROSS
-def test_alignment_is_measured_for_every_layer(method, model):
+def test_alignment_is_measured_for_every_layer_with_a_signal(method, model):
     t = Tiny(method, model)
-    t.learner.step(t.x, t.target)  # FDFA's B sends nothing at first
+    t.learner.step(t.x, t.target)  # FDFA's B is zero before the first step
     alignment = t.learner.step(t.x, t.target, align=True)[2:].view(t.net.depth - 1, 5)
-    cosines, norms, norms_bp, zeros = (
-        alignment[:, 0],
-        alignment[:, 2],
-        alignment[:, 3],
-        alignment[:, 4],
-    )
+    cosines, _, norms, norms_bp, zeros = alignment.unbind(1)
     silent = torch.arange(t.net.depth - 1) < t.method.frozen
     assert torch.equal(cosines.isnan(), silent)
     assert torch.equal(norms == 0, silent)
     assert (norms_bp > 0).all()
     assert (zeros[silent] == len(t.x)).all()
-    trace, deltas, error = t.backward()
-    for delta, reference in list(zip(deltas, backprop_deltas(trace, error), strict=True))[
-        t.method.exact_from - 1 :
-    ]:
-        close(delta, reference)  # by its own word
-    exact = torch.arange(1, t.net.depth) >= t.method.exact_from
-    close(cosines[exact], torch.ones(int(exact.sum()), dtype=torch.float64))
     assert cosines[~silent].abs().le(1 + 1e-12).all()
+
+    trace, deltas, error = t.backward()
+    references = backprop_deltas(trace, error)
+    # from the layer `exact_from` on, the signals equal BP's by construction
+    for i in range(t.method.exact_from, t.net.depth):
+        close(deltas[i - 1], references[i - 1])
+        close(cosines[i - 1], torch.ones_like(cosines[i - 1]))
 
 
 @CROSS
-def test_one_step_trains_exactly_the_layers_with_a_signal(method, model):
+def test_a_step_changes_the_trained_weights_and_no_others(method, model):
     t = Tiny(method, model)
     before = t.state()
-    for _ in range(2):  # FDFA's B sends nothing at first
+    for _ in range(2):  # FDFA's B is zero before the first step
         t.learner.step(t.x, t.target)
-    feedback = [
-        p for p in t.method.parameters() if p.requires_grad or isinstance(t.method, OF_ITSELF)
-    ]
-    trained = {id(p) for p in (*t.learner.parameters, *feedback)}
+    trained = {id(p) for p in t.learner.parameters}
+    for p in t.method.parameters():
+        if p.requires_grad or isinstance(t.method, UPDATES_B_WITHOUT_OPTIMIZER):
+            trained.add(id(p))
     for prefix, module in (("net", t.net), ("method", t.method)):
         for key, p in module.named_parameters():
             assert torch.equal(p, before[f"{prefix}.{key}"]) == (id(p) not in trained), key
 
 
-def test_zero_signals_are_left_out_of_the_mean_and_counted():
+def test_samples_with_a_zero_signal_are_counted_and_left_out_of_the_mean():
     t = Tiny("dfa", "fc")
     t.net.blocks[0].pre[-1].bias.data.fill_(-0.2)
-    t.x[3:] = 0.0  # no unit of layer 1 is active on these
+    t.x[3:] = 0.0  # on these samples, no unit of layer 1 is active
     trace, deltas, error = t.backward()
     cosine, cosine_batch, norm, norm_bp, zeros = measure(t.net, t.method, trace, deltas, error)[:5]
     applied, reference = deltas[0], backprop_deltas(trace, error)[0]
@@ -276,23 +270,23 @@ def test_zero_signals_are_left_out_of_the_mean_and_counted():
     close(norm_bp, reference.norm())
 
 
-def test_tiny_signals_keep_their_direction():
+def test_cosines_do_not_depend_on_the_scale_of_the_error_in_float32():
     t = Tiny("dfa", "fc")
     t.net.float()
     t.method.float()
     t.x = t.x.float()
     trace = t.net.trace(t.x, t.method.cuts, keep=True)
     _, error = t.loss.value_and_error(trace.logits, t.target)
-    results = []
+    cosines = []
     for factor in (1.0, 1e-30):
         scaled = error * factor
         deltas = t.start(trace, scaled)
-        results.append(measure(t.net, t.method, trace, deltas, scaled).view(-1, 5)[:, :2])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+        cosines.append(measure(t.net, t.method, trace, deltas, scaled).view(-1, 5)[:, :2])
+    torch.testing.assert_close(cosines[0], cosines[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["conv3_bn", "resnet18"])
-def test_a_confident_sample_does_not_blank_the_others_behind_batch_norm(model):
+def test_confident_samples_leave_alignment_finite_with_batch_norm(model):
     t = Tiny("las", model)
     t.net.float()
     t.method.float()
@@ -304,20 +298,20 @@ def test_a_confident_sample_does_not_blank_the_others_behind_batch_norm(model):
     t.target = logits.argmax(1)
     t.target[0] = (t.target[0] + 1) % CLASSES
     trace, deltas, error = t.backward()
-    # confident: in float32, squares of its signals underflow
+    # one sample is so confident that squares of its signals underflow in float32
     assert error.abs().amax(1).min() < 1e-12
     alignment = measure(t.net, t.method, trace, deltas, error).view(-1, 5)
     assert torch.isfinite(alignment).all()
     assert alignment[:, :2].abs().le(1 + 1e-5).all()
 
 
-def test_shallow_s_frozen_blocks_receive_nothing_through_a_leaking_skip():
+def test_frozen_blocks_of_shallow_get_no_signal_through_a_leaking_skip():
     t = Tiny("shallow", "resnet18", "protocol=authors")
     alignment = t.learner.step(t.x, t.target, align=True)[2:].view(-1, 5)
     assert (alignment[: t.method.frozen, 2] == 0).all()
 
 
-def test_a_method_that_cuts_and_has_no_signal_is_refused():
+def test_refuses_a_method_with_cuts_but_no_signal():
     t = Tiny("bp", "fc")
     t.method.cuts = frozenset({1})
     with pytest.raises(
@@ -326,7 +320,7 @@ def test_a_method_that_cuts_and_has_no_signal_is_refused():
         t.learner.step(t.x, t.target)
 
 
-def test_a_block_s_output_is_a_vector_tokens_or_an_image():
+def test_direct_feedback_refuses_outputs_that_are_no_vectors_tokens_or_images():
     block = Block(
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, (3, 1, 1, 1))),
         torch.nn.Identity(),
@@ -343,7 +337,7 @@ def test_a_block_s_output_is_a_vector_tokens_or_an_image():
     ("method", "model"),
     [(method, model) for method, model in PAIRS if model.startswith(("conv", "resnet"))],
 )
-def test_images_in_another_memory_format_give_the_same(method, model):
+def test_channels_last_gives_the_same_steps(method, model):
     plain, last = Tiny(method, model), Tiny(method, model)
     last.net.to(memory_format=torch.channels_last)
     last.method.to(memory_format=torch.channels_last)
@@ -352,7 +346,7 @@ def test_images_in_another_memory_format_give_the_same(method, model):
     for step in range(steps):
         rows = []
         for t in (plain, last):
-            torch.manual_seed(step)  # of rules that draw
+            torch.manual_seed(step)  # some methods draw random numbers
             rows.append(t.learner.step(t.x, t.target, align=step == steps - 1))
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-8, atol=1e-10, equal_nan=True)
     for key, value in plain.state().items():

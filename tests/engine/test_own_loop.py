@@ -1,4 +1,4 @@
-"""A rule in a plain PyTorch loop: bitwise backpropagation, the same weights as dfl-train, accumulation."""
+"""Check `dfl.rule` in a user's own training loop: gradients, accumulation, alignment, state, and refusals."""
 
 from typing import Any
 
@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfl_experiments as dfl
-from dfl_experiments.configuration.components import component
-from dfl_experiments.configuration.composition import compose, group_options, plain
+from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.errors import UserError
@@ -35,13 +34,14 @@ def rule_of(name, net, **options):
 
 
 def gradients(net):
+    """Return a copy of each parameter's gradient, None for a parameter without one."""
     return [None if p.grad is None else p.grad.clone() for p in net.parameters()]
 
 
 @pytest.mark.parametrize(
     "loss", [F.cross_entropy, lambda y, t: F.mse_loss(y, F.one_hot(t, 3).float())]
 )
-def test_bp_with_a_loss_is_loss_backward_bit_for_bit(loss):
+def test_bp_with_a_loss_function_equals_loss_backward_bitwise(loss):
     net, twin = module(), module()
     value = rule_of("bp", net).backward(INPUTS, LABELS, loss=loss)
     expected = loss(twin(INPUTS), LABELS)
@@ -50,63 +50,61 @@ def test_bp_with_a_loss_is_loss_backward_bit_for_bit(loss):
     assert all(map(torch.equal, gradients(net), gradients(twin)))
 
 
-def test_las_in_a_plain_loop_is_dfl_train_s_step():
+def test_las_in_a_plain_loop_equals_dfl_train():
     torch.manual_seed(1)
     net = fc((20,), 3, [16, 16], "relu")
     torch.manual_seed(1)
     twin = fc((20,), 3, [16, 16], "relu")
     rule = dfl.rule("las", net, INPUTS[:1], optimizer=lambda p: torch.optim.Adam(p, 1e-3))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    method = component(plain(compose(["method=las"]))["method"], "method").build(
-        net=twin, num_classes=3, loss=LOSSES["cross_entropy"]
-    )
-    adam = dfl.compose(["optimizer.lr=1e-3"]).components["optimizer"].build()
-    learner = Learner(twin, method, LOSSES["cross_entropy"], adam)
+    loss = LOSSES["cross_entropy"]
+    components = dfl.compose(["method=las", "optimizer.lr=1e-3"]).components
+    method = components["method"].build(net=twin, num_classes=3, loss=loss)
+    learner = Learner(twin, method, loss, components["optimizer"].build())
     for _ in range(50):
         optimizer.zero_grad()
         rule.backward(INPUTS, LABELS)
         optimizer.step()
         learner.step(INPUTS, LABELS)
-    for mine, other in zip(net.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+    for p, expected in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bp", "dfa", "las", "ltas", "dkp", "fa", "kp", "sdfa"])
-def test_four_micro_batches_are_one_step_on_the_summed_gradient(name):
+def test_four_micro_batches_give_four_times_the_gradient_of_the_batch(name):
     net, twin = module(), module()
-    whole, parts = rule_of(name, twin), rule_of(name, net)
-    for part in range(4):
-        rows = slice(3 * part, 3 * part + 3)
-        parts.backward(INPUTS[rows], LABELS[rows], step_feedback=False)
+    in_parts, whole = rule_of(name, net), rule_of(name, twin)
+    for inputs, labels in zip(INPUTS.chunk(4), LABELS.chunk(4), strict=True):
+        in_parts.backward(inputs, labels, step_feedback=False)
     whole.backward(INPUTS, LABELS, step_feedback=False)
-    for mine, other in zip(gradients(net), gradients(twin), strict=True):
-        assert torch.allclose(mine, 4 * other, atol=1e-6)
-    mine, other = (
-        [p.grad for p in rule.method.parameters() if p.grad is not None] for rule in (parts, whole)
-    )
-    for one, another in zip(mine, other, strict=True):
-        assert torch.allclose(one, 4 * another, atol=1e-6)
+    for gradient, expected in zip(gradients(net), gradients(twin), strict=True):
+        assert torch.allclose(gradient, 4 * expected, atol=1e-6)
+    of_b, expected_of_b = gradients(in_parts.method), gradients(whole.method)
+    for gradient, expected in zip(of_b, expected_of_b, strict=True):
+        if expected is None:
+            assert gradient is None
+        else:
+            assert torch.allclose(gradient, 4 * expected, atol=1e-6)
 
 
-def with_state():
-    """A net whose forward pass changes buffers and draws random numbers."""
+def module_with_batch_norm_and_dropout():
     torch.manual_seed(1)
     normalised = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
     return nn.Sequential(normalised, nn.Sequential(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 3))
 
 
-def test_alignment_has_names():
-    found = rule_of("dfa", module(), boundaries=["1", "3"]).alignment(INPUTS, LABELS)
-    assert list(found) == ["1", "3"]
-    assert -1 <= found["1"]["cosine_sample"] < 1
-    assert found["3"]["cosine_sample"] == pytest.approx(1)  # BP's own signal
+def test_alignment_is_returned_by_boundary():
+    alignment = rule_of("dfa", module(), boundaries=["1", "3"]).alignment(INPUTS, LABELS)
+    assert list(alignment) == ["1", "3"]
+    assert -1 <= alignment["1"]["cosine_sample"] < 1
+    assert alignment["3"]["cosine_sample"] == pytest.approx(1)  # this layer has BP's signal
 
 
 @pytest.mark.parametrize("name", group_options("method"))
-def test_training_is_the_same_with_and_without_alignment(name):
+def test_measuring_alignment_does_not_change_training(name):
     states = []
     for is_measured in (False, True):
-        net = with_state()
+        net = module_with_batch_norm_and_dropout()
         rule = rule_of(name, net)
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
         torch.manual_seed(4)
@@ -121,69 +119,68 @@ def test_training_is_the_same_with_and_without_alignment(name):
     assert all(map(torch.equal, *states))
 
 
-def test_a_refused_batch_leaves_the_gradients_as_they_are():
+def test_a_refused_batch_does_not_change_the_gradients():
     net = module()
     rule = rule_of("las", net)
     rule.backward(INPUTS, LABELS)
     before = gradients(net)
+    wrong_labels = LABELS + 1
     for call in (rule.backward, rule.alignment):
-        with pytest.raises(UserError, match="labels 0 to 3; must be 0 to 2"):
-            call(INPUTS, LABELS.roll(1).where(LABELS > 0, 3 * (LABELS == 0)))
+        with pytest.raises(UserError, match="labels 1 to 3; must be 0 to 2"):
+            call(INPUTS, wrong_labels)
     assert all(map(torch.equal, before, gradients(net)))
 
 
 @pytest.mark.parametrize("name", ["bp", "dfa", "fa", "las"])
-def test_compiled_nets_of_one_class_do_not_share_their_hooks(name):
+def test_compiled_nets_of_the_same_class_do_not_share_hooks(name):
     expected, compiled = module(), module()
     rule_of(name, expected).backward(INPUTS, LABELS, step_feedback=False)
-    plain, other = module(), module()
-    plain.compile(backend="aot_eager")
-    plain(INPUTS).sum().backward()
-    rule, rule_before = rule_of(name, compiled), rule_of("dkp", other)
-    for net in (compiled, other):
-        net.compile(backend="aot_eager")
+    without_rule, with_dkp = module(), module()
+    without_rule.compile(backend="aot_eager")
+    without_rule(INPUTS).sum().backward()
+    rule, dkp = rule_of(name, compiled), rule_of("dkp", with_dkp)
+    compiled.compile(backend="aot_eager")
+    with_dkp.compile(backend="aot_eager")
     for _ in range(2):
-        rule_before.backward(INPUTS, LABELS)
+        dkp.backward(INPUTS, LABELS)
         compiled.zero_grad()
         rule.backward(INPUTS, LABELS, step_feedback=False)
-        for found, gradient in zip(gradients(compiled), gradients(expected), strict=True):
-            assert torch.allclose(found, gradient, atol=1e-6)
-        plain(INPUTS)
-    found, alignment = (
-        each.alignment(INPUTS, LABELS)["1"] for each in (rule, rule_of(name, expected))
-    )
-    assert found == pytest.approx(alignment)
+        for gradient, correct in zip(gradients(compiled), gradients(expected), strict=True):
+            assert torch.allclose(gradient, correct, atol=1e-6)
+        without_rule(INPUTS)
+    alignment = rule.alignment(INPUTS, LABELS)["1"]
+    assert alignment == pytest.approx(rule_of(name, expected).alignment(INPUTS, LABELS)["1"])
 
 
-def test_kp_learns_from_clipped_gradients():
+def test_update_feedback_uses_clipped_gradients_in_kp():
     net = module()
     rule = rule_of("kp", net)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    distances = []
+    differences = []
     for _ in range(5):
         optimizer.zero_grad()
         rule.backward(INPUTS, LABELS, step_feedback=False)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
         rule.update_feedback()
         optimizer.step()
-        distances.append(rule.method.feedback[0].detach() - net[2].weight.detach())
+        differences.append(rule.method.feedback[0].detach() - net[2].weight.detach())
     # without decay, B - W is constant
-    assert torch.allclose(distances[0], distances[-1], atol=1e-6)
+    assert torch.allclose(differences[0], differences[-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bp", "dfa", "fa", "kp"])
-def test_gradients_pass_the_hooks_of_parameters(name):
+def test_hooks_of_parameters_change_their_gradients(name):
     net, twin = module(), module()
     net[2].weight.register_hook(lambda gradient: 0.5 * gradient)
-    for each in (net, twin):
-        rule_of(name, each).backward(INPUTS, LABELS)
+    rule_of(name, net).backward(INPUTS, LABELS)
+    rule_of(name, twin).backward(INPUTS, LABELS)
     expected = gradients(twin)
     expected[2] = 0.5 * expected[2]
     torch.testing.assert_close(gradients(net), expected)
 
 
 @pytest.mark.parametrize("name", ["fa", "kp", "usf"])
-def test_a_layer_may_be_frozen_and_learn_again_but_not_start_frozen(name):
+def test_layers_can_be_frozen_and_unfrozen_later(name):
     net, twin = module(), module()
     rule = rule_of(name, net)
     net[:4].requires_grad_(False)
@@ -193,28 +190,43 @@ def test_a_layer_may_be_frozen_and_learn_again_but_not_start_frozen(name):
     rule.backward(INPUTS, LABELS, step_feedback=False)
     rule_of(name, twin).backward(INPUTS, LABELS, step_feedback=False)
     torch.testing.assert_close(gradients(net), gradients(twin))
-    frozen = module()
-    frozen[:4].requires_grad_(False)
-    rule = rule_of(name, frozen)
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "usf"])
+def test_refuses_to_train_layers_that_were_frozen_when_the_rule_was_made(name):
+    net = module()
+    net[:4].requires_grad_(False)
+    rule = rule_of(name, net)
     rule.backward(INPUTS, LABELS)
-    frozen.requires_grad_(True)
+    net.requires_grad_(True)
     for call in (rule.backward, rule.alignment):
         with pytest.raises(UserError, match="that was frozen in"):
             call(INPUTS, LABELS)
 
 
-def test_what_would_have_no_effect_is_refused():
+def test_refuses_inputs_that_need_a_gradient():
+    below = nn.Linear(20, 20)
+    with pytest.raises(UserError, match="put the layers below into the module"):
+        rule_of("dfa", module()).backward(below(INPUTS), LABELS)
+
+
+def test_refuses_a_loss_that_depends_on_more_than_the_logits_or_not_on_them():
     net = module()
     rule = rule_of("dfa", net)
-    with pytest.raises(UserError, match="put the layers below into the module"):
-        rule.backward(nn.Linear(20, 20)(INPUTS), LABELS)
+
+    def regularised(logits, labels):
+        return F.cross_entropy(logits, labels) + net[4].bias.square().sum()
+
     with pytest.raises(UserError, match=r"loss: also depends on a tensor of shape \(3,\)"):
-        rule.backward(
-            INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t) + net[4].bias.square().sum()
-        )
+        rule.backward(INPUTS, LABELS, loss=regularised)
     with pytest.raises(UserError, match="loss: does not depend on the logits"):
         rule.backward(INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t).detach())
     rule.backward(INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t, torch.ones(3)))
+
+
+def test_refuses_hooks_that_it_would_not_call():
+    net = module()
+    rule = rule_of("dfa", net)
     hook = net[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
     with pytest.raises(UserError, match="does not call the hooks"):
         rule.backward(INPUTS, LABELS)
@@ -222,7 +234,7 @@ def test_what_would_have_no_effect_is_refused():
     rule.backward(INPUTS, LABELS)
 
 
-def test_regression_works_with_a_loss_of_one_s_own():
+def test_dfa_learns_regression_with_the_user_s_loss():
     torch.manual_seed(3)
     net = nn.Sequential(
         nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
@@ -238,7 +250,7 @@ def test_regression_works_with_a_loss_of_one_s_own():
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_a_rule_goes_on_from_its_state():
+def test_load_state_dict_restores_b():
     net = module()
     rule = rule_of("ltas", net)
     rule.backward(INPUTS, LABELS)
@@ -247,26 +259,26 @@ def test_a_rule_goes_on_from_its_state():
     assert all(map(torch.equal, rule.method.parameters(), twin.method.parameters()))
 
 
-@pytest.mark.parametrize("is_early", [False, True])
+@pytest.mark.parametrize("has_scales", [True, False])
 @pytest.mark.parametrize("name", ["brsf", "frsf", "usf"])
-def test_sign_symmetry_keeps_its_scales_with_its_state(name, is_early):
+def test_sign_symmetry_restores_its_scales(name, has_scales):
     net, other = module(), module()
     other[2].weight.data *= 3
     rule = rule_of(name, net)
-    # early states lack the scales; W then has to be the same
-    twin = rule_of(name, net if is_early else other)
+    # states of earlier versions lack the scales, which are then computed from W
+    twin = rule_of(name, other if has_scales else net)
     state = rule.state_dict()
-    if is_early:
+    if not has_scales:
         del state["method"]["_extra_state"]
     twin.load_state_dict(state)
     other.load_state_dict(net.state_dict())
-    found = []
-    for each in (rule, twin):
+    gradients_of_both = []
+    for restored in (rule, twin):
         torch.manual_seed(4)
-        each.net.zero_grad()
-        each.backward(INPUTS, LABELS)
-        found.append(gradients(each.net))
-    assert all(map(torch.equal, *found))
+        restored.net.zero_grad()
+        restored.backward(INPUTS, LABELS)
+        gradients_of_both.append(gradients(restored.net))
+    assert all(map(torch.equal, *gradients_of_both))
     assert torch.equal(rule.method.get_buffer("magnitude_1"), twin.method.get_buffer("magnitude_1"))
 
 
@@ -284,18 +296,28 @@ def test_every_rule_trains_in_a_plain_loop(name):
     assert losses[-1] < losses[0]
 
 
-def test_what_is_missing_or_impossible_is_refused():
+def test_refuses_wrong_arguments_of_rule():
     with pytest.raises(UserError, match="trains B; pass B's optimizer"):
         dfl.rule("las", module(), INPUTS[:1])
     with pytest.raises(UserError, match="pass lr="):
         dfl.rule("kp", module(), INPUTS[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1), decay=0.1)
     with pytest.raises(UserError, match="did you mean las"):
         dfl.rule("lass", module(), INPUTS[:1])
+    message = "choose cross_entropy or squared_error; pass a function to `backward`"
+    with pytest.raises(UserError, match=message):
+        dfl.rule("dfa", module(), INPUTS[:1], loss=torch.nn.functional.mse_loss)
+
+
+def test_autocast_works_with_bfloat16_and_is_refused_with_float16():
     rule = rule_of("dfa", module())
     with torch.autocast("cpu", torch.float16), pytest.raises(UserError, match="float16"):
         rule.backward(INPUTS, LABELS)
     with torch.autocast("cpu", torch.bfloat16):
         assert rule.backward(INPUTS, LABELS).dtype == torch.float32
+
+
+def test_refuses_wrong_inputs_and_targets():
+    rule = rule_of("dfa", module())
     with pytest.raises(UserError, match="a sample has shape"):
         rule.backward(INPUTS[:, 1:], LABELS)
     for target in (LABELS.float(), LABELS[:, None], LABELS[1:], LABELS.to(torch.uint8)):
@@ -303,6 +325,10 @@ def test_what_is_missing_or_impossible_is_refused():
             rule.alignment(INPUTS, target)
     with pytest.raises(UserError, match="this rule needs labels"):
         rule_of("ltas", module()).backward(INPUTS, torch.zeros(12, 3), loss=F.mse_loss)
+
+
+def test_refuses_a_net_that_cannot_be_trained():
+    rule = rule_of("dfa", module())
     with torch.no_grad(), pytest.raises(UserError, match=r"outside of torch.no_grad\(\)"):
         rule.backward(INPUTS, LABELS)
     rule.net.requires_grad_(False)
@@ -311,13 +337,9 @@ def test_what_is_missing_or_impossible_is_refused():
     rule.net.module[4] = nn.Linear(16, 3)
     with pytest.raises(UserError, match=r"call dfl\.rule again"):
         rule.backward(INPUTS, LABELS)
-    with pytest.raises(
-        UserError, match="choose cross_entropy or squared_error; pass a function to `backward`"
-    ):
-        dfl.rule("dfa", module(), INPUTS[:1], loss=torch.nn.functional.mse_loss)
 
 
-class Halved(Direct):
+class ScaledDirectFeedback(Direct):
     """δ_i = (B_{i+1} s) ⊙ f'(a_i) with s = share · e."""
 
     def __init__(self, net, num_classes, loss, share: float = 0.5, **options: Any):
@@ -328,50 +350,51 @@ class Halved(Direct):
         return self.share * error
 
 
-def test_a_rule_of_one_s_own_is_passed_as_its_class():
-    nets = [module(), module()]
+def test_the_user_s_rule_is_passed_as_its_class():
+    net, twin = module(), module()
     torch.manual_seed(2)
-    own = dfl.rule(Halved, nets[0], INPUTS[:1], share=0.25, top="direct")
+    scaled = dfl.rule(ScaledDirectFeedback, net, INPUTS[:1], share=0.25, top="direct")
     torch.manual_seed(2)
-    dfa = dfl.rule("dfa", nets[1], INPUTS[:1], init="default", top="direct")
-    for rule in (own, dfa):
-        rule.backward(INPUTS, LABELS)
-    for mine, other in zip(gradients(nets[0])[:4], gradients(nets[1])[:4], strict=True):
-        torch.testing.assert_close(mine, 0.25 * other)
+    dfa = dfl.rule("dfa", twin, INPUTS[:1], init="default", top="direct")
+    scaled.backward(INPUTS, LABELS)
+    dfa.backward(INPUTS, LABELS)
+    hidden, hidden_of_dfa = gradients(net)[:4], gradients(twin)[:4]
+    for gradient, expected in zip(hidden, hidden_of_dfa, strict=True):
+        torch.testing.assert_close(gradient, 0.25 * expected)
     with pytest.raises(UserError, match=r"method\.sharee: no such option"):
-        dfl.rule(Halved, module(), INPUTS[:1], sharee=1.0)
+        dfl.rule(ScaledDirectFeedback, module(), INPUTS[:1], sharee=1.0)
 
 
-class Holding(Halved):
+class StoresNet(ScaledDirectFeedback):
     def __init__(self, net, num_classes, loss, **options: Any):
         super().__init__(net, num_classes, loss, **options)
         self.net = net
 
 
-class Changing(Halved):
+class ChangesError(ScaledDirectFeedback):
     def source(self, error, target):
         return error.mul_(self.share)
 
 
-def test_a_rule_that_changes_the_net_or_the_error_is_refused():
+def test_refuses_a_rule_that_stores_the_net_or_changes_the_error():
     with pytest.raises(UserError, match="weights would count as B"):
-        rule_of(Holding, module())
+        rule_of(StoresNet, module())
     with pytest.raises(UserError, match="changes e in place"):
-        rule_of(Changing, module()).backward(INPUTS, LABELS)
+        rule_of(ChangesError, module()).backward(INPUTS, LABELS)
 
 
-def test_an_activation_outside_the_blocks_is_warned_of(caplog):
-    class Functional(nn.Module):
+def test_warns_of_an_activation_outside_its_block(caplog):
+    class ActivationAsMethod(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.Linear(20, 16), nn.Linear(16, 16)
             self.third = nn.Linear(16, 3)
 
         def forward(self, x):
-            x = F.dropout(self.first(x), 0.1).clamp(min=0)
-            return self.third(F.relu(self.second(x)))
+            h = F.dropout(self.first(x), 0.1).clamp(min=0)  # a ReLU, but no activation function
+            return self.third(F.relu(self.second(h)))
 
-    rule_of("dfa", Functional())
+    rule_of("dfa", ActivationAsMethod())
     assert "the activation after first is outside its block" in caplog.text
     caplog.clear()
     rule_of("dfa", module())

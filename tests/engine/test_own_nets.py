@@ -1,4 +1,6 @@
-"""Rules on nets with habits of real projects: checkpointing, padding masks, pruning, other data types."""
+"""Check rules on nets as real projects have them: checkpointing, padding masks, pruning, other data types."""
+
+import copy
 
 import pytest
 import torch
@@ -31,6 +33,14 @@ def gradients(net):
     return [p.grad for p in net.parameters() if p.grad is not None]
 
 
+def autograd_gradients(net, inputs=INPUTS):
+    """Return the gradients of a copy of the net by plain autograd."""
+    twin = copy.deepcopy(net)
+    twin.zero_grad()
+    F.cross_entropy(twin(inputs), LABELS).backward()
+    return gradients(twin)
+
+
 class Checkpointed(nn.Module):
     """Three parts. The second is checkpointed."""
 
@@ -47,14 +57,14 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["bp", "dfa", "las"])
-def test_the_ends_of_a_checkpointed_part_are_boundaries(name):
-    nets = [Checkpointed(True), Checkpointed(False)]
-    for net in nets:
+def test_a_checkpointed_part_between_boundaries_does_not_change_the_gradients(name):
+    checkpointed, plain = Checkpointed(True), Checkpointed(False)
+    for net in (checkpointed, plain):
         rule_of(name, net, boundaries=["first", "second"]).backward(INPUTS, LABELS)
-    torch.testing.assert_close(gradients(nets[0]), gradients(nets[1]))
+    torch.testing.assert_close(gradients(checkpointed), gradients(plain))
 
 
-def test_what_checkpointing_would_change_is_refused():
+def test_refuses_boundaries_and_sequential_rules_inside_a_checkpointed_part():
     with pytest.raises(UserError, match="inside a part with activation checkpointing"):
         rule_of("dfa", Checkpointed(True), boundaries=["second.3"])
     with pytest.raises(UserError, match="which FA and the rules based on it do not support"):
@@ -62,7 +72,7 @@ def test_what_checkpointing_would_change_is_refused():
 
 
 @pytest.mark.parametrize("name", ["bp", "dfa", "fdfa"])
-def test_a_transformer_with_a_padding_mask(name):
+def test_rules_train_a_transformer_with_a_padding_mask(name):
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -82,47 +92,43 @@ def test_a_transformer_with_a_padding_mask(name):
     rule.backward(tokens, LABELS)
     assert len(rule.alignment(tokens, LABELS)) > 2
     if name == "bp":
-        own = [gradient.clone() for gradient in gradients(net)]
-        net.zero_grad()
-        F.cross_entropy(net(tokens), LABELS).backward()
-        torch.testing.assert_close(own, gradients(net))
+        torch.testing.assert_close(gradients(net), autograd_gradients(net, tokens))
 
 
-def test_forward_tangents_of_a_compiled_net():
-    found = []
+def test_fdfa_gives_the_same_gradients_on_a_compiled_net():
+    results = []
     for is_compiled in (True, False):
         net = mlp()
         rule = rule_of("fdfa", net)
         if is_compiled:
             net.compile(backend="aot_eager")
-        rule.backward(INPUTS, LABELS)  # B is zero until this call has updated it
+        rule.backward(INPUTS, LABELS)  # B is zero before the first step
         net.zero_grad()
         rule.backward(INPUTS, LABELS)
-        found.append(gradients(net))
-    torch.testing.assert_close(found[0], found[1])
+        results.append(gradients(net))
+    torch.testing.assert_close(results[0], results[1])
 
 
-def test_a_pruned_net():
-    net = mlp()
-    prune.random_unstructured(net[2], "weight", 0.5)
-    net(INPUTS)  # so `weight` is a computed tensor
+def test_bp_on_a_pruned_net_equals_autograd():
+    net, twin = mlp(), mlp()
+    for pruned in (net, twin):
+        torch.manual_seed(3)
+        prune.random_unstructured(pruned[2], "weight", 0.5)
+        pruned(INPUTS)  # `weight` is now a tensor that a forward pass computed
     rule_of("bp", net).backward(INPUTS, LABELS)
-    own = [gradient.clone() for gradient in gradients(net)]
-    net.zero_grad()
-    F.cross_entropy(net(INPUTS), LABELS).backward()
-    torch.testing.assert_close(own, gradients(net))
+    F.cross_entropy(twin(INPUTS), LABELS).backward()
+    torch.testing.assert_close(gradients(net), gradients(twin))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_net_in_bfloat16(name):
+def test_every_rule_trains_a_net_in_bfloat16(name):
     net = mlp().bfloat16()
     rule_of(name, net, INPUTS.bfloat16()).backward(INPUTS.bfloat16(), LABELS)
-    found = gradients(net)
-    assert len(found) == (4 if name == "shallow" else 8)
-    assert all(gradient.isfinite().all() for gradient in found)
+    assert len(gradients(net)) == (4 if name == "shallow" else 8)
+    assert all(gradient.isfinite().all() for gradient in gradients(net))
 
 
-def test_a_net_of_another_type_than_b_is_refused():
+def test_refuses_a_net_of_another_data_type_than_b():
     net = mlp()
     rule = rule_of("las", net)
     net.double()
@@ -130,10 +136,10 @@ def test_a_net_of_another_type_than_b_is_refused():
         rule.backward(INPUTS.double(), LABELS)
 
 
-# WM and BRSF draw random numbers in every call, FDFA for its B
+# WM and BRSF draw other random numbers in every call. FDFA does so for B only, which is not compared.
 @pytest.mark.parametrize("name", sorted({*METHODS} - {"wm", "brsf"}))
-def test_weighted_micro_batches_are_one_batch(name):
-    found = []
+def test_weighted_micro_batches_equal_one_batch(name):
+    results = []
     for count in (1, 4):
         net = mlp().double()
         rule = rule_of(name, net, INPUTS.double())
@@ -141,12 +147,12 @@ def test_weighted_micro_batches_are_one_batch(name):
             rule.backward(inputs.double(), labels, step_feedback=False, weight=1 / count)
         rule.update_feedback()
         feedback = [] if name == "fdfa" else list(rule.method.parameters())
-        found.append((gradients(net), feedback))
-    torch.testing.assert_close(found[0], found[1])
+        results.append((gradients(net), feedback))
+    torch.testing.assert_close(results[0], results[1])
 
 
-def test_a_gradient_that_two_parameters_share_is_weighted_once():
-    class Sum(nn.Module):
+def test_a_gradient_tensor_shared_by_two_parameters_is_weighted_once():
+    class SumOfWeights(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.net, self.extra = mlp(), nn.Parameter(torch.zeros(4, 16))
@@ -154,33 +160,31 @@ def test_a_gradient_that_two_parameters_share_is_weighted_once():
         def forward(self, x):
             return F.linear(self.net[:-1](x), self.net[6].weight + self.extra)
 
-    net = Sum()
+    net = SumOfWeights()
     rule_of("bp", net).backward(INPUTS, LABELS, weight=0.5)
-    own = net.extra.grad.clone()
-    net.zero_grad()
-    F.cross_entropy(net(INPUTS), LABELS).backward()
-    torch.testing.assert_close(own, 0.5 * net.extra.grad)
+    expected = [0.5 * gradient for gradient in autograd_gradients(net)]
+    torch.testing.assert_close(gradients(net), expected)
 
 
 def test_kp_does_not_decay_a_frozen_layer():
     net = mlp()
     net[2].requires_grad_(False)
-    before = [net[k].weight.clone() for k in (2, 4)]
+    frozen_w, other_w = net[2].weight.clone(), net[4].weight.clone()
     rule = rule_of("kp", net, decay=0.5)
-    frozen, other = (b.clone() for b in rule.method.feedback[:2])
+    frozen_b, other_b = (b.clone() for b in rule.method.feedback[:2])
     rule.backward(INPUTS, LABELS)
-    assert torch.equal(net[2].weight, before[0])
-    assert torch.equal(rule.method.feedback[0], frozen)
-    torch.testing.assert_close(net[4].weight, 0.95 * before[1])
-    assert not torch.equal(rule.method.feedback[1], other)
+    assert torch.equal(net[2].weight, frozen_w)
+    assert torch.equal(rule.method.feedback[0], frozen_b)
+    torch.testing.assert_close(net[4].weight, 0.95 * other_w)
+    assert not torch.equal(rule.method.feedback[1], other_b)
 
 
-def test_a_net_without_b_is_warned_of(caplog):
+def test_warns_if_no_hidden_layer_has_a_b(caplog):
     rule_of("dfa", mlp()[4:], torch.zeros(1, 16))
     assert "no hidden layer has a B" in caplog.text
 
 
-def test_adfa_says_nothing_of_a_random_b(caplog):
+def test_adfa_starts_from_the_product_of_weights_and_logs_no_random_b(caplog):
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -195,35 +199,40 @@ def test_adfa_says_nothing_of_a_random_b(caplog):
     weights = rule.net.module.layers
     expected = weights[2].weight @ weights[1].weight
     assert torch.equal(rule.method.local_modules[1].weight, expected)
-    images = nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 2, 1), nn.ReLU(), nn.Flatten())
+    assert "random" not in caplog.text
+
+
+def test_adfa_refuses_a_convolution_without_logging_a_random_b(caplog):
+    caplog.set_level("INFO")
+    convolution = [nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 2, 1), nn.ReLU(), nn.Flatten()]
     with pytest.raises(UserError, match="the net must be fully connected"):
-        rule_of("adfa", images.append(nn.Linear(8, 4)))
+        rule_of("adfa", nn.Sequential(*convolution, nn.Linear(8, 4)))
     assert "random" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["dfa", "las", "fdfa"])
-def test_units_that_an_activation_halves_have_no_product(name, caplog):
+def test_b_starts_random_where_an_activation_halves_the_units(name, caplog):
     caplog.set_level("INFO")
     glu = [nn.Linear(12, 16), nn.GLU(), nn.Linear(8, 16), nn.GLU(), nn.Linear(8, 4)]
     net = nn.Sequential(*glu)
     rule_of(name, net).backward(INPUTS, LABELS)
     assert len(gradients(net)) == 6
-    assert ("B starts random" in caplog.text) == (name != "fdfa")
+    assert ("B starts random" in caplog.text) == (name != "fdfa")  # FDFA's B starts at zero
 
 
-def test_images_of_one_axis_are_no_tokens():
+def test_b_of_1d_convolutions_is_not_the_product_for_tokens():
     def convolutions(length):
         torch.manual_seed(1)
         layers = [nn.Conv1d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 8, 3, padding=1)]
         mean = nn.AdaptiveAvgPool1d(1)
         return nn.Sequential(*layers, nn.ReLU(), mean, nn.Flatten(), nn.Linear(8, 4))
 
-    for length in (8, 10):  # with 8, an h_i has the shape of 8 tokens of the head's width
+    for length in (8, 10):  # with 8, h_i (8, 8) also has the shape of 8 tokens of the head's width
         rule = rule_of("dfa", convolutions(length), torch.zeros(1, 2, length), init="product")
         assert rule.method.products.above(1) is None
 
 
-def test_alignment_keeps_a_buffer_that_the_forward_pass_replaces():
+def test_alignment_restores_a_buffer_that_the_forward_pass_replaces():
     class Running(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -263,13 +272,13 @@ def test_alignment_keeps_a_buffer_that_the_forward_pass_replaces():
         ),
     ],
 )
-def test_mistakes_are_refused_in_one_sentence(message, call):
+def test_refuses_wrong_arguments(message, call):
     with pytest.raises(UserError, match=message):
         call()
 
 
 class OnlyBackward(torch.autograd.Function):
-    """Twice the input, without a forward derivative."""
+    """Double the input. This function has no forward derivative."""
 
     @staticmethod
     def forward(ctx, x):
@@ -281,13 +290,11 @@ class OnlyBackward(torch.autograd.Function):
 
 
 class Doubled(nn.Module):
-    """Twice the input."""
-
     def forward(self, x):
         return OnlyBackward.apply(x)
 
 
-def test_an_operation_without_a_forward_derivative_is_refused_by_fdfa_only():
+def test_only_fdfa_refuses_an_operation_without_a_forward_derivative():
     net = nn.Sequential(*mlp(), Doubled())
     rule_of("dfa", net).backward(INPUTS, LABELS)
     with pytest.raises(UserError, match=r"FDFA needs a forward derivative of every operation \("):

@@ -1,4 +1,4 @@
-"""Small runs that a report can be made of."""
+"""Small runs to make reports from."""
 
 import contextlib
 import csv
@@ -23,14 +23,17 @@ GRID = ("--multirun", "experiment=fc_mnist", "epochs=3", *SMALL)
 
 
 def write_packs(data_dir: Path, **channels: int) -> Path:
-    """Handwritten digits, packed under the names of other data sets, so that they stand in for those."""
-    found = load_digits()
-    images = (found.images * 15.9).astype(np.uint8)[:, None]
+    """Write scikit-learn's digits as packs with the names of other data sets, and return their folder.
+
+    channels: number of channels by name.
+    """
+    digits = load_digits()
+    images = (digits.images * 15.9).astype(np.uint8)[:, None]
     for name, planes in channels.items():
         (data_dir / name).mkdir(parents=True)
         for split, part in (("train", slice(0, 400)), ("test", slice(400, 600))):
             np.save(data_dir / name / f"{split}_images.npy", images[part].repeat(planes, axis=1))
-            np.save(data_dir / name / f"{split}_labels.npy", found.target[part])
+            np.save(data_dir / name / f"{split}_labels.npy", digits.target[part])
         (data_dir / name / "classes.json").write_text(
             json.dumps([str(digit) for digit in range(10)])
         )
@@ -38,9 +41,10 @@ def write_packs(data_dir: Path, **channels: int) -> Path:
 
 
 def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **result: Any) -> Path:  # noqa: B006
-    """A copy of a run directory that says something else: config's dotted keys, and keys of result.json.
+    """Copy a run directory and change its result. The copy has no seal, like runs of early versions.
 
-    It has no seal, as a run of before there were any, and says what its configuration says only there.
+    Entries of the result that repeat the configuration are removed, so the configuration alone decides.
+    config: dotted keys of the configuration with new values. result: keys of result.json with new values.
     """
     shutil.copytree(source, destination)
     content = json.loads((destination / "result.json").read_text())
@@ -67,13 +71,17 @@ def altered(source: Path, destination: Path, config: dict[str, Any] = {}, **resu
 
 def finished(accuracy, lr, seed, **config):
     """Return the entries of a finished run's result, for `altered`."""
-    made = {"config": {"optimizer.lr": lr, "seed": seed, **config}, "accuracy": accuracy}
-    told = {"last": accuracy, "best": accuracy, "at_best_validation": accuracy, "best_epoch": 1}
-    return made | {"validation_accuracy": accuracy, "test_accuracy": told}
+    names = ("last", "best", "at_best_validation")
+    return {
+        "config": {"optimizer.lr": lr, "seed": seed, **config},
+        "accuracy": accuracy,
+        "validation_accuracy": accuracy,
+        "test_accuracy": dict.fromkeys(names, accuracy) | {"best_epoch": 1},
+    }
 
 
 def dfl_report(folder, *arguments):
-    """Run `dfl-report` in a folder as a person would, in this process, which has its libraries already."""
+    """Run `dfl-report` in a folder as a user would, but in this process, which avoids new imports."""
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, ["dfl-report", *map(str, arguments)]
     code = 0
@@ -92,7 +100,7 @@ def dfl_report(folder, *arguments):
 
 
 def csv_rows(folder, *arguments, chosen="True"):
-    """The rows of `dfl-report --format csv` on a folder's outputs, or on what the arguments name."""
+    """Return the rows of `dfl-report --format csv` on a folder's outputs, or on the given arguments."""
     done = dfl_report(folder, *(arguments or ["outputs"]), "--format", "csv")
     assert done.returncode == 0, done.stderr
     rows = csv.DictReader(io.StringIO(done.stdout))
@@ -101,24 +109,24 @@ def csv_rows(folder, *arguments, chosen="True"):
 
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory):
-    """A grid with seeds, a point that diverged, one that was killed, and a smoke run of one of its cells."""
-    place = tmp_path_factory.mktemp("report")
-    data = f"data_dir={write_packs(place / 'data', mnist=1)}"
-    grid = dfl_train(place, *GRID, data, "method=bp,dfa,las", "optimizer.lr=1e-2,1e-3", "seed=0,1")
+    """Return a folder with a grid over seeds, a point that diverged, one that was killed, and a smoke run."""
+    folder = tmp_path_factory.mktemp("report")
+    data = f"data_dir={write_packs(folder / 'data', mnist=1)}"
+    grid = dfl_train(folder, *GRID, data, "method=bp,dfa,las", "optimizer.lr=1e-2,1e-3", "seed=0,1")
     assert grid.returncode == 0, grid.stderr
-    assert dfl_train(place, *GRID, data, "method=las", "optimizer.lr=1e30").returncode == 0
-    smoke = dfl_train(place, *GRID, data, "method=dfa", "optimizer.lr=1e-2", "smoke=32")
+    assert dfl_train(folder, *GRID, data, "method=las", "optimizer.lr=1e30").returncode == 0
+    smoke = dfl_train(folder, *GRID, data, "method=dfa", "optimizer.lr=1e-2", "smoke=32")
     assert smoke.returncode == 0, smoke.stderr
-    stuck = dfl_train(place, *GRID, data, "method=ltas", "optimizer.lr=1e-2")
+    stuck = dfl_train(folder, *GRID, data, "method=ltas", "optimizer.lr=1e-2")
     assert stuck.returncode == 0, stuck.stderr
-    (result,) = (place / "outputs" / "grid").glob("ltas-*/result.json")
+    (result,) = (folder / "outputs" / "grid").glob("ltas-*/result.json")
     result.unlink()  # as if the run had been killed
-    return place
+    return folder
 
 
 @pytest.fixture(scope="session")
 def finished_point(reported):
-    """A finished run of BP."""
+    """Return the directory of a finished run of BP."""
     return next(
         path.parent
         for path in sorted((reported / "outputs" / "grid").glob("bp-*seed0*/result.json"))
@@ -126,13 +134,11 @@ def finished_point(reported):
 
 
 def results(folder, method, lr, smoke=None):
-    """The results of a grid's runs of one method and rate."""
-    found = [
-        json.loads(path.read_text()) for path in (folder / "outputs" / "grid").glob("*/result.json")
-    ]
-    return [
-        result
-        for result in found
-        if (result["method"], result["config"]["optimizer"]["lr"], result["config"]["smoke"])
-        == (method, lr, smoke)
-    ]
+    """Return the results of a grid's runs of one method and rate."""
+    selected = []
+    for path in (folder / "outputs" / "grid").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        rate = result["config"]["optimizer"]["lr"]
+        if (result["method"], rate, result["config"]["smoke"]) == (method, lr, smoke):
+            selected.append(result)
+    return selected

@@ -1,4 +1,4 @@
-"""Comparisons: intervals from known numbers, depth utility, and the cosines that say something."""
+"""Comparisons: intervals from known numbers, depth utility, and the cosines that are shown."""
 
 import math
 from pathlib import Path
@@ -32,38 +32,32 @@ def kept():
         ("dfa", -0.28, -0.50, -0.06), ("las", -0.07, -0.29, 0.15), ("ltas", 0.02, -0.20, 0.24),
     ],
 )  # fmt: skip
-def test_dunnett_s_intervals_on_mnist_are_the_published_ones(kept, method, difference, low, high):
+def test_dunnett_intervals_on_mnist_equal_the_published_ones(kept, method, difference, low, high):
     at_rate = kept[(kept.dataset == "mnist") & (kept.epochs == 20) & (kept.lr == 1e-3)]
-    found = compare.against(at_rate, "bp").set_index("method").loc[method]
-    assert 100 * found.difference == pytest.approx(difference, abs=0.006)
-    assert (100 * found.low, 100 * found.high) == pytest.approx((low, high), abs=0.012)
-    assert found.test == "Dunnett"
+    row = compare.against(at_rate, "bp").set_index("method").loc[method]
+    assert 100 * row.difference == pytest.approx(difference, abs=0.006)
+    assert (100 * row.low, 100 * row.high) == pytest.approx((low, high), abs=0.012)
+    assert row.test == "Dunnett"
 
 
-def test_dunnett_s_interval_is_scipy_s():
-    samples = {
-        name: RANDOM.normal(shift, 1, 4) for name, shift in (("bp", 0), ("dfa", 1), ("las", 2))
-    }
-    result = stats.dunnett(
-        samples["dfa"], samples["las"], control=samples["bp"], rng=np.random.default_rng(1)
-    )
-    interval = result.confidence_interval(0.95)
-    found = dunnett(samples, "bp")
-    assert [found[name][0].low for name in ("dfa", "las")] == pytest.approx(
-        list(interval.low), abs=0.01
-    )
-    assert [found[name][0].high for name in ("dfa", "las")] == pytest.approx(
-        list(interval.high), abs=0.01
-    )
+def test_dunnett_interval_equals_scipy():
+    bp, dfa, las = (RANDOM.normal(shift, 1, 4) for shift in (0, 1, 2))
+    result = stats.dunnett(dfa, las, control=bp, rng=np.random.default_rng(1))
+    expected = result.confidence_interval(0.95)
+    comparison = dunnett({"bp": bp, "dfa": dfa, "las": las}, "bp")
+    for index, name in enumerate(("dfa", "las")):
+        estimate, _ = comparison[name]
+        assert estimate.low == pytest.approx(expected.low[index], abs=0.01)
+        assert estimate.high == pytest.approx(expected.high[index], abs=0.01)
 
 
-def test_of_one_rule_dunnett_s_critical_value_is_student_s():
+def test_critical_value_for_one_rule_is_that_of_student_t():
     assert critical_value((5,), 5) == pytest.approx(stats.t.ppf(0.975, 8), abs=2e-3)
 
 
-def test_who_takes_part_in_a_comparison():
+def test_rules_with_another_variance_or_too_few_seeds_are_not_in_dunnetts_test():
     few = {"bp": np.array([0.9, 0.91]), "dfa": np.array([0.8, 0.82]), "las": np.array([0.85])}
-    # 2 degrees of freedom
+    # 2 degrees of freedom are too few for an interval
     assert all(math.isnan(estimate.low) for estimate, _ in dunnett(few, "bp").values())
     steady = {name: np.array([0.9, 0.901, 0.902]) for name in ("bp", "dfa", "las", "ltas")}
     found = dunnett(steady | {"fa": np.array([0.5, 0.7, 0.9]), "kp": np.array([0.9])}, "bp")
@@ -90,7 +84,7 @@ def test_fieller_s_limits_are_where_the_ratio_is_just_not_rejected():
     assert found.low < found.value < found.high
 
 
-def test_depth_utility_has_bp_at_one_shallow_at_zero_and_says_where_nothing_can_be_ranked(kept):
+def test_depth_utility_is_1_for_bp_and_0_for_shallow_and_none_where_nothing_can_be_ranked(kept):
     frame = compare.depth_utility(kept[(kept.epochs == 10) & (kept.lr == 1e-4)])
     cifar100 = (
         frame[(frame.dataset == "cifar100") & (frame.model == "fc")].set_index("method").utility
@@ -106,7 +100,7 @@ def test_depth_utility_has_bp_at_one_shallow_at_zero_and_says_where_nothing_can_
     assert mnist.utility.isna().all()
 
 
-def test_a_method_with_a_large_spread_does_not_hide_the_utility_of_the_others():
+def test_method_with_a_large_spread_does_not_change_the_utility_of_the_others():
     """DFA's standard deviation is over 3 × that of the others, so the pooled variance leaves it out."""
     accuracies = {
         "bp": [0.950, 0.951, 0.952],
@@ -137,7 +131,7 @@ def test_single_runs_must_differ_by_three_noise_floors_to_rank():
 
 
 def point(**columns):
-    """A frame with one run of DFA."""
+    """Return a frame with one run of DFA."""
     row = dict.fromkeys(ROW, "") | {
         "smoke": False,
         "epochs": 2,
@@ -163,22 +157,25 @@ def point(**columns):
 @pytest.mark.parametrize(
     ("zeros", "every", "cosine"), [(49.0, 2, 0.3), (51.0, 2, None), (4.0, 30, 0.3), (6.0, 30, None)]
 )
-def test_no_cosine_is_shown_where_most_samples_have_no_signal(zeros, every, cosine):
+def test_cosine_is_hidden_if_most_samples_have_no_signal(zeros, every, cosine):
     """An epoch has 20 batches of 10 images. In the second epoch 10 batches or 1 batch are measured."""
-    (row,) = compare.alignment(point(**{"zeros/1": zeros, "measured_every": every})).to_dict(
-        "records"
-    )
-    assert row["no_signal"] == ("" if cosine else "1")
-    assert math.isnan(row["cosine/1"]) if cosine is None else row["cosine/1"] == cosine
-    assert math.isnan(row["cosine/2"])  # BP's own by construction
+    frame = point(**{"zeros/1": zeros, "measured_every": every})
+    (row,) = compare.alignment(frame).to_dict("records")
+    if cosine is None:
+        assert row["no_signal"] == "1"
+        assert math.isnan(row["cosine/1"])
+    else:
+        assert row["no_signal"] == ""
+        assert row["cosine/1"] == cosine
+    assert math.isnan(row["cosine/2"])  # this layer's signal equals BP's by construction
 
 
-def test_n_of_a_cosine_counts_the_runs_that_measured_it():
+def test_n_of_a_cosine_counts_only_runs_that_measured_it():
     unmeasured = point(**{"seed": 1, "folder": "b", "measured_every": 0, "cosine/1": math.nan})
     runs = pd.concat([point(seed=0, folder="a"), unmeasured], ignore_index=True)
     assert compare.alignment(runs).n.tolist() == [1]
 
 
 @pytest.mark.parametrize("change", [{"rule": "bp"}, {"rule": "shallow"}, {"fails": True}])
-def test_runs_whose_alignment_says_nothing_are_left_out(change):
+def test_alignment_leaves_out_bp_shallow_and_failing_runs(change):
     assert compare.alignment(point(**change)).empty

@@ -1,4 +1,4 @@
-"""Somebody else's run directories: what is none of ours is named and left out, and nothing obeys their texts."""
+"""Foreign run directories: invalid ones are named and left out, and their texts are escaped."""
 
 import re
 import subprocess
@@ -9,9 +9,7 @@ from report_helpers import altered, dfl_report, finished
 from dfl_experiments.report.frame import runs
 
 HARMLESS = {
-    "a line too many that breaks off": lambda table: table.write_text(
-        table.read_text() + "4,9.1e-"
-    ),
+    "an incomplete last row": lambda table: table.write_text(table.read_text() + "4,9.1e-"),
     "no table": lambda table: table.unlink(),
 }
 FOREIGN = {
@@ -30,19 +28,17 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("change", HARMLESS)
-def test_a_table_that_lacks_nothing_is_read(change, finished_point, tmp_path):
+def test_partial_last_row_and_missing_table_are_accepted(change, finished_point, tmp_path):
     altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
-    HARMLESS[change](
-        altered(finished_point, tmp_path / "runs" / "changed", **finished(0.9, 1e-3, 1))
-        / "epochs.csv"
-    )
+    changed = altered(finished_point, tmp_path / "runs" / "changed", **finished(0.9, 1e-3, 1))
+    HARMLESS[change](changed / "epochs.csv")
     done = dfl_report(tmp_path, "runs", "--format", "html")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_a_directory_that_is_none_of_ours_is_named_and_left_out(what, finished_point, tmp_path):
+def test_invalid_run_directory_is_named_and_left_out(what, finished_point, tmp_path):
     altered(finished_point, tmp_path / "runs" / "good", **finished(0.9, 1e-3, 0))
     config, result = FOREIGN[what]
     altered(finished_point, tmp_path / "runs" / "bad", {"seed": 1, **config}, **result)
@@ -52,7 +48,7 @@ def test_a_directory_that_is_none_of_ours_is_named_and_left_out(what, finished_p
     assert line.startswith("dfl-report: left out: runs/bad (")
 
 
-def test_a_weight_decay_of_none_is_zero(finished_point, tmp_path):
+def test_weight_decay_none_is_zero(finished_point, tmp_path):
     altered(finished_point, tmp_path / "a", {"optimizer.weight_decay": None})
     assert list(runs(tmp_path).weight_decay) == [0.0]
 
@@ -78,9 +74,9 @@ HOSTILE = {
 
 @pytest.fixture(params=HOSTILE)
 def hostile(request, finished_point, tmp_path):
-    """A folder with a run whose files hold such texts."""
-    said = {"device": FORMULA + "\n\x1b[2J", "data": "<b>x</b>\n", "git_commit": "\x1b[2J"}
-    altered(finished_point, tmp_path / "foreign" / "run", HOSTILE[request.param], **said)
+    """Return a folder with a run whose files contain these texts."""
+    result = {"device": FORMULA + "\n\x1b[2J", "data": "<b>x</b>\n", "git_commit": "\x1b[2J"}
+    altered(finished_point, tmp_path / "foreign" / "run", HOSTILE[request.param], **result)
     return tmp_path
 
 
@@ -91,7 +87,7 @@ def printed(folder, *arguments):
     return done.stdout
 
 
-def test_no_shell_and_no_terminal_obeys_a_foreign_text(hostile):
+def test_foreign_text_is_escaped_for_shell_and_terminal(hostile):
     assert "here" not in [line.split(" ")[0] for line in printed(hostile).splitlines()]
     commands = printed(hostile, "--format", "commands")
     assert all(line.startswith("dfl-train repeat=") for line in commands.splitlines())
@@ -100,8 +96,10 @@ def test_no_shell_and_no_terminal_obeys_a_foreign_text(hostile):
     assert [path.name for path in hostile.iterdir()] == ["foreign"]
 
 
-def test_no_page_obeys_a_foreign_text(hostile, finished_point):
-    altered(finished_point, hostile / "foreign" / "usual")  # beside which what differs is shown
+def test_foreign_text_is_escaped_in_markdown_and_html(hostile, finished_point):
+    altered(
+        finished_point, hostile / "foreign" / "usual"
+    )  # the report shows what differs between the two
     printed(hostile, "--figures", "figures")
     text = printed(hostile, "--format", "markdown").partition("## How the numbers")[0]
     for syntax in ("<", "`", "**b", "](", "][", " _e"):

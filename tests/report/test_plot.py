@@ -1,4 +1,4 @@
-"""Curves of runs: what a line is, what tells lines apart, what is drawn; and the command, from arguments to a file."""
+"""Curves of runs: lines, their labels, panels and axes; and the command `dfl-plot`."""
 
 import shutil
 import subprocess
@@ -22,13 +22,13 @@ from dfl_experiments.report.lines import RELATIVE, draw, evenly, set_scale
 from dfl_experiments.report.series import WHAT, over_seeds, smoothed
 from dfl_experiments.report.style import look_of, title_of, words
 
-# 4 in an epoch; the others are measured at its end
+# quantities measured in each of the 4 iterations of an epoch; the others are measured once per epoch
 ITERATIONS = [("iteration", what) for what in ("loss", "alignment", "norm")]
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """A sweep of two methods, two rates and two seeds; and a run of another length."""
+    """Return a folder with a sweep of two methods, two rates and two seeds, and a run of another length."""
     folder = tmp_path_factory.mktemp("plot")
     small = ("model.widths=[8,8]", "tracking=disabled", "threads=1", "limit=200")
     grid = (
@@ -48,11 +48,13 @@ def outputs(tmp_path_factory):
 
 def texts(figure):
     """Return every text of a figure that is not empty."""
-    return [
-        text.get_text()
-        for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))
-        if text.get_text()
-    ]
+    artists = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return [artist.get_text() for artist in artists if artist.get_text()]
+
+
+def labelled_lines(axes):
+    """Return the lines of a panel that have a label."""
+    return [line for line in axes.lines if not line.get_label().startswith("_")]
 
 
 def labels(frame, color=None, facet=None):
@@ -62,7 +64,7 @@ def labels(frame, color=None, facet=None):
     return sorted(lines_of(with_lines(frame, keys, notes), color, facet, notes).label)
 
 
-def test_a_running_mean_is_the_mean_of_the_values_around():
+def test_running_mean_is_the_mean_of_neighbouring_values():
     values = pd.DataFrame(
         {"folder": "a", "what": "loss", "column": "loss", "value": [0.0, 3.0, 6.0, 0.0]}
     )
@@ -72,19 +74,17 @@ def test_a_running_mean_is_the_mean_of_the_values_around():
     assert notes == ["Running mean of 3 measured values."]
 
 
-def test_a_line_is_the_mean_over_seeds_with_their_range():
-    # b has gone on for longer
+def test_line_is_the_mean_over_seeds_with_their_range():
+    # run b is longer than run a
     rows = [("a", 1, 2.0), ("a", 2, 4.0), ("b", 1, 6.0), ("b", 2, 5.0), ("b", 3, 9.0)]
     table = pd.DataFrame(rows, columns=["folder", "x", "value"])
     table = table.assign(what="loss", layer=0, is_validation=False)
     values = over_seeds(table, pd.DataFrame({"folder": ["a", "b"], "line": [0, 0]}))
-    assert values[["x", "mean", "low", "high"]].values.tolist() == [
-        [1, 4.0, 2.0, 6.0],
-        [2, 4.5, 4.0, 5.0],
-    ]
+    points = values[["x", "mean", "low", "high"]].values.tolist()
+    assert points == [[1, 4.0, 2.0, 6.0], [2, 4.5, 4.0, 5.0]]
 
 
-def test_a_value_missing_in_one_seed_takes_no_other_point_from_a_line():
+def test_value_missing_in_one_seed_removes_only_its_own_point():
     x = np.arange(20)
     parts = [pd.DataFrame({"folder": name, "x": x, "value": 1.0}) for name in "ab"]
     table = pd.concat([parts[0], parts[1].drop([0, 7, 8])])
@@ -93,27 +93,27 @@ def test_a_value_missing_in_one_seed_takes_no_other_point_from_a_line():
     assert set(x) - set(values.x) == {0, 7, 8}
 
 
-def test_labels_say_what_differs_and_nothing_else(outputs):
+def test_labels_name_only_what_differs(outputs):
     frame = runs(outputs / "grid")
     assert labels(frame) == ["BP, lr 0.001", "BP, lr 0.01", "DFA, lr 0.001", "DFA, lr 0.01"]
     assert labels(frame, facet="lr") == ["BP", "BP", "DFA", "DFA"]
     assert labels(frame[frame.lr == 0.01]) == ["BP", "DFA"]
     assert labels(frame[frame.rule == "bp"]) == ["lr 0.001", "lr 0.01"]
-    assert labels(frame[(frame.rule == "bp") & (frame.lr == 0.01)]) == [""]  # seeds are one line
-    assert (
-        labels(runs(outputs / "alone", outputs / "grid").query("lr == 0.001"))[-1]
-        == "LAS, 3 epochs"
-    )
+    assert labels(frame[(frame.rule == "bp") & (frame.lr == 0.01)]) == [
+        ""
+    ]  # one line for all seeds
+    with_las = runs(outputs / "alone", outputs / "grid").query("lr == 0.001")
+    assert labels(with_las)[-1] == "LAS, 3 epochs"
 
 
-def test_of_runs_that_differ_in_nothing_one_is_drawn_or_all_by_their_folders(outputs, tmp_path):
+def test_equal_runs_are_drawn_once_or_by_folder(outputs, tmp_path):
     shutil.copytree(outputs / "alone", tmp_path / "again")
     frame = runs(outputs / "alone", tmp_path / "again")
     assert labels(frame) == [""]
     assert labels(frame, color="folder") == sorted(f"folder {folder}" for folder in frame.folder)
 
 
-def test_a_key_that_does_not_differ_is_read_from_the_configuration(outputs):
+def test_key_that_does_not_differ_is_read_from_the_configuration(outputs):
     frame = with_key(runs(outputs / "grid"), "batch_size")
     assert set(frame.batch_size) == {64}
     assert set(with_key(frame, "model.widths")["model.widths"]) == {"[8,8]"}
@@ -136,9 +136,7 @@ def test_runs_with_a_value_are_chosen_by_number_or_text(key, value, count, outpu
     assert len(with_value(frame, key, value)) == count
 
 
-def test_an_option_that_differs_only_for_another_net_has_its_value_in_every_run(
-    finished_point, tmp_path
-):
+def test_key_that_differs_only_between_nets_has_a_value_in_every_run(finished_point, tmp_path):
     altered(finished_point, tmp_path / "a", {"batch_size": 32})
     altered(finished_point, tmp_path / "b", {"batch_size": 64})
     altered(finished_point, tmp_path / "c", {"batch_size": 64, "model.name": "own"})
@@ -149,7 +147,7 @@ def test_an_option_that_differs_only_for_another_net_has_its_value_in_every_run(
     assert with_key(frame, "setting").setting.equals(frame.setting)
 
 
-def test_the_command_draws_only_the_runs_with_a_value(outputs, tmp_path):
+def test_option_where_draws_only_runs_with_a_value(outputs, tmp_path):
     path = tmp_path / "plot.svg"
     conditions = ["--where", "optimizer.lr=1e-3", "--where", "method=dfa"]
     dfl_plot.main([str(outputs / "grid"), *conditions, "--out", str(path)])
@@ -163,7 +161,7 @@ def test_the_command_draws_only_the_runs_with_a_value(outputs, tmp_path):
     ("last", "name", "scale", "top"),
     [(1e6, "loss", "linear", 9.2), (1e6, "rms", "log", None), (3.0, "rms", "linear", None)],
 )
-def test_no_outlier_sets_an_axis(last, name, scale, top):
+def test_outlier_does_not_set_the_axis(last, name, scale, top):
     axes = Figure().subplots()
     for end in (0.1, 0.2, 0.3, last):
         axes.plot(np.linspace(2.3, end, 50))
@@ -177,14 +175,14 @@ def test_thinning_keeps_both_ends():
     assert evenly(3, 4) == [0, 1, 2]
 
 
-def test_two_settings_with_one_long_title_have_figures_of_their_own():
+def test_settings_with_one_long_title_have_different_file_names():
     title = "CIFAR-10, Conv3, " + ", ".join(f"model.option_{number}=1" for number in range(20))
     first = unused_name(title, [])
     assert len(first) <= LONGEST_NAME
     assert unused_name(title, [first]) == f"{first}-2"
 
 
-def test_names_are_in_words():
+def test_names_are_written_as_words():
     row = {"model": "conv3_bn", "dataset": "cifar10", "augmentation": "none", "smoke": False}
     assert title_of(row) == "Conv3+BN on CIFAR-10"
     assert title_of(row | {"model": "own_net", "dataset": "own_data"}) == "own_net on own_data"
@@ -194,7 +192,7 @@ def test_names_are_in_words():
     assert look_of("las, held=2").colour != look_of("las").colour
 
 
-def test_the_caption_says_how_the_lines_came_about(outputs):
+def test_caption_says_how_lines_are_computed(outputs):
     grid = texts(draw(runs(outputs / "grid"), smooth=2))
     assert any("Mean over 2 seeds" in text and "Running mean of 2" in text for text in grid)
     assert {"Training loss", "Test accuracy", "Alignment, layer 1", "iteration"} <= set(grid)
@@ -202,17 +200,19 @@ def test_the_caption_says_how_the_lines_came_about(outputs):
 
 @pytest.mark.parametrize("by", ["iteration", "epoch"])
 @pytest.mark.parametrize("what", WHAT)
-def test_each_quantity_is_drawn_by_itself(what, by, outputs):
+def test_each_quantity_can_be_drawn_alone(what, by, outputs):
     figure = draw(runs(outputs / "grid"), what=[what], by=by)
-    lines = [
-        line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")
-    ]
-    # a line for each method and rate, in a panel for each layer
+    lines = []
+    for axes in figure.axes:
+        lines += labelled_lines(axes)
+    # one line per method and rate; one panel per layer for quantities of layers
     assert len(lines) in ((2,) if what in RELATIVE else (4, 8))
-    assert {len(line.get_xdata()) for line in lines} == {8 if (by, what) in ITERATIONS else 2}
+    points = 8 if (by, what) in ITERATIONS else 2
+    for line in lines:
+        assert len(line.get_xdata()) == points
 
 
-def test_a_column_of_epochs_csv_is_another_name_of_its_quantity(outputs):
+def test_column_of_epochs_csv_is_another_name_of_its_quantity(outputs):
     frame = runs(outputs / "alone")
     columns = draw(frame, what=["cosine", "norm_ratio", "activation_rms", "test_accuracy", "rms"])
     names = draw(frame, what=["alignment", "norm", "rms", "accuracy"])
@@ -229,7 +229,7 @@ def test_a_column_of_epochs_csv_is_another_name_of_its_quantity(outputs):
         ("cosine_batch", "iteration", 1),
     ],
 )
-def test_any_column_is_drawn(column, by, scale, outputs):
+def test_any_column_can_be_drawn(column, by, scale, outputs):
     frame = runs(outputs / "alone")
     table = "epochs" if by == "epoch" else "iterations"
     (name, *_) = [name for name in curves(frame, table) if name.split("/")[0] == column]
@@ -240,13 +240,14 @@ def test_any_column_is_drawn(column, by, scale, outputs):
     assert line.get_ydata() == pytest.approx(values.to_numpy())
 
 
-def test_a_column_of_iterations_csv_is_drawn_as_a_mean_over_seeds(outputs):
+def test_column_of_iterations_csv_is_drawn_as_a_mean_over_seeds(outputs):
     frame = runs(outputs / "grid")
     figure = draw(frame, what=["cosine_batch"], layers=[1])
     assert figure.axes[0].lines
+    assert any("Mean over 2 seeds" in text for text in texts(figure))
 
 
-def test_a_loss_and_its_column_are_smoothed_apart(outputs):
+def test_loss_and_validation_loss_are_smoothed_separately(outputs):
     frame = runs(outputs / "alone")
     both = draw(frame, what=["loss", "validation_loss"], by="epoch", smooth=2)
     alone = draw(frame, what=["validation_loss"], by="epoch", smooth=2)
@@ -255,7 +256,7 @@ def test_a_loss_and_its_column_are_smoothed_apart(outputs):
     assert dotted.tolist() == alone.axes[0].lines[0].get_ydata().tolist()
 
 
-def test_a_figure_for_a_paper_has_its_size_and_neither_title_nor_caption(outputs, tmp_path):
+def test_figure_with_a_size_has_neither_title_nor_caption(outputs, tmp_path):
     path = tmp_path / "figure.png"
     options = ["--what", "loss,accuracy", "--size", "3.4x2.4", "--dpi", "100", "--out", str(path)]
     dfl_plot.main([str(outputs / "grid"), *options])
@@ -266,14 +267,13 @@ def test_a_figure_for_a_paper_has_its_size_and_neither_title_nor_caption(outputs
     assert all(axes.get_window_extent().width > 60 for axes in figure.axes)
 
 
-def test_bp_is_not_drawn_beside_others_where_it_is_1_by_definition(outputs):
+def test_bp_is_not_drawn_where_it_is_1_by_definition(outputs):
     frame = runs(outputs / "grid").query("lr == 0.01")
     figure = draw(frame, what=["alignment", "norm", "accuracy"], by="epoch")
-    alignment, norm, accuracy = (
-        [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
-        for axes in figure.axes
-    )
-    assert (alignment, norm, accuracy) == (["DFA"], ["DFA"], ["BP", "DFA"])
+    alignment, norm, accuracy = figure.axes
+    for axes in (alignment, norm):
+        assert [line.get_label() for line in labelled_lines(axes)] == ["DFA"]
+    assert [line.get_label() for line in labelled_lines(accuracy)] == ["BP", "DFA"]
     shown = texts(figure)
     assert any("signals that equal BP's by construction" in text for text in shown)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BP", "DFA"]
@@ -287,41 +287,41 @@ def test_bp_is_not_drawn_beside_others_where_it_is_1_by_definition(outputs):
 )
 def test_every_facet_begins_a_new_row(what, rows, columns, outputs):
     figure = draw(runs(outputs / "grid"), what=what, layers=[1, 2], by="epoch", facet="lr")
-    places = [axes.get_subplotspec() for axes in figure.axes]
-    assert {place.get_geometry()[:2] for place in places} == {(2 * rows, columns)}
     rows_of = {"lr 0.001": set(), "lr 0.01": set()}
-    for axes, place in zip(figure.axes, places, strict=True):
-        rows_of[axes.get_title().partition(" · ")[0]].add(place.rowspan.start)
+    for axes in figure.axes:
+        cell = axes.get_subplotspec()
+        assert cell.get_geometry()[:2] == (2 * rows, columns)
+        rows_of[axes.get_title().partition(" · ")[0]].add(cell.rowspan.start)
     assert rows_of == {"lr 0.001": set(range(rows)), "lr 0.01": set(range(rows, 2 * rows))}
 
 
-def test_epochs_are_drawn_where_a_run_has_no_iterations(outputs, tmp_path):
+def test_epochs_are_drawn_if_a_run_has_no_iterations(outputs, tmp_path):
     for name in ("grid", "alone"):
         shutil.copytree(outputs / name, tmp_path / name)
     (tmp_path / "alone" / "iterations.csv").unlink()
     assert "epoch" in texts(draw(runs(tmp_path)))
 
 
-def test_a_run_without_its_table_of_epochs_is_refused(outputs, tmp_path):
+def test_run_without_epochs_csv_is_refused(outputs, tmp_path):
     shutil.copytree(outputs / "alone", tmp_path / "alone")
     (tmp_path / "alone" / "epochs.csv").unlink()
     with pytest.raises(UserError, match=r"no run has rows in epochs\.csv"):
         draw(runs(tmp_path))
 
 
-def test_a_run_that_is_still_training_is_drawn(outputs, tmp_path):
+def test_unfinished_run_is_drawn(outputs, tmp_path):
     shutil.copytree(outputs / "alone", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     for name in ("epochs.csv", "iterations.csv"):
         content = (tmp_path / "run" / name).read_text()
-        (tmp_path / "run" / name).write_text(content[:-5])  # a line that is not whole
+        (tmp_path / "run" / name).write_text(content[:-5])  # an incomplete last line
     figure = draw(runs(tmp_path), by="epoch", what=["loss"])
-    # on the validation set, and loss
+    # the loss on the validation set, and the training loss
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 2]
     assert any("Not finished: 1 interrupted" in text for text in texts(figure))
 
 
-def test_the_command_writes_the_same_file_again_and_needs_no_torch(outputs, tmp_path):
+def test_command_writes_equal_files_and_does_not_import_torch(outputs, tmp_path):
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
     program = "import sys; from dfl_experiments.console import plot; plot(); assert 'torch' not in sys.modules"
     command = [
@@ -343,7 +343,7 @@ def test_the_command_writes_the_same_file_again_and_needs_no_torch(outputs, tmp_
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_single_folder_gets_its_plot(outputs, capsys):
+def test_plot_of_a_single_folder_is_written_into_it(outputs, capsys):
     dfl_plot.main(
         [str(outputs / "alone"), "--what", "alignment,norm,rms,dead", "--log", "--dpi", "50"]
     )
@@ -368,7 +368,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_a_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsys):
+def test_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsys):
     (outputs / "empty").mkdir(exist_ok=True)
     monkeypatch.chdir(outputs)
     with pytest.raises(SystemExit) as end:
@@ -380,18 +380,18 @@ def test_a_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("size", ["3.4", "3.4x", "0x2", "nanx2", "axb"])
-def test_a_size_needs_two_numbers(size):
+def test_size_needs_two_numbers(size):
     with pytest.raises(ArgumentTypeError, match="is not a size from 1x1 to 100x100 inches"):
         dfl_plot.inches(size)
 
 
-def test_rules_of_one_s_own_have_looks_of_their_own():
+def test_own_rules_have_different_looks():
     looks = [look_of(name) for name in ("ours", "noisy", "clipped")]
     assert len(set(looks)) == 3
 
 
 @pytest.mark.parametrize("highest", [10.0, 1e19])
-def test_a_logarithmic_axis_has_numbers(highest):
+def test_logarithmic_axis_has_at_least_two_ticks(highest):
     axes = Figure().subplots()
     axes.plot([0, 1], [0.2, highest])
     set_scale(axes, "loss", True, [])
@@ -400,14 +400,14 @@ def test_a_logarithmic_axis_has_numbers(highest):
     assert sum(lower <= tick <= upper for tick in axes.get_yticks()) > 1
 
 
-def test_one_of_several_values(outputs):
+def test_with_value_accepts_a_list_of_values(outputs):
     frame = runs(outputs)
     assert set(with_value(frame, "method", "las,dfa").rule) == {"las", "dfa"}
     with pytest.raises(UserError, match="method=las,dfaa: no run has this value"):
         with_value(frame, "method", "las,dfaa")
 
 
-def test_a_run_in_a_folder_of_runs_does_not_hide_them(outputs, tmp_path):
+def test_run_in_a_folder_of_runs_does_not_hide_them(outputs, tmp_path):
     shutil.copytree(outputs / "grid", tmp_path / "grid")
     shutil.copytree(outputs / "alone", tmp_path / "grid", dirs_exist_ok=True)
     assert len(runs(tmp_path / "grid")) == len(runs(outputs / "grid")) + 1

@@ -12,20 +12,19 @@ def table(path):
 
 
 def records(run_dir):
-    """The records of the one offline W&B run in a run directory, by type."""
+    """Return the records of the only offline W&B run in a run directory, as {type: list of records}."""
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    lines = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=60
-    ).stdout.splitlines()
-    found = {}
-    for record in map(json.loads, lines):
-        found.setdefault(record["type"], []).append(record[record["type"]])
-    return found
+    inspected = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    by_type = {}
+    for line in inspected.stdout.splitlines():
+        record = json.loads(line)
+        by_type.setdefault(record["type"], []).append(record[record["type"]])
+    return by_type
 
 
 def summary(run_dir):
-    """What W&B shows of a run in one row, with the keys under which it stores them."""
+    """Return the summary of a W&B run, as {key: value} with W&B's keys."""
     values = {}
     for update in records(run_dir)["summary"]:
         values.update(update.get("update", {}))
@@ -33,24 +32,20 @@ def summary(run_dir):
 
 
 def mirrored(run_dir):
-    """The rows of both tables as the one offline W&B run there has them, each as {column: number}."""
+    """Return the rows of both tables in the only offline W&B run of a run directory, each as {column: number}."""
     logged = [item["item"] for item in records(run_dir)["history"]]
-    return {
-        name: [item for item in logged if key in item]
-        for name, key in (("iterations", "loss"), ("epochs", "lr"))
-    }
+    iterations = [item for item in logged if "loss" in item]
+    epochs = [item for item in logged if "lr" in item]
+    return {"iterations": iterations, "epochs": epochs}
 
 
 def assert_mirrored(run_dir):
-    """Every row of both tables, of iterations every n-th as recorded, is in the W&B run, once, in its order."""
-    found = mirrored(run_dir)
+    """Assert that W&B has every row of both tables once, in order. It has every n-th iteration (tracking.every)."""
     every = json.loads((run_dir / "result.json").read_text())["config"]["tracking"]["every"]
-    for name, items in found.items():
-        rows = [
-            {key: float(value) for key, value in row.items() if value}
-            for row in table(run_dir / f"{name}.csv")
-        ]
-        rows = rows[::every] if name == "iterations" else rows
-        assert [
-            {key: item[key] for key in row} for item, row in zip(items, rows, strict=True)
-        ] == rows
+    for name, items in mirrored(run_dir).items():
+        rows = table(run_dir / f"{name}.csv")
+        if name == "iterations":
+            rows = rows[::every]
+        for item, row in zip(items, rows, strict=True):
+            values = {key: float(value) for key, value in row.items() if value}
+            assert {key: item[key] for key in values} == values

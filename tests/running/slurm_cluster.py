@@ -1,6 +1,6 @@
-"""A real SLURM of one node on this machine's loopback, brought up for the tests and taken down after them.
+"""A real SLURM cluster with one node on the loopback interface. The tests start it and stop it.
 
-Debian has it: `apt-get install slurmctld slurmd slurm-client munge`. It takes root, for the daemons.
+On Debian: `apt-get install slurmctld slurmd slurm-client munge`. The daemons need root.
 """
 
 import os
@@ -22,14 +22,14 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={place}/munge.sock
+AuthInfo=socket={folder}/munge.sock
 CredType=cred/munge
-StateSaveLocation={place}/state
-SlurmdSpoolDir={place}/spool
-SlurmctldPidFile={place}/slurmctld.pid
-SlurmdPidFile={place}/slurmd.pid
-SlurmctldLogFile={place}/slurmctld.log
-SlurmdLogFile={place}/slurmd.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 ProctrackType=proctrack/linuxproc
@@ -46,7 +46,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
 
 
 def missing() -> str | None:
-    """Why there can be no SLURM here, None if there can."""
+    """Return the reason why SLURM cannot run here, None if it can."""
     if absent := [name for name in NEEDED if not program(name)]:
         return f"no SLURM: {', '.join(absent)} not installed"
     return None if os.geteuid() == 0 else "no SLURM: its daemons need root"
@@ -58,48 +58,48 @@ def program(name: str) -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Return ports on which no program listens."""
     sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    for probe in sockets:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in sockets]
+    for probe in sockets:
+        probe.close()
     return ports
 
 
 @contextmanager
 def cluster() -> Iterator[Path]:
-    """SLURM's configuration file, which `SLURM_CONF` must name, as long as the cluster is up."""
-    place = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path must be short
+    """Run a cluster and yield its configuration file, which `SLURM_CONF` must name."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path must be short
     daemons: list[subprocess.Popen[bytes]] = []
-    variables = {**os.environ, "SLURM_CONF": str(place / "slurm.conf")}
+    variables = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(name: str, *options: str) -> None:
-        with (place / f"{name}.out").open("wb") as output:
+        with (folder / f"{name}.out").open("wb") as output:
             command = [program(name) or name, *options]
             daemons.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
 
     try:
-        place.chmod(0o755)
+        folder.chmod(0o755)
         values = {
             "host": socket.gethostname().partition(".")[0],
-            "place": place,
+            "folder": folder,
             "cores": os.cpu_count(),
         }
-        (place / "slurm.conf").write_text(CONFIGURATION.format(ports=free_ports(2), **values))
-        (place / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
+        (folder / "slurm.conf").write_text(CONFIGURATION.format(ports=free_ports(2), **values))
+        (folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
         for name in ("state", "spool"):
-            (place / name).mkdir()
-        (place / "munge.key").write_bytes(os.urandom(1024))
-        (place / "munge.key").chmod(0o600)
+            (folder / name).mkdir()
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o600)
         files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid", "log-file": "munge.log",
                  "seed-file": "munge.seed"}  # fmt: skip
         start(
             "munged",
             "--force",
             "--foreground",
-            *(f"--{flag}={place / name}" for flag, name in files.items()),
+            *(f"--{flag}={folder / name}" for flag, name in files.items()),
         )
         start("slurmctld", "-D")
         start("slurmd", "-D")
@@ -111,12 +111,12 @@ def cluster() -> Iterator[Path]:
                 break
             time.sleep(0.2)
         else:
-            logs = "; ".join(path.read_text()[-200:].strip() for path in place.glob("*.out"))
-            pytest.skip(f"no SLURM: it did not come up ({logs})")
-        yield place / "slurm.conf"
+            logs = "; ".join(path.read_text()[-200:].strip() for path in folder.glob("*.out"))
+            pytest.skip(f"no SLURM: it did not start ({logs})")
+        yield folder / "slurm.conf"
     finally:
         subprocess.run(["scancel", "--user=root"], env=variables, capture_output=True)
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(timeout=30)
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

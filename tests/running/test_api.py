@@ -1,66 +1,66 @@
-"""From Python: a cell that runs twice, and a trained run that predicts from raw images."""
+"""The Python API: run, load, predict, evaluate, and read tables of runs."""
 
 import numpy as np
 import pytest
 import torch
 from processes import dfl_train
 from sklearn.datasets import load_digits
+from torch.nn.utils import parameters_to_vector
 
 import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
 from dfl_experiments.running import device
 from dfl_experiments.running.checkpoint import load_checkpoint
 
-ASKED = ["epochs=3", "optimizer.lr=3e-3", "tracking=disabled", "threads=1"]
+OPTIONS = ["epochs=3", "optimizer.lr=3e-3", "tracking=disabled", "threads=1"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("api") / "run"
-    dfl.run(dfl.compose(ASKED), place)
-    return place
+    run_dir = tmp_path_factory.mktemp("api") / "run"
+    dfl.run(dfl.compose(OPTIONS), run_dir)
+    return run_dir
 
 
-def test_a_trained_run_predicts_from_raw_images_and_evaluates_as_it_was_reported(folder):
+def test_loaded_run_predicts_raw_images_and_reproduces_its_accuracy(folder):
     run = dfl.load_run(folder)
     assert run.evaluate()["accuracy"] == run.result["accuracy"]
-    found = load_digits()
-    images = np.rint(found.images * 255 / 16).astype(np.uint8)[:, None]
-    guesses = run.predict(images).argmax(1).numpy()
-    assert (guesses == found.target).mean() > 0.8
+    digits = load_digits()
+    images = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None]
+    predicted = run.predict(images).argmax(1).numpy()
+    assert (predicted == digits.target).mean() > 0.8
     assert len(run.epochs) == 3
     assert run.iterations.epoch.max() == 3
     assert run.config["method"]["name"] == "las"
 
 
-def test_a_cell_that_runs_twice_goes_on_or_returns_what_is_there(folder):
-    for changed in ([], ["epochs=4"]):  # the run has ended, so nothing continues it
-        with pytest.raises(
-            UserError,
-            match=r"has a run already \(finished\); force=true replaces it, another hydra",
-        ):
-            dfl.run(dfl.compose([*ASKED, *changed]), folder)
+def test_second_run_in_a_folder_is_refused_unless_it_resumes(folder):
+    refusal = r"has a run already \(finished\); force=true replaces it, another hydra"
+    for changed in ([], ["epochs=4"]):
+        with pytest.raises(UserError, match=refusal):
+            dfl.run(dfl.compose([*OPTIONS, *changed]), folder)
     for value in (True, "overwrite"):
         with pytest.raises(UserError, match=f'exist_ok={value!r}: must be False or "resume"'):
-            dfl.run(dfl.compose(ASKED), folder, exist_ok=value)
-    again = dfl.run(dfl.compose(ASKED), folder, exist_ok="resume")
+            dfl.run(dfl.compose(OPTIONS), folder, exist_ok=value)
+    again = dfl.run(dfl.compose(OPTIONS), folder, exist_ok="resume")
     assert again["finished_at"] == dfl.load_run(folder).result["finished_at"]
 
 
 def samples_of(kind):
-    """300 samples of three classes with 12 features: of sizes from 1e-4 to 1e7, or whole numbers from 0 to 255."""
+    """Return 300 samples of three classes with 12 features, and their labels.
+
+    kind: "bytes" for whole numbers from 0 to 255, "raw" for features of sizes from 1e-4 to 1e7.
+    """
     random = np.random.default_rng(1)
     labels = random.integers(0, 3, 300)
     features = random.normal(size=(3, 12))[labels] + random.normal(size=(300, 12)) / 2
-    if kind == "bytes":  # a run on images would divide them by 255
+    if kind == "bytes":  # features must not be divided by 255, as images are
         return np.rint(features * 20 + 128).clip(0, 255), labels
     return features * 10.0 ** np.arange(-4, 8) + 7, labels
 
 
 @pytest.mark.parametrize("kind", ["raw", "bytes"])
-def test_a_run_on_standardised_features_predicts_from_raw_ones_where_its_data_are_gone(
-    kind, tmp_path
-):
+def test_run_on_features_predicts_raw_features_without_its_data_file(kind, tmp_path):
     features, labels = samples_of(kind)
     data = tmp_path / "data.npz"
     np.savez(
@@ -76,28 +76,28 @@ def test_a_run_on_standardised_features_predicts_from_raw_ones_where_its_data_ar
         "model.widths=[64,64]",
         "hydra.run.dir=here",
     )
-    assert dfl_train(tmp_path, *options, *ASKED, "epochs=5").returncode == 0
+    assert dfl_train(tmp_path, *options, *OPTIONS, "epochs=5").returncode == 0
     data.unlink()
     run = dfl.load_run(tmp_path / "here")
     accuracy = run.result["accuracy"]
     assert accuracy > 0.8
     raw = features[240:].astype(np.uint8) if kind == "bytes" else features[240:]
     for samples in (raw, torch.from_numpy(raw)):
-        guesses = run.predict(samples).argmax(1).numpy()
-        assert (guesses == labels[240:]).mean() == accuracy
+        predicted = run.predict(samples).argmax(1).numpy()
+        assert (predicted == labels[240:]).mean() == accuracy
 
 
 IMAGES = np.zeros((3, 1, 8, 8), np.uint8)
-NO_IMAGES = {
+OTHER_INPUT = {
     "floats": IMAGES.astype(np.float32),
     "wide integers": IMAGES.astype(np.uint16),
     "channels last": IMAGES.transpose(0, 2, 3, 1),
 }
 
 
-@pytest.mark.parametrize("is_early", [False, True])
-@pytest.mark.parametrize("case", NO_IMAGES)
-def test_a_run_on_images_predicts_from_nothing_else(folder, case, is_early):
+@pytest.mark.parametrize("is_early", [False, True])  # early versions did not record "samples"
+@pytest.mark.parametrize("case", OTHER_INPUT)
+def test_run_on_images_refuses_other_input(folder, case, is_early):
     run = dfl.load_run(folder)
     assert run.result["samples"] == "images"
     if is_early:
@@ -106,15 +106,16 @@ def test_a_run_on_images_predicts_from_nothing_else(folder, case, is_early):
         UserError,
         match=r"run: needs uint8 images of shape \(N, 1, 8, 8\), but gets \w+ of shape \(",
     ):
-        run.predict(NO_IMAGES[case])
+        run.predict(OTHER_INPUT[case])
 
 
-def test_grey_images_need_no_axis_for_the_channel(folder):
-    run, images = dfl.load_run(folder), np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
+def test_predict_accepts_grey_images_without_channel_axis(folder):
+    run = dfl.load_run(folder)
+    images = np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
     assert torch.equal(run.predict(images[:, 0]), run.predict(images))
 
 
-def test_a_net_in_training_mode_predicts_as_in_evaluation_mode(tmp_path):
+def test_predict_uses_evaluation_mode(tmp_path):
     options = ["model=conv3_bn", "model.channels=[2]", "model.widths=[4]", "epochs=1", "limit=64"]
     dfl.run(dfl.compose([*options, "tracking=disabled", "threads=1"]), tmp_path / "bn")
     run = dfl.load_run(tmp_path / "bn")
@@ -123,14 +124,16 @@ def test_a_net_in_training_mode_predicts_as_in_evaluation_mode(tmp_path):
     assert torch.equal(run.predict(IMAGES), expected)
 
 
-def test_images_in_another_order_of_memory_are_predicted_alike(folder):
-    run, images = dfl.load_run(folder), np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
+def test_predict_does_not_depend_on_memory_layout(folder):
+    run = dfl.load_run(folder)
+    images = np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
     expected = run.predict(images)
     assert torch.equal(run.predict(images[::-1]), expected.flip(0))
     assert torch.equal(run.predict(np.asfortranarray(images)), expected)
 
 
-def npz(folder, features, labels):
+def options_for_arrays(folder, features, labels):
+    """Write the samples to data.npz and return the options of a run on it. The first 60 serve as test samples too."""
     np.savez(
         folder / "data.npz",
         X_train=features,
@@ -142,22 +145,19 @@ def npz(folder, features, labels):
         "dataset=arrays",
         f"dataset.source.path={folder / 'data.npz'}",
         "model.widths=[32]",
-        *ASKED,
+        *OPTIONS,
     ]
 
 
 @pytest.mark.parametrize("standardise", [True, False])
-def test_a_run_on_features_takes_numbers_of_its_own_shape(tmp_path, standardise):
+def test_run_on_features_accepts_all_number_types_but_only_its_shape(tmp_path, standardise):
     features, labels = samples_of("bytes")
-    asked = [
-        *npz(tmp_path, features.reshape(300, 3, 2, 2), labels),
-        f"dataset.standardise={standardise}",
-    ]
-    dfl.run(dfl.compose(asked), tmp_path / "here")
-    run = dfl.load_run(tmp_path / "here")
     features = features.reshape(300, 3, 2, 2)
+    options = options_for_arrays(tmp_path, features, labels)
+    dfl.run(dfl.compose([*options, f"dataset.standardise={standardise}"]), tmp_path / "here")
+    run = dfl.load_run(tmp_path / "here")
     expected = run.predict(features)
-    for dtype in (np.uint8, np.int64, np.float32, ">f8"):  # whole numbers up to 255 are no images
+    for dtype in (np.uint8, np.int64, np.float32, ">f8"):  # uint8 features are not images
         assert torch.equal(run.predict(features.astype(dtype)), expected)
     for wrong in (features[:, :1], features[0], features.astype(complex), features.astype(str)):
         with pytest.raises(
@@ -166,29 +166,30 @@ def test_a_run_on_features_takes_numbers_of_its_own_shape(tmp_path, standardise)
             run.predict(wrong)
 
 
-def test_a_run_is_not_evaluated_on_other_data(tmp_path):
+def test_evaluate_refuses_changed_data(tmp_path):
     features, labels = samples_of("raw")
-    result = dfl.run(dfl.compose(npz(tmp_path, features, labels)), tmp_path / "here")
+    options = options_for_arrays(tmp_path, features, labels)
+    result = dfl.run(dfl.compose(options), tmp_path / "here")
     run = dfl.load_run(tmp_path / "here")
     assert run.evaluate()["accuracy"] == result["accuracy"]
-    npz(tmp_path, features * 5 + 3, labels)
+    options_for_arrays(tmp_path, features * 5 + 3, labels)
     with pytest.raises(
         UserError,
         match=r"here: has a run with other data or code: data \w+, now \w+; restore the data",
     ):
         run.evaluate()
-    del run.result["data"]  # as in runs of early versions
+    del run.result["data"]  # early versions recorded no digest of the data
     run.evaluate()
-    assert run.predict(features).shape == (300, 3)  # needs no data
+    assert run.predict(features).shape == (300, 3)
 
 
-def test_features_are_refused_where_the_run_did_not_record_their_mean(folder, monkeypatch):
-    def earlier(run_dir):
+def test_features_are_refused_without_a_recorded_mean(folder, monkeypatch):
+    def checkpoint_of_an_early_version(run_dir):
         saved = load_checkpoint(run_dir)
         del saved["training"]["standardisation"]
         return saved
 
-    monkeypatch.setattr("dfl_experiments.api.load_checkpoint", earlier)
+    monkeypatch.setattr("dfl_experiments.api.load_checkpoint", checkpoint_of_an_early_version)
     run = dfl.load_run(folder)
     del run.result["samples"]
     assert run.predict(np.zeros((2, 1, 8, 8), np.uint8)).shape == (2, 10)
@@ -204,26 +205,26 @@ def test_features_are_refused_where_the_run_did_not_record_their_mean(folder, mo
         (["epochs=x"], "epochs='x'"),
     ],
 )
-def test_a_mistake_has_the_command_line_s_words(overrides, words):
+def test_compose_gives_the_error_messages_of_the_command_line(overrides, words):
     with pytest.raises(UserError, match=words):
         dfl.compose(overrides)
 
 
-def test_b_can_have_a_schedule_of_its_own(tmp_path):
-    """In the second epoch the rate of B is 1e-9 of the first one's, and the rate of W is the same."""
-    options = ["method=ltas", "optimizer=sgd", "schedule=constant", "limit=128", *ASKED[2:]]
+def test_feedback_weights_can_have_their_own_schedule(tmp_path):
+    """The rate of B falls by 1e-9 after the first epoch, so B stays; the rate of W is constant, so W changes."""
+    options = ["method=ltas", "optimizer=sgd", "schedule=constant", "limit=128", *OPTIONS[2:]]
     options += ["+schedule@schedule.feedback=exponential", "schedule.feedback.decay=1e-9"]
     states = []
     for epochs in (1, 2):
         folder = tmp_path / str(epochs)
         dfl.run(dfl.compose([*options, f"epochs={epochs}"]), folder)
         states.append(load_checkpoint(folder))
-    for part, is_changed in (("method", False), ("net", True)):
-        first, second = (torch.cat([v.flatten() for v in s[part].values()]) for s in states)
-        assert (torch.norm(first - second) > 1e-6 * torch.norm(first)) == is_changed
+    for part, changes in (("method", False), ("net", True)):
+        first, second = (parameters_to_vector(state[part].values()) for state in states)
+        assert (torch.norm(first - second) > 1e-6 * torch.norm(first)) == changes
 
 
-def test_a_folder_of_one_s_own_options_is_composed(tmp_path):
+def test_compose_reads_options_from_config_dir(tmp_path):
     (tmp_path / "model").mkdir()
     lines = [
         "name: small",
@@ -237,9 +238,7 @@ def test_a_folder_of_one_s_own_options_is_composed(tmp_path):
         dfl.compose(["model=small"])
 
 
-def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradient(
-    monkeypatch, tmp_path
-):
+def test_bfloat16_is_refused_where_pytorch_computes_wrong_gradients(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "processor_flags", lambda: {"amx_bf16"})
     small = [
         "model=torchvision",
@@ -256,19 +255,19 @@ def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradien
     assert dfl.run(dfl.compose(small), tmp_path / "float32")["status"] == "finished"
 
 
-def test_what_is_no_table_and_a_frame_without_runs_are_refused(folder):
+def test_unknown_table_and_empty_frame_are_refused(folder):
     with pytest.raises(UserError, match="table='steps': choose epochs or iterations"):
         dfl.read_rows(folder, "steps")
     with pytest.raises(UserError, match="frame: has no runs to draw"):
         dfl.draw(dfl.runs(folder).iloc[:0])
 
 
-def test_the_public_names_are_listed():
+def test_dir_lists_the_public_names():
     assert set(dir(dfl)) >= {"compose", "draw", "load_run", "rule", "run", "runs"}
 
 
 @pytest.mark.parametrize("load", [dfl.load_run, dfl.load_net, dfl.read_rows])
-def test_what_is_not_one_run_is_refused_with_what_to_do(load, folder, tmp_path):
+def test_loading_refuses_a_folder_that_is_not_a_run(load, folder, tmp_path):
     with pytest.raises(UserError, match=r"is a folder of runs, not one run; dfl\.runs\(.* lists"):
         load(folder.parent)
     with pytest.raises(UserError, match="nowhere: no such folder"):
@@ -277,7 +276,7 @@ def test_what_is_not_one_run_is_refused_with_what_to_do(load, folder, tmp_path):
         load(tmp_path)
 
 
-def test_curves_and_drawings_take_only_the_table_of_runs(folder):
+def test_curves_and_draw_take_only_a_frame_of_runs(folder):
     runs = dfl.runs(folder)
     assert len(dfl.curves(runs)) == len(dfl.curves(runs[:1], table="epochs")) == 3
     assert "what: names of quantities" in dfl.draw.__doc__

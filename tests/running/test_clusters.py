@@ -1,6 +1,5 @@
-"""Sweeps on a real SLURM and a real Ray, both on this machine's loopback."""
+"""Sweeps on a real SLURM and a real Ray, both on the loopback interface."""
 
-import csv
 import json
 import os
 import signal
@@ -17,9 +16,9 @@ SMALL = ("tracking=disabled", "threads=1", "model.widths=[16]", "limit=300", "sw
 
 @pytest.fixture(scope="module")
 def slurm():
-    """The environment to run `dfl-train` in; skips, saying so, where no SLURM can be brought up."""
-    if why := slurm_cluster.missing():
-        pytest.skip(why)
+    """Yield the environment variables for `dfl-train`. Skip if SLURM cannot run here."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
     with slurm_cluster.cluster() as configuration:
         yield {"SLURM_CONF": str(configuration)}
 
@@ -36,72 +35,68 @@ def output(folder):
 
 
 def points(folder):
-    with (folder / "outputs" / "grid" / "summary.csv").open() as file:
-        return {"{}={}".format(*next(iter(row.items()))): row for row in csv.DictReader(file)}
+    """Return the rows of summary.csv by their swept value, such as dataset=digits."""
+    rows = {}
+    for row in table(folder / "outputs" / "grid" / "summary.csv"):
+        key = next(iter(row))
+        rows[f"{key}={row[key]}"] = row
+    return rows
 
 
-def until(found, process, folder, seconds=90):
-    """Wait for something, as long as the command goes on."""
+def until(condition, process, folder, seconds=90):
+    """Wait for a condition. Fail if the command ends before."""
     end = time.monotonic() + seconds
-    while not found():
+    while not condition():
         assert time.monotonic() < end, output(folder)
         assert process.poll() is None, output(folder)
         time.sleep(0.1)
 
 
-def ask(environment, *command):
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
+def output_of(environment, *command):
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     return done.stdout
 
 
 SLURM = ("hydra/launcher=submitit_slurm",)
 
 
-def test_slurm_runs_a_sweep_under_its_name_and_calls_no_failed_point_a_success(slurm, tmp_path):
+def test_slurm_job_has_the_sweep_name_and_fails_with_its_point(slurm, tmp_path):
     process = start(tmp_path, slurm, "dataset=digits,mnist", *SLURM, "data_dir=nowhere", "epochs=2")
-    until(lambda: "grid" in ask(slurm, "squeue", "-h", "-o", "%j"), process, tmp_path)
+    until(lambda: "grid" in output_of(slurm, "squeue", "-h", "-o", "%j"), process, tmp_path)
     assert process.wait(timeout=120) == 1, output(tmp_path)
-    found = points(tmp_path)
-    assert {key: row["status"] for key, row in found.items()} == {
-        "dataset=digits": "finished",
-        "dataset=mnist": "failed",
-    }
-    logs = {
-        path.name: path.read_text()
-        for path in (tmp_path / "outputs/grid/.submitit").glob("*/*log.out")
-    }
-    assert sorted("completed successfully" in text for text in logs.values()) == [False, True]
+    statuses = {key: row["status"] for key, row in points(tmp_path).items()}
+    assert statuses == {"dataset=digits": "finished", "dataset=mnist": "failed"}
+    logs = [path.read_text() for path in tmp_path.glob("outputs/grid/.submitit/*/*log.out")]
+    assert sorted("completed successfully" in text for text in logs) == [False, True]
 
 
-def test_what_slurm_ends_or_queues_again_is_saved_first(slurm, tmp_path):
-    process = start(
-        tmp_path, slurm, *SLURM, "seed=0,1", "epochs=100000", "checkpoint.every_seconds=100000"
-    )
+def test_slurm_cancel_and_requeue_save_a_checkpoint_first(slurm, tmp_path):
+    sweep = (*SLURM, "seed=0,1", "epochs=100000", "checkpoint.every_seconds=100000")
+    process = start(tmp_path, slurm, *sweep)
     folder = tmp_path / "outputs" / "grid"
-    until(
-        lambda: sum(len(table(path)) > 2 for path in folder.glob("*/epochs.csv")) == 2,
-        process,
-        tmp_path,
-    )
+
+    def both_have_three_epochs():
+        lengths = [len(table(path)) for path in folder.glob("*/epochs.csv")]
+        return len(lengths) == 2 and min(lengths) > 2
+
+    def both_are_queued():
+        return output_of(slurm, "squeue", "-h", "-r", "-o", "%T").split() == ["PENDING"] * 2
+
+    until(both_have_three_epochs, process, tmp_path)
     job, other = sorted(path.name for path in (folder / ".submitit").glob("[0-9]*_[0-9]"))
-    ask(slurm, "scancel", "--signal=USR2", job)
-    logs = folder / ".submitit" / job / f"{job}_0_log.out"
-    until(lambda: "Requeued job" in logs.read_text(), process, tmp_path)
-    ask(slurm, "scontrol", "requeue", other)
+    output_of(slurm, "scancel", "--signal=USR2", job)
+    log = folder / ".submitit" / job / f"{job}_0_log.out"
+    until(lambda: "Requeued job" in log.read_text(), process, tmp_path)
+    output_of(slurm, "scontrol", "requeue", other)
     until(lambda: len(list(folder.glob("*/last.pt"))) == 2, process, tmp_path)
-    until(
-        lambda: ask(slurm, "squeue", "-h", "-r", "-o", "%T").split() == ["PENDING"] * 2,
-        process,
-        tmp_path,
-    )
-    ask(slurm, "scancel", "--name=grid")
+    until(both_are_queued, process, tmp_path)
+    output_of(slurm, "scancel", "--name=grid")
     assert process.wait(timeout=120) == 1
-    said = output(tmp_path)
-    assert "dfl-train: error: hydra/launcher=submitit_slurm: " in said
-    assert "Traceback" not in said
-    assert "stay in the queue" not in said  # which is empty
+    printed = output(tmp_path)
+    assert "dfl-train: error: hydra/launcher=submitit_slurm: " in printed
+    assert "Traceback" not in printed
+    assert "stay in the queue" not in printed  # scancel has emptied the queue
     assert {row["status"] for row in points(tmp_path).values()} == {"interrupted"}
     assert {row["reason"] for row in points(tmp_path).values()} == {
         "Interrupted SIGTERM",
@@ -109,19 +104,17 @@ def test_what_slurm_ends_or_queues_again_is_saved_first(slurm, tmp_path):
     }
     before = {path: path.read_text() for path in folder.glob("*/epochs.csv")}
     assert min(text.count("\n") for text in before.values()) > 2
-    again = start(
-        tmp_path, slurm, *SLURM, "seed=0,1", "epochs=100000", "checkpoint.every_seconds=100000"
-    )
+    again = start(tmp_path, slurm, *sweep)
     until(lambda: all(path.read_text() > text for path, text in before.items()), again, tmp_path)
     again.send_signal(signal.SIGINT)
     assert again.wait(timeout=60) == 130
     assert "stay in the queue" in output(tmp_path)
-    assert ask(slurm, "squeue", "-h", "-o", "%j").split() == ["grid", "grid"]
-    ask(slurm, "scancel", "--name=grid")
+    assert output_of(slurm, "squeue", "-h", "-o", "%j").split() == ["grid", "grid"]
+    output_of(slurm, "scancel", "--name=grid")
     assert all(path.read_text().startswith(text) for path, text in before.items())
 
 
-def test_a_time_limit_that_leaves_no_time_to_save_is_refused(tmp_path):
+def test_slurm_time_limit_without_time_to_save_is_refused(tmp_path):
     pytest.importorskip(
         "hydra_plugins.hydra_submitit_launcher", reason="the extra [slurm] is not installed"
     )
@@ -134,7 +127,7 @@ def test_a_time_limit_that_leaves_no_time_to_save_is_refused(tmp_path):
 
 @pytest.fixture
 def ray():
-    """The environment of a Ray that was started elsewhere; skips, saying so, where there is none installed."""
+    """Start a Ray cluster and yield the environment variables for `dfl-train`. Skip if Ray is not installed."""
     pytest.importorskip(
         "hydra_plugins.hydra_ray_launcher", reason="the extra [ray] is not installed"
     )
@@ -153,9 +146,7 @@ def ray():
     subprocess.run([*command, "stop"], check=False, capture_output=True, timeout=60)
 
 
-def test_ray_joins_a_cluster_that_is_there_leaves_results_here_and_loses_nothing_when_stopped(
-    ray, tmp_path
-):
+def test_ray_sweep_saves_on_sigterm_and_writes_results_locally(ray, tmp_path):
     join = ("hydra/launcher=ray", "hydra.launcher.ray.init.address=auto", "seed=0,1")
     process = start(tmp_path, ray, *join, "epochs=100000", "checkpoint.every_seconds=100000")
     folder = tmp_path / "outputs" / "grid"
@@ -166,8 +157,8 @@ def test_ray_joins_a_cluster_that_is_there_leaves_results_here_and_loses_nothing
     assert len(list(folder.glob("*/last.pt"))) == 2
     other = start(tmp_path, ray, *join, "epochs=2", "hydra.sweep.dir=elsewhere")
     assert other.wait(timeout=120) == 0, output(tmp_path)
-    results = [
-        json.loads(path.read_text()) for path in (tmp_path / "elsewhere").glob("*/result.json")
-    ]
-    assert [result["status"] for result in results] == ["finished"] * 2
-    assert all(len(table(path)) == 2 for path in (tmp_path / "elsewhere").glob("*/epochs.csv"))
+    run_dirs = [path.parent for path in (tmp_path / "elsewhere").glob("*/result.json")]
+    assert len(run_dirs) == 2
+    for run_dir in run_dirs:
+        assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
+        assert len(table(run_dir / "epochs.csv")) == 2

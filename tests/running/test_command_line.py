@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import METHODS
 from processes import dfl_train
-from run_files import records, table
+from run_files import records, summary, table
 
 from dfl_experiments.configuration.composition import CONF_DIR, compose, group_options, point_name
 from dfl_experiments.configuration.schema import check
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("epochs=2", "tracking=disabled")
 
 
-def test_a_sweep_s_jobs_give_what_each_gives_alone(tmp_path):
+def test_sweep_point_equals_the_single_run(tmp_path):
     done = dfl_train(
         tmp_path, "--multirun", "method=bp,shallow,dfa,ltas", "seed=0,1", "sweep=grid", *QUICK
     )
@@ -39,26 +39,23 @@ def test_a_sweep_s_jobs_give_what_each_gives_alone(tmp_path):
     (single,) = (tmp_path / "outputs").glob("*/*-ltas-fc-digits")
     (swept,) = (tmp_path / "outputs" / "grid").glob("ltas-fc-digits-none-seed1-*")
     assert (swept / "iterations.csv").read_text() == (single / "iterations.csv").read_text()
-    weights, others = (
-        checkpoint.load_checkpoint(swept)["net"],
-        checkpoint.load_checkpoint(single)["net"],
-    )
-    assert all(torch.equal(value, others[key]) for key, value in weights.items())
+    weights, expected = (checkpoint.load_checkpoint(path)["net"] for path in (swept, single))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("given", "read"),
+    ("typed", "reordered"),
     [
         ("epochs=1 --cfg job limit=2", "epochs=1 limit=2 --cfg job"),
         ("--config-dir a=b ~augmentation --info", "~augmentation --config-dir a=b --info"),
         ("--shell-completion install=bash", "install=bash --shell-completion"),
     ],
 )
-def test_flags_may_stand_anywhere(given, read):
-    assert overrides_first(given.split()) == read.split()
+def test_flags_are_accepted_at_any_position(typed, reordered):
+    assert overrides_first(typed.split()) == reordered.split()
 
 
-def test_one_failing_job_of_a_sweep_leaves_the_others_their_results(tmp_path):
+def test_failing_point_does_not_affect_other_points(tmp_path):
     sweep = (
         "--multirun",
         "dataset=mnist,digits",
@@ -72,17 +69,14 @@ def test_one_failing_job_of_a_sweep_leaves_the_others_their_results(tmp_path):
     assert "sweep mixed: 2 points, 1 failed, 1 finished" in done.stdout
     assert "dfl-data prepare dataset=mnist" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    results = [
-        json.loads(path.read_text())
-        for path in (tmp_path / "outputs" / "mixed").glob("*/result.json")
-    ]
-    assert {result["dataset"]: result["status"] for result in results} == {
-        "mnist": "failed",
-        "digits": "finished",
-    }
+    statuses = {}
+    for path in (tmp_path / "outputs" / "mixed").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        statuses[result["dataset"]] = result["status"]
+    assert statuses == {"mnist": "failed", "digits": "finished"}
 
 
-def test_a_diverging_run_says_so_and_stops(tmp_path):
+def test_diverging_run_stops_and_records_the_reason(tmp_path):
     done = dfl_train(
         tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "epochs=3", "tracking=disabled", "method=bp"
     )
@@ -94,45 +88,42 @@ def test_a_diverging_run_says_so_and_stops(tmp_path):
     assert len(table(path.parent / "epochs.csv")) == 1
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [f"{group.name}={name}" for group in sorted(CONF_DIR.iterdir()) if group.is_dir() and group.name != "hydra"
-     for name in group_options(group.name)],
-)  # fmt: skip
+def choices():
+    """Return every file of every group under conf/ as group=name."""
+    groups = [path.name for path in sorted(CONF_DIR.iterdir()) if path.is_dir()]
+    groups.remove("hydra")
+    return [f"{group}={name}" for group in groups for name in group_options(group)]
+
+
+@pytest.mark.parametrize("choice", choices())
 def test_every_file_of_every_group_composes(choice):
-    """Those that leave something to the user get it."""
-    needed = {
+    required = {
         "dataset=folder": ["dataset.source.path=here"],
         "dataset=arrays": ["dataset.source.path=here.npz"],
         "optimizer=torch": ["optimizer._target_=torch.optim.NAdam"],
         "model=module": ["model._target_=dfl_experiments.models.fc", "~model.boundaries", "+model.widths=[8]",
                          "+model.activation=relu"],
     }  # fmt: skip
-    assert check(compose([choice, *needed.get(choice, [])]))
+    assert check(compose([choice, *required.get(choice, [])]))
 
 
-def test_a_point_s_name_follows_its_config_digest_alone():
+def test_point_name_changes_only_with_options_that_change_results():
     base = point_name(compose([]))
     assert base.startswith("las-fc-digits-none-seed0-")
-    for same in (
-        ["device=cpu"],
-        ["tracking=disabled"],
-        ["tracking.name=x"],
-        ["data_dir=elsewhere"],
-        ["sweep=name"],
-    ):
-        assert point_name(compose(same)) == base
-    for other in (
-        ["optimizer.lr=1e-3"],
-        ["seed=1"],
-        ["method.init=kaiming"],
-        ["epochs=7"],
-        ["limit=9"],
-    ):
-        assert point_name(compose(other)) != base
+    without_effect = (
+        "device=cpu",
+        "tracking=disabled",
+        "tracking.name=x",
+        "data_dir=elsewhere",
+        "sweep=name",
+    )
+    for option in without_effect:
+        assert point_name(compose([option])) == base
+    for option in ("optimizer.lr=1e-3", "seed=1", "method.init=kaiming", "epochs=7", "limit=9"):
+        assert point_name(compose([option])) != base
 
 
-def test_help_lists_the_groups_and_an_example_of_each_use(tmp_path):
+def test_help_lists_groups_and_examples(tmp_path):
     printed = dfl_train(tmp_path, "--help", environment={}).stdout
     for words in (
         f"method: {', '.join(METHODS)}",
@@ -143,7 +134,7 @@ def test_help_lists_the_groups_and_an_example_of_each_use(tmp_path):
         assert words in printed
 
 
-def test_completion_offers_a_group_s_options(tmp_path):
+def test_shell_completion_offers_the_options_of_a_group(tmp_path):
     line = "dfl-train method=l"
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
     done = dfl_train(tmp_path, "--shell-completion", "query=bash", environment=environment)
@@ -162,7 +153,7 @@ def test_wandb_is_not_imported_when_tracking_is_off(tmp_path):
     assert done.stderr.split() == ["False"]
 
 
-def test_the_wheel_works_from_any_directory(tmp_path):
+def test_installed_wheel_works_from_any_directory(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheels, site, elsewhere = tmp_path / "wheels", tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -183,12 +174,17 @@ def test_the_wheel_works_from_any_directory(tmp_path):
     done = dfl_train(elsewhere, "method=dfa", *QUICK, environment={"PYTHONPATH": str(site)})
     assert done.returncode == 0, done.stderr
     assert list((elsewhere / "outputs").glob("*/*/result.json"))
-    where = [sys.executable, "-c", "import dfl_experiments; print(dfl_experiments.__file__)"]
+    code = "import dfl_experiments; print(dfl_experiments.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    printed = subprocess.run(
-        where, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert printed.startswith(str(site))
+    imported = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert imported.stdout.startswith(str(site))
     report = [
         sys.executable,
         "-m",
@@ -202,56 +198,50 @@ def test_the_wheel_works_from_any_directory(tmp_path):
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_an_interrupted_run_keeps_what_it_knew(stop, code, tmp_path):
+def test_interrupted_run_keeps_its_results_and_ends_its_wandb_run(stop, code, tmp_path):
     command = [sys.executable, "-m", "dfl_experiments.train", "epochs=100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     )
     for _ in range(600):
-        found = list((tmp_path / "outputs").glob("*/*/epochs.csv"))
-        if found and len(table(found[0])) >= 3:
+        tables = list((tmp_path / "outputs").glob("*/*/epochs.csv"))
+        if tables and len(table(tables[0])) >= 3:
             break
         time.sleep(0.1)
     process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
-    run_dir = found[0].parent
+    run_dir = tables[0].parent
     result = json.loads((run_dir / "result.json").read_text())
     assert result["status"] == "interrupted"
     rows = table(run_dir / "epochs.csv")
     assert result["epochs"] == len(rows)
     assert result["test_accuracy"]["last"] == pytest.approx(float(rows[-1]["test_accuracy"]))
-    found = records(run_dir)
-    assert found["exit"][0]["exit_code"] != 0
-    assert "interrupted" in [update.get("update", {}).get("status") for update in found["summary"]]
+    assert records(run_dir)["exit"][0]["exit_code"] != 0
+    assert summary(run_dir)["status"] == "interrupted"
 
 
-def test_a_run_that_starts_anew_claims_nothing_of_the_one_before(tmp_path):
+def test_existing_run_is_replaced_only_by_a_valid_forced_run(tmp_path):
     assert dfl_train(tmp_path, "hydra.run.dir=here", "method=bp", *QUICK).returncode == 0
-    before = {
-        path: path.read_bytes() for path in (tmp_path / "here").rglob("*.*") if path.is_file()
-    }
-    again = dfl_train(tmp_path, "hydra.run.dir=here", "method=las", *QUICK)
-    assert again.returncode == 2
-    assert "has a run already (finished)" in again.stderr
-    assert {path: path.read_bytes() for path in before} == before
-    missing = ("dataset=mnist", "data_dir=nowhere", "force=true")
-    assert dfl_train(tmp_path, "hydra.run.dir=here", "method=las", *missing, *QUICK).returncode == 2
-    assert all(
-        path.read_bytes() == before[path]
-        for path in before
-        if path.suffix in (".csv", ".json", ".pt")
-    )
-    assert (
-        dfl_train(tmp_path, "hydra.run.dir=here", "method=las", "force=true", *QUICK).returncode
-        == 0
-    )
+    files = [path for path in (tmp_path / "here").rglob("*.*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    las = ("hydra.run.dir=here", "method=las", *QUICK)
+    without_force = dfl_train(tmp_path, *las)
+    assert without_force.returncode == 2
+    assert "has a run already (finished)" in without_force.stderr
+    assert {path: path.read_bytes() for path in files} == before
+    missing_data = ("dataset=mnist", "data_dir=nowhere")
+    assert dfl_train(tmp_path, *las, *missing_data, "force=true").returncode == 2
+    for path in files:
+        if path.suffix in (".csv", ".json", ".pt"):
+            assert path.read_bytes() == before[path], path
+    assert dfl_train(tmp_path, *las, "force=true").returncode == 0
     assert json.loads((tmp_path / "here" / "result.json").read_text())["method"] == "las"
 
 
-def test_the_package_is_the_command_too_and_tells_its_version(tmp_path):
+def test_python_m_runs_the_command_and_prints_the_version(tmp_path):
     for module in ("dfl_experiments", "dfl_experiments.train"):
         done = subprocess.run(
             [sys.executable, "-m", module, "--version"],
@@ -267,7 +257,7 @@ def test_the_package_is_the_command_too_and_tells_its_version(tmp_path):
     assert wrong.stderr.startswith("usage: dfl-train ")
 
 
-def test_one_run_of_an_experiment_says_that_its_grid_needs_multirun(tmp_path):
+def test_single_run_of_an_experiment_says_that_its_grid_needs_multirun(tmp_path):
     options = ("experiment=depth_digits", "epochs=1", "--dry-run")
     note = "this is one run; the experiment's grid over "
     keys = "seed, model.widths, optimizer.lr, method"
@@ -278,18 +268,18 @@ def test_one_run_of_an_experiment_says_that_its_grid_needs_multirun(tmp_path):
     assert note not in dfl_train(tmp_path, "--multirun", *options, *point, "method=dfa").stdout
 
 
-def test_any_text_can_be_printed_on_any_terminal(tmp_path):
+def test_unicode_paths_can_be_printed_on_an_ascii_terminal(tmp_path):
     options = ("hydra.run.dir='d/日本'", "epochs=1", "limit=64", "tracking=disabled")
     done = dfl_train(tmp_path, *options, environment={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0
     assert "Error" not in done.stderr
     command = [sys.executable, "-m", "dfl_experiments.report.dfl_report", "d"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (told.returncode, told.stderr) == (0, "")
+    report = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (report.returncode, report.stderr) == (0, "")
 
 
-def test_lines_within_an_epoch_and_at_its_end_say_how_far_the_run_is(caplog):
+def test_progress_lines_show_metrics_speed_and_time_left(caplog):
     caplog.set_level(logging.INFO)
     progress = Progress(100, 60000, 32, ["loss", "correct", "cosine_sample/1"], peek=True)
     progress.begin(99, 1e-4)
@@ -314,7 +304,7 @@ def test_lines_within_an_epoch_and_at_its_end_say_how_far_the_run_is(caplog):
     assert re.search(r"  120000 images/s  \S.* left  lr 0.0001$", end)
 
 
-def test_a_quiet_run_prints_no_line_in_its_first_seconds(caplog):
+def test_quiet_run_prints_no_line_in_its_first_seconds(caplog):
     caplog.set_level(logging.INFO)
     progress = Progress(1, 64, 32, ["loss", "correct"], peek=True, is_quiet=True)
     progress.begin(1, 1e-4)

@@ -1,4 +1,4 @@
-"""A result depends on its configuration, the user's code, the data, and all versions. Each change is noticed."""
+"""A result depends on its configuration, the user's code, the data, and the versions. Changes are detected."""
 
 import csv
 import importlib
@@ -27,7 +27,7 @@ class Mine(Direct):
     def source(self, error, target):
         return error
 """
-# a rule that interrupts its process in each step while there is a file named stop
+# a rule that interrupts its process in each step as long as a file named stop exists
 STOPPING = """
 import signal
 from pathlib import Path
@@ -56,21 +56,20 @@ def write(folder: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """`dfl-train` in a folder whose modules can be imported, with a rule that is there called mine."""
+    """Return `dfl-train` for a folder whose modules can be imported, with the user's rule method=mine."""
     monkeypatch.syspath_prepend(tmp_path)
-
     write(tmp_path, {"conf/method/mine.yaml": YAML})
     return partial(dfl_train, tmp_path, "--config-dir", "conf", "plugins=[my_rules]")
 
 
-def tables(folder):
-    return list(
-        csv.DictReader(io.StringIO(dfl_report(folder, "outputs", "--format", "csv").stdout))
-    )
+def report_rows(folder):
+    """Return (method, n) of each row of the report."""
+    printed = dfl_report(folder, "outputs", "--format", "csv").stdout
+    return [(row["method"], row["n"]) for row in csv.DictReader(io.StringIO(printed))]
 
 
 @pytest.mark.parametrize("folder", ["here", "a run, lr=1"])
-def test_an_interrupted_run_of_a_plugin_prints_the_command_that_continues_it(folder, own, tmp_path):
+def test_interrupted_plugin_run_prints_its_resume_command(folder, own, tmp_path):
     write(tmp_path, {"my_rules.py": STOPPING, "stop": ""})
     stopped = own("method=mine", *SMALL, f"hydra.run.dir='{folder}'")
     assert stopped.returncode == 130
@@ -84,7 +83,7 @@ def test_an_interrupted_run_of_a_plugin_prints_the_command_that_continues_it(fol
     assert "continuing after epoch 0, batch 1" in done.stdout
 
 
-def test_an_interrupted_sweep_counts_the_points_that_have_not_started(own, tmp_path):
+def test_interrupted_sweep_counts_points_not_started(own, tmp_path):
     write(tmp_path, {"my_rules.py": STOPPING, "stop": ""})
     sweep = ("--multirun", "method=mine", "sweep=grid", "seed=0,1,2,3", *SMALL)
     stopped = own(*sweep)
@@ -97,34 +96,40 @@ def test_an_interrupted_sweep_counts_the_points_that_have_not_started(own, tmp_p
     assert "4 points, 4 finished" in own(*sweep).stdout
 
 
-def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(own, tmp_path):
+def test_changed_code_separates_report_rows_and_refuses_resume(own, tmp_path):
     write(tmp_path, {"my_rules.py": RULE})
     sweep = ("--multirun", "method=mine", "sweep=grid", *SMALL)
+    refusal = "other data or code: method my_rules "
     assert own(*sweep, "seed=0").returncode == 0
     assert own("method=mine", *SMALL, "hydra.run.dir=here").returncode == 0
-    (tmp_path / "here" / "result.json").unlink()  # as if it had been killed
+    (tmp_path / "here" / "result.json").unlink()  # as if the run had been killed
     write(tmp_path, {"my_rules.py": RULE + "# another rule\n"})
+
     dry = own(*sweep, "seed=0,1", "--dry-run").stdout
     assert [line.split()[0] for line in dry.splitlines()[1:3]] == ["refused", "new"]
     assert "\n1 of 2 to train\n1 will be refused; the first: mine-fc-digits-none-seed0-" in dry
-    assert ": has a run with other data or code: method my_rules " in dry
+    assert f": has a run with {refusal}" in dry
     assert "\n0 of 1 to train\n1 will be refused; " in own("resume=here", "--dry-run").stdout
+
     again = own(*sweep, "seed=0,1")
     assert again.returncode == 1
-    (told,) = (line for line in again.stdout.splitlines() if "failed: " in line)
-    assert "other data or code: method my_rules " in told
+    (line,) = (line for line in again.stdout.splitlines() if "failed: " in line)
+    assert refusal in line
     resumed = own("resume=here")
     assert resumed.returncode == 2
-    assert "other data or code: method my_rules " in resumed.stderr
+    assert refusal in resumed.stderr
     assert len(resumed.stderr.splitlines()) == 1
-    assert [(row["method"][:19], row["n"]) for row in tables(tmp_path)] == [
-        ("mine, code=my_rules", "1")
-    ] * 2
+
+    first, second = report_rows(tmp_path)  # a row for each version of the code
+    for method, n in (first, second):
+        assert method.startswith("mine, code=my_rules")
+        assert n == "1"
+
     assert "\n2 of 2 to train\n" in own(*sweep, "seed=0,1", "force=true", "--dry-run").stdout
     assert own(*sweep, "seed=0,1", "force=true").returncode == 0
-    write(tmp_path, {"my_rules.py": RULE})  # as it was: the refusal has changed nothing
+    write(tmp_path, {"my_rules.py": RULE})  # with the first code the run can be resumed
     assert own("resume=here").returncode == 0
-    assert [(row["method"], row["n"]) for row in tables(tmp_path)] == [("mine", "2")]
+    assert report_rows(tmp_path) == [("mine", "2")]
 
 
 @pytest.mark.parametrize(
@@ -144,49 +149,44 @@ def test_runs_of_code_that_has_changed_share_no_cell_and_are_not_gone_on_with(ow
         ("rules_d.Mine", {"rules_d.py": "from base_d import Mine", "base_d.py": RULE}, "base_d.py"),
     ],
 )
-def test_a_rule_is_known_by_every_file_of_its_packages_and_by_nothing_else(
+def test_code_digest_covers_all_files_of_the_package_and_nothing_else(
     target, files, changed, tmp_path, monkeypatch
 ):
     monkeypatch.syspath_prepend(tmp_path)
     write(tmp_path, files)
 
-    def known_by():
-        for name in [
-            name for name in sys.modules if name.startswith((target.partition(".")[0], "base_d"))
-        ]:
-            del sys.modules[name]
+    def digest():
+        for name in list(sys.modules):
+            if name.startswith((target.partition(".")[0], "base_d")):
+                del sys.modules[name]
         importlib.invalidate_caches()
         return component_code(target, import_object(target))
 
-    first = known_by()
+    first = digest()
     write(tmp_path, {"notes.py": "", "rules_b/notes.txt": "", "rules_c/.#helper.py": ""})
-    assert known_by() == first
+    assert digest() == first
     write(tmp_path, {changed: files[changed] + "# another rule\n"})
-    assert known_by() != first
+    assert digest() != first
 
 
-def test_only_code_that_is_used_counts_and_a_run_that_recorded_none_may_be_of_the_same(
-    own, tmp_path
-):
+def test_only_used_code_counts_and_runs_without_recorded_code_are_accepted(own, tmp_path):
     write(tmp_path, {"my_rules.py": RULE})
     sweep = ("--multirun", "sweep=grid", "method=dfa,mine", *SMALL)
     assert own(*sweep).returncode == 0
-    results = {
-        read_result(path.parent)["method"]: path.parent
-        for path in tmp_path.glob("outputs/grid/*/result.json")
-    }
-    assert read_result(results["dfa"])["code"] == {}
-    assert list(read_result(results["mine"])["code"]) == ["method"]
-    write_result(
-        results["mine"], {k: v for k, v in read_result(results["mine"]).items() if k != "code"}
-    )
+    (dfa,) = tmp_path.glob("outputs/grid/dfa-*")
+    (mine,) = tmp_path.glob("outputs/grid/mine-*")
+    assert read_result(dfa)["code"] == {}
+    result = read_result(mine)
+    assert list(result["code"]) == ["method"]
+    del result["code"]  # early versions recorded no code
+    write_result(mine, result)
     write(tmp_path, {"my_rules.py": RULE + "# another rule\n"})
     again = own(*sweep)
     assert again.returncode == 0, again.stdout
     assert again.stdout.count("finished already") == 2
 
 
-def test_a_rule_that_failed_may_be_mended(own, tmp_path):
+def test_failed_point_is_retried_after_its_code_was_fixed(own, tmp_path):
     write(tmp_path, {"my_rules.py": RULE.replace("return error", "return slip")})
     sweep = ("--multirun", "sweep=grid", "method=mine", *SMALL)
     assert own(*sweep).returncode == 1
@@ -195,7 +195,7 @@ def test_a_rule_that_failed_may_be_mended(own, tmp_path):
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_an_installed_rule_is_known_by_its_version_and_an_editable_one_by_its_code(
+def test_installed_plugin_is_identified_by_version_and_editable_one_by_code(
     editable, own, tmp_path
 ):
     record = "" if editable else "my_rules.py,,\n"
@@ -211,7 +211,7 @@ def test_an_installed_rule_is_known_by_its_version_and_an_editable_one_by_its_co
     assert (code == "my-rules 1.2") != editable
 
 
-def test_the_code_of_a_notebook_is_unknown_which_is_said_once(tmp_path):
+def test_code_without_a_file_is_warned_about_once(tmp_path):
     text = f"""{RULE}
 import dfl_experiments as dfl
 node = "{{name: mine, _target_: __main__.Mine, init: kaiming, top: direct}}"
@@ -227,15 +227,15 @@ for seed in 0, 1:
     assert done.stderr.count("__main__: has no file") == 1
 
 
-def test_test_images_that_are_also_training_images_are_counted(tmp_path):
-    place = tmp_path / "data" / "mnist"
-    place.mkdir(parents=True)
+def test_test_images_among_the_training_images_are_counted(tmp_path):
+    pack = tmp_path / "data" / "mnist"
+    pack.mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), np.uint8)
     parts = {"train": images[:30], "test": np.concatenate([images[28:], images[28:29]])}
     for split, part in parts.items():
-        np.save(place / f"{split}_images.npy", part)
-        np.save(place / f"{split}_labels.npy", np.arange(len(part)) % 2)
-    (place / "classes.json").write_text(json.dumps(["a", "b"]))
+        np.save(pack / f"{split}_images.npy", part)
+        np.save(pack / f"{split}_labels.npy", np.arange(len(part)) % 2)
+    (pack / "classes.json").write_text(json.dumps(["a", "b"]))
     done = dfl_train(tmp_path, "dataset=mnist", "data_dir=data", *SMALL, "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3 of 13 test samples are also training samples") == 1

@@ -1,4 +1,4 @@
-"""Whatever goes wrong around a command is one line, from its first moment on, and no traceback."""
+"""The commands print no traceback from their first import on, and the library leaves its surroundings unchanged."""
 
 import os
 import random
@@ -18,13 +18,14 @@ from dfl_experiments.configuration.composition import CONF_DIR
 
 QUICK = ("epochs=2", "limit=64", "tracking=disabled", "threads=1", "model.widths=[8]")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-PRESSED = """\
+# a program that gets SIGINT when it imports a module
+INTERRUPTED_PROGRAM = """\
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-def press(event, said):
-    if event == "import" and said[0] == {module!r}:
+def press_ctrl_c(event, arguments):
+    if event == "import" and arguments[0] == {module!r}:
         os.kill(os.getpid(), signal.SIGINT)
-sys.addaudithook(press)
+sys.addaudithook(press_ctrl_c)
 from dfl_experiments.console import {program}
 {program}()
 """
@@ -41,8 +42,8 @@ from dfl_experiments.console import {program}
         ("data", "yaml", ["list"]),
     ],
 )
-def test_ctrl_c_during_an_import_is_one_line(program, module, arguments, tmp_path):
-    code = PRESSED.format(module=module, program=program)
+def test_ctrl_c_during_an_import_prints_one_line(program, module, arguments, tmp_path):
+    code = INTERRUPTED_PROGRAM.format(module=module, program=program)
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
         command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
@@ -51,8 +52,8 @@ def test_ctrl_c_during_an_import_is_one_line(program, module, arguments, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def unread(folder, *arguments):
-    """The exit code and the errors of a command whose output nobody reads."""
+def with_closed_stdout(folder, *arguments):
+    """Run a command whose stdout is closed. Return its exit code and what it wrote to stderr."""
     command = [sys.executable, "-m", *arguments]
     with subprocess.Popen(
         command,
@@ -67,10 +68,12 @@ def unread(folder, *arguments):
         return process.wait(timeout=120), errors
 
 
-def test_output_that_nobody_reads_ends_in_silence_and_training_goes_on(tmp_path):
-    assert unread(tmp_path, "dfl_experiments", "--help") == (128 + signal.SIGPIPE, "")
-    assert unread(tmp_path, "dfl_experiments.dfl_data", "list") == (128 + signal.SIGPIPE, "")
-    assert unread(tmp_path, "dfl_experiments", "hydra.run.dir=here", *QUICK) == (0, "")
+def test_closed_stdout_causes_no_message_and_training_continues(tmp_path):
+    broken_pipe = (128 + signal.SIGPIPE, "")
+    assert with_closed_stdout(tmp_path, "dfl_experiments", "--help") == broken_pipe
+    assert with_closed_stdout(tmp_path, "dfl_experiments.dfl_data", "list") == broken_pipe
+    training = ("dfl_experiments", "hydra.run.dir=here", *QUICK)
+    assert with_closed_stdout(tmp_path, *training) == (0, "")
     assert (tmp_path / "here" / "result.json").exists()
 
 
@@ -81,19 +84,20 @@ def test_windows_is_refused():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_refused_run_leaves_no_directory(tmp_path):
-    misfit = ("method=adfa", "model=conv3", *QUICK[:4])
-    for place in ((), ("hydra.run.dir=a/b",)):
-        done = dfl_train(tmp_path, *misfit, *place)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+def test_refused_run_leaves_no_directory_and_keeps_existing_files(tmp_path):
+    invalid = ("method=adfa", "model=conv3", *QUICK[:4])  # ADFA needs fully connected layers
+    for run_dir in ([], ["hydra.run.dir=a/b"]):
+        done = dfl_train(tmp_path, *invalid, *run_dir)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
         assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
-    assert dfl_train(tmp_path, *misfit, "hydra.run.dir=mine").returncode == 2
+    assert dfl_train(tmp_path, *invalid, "hydra.run.dir=mine").returncode == 2
     assert (tmp_path / "mine" / "notes").read_text() == "mine"
 
 
-def test_the_library_does_in_any_surroundings_what_it_does_alone(tmp_path):
+def test_library_is_independent_of_hydra_grad_mode_and_default_dtype(tmp_path):
     options = ["method=las", *QUICK]
 
     def rows(name):
@@ -116,7 +120,7 @@ def test_the_library_does_in_any_surroundings_what_it_does_alone(tmp_path):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_run_in_a_notebook_leaves_random_numbers_and_settings_as_they_were(tmp_path):
+def test_run_and_evaluate_restore_random_states_and_settings(tmp_path):
     def state():
         return (
             random.getstate(),

@@ -1,6 +1,5 @@
-"""Runs recorded by older versions can be repeated: epochs are equal up to rounding, and names in a sweep are equal."""
+"""Runs recorded by older versions can be repeated: epochs are equal to rounding, and point names are equal."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from conftest import roundoff
 from omegaconf import OmegaConf
 from processes import ended, forked
+from run_files import table
 
 import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import (
@@ -24,40 +24,38 @@ from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import UserError
 
-# a run on the digits: its configuration as an older version wrote it, its epochs since e is formed as it is
+# a run on digits: its configuration is as an older version wrote it, its epochs are of today's computation of e
 (RECORDED,) = Path(__file__).with_name("recorded").iterdir()
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
-# of the recorded run: how often an error adds to those before, and how long its sums are
+# rounding errors of the recorded run: they add up over STEPS, and a sum has WIDTH terms
 STEPS, WIDTH = 3 * 21, 256
 IMAGES = {"train_accuracy": 1293, "validation_accuracy": 144, "test_accuracy": 360}
 
 
 def epochs(run_dir):
-    with (run_dir / "epochs.csv").open() as file:
-        return [
-            {key: value for key, value in row.items() if key != "seconds"}
-            for row in csv.DictReader(file)
-        ]
+    """Return the rows of epochs.csv without their seconds."""
+    rows = table(run_dir / "epochs.csv")
+    for row in rows:
+        del row["seconds"]
+    return rows
 
 
-def test_a_recorded_run_is_repeated_to_rounding(tmp_path):
-    """Another processor sums in another order: its own bits are those of `test_a_repeated_run_has_the_same_bits`."""
-    assert (
-        ended(forked(tmp_path, f"repeat={RECORDED}", "hydra.run.dir=again", f"data_dir={tmp_path}"))
-        == 0
-    )
-    found, expected = epochs(tmp_path / "again"), epochs(RECORDED)
-    assert len(found) == len(expected) == 3
+def test_recorded_run_is_repeated_to_rounding(tmp_path):
+    """Not bitwise: another processor sums in another order. `test_repeated_run_is_bitwise_equal` compares bits."""
+    options = (f"repeat={RECORDED}", "hydra.run.dir=again", f"data_dir={tmp_path}")
+    assert ended(forked(tmp_path, *options)) == 0
+    repeated, recorded = epochs(tmp_path / "again"), epochs(RECORDED)
+    assert len(repeated) == len(recorded) == 3
     error = STEPS * roundoff(WIDTH, torch.float32)
-    for row, other in zip(found, expected, strict=True):
-        for name, text in other.items():  # there are more by now
-            # which an error may have put into another class
+    for row, expected in zip(repeated, recorded, strict=True):
+        for name, text in expected.items():  # newer versions have more columns
+            # rounding may change the predicted class of one image
             one_image = 1.01 / IMAGES[name] if name in IMAGES else 0.0
             assert float(row[name]) == pytest.approx(float(text), rel=error, abs=one_image), name
 
 
 def sweeps():
-    """The folders of kept runs that were made together."""
+    """Return the folders of kept runs that were made together."""
     return sorted({path.parent.parent for path in REFERENCE.glob("**/result.json")})
 
 
@@ -68,21 +66,19 @@ def composed():
 
 
 @pytest.mark.parametrize("sweep", sweeps(), ids=lambda path: path.relative_to(REFERENCE).as_posix())
-def test_the_configurations_of_the_reference_runs_are_still_accepted_and_have_their_names(
-    sweep, composed
-):
+def test_reference_configurations_are_accepted_and_keep_their_names(sweep, composed):
     for run_dir in sorted(path.parent for path in sweep.glob("*/result.json")):
         composed.repeat = str(run_dir)
         values = with_recorded(composed, [f"repeat={run_dir}"])
         assert point_name(as_values(values)) == run_dir.name
         recorded = json.loads((run_dir / "result.json").read_text())["config"]
-        assert point_name(recorded) == run_dir.name  # what a sweep that is started again compares
-        # older runs had no such end
+        assert point_name(recorded) == run_dir.name  # a restarted sweep compares these names
+        # older runs did not end at a collapse
         assert values["stop_collapsed"] == recorded.get("stop_collapsed", False)
         check(values)
 
 
-def test_a_renamed_option_keeps_the_digest_and_the_old_name_is_refused():
+def test_renamed_option_keeps_the_digest_and_the_old_name_is_refused():
     values = plain(compose(["method=las", "++method.fixed_blocks=2"]))
     recorded = values | {"method": values["method"] | {"held": 2}}
     del recorded["method"]["fixed_blocks"]
@@ -94,55 +90,55 @@ def test_a_renamed_option_keeps_the_digest_and_the_old_name_is_refused():
         check(recorded)
 
 
-def test_recorded_milestones_are_those_of_the_step_schedule():
-    """The alignment figure's runs had no milestones: today's experiment has their names, and the same rates."""
+def test_recorded_milestones_become_the_step_schedule():
+    """The runs of the alignment figure recorded no milestones. Today's experiment has the same names and rates."""
     folders = sorted((REFERENCE / "alignment_figure").glob("*seed0*"))
     assert folders
     for run_dir in folders:
         method = run_dir.name.partition("-")[0]
-        assert (
-            point_name(compose(["experiment=alignment_figure", f"method={method}"])) == run_dir.name
-        )
+        today = compose(["experiment=alignment_figure", f"method={method}"])
+        assert point_name(today) == run_dir.name
     older = OmegaConf.to_container(OmegaConf.load(RECORDED / "config.yaml"))
     assert older["optimizer"]["milestones"]
-    schedule = check(
-        with_recorded(compose([f"repeat={RECORDED}"]), [f"repeat={RECORDED}"])
-    ).components["schedule"]
+    repeat = [f"repeat={RECORDED}"]
+    schedule = check(with_recorded(compose(repeat), repeat)).components["schedule"]
     assert schedule.options["milestones"] == older["optimizer"]["milestones"]
     assert config_digest(older) == config_digest(with_current_names(older))
-    default = compose([])
-    assert config_digest(default) != config_digest(compose(["schedule.warmup=2"]))
-    names = {
-        config_digest(compose([f"schedule={name}"]))
-        for name in ("step", "cosine", "exponential", "constant")
-    }
-    assert len(names) == 4
+
+
+def test_options_of_schedule_and_optimizer_change_the_digest_only_if_they_change_results():
+    def digest(*overrides):
+        return config_digest(compose([*overrides]))
+
+    schedules = ("step", "cosine", "exponential", "constant")
+    assert len({digest(f"schedule={name}") for name in schedules}) == 4
     for same in ("optimizer.feedback.lr=null", "optimizer.clip_norm=null", "schedule.name=mine"):
-        assert config_digest(compose([same])) == config_digest(default)
-    for other in ("optimizer.feedback.lr=1e-3", "optimizer.clip_norm=1", "schedule.per=iteration"):
-        assert config_digest(compose([other])) != config_digest(default)
+        assert digest(same) == digest()
+    for other in (
+        "schedule.warmup=2",
+        "schedule.per=iteration",
+        "optimizer.feedback.lr=1e-3",
+        "optimizer.clip_norm=1",
+    ):
+        assert digest(other) != digest()
 
 
-def test_an_end_at_collapse_changes_no_name_and_is_on_in_fair_alone():
-    found = {}
-    for protocol in ("fair", "paper", "authors"):
+def test_stop_collapsed_changes_no_name_and_is_on_only_in_fair():
+    for protocol, stops in (("fair", True), ("paper", False), ("authors", False)):
         values = check(compose([f"protocol={protocol}"])).values
-        found[protocol] = values["stop_collapsed"]
-        assert point_name(values) == point_name(
-            values | {"stop_collapsed": not values["stop_collapsed"]}
-        )
-    assert found == {"fair": True, "paper": False, "authors": False}
+        assert values["stop_collapsed"] is stops
+        assert point_name(values) == point_name(values | {"stop_collapsed": not stops})
 
 
 @pytest.mark.parametrize("key", ["repeat", "resume"])
-def test_no_recorded_text_says_where_w_and_b_sends_a_run(key, tmp_path):
-    """The folder may be somebody else's. That nothing is kept for W&B is obeyed, and what the command says."""
+def test_recorded_wandb_destination_is_ignored(key, tmp_path):
+    """The run may be somebody else's: only a recorded mode without W&B is kept, and the command line overrides it."""
 
     def tracking(*overrides, **recorded):
-        theirs = plain(compose([])) | {"tracking": recorded}
-        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(theirs))
-        given = [f"{key}={tmp_path}", *overrides]
-        return with_recorded(compose(given), given)["tracking"]
+        values = plain(compose([])) | {"tracking": recorded}
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
+        command_line = [f"{key}={tmp_path}", *overrides]
+        return with_recorded(compose(command_line), command_line)["tracking"]
 
     foreign = {
         "mode": "online",
@@ -160,7 +156,7 @@ def test_no_recorded_text_says_where_w_and_b_sends_a_run(key, tmp_path):
     assert tracking("tracking=offline", **foreign | {"mode": "disabled"}) == usual
 
 
-def test_repeating_a_run_on_other_data_is_said(tmp_path, monkeypatch, caplog):
+def test_repeating_a_run_on_changed_data_is_warned_about(tmp_path, monkeypatch, caplog):
     samples, labels = np.random.default_rng(0).random((2, 80, 4)), np.arange(80) % 2
 
     def write(part):

@@ -1,6 +1,5 @@
-"""A run that was interrupted ends with the bits it would have had, however and however often it was."""
+"""An interrupted and resumed run ends bitwise equal to an uninterrupted run."""
 
-import csv
 import json
 import os
 import random
@@ -8,14 +7,16 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 from processes import dfl_train, ended, forked
+from run_files import table
 
 from dfl_experiments.running import checkpoint
 
-# of each kind one: no B, B learnt before and after the signals are sent, drawn anew, mirrored, measured by tangents
+# one method of each kind: no B; B learnt before, or after, the signals are sent; drawn anew; mirrored; by tangents
 KINDS = ("bp", "las", "kp", "brsf", "wm", "fdfa")
 KILLS = 30 // len(KINDS)
 OPTIONS = (
@@ -29,50 +30,56 @@ TIMES = ("seconds", "samples_per_second", "finished_at", "seal")
 
 
 def command(folder, *options):
-    """Return the options that a user would type: resume a run if there is one, else start it."""
-    begun = any(
-        (folder / "here" / name).exists() for name in ("last.pt", "previous.pt", "result.json")
-    )
-    # the same place for all data: the default one is the folder's own, and recorded
-    data = f"data_dir={folder.parent}"
-    return ("resume=here",) if begun else (*options, *OPTIONS, data, "hydra.run.dir=here")
+    """Return the options that a user would type: resume the run if it exists, else start it."""
+    for name in ("last.pt", "previous.pt", "result.json"):
+        if (folder / "here" / name).exists():
+            return ("resume=here",)
+    # the default data_dir depends on the folder and is recorded, so it would differ between the two runs
+    return (*options, *OPTIONS, f"data_dir={folder.parent}", "hydra.run.dir=here")
+
+
+def without_times(row):
+    return {key: value for key, value in row.items() if key not in TIMES}
+
+
+@dataclass
+class Outcome:
+    """Everything that a run leaves, without its times."""
+
+    state: dict
+    iterations: bytes
+    epochs: list
+    result: dict
 
 
 def outcome(run_dir):
-    """Everything a run leaves but its times."""
-    state = checkpoint.load_checkpoint(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
-    with (run_dir / "epochs.csv").open() as file:
-        epochs = [
-            {key: value for key, value in row.items() if key not in TIMES}
-            for row in csv.DictReader(file)
-        ]
-    del result["config"]["sweep"]  # the time of the start
-    kept = {
-        key: state[key]
-        for key in ("epoch", "batch", "net", "method", "optimizers", "random", "threads")
-    }
-    return (
-        kept,
-        (run_dir / "iterations.csv").read_bytes(),
-        epochs,
-        {k: v for k, v in result.items() if k not in TIMES},
+    del result["config"]["sweep"]  # it contains the start time
+    return Outcome(
+        state=checkpoint.load_checkpoint(run_dir),
+        iterations=(run_dir / "iterations.csv").read_bytes(),
+        epochs=[without_times(row) for row in table(run_dir / "epochs.csv")],
+        result=without_times(result),
     )
 
 
-def assert_same(a, b):
-    (state, iterations, epochs, result), (other_state, *others) = a, b
-    assert [iterations, epochs, result] == others
-    torch.testing.assert_close(state["net"], other_state["net"], rtol=0, atol=0)
-    torch.testing.assert_close(state["method"], other_state["method"], rtol=0, atol=0)
-    moments, other_moments = ([o["state"] for o in s["optimizers"]] for s in (state, other_state))
-    torch.testing.assert_close(moments, other_moments, rtol=0, atol=0)
-    assert str(state["random"]) == str(other_state["random"])
-    assert (state["epoch"], state["batch"]) == (other_state["epoch"], other_state["batch"])
+def assert_same(first, second):
+    """Assert that two outcomes are bitwise equal."""
+    assert first.iterations == second.iterations
+    assert first.epochs == second.epochs
+    assert first.result == second.result
+    for key in ("net", "method"):
+        torch.testing.assert_close(first.state[key], second.state[key], rtol=0, atol=0)
+    optimizers = zip(first.state["optimizers"], second.state["optimizers"], strict=True)
+    for optimizer, other in optimizers:
+        torch.testing.assert_close(optimizer["state"], other["state"], rtol=0, atol=0)
+    assert str(first.state["random"]) == str(second.state["random"])
+    for key in ("epoch", "batch"):
+        assert first.state[key] == second.state[key]
 
 
 def killed_before_file_operation(number, name="here"):
-    """Have this process killed just before it opens, renames or removes a file with this name for the n-th time."""
+    """Kill this process just before it opens, renames or removes a file with this name for the n-th time."""
     count = 0
 
     def hook(event, arguments):
@@ -86,7 +93,7 @@ def killed_before_file_operation(number, name="here"):
 
 
 @pytest.mark.parametrize("method", KINDS)
-def test_killed_again_and_again_and_resumed_it_ends_with_the_same_bits(method, tmp_path):
+def test_repeatedly_killed_and_resumed_run_is_bitwise_equal(method, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
@@ -96,23 +103,23 @@ def test_killed_again_and_again_and_resumed_it_ends_with_the_same_bits(method, t
     moments, kills = random.Random(f"{method} 1"), 0
     while kills < KILLS:
         arguments = command(broken, f"method={method}")
-        if kills % 2:
+        if kills % 2:  # at a file operation
             number = moments.randint(1, 25)
             pid = forked(
                 broken, *arguments, before=lambda n=number: killed_before_file_operation(n)
             )
-        else:
+        else:  # at any time
             pid = forked(broken, *arguments)
             time.sleep(moments.uniform(0.3, 0.8) * duration)
             os.kill(pid, signal.SIGKILL)
-        killed = ended(pid) == -signal.SIGKILL
-        kills += killed
-        last = kills == KILLS
-        if not killed or last:
-            if killed:
-                assert ended(forked(broken, *command(broken, f"method={method}"))) == 0
-            assert_same(outcome(whole / "here"), outcome(broken / "here"))
-            shutil.rmtree(broken / "here")
+        is_killed = ended(pid) == -signal.SIGKILL
+        kills += is_killed
+        if is_killed and kills < KILLS:
+            continue
+        if is_killed:
+            assert ended(forked(broken, *command(broken, f"method={method}"))) == 0
+        assert_same(outcome(whole / "here"), outcome(broken / "here"))
+        shutil.rmtree(broken / "here")  # the run has finished: start another
 
 
 LEARNING = {
@@ -144,7 +151,7 @@ LEARNING = {
 
 
 @pytest.mark.parametrize("optimizer", LEARNING)
-def test_each_optimizer_and_schedule_goes_on_with_the_same_bits(optimizer, tmp_path):
+def test_each_optimizer_and_schedule_resumes_bitwise_equal(optimizer, tmp_path):
     options = (f"optimizer={optimizer}", "method=ltas", *LEARNING[optimizer])
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -162,7 +169,7 @@ def test_each_optimizer_and_schedule_goes_on_with_the_same_bits(optimizer, tmp_p
     assert_same(outcome(whole / "here"), outcome(broken / "here"))
 
 
-def test_resume_auto_begins_goes_on_and_leaves_a_finished_run_alone(tmp_path):
+def test_resume_auto_starts_continues_and_keeps_a_finished_run(tmp_path):
     auto = (
         "resume=auto",
         "hydra.run.dir=here",

@@ -1,7 +1,8 @@
-"""A run writes its tables, result and checkpoint, prints a summary, and sends the same data to W&B."""
+"""A run writes tables, result and checkpoint, prints a summary, and sends the same data to W&B."""
 
 import json
 from contextlib import nullcontext
+from statistics import fmean
 
 import pytest
 import torch
@@ -27,12 +28,12 @@ def default_run(tmp_path_factory):
     return run_dir, done.stdout
 
 
-def test_the_run_directory_holds_what_the_contract_names(default_run):
+def test_run_directory_holds_the_documented_files_and_columns(default_run):
     run_dir, _ = default_run
     rows, epochs = table(run_dir / "iterations.csv"), table(run_dir / "epochs.csv")
-    layer = ["cosine_sample/{}", "cosine_batch/{}", "norm/{}", "norm_bp/{}"]
-    expected = ["iteration", "epoch", "loss", *(name.format(i) for i in (1, 2) for name in layer)]
-    assert list(rows[0]) == expected
+    layer_1 = ["cosine_sample/1", "cosine_batch/1", "norm/1", "norm_bp/1"]
+    layer_2 = ["cosine_sample/2", "cosine_batch/2", "norm/2", "norm_bp/2"]
+    assert list(rows[0]) == ["iteration", "epoch", "loss", *layer_1, *layer_2]
     assert list(epochs[0]) == epoch_columns(3)
     assert [int(row["iteration"]) for row in rows] == list(range(1, 43))
     assert [row["epoch"] for row in rows] == ["1"] * 21 + ["2"] * 21
@@ -44,20 +45,17 @@ def test_the_run_directory_holds_what_the_contract_names(default_run):
     assert result["test_accuracy"]["last"] == pytest.approx(float(epochs[-1]["test_accuracy"]))
     for name in ("validation_accuracy", "validation_loss"):
         assert result[name] == pytest.approx(float(epochs[-1][name]))
-    mean = sum(float(row["cosine_sample/1"]) for row in rows[21:]) / 21
-    assert (
-        float(epochs[-1]["cosine/1"])
-        == pytest.approx(result["cosine"]["1"])
-        == pytest.approx(mean, rel=1e-5)
-    )
+    mean = fmean(float(row["cosine_sample/1"]) for row in rows[21:])
+    assert result["cosine"]["1"] == pytest.approx(mean, rel=1e-5)
+    assert result["cosine"]["1"] == pytest.approx(float(epochs[-1]["cosine/1"]))
     assert result["cosine_by_construction"] == ["2"]
     assert result["config"]["optimizer"]["lr"] == 1e-4
     assert (run_dir / ".hydra" / "overrides.yaml").exists()
-    assert (run_dir / "config.yaml").read_text().count("${") == 0
-    assert not list(run_dir.glob(".*[0-9]"))
+    assert "${" not in (run_dir / "config.yaml").read_text()
+    assert not list(run_dir.glob(".*[0-9]"))  # no temporary files
 
 
-def test_the_last_checkpoint_holds_weights_feedback_and_both_optimizers(default_run):
+def test_last_checkpoint_holds_weights_feedback_and_both_optimizers(default_run):
     state = checkpoint.load_checkpoint(default_run[0])
     assert (state["epoch"], state["batch"]) == (2, 0)
     assert state["method"]["feedback.0.weight"].shape == (10, 256)
@@ -65,7 +63,7 @@ def test_the_last_checkpoint_holds_weights_feedback_and_both_optimizers(default_
     assert all(torch.isfinite(value).all() for value in state["net"].values())
 
 
-def test_the_end_of_a_run_is_a_readable_summary(default_run):
+def test_run_ends_with_a_summary(default_run):
     run_dir, printed = default_run
     for words in (
         "test accuracy",
@@ -78,27 +76,34 @@ def test_the_end_of_a_run_is_a_readable_summary(default_run):
 
 def test_wandb_mirrors_the_local_files(default_run):
     run_dir, _ = default_run
-    found = records(run_dir)
-    logged = [item["item"] for item in found["history"]]
+    logged = [item["item"] for item in records(run_dir)["history"]]
     for name, key in (("iterations.csv", "loss"), ("epochs.csv", "lr")):
         rows = table(run_dir / name)
-        # of an epoch of 21 iterations every 10th: 200 / 21
+        # an epoch has 21 iterations, so W&B gets every 10th of them: 200 / 21, rounded up
         rows = rows[::10] if key == "loss" else rows
         mirrored = [item for item in logged if key in item]
         assert len(mirrored) == len(rows)
         for item, row in zip(mirrored, rows, strict=True):
             values = {column: float(value) for column, value in row.items() if value}
             assert {column: item[column] for column in values} == values
-    steps = {metric["name"]: metric.get("step_metric") for metric in found["metric"]}
+
+
+def test_wandb_run_has_steps_configuration_and_exit_code(default_run):
+    run_records = records(default_run[0])
+    steps = {metric["name"]: metric.get("step_metric") for metric in run_records["metric"]}
     assert steps["loss"] == steps["cosine_sample/1"] == "iteration"
     assert steps["test_accuracy"] == steps["cosine/1"] == "epoch"
-    assert [end.get("exit_code") for end in found["exit"]] == [0]
-    config = found["run"][0]["config"]["update"]
-    assert config["optimizer"]["betas"] == [0.9, 0.999]
-    assert found["run"][0]["job_type"] == "las"
+    assert [end.get("exit_code") for end in run_records["exit"]] == [0]
+    (run,) = run_records["run"]
+    assert run["config"]["update"]["optimizer"]["betas"] == [0.9, 0.999]
+    assert run["job_type"] == "las"
+
+
+def test_wandb_summary_holds_the_result(default_run):
+    run_dir, _ = default_run
     result = json.loads((run_dir / "result.json").read_text())
     shown = summary(run_dir)
-    # W&B would show it as cosine.1
+    # W&B would show entries of a dictionary as cosine.1
     assert not [key for key, value in shown.items() if isinstance(value, dict)]
     assert shown["test_accuracy"] == pytest.approx(result["test_accuracy"]["last"])
     for key in set(result) - {"config", "seal"}:
@@ -109,32 +114,29 @@ def test_wandb_mirrors_the_local_files(default_run):
             assert shown[key] == value, key
 
 
-def test_a_crashed_job_s_run_ends_as_failed_and_the_next_one_is_another(tmp_path):
-    config = {
-        key: {"name": key} for key in ("method", "model", "dataset", "augmentation", "protocol")
-    }
-    config["tracking"] = {}
-    tables, ends = {"iterations": ["iteration", "loss"]}, []
+def test_crashed_job_ends_its_wandb_run_as_failed_and_the_next_job_has_its_own(tmp_path):
+    groups = ("method", "model", "dataset", "augmentation", "protocol")
+    config = {group: {"name": group} for group in groups} | {"tracking": {}}
+    tables = {"iterations": ["iteration", "loss"]}
+    ids, codes = [], []
     for name in ("crashed", "fine"):
         folder = tmp_path / name
         folder.mkdir()
         expectation = pytest.raises(RuntimeError) if name == "crashed" else nullcontext()
-        with (
-            expectation,
-            track(TRACKING, folder, config, tables, "sweep") as tracker,
-        ):
+        with expectation, track(TRACKING, folder, config, tables, "sweep") as tracker:
             tracker.log([{"iteration": 1, "loss": 0.5}])
             if name == "crashed":
                 raise RuntimeError
-        found = records(folder)
-        assert found["run"][0]["run_group"] == "sweep"
-        ends.append((found["run"][0]["run_id"], found["exit"][0].get("exit_code")))
-    wandb.teardown()  # its service would serve every process that this one starts
-    assert [code for _, code in ends] == [1, 0]
-    assert ends[0][0] != ends[1][0]
+        run_records = records(folder)
+        assert run_records["run"][0]["run_group"] == "sweep"
+        ids.append(run_records["run"][0]["run_id"])
+        codes.append(run_records["exit"][0].get("exit_code"))
+    wandb.teardown()  # otherwise the processes that later tests start would share W&B's service
+    assert codes == [1, 0]
+    assert ids[0] != ids[1]
 
 
-def test_alignment_every_k_leaves_the_other_rows_empty_and_the_weights_alone(tmp_path):
+def test_alignment_every_k_leaves_other_rows_empty_and_weights_unchanged(tmp_path):
     states = []
     for every in (0, 4):
         folder = tmp_path / str(every)
@@ -142,15 +144,14 @@ def test_alignment_every_k_leaves_the_other_rows_empty_and_the_weights_alone(tmp
         done = dfl_train(folder, f"alignment.every={every}", "method=dfa", *QUICK)
         assert done.returncode == 0, done.stderr
         (run_dir,) = (folder / "outputs").glob("*/*")
-        measured = [
-            row["iteration"] for row in table(run_dir / "iterations.csv") if row["cosine_sample/1"]
-        ]
-        assert measured == [str(i) for i in range(1, 43, 4) if every]
+        rows = table(run_dir / "iterations.csv")
+        measured = [int(row["iteration"]) for row in rows if row["cosine_sample/1"]]
+        assert measured == (list(range(1, 43, every)) if every else [])
         states.append(checkpoint.load_checkpoint(run_dir)["net"])
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
-def test_the_training_loss_is_the_mean_over_images(tmp_path):
+def test_training_loss_is_the_mean_over_images(tmp_path):
     done = dfl_train(tmp_path, "epochs=1", "limit=65", "tracking=disabled", "alignment.every=7")
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "outputs").glob("*/*/epochs.csv")

@@ -1,4 +1,4 @@
-"""A file that is not what its run left changes no number: the run is refused or left out, in a line that names it."""
+"""A run whose files were changed is refused, or left out of the report, in one line that names the file."""
 
 import json
 import os
@@ -37,22 +37,23 @@ def run(finished_run, tmp_path):
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def without_a_seal(run):
+def remove_the_seal(run):
     content = json.loads((run / "result.json").read_text())
     del content["seal"]
     (run / "result.json").write_text(json.dumps(content))
 
 
-def left_out(folder, name):
+def assert_left_out(folder, name):
+    """Assert that the report leaves out the only run and names the file."""
     done = dfl_report(folder, "run", "--format", "csv")
-    assert "Traceback" not in done.stderr
     assert done.returncode == 2
-    line, _ = done.stderr.splitlines()
-    return line.startswith("dfl-report: left out: run (") and name in line
+    line, _ = done.stderr.splitlines()  # the second line says that no run remains
+    assert line.startswith("dfl-report: left out: run (")
+    assert name in line
 
 
 def is_same_json(text, other):
-    """Return whether two texts are JSON with the same values. A number that begins with 0 is not valid JSON."""
+    """Return whether two texts are valid JSON with the same values. Numbers such as 05 are not valid."""
     try:
         return json.loads(text) == json.loads(other)
     except json.JSONDecodeError:
@@ -60,20 +61,20 @@ def is_same_json(text, other):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_altered_digit_in_a_sealed_file_is_refused_by_every_reader(name, run):
-    place = random.Random(name)
-    whole = (run / name).read_text()
-    digits = [index for index, character in enumerate(whole) if character.isdigit()]
-    for index in place.sample(digits, 30):
-        other = (int(whole[index]) + place.randint(1, 9)) % 10
-        text = f"{whole[:index]}{other}{whole[index + 1 :]}"
-        if name == "result.json" and is_same_json(text, whole):
-            continue  # a digit behind those that a number keeps
+def test_altered_digit_in_a_sealed_file_is_refused_by_every_reader(name, run):
+    generator = random.Random(name)
+    original = (run / name).read_text()
+    digits = [index for index, character in enumerate(original) if character.isdigit()]
+    for index in generator.sample(digits, 30):
+        digit = (int(original[index]) + generator.randint(1, 9)) % 10
+        text = f"{original[:index]}{digit}{original[index + 1 :]}"
+        if name == "result.json" and is_same_json(text, original):
+            continue  # a digit beyond the precision of a float
         (run / name).write_text(text)
         with pytest.raises(UserError, match=rf"run/{name}: "):
             read_result(run)
-    (run / name).write_text(whole.replace("0.0", "0.7", 1))
-    assert left_out(run.parent, name)
+    (run / name).write_text(original.replace("0.0", "0.7", 1))
+    assert_left_out(run.parent, name)
     for key in ("resume", "repeat"):
         done = dfl_train(run.parent, f"{key}=run")
         assert done.returncode == 2
@@ -87,22 +88,20 @@ def test_an_altered_digit_in_a_sealed_file_is_refused_by_every_reader(name, run)
     assert name in kept.stderr
 
 
-def test_a_file_that_was_not_kept_is_no_damage(run):
+def test_missing_tables_and_configuration_do_not_change_the_report(run):
     before = dfl_report(run.parent, "run", "--format", "csv").stdout
     for name in ("iterations.csv", "epochs.csv", "config.yaml"):
         (run / name).unlink()
         assert dfl_report(run.parent, "run", "--format", "csv").stdout == before
 
 
-def test_a_byte_order_mark_does_not_make_a_finished_run_another(run):
+def test_byte_order_mark_in_result_json_is_accepted(run):
     (run / "result.json").write_bytes(b"\xef\xbb\xbf" + (run / "result.json").read_bytes())
     assert read_result(run)["status"] == "finished"
 
 
 WRONG_TABLES = {
-    "a cosine that is no number": lambda text: text.replace(
-        text.splitlines()[1].split(",")[9], "high"
-    ),
+    "a word for a cosine": lambda text: text.replace(text.splitlines()[1].split(",")[9], "high"),
     "a cell too many": lambda text: text.replace("\n2,", ",1\n2,"),
     "a row too few": lambda text: "".join(text.splitlines(keepends=True)[:-1]),
     "a row twice": lambda text: text + text.splitlines(keepends=True)[-1],
@@ -110,13 +109,13 @@ WRONG_TABLES = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG_TABLES)
-def test_a_table_that_no_run_writes_is_left_out_without_a_seal_too(what, run):
-    without_a_seal(run)
+@pytest.mark.parametrize("fault", WRONG_TABLES)
+def test_invalid_table_without_a_seal_is_left_out(fault, run):
+    remove_the_seal(run)
     assert dfl_report(run.parent, "run").returncode == 0
     table = run / "epochs.csv"
-    table.write_text(WRONG_TABLES[what](table.read_text()))
-    assert left_out(run.parent, "epochs.csv")
+    table.write_text(WRONG_TABLES[fault](table.read_text()))
+    assert_left_out(run.parent, "epochs.csv")
 
 
 WRONG_RESULTS = {
@@ -124,23 +123,24 @@ WRONG_RESULTS = {
     "a best accuracy below the last": {
         "test_accuracy": {"last": 0.9, "best": 0.1, "best_epoch": 1}
     },
-    "a best epoch that is none": {"test_accuracy": {"last": 0.9, "best": 0.9, "best_epoch": 4}},
-    "an accuracy of its own": {"accuracy": 0.123},
-    "epochs that are missing": {"epochs": 2},
+    "a best epoch after the last": {"test_accuracy": {"last": 0.9, "best": 0.9, "best_epoch": 4}},
+    "an accuracy of no epoch": {"accuracy": 0.123},
+    "fewer epochs than the table": {"epochs": 2},
 }
 
 
-@pytest.mark.parametrize("what", WRONG_RESULTS)
-def test_a_result_that_contradicts_itself_is_left_out_without_a_seal_too(what, run):
-    without_a_seal(run)
+@pytest.mark.parametrize("fault", WRONG_RESULTS)
+def test_contradictory_result_without_a_seal_is_left_out(fault, run):
+    remove_the_seal(run)
     content = json.loads((run / "result.json").read_text())
-    (run / "result.json").write_text(json.dumps(content | WRONG_RESULTS[what]))
-    assert left_out(run.parent, "result.json")
+    (run / "result.json").write_text(json.dumps(content | WRONG_RESULTS[fault]))
+    assert_left_out(run.parent, "result.json")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
 @pytest.mark.parametrize("name", [*FILES, ".running"])
-def test_what_is_no_file_is_left_out_and_never_waited_at(name, kind, run):
+def test_pipe_link_or_folder_in_place_of_a_file_is_left_out(name, kind, run):
+    """Reading a pipe would block the report."""
     if name == ".running":
         (run / "result.json").unlink()
     (run / name).unlink(missing_ok=True)
@@ -151,7 +151,7 @@ def test_what_is_no_file_is_left_out_and_never_waited_at(name, kind, run):
         "folder": os.mkdir,
     }
     make[kind](run / name)
-    assert left_out(run.parent, name)
+    assert_left_out(run.parent, name)
 
 
 def test_every_column_that_a_run_writes_is_read(tmp_path):
@@ -161,36 +161,41 @@ def test_every_column_that_a_run_writes_is_read(tmp_path):
         dict.fromkeys(columns, 0.5) | {"epoch": epoch, "test_loss": float("inf")}
         for epoch in (1, 2)
     )
-    found = read_epochs(tmp_path, {"status": "diverged", "epochs": 2})
-    assert [*found] == columns
-    assert found["test_loss"] == [None, None]
+    values = read_epochs(tmp_path, {"status": "diverged", "epochs": 2})
+    assert list(values) == columns
+    assert values["test_loss"] == [None, None]
 
 
-def test_a_flipped_bit_of_a_checkpoint_is_never_trained_on(run):
-    whole = (run / "last.pt").read_bytes()
-    place = random.Random(0)
+def test_checkpoint_with_a_flipped_bit_is_refused(run):
+    original = (run / "last.pt").read_bytes()
+    generator = random.Random(0)
     for _ in range(100):
-        content = bytearray(whole)
-        content[place.randrange(len(content))] ^= 1 << place.randrange(8)
+        content = bytearray(original)
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         (run / "last.pt").write_bytes(content)
         with pytest.raises(UserError, match=r"last\.pt: is damaged"):
             checkpoint.read_checkpoint(run / "last.pt")
 
 
-def test_a_table_that_is_not_as_the_checkpoint_left_it_is_not_gone_on_with(run):
+CHANGES = {
+    "another digit": lambda content: content.replace(b"0.0", b"0.7", 1),
+    "no rows": lambda content: content.partition(b"\n")[0] + b"\n",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resume_refuses_a_table_changed_since_the_checkpoint(change, run):
     (run / "result.json").unlink()
     table = run / "iterations.csv"
-    table.write_bytes(table.read_bytes().replace(b"0.0", b"0.7", 1))
+    table.write_bytes(CHANGES[change](table.read_bytes()))
     done = dfl_train(run.parent, "resume=run")
     assert done.returncode == 2
     assert "iterations.csv: missing, or changed since the checkpoint" in done.stderr
-    assert (
-        not (run / "result.json").exists()
-        or json.loads((run / "result.json").read_text())["status"] == "failed"
-    )
+    result = run / "result.json"
+    assert not result.exists() or json.loads(result.read_text())["status"] == "failed"
 
 
-def test_what_a_kill_leaves_is_removed_by_the_next_start(tmp_path):
+def test_next_start_removes_temporary_files_of_a_killed_run(tmp_path):
     options = (*SMALL, "checkpoint.keep=false", "resume=auto", "hydra.run.dir=run")
     assert dfl_train(tmp_path, *options).returncode == 0
     run = tmp_path / "run"

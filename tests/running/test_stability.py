@@ -1,4 +1,4 @@
-"""A run measures stability as the specification defines it, and it ends if the net is dead."""
+"""A run measures stability as the specification defines it, and stops at a collapse."""
 
 import json
 import signal
@@ -15,12 +15,12 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.measured import EXTRA_QUANTITIES
 from dfl_experiments.running.stability import Activations, instability, norm_ratios
 
-# two or three epochs to its end
+# collapses after two or three epochs
 RUN = ("method=ltas", "optimizer.lr=3", "epochs=6", "threads=1", "tracking=disabled")
 
 
-def seen(net, *batches, error=None):
-    """Return the stability of a net on a set of images. error: error of every batch."""
+def measured(net, *batches, error=None):
+    """Return the measures of a net on these images and whether it has collapsed. error: error of every batch."""
     activations = Activations(net.eval())
     with torch.no_grad():
         for x in batches:
@@ -30,23 +30,21 @@ def seen(net, *batches, error=None):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_rms_and_dead_units_are_those_of_the_whole_set(model):
+def test_rms_and_dead_units_are_computed_over_the_whole_set(model):
     t = Tiny("bp", model)
     batches = [t.x, 3 * t.x[:4] - 1]
-    found, has_collapsed = seen(t.net, *batches)
+    values, has_collapsed = measured(t.net, *batches)
     assert not has_collapsed
     traces = [t.net.trace(x, keep=True) for x in batches]
     for i in range(1, t.net.depth):
         h = torch.cat([trace.output(i) for trace in traces])
-        assert found[f"activation_rms/{i}"] == pytest.approx(
-            h.square().mean().sqrt().item(), rel=1e-12
-        )
-        if model in ("mixer", "vit"):
-            assert f"dead/{i}" not in found
+        rms = h.square().mean().sqrt().item()
+        dead = (h == 0).all(0).double().mean().item()
+        assert values[f"activation_rms/{i}"] == pytest.approx(rms, rel=1e-12)
+        if model in ("mixer", "vit"):  # their blocks do not end in ReLU
+            assert f"dead/{i}" not in values
         else:
-            assert found[f"dead/{i}"] == pytest.approx(
-                (h == 0).all(0).double().mean().item(), abs=1e-12
-            )
+            assert values[f"dead/{i}"] == pytest.approx(dead, abs=1e-12)
     assert torch.equal(t.net(t.x, Activations(t.net).add), t.net(t.x))
 
 
@@ -61,49 +59,49 @@ def test_rms_and_dead_units_are_those_of_the_whole_set(model):
         (nn.Identity(), False),
     ],
 )
-def test_a_block_that_ends_in_relu_is_known(post, expected):
+def test_block_that_ends_in_relu_is_recognised(post, expected):
     net = BlockNet(Block(nn.Linear(3, 3), post), head=nn.Linear(3, 2), input_shape=(3,))
     assert net.ends_in_relu(1) is expected
 
 
 @pytest.mark.parametrize("model", ["fc", "conv3", "resnet18"])
-def test_a_net_whose_last_hidden_layer_is_dead_has_collapsed(model):
+def test_net_with_a_dead_last_hidden_layer_has_collapsed(model):
     t = Tiny("bp", model)
     top = t.net.depth - 1
-    norm_or_layer = [
-        m for m in t.net.blocks[-1].pre.modules() if getattr(m, "bias", None) is not None
-    ][-1]
+    modules = list(t.net.blocks[-1].pre.modules())
+    last = [module for module in modules if getattr(module, "bias", None) is not None][-1]
     with torch.no_grad():
-        norm_or_layer.weight.zero_()
-        norm_or_layer.bias.fill_(-1e9)
-    found, has_collapsed = seen(t.net, t.x, 2 * t.x)
+        last.weight.zero_()
+        last.bias.fill_(-1e9)
+    values, has_collapsed = measured(t.net, t.x, 2 * t.x)
     assert has_collapsed
-    assert (found[f"activation_rms/{top}"], found[f"dead/{top}"]) == (0, 1)
-    # a net without an error has learnt all there is
-    assert not seen(t.net, t.x, error=torch.zeros(len(t.x), 2))[1]
+    assert values[f"activation_rms/{top}"] == 0
+    assert values[f"dead/{top}"] == 1
+    # without an error there is nothing left to learn
+    assert not measured(t.net, t.x, error=torch.zeros(len(t.x), 2))[1]
 
 
-def test_only_the_images_with_an_error_decide():
+def test_only_images_with_an_error_count_for_collapse():
     net = BlockNet(Block(nn.Identity(), nn.ReLU()), head=nn.Linear(3, 2), input_shape=(3,))
     x = torch.tensor([[-1.0, -1.0, 2.0], [-1.0, -2.0, -3.0]])
-    assert not seen(net, x)[1]
-    # the image that has an active unit is classified without an error
-    right = torch.tensor([[0.0, 0.0], [0.5, -0.5]])
-    found, has_collapsed = seen(net, x, error=right)
+    assert not measured(net, x)[1]
+    # the first image, the only one with an active unit, has no error
+    error = torch.tensor([[0.0, 0.0], [0.5, -0.5]])
+    values, has_collapsed = measured(net, x, error=error)
     assert has_collapsed
-    assert found["dead/1"] == pytest.approx(2 / 3)
+    assert values["dead/1"] == pytest.approx(2 / 3)
 
 
-def test_without_relu_there_is_nothing_to_be_dead():
+def test_net_without_relu_has_no_dead_units_and_cannot_collapse():
     net = BlockNet(Block(nn.Linear(3, 3), nn.Tanh()), head=nn.Linear(3, 2), input_shape=(3,))
     net.requires_grad_(False).blocks[0].pre.weight.zero_()
     net.blocks[0].pre.bias.zero_()
-    found, has_collapsed = seen(net, torch.randn(4, 3))
-    assert found == {"activation_rms/1": 0}
+    values, has_collapsed = measured(net, torch.randn(4, 3))
+    assert values == {"activation_rms/1": 0}
     assert not has_collapsed
 
 
-def test_a_run_is_unstable_where_activations_have_grown_or_units_died():
+def test_run_is_unstable_if_activations_grew_or_units_died():
     first = {
         "epoch": 1,
         "activation_rms/1": 1e-9,
@@ -114,19 +112,15 @@ def test_a_run_is_unstable_where_activations_have_grown_or_units_died():
     assert instability(first, first, top=2) is None
     later = first | {"epoch": 3, "activation_rms/1": 0.049, "activation_rms/2": 99.0}
     assert instability(later, first, top=2) is None
-    grown = later | {"activation_rms/1": 0.06}  # counted from 1e-3
+    grown = later | {"activation_rms/1": 0.06}  # growth is relative to at least 1e-3
     expected = {"layer": 1, "epoch": 3, "measure": "activation_rms", "value": pytest.approx(60)}
     assert instability(grown, first, top=2) == expected
     dead = later | {"dead/2": 0.96}
-    assert instability(dead, first, top=2) == {
-        "layer": 2,
-        "epoch": 3,
-        "measure": "dead",
-        "value": 0.96,
-    }
+    expected = {"layer": 2, "epoch": 3, "measure": "dead", "value": 0.96}
+    assert instability(dead, first, top=2) == expected
 
 
-def test_norm_ratios_leave_out_what_has_no_reference():
+def test_norm_ratios_leave_out_samples_without_a_reference():
     nan, inf = torch.nan, torch.inf
     columns = {
         "norm/1": torch.tensor([3.0, 1.0, 1.0, nan, 1.0]),
@@ -138,32 +132,27 @@ def test_norm_ratios_leave_out_what_has_no_reference():
 
 @pytest.mark.parametrize("model", ["fc", "conv3_bn"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_quantity_of_every_rule_is_measured_under_bfloat16(method, model):
+def test_extra_quantities_in_bfloat16_are_near_those_in_float32(method, model):
     if (method, model) in REFUSED:
-        pytest.skip("this rule has no such net")
-    found = {}
+        pytest.skip("this method does not support this net")
+    metrics = {}
     for precision in ("float32", "bfloat16"):
         t = Tiny(method, model)
         learner = Learner(
             t.net.float(), t.method.float(), t.loss, t.optimizer, precision, [*EXTRA_QUANTITIES]
         )
         torch.manual_seed(0)
-        found[precision] = dict(
-            zip(
-                learner.metric_names,
-                learner.step(t.x.float(), t.target, True).tolist(),
-                strict=True,
-            )
-        )
-    for name, value in found["float32"].items():
+        values = learner.step(t.x.float(), t.target, True).tolist()
+        metrics[precision] = dict(zip(learner.metric_names, values, strict=True))
+    for name, value in metrics["float32"].items():
         if name.partition("/")[0] in EXTRA_QUANTITIES:
-            # in a tiny net a ReLU more or less decides it
+            # in a tiny net a single ReLU can change the gradient's direction: only require a value
             near = 2.0 if name.startswith("gradient_cosine") else 0.05
-            assert found["bfloat16"][name] == pytest.approx(value, abs=near, nan_ok=True), name
+            assert metrics["bfloat16"][name] == pytest.approx(value, abs=near, nan_ok=True), name
 
 
-def stopped_in_the_second_epoch():
-    """In the process that runs: SIGTERM comes while the second epoch is evaluated."""
+def stop_in_the_second_epoch():
+    """Send SIGTERM while the second epoch is evaluated (called in the training process)."""
     from dfl_experiments.running import epochs
 
     evaluate, calls = epochs.evaluate, []
@@ -177,42 +166,53 @@ def stopped_in_the_second_epoch():
     epochs.evaluate = stopping
 
 
-def test_a_run_that_collapses_ends_as_such_and_says_so(tmp_path):
-    done = dfl_train(tmp_path, *RUN, "hydra.run.dir=here")
+def result_of(run_dir):
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory):
+    """Return a folder with a run `here` that has collapsed."""
+    folder = tmp_path_factory.mktemp("collapsed")
+    done = dfl_train(folder, *RUN, "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
-    result, rows = (
-        json.loads((tmp_path / "here" / "result.json").read_text()),
-        table(tmp_path / "here" / "epochs.csv"),
-    )
+    return folder
+
+
+def test_collapsing_run_stops_and_records_the_reason(collapsed):
+    result, rows = result_of(collapsed / "here"), table(collapsed / "here" / "epochs.csv")
     last = rows[-1]
     assert result["status"] == "collapsed"
     assert result["reason"].startswith(f"after epoch {len(rows)}: all units of layer 2 ")
     assert len(rows) == result["epochs"] < 6
-    assert (last["dead/2"], last["activation_rms/2"]) == ("1", "0")
+    assert last["dead/2"] == "1"
+    assert last["activation_rms/2"] == "0"
     for name in ("activation_rms", "dead", "norm_ratio"):
         for layer, value in result[name].items():
             assert last[f"{name}/{layer}"] == ("" if value is None else f"{value:.9g}")
     assert result["unstable"]["epoch"] <= len(rows)
-    assert "collapsed already" in dfl_train(tmp_path, "resume=here").stdout
+    assert "collapsed already" in dfl_train(collapsed, "resume=here").stdout
 
-    assert (
-        ended(forked(tmp_path, *RUN, "hydra.run.dir=there", before=stopped_in_the_second_epoch))
-        == 143
-    )
-    assert dfl_train(tmp_path, "resume=there").returncode == 0
-    again = json.loads((tmp_path / "there" / "result.json").read_text())
-    differ = {"seconds", "samples_per_second", "config", "finished_at", "seal"}
-    assert {k: v for k, v in again.items() if k not in differ} == {
-        k: v for k, v in result.items() if k not in differ
-    }
 
-    done = dfl_train(tmp_path, *RUN, "stop_collapsed=false", "hydra.run.dir=on")
+def test_resumed_run_collapses_with_the_same_result(collapsed):
+    options = (*RUN, "hydra.run.dir=resumed")
+    assert ended(forked(collapsed, *options, before=stop_in_the_second_epoch)) == 143
+    assert dfl_train(collapsed, "resume=resumed").returncode == 0
+    expected, resumed = result_of(collapsed / "here"), result_of(collapsed / "resumed")
+    for key in ("seconds", "samples_per_second", "config", "finished_at", "seal"):
+        del expected[key], resumed[key]
+    assert resumed == expected
+
+
+def test_stop_collapsed_false_trains_all_epochs(collapsed):
+    done = dfl_train(collapsed, *RUN, "stop_collapsed=false", "hydra.run.dir=whole")
     assert done.returncode == 0, done.stderr
-    went_on = json.loads((tmp_path / "on" / "result.json").read_text())
-    assert (went_on["status"], went_on["epochs"], went_on["unstable"]) == (
-        "finished",
-        6,
-        result["unstable"],
-    )
-    same = table(tmp_path / "on" / "epochs.csv")[: len(rows)]
-    assert [row | {"seconds": ""} for row in same] == [row | {"seconds": ""} for row in rows]
+    result, whole = result_of(collapsed / "here"), result_of(collapsed / "whole")
+    assert whole["status"] == "finished"
+    assert whole["epochs"] == 6
+    assert whole["unstable"] == result["unstable"]
+    expected = table(collapsed / "here" / "epochs.csv")
+    rows = table(collapsed / "whole" / "epochs.csv")[: len(expected)]
+    for row in (*rows, *expected):
+        del row["seconds"]
+    assert rows == expected

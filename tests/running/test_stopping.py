@@ -1,4 +1,4 @@
-"""Signals, and what several jobs at once may use of a machine."""
+"""Signals, limits of parallel jobs, and messages of device errors."""
 
 import signal
 from pathlib import Path
@@ -10,16 +10,16 @@ from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.launchers import register_launchers
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import Fault
-from dfl_experiments.running.device import cores, device_of_job, threads_of_job
+from dfl_experiments.running.device import device_of_job, threads_of_job
 from dfl_experiments.running.run import explained
 from dfl_experiments.running.signals import ENDING, WARNING, Interrupted, Stop, pass_on
 
 SIGNALS = [*ENDING, *WARNING]
 
 
-@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("checks", [True, False])
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_latest(signum, looks):
+def test_signal_is_handled_at_the_next_check_or_at_the_end(signum, checks):
     before, reached = signal.getsignal(signum), []
 
     def steps():
@@ -27,18 +27,18 @@ def test_a_signal_is_obeyed_when_the_run_looks_for_it_and_at_its_end_at_the_late
             stop.raise_if_asked()
             signal.raise_signal(signum)
             reached.append("the step's end")
-            if looks:
+            if checks:
                 stop.raise_if_asked()
             reached.append("the block's end")
 
     with pytest.raises(Interrupted) as end:
         steps()
-    assert len(reached) == (1 if looks else 2)
+    assert len(reached) == (1 if checks else 2)
     assert end.value.signum == signum
     assert signal.getsignal(signum) is before
 
 
-def test_a_second_sigint_ends_at_once():
+def test_second_sigint_ends_at_once():
     def twice():
         with Stop():
             signal.raise_signal(signal.SIGINT)
@@ -49,12 +49,14 @@ def test_a_second_sigint_ends_at_once():
     assert not isinstance(end.value, Interrupted)
 
 
-def test_a_scheduler_s_handler_gets_its_signal_once_the_run_is_safe_whatever_comes_with_it():
+def test_scheduler_handler_gets_its_signal_after_the_checkpoint():
+    """SIGUSR2 is the scheduler's warning. It is passed on, and a SIGTERM that follows is not."""
     calls = []
-    before = {
-        signum: signal.signal(signum, lambda *_: calls.append(_[0]))
-        for signum in (signal.SIGTERM, signal.SIGUSR2)
-    }
+
+    def handler(signum, frame):
+        calls.append(signum)
+
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGUSR2)}
 
     def steps():
         with Stop() as stop:
@@ -73,9 +75,9 @@ def test_a_scheduler_s_handler_gets_its_signal_once_the_run_is_safe_whatever_com
             signal.signal(signum, handler)
 
 
-def test_a_signal_that_another_library_has_a_use_for_is_left_to_it():
+def test_signal_handled_by_another_library_is_left_to_it():
     calls = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: calls.append(_[0]))
+    before = signal.signal(signal.SIGUSR1, lambda signum, frame: calls.append(signum))
     try:
         with Stop() as stop:
             signal.raise_signal(signal.SIGUSR1)
@@ -85,7 +87,7 @@ def test_a_signal_that_another_library_has_a_use_for_is_left_to_it():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_signal_that_is_ignored_stays_so():
+def test_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Stop() as stop:
@@ -95,22 +97,24 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_jobs_share_the_cores_and_take_the_gpus_in_turn(monkeypatch):
+@pytest.mark.parametrize(
+    ("jobs", "threads"), [(1, 8), (2, 8), (3, 5), (16, 1), (40, 1), (-1, 1), (-2, 1)]
+)
+def test_jobs_share_the_cores(jobs, threads, monkeypatch):
+    """There are 16 cores, and a single job takes 8 threads. -1 job: as many jobs as cores."""
     monkeypatch.setattr("dfl_experiments.running.device.ALL_THREADS", 8)
     monkeypatch.setattr("dfl_experiments.running.device.cores", lambda: 16)
-    assert [threads_of_job(jobs) for jobs in (1, 2, 3, 16, 40, -1, -2)] == [8, 8, 5, 1, 1, 1, 1]
+    assert threads_of_job(jobs) == threads
+
+
+def test_jobs_take_turns_on_the_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert [device_of_job("auto", job) for job in range(4)] == [
-        "cuda:0",
-        "cuda:1",
-        "cuda:2",
-        "cuda:0",
-    ]
+    devices = [device_of_job("auto", job) for job in range(4)]
+    assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
     assert device_of_job("cpu", 1) == "cpu"
-    assert cores() >= 1
 
 
-def test_launchers_are_bounded():
+def test_launchers_have_limits_on_jobs_and_time():
     register_launchers()
     joblib = compose(["hydra/launcher=joblib"], hydra=True).hydra.launcher
     assert joblib.n_jobs == 2
@@ -119,21 +123,17 @@ def test_launchers_are_bounded():
     assert slurm.max_num_timeout > 0
 
 
-def test_what_a_device_cannot_do_is_one_line_that_says_what_to_change():
+def test_device_errors_become_one_line_with_advice():
     settings = check(compose(["batch_size=32"])).settings
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+    disk = OSError(28, "No space left on device", "epochs.csv")
     for error, words in (
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB"),
-            "batch_size=32: out of memory",
-        ),
-        (
-            OSError(28, "No space left on device", "epochs.csv"),
-            "epochs.csv: No space left on device; make room",
-        ),
+        (memory, "batch_size=32: out of memory"),
+        (disk, "epochs.csv: No space left on device; make room"),
     ):
-        told = explained(error, settings, Path("here"))
-        assert isinstance(told, Fault)
-        assert words in str(told)
-        assert "\n" not in str(told)
+        explanation = explained(error, settings, Path("here"))
+        assert isinstance(explanation, Fault)
+        assert words in str(explanation)
+        assert "\n" not in str(explanation)
     bug = KeyError("x")
     assert explained(bug, settings, Path("here")) is bug

@@ -1,12 +1,12 @@
-"""A sweep prints its points before it starts, its progress, a table at its end, and the command that plots it."""
+"""A sweep lists its points on a dry run, prints its progress, and ends with a table and the command that plots it."""
 
-import csv
 import json
 import re
 from statistics import mean, stdev
 
 import pytest
 from processes import dfl_train
+from run_files import table
 
 from dfl_experiments.running.outcome import Ending
 from dfl_experiments.running.point_counter import PointCounter, duration, progress_text
@@ -29,83 +29,69 @@ SWEEP = (
 
 @pytest.fixture(scope="module")
 def ended_sweep(tmp_path_factory):
-    """A sweep's folder and its output; the points on mnist have failed."""
+    """Return a sweep's folder and its output. The points on mnist have failed, because the data are missing."""
     folder = tmp_path_factory.mktemp("sweep")
     return folder / "outputs" / "s", dfl_train(folder, *SWEEP)
-
-
-def table_of(folder):
-    with (folder / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_summary_csv_has_a_column_for_each_swept_key_and_each_result(ended_sweep):
     folder, done = ended_sweep
     assert done.returncode == 1
-    rows = table_of(folder)
-    results = [
-        "status",
-        "reason",
-        "accuracy",
-        "validation_accuracy",
-        "cosine/1",
-        "dead/1",
-        "seconds",
-        "folder",
-    ]
-    assert list(rows[0]) == ["method", "dataset", "seed", *results]
+    rows = table(folder / "summary.csv")
+    keys = "method dataset seed"
+    results = "status reason accuracy validation_accuracy cosine/1 dead/1 seconds folder"
+    assert list(rows[0]) == [*keys.split(), *results.split()]
     assert len(rows) == 8
     for row in rows:
         result = json.loads((folder / row["folder"] / "result.json").read_text())
-        assert (row["method"], row["dataset"], row["seed"]) == (
-            result["method"],
-            result["dataset"],
-            str(result["seed"]),
-        )
-        assert (
-            row["status"]
-            == result["status"]
-            == ("finished" if row["dataset"] == "digits" else "failed")
-        )
-        for column in ("accuracy", "validation_accuracy", "seconds"):
-            assert row[column] == (str(result[column]) if row["status"] == "finished" else "")
-        if row["status"] == "finished":
+        for column in ("method", "dataset", "seed", "status"):
+            assert row[column] == str(result[column])
+        if row["dataset"] == "digits":
+            assert row["status"] == "finished"
+            for column in ("accuracy", "validation_accuracy", "seconds"):
+                assert row[column] == str(result[column])
             assert row["cosine/1"] == str(result["cosine"]["1"])
             assert row["dead/1"] == str(result["dead"]["1"])
+        else:
+            assert row["status"] == "failed"
+            for column in ("accuracy", "validation_accuracy", "seconds"):
+                assert row[column] == ""
 
 
-def test_the_end_table_has_a_row_for_each_setting_with_the_best_first_and_marked(ended_sweep):
+def test_end_table_has_a_row_per_setting_with_the_best_first_and_marked(ended_sweep):
     folder, done = ended_sweep
-    head, *lines, legend = done.stdout.partition("sweep s: 8 points, ")[2].splitlines()[1:7]
-    accuracies = ["test accuracy (mean ± sd)", "validation accuracy (mean ± sd)"]
-    names = ["method", "dataset", "n", *accuracies, "cosine of layer 1"]
-    assert re.split("  +", head.strip()) == names
+    printed = done.stdout.partition("sweep s: 8 points, ")[2].splitlines()
+    head, first, second, *failed, legend = printed[1:7]
+    columns = ["method", "dataset", "n"]
+    columns += ["test accuracy (mean ± sd)", "validation accuracy (mean ± sd)", "cosine of layer 1"]
+    assert re.split("  +", head.strip()) == columns
     assert legend == "  * highest validation accuracy"
-    held_out = {}
-    for row in table_of(folder):
+    accuracies = {"bp": [], "dfa": []}
+    for row in table(folder / "summary.csv"):
         if row["status"] == "finished":
-            held_out.setdefault(row["method"], []).append(float(row["validation_accuracy"]))
-    best, second = sorted(held_out, key=lambda method: -mean(held_out[method]))
-    marked, other, *failed = (line.split() for line in lines)
-    assert marked[:4] == ["*", best, "digits", "2"]
-    assert other[:3] == [second, "digits", "2"]
-    shown = f"{mean(held_out[best]):.4f} ± {stdev(held_out[best]):.4f}"
-    assert shown in lines[0]
-    assert [row[1:] for row in failed] == [["mnist", "0", "of", "2", "-", "-", "-"]] * 2
-    assert "tracking" not in head + lines[0]
+            accuracies[row["method"]].append(float(row["validation_accuracy"]))
+    best, other = sorted(accuracies, key=lambda method: -mean(accuracies[method]))
+    assert first.split()[:4] == ["*", best, "digits", "2"]
+    assert second.split()[:3] == [other, "digits", "2"]
+    assert f"{mean(accuracies[best]):.4f} ± {stdev(accuracies[best]):.4f}" in first
+    for line in failed:
+        assert line.split()[1:] == ["mnist", "0", "of", "2", "-", "-", "-"]
 
 
-def test_points_that_have_no_result_stand_by_themselves_with_their_reason(ended_sweep):
+def test_failed_points_are_listed_with_their_reason(ended_sweep):
     folder, done = ended_sweep
-    for row in table_of(folder):
-        lines = [
-            line for line in done.stdout.splitlines() if line.startswith(f"  {row['folder']} ")
-        ]
-        assert len(lines) == (row["status"] == "failed")
-        assert all(row["reason"] and line.endswith(row["reason"]) for line in lines)
+    for row in table(folder / "summary.csv"):
+        start = f"  {row['folder']} "
+        lines = [line for line in done.stdout.splitlines() if line.startswith(start)]
+        if row["status"] == "failed":
+            (line,) = lines
+            assert row["reason"]
+            assert line.endswith(row["reason"])
+        else:
+            assert not lines
 
 
-def test_each_finished_run_is_one_line_that_says_how_far_the_sweep_is(ended_sweep):
+def test_each_finished_run_prints_one_progress_line(ended_sweep):
     _, done = ended_sweep
     lines = [line for line in done.stdout.splitlines() if " of 8 finished" in line]
     assert [line.split()[0] for line in lines] == ["1", "2", "3", "4"]
@@ -114,7 +100,7 @@ def test_each_finished_run_is_one_line_that_says_how_far_the_sweep_is(ended_swee
     assert "epoch 1/1" not in done.stdout
 
 
-def test_a_run_and_a_sweep_end_with_the_command_that_plots_them(ended_sweep, tmp_path):
+def test_run_and_sweep_end_with_the_command_that_plots_them(ended_sweep, tmp_path):
     _, done = ended_sweep
     assert done.stdout.splitlines()[-2:] == [
         "  plot it: dfl-plot outputs/s",
@@ -128,34 +114,44 @@ def test_a_run_and_a_sweep_end_with_the_command_that_plots_them(ended_sweep, tmp
     assert "samples/s" not in run.stdout
 
 
-def test_the_plot_line_names_a_folder_elsewhere_by_its_whole_path(tmp_path, monkeypatch):
+def test_plot_command_has_the_full_path_of_a_folder_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plot_line(tmp_path.parent / "a b").endswith(f"dfl-plot '{tmp_path.parent / 'a b'}'")
 
 
-def test_a_dry_run_lists_the_points_and_their_time_and_leaves_nothing(tmp_path):
-    swept = ("--multirun", "hydra.sweep.dir=grid", *SMALL)
-    for options in (
-        ("--dry-run", *SMALL),
-        (*swept, "seed=0,1", "--dry-run", "hydra/launcher=joblib"),
-    ):
-        dry = dfl_train(tmp_path, *options)
-        assert (dry.returncode, dry.stderr) == (0, "")
-        assert re.search(r"^about \d+ \w+ on this machine.*; 2 s of each run are", dry.stdout, re.M)
-        assert not list(tmp_path.iterdir())
-    assert dfl_train(tmp_path, *swept, "seed=0").returncode == 0
-    (point,) = (tmp_path / "grid").glob("*/result.json")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    dry = dfl_train(tmp_path, *swept, "seed=0,1", "--dry-run")
+GRID = ("--multirun", "hydra.sweep.dir=grid", *SMALL)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [SMALL, (*GRID, "seed=0,1", "hydra/launcher=joblib")],
+    ids=["run", "sweep"],
+)
+def test_dry_run_prints_the_time_and_writes_nothing(options, tmp_path):
+    dry = dfl_train(tmp_path, *options, "--dry-run")
+    assert (dry.returncode, dry.stderr) == (0, "")
+    assert re.search(r"^about \d+ \w+ on this machine.*; 2 s of each run are", dry.stdout, re.M)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_lists_the_state_of_each_point_and_writes_nothing(tmp_path):
+    def times():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    assert dfl_train(tmp_path, *GRID, "seed=0").returncode == 0
+    (result,) = (tmp_path / "grid").glob("*/result.json")
+    before = times()
+    dry = dfl_train(tmp_path, *GRID, "seed=0,1", "--dry-run")
+    assert times() == before
     lines = [line.split() for line in dry.stdout.splitlines()]
-    assert ["done", point.parent.name, "seed=0"] in lines
-    assert [(line[0], line[-1]) for line in lines if "seed=1" in line] == [("new", "seed=1")]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    point.unlink()
-    assert "  interrupted  " in dfl_train(tmp_path, *swept, "seed=0", "--dry-run").stdout
+    assert ["done", result.parent.name, "seed=0"] in lines
+    (line,) = (line for line in lines if "seed=1" in line)
+    assert line[0] == "new"
+    result.unlink()  # as if the run had been killed
+    assert "  interrupted  " in dfl_train(tmp_path, *GRID, "seed=0", "--dry-run").stdout
 
 
-def test_a_dry_run_refuses_mistakes_and_downloads_nothing(tmp_path):
+def test_dry_run_refuses_mistakes_and_downloads_nothing(tmp_path):
     refused = dfl_train(tmp_path, "--multirun", "--dry-run", "method=nobody", "seed=0,1")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
     missing = dfl_train(tmp_path, "--dry-run", "dataset=mnist", "data_dir=nowhere")
@@ -164,19 +160,31 @@ def test_a_dry_run_refuses_mistakes_and_downloads_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_time_left_is_that_of_the_points_that_ran():
-    ran, found, failed = ["ran", "100", "110"], ["found", "90", "99"], ["failed", "100", "101"]
-    assert progress_text(5, [found]) == "1 of 5 finished"
-    assert progress_text(5, [found, ran]) == "2 of 5 finished, about 30 s left"
-    assert progress_text(5, [found, ran, ran]) == "3 of 5 finished, about 10 s left"  # two at once
-    assert progress_text(5, [found, ran, failed]) == "2 of 5 finished, 1 failed, about 20 s left"
-    assert progress_text(0, [ran]) == "1 finished"
-    assert progress_text(1, [ran]) == "1 of 1 finished"
-    seconds = (0, 98, 120, 5400, 300000)
-    assert [*map(duration, seconds)] == ["1 s", "98 s", "2 min", "1 h 30 min", "3 days"]
+def test_time_left_is_estimated_from_points_that_were_trained():
+    trained, earlier, failed = (
+        ["ran", "100", "110"],
+        ["found", "90", "99"],
+        ["failed", "100", "101"],
+    )
+    assert progress_text(5, [earlier]) == "1 of 5 finished"
+    assert progress_text(5, [earlier, trained]) == "2 of 5 finished, about 30 s left"
+    two_at_once = [earlier, trained, trained]
+    assert progress_text(5, two_at_once) == "3 of 5 finished, about 10 s left"
+    with_failure = [earlier, trained, failed]
+    assert progress_text(5, with_failure) == "2 of 5 finished, 1 failed, about 20 s left"
+    assert progress_text(0, [trained]) == "1 finished"
+    assert progress_text(1, [trained]) == "1 of 1 finished"
 
 
-def test_points_are_counted_in_whatever_process_they_run_until_the_command_has_ended(tmp_path):
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "1 s"), (98, "98 s"), (120, "2 min"), (5400, "1 h 30 min"), (300000, "3 days")],
+)
+def test_duration_is_printed_in_a_suitable_unit(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_points_are_counted_across_processes_until_the_command_ends(tmp_path):
     PointCounter(tmp_path, "c1").start(3)
     assert PointCounter(tmp_path, "c1").add("found", 0) == "1 of 3 finished"
     assert PointCounter(tmp_path, "c1").add("elsewhere", 0) == "1 of 3 finished"
@@ -190,51 +198,39 @@ def ending(name, lr, accuracy, status="finished", **result):
     return Ending(name, status, "", [f"optimizer.lr={lr}", f"seed={name}", "limit=9"], content)
 
 
-def test_a_setting_that_partly_collapsed_ranks_below_those_that_did_not(capsys):
-    print_settings(
-        [
-            ending("0", 1, 0.9),
-            ending("1", 1, 0.1, "collapsed"),
-            ending("0", 2, 0.6),
-            ending("1", 2, 0.8),
-        ]
-    )
-    head, best, other, legend = capsys.readouterr().out.splitlines()
+def test_partly_collapsed_setting_ranks_below_the_others(capsys):
+    collapsed = [ending("0", 1, 0.9), ending("1", 1, 0.1, "collapsed")]
+    healthy = [ending("0", 2, 0.6), ending("1", 2, 0.8)]
+    print_settings([*collapsed, *healthy])
+    _, best, other, legend = capsys.readouterr().out.splitlines()
     assert legend == "  * highest validation accuracy of the settings without failing runs"
-    assert best.split() == [
-        "*",
-        "2",
-        "2",
-        "0.7000",
-        "±",
-        "0.1414",
-        "0.7000",
-        "±",
-        "0.1414",
-        "0.500",
-    ]
+    accuracy = "0.7000 ± 0.1414"
+    assert best.split() == f"* 2 2 {accuracy} {accuracy} 0.500".split()
     assert other.split()[:5] == ["1", "1", "of", "2", "0.9000"]
-    print_settings(
-        [
-            ending("0", 1, 0.2, validation_accuracy=None),
-            ending("0", 2, 0.3, validation_accuracy=None),
-        ]
-    )
+
+
+def test_without_validation_the_test_accuracy_ranks_and_one_seed_has_no_deviation(capsys):
+    points = [
+        ending("0", 1, 0.2, validation_accuracy=None),
+        ending("0", 2, 0.3, validation_accuracy=None),
+    ]
+    print_settings(points)
     head, best, _, legend = capsys.readouterr().out.splitlines()
     assert "validation" not in head
-    assert "sd" not in head  # one seed
+    assert "sd" not in head
     assert legend == "  * highest test accuracy"
     assert best.split() == ["*", "2", "1", "0.3000", "0.500"]
 
 
 def ended_point(method, lr, accuracy, classes=10, **result):
-    """A finished point of one seed."""
-    told = {"num_classes": classes, "test_accuracy": {"last": accuracy, "best": accuracy}} | result
-    point = ending("0", lr, accuracy, **told)
+    """Return a finished point of one seed."""
+    test_accuracy = {"last": accuracy, "best": accuracy}
+    content = {"num_classes": classes, "test_accuracy": test_accuracy} | result
+    point = ending("0", lr, accuracy, **content)
     return point._replace(overrides=[f"method={method}", *point.overrides])
 
 
-def test_the_settings_of_one_method_are_together_and_those_that_did_not_learn_are_marked(capsys):
+def test_settings_are_grouped_by_method_and_failed_learning_is_marked(capsys):
     points = [
         ended_point("bp", 1, 0.5),
         ended_point("las", 1, 0.8),
@@ -245,13 +241,9 @@ def test_the_settings_of_one_method_are_together_and_those_that_did_not_learn_ar
     print_settings(points)
     _, *rows, legend, explanation = capsys.readouterr().out.splitlines()
     assert rows[0].split()[:4] == ["*", "las", "1", "1"]
-    assert [row.replace("*", "").split()[:2] for row in rows] == [
-        ["las", "1"],
-        ["las", "2"],
-        ["bp", "1"],
-        ["bp", "3"],
-        ["bp", "2"],
-    ]
+    order = [row.replace("*", "").split()[:2] for row in rows]
+    assert order == [["las", "1"], ["las", "2"], ["bp", "1"], ["bp", "3"], ["bp", "2"]]
+    # LAS at rate 2 ends at chance; BP at rate 2 ends a fifth under its best; BP at rate 3 is a smoke run
     assert ["1 (1 did not learn)" in row for row in rows] == [False, True, False, False, True]
     assert "without failing runs" in legend
     assert explanation.startswith("  did not learn: ")
@@ -259,7 +251,7 @@ def test_the_settings_of_one_method_are_together_and_those_that_did_not_learn_ar
     assert "*" not in capsys.readouterr().out
 
 
-def test_columns_are_what_differs_and_what_decides_a_result():
+def test_summary_columns_are_the_overrides_that_change_results():
     assert values_by_key(["+a.b=1", "~c", "sweep=x", "device=cpu", "protocol=fair", "a.b=2"]) == {
         "a.b": "2",
         "c": "",

@@ -1,6 +1,5 @@
-"""Sweeps that survive: what is done is skipped, what was interrupted goes on, and one bad point stops no other."""
+"""A restarted sweep skips finished points and continues interrupted ones, and a failed point affects no other."""
 
-import csv
 import gc
 import json
 import os
@@ -14,6 +13,7 @@ import time
 import pytest
 import torch
 from processes import dfl_train, ended, forked
+from run_files import table
 
 import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
@@ -26,11 +26,9 @@ SWEEP = ("--multirun", "sweep=grid", "epochs=3", "limit=300", "tracking=disabled
 
 
 def points(folder, name="result.json"):
-    """The content of a file of every point, by the point's folder."""
-    return {
-        path.parent.name: path.read_text()
-        for path in sorted((folder / "outputs" / "grid").glob(f"*/{name}"))
-    }
+    """Return the content of a file of every point, by the point's folder."""
+    paths = sorted((folder / "outputs" / "grid").glob(f"*/{name}"))
+    return {path.parent.name: path.read_text() for path in paths}
 
 
 def statuses(folder):
@@ -38,32 +36,27 @@ def statuses(folder):
 
 
 def summary(folder):
-    with (folder / "outputs" / "grid" / "summary.csv").open() as file:
-        return {row["folder"]: row for row in csv.DictReader(file)}
+    rows = table(folder / "outputs" / "grid" / "summary.csv")
+    return {row["folder"]: row for row in rows}
 
 
 def output(folder):
     return (folder / "output.txt").read_text()
 
 
-def config_digest(folder):
+def outcomes(folder):
     """Return the rows, weights and accuracy of every point."""
-    grid = folder / "outputs" / "grid"
-    results = {name: json.loads(text) for name, text in points(folder).items()}
-    return {
-        name: (
-            (grid / name / "iterations.csv").read_bytes(),
-            {
-                key: value.numpy().tobytes()
-                for key, value in checkpoint.load_checkpoint(grid / name)["net"].items()
-            },
-            results[name]["test_accuracy"],
-        )
-        for name in results
-    }
+    by_point = {}
+    for name, text in points(folder).items():
+        point = folder / "outputs" / "grid" / name
+        rows = (point / "iterations.csv").read_bytes()
+        net = checkpoint.load_checkpoint(point)["net"]
+        weights = {key: value.numpy().tobytes() for key, value in net.items()}
+        by_point[name] = (rows, weights, json.loads(text)["test_accuracy"])
+    return by_point
 
 
-def test_a_sweep_started_again_runs_only_what_is_left(tmp_path):
+def test_restarted_sweep_runs_only_missing_points(tmp_path):
     assert ended(forked(tmp_path, *SWEEP, "seed=0,1")) == 0
     first = points(tmp_path)
     assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
@@ -75,28 +68,27 @@ def test_a_sweep_started_again_runs_only_what_is_left(tmp_path):
     assert output(tmp_path).count(": finished already") == 2
 
 
-def test_a_failed_point_is_retried_and_an_interrupted_one_goes_on(tmp_path):
+def test_restarted_sweep_retries_failed_and_continues_interrupted_points(tmp_path):
     assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
-    whole = config_digest(tmp_path)
+    expected = outcomes(tmp_path)
     grid = tmp_path / "outputs" / "grid"
-    names = list(whole)
-    for name in names:
-        for path in grid.joinpath(name).iterdir():
-            if path.is_file():
-                path.unlink()
-    (grid / names[0] / "iterations.csv").mkdir()  # a file in the way: the point cannot run
+    names = list(expected)
+    for path in grid.glob("*/*"):
+        if path.is_file():
+            path.unlink()
+    (grid / names[0] / "iterations.csv").mkdir()  # the point cannot write its table
     pid = forked(tmp_path, *SWEEP, "seed=0,1,2", "checkpoint.every_seconds=0")
     while not (grid / names[1] / "last.pt").exists():
         time.sleep(0.005)
     os.kill(pid, signal.SIGTERM)
     assert ended(pid) == 143
-    found = {name: row["status"] for name, row in summary(tmp_path).items()}
-    assert found == {names[0]: "failed", names[1]: "interrupted", names[2]: "interrupted"}
-    assert "iterations.csv" in summary(tmp_path)[names[0]]["reason"]
+    rows = summary(tmp_path)
+    assert [rows[name]["status"] for name in names] == ["failed", "interrupted", "interrupted"]
+    assert "iterations.csv" in rows[names[0]]["reason"]
     (grid / names[0] / "iterations.csv").rmdir()
     assert ended(forked(tmp_path, *SWEEP, "seed=0,1,2")) == 0
     assert "continuing after epoch" in output(tmp_path)
-    assert config_digest(tmp_path) == whole
+    assert outcomes(tmp_path) == expected
 
 
 def test_two_processes_on_one_sweep_never_run_a_point_twice(tmp_path):
@@ -108,7 +100,7 @@ def test_two_processes_on_one_sweep_never_run_a_point_twice(tmp_path):
     assert sum(text.count("of 6 finished") for text in logs.values()) == 6
 
 
-def test_a_point_in_hand_elsewhere_is_left_to_the_other_and_a_dead_process_holds_none(tmp_path):
+def test_running_point_is_skipped_and_a_dead_process_holds_no_lock(tmp_path):
     long = (*SWEEP[:2], "epochs=100000", *SWEEP[3:], "seed=0")
     other = forked(tmp_path, *long)
     while not points(tmp_path, "epochs.csv"):
@@ -125,14 +117,14 @@ def test_a_point_in_hand_elsewhere_is_left_to_the_other_and_a_dead_process_holds
     assert ended(third) == 143
 
 
-def test_a_status_is_read_without_the_lock_and_leaves_no_trace(tmp_path):
+def test_reading_a_status_takes_no_lock_and_writes_nothing(tmp_path):
     point = tmp_path / "point"
     with lock_run(point):
-        (point / ".lock").unlink()  # whoever took the lock now would make it again
+        (point / ".lock").unlink()  # taking the lock would create this file again
         assert status_of(point)[0] == "running"
         assert not (point / ".lock").exists()
     assert status_of(point) == ("interrupted", None, "the process ended without writing a result")
-    # what a killed process leaves, on this machine and on another
+    # a killed process leaves .running; a process of another host cannot be checked, so the file is trusted
     (point / ".running").write_text(json.dumps({"host": platform.node(), "pid": 2**22 + 1}))
     assert status_of(point)[0] == "interrupted"
     (point / ".running").write_text(json.dumps({"host": "another", "pid": 1}))
@@ -145,10 +137,10 @@ def test_a_status_is_read_without_the_lock_and_leaves_no_trace(tmp_path):
 
 @pytest.fixture(scope="module")
 def basic(tmp_path_factory):
-    """The outcome of a small sweep by the basic launcher."""
+    """Return the outcomes of a small sweep with the basic launcher."""
     folder = tmp_path_factory.mktemp("basic")
     assert ended(forked(folder, *SWEEP, "method=bp,las", "seed=0,1")) == 0
-    return config_digest(folder)
+    return outcomes(folder)
 
 
 @pytest.mark.parametrize(
@@ -161,36 +153,38 @@ def basic(tmp_path_factory):
     ],
     ids=str,
 )
-def test_the_same_bits_whatever_the_launcher_the_tracking_and_the_checkpoints(
-    variant, basic, tmp_path
-):
+def test_results_do_not_depend_on_launcher_tracking_or_checkpoints(variant, basic, tmp_path):
     done = dfl_train(tmp_path, *SWEEP, "method=bp,las", "seed=0,1", *variant)
     assert done.returncode == 0, done.stderr
-    assert config_digest(tmp_path) == basic
+    assert outcomes(tmp_path) == basic
 
 
-def test_the_same_bits_in_another_order(basic, tmp_path):
+def test_results_do_not_depend_on_the_order_of_points(basic, tmp_path):
     assert ended(forked(tmp_path, *SWEEP, "seed=1,0", "method=las,bp")) == 0
-    assert config_digest(tmp_path) == basic
+    assert outcomes(tmp_path) == basic
 
 
-def test_a_repeated_run_has_the_same_bits(tmp_path):
+def test_repeated_run_is_bitwise_equal(tmp_path):
     assert ended(forked(tmp_path, *SWEEP[2:], "hydra.run.dir=first", "method=ltas", "seed=7")) == 0
     first, second = tmp_path / "first", tmp_path / "second"
     recorded = (first / "config.yaml").read_text()
     assert recorded.count("  keep: ") == 1
-    # as a run of before there was such an option has it
+    # early versions had no option checkpoint.keep
     (first / "config.yaml").write_text(re.sub(r"  keep: \w+\n", "", recorded))
     (first / "result.json").unlink()
     assert ended(forked(tmp_path, "repeat=first", "hydra.run.dir=second")) == 0
     assert (first / "iterations.csv").read_bytes() == (second / "iterations.csv").read_bytes()
-    a, b = (checkpoint.load_checkpoint(folder) for folder in (first, second))
-    torch.testing.assert_close((a["net"], a["method"]), (b["net"], b["method"]), rtol=0, atol=0)
-    assert a["science"] == b["science"]
+    state, repeated = (checkpoint.load_checkpoint(folder) for folder in (first, second))
+    for key in ("net", "method"):
+        torch.testing.assert_close(state[key], repeated[key], rtol=0, atol=0)
+    assert state["science"] == repeated["science"]
 
 
-def begun(folder, *options, count=1):
-    """A `dfl-train` in a process group of its own, and the number of the process at work on one of its first points."""
+def start(folder, *options, count=1):
+    """Start `dfl-train` in its own process group and wait until `count` points have a first epoch.
+
+    Return its process, and the process id of the worker of one of these points.
+    """
     command = [sys.executable, "-m", "dfl_experiments.train", *options]
     with (folder / "output.txt").open("w") as file:
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -207,14 +201,13 @@ def begun(folder, *options, count=1):
 ENDLESS = (*SWEEP[:2], "epochs=1000000", *SWEEP[3:], "seed=0,1", "checkpoint.every_seconds=1000000")
 
 
-def saved(folder):
-    """Of every point: whether its last checkpoint has all the rows that it has written."""
-    runs = [path.parent for path in (folder / "outputs" / "grid").glob("*/iterations.csv")]
-    lengths = [checkpoint.load_checkpoint(run)["training"]["lengths"]["iterations"] for run in runs]
-    return [
-        length == (run / "iterations.csv").stat().st_size
-        for length, run in zip(lengths, runs, strict=True)
-    ]
+def assert_all_rows_are_saved(folder):
+    """Assert that the last checkpoint of both points includes all rows that they have written."""
+    tables = list((folder / "outputs" / "grid").glob("*/iterations.csv"))
+    assert len(tables) == 2
+    for path in tables:
+        training = checkpoint.load_checkpoint(path.parent)["training"]
+        assert training["lengths"]["iterations"] == path.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -226,58 +219,60 @@ def saved(folder):
         ("submitit_local", signal.SIGHUP, True),
     ],
 )
-def test_a_signal_to_the_command_or_to_all_its_processes_costs_no_work(
+def test_signal_to_the_command_or_its_process_group_loses_no_work(
     launcher, signum, to_all, tmp_path
 ):
-    process, _ = begun(tmp_path, *ENDLESS, f"hydra/launcher={launcher}", count=2)
+    process, _ = start(tmp_path, *ENDLESS, f"hydra/launcher={launcher}", count=2)
     (os.killpg if to_all else os.kill)(process.pid, signum)
     assert process.wait(timeout=60) == 128 + signum
-    assert saved(tmp_path) == [True, True]
+    assert_all_rows_are_saved(tmp_path)
     assert set(statuses(tmp_path).values()) == {"interrupted"}
     assert {row["status"] for row in summary(tmp_path).values()} == {"interrupted"}
     assert "Traceback" not in output(tmp_path)
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_the_processes_of_a_killed_command_save_and_end(launcher, tmp_path):
-    process, worker = begun(tmp_path, *ENDLESS, f"hydra/launcher={launcher}", count=2)
+def test_workers_of_a_killed_command_save_and_end(launcher, tmp_path):
+    process, worker = start(tmp_path, *ENDLESS, f"hydra/launcher={launcher}", count=2)
     process.kill()
     process.wait(timeout=10)
-    end = time.monotonic() + 30
+    deadline = time.monotonic() + 30
     while alive(worker) or list((tmp_path / "outputs" / "grid").glob("*/.running")):
-        assert time.monotonic() < end
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert saved(tmp_path) == [True, True]
+    assert_all_rows_are_saved(tmp_path)
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_killed_worker_costs_no_other_point(launcher, tmp_path):
+def test_killed_worker_does_not_affect_other_points(launcher, tmp_path):
     options = (*SWEEP[:2], "epochs=40", *SWEEP[3:], "seed=0,1,2", f"hydra/launcher={launcher}")
-    process, worker = begun(tmp_path, *options)
+    process, worker = start(tmp_path, *options)
     os.kill(worker, signal.SIGKILL)
     code = process.wait(timeout=150)
     if launcher == "joblib":
         assert code == 0, output(tmp_path)
         assert "the sweep continues" in output(tmp_path)
-    elif code:
+    elif code:  # the command may end with an error; then it is started again
         assert ended(forked(tmp_path, *options[:-1])) == 0, output(tmp_path)
     assert list(statuses(tmp_path).values()) == ["finished"] * 3
-    rows = points(tmp_path, "epochs.csv")
-    assert [text.count("\n") for text in rows.values()] == [41] * 3
+    for text in points(tmp_path, "epochs.csv").values():
+        assert text.count("\n") == 41
 
 
-def test_a_job_that_its_scheduler_preempts_is_queued_again_and_goes_on(tmp_path):
+def test_preempted_job_is_requeued_and_continues(tmp_path):
     options = (*SWEEP[:2], "epochs=60", *SWEEP[3:], "seed=0", "hydra/launcher=submitit_local")
-    process, worker = begun(tmp_path, *options)
+    process, worker = start(tmp_path, *options)
     os.kill(worker, signal.SIGUSR2)
     assert process.wait(timeout=150) == 0, output(tmp_path)
     assert list(statuses(tmp_path).values()) == ["finished"]
-    assert [text.count("\n") for text in points(tmp_path, "epochs.csv").values()] == [61]
-    assert "continuing after epoch" in "".join(points(tmp_path, "run.log").values())
+    (epochs,) = points(tmp_path, "epochs.csv").values()
+    assert epochs.count("\n") == 61
+    (log,) = points(tmp_path, "run.log").values()
+    assert "continuing after epoch" in log
 
 
 @pytest.mark.usefixtures("clean_logging")
-def test_neither_finished_nor_failed_points_leave_tensors_behind(tmp_path, monkeypatch):
+def test_finished_and_failed_points_release_their_tensors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     counts = []
     for seeds in ("0,1", "2,3,4,5,6,7,8,9"):
@@ -287,32 +282,38 @@ def test_neither_finished_nor_failed_points_leave_tensors_behind(tmp_path, monke
             main()
         assert end.value.code == 1
         gc.collect()
-        counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+        counts.append(sum(isinstance(item, torch.Tensor) for item in gc.get_objects()))
     assert counts[1] <= counts[0]
     assert sorted(statuses(tmp_path).values()) == ["failed"] * 10 + ["finished"] * 10
 
 
-def test_no_run_hides_a_sweep_and_no_sweep_hides_in_a_run(tmp_path):
+def test_run_and_sweep_are_refused_in_one_folder(tmp_path):
+    """In one folder the run would hide the points of the sweep."""
     small = ("epochs=1", "limit=64", "tracking=disabled")
-    alone, sweep = ("hydra.run.dir=outputs/one", *small), ("--multirun", "seed=0,1", *small)
-    assert dfl_train(tmp_path, *alone).returncode == 0
+    run = ("hydra.run.dir=outputs/run", *small)
+    sweep = ("--multirun", "seed=0,1", *small)
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    assert dfl_train(tmp_path, *run).returncode == 0
     assert dfl_train(tmp_path, *sweep, "sweep=grid").returncode == 0
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for is_dry in ([], ["--dry-run"]):
+    before = times()
+    for dry in ([], ["--dry-run"]):
         for extra in ([], ["force=true"], ["resume=auto"]):
-            inside = dfl_train(tmp_path, "hydra.run.dir=outputs/grid", *small, *extra, *is_dry)
-            assert inside.returncode == 2
-            assert "outputs/grid: is a folder of runs, such as las-fc-" in inside.stderr
-        inside = dfl_train(tmp_path, *sweep, "sweep=one", *is_dry)
-        assert inside.returncode == 2
-        assert inside.stderr.startswith("dfl-train: error: outputs/one: is a run, and would hide")
+            in_sweep = dfl_train(tmp_path, "hydra.run.dir=outputs/grid", *small, *extra, *dry)
+            assert in_sweep.returncode == 2
+            assert "outputs/grid: is a folder of runs, such as las-fc-" in in_sweep.stderr
+        in_run = dfl_train(tmp_path, *sweep, "sweep=run", *dry)
+        assert in_run.returncode == 2
+        assert in_run.stderr.startswith("dfl-train: error: outputs/run: is a run, and would hide")
     with pytest.raises(UserError, match="grid: is a folder of runs"):
         dfl.run(dfl.compose([*small]), tmp_path / "outputs" / "grid")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    for again in ([*sweep, "sweep=grid"], [*alone, "force=true"], ["resume=outputs/one"]):
+    assert times() == before
+    for again in ([*sweep, "sweep=grid"], [*run, "force=true"], ["resume=outputs/run"]):
         assert dfl_train(tmp_path, *again).returncode == 0
-    # a run may have folders of other kinds, and an earlier version may have put runs there
+    # earlier versions allowed a point inside a run: such a run can be resumed and replaced
     (point,) = (tmp_path / "outputs" / "grid").glob("*-seed1-*")
-    point.rename(tmp_path / "outputs" / "one" / point.name)
-    assert dfl_train(tmp_path, "resume=outputs/one").returncode == 0
-    assert dfl_train(tmp_path, *alone, "force=true").returncode == 0
+    point.rename(tmp_path / "outputs" / "run" / point.name)
+    assert dfl_train(tmp_path, "resume=outputs/run").returncode == 0
+    assert dfl_train(tmp_path, *run, "force=true").returncode == 0

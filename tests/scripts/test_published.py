@@ -1,4 +1,4 @@
-"""Values that others published, beside the runs of the experiments that reproduce them."""
+"""Published values of other papers, compared with the runs of the experiments that reproduce them."""
 
 import numpy as np
 import pandas as pd
@@ -30,17 +30,20 @@ def values():
     return pd.read_csv(PUBLISHED, keep_default_na=False)
 
 
-def test_every_value_has_its_experiment_with_these_rules():
+def test_every_published_value_has_an_experiment_with_its_rules():
     assert set(values().experiment) <= set(EXPERIMENTS)
     for experiment, part in values().query("not_reproducible == ''").groupby("experiment"):
         assert list(part.rule) == grid_of(f"published/{experiment}").axes["method"]
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory):
-    """Runs on digits under the name of MNIST: two whole ones of FA, a short one of BP, smoke runs of the others."""
-    place = tmp_path_factory.mktemp("published")
-    quick = (*QUICK, f"data_dir={write_packs(place / 'data', mnist=1, cifar10=3)}")
+def comparison(tmp_path_factory):
+    """Return the comparison of small runs on digits, under the names of MNIST and CIFAR-10.
+
+    FA has three complete runs, BP on MNIST a run that is too short, and the others smoke runs.
+    """
+    folder = tmp_path_factory.mktemp("published")
+    quick = (*QUICK, f"data_dir={write_packs(folder / 'data', mnist=1, cifar10=3)}")
     for arguments in (
         ("experiment=published/akrout_mnist", "method=fa", "seed=0,1,2", "alignment.every=0"),
         ("experiment=published/akrout_mnist", "method=bp", "epochs=2"),
@@ -50,13 +53,17 @@ def tried(tmp_path_factory):
         ("experiment=published/dkp_cifar10_dfa", "epochs=1", "smoke=64"),
         ("experiment=published/dkp_cifar10_dkp", "epochs=1", "smoke=64"),
     ):
-        done = dfl_train(place, "--multirun", *arguments, *quick)
+        done = dfl_train(folder, "--multirun", *arguments, *quick)
         assert done.returncode == 0, done.stderr
-    return published(runs(place / "outputs" / "published"))
+    return published(runs(folder / "outputs" / "published"))
 
 
-def test_the_options_of_dkp_reach_its_optimizers(tried):
-    assert list(tried.method[tried.source.str.startswith("Webster")]) == ["BP", "DFA", "DKP"]
+def test_options_of_dkp_reach_its_optimizers(comparison):
+    assert list(comparison.method[comparison.source.str.startswith("Webster")]) == [
+        "BP",
+        "DFA",
+        "DKP",
+    ]
     for rule in ("dfa", "dkp"):
         configuration = check(compose([f"experiment=published/dkp_cifar10_{rule}"]))
         parts = {"input_shape": (3, 32, 32), "num_classes": 10}
@@ -66,14 +73,16 @@ def test_the_options_of_dkp_reach_its_optimizers(tried):
         )
         shapes = [tuple(module.weight.shape) for module in method.local_modules.values()]
         assert shapes == [(10, 32 * 30 * 30), (10, 32 * 28 * 28), (10, 128)]
-    of_b = configuration.components["optimizer.feedback"].build()
-    assert (type(of_b).__name__, of_b.lr, of_b.weight_decay) == ("Adam", 1e-4, 1e-6)
-    schedules = [configuration.components[key].build() for key in ("schedule", "schedule.feedback")]
-    assert [schedule.factors(3, 50, 1) for schedule in schedules] == [[1.0], [0.8**2]]
+    optimizer = configuration.components["optimizer.feedback"].build()
+    assert type(optimizer).__name__ == "Adam"
+    assert optimizer.lr == 1e-4
+    assert optimizer.weight_decay == 1e-6
+    for key, factor in (("schedule", 1.0), ("schedule.feedback", 0.8**2)):
+        assert configuration.components[key].build().factors(3, 50, 1) == [factor]
 
 
-def test_a_verdict_needs_whole_runs_of_that_very_configuration(tried):
-    akrout = tried.set_index(["source", "method"]).loc["Akrout et al. 2019"]
+def test_verdict_needs_complete_runs_of_the_same_configuration(comparison):
+    akrout = comparison.set_index(["source", "method"]).loc["Akrout et al. 2019"]
     assert list(akrout.index) == ["BP", "FA", "KP", "WM"]
     assert akrout.verdict["FA"] == DIFFERS
     assert akrout.n["FA"] == 3
@@ -93,10 +102,10 @@ def test_a_verdict_needs_whole_runs_of_that_very_configuration(tried):
         ([0.984, 0.985, 0.984], 0.98, DIFFERS),
     ],
 )
-def test_a_value_agrees_within_the_seeds_interval_or_the_noise_floor(rates, value, verdict):
+def test_value_agrees_within_the_interval_over_seeds_or_the_noise_floor(rates, value, verdict):
     assert compared(np.array(rates), value, 10_000)["verdict"] == verdict
 
 
-def test_a_difference_is_told_with_its_interval():
-    found = compared(np.array([0.984, 0.986]), 0.98, 10_000)["found"]
-    assert found == "98.50: +0.50 [-0.77, +1.77] points"
+def test_difference_is_printed_with_its_interval():
+    comparison = compared(np.array([0.984, 0.986]), 0.98, 10_000)
+    assert comparison["found"] == "98.50: +0.50 [-0.77, +1.77] points"

@@ -1,4 +1,4 @@
-"""The scripts that reproduce the paper: every cell and no other, thin calls, and a report at the end."""
+"""The scripts that reproduce the paper: the cells, the time estimate, the budget, the report, the dashboard."""
 
 import csv
 import json
@@ -21,14 +21,14 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def reproduce(folder, *arguments, timeout=250):
-    """Run the script as a person would."""
+    """Run the script as a user would."""
     command = [sys.executable, str(SCRIPTS / "reproduce.py"), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch, capsys):
-    """Return a function that makes a dry run in this process, so that no library is imported again."""
+    """Return a function that makes a dry run in this process, which avoids new imports."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -38,45 +38,47 @@ def planned(tmp_path, monkeypatch, capsys):
             reproduce_script.main()
         except SystemExit as end:
             code = end.code
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(
-            arguments, code, said.out, said.err if not isinstance(code, str) else code
-        )
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # sys.exit(message)
+            err = code
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
     return run
 
 
 @pytest.mark.parametrize("table", ["fc", "cnn"])
-def test_the_experiments_have_every_cell_of_the_paper_s_table_and_no_other(table):
-    found = []
+def test_experiments_have_exactly_the_cells_of_the_paper_table(table):
+    cells = []
     for _, grid in reproduce_script.chosen(f"{table}_table", []):
         for cell in reproduce_script.cells_of(grid):
             point = next(cell.points())
-            found.append(tuple(point[group] for group in PLACES))
-    assert len(found) == len(set(found))
+            cells.append(tuple(point[group] for group in PLACES))
+    assert len(cells) == len(set(cells))
     paper = published().query("table == @table")
-    assert set(found) == set(paper[list(PLACES)].itertuples(index=False, name=None))
+    assert set(cells) == set(paper[list(PLACES)].itertuples(index=False, name=None))
 
 
-def test_a_part_can_be_asked_for_and_its_time_is_estimated(planned):
+def test_option_only_selects_runs_and_their_time_is_estimated(planned):
     done = planned("all", "--only", "mnist,las", "--seeds", "2", "--epochs", "3")
     assert done.returncode == 0, done.stderr
     calls = [line for line in done.stdout.splitlines() if line.startswith("dfl-train")]
-    assert [re.search(r"experiment=(\S+)", line)[1] for line in calls] == [
-        "alignment_figure",
-        "fc_mnist",
-    ] * 2
-    assert [re.search(r"seed=(\S+)", line)[1] for line in calls] == ["0", "0", "1", "1"]
-    assert all("epochs=3" in line and "method=las" in line for line in calls)
+    experiments = [re.search(r"experiment=(\S+)", line)[1] for line in calls]
+    seeds = [re.search(r"seed=(\S+)", line)[1] for line in calls]
+    assert experiments == ["alignment_figure", "fc_mnist"] * 2
+    assert seeds == ["0", "0", "1", "1"]
+    for line in calls:
+        assert "epochs=3" in line
+        assert "method=las" in line
     assert "10 runs of 4 cells" in done.stdout
-    assert all(hours > 0 for hours, _, _ in cells_with_hours(done.stdout))
+    for hours, _, _ in cells_with_hours(done.stdout):
+        assert hours > 0
 
 
-def test_the_estimate_is_of_the_runs_that_are_asked_for(planned):
-    asked = ("fc_table", "--only", "mnist,las")
+def test_estimate_takes_overrides_into_account(planned):
+    options = ("fc_table", "--only", "mnist,las")
     hours = []
     for overrides in ((), ("epochs=1", "limit=1000,2000", "batch_size=256", "alignment.every=0")):
-        done = planned(*asked, *overrides)
+        done = planned(*options, *overrides)
         assert done.returncode == 0, done.stderr
         hours.append(sum(hours for hours, _, _ in cells_with_hours(done.stdout)))
     assert "8 runs of 1 cells" in done.stdout
@@ -84,33 +86,33 @@ def test_the_estimate_is_of_the_runs_that_are_asked_for(planned):
 
 
 def cells_with_hours(printed):
-    """The cells that a dry run lists, as (hours, seed, name)."""
+    """Return the cells that a dry run lists, as (hours, seed, name)."""
     rows = re.findall(r"^ +(\S+) h  (\w+: .*), seed (\d+), runs: \d+$", printed, re.M)
     return [(float(hours), int(seed), name) for hours, name, seed in rows]
 
 
-def test_a_budget_takes_the_cheapest_cells_first_and_one_seed_of_all_before_a_second_of_any(
+def test_budget_takes_cheap_cells_first_and_one_seed_of_all_cells_before_the_next(
     planned, tmp_path
 ):
-    asked = ("all", "--only", "mnist", "--seeds", "2", "--epochs", "1", "threads=1")
-    everything = planned(*asked, "--budget", "99h")
+    options = ("all", "--only", "mnist", "--seeds", "2", "--epochs", "1", "threads=1")
+    everything = planned(*options, "--budget", "99h")
     assert everything.returncode == 0, everything.stderr
     cells = cells_with_hours(everything.stdout)
-    assert [seed for _, seed, _ in cells] == [0] * 8 + [1] * 8
-    assert {name for _, _, name in cells[:8]} == {name for _, _, name in cells[8:]}
-    hours = [hours for hours, _, _ in cells]
-    assert hours[:8] == sorted(hours[:8])
-    assert hours[8:] == sorted(hours[8:])
+    hours, seeds, names = zip(*cells, strict=True)
+    assert seeds == (0,) * 8 + (1,) * 8
+    assert set(names[:8]) == set(names[8:])
+    assert list(hours[:8]) == sorted(hours[:8])
+    assert list(hours[8:]) == sorted(hours[8:])
     assert "46 runs of 16 cells" in everything.stdout
     assert "0 unfinished cells do not fit" in everything.stdout
-    part = planned(*asked, "--budget", f"{sum(hours) / 3:.6f}h")
+    part = planned(*options, "--budget", f"{sum(hours) / 3:.6f}h")
     chosen = cells_with_hours(part.stdout)
     assert 0 < len(chosen) < len(cells)
     assert sum(hours for hours, _, _ in chosen) <= sum(hours) / 3 * 1.01
     assert not list(tmp_path.iterdir())
 
 
-def test_a_budget_that_is_too_small_says_what_the_cheapest_cell_takes(planned):
+def test_too_small_budget_is_refused_with_the_time_of_the_cheapest_cell(planned):
     done = planned("fc_table", "--only", "mnist,bp", "--budget", "0.001h")
     assert done.returncode == 2
     assert re.search(
@@ -118,14 +120,15 @@ def test_a_budget_that_is_too_small_says_what_the_cheapest_cell_takes(planned):
     )
 
 
-def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
+def test_finished_runs_do_not_count_towards_a_budget(tmp_path, planned):
     data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
-    asked = ("fc_table", "--only", "mnist", "--epochs", "1", "--budget", "9h", data, *SMALL[:-1])
-    done = reproduce(tmp_path, *asked[:2], "mnist,bp", *asked[3:])
+    options = ("--epochs", "1", "--budget", "9h", data, *SMALL[:-1])
+    done = reproduce(tmp_path, "fc_table", "--only", "mnist,bp", *options)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("outputs/fc_table/*/result.json"))) == 4
-    rest = planned(*asked)
-    assert [name.split()[-1] for _, _, name in cells_with_hours(rest.stdout)].count("bp") == 0
+    rest = planned("fc_table", "--only", "mnist", *options)
+    for _, _, name in cells_with_hours(rest.stdout):
+        assert not name.endswith(" bp")
     assert "16 runs of 4 cells" in rest.stdout
 
 
@@ -151,16 +154,16 @@ def test_what_is_finished_does_not_count_towards_a_budget(tmp_path, planned):
         (["batchsize=3"], "batchsize: no such option"),
     ],
 )
-def test_a_mistake_is_one_line(planned, arguments, words):
+def test_mistake_is_refused_in_one_line(planned, arguments, words):
     done = planned("fc_table", *arguments)
     assert done.returncode == 2
     assert words in done.stderr.splitlines()[-1]
 
 
-def test_a_smoke_run_from_start_to_report_and_again(tmp_path):
+def test_smoke_run_writes_a_report_and_is_not_repeated(tmp_path):
     data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
-    asked = ("fc_table", "--smoke", "--only", "mnist", data, *SMALL[:-1])
-    done = reproduce(tmp_path, *asked)
+    options = ("fc_table", "--smoke", "--only", "mnist", data, *SMALL[:-1])
+    done = reproduce(tmp_path, *options)
     assert done.returncode == 0, done.stderr
     assert "5 points, 5 finished" in done.stdout
     report = tmp_path / "outputs" / "fc_table-smoke-report"
@@ -171,26 +174,21 @@ def test_a_smoke_run_from_start_to_report_and_again(tmp_path):
         assert "smoke test, no result" in (report / name).read_text()
     assert list((report / "figures").glob("*.pdf"))
     assert not list(tmp_path.glob("outputs/*/*/last.pt"))
-    again = reproduce(tmp_path, *asked)
+    again = reproduce(tmp_path, *options)
     assert again.returncode == 0
     assert again.stdout.count("finished already") == 5
-    kept = subprocess.run(
-        [sys.executable, str(SCRIPTS / "keep_results.py"), "outputs/fc_table-smoke", "kept"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = [sys.executable, str(SCRIPTS / "keep_results.py"), "outputs/fc_table-smoke", "kept"]
+    kept = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "5 runs kept" in kept.stdout
-    assert {path.name for path in (tmp_path / "kept").rglob("*.*") if path.is_file()} == {
-        "result.json",
-        "epochs.csv",
-        "config.yaml",
-    }
+    names = {path.name for path in (tmp_path / "kept").rglob("*.*") if path.is_file()}
+    assert names == {"result.json", "epochs.csv", "config.yaml"}
     command = [sys.executable, "-m", "dfl_experiments.report.dfl_report", "kept", "--format", "csv"]
     same = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert same.stdout == (report / "tables.csv").read_text()
 
 
 @pytest.mark.parametrize(("signum", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_a_signal_ends_it_with_a_checkpoint_and_a_report(signum, to_all, tmp_path):
+def test_signal_ends_the_script_with_a_checkpoint_and_a_report(signum, to_all, tmp_path):
     data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
     command = [
         sys.executable,
@@ -205,21 +203,21 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_report(signum, to_all, tmp_pat
         script = subprocess.Popen(
             [*command, data, *SMALL[:-1]], cwd=tmp_path, stdout=output, start_new_session=True
         )
-    place = tmp_path / "outputs" / "fc_table"
-    while not list(place.glob("*/epochs.csv")):
+    folder = tmp_path / "outputs" / "fc_table"
+    while not list(folder.glob("*/epochs.csv")):
         time.sleep(0.05)
     time.sleep(1)
-    # a terminal tells the whole group
+    # Ctrl-C in a terminal reaches the whole process group
     (os.killpg if to_all else os.kill)(script.pid, signum)
     assert script.wait(timeout=60) == 128 + signum
-    (run,) = place.glob("*/result.json")
+    (run,) = folder.glob("*/result.json")
     assert json.loads(run.read_text())["status"] == "interrupted"
     assert (run.parent / "last.pt").exists()
     text = (tmp_path / "output.txt").read_text()
     assert re.search(r"LAS .* 1 interrupted", text)
 
 
-def test_the_dashboard_is_written_to_a_file_without_a_login(tmp_path):
+def test_dashboard_is_written_to_a_file_without_a_login(tmp_path):
     command = [sys.executable, str(SCRIPTS / "wandb_dashboard.py"), "--layers", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The code that the benchmark compares with the engine computes the same numbers as the engine."""
+"""The published way of LAS, which the benchmark compares with the engine, computes the same numbers."""
 
 import copy
 
@@ -9,18 +9,18 @@ from yardsticks import CLASSES, PublishedLas
 
 
 @pytest.mark.parametrize("model", ["fc", "conv3", "conv3_bn"])
-def test_the_published_way_of_las_is_las(model):
+def test_published_las_equals_las_of_the_engine(model):
     t = Tiny(
         "las", model, "protocol.local_reduction=half_sum", "optimizer.lr=1e-4", classes=CLASSES
     )
-    theirs = PublishedLas(copy.deepcopy(t.net), [(None, 0)], 1)
-    theirs.locals.double()
-    for own, module in zip(theirs.locals, t.method.local_modules.values(), strict=True):
-        own.weight.data.copy_(module.weight.data)
+    published = PublishedLas(copy.deepcopy(t.net), [(None, 0)], 1)
+    published.locals.double()
+    for copied, module in zip(published.locals, t.method.local_modules.values(), strict=True):
+        copied.weight.data.copy_(module.weight.data)
     for _ in range(3):
         t.learner.step(t.x, t.target)
-        theirs.step(t.x, t.target)
-    pairs = zip((*theirs.blocks, theirs.head), (*t.net.blocks, t.net.head), strict=True)
-    for block, other in pairs:
-        for a, b in zip(block.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+        published.step(t.x, t.target)
+    blocks, expected_blocks = (*published.blocks, published.head), (*t.net.blocks, t.net.head)
+    for block, expected in zip(blocks, expected_blocks, strict=True):
+        for weight, other in zip(block.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(weight, other, rtol=1e-7, atol=1e-10)
