@@ -13,7 +13,7 @@ Another table compares the published values in conf/experiment/published/values.
 import argparse
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,33 @@ def rates_text(points: pd.DataFrame) -> str:
     return f", {count} rates" if count > 1 else ", 1 rate"
 
 
+def welch(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Return mean(first) − mean(second) with Welch's t interval, see `contrast`."""
+    return contrast([first, second], [1.0, -1.0])
+
+
+def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimate:
+    """Return Σ w_k mean(x_k) with an interval that does not assume equal variances.
+
+        standard error = √(Σ w_k² s_k²/n_k), with Welch–Satterthwaite degrees of freedom
+
+    There is no interval if a sample has fewer than 2 values, or if all variances are 0.
+    """
+    n = np.array([len(values) for values in samples])
+    means = np.array([values.mean() for values in samples])
+    value = float(means @ weights)
+    if n.min() < 2:
+        return Estimate(value)
+    variances = np.array([values.var(ddof=1) for values in samples])
+    parts = np.square(weights) * variances / n
+    variance = parts.sum()
+    if variance == 0:
+        return Estimate(value)
+    degrees = variance**2 / (parts**2 / (n - 1)).sum()
+    half = compare.student(degrees) * math.sqrt(variance)
+    return compare.around(value, half)
+
+
 def judged(
     claim: str,
     setting: str,
@@ -121,9 +148,13 @@ def judged(
     failing: what `failures` returns for the methods of the claim.
     rates: text with the learning rates that were compared.
     """
-    verdict = {1: SUPPORTED, -1: CONTRADICTED, 0: UNDECIDED, None: TOO_FEW}[estimate.verdict]
-    if n < compare.FEWEST_SEEDS:
+    verdict = UNDECIDED
+    if n < compare.FEWEST_SEEDS or math.isnan(estimate.low):
         verdict = TOO_FEW
+    elif estimate.low > 0:
+        verdict = SUPPORTED
+    elif estimate.high < 0:
+        verdict = CONTRADICTED
     scale = 0.01 if unit == "cosine" else 1  # `interval_text` multiplies by 100
     shown = Estimate(*(scale * number for number in estimate))
     return {
@@ -166,9 +197,7 @@ def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[di
         if n == 0:
             continue
         claim = f"{method_name(first)} is more accurate than {method_name(second)}"
-        verdict = judged(
-            claim, setting, compare.welch(*accuracies), n, "points", failures(row, methods)
-        )
+        verdict = judged(claim, setting, welch(*accuracies), n, "points", failures(row, methods))
         if not ranks and verdict["verdict"] not in (FAILS, TOO_FEW):
             verdict["verdict"] = CANNOT_RANK
         yield verdict
@@ -209,7 +238,7 @@ def alignment_claims(
         failing = failures(row, methods)
         if n or failing:
             claim = f"{method_name(first)} aligns better with BP than {method_name(second)}"
-            estimate = compare.welch(*means) if n else Estimate(math.nan)
+            estimate = welch(*means) if n else Estimate(math.nan)
             rates = " and ".join(f"{lr:g}" for lr, _ in sorted(common, reverse=True))
             yield judged(claim, setting, estimate, n, "cosine", failing, f" (lr {rates})")
 
@@ -241,7 +270,7 @@ def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str,
             setting = rows.title.iloc[0] + rates_text(all_points)
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
-            estimate = compare.contrast(samples, [1, -1, -1, 1])
+            estimate = contrast(samples, [1, -1, -1, 1])
             yield judged(claim, setting, estimate, min(map(len, samples)), "points", failing)
 
 

@@ -14,12 +14,13 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from families import FAMILIES, FAMILY_COLOURS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.report.frame import layer_names, runs, with_key
-from dfl_experiments.report.style import FAMILIES, FAMILY_COLOURS, method_name, method_order, save
+from dfl_experiments.report.style import method_name, method_order, save
 
 SUMMARY = Path("outputs/reference/depth_digits/summary.csv")
 KEY = ["init", "depth", "rule", "lr", "seed"]

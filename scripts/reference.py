@@ -28,6 +28,7 @@ from claims import (
     picture,
     published,
 )
+from families import FAMILY_COLOURS, FAMILY_OF
 from matplotlib.figure import Figure
 from stability_map import best_rates, runs_of_map
 
@@ -35,14 +36,7 @@ from dfl_experiments.report import document, frame
 from dfl_experiments.report.compare import cosines
 from dfl_experiments.report.dfl_report import arguments
 from dfl_experiments.report.figures import Drawing, figures
-from dfl_experiments.report.style import (
-    FAMILY_COLOURS,
-    family_of,
-    method_name,
-    row_title,
-    save,
-    styled,
-)
+from dfl_experiments.report.style import method_name, row_title, save, styled
 from dfl_experiments.report.table_text import NONE, markdown, numbers
 from dfl_experiments.report.tables import Section, sections
 
@@ -231,7 +225,7 @@ def families_picture(runs: pd.DataFrame) -> Figure:
     panels = drawing.subplots(1, len(settings), squeeze=False)[0]
     for axes, (setting, means) in zip(panels, settings.items(), strict=True):
         for rule, point in means.rank().iterrows():
-            axes.plot(*point, "o", color=FAMILY_COLOURS[family_of(str(rule))])
+            axes.plot(*point, "o", color=FAMILY_COLOURS[FAMILY_OF[str(rule)]])
             axes.annotate(method_name(str(rule)), point, xytext=(4, 3), textcoords="offset points")
         axes.set_title(fill(setting, 55))
         axes.set(xlabel="rank of the cosine with BP, layer 1", ylabel="rank of the test accuracy")
@@ -248,7 +242,7 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
     )
     rows = []
     for setting, means in means_of_rules(runs).items():
-        family = means.index.map(family_of)
+        family = means.index.map(FAMILY_OF)
         row = {"setting": setting, "all rules": correlation(means)}
         row["direct"] = correlation(means[family.str.startswith("direct")])
         row["through every layer"] = correlation(means[family.str.startswith("through")])

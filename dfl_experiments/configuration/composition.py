@@ -98,12 +98,12 @@ def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
     A configuration with older names of the options has the same digest.
     """
     options = with_recorded_names(result_options(cfg))
-    values = changed(options, _integer_if_whole)
+    values = changed(options, integer_if_whole)
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _integer_if_whole(value: Any) -> Any:
+def integer_if_whole(value: Any) -> Any:
     """Return a whole float such as 1.0 as an integer, because a YAML file may contain 1 or 1.0 for the same value."""
     is_whole = isinstance(value, float) and value.is_integer()
     return int(value) if is_whole else value

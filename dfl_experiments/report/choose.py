@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import permutations
 
+import pandas as pd
 from pandas import DataFrame, Series
 
-from dfl_experiments.report.frame import CELL, distinct, layer_names
+from dfl_experiments.report.frame import CELL, POINT, distinct, layer_names
 from dfl_experiments.report.run_record import ENDED, PER_LAYER
 
 POINT_IN_CELL = ["lr", "weight_decay"]
@@ -33,16 +35,17 @@ def choose(runs: DataFrame) -> DataFrame:
 def best_point(cell: DataFrame) -> tuple[float, float] | None:
     """Return (lr, weight_decay) of the best grid point of a cell; None if no run has an accuracy."""
     ended = cell[cell.status.isin(ENDED)]
+    if ended.empty:
+        return None
     fails = cell.groupby(POINT_IN_CELL).fails.any()
     points = fails[fails.index.isin(ended.set_index(POINT_IN_CELL).index)]
     candidates = list(points.index[~points]) or list(points.index)
     table = ended.pivot(index="seed", columns=POINT_IN_CELL, values=["score", "validation_loss"])
-
-    def rank(point: tuple[float, float]) -> tuple[int, float]:
-        wins = sum(beats(table, point, other) for other in candidates if other != point)
-        return wins, table["score"][point].mean()
-
-    return max(candidates, key=rank, default=None)
+    wins = dict.fromkeys(candidates, 0)
+    for point, other in permutations(candidates, 2):
+        wins[point] += beats(table, point, other)
+    means = table["score"].mean()
+    return max(candidates, key=lambda point: (wins[point], means[point]))
 
 
 def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -51,62 +54,49 @@ def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, floa
     table: score and validation loss (columns) of each seed (row) at each grid point.
     """
     scores = table["score"][[point, other]].dropna()
-    lead = scores[point].mean() - scores[other].mean()
+    lead = (scores[point] - scores[other]).mean()
     if abs(lead) > TIE:
         return bool(lead > 0)
     losses = table["validation_loss"].loc[scores.index]
-    return bool(losses[point].mean(skipna=False) < losses[other].mean(skipna=False))
+    excess = losses[point] - losses[other]
+    return bool(excess.mean(skipna=False) < 0)
 
 
-def counted(chosen: DataFrame, keys: Sequence[str] = CELL) -> DataFrame:
+def counted(runs: DataFrame, keys: Sequence[str] = POINT) -> DataFrame:
     """Return the runs that are averaged: those that do not fail or, if all with the same values of `keys` fail, all."""
-    ended = chosen[chosen.status.isin(ENDED)]
+    ended = runs[runs.status.isin(ENDED)]
     all_fail = ended.groupby(list(keys)).fails.transform("all")
     return ended[~ended.fails | all_fail]
 
 
-def cells(runs: DataFrame, chosen: DataFrame) -> DataFrame:
-    """Return a table with one row for each cell, computed from the runs at its chosen grid point.
+def grid_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
+    """Return a table with one row for each grid point of each cell.
+
+    A cell without a chosen point has one more row, with the states of all its runs. It counts as chosen.
 
     chosen: what `choose` returns for the runs.
 
-    Columns: those of `means`, and
-        `lr`, `weight_decay`: the chosen grid point.
-        `lr_at_end`: whether the chosen learning rate is at an end of the grid, see `end_of_grid`.
-    """
-    frame = means(runs, chosen, CELL)
-    averaged = counted(chosen).groupby(CELL, sort=False)
-    rates = averaged.lr.first().reindex(frame.index)
-    at_end = end_of_grid(rates.mask(averaged.fails.all()), runs)
-    place = frame.columns.get_loc("n")
-    frame.insert(place, "lr", rates)
-    frame.insert(place + 1, "lr_at_end", at_end)
-    frame.insert(place + 2, "weight_decay", averaged.weight_decay.first())
-    return frame.reset_index()
-
-
-def means(runs: DataFrame, shown: DataFrame, keys: Sequence[str]) -> DataFrame:
-    """Return a table with one row for each combination of values of `keys`, which are its index.
-
-    shown: those of the runs from which the results are computed.
-
     Columns:
-        `rule`, `is_default`: the rule, and whether the settings are the defaults.
+        `POINT`, `rule`, `is_default`: the grid point, the rule, and whether the settings are the defaults.
+        `states`: number of runs of each status.
+        `lr_at_end`, `chosen`: see `end_of_grid`; whether this is the best point of its cell.
         `n`, `devices`: number of averaged runs (0: no accuracy yet), and their devices.
         `accuracy`, `sd`, `score`, `hours`, `cosine/1`, `dead/1`, …: means over the averaged runs; standard deviation.
         `ended`, `failing`, `unstable_runs`: number of ended runs, and how many of them fail or are unstable.
-        `states`: number of runs of each status, counted over all of `runs`.
         `unstable`: first instability, as text.
     """
-    keys = list(keys)
-    every = distinct(runs).groupby(keys, sort=False)
-    averaged = counted(shown, keys).groupby(keys, sort=False)
-    ended = shown[shown.status.isin(ENDED)].groupby(keys, sort=False)
-    unstable = shown[shown.unstable != ""].groupby(keys, sort=False)
-
-    frame = every.agg(
-        rule=("rule", "first"), is_default=("is_default", "first"), states=("status", states)
+    runs = distinct(runs)
+    identity = {
+        "rule": ("rule", "first"),
+        "is_default": ("is_default", "first"),
+        "states": ("status", states),
+    }
+    frame = runs.groupby(POINT, sort=False).agg(
+        **identity, lr=("lr", "first"), weight_decay=("weight_decay", "first")
     )
+    averaged = counted(runs).groupby(POINT)
+    ended = runs[runs.has_ended].groupby(POINT)
+    unstable = runs[runs.unstable != ""].groupby(POINT)
     results = averaged.agg(
         n=("rule", "size"),
         accuracy=("accuracy", "mean"),
@@ -117,37 +107,45 @@ def means(runs: DataFrame, shown: DataFrame, keys: Sequence[str]) -> DataFrame:
         devices=("device", joined),
     )
     results["hours"] /= 3600
-    stability = unstable.agg(unstable=("unstable", "first"), unstable_runs=("rule", "size"))
     frame = frame.join(results)
     frame = frame.join(ended.agg(ended=("rule", "size"), failing=("fails", "sum")))
-    frame = frame.join(stability)
+    frame = frame.join(unstable.agg(unstable=("unstable", "first"), unstable_runs=("rule", "size")))
+    of_layers = [name for quantity in PER_LAYER for name in layer_names(runs, quantity)]
+    frame = frame.join(averaged[of_layers].mean(skipna=False))
+
+    is_chosen = frame.index.isin(chosen.set_index(POINT).index)
+    frame.insert(frame.columns.get_loc("n"), "chosen", is_chosen)
+    frame = frame.droplevel(POINT_IN_CELL).reset_index()
+    is_decided = runs.set_index(CELL).index.isin(chosen.set_index(CELL).index)
+    undecided = runs[~is_decided].groupby(CELL).agg(**identity).reset_index()
+    frame = pd.concat([frame, undecided.assign(chosen=True)], ignore_index=True)
 
     counts = ["n", "ended", "failing", "unstable_runs"]
     frame[counts] = frame[counts].fillna(0).astype(int)
     texts = ["unstable", "devices"]
     frame[texts] = frame[texts].fillna("")
-    of_layers = [name for quantity in PER_LAYER for name in layer_names(runs, quantity)]
-    return frame.join(averaged[of_layers].mean(skipna=False))
+    frame.insert(frame.columns.get_loc("lr") + 1, "lr_at_end", end_of_grid(frame, runs))
+    return frame
 
 
-def end_of_grid(chosen_rates: Series, runs: DataFrame) -> Series:
-    """Return for each cell "lowest" or "highest" if its chosen learning rate is at this end of its grid, else "".
+def end_of_grid(points: DataFrame, runs: DataFrame) -> Series:
+    """Return for each point "lowest" or "highest" if it is chosen and its learning rate is at this end of the grid.
 
-    chosen_rates: the chosen learning rate of each cell; NaN if all of its runs fail.
+    Return "" for other points, for a grid of one rate, and if all runs at the point fail.
     """
     tried = runs[runs.has_ended].groupby(CELL).lr
-    lowest = tried.min().reindex(chosen_rates.index)
-    highest = tried.max().reindex(chosen_rates.index)
-    ends = Series("", index=chosen_rates.index)
-    ends[chosen_rates == lowest] = "lowest"
-    ends[chosen_rates == highest] = "highest"
-    ends[lowest == highest] = ""
-    return ends
+    ends = points[CELL].join(tried.agg(lowest="min", highest="max"), on=CELL)
+    is_marked = points.chosen & (points.failing < points.ended) & (ends.lowest < ends.highest)
+    names = Series("", points.index)
+    names[is_marked & (points.lr == ends.lowest)] = "lowest"
+    names[is_marked & (points.lr == ends.highest)] = "highest"
+    return names
 
 
 def states(statuses: Iterable[str]) -> str:
     """Return the number of runs of each status: "3 finished, 1 failed"."""
-    return ", ".join(f"{count} {status}" for status, count in Counter(statuses).most_common())
+    counts = Counter(statuses).most_common()
+    return ", ".join(f"{count} {status}" for status, count in counts)
 
 
 def joined(names: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Comparisons of methods within one setting: confidence intervals, depth utility, cosines with BP."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ from dfl_experiments.report.frame import POINT, ROW, curves, distinct, layer_nam
 
 LEVEL = 0.95
 FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
-# a method is pooled if its standard deviation is at most this multiple of the other methods'
-LARGEST_RATIO = 3.0
+LARGEST_RATIO = 3.0  # of a method's standard deviation to the other methods', see `pooled`
 FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
 MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
 TAIL = 4_000_000  # bytes at the end of iterations.csv that hold the last measured epoch
@@ -32,13 +31,6 @@ class Estimate(NamedTuple):
     value: float
     low: float = math.nan
     high: float = math.nan
-
-    @property
-    def verdict(self) -> int | None:
-        """1: the interval is above zero; -1: it is below zero; 0: it contains zero; None: there is no interval."""
-        if math.isnan(self.low):
-            return None
-        return int(self.low > 0) - int(self.high < 0)
 
 
 def around(value: float, half: float) -> Estimate:
@@ -69,7 +61,7 @@ def against(chosen: DataFrame, control: str) -> DataFrame:
     of them contain their true differences.
 
     An interval needs 2 runs of the method, 2 runs of the control, and 6 degrees of freedom of s². Methods with a
-    failing run are left out. A method that s² leaves out (see `is_odd`) gets Welch's t interval (`test` = "Welch").
+    failing run are left out. A method that s² leaves out (see `pooled`) gets Welch's t interval (`test` = "Welch").
 
     Args:
         chosen: runs at one grid point for each method, see `choose.choose`.
@@ -81,35 +73,34 @@ def against(chosen: DataFrame, control: str) -> DataFrame:
     Source: Dunnett, "A multiple comparison procedure for comparing several treatments with a control", 1955.
     """
     rows: list[tuple[Any, ...]] = []
-    for key, row in chosen.groupby(ROW, sort=False):
-        for method, (estimate, test) in dunnett(samples_of(row), control).items():
-            rows.append((*key, method, *estimate, test))
+    for setting, runs in chosen.groupby(ROW, sort=False):
+        for method, (estimate, test) in dunnett(samples_of(runs), control).items():
+            rows.append((*setting, method, *estimate, test))
     return DataFrame(rows, columns=[*ROW, "method", "difference", "low", "high", "test"])
 
 
 def dunnett(samples: Samples, control: str) -> dict[str, tuple[Estimate, str]]:
     """Return each method's difference from the control, and the test: "Dunnett", "Welch" or "" (no interval)."""
-    others = dict(samples)
-    reference = others.pop(control, None)
-    if reference is None:
+    if control not in samples:
         return {}
+    reference = samples[control]
     pool = pooled(samples, [control])
     is_enough = pool.degrees >= FEWEST_DEGREES and pool.variance > 0
     has_intervals = is_enough and control in pool.methods
     sizes = sorted(len(samples[method]) for method in pool.methods if method != control)
-    critical = math.nan
-    if has_intervals and sizes:
-        critical = critical_value(tuple(sizes), len(reference))
     differences = {}
-    for method, values in others.items():
-        difference = float(values.mean() - reference.mean())
-        estimate, test = Estimate(difference), ""
+    for method, values in samples.items():
+        if method == control:
+            continue
+        estimate, test = Estimate(float(values.mean() - reference.mean())), ""
         if has_intervals and method in pool.methods:
             variance = pool.of_difference(len(values), len(reference))
-            half = critical * math.sqrt(variance)
-            estimate, test = around(difference, half), "Dunnett"
+            half = critical_value(tuple(sizes), len(reference)) * math.sqrt(variance)
+            estimate, test = around(estimate.value, half), "Dunnett"
         elif has_intervals and len(values) > 1:
-            estimate, test = welch(values, reference), "Welch"
+            result = stats.ttest_ind(values, reference, equal_var=False)
+            low, high = result.confidence_interval(LEVEL)
+            estimate, test = Estimate(estimate.value, float(low), float(high)), "Welch"
         differences[method] = (estimate, test)
     return differences
 
@@ -127,32 +118,30 @@ class Pool(NamedTuple):
         return self.variance * (1 / first + 1 / second)
 
 
-def pooled(samples: Samples, references: Collection[str] = ()) -> Pool:
-    """Return the pooled variance of the methods with more than one value, without the odd ones, see `is_odd`.
+def pooled(samples: Samples, references: Collection[str]) -> Pool:
+    """Return the pooled variance of the methods with more than one value.
 
-    references: methods that are never odd.
+    A method is left out if its standard deviation exceeds 3 × the pooled standard deviation of the other methods.
+
+    references: methods that are not left out for this reason.
     """
     repeated = {method: values for method, values in samples.items() if len(values) > 1}
-    odd = {method for method in repeated if is_odd(method, repeated)}.difference(references)
-    kept = {method: values for method, values in repeated.items() if method not in odd}
+    kept = {}
+    for method, values in repeated.items():
+        others = [repeated[other] for other in repeated if other != method]
+        variance, _ = pooled_variance(others)
+        if method in references or values.std(ddof=1) <= LARGEST_RATIO * math.sqrt(variance):
+            kept[method] = values
     return Pool(kept, *pooled_variance(kept.values()))
 
 
-def is_odd(method: str, samples: Samples) -> bool:
-    """Return whether a method's standard deviation exceeds 3 × the pooled standard deviation of the other methods."""
-    others = dict(samples)
-    own = others.pop(method)
-    variance, _ = pooled_variance(others.values())
-    return bool(own.std(ddof=1) > LARGEST_RATIO * math.sqrt(variance))
-
-
-def pooled_variance(samples: Iterable[np.ndarray]) -> tuple[float, int]:
+def pooled_variance(samples: Collection[np.ndarray]) -> tuple[float, int]:
     """Return the pooled variance s² = Σ (x − mean)² / Σ (n − 1), and its degrees of freedom Σ (n − 1)."""
     squares, degrees = 0.0, 0
     for values in samples:
-        squares += float(((values - values.mean()) ** 2).sum())
+        squares += float(values.var() * len(values))
         degrees += len(values) - 1
-    return (squares / degrees if degrees else 0.0), degrees
+    return squares / max(degrees, 1), degrees
 
 
 def student(degrees: float) -> float:
@@ -172,34 +161,8 @@ def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
     interval = result.confidence_interval(LEVEL)
     half = (interval.high[0] - interval.low[0]) / 2
     pool = Pool((), *pooled_variance(groups))
-    return float(half / math.sqrt(pool.of_difference(sizes[0], control_size)))
-
-
-def welch(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """Return mean(first) − mean(second) with Welch's t interval, see `contrast`."""
-    return contrast([first, second], [1.0, -1.0])
-
-
-def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimate:
-    """Return Σ w_k mean(x_k) with an interval that does not assume equal variances.
-
-        standard error = √(Σ w_k² s_k²/n_k), with Welch–Satterthwaite degrees of freedom
-
-    There is no interval if a sample has fewer than 2 values, or if all variances are 0.
-    """
-    n = np.array([len(values) for values in samples])
-    means = np.array([values.mean() for values in samples])
-    value = float(means @ weights)
-    if n.min() < 2:
-        return Estimate(value)
-    variances = np.array([values.var(ddof=1) for values in samples])
-    parts = np.square(weights) * variances / n
-    variance = parts.sum()
-    if variance == 0:
-        return Estimate(value)
-    degrees = variance**2 / (parts**2 / (n - 1)).sum()
-    half = student(degrees) * math.sqrt(variance)
-    return around(value, half)
+    variance = pool.of_difference(sizes[0], control_size)
+    return float(half / math.sqrt(variance))
 
 
 def depth_utility(chosen: DataFrame) -> DataFrame:
@@ -216,18 +179,18 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
     Source: Fieller, "Some problems in interval estimation", 1954.
     """
     rows: list[tuple[Any, ...]] = []
-    for key, row in chosen.groupby(ROW, sort=False):
-        samples = samples_of(row)
+    for setting, runs in chosen.groupby(ROW, sort=False):
+        samples = samples_of(runs)
         if not samples.keys() >= set(SPAN):
             continue
         pool = pooled(samples, SPAN)
-        ranks = can_rank(samples, row.test_images.max())
+        ranks = can_rank(samples, runs.test_images.max())
         bp, shallow = samples.pop("bp"), samples.pop("shallow")
         for method, values in samples.items():
             utility = fieller(values, bp, shallow, pool) if ranks else Estimate(math.nan)
             if method not in pool.methods:
                 utility = Estimate(utility.value)
-            rows.append((*key, method, *utility, ranks))
+            rows.append((*setting, method, *utility, ranks))
     return DataFrame(rows, columns=[*ROW, "method", "utility", "low", "high", "ranks"])
 
 
@@ -268,9 +231,7 @@ def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, pool: Pool)
     spread = var_top - 2 * ratio * covariance + ratio**2 * var_bottom
     spread -= g * (var_top - covariance**2 / var_bottom)
     half = t / abs(bottom) * math.sqrt(max(spread, 0.0))
-    low = (centre - half) / (1 - g)
-    high = (centre + half) / (1 - g)
-    return Estimate(ratio, low, high)
+    return Estimate(ratio, (centre - half) / (1 - g), (centre + half) / (1 - g))
 
 
 def cosines(runs: DataFrame) -> DataFrame:

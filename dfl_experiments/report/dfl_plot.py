@@ -31,7 +31,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder with some")
     add("--what", type=names, help=WHAT)
-    add("--layer", type=layers, help="hidden layers, such as 1,3 (default: all)")
+    add(
+        "--layer",
+        dest="layers",
+        type=layers,
+        metavar="LAYER",
+        help="hidden layers, such as 1,3 (default: all)",
+    )
     by = "x axis (default: iteration, if all runs have iterations.csv)"
     add("--by", choices=("iteration", "epoch"), help=by)
     add("--smooth", type=positive, metavar="N", help="running mean over N values; 1: none")
@@ -92,23 +98,15 @@ def plot(asked: argparse.Namespace) -> Path:
     from dfl_experiments.report.lines import draw
     from dfl_experiments.report.style import save
 
-    folder = asked.runs[0] if len(asked.runs) == 1 else Path()
-    frame = runs(*asked.runs)
-    for key, value in asked.where:
+    options = vars(asked)  # apart from these four, the parameters of `draw`
+    folders, where, out, dpi = [options.pop(name) for name in ("runs", "where", "out", "dpi")]
+    frame = runs(*folders)
+    for key, value in where:
         frame = with_value(frame, key, value)
-    figure = draw(
-        frame,
-        asked.what,
-        asked.layer,
-        asked.by,
-        asked.color,
-        asked.facet,
-        asked.smooth,
-        asked.log,
-        asked.size,
-    )
-    path = asked.out or folder / "plot.png"
-    save(figure, path, asked.dpi)
+    figure = draw(frame, **options)
+    folder = folders[0] if len(folders) == 1 else Path()
+    path: Path = out or folder / "plot.png"
+    save(figure, path, dpi)
     return path
 
 

@@ -1,23 +1,48 @@
 """Write a report in one of its formats: its tables and figures, section by section."""
 
+import io
 import os
 import sys
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.report import frame, page, table_text, tables
+from dfl_experiments.report import frame, table_text, tables
 from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.paper import missing, published
-from dfl_experiments.report.style import save
+from dfl_experiments.report.style import METADATA, save, styled
 from dfl_experiments.report.tables import Section
-from dfl_experiments.running.run_directory import csv_text, rerun_arguments
+from dfl_experiments.running.run_directory import rerun_arguments
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 0 1rem 4rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .25rem .7rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.note { font-size: .85rem; opacity: .8; }
+figure { margin: 1.5rem 0; overflow-x: auto; background: white; border-radius: .4rem; }
+figure svg { max-width: 100%; height: auto; min-width: 20rem; } summary { cursor: pointer; }
+"""
+HEAD = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Direct feedback runs</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>Direct feedback runs</h1>
+"""
 
 
 def report(asked: Namespace) -> None:
@@ -38,16 +63,24 @@ def report(asked: Namespace) -> None:
     drawings = figures(sections) if asked.figures or asked.format == "html" else []
     if asked.figures:
         save_all(drawings, asked.figures)
+    path = asked.out
     if asked.format == "csv":
-        write(csv_of(sections), asked.out)
+        content = csv_of(sections)
     elif asked.format == "commands":
-        write(commands(sections), asked.out)
+        content = commands(sections)
     elif asked.format == "latex":
-        write(latex(sections, asked.paper), asked.out)
+        content = latex(sections, asked)
     elif asked.format == "html":
-        write(page.page(parts(sections, asked, drawings)), asked.out or Path("report.html"))
+        content = html(sections, asked, drawings)
+        path = path or Path("report.html")
     else:
-        write(text(sections, asked, drawings), asked.out)
+        content = text(sections, asked, drawings)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8", errors="replace")
+        print(path)
+    else:
+        print(content.rstrip("\n"))
     if asked.figures:
         print(f"{len(drawings)} figures in {asked.figures}")
 
@@ -101,44 +134,84 @@ def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing])
     clean = table_text.markdown if is_markdown else str
     lines: list[str] = []
     for kind, content in parts(sections, asked, drawings):
-        if kind == "heading" and is_markdown:
-            lines.append(f"## {clean(content)}\n")
-        elif kind == "heading":
-            lines.append(f"{content}\n{72 * '='}\n")
+        if kind == "heading":
+            underlined = f"{content}\n{72 * '='}"
+            lines.append(f"## {clean(content)}" if is_markdown else underlined)
         elif kind == "figure":
-            lines.append(picture(asked.figures / f"{content.name}.png", asked.out))
+            file = asked.figures / f"{content.name}.png"
+            lines.append(picture(file, asked.out))
         elif kind == "notes":
-            lines += [f"{clean(note)}\n" for note in content]
+            lines += [clean(note) for note in content]
         elif kind == "items":
             width = sys.maxsize if is_markdown else 100
-            for item in content:
-                lines.append(textwrap.fill(f"- {item}", width, subsequent_indent="  "))
-            lines.append("")
+            items = [textwrap.fill(f"- {item}", width, subsequent_indent="  ") for item in content]
+            lines.append("\n".join(items))
         else:
-            lines.append(table_text.write(content, "github" if is_markdown else "simple") + "\n")
-            lines += [f"{clean(content.caption)}\n"] if content.caption else []
-    return "\n".join(lines)
+            lines.append(table_text.write(content, "github" if is_markdown else "simple"))
+            lines.append(clean(content.caption))
+    return "\n\n".join(filter(None, lines)) + "\n"
+
+
+def html(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing]) -> str:
+    """Return the report as one HTML page with tables and SVG figures. The page loads no other file."""
+    body = [html_part(kind, content) for kind, content in parts(sections, asked, drawings)]
+    return "\n".join([HEAD, *body, "</body>\n</html>\n"])
+
+
+def html_part(kind: str, content: Any) -> str:
+    """Return a part of the report as HTML. Of a part "details", only the title is visible until one clicks on it."""
+    if kind == "heading":
+        return f"<h2>{escape(content)}</h2>"
+    if kind == "figure":
+        return f"<figure>{svg(content.figure)}</figure>"
+    if kind == "notes":
+        return html_notes(content)
+    if kind == "items":
+        items = [f"<li>{escape(text)}</li>" for text in content]
+        return "\n".join(["<ul>", *items, "</ul>"])
+    table = f'<div class="wide">{table_text.write(content, "html")}</div>'
+    table = f"{table}\n{html_notes([content.caption])}"
+    if kind == "details":
+        return f"<details><summary>{content.title}</summary>\n{table}\n</details>"
+    return table
+
+
+def html_notes(texts: Iterable[str]) -> str:
+    """Return one HTML paragraph for each note that is not empty."""
+    return "\n".join(f'<p class="note">{escape(text)}</p>' for text in texts if text)
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element."""
+    file = io.StringIO()
+    with styled():
+        figure.savefig(file, format="svg", metadata=METADATA["svg"])
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
 def picture(file: Path, page: Path | None) -> str:
     """Return the Markdown line that shows an image file, with its path relative to the report's file."""
     path = os.path.relpath(file, page.parent if page else Path())
-    return f"![{file.stem}]({quote(Path(path).as_posix())})\n"
+    address = quote(Path(path).as_posix())
+    return f"![{file.stem}]({address})"
 
 
-def latex(sections: list[Section], with_paper: bool) -> str:
+def latex(sections: list[Section], asked: Namespace) -> str:
     """Return the tables of every section in LaTeX. The LaTeX document needs the package booktabs."""
-    paper = published() if with_paper else None
     texts = []
-    for section in sections:
-        for table in [tables.answer(section, paper), *tables.details(section)]:
-            title = table.title
-            if title == "Methods":
+    heading = ""
+    for kind, content in parts(sections, asked, []):
+        if kind == "heading":
+            heading = content
+        elif kind in ("table", "details"):
+            title = content.title
+            if kind == "table":
                 title = "Test accuracy, mean ± sd over n seeds"
-            caption = f"{section.title}. {title}. {table.caption}"
+            caption = table_text.latex(f"{heading}. {title}. {content.caption}")
             texts.append("\\begin{table}\n\\centering")
-            texts.append(rf"\caption{{{table_text.latex(caption)}}}")
-            texts.append(table_text.write(table, "latex_booktabs"))
+            texts.append(rf"\caption{{{caption}}}")
+            texts.append(table_text.write(content, "latex_booktabs"))
             texts.append("\\end{table}\n")
     return "\n".join(texts) + "\n"
 
@@ -148,9 +221,8 @@ def csv_of(sections: list[Section]) -> str:
 
     `chosen` is true for the rows of the table of methods. Only these rows have comparisons with other methods.
     """
-    frame = pd.concat([tables.grid_points(section) for section in sections])
-    rows = frame.astype(object).where(frame.notna(), None)
-    return csv_text([list(rows.columns), *rows.to_numpy().tolist()])
+    frame = pd.concat([section.points for section in sections])
+    return frame.to_csv(index=False, float_format="%.9g")
 
 
 def commands(sections: list[Section]) -> str:
@@ -159,16 +231,6 @@ def commands(sections: list[Section]) -> str:
     chosen = pd.concat([section.chosen for section in sections])
     for run in tables.ordered(chosen).itertuples():
         arguments = rerun_arguments("repeat", str(Path(run.folder).resolve()), run.plugins)
-        accuracy = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
-        lines.append(f"dfl-train {arguments}  # {accuracy}\n")
+        comment = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
+        lines.append(f"dfl-train {arguments}  # {comment}\n")
     return "".join(lines)
-
-
-def write(content: str, path: Path | None) -> None:
-    """Write a text to a file and print its path, or print the text."""
-    if path is None:
-        print(content.rstrip("\n"))
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8", errors="replace")
-    print(path)

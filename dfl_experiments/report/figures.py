@@ -8,7 +8,7 @@ from pandas import DataFrame
 
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import POINT_IN_CELL, counted
-from dfl_experiments.report.frame import ROW, distinct
+from dfl_experiments.report.frame import ROW, distinct, layer_names
 from dfl_experiments.report.lines import add_legend, draw
 from dfl_experiments.report.style import (
     add_text,
@@ -42,10 +42,11 @@ def figures(sections: list[Section]) -> list[Drawing]:
         for _, row in section.runs.groupby(ROW, sort=True):
             if row.done_epochs.any():
                 title = row_title(row.iloc[0])
-                names.append(unused_name(title, names))
+                name = unused_name(title, names)
+                names.append(name)
                 chosen = among(section.chosen, row)
                 for kind, figure in figures_of_row(row, chosen, title).items():
-                    drawings.append(Drawing(section.title, f"{names[-1]}-{kind}", figure))
+                    drawings.append(Drawing(section.title, f"{name}-{kind}", figure))
     return drawings
 
 
@@ -67,14 +68,14 @@ def figures_of_row(row: DataFrame, chosen: DataFrame, title: str) -> dict[str, F
     aligned = at_common_rate(row, shown)
     with styled():
         figures = {"differences": differences(chosen, title), "rates": rates(row, title)}
-    figures["learning"] = draw(shown, what=["accuracy", "loss"], by="epoch")
-    if len(aligned):
-        figures["alignment"] = draw(aligned, what=["alignment"], by="epoch")
-    for figure in filter(None, figures.values()):
-        with styled():  # compute the layout once, not again for every format
+        figures["learning"] = draw(shown, what=["accuracy", "loss"], by="epoch")
+        if len(aligned):
+            figures["alignment"] = draw(aligned, what=["alignment"], by="epoch")
+        present = {kind: figure for kind, figure in figures.items() if figure}
+        for figure in present.values():
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-    return {kind: figure for kind, figure in figures.items() if figure}
+            figure.set_layout_engine("none")  # keep this layout in every format
+    return present
 
 
 def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
@@ -83,19 +84,16 @@ def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
     It is the grid point with cosines of the most methods or, of several such points, with the most methods of `shown`.
     """
     measured = compare.cosines(row)
-    measured = measured[measured.filter(regex="^cosine/").notna().any(axis="columns")]
+    has_cosine = measured[layer_names(measured, "cosine")].notna().any(axis="columns")
+    measured = measured[has_cosine]
     if measured.empty:
         return measured
-    counts = DataFrame(
-        {
-            "measured": measured.groupby(POINT_IN_CELL).method.nunique(),
-            "shown": shown.groupby(POINT_IN_CELL).method.nunique(),
-        }
-    )
+    counts = measured.groupby(POINT_IN_CELL).method.nunique().to_frame("measured")
+    counts["shown"] = shown.groupby(POINT_IN_CELL).method.nunique()
+    lr, decay = counts.sort_values(["measured", "shown"], ascending=False).index[0]
     # a layer without a signal is drawn as little as a layer whose signal equals BP's
     silent = measured.no_signal.str.split(", ").map(tuple)
     measured = measured.assign(exact_layers=measured.exact_layers + silent)
-    lr, decay = counts.sort_values(["measured", "shown"], ascending=False).index[0]
     return measured[(measured.lr == lr) & (measured.weight_decay == decay)]
 
 
@@ -131,25 +129,24 @@ def rates(row: DataFrame, title: str) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    point = ["method", "lr"]
-    points = 100 * counted(ended, point).groupby(point).accuracy.agg(["mean", "min", "max"])
-    methods = sorted(ended.method.unique(), key=method_order)
-    for method in methods:
+    keys = ["method", "lr"]
+    points = 100 * counted(ended, keys).groupby(keys).accuracy.agg(["mean", "min", "max"])
+    points["fails"] = ended.groupby(keys).fails.any()
+    for method in sorted(ended.method.unique(), key=method_order):
         part = points.loc[method]
         colour, dash = look_of(method)
-        style = {"color": colour, "linestyle": dash, "label": method_name(method)}
-        axes.plot(part["mean"], marker="o", **style)
+        label = method_name(method)
+        axes.plot(part["mean"], marker="o", color=colour, linestyle=dash, label=label)
         axes.fill_between(part.index, part["min"], part["max"], color=colour, alpha=0.15)
         axes.vlines(part.index, part["min"], part["max"], color=colour)
-    fails = ended.groupby(point).fails.any()
-    failing = points[fails[points.index]].reset_index()
+    failing = points[points.fails].reset_index()
     axes.plot(failing.lr, failing["mean"], "x", color="black", markersize=9)
     axes.set(xscale="log", xlabel="learning rate (×: a run fails)", ylabel="test accuracy, %")
     axes.set_xticks(all_rates, [f"{lr:g}" for lr in all_rates])
     axes.minorticks_off()
     low, high = points["mean"].quantile([0.25, 0.75])
-    is_outlier = points["min"] < low - 5 * (high - low)
-    lowest, highest = points["min"][~is_outlier].min(), points["max"].max()
+    usual = points[points["min"] >= low - 5 * (high - low)]
+    lowest, highest = usual["min"].min(), points["max"].max()
     margin = 0.05 * (highest - lowest) or 1
     axes.set_ylim(lowest - margin, highest + margin)
     add_legend(figure)

@@ -59,7 +59,8 @@ def runs(*folders: str | Path) -> DataFrame:
             except Exception as error:  # reading another user's files can raise any error
                 problem = "no run that can be shown"
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                log.warning("left out: %s", printable(f"{run_dir} ({kind}{one_line(error)})"))
+                text = f"{run_dir} ({kind}{one_line(error)})"
+                log.warning("left out: %s", printable(text))
     if not records:
         raise UserError(f"{', '.join(map(str, folders))}: {problem}")
     frame = labelled(DataFrame(list(records.values())))
@@ -170,17 +171,15 @@ def with_value(frame: DataFrame, key: str, value: str) -> DataFrame:
     """
     column = column_of(frame, key)
     values = column.map(comparable)
-    is_equal = values == comparable(value)
-    if not is_equal.any():
-        parts = [comparable(part) for part in value.split(",")]
-        if set(parts) <= set(values):
-            is_equal = values.isin(parts)
-    if not is_equal.any():
-        choices = column[column != ""].dropna().drop_duplicates().sort_values()
+    wanted = {comparable(value)}
+    if wanted.isdisjoint(values):
+        wanted = {comparable(part) for part in value.split(",")}
+    if not wanted <= set(values):
+        choices = column[column != ""].dropna().drop_duplicates().sort_values()[:MOST_VALUES]
         texts = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in choices]
-        there_are = f"; there are {', '.join(texts[:MOST_VALUES])}" if texts else ""
+        there_are = f"; there are {', '.join(texts)}" if texts else ""
         raise UserError(printable(f"{key}={value}: no run has this value{there_are}"))
-    return frame[is_equal]
+    return frame[values.isin(wanted)]
 
 
 def comparable(value: Any) -> float | str:

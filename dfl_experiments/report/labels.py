@@ -1,11 +1,12 @@
 """Name the setting and the method of each run by the options that differ between the runs."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from pandas import DataFrame, Series
 
@@ -23,7 +24,7 @@ UNRESOLVED = "${}"  # in place of a default that refers to another option
 REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
-Options = Mapping[str, str]
+Names = Mapping[str, str]
 
 
 def labelled(frame: DataFrame) -> DataFrame:
@@ -34,89 +35,83 @@ def labelled(frame: DataFrame) -> DataFrame:
     is_default: whether all options except the method's have their defaults.
     method: text with the rule and those of its options that differ from their defaults.
     """
-    columns: dict[Any, dict[str, Any]] = {}
-    for names, runs in frame.groupby(NAMES, sort=False):
-        columns |= setting_columns(dict(zip(NAMES, names, strict=True)), runs.options)
-    for (*_, protocol, rule), runs in frame.groupby([*NAMES, "rule"], sort=False):
-        for index, named in method_columns(protocol, rule, runs.method_options).items():
-            columns[index] |= named
+    settings, methods = [], []
+    for values, runs in frame.groupby(NAMES, sort=False):
+        names = dict(zip(NAMES, values, strict=True))
+        settings.append(setting_columns(names, DataFrame(list(runs.options), runs.index)))
+        for rule, part in runs.groupby("rule", sort=False):
+            options = DataFrame(list(part.method_options), part.index)
+            methods.append(method_columns(names["protocol"], rule, options))
     frame = frame.drop(columns=["options", "method_options", "method"])
-    new = DataFrame.from_dict(columns, orient="index").fillna("")
+    new = pd.concat(settings).join(pd.concat(methods)).fillna("")
     return frame.join(new[new.columns.difference(frame.columns)])
 
 
-def setting_columns(names: Options, all_options: Series) -> dict[Any, dict[str, Any]]:
+def setting_columns(names: Names, options: DataFrame) -> DataFrame:
     """Return for each run the columns of `labelled` that do not depend on the method.
 
     names: for each column of `NAMES`, the value that the runs share.
     """
     defaults = defaults_of(names)
-    keys = differing(all_options)
-    recorded_by_all = set.intersection(*map(set, all_options))
-    columns = {}
-    for index, options in all_options.items():
-        differs = {key: options[key] for key in keys if key in options}
-        named = {
-            key: value
-            for key, value in differs.items()
-            # an option that another run did not record is named, because its value there is unknown
-            if value != defaults.get(key) or key not in recorded_by_all
-        }
-        unusual = [key for key, value in options.items() if not is_usual(key, value, defaults)]
-        shared = {key: options[key] for key in unusual if key not in keys}
-        texts = {"setting": joined(named), "shared": joined(shared), "is_default": not unusual}
-        columns[index] = differs | texts
-    return columns
+    differs = options[differing(options)]
+    # an option that another run did not record is named, because its value there is unknown
+    recorded_by_all = options.columns[options.notna().all()]
+    named = unusual(differs, {key: defaults.get(key) for key in recorded_by_all})
+    defaults.pop(ACTIVATION, None)
+    has_default = [not is_identity(key) and defaults.get(key) != UNRESOLVED for key in options]
+    changed = unusual(options.loc[:, has_default], defaults)
+    shared = changed[changed.columns.difference(differs.columns, sort=False)]
+    is_default = changed.isna().all(axis="columns")
+    return differs.assign(setting=joined(named), shared=joined(shared), is_default=is_default)
 
 
-def method_columns(protocol: str, rule: str, all_options: Series) -> dict[Any, dict[str, str]]:
+def method_columns(protocol: str, rule: str, options: DataFrame) -> DataFrame:
     """Return for each run the column `method`, and a column for each option that it names.
 
     An option without a default in conf/method/RULE.yaml is named if it differs between the runs.
     """
-    keys = differing(all_options)
-    shared = {key: value for key, value in all_options.iloc[0].items() if key not in keys}
+    usual = options.iloc[0].drop(differing(options)).to_dict()
     defaults = as_texts(conf_values("method", rule), {"protocol": protocol})
-    usual = shared | {key: value for key, value in defaults.items() if value != UNRESOLVED}
-    columns = {}
-    for index, options in all_options.items():
-        named = {key: value for key, value in options.items() if value != usual.get(key)}
-        method = ", ".join(filter(None, [rule, joined(named)]))
-        columns[index] = {f"method.{key}": value for key, value in named.items()}
-        columns[index]["method"] = method
-    return columns
+    usual |= {key: value for key, value in defaults.items() if value != UNRESOLVED}
+    named = unusual(options, usual).dropna(axis="columns", how="all")
+    methods = [f"{rule}, {text}" if text else rule for text in joined(named)]
+    return named.add_prefix("method.").assign(method=methods)
 
 
-def joined(options: Options) -> str:
-    """Return options as one text, such as "batch_size=32, loss=mse"."""
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+def unusual(options: DataFrame, usual: Mapping[str, Any]) -> DataFrame:
+    """Return the options with NaN in place of usual values."""
+    values = Series(usual, dtype=object).reindex(options.columns)
+    return options.mask(options.eq(values, axis="columns"))
 
 
-def is_usual(key: str, value: str, defaults: Options) -> bool:
-    """Return whether an option has the value in conf/. Digests and the place of δ do not count."""
-    if key == ACTIVATION:
-        return False
-    is_identity = key in ("data", "delta_at") or key.endswith(".code")
-    return is_identity or defaults.get(key) in (value, UNRESOLVED)
+def joined(options: DataFrame) -> list[str]:
+    """Return for each run its options as one text, such as "batch_size=32, loss=mse"."""
+    texts = []
+    for _, row in options.iterrows():
+        parts = [f"{key}={value}" for key, value in row.dropna().items()]
+        texts.append(", ".join(parts))
+    return texts
 
 
-def differing(all_options: Iterable[Options]) -> list[str]:
+def is_identity(key: str) -> bool:
+    """Return whether an option is a digest of data or code, or the place of δ. These have no default."""
+    return key in ("data", "delta_at") or key.endswith(".code")
+
+
+def differing(options: DataFrame) -> list[str]:
     """Return the keys whose values differ between runs, sorted.
 
     Digests of data or code are compared only between the runs that recorded them.
     """
-    all_options = list(all_options)
     keys = []
-    for key in sorted(set().union(*all_options)):
-        values = {options.get(key) for options in all_options}
-        if key == "data" or key.endswith(".code"):
-            values.discard(None)  # None: the run did not record the digest
-        if len(values) > 1:
+    for key in sorted(options):
+        is_digest = is_identity(key) and key != "delta_at"
+        if options[key].nunique(dropna=is_digest) > 1:
             keys.append(key)
     return keys
 
 
-def defaults_of(names: Options) -> dict[str, str]:
+def defaults_of(names: Names) -> dict[str, str]:
     """Return the values of the options in conf/, as texts.
 
     names: for each group of conf/, the name of the file that the runs use.
@@ -128,7 +123,7 @@ def defaults_of(names: Options) -> dict[str, str]:
     return defaults
 
 
-def as_texts(values: Mapping[str, Any], names: Options) -> dict[str, str]:
+def as_texts(values: Mapping[str, Any], names: Names) -> dict[str, str]:
     """Return the values of a file in conf/ as texts.
 
     A reference to the data set or the protocol is replaced by the value there, any other one by `UNRESOLVED`.
@@ -138,7 +133,8 @@ def as_texts(values: Mapping[str, Any], names: Options) -> dict[str, str]:
     texts = {}
     for key, value in flat(values).items():
         if isinstance(value, str) and (link := REFERENCE.fullmatch(value)):
-            value = conf_values(link[1], names.get(link[1], "")).get(link[2], "${}")
+            group, option = link.groups()
+            value = conf_values(group, names.get(group, "")).get(option, UNRESOLVED)
         texts[key] = UNRESOLVED if "${" in str(value) else as_text(value)
     return texts
 

@@ -14,6 +14,7 @@ from dfl_experiments.report.style import (
     PALETTE,
     USUAL,
     Look,
+    common_words,
     gradient,
     look_of,
     method_order,
@@ -112,9 +113,10 @@ def looks(lines: DataFrame, key: str) -> list[Look]:
     is_ambiguous = len(set(by_label.values())) < len(by_label)
     if is_ambiguous and len(by_label) <= MOST_LABELS:
         used: Counter[str] = Counter()
-        for label, (colour, _) in by_label.items():
-            by_label[label] = Look(colour, DASHES[used[colour] % len(DASHES)])
-            used[colour] += 1
+        for label, look in by_label.items():
+            dash = DASHES[used[look.colour] % len(DASHES)]
+            used[look.colour] += 1
+            by_label[label] = Look(look.colour, dash)
     return [by_label[label] for label in lines.label]
 
 
@@ -123,8 +125,4 @@ def title(lines: DataFrame) -> str:
     titles = list(dict.fromkeys(title_of(row) for row in lines.to_dict("records")))
     if len(titles) > 3:
         titles = [f"{len(titles)} nets and data sets"]
-    for column in ("method", "lr", *USUAL):
-        value = lines[column].iloc[0]
-        if lines[column].nunique() == 1 and value != USUAL.get(column):
-            titles.append(words(column, value))
-    return " · ".join(titles)
+    return " · ".join([*titles, *common_words(lines, ["method", "lr", *USUAL])])

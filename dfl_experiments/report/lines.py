@@ -136,28 +136,29 @@ def draw(
 def without_constants(values: DataFrame, lines: DataFrame, notes: list[str]) -> DataFrame:
     """Return the values without those relative to BP of BP itself, and of the layers in the column `exact_layers`."""
     about = lines.loc[values.line]
-    layers = values.layer.astype(str)
-    is_exact = [layer in exact for layer, exact in zip(layers, about.exact_layers, strict=True)]
-    is_bp = about.rule == "bp"
-    is_hidden = values.what.isin(RELATIVE) & (is_exact | is_bp.to_numpy())
-    if is_hidden.any():
+    pairs = zip(values.layer.astype(str), about.exact_layers, strict=True)
+    is_exact = np.array([layer in exact for layer, exact in pairs], dtype=bool)
+    is_bp = about.rule.to_numpy() == "bp"
+    is_constant = values.what.isin(RELATIVE) & (is_exact | is_bp)
+    if is_constant.any():
         notes.append("Not shown: signals that equal BP's by construction, or that are mostly zero.")
-    return values[~is_hidden]
+    return values[~is_constant]
 
 
 def layers_of(values: DataFrame, asked: Sequence[int] | None, notes: list[str]) -> list[int]:
     """Return the layers for which a quantity is drawn. values: those of the quantity."""
-    layers = sorted(values.layer.unique().tolist())
-    if asked and layers != [0]:
+    layers = np.unique(values.layer)
+    if asked and list(layers) != [0]:
         return [layer for layer in asked if layer in layers]
     if len(layers) > MOST_LAYERS:
         notes.append(f"Shown are {MOST_LAYERS} of {len(layers)} layers.")
-    return [layers[index] for index in evenly(len(layers), MOST_LAYERS)]
+    return layers[evenly(len(layers), MOST_LAYERS)].tolist()
 
 
 def evenly(count: int, most: int) -> list[int]:
     """Return at most `most` evenly spaced indices from 0 … count-1. The first and the last index are among them."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+    indices = np.linspace(0, count - 1, min(count, most))
+    return indices.round().astype(int).tolist()
 
 
 def with_axes(
@@ -193,19 +194,21 @@ def with_axes(
 def draw_panel(axes: Axes, panel: Panel, values: DataFrame, notes: list[str]) -> None:
     """Draw a panel: one curve for each line."""
     quantity = quantity_of(panel.name)
-    layer = f", layer {panel.layer}" if panel.layer else ""
-    headings = [panel.lines.heading.iloc[0], f"{quantity.title}{layer}"]
-    axes.set(title=" · ".join(filter(None, headings)), ylabel=quantity.axis)
+    heading = panel.lines.heading.iloc[0]
+    title = f"{heading} · {quantity.title}" if heading else quantity.title
+    if panel.layer:
+        title += f", layer {panel.layer}"
+    axes.set(title=title, ylabel=quantity.axis)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    is_here = (values.what == panel.name) & (values.layer == panel.layer)
-    curves = values[is_here & values.line.isin(panel.lines.index)].groupby("line")
+    is_quantity = (values.what == panel.name) & (values.layer == panel.layer)
+    curves = values[is_quantity & values.line.isin(panel.lines.index)].groupby("line")
     for number, rows in curves:
         line = panel.lines.loc[number]
-        draw_curve(axes, rows[~rows.is_validation], line["legend"], line["look"])
         validation = rows[rows.is_validation]
+        draw_curve(axes, rows[~rows.is_validation], line["legend"], line["look"])
         if len(validation) and curves.ngroups <= MOST_DETAILED:
-            color = line["look"].colour
-            axes.plot(validation.x, validation["mean"], ":", color=color, linewidth=1.2)
+            colour = line["look"].colour
+            axes.plot(validation.x, validation["mean"], ":", color=colour, linewidth=1.2)
             notes.append("Dotted: validation set.")
     if not axes.lines:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=TEXT_GREY)
@@ -214,11 +217,11 @@ def draw_panel(axes: Axes, panel: Panel, values: DataFrame, notes: list[str]) ->
 def draw_curve(axes: Axes, rows: DataFrame, label: str, look: Look) -> None:
     """Draw a curve with its band."""
     rows = rows.iloc[evenly(len(rows), MOST_POINTS)]
+    colour, dash = look
     if rows.runs.max() > 1:
-        axes.fill_between(rows.x, rows.low, rows.high, color=look.colour, alpha=0.15, linewidth=0)
+        axes.fill_between(rows.x, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
     marker = "o" if len(rows) == 1 else None
-    style = {"color": look.colour, "linestyle": look.dash, "marker": marker}
-    axes.plot(rows.x, rows["mean"], label=label, **style)
+    axes.plot(rows.x, rows["mean"], color=colour, linestyle=dash, marker=marker, label=label)
 
 
 def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
@@ -228,20 +231,20 @@ def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
     """
     siblings = axes.get_shared_y_axes().get_siblings(axes)
     curves = [np.asarray(line.get_ydata()) for sibling in siblings for line in sibling.lines]
-    highest = max(curve.max() for curve in curves)
-    usual = np.median([np.quantile(curve, 0.98) for curve in curves])
-    usual = max(usual, np.median([curve[0] for curve in curves]))
-    has_outliers = highest > OUTLIER * usual > 0
+    values = np.concatenate(curves)
+    usual_height = np.median([np.quantile(curve, 0.98) for curve in curves])
+    usual_start = np.median([curve[0] for curve in curves])
+    limit = OUTLIER * max(usual_height, usual_start)
+    has_outliers = values.max() > limit > 0
     if log or (has_outliers and not name.endswith("loss")):
         axes.set_yscale("log")
-        positive = np.concatenate(curves)
-        positive = positive[positive > 0]
+        positive = values[values > 0]
         is_narrow = len(positive) > 0 and positive.max() < 1e3 * positive.min()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif has_outliers:
-        axes.set_ylim(0, OUTLIER * usual)
+        axes.set_ylim(0, limit)
         notes.append(f"{quantity_of(name).title}: the axis cuts off the highest values.")
 
 
@@ -258,10 +261,10 @@ def add_legend(figure: Figure, order: Iterable[str] = (), is_below: bool = False
     if not labels:
         return
     texts = [fill(label, 24) for label in labels]
+    place: Any = "outside right center"
     columns = math.ceil(len(labels) / MOST_IN_COLUMN)
-    style: dict[str, Any] = {"loc": "outside right center", "ncols": columns}
     if is_below:
-        longest = max(map(len, texts))
-        columns = int(figure.get_figwidth() / (0.06 * longest + 0.6))
-        style = {"loc": "outside lower center", "ncols": max(1, columns)}
-    figure.legend([handles[label] for label in labels], texts, **style)
+        place = "outside lower center"
+        widest = 0.06 * max(map(len, texts)) + 0.6  # inches
+        columns = max(1, int(figure.get_figwidth() / widest))
+    figure.legend([handles[label] for label in labels], texts, loc=place, ncols=columns)

@@ -14,6 +14,7 @@ from dfl_experiments.configuration.composition import (
     PLACES,
     changed,
     harmless,
+    integer_if_whole,
     quoted,
     result_options,
 )
@@ -63,10 +64,10 @@ def record_of(run_dir: Path) -> dict[str, Any]:
         NAME.validate_python(config[group]["name"], strict=True)
     layers = {name: result.get(name) or {} for name in PER_LAYER}
     epochs = DataFrame(read_epochs(run_dir, result), dtype=float)
-    if status == "finished" and is_best_by_validation(config) and epochs.empty:
-        raise UserError(
-            "epochs.csv is missing, but protocol.accuracy=best_validation needs its validation accuracies"
-        )
+    needs_epochs = config["protocol"]["accuracy"] == "best_validation" and status == "finished"
+    if needs_epochs and epochs.empty:
+        text = "epochs.csv is missing, but protocol.accuracy=best_validation needs it"
+        raise UserError(text)
     return {
         "folder": str(run_dir),
         "status": status,
@@ -121,12 +122,10 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
 
 def method_options_of(config: Values, result: Values) -> dict[str, str]:
     """Return the options of the method, and the digest of the user's code, as texts."""
-    values = dict(result_options(config)["method"])
-    without_effect = WITHOUT_EFFECT.get(config["model"].get("_target_"), ())
-    if config["method"].get("feedback") and "method.feedback" not in without_effect:
-        # added because `result_options` omits the value conv
-        values["feedback"] = config["method"]["feedback"]
-    options = {key: as_text(value) for key, value in flat(values).items() if key != "name"}
+    values = flat(config["method"])
+    if "method.feedback" in WITHOUT_EFFECT.get(config["model"].get("_target_"), ()):
+        values.pop("feedback", None)
+    options = {key: as_text(value) for key, value in values.items() if key != "name"}
     if "method" in result.get("code", {}):
         options["code"] = result["code"]["method"]
     return options
@@ -158,19 +157,14 @@ def number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def is_best_by_validation(config: Values) -> bool:
-    """Return whether the run reports the epoch of the best validation accuracy."""
-    return bool(config["protocol"]["accuracy"] == "best_validation")
-
-
 def validation_of(config: Values, result: Values, epochs: DataFrame) -> dict[str, float]:
     """Return the validation accuracy and loss at the epoch that the protocol reports; NaN if not recorded."""
     names = ["validation_accuracy", "validation_loss"]
-    if not is_best_by_validation(config):
+    if config["protocol"]["accuracy"] != "best_validation":
         return {name: number(result.get(name)) for name in names}
-    measured = epochs.reindex(columns=names).dropna(subset=names[:1])
-    best = measured.nlargest(1, names[0])
-    return {name: best[name].max() for name in names}
+    measured = epochs.reindex(columns=names)
+    best = measured.nlargest(1, "validation_accuracy").max()
+    return best.to_dict()
 
 
 def instability_text(unstable: Values | None) -> str:
@@ -188,9 +182,4 @@ def as_text(value: Any) -> str:
     """Return the value of an option as text: a plain word, a quoted text, or JSON with 1 for 1.0."""
     if isinstance(value, str):
         return value if PLAIN_WORD.fullmatch(value) else quoted(value)
-    return json.dumps(changed(value, without_point), separators=(",", ":"))
-
-
-def without_point(value: Any) -> Any:
-    """Return a whole float as an integer, and any other value unchanged."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return json.dumps(changed(value, integer_if_whole), separators=(",", ":"))

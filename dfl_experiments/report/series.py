@@ -69,11 +69,12 @@ def known(names: Sequence[str], recorded_names: Sequence[str]) -> list[str]:
         UserError: a name is neither in `WHAT` nor in the files.
     """
     choices = list(dict.fromkeys([*WHAT, *recorded_names]))
-    for name in names:
-        if name not in choices and name not in COLUMNS:
+    quantities = [COLUMNS.get(name, name) for name in names]
+    for name in quantities:
+        if name not in choices:
             hint = did_you_mean(name, [*choices, *COLUMNS])
             raise UserError(f"what={name}: no such quantity; there are {', '.join(choices)}{hint}")
-    return list(dict.fromkeys(COLUMNS.get(name, name) for name in names))
+    return list(dict.fromkeys(quantities))
 
 
 def measured(
@@ -92,12 +93,12 @@ def measured(
     else:
         table = with_names_of_epochs(curves(frame, "iterations"))
         iterations = long(table, "iteration", names)
+        longest = iterations.groupby(["folder", "column"]).size().max()
+        iterations = smoothed(iterations, smooth or max(1, longest // 40), notes)
         ends = table.groupby(["folder", "epoch"], as_index=False).iteration.max()
         once = epochs[~epochs.column.isin(iterations.column)]
-        once = once.merge(ends.rename(columns={"epoch": "x"}), on=["folder", "x"])
-        longest = iterations.groupby(["folder", "column"]).size().max()
-        window = smooth or max(1, longest // 40)
-        values = pd.concat([smoothed(iterations, window, notes), once.assign(x=once.iteration)])
+        once = once.merge(ends, left_on=["folder", "x"], right_on=["folder", "epoch"])
+        values = pd.concat([iterations, once.assign(x=once.iteration)])
     if values.empty:
         raise UserError(f"nothing to draw: no run has such values by {x} yet")
     return values

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from itertools import chain
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib.style
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from dfl_experiments.errors import UserError
 
@@ -39,36 +39,33 @@ class Look(NamedTuple):
     dash: Any = "-"
 
 
-# The paper's rules. Each has a colour of its own and, for grey prints, a dash that no other of the five has.
-PAPER_LOOKS = {
+# The looks of the rules, in the order of tables. The paper's five come first: each has a colour of its own and, for
+# grey prints, a dash that no other of the five has. Similar rules share a colour.
+LOOKS = {
     "bp": Look(BLACK, "-"),
     "shallow": Look(GREY, ":"),
     "dfa": Look(ORANGE, "--"),
     "las": Look(BLUE, LONG_DASH),
     "ltas": Look(GREEN, "-."),
+    "sdfa": Look(LIGHT_ORANGE, "-"),
+    "bdfa": Look(LIGHT_ORANGE, "--"),
+    "shared": Look(LIGHT_ORANGE, ":"),
+    "drtp": Look(LIGHT_ORANGE, "-."),
+    "dkp": Look(SKY, "-"),
+    "fdfa": Look(SKY, "--"),
+    "adfa": Look(SKY, ":"),
+    "fa": Look(PINK, "-"),
+    "usf": Look(PINK, "--"),
+    "brsf": Look(PINK, ":"),
+    "frsf": Look(PINK, "-."),
+    "kp": Look(WINE, "-"),
+    "wm": Look(WINE, "--"),
+    "pfa": Look(WINE, ":"),
 }
-FAMILIES = {
-    "backpropagation": ("bp", "shallow"),
-    "direct, B fixed": ("dfa", "sdfa", "bdfa", "shared", "drtp"),
-    "direct, B learns": ("las", "ltas", "dkp", "fdfa", "adfa"),
-    "through every layer, B fixed or signs of W": ("fa", "usf", "brsf", "frsf"),
-    "through every layer, B learns": ("kp", "wm", "pfa"),
-}
-OTHER = "with options of its own"
-FAMILY_COLOURS = {
-    "backpropagation": GREY,
-    "direct, B fixed": LIGHT_ORANGE,
-    "direct, B learns": SKY,
-    "through every layer, B fixed or signs of W": PINK,
-    "through every layer, B learns": WINE,
-    OTHER: OLIVE,
-}
-# numbers of users' own rules, in the order of their first use
-NUMBERS: dict[str, int] = {}
-# for each rule: the methods that are this rule with options, in the order of their first use
-VARIANTS: dict[str, list[str]] = {}
+OWN_COLOURS = (OLIVE, "#7b3294", "#8c510a", "#01665e")  # of users' own rules
 SHADES = (BLACK, "#FFFFFF")  # mixed with a rule's colour for the rule with options
-OWN_COLOURS = (OLIVE, "#7b3294", "#8c510a", "#01665e")
+# Names in the order of their first use, which decides their looks: users' own rules, and the variants of each rule.
+USED: dict[str, list[str]] = {}
 RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 IN_WORDS = {
     "dataset": {
@@ -132,27 +129,15 @@ SMALL = {"axes.titlesize": 8, "font.size": 8, "lines.linewidth": 1.3}
 def method_name(method: str) -> str:
     """Return the printed name of a method, such as "LAS, fixed_blocks=2". A user's own rule keeps its name."""
     rule, comma, options = method.partition(", ")
-    name = RULES.get(rule, rule)
-    if name == rule and rule in chain.from_iterable(FAMILIES.values()):
-        name = rule.upper()
-    return f"{name}{comma}{options}"
+    usual = rule.upper() if rule in LOOKS else rule
+    return f"{RULES.get(rule, usual)}{comma}{options}"
 
 
 def method_order(method: str) -> tuple[int, str]:
-    """Return the sort key of a method: first the paper's five, then other methods by family, then the user's rules."""
-    rules = [*PAPER_LOOKS, *chain.from_iterable(FAMILIES.values())]
+    """Return the sort key of a method: first the rules in the order of `LOOKS`, then the user's rules."""
+    rules = list(LOOKS)
     rule = method.partition(", ")[0]
-    return (rules.index(rule) if rule in rules else len(rules)), method
-
-
-def family_of(method: str) -> str:
-    """Return a method's family: `OTHER` for a user's own rule, and for options other than `feedback` (B's shape)."""
-    rule, *options = method.split(", ")
-    if all(option.startswith("feedback=") for option in options):
-        for family, members in FAMILIES.items():
-            if rule in members:
-                return family
-    return OTHER
+    return (rules.index(rule) if rule in LOOKS else len(rules)), method
 
 
 def look_of(method: str) -> Look:
@@ -161,31 +146,26 @@ def look_of(method: str) -> Look:
     A rule with options has a darker or lighter shade of the rule's colour, and another dash.
     """
     rule, _, options = method.partition(", ")
-    colour, dash = look_of_rule(rule)
+    if rule in LOOKS:
+        look = LOOKS[rule]
+    else:
+        number = number_of(rule, "own rules")
+        look = Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
     if not options:
-        return Look(colour, dash)
-    variants = VARIANTS.setdefault(rule, [])
-    if method not in variants:
-        variants.append(method)
-    number = variants.index(method)
-    shade = SHADES[number % len(SHADES)]
-    red, green, blue = (to_rgb(colour) + np.array(to_rgb(shade))) / 2
-    return Look(to_hex((red, green, blue)), DASHES[(DASHES.index(dash) + 1 + number) % len(DASHES)])
+        return look
+    number = number_of(method, rule)
+    shade = to_rgb(SHADES[number % len(SHADES)])
+    red, green, blue = np.mean([to_rgb(look.colour), shade], axis=0)
+    dash = DASHES.index(look.dash) + 1 + number
+    return Look(to_hex((red, green, blue)), DASHES[dash % len(DASHES)])
 
 
-def look_of_rule(rule: str) -> Look:
-    """Return a rule's look.
-
-    The paper's rules have looks of their own. Any other rule has the colour of its family, and its own dash.
-    """
-    family = family_of(rule)
-    if family == OTHER:
-        number = NUMBERS.setdefault(rule, len(NUMBERS))
-        return Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
-    if rule in PAPER_LOOKS:
-        return PAPER_LOOKS[rule]
-    others = [member for member in FAMILIES[family] if member not in PAPER_LOOKS]
-    return Look(FAMILY_COLOURS[family], DASHES[others.index(rule)])
+def number_of(name: str, group: str) -> int:
+    """Return how many other names of the group were used before this name."""
+    names = USED.setdefault(group, [])
+    if name not in names:
+        names.append(name)
+    return names.index(name)
 
 
 def gradient(index: int, count: int) -> Look:
@@ -213,9 +193,20 @@ def words(column: str, value: Any) -> str:
     return f"{name} {text}"
 
 
+def common_words(frame: DataFrame, columns: Iterable[str]) -> list[str]:
+    """Return the values that all rows share, as labels, without usual values."""
+    labels = []
+    for column in columns:
+        value = frame[column].iloc[0]
+        if frame[column].nunique() == 1 and value != USUAL.get(column):
+            labels.append(words(column, value))
+    return labels
+
+
 def title_of(row: Mapping[str, Any]) -> str:
     """Return the net and the data set of a run, such as "Conv3 on CIFAR-10"."""
-    title = f"{words('model', row['model'])} on {words('dataset', row['dataset'])}"
+    model = words("model", row["model"])
+    title = f"{model} on {words('dataset', row['dataset'])}"
     if row["augmentation"] != "none":
         title += f" with {words('augmentation', row['augmentation'])}"
     if row["smoke"]:
@@ -226,9 +217,9 @@ def title_of(row: Mapping[str, Any]) -> str:
 
 def row_title(row: Mapping[str, Any]) -> str:
     """Return a setting as text: "CIFAR-10, Conv3+BN, 5 epochs"."""
-    parts = [words(column, row[column]) for column in ("dataset", "model", "epochs")]
     unusual = [key for key, usual in USUAL.items() if row[key] != usual]
-    parts += [words(key, row[key]) for key in unusual]
+    columns = ["dataset", "model", "epochs", *unusual]
+    parts = [words(column, row[column]) for column in columns]
     parts += [row["setting"], words("smoke", row["smoke"])]
     return ", ".join(filter(None, parts))
 
@@ -236,10 +227,10 @@ def row_title(row: Mapping[str, Any]) -> str:
 def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
     """Add a title above a figure, and a caption below the figure. The caption has each note once."""
     width = figure.get_figwidth()
+    figure.suptitle(fill(title, int(9 * width)))
     caption = " ".join(dict.fromkeys(notes))
-    figure.suptitle("\n".join(wrap(title, int(9 * width))))
     if caption:
-        figure.supxlabel("\n".join(wrap(caption, int(15 * width))), fontsize=8, color=TEXT_GREY)
+        figure.supxlabel(fill(caption, int(15 * width)), fontsize=8, color=TEXT_GREY)
 
 
 def styled(is_small: bool = False) -> AbstractContextManager[None]:

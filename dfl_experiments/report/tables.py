@@ -1,7 +1,7 @@
 """The tables of a report, and the sections that they belong to."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,20 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from dfl_experiments.report import compare
-from dfl_experiments.report.choose import cells, choose, means
-from dfl_experiments.report.frame import CELL, POINT, ROW, distinct, layer_names
+from dfl_experiments.report.choose import choose, grid_points
+from dfl_experiments.report.frame import CELL, ROW, layer_names
 from dfl_experiments.report.labels import KIND, SECTION, option_names
 from dfl_experiments.report.paper import SETTINGS
 from dfl_experiments.report.run_record import ENDED
-from dfl_experiments.report.style import IN_WORDS, USUAL, method_name, method_order, title_of, words
+from dfl_experiments.report.style import (
+    IN_WORDS,
+    USUAL,
+    common_words,
+    method_name,
+    method_order,
+    title_of,
+    words,
+)
 from dfl_experiments.report.table_text import MARK, NONE, Table, interval_text, numbers
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
@@ -29,18 +37,23 @@ class Section:
     runs: DataFrame
     chosen: DataFrame
     """Those of `runs` that are at the best grid points, see `choose.choose`."""
-    cells: DataFrame
-    """One row for each method of each setting, see `compared_cells`."""
+    points: DataFrame
+    """One row for each grid point of each method, see `compared_points`."""
+
+    @property
+    def cells(self) -> DataFrame:
+        """One row for each method of each setting: its best grid point."""
+        return self.points[self.points.chosen]
 
 
 def sections(runs: DataFrame) -> list[Section]:
     """Return the sections of a report. Smoke runs come last."""
     chosen = choose(runs)
-    by_section = compared_cells(runs, chosen).groupby(SECTION)
+    points = compared_points(runs, chosen).groupby(SECTION)
     parts = []
     for key, part in runs.groupby(SECTION, sort=True):
         title = title_of(part.iloc[0])
-        parts.append(Section(title, part, among(chosen, part), by_section.get_group(key)))
+        parts.append(Section(title, part, among(chosen, part), points.get_group(key)))
     return parts
 
 
@@ -49,34 +62,21 @@ def among(chosen: DataFrame, runs: DataFrame) -> DataFrame:
     return chosen[chosen.index.isin(runs.index)]
 
 
-def compared_cells(runs: DataFrame, chosen: DataFrame) -> DataFrame:
-    """Return the rows of `choose.cells` with more columns: the differences from BP and DFA, and the depth utility.
+def compared_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
+    """Return the rows of `choose.grid_points`. The chosen ones also have depth utility and differences from BP and DFA.
 
     chosen: what `choose.choose` returns for the runs.
     """
     utility = compare.depth_utility(chosen)
     utility = utility.rename(columns={"low": "utility_low", "high": "utility_high"})
-    frame = cells(runs, chosen).merge(utility, on=CELL, how="left")
+    comparisons = [utility]
     for control in ("bp", "dfa"):
         names = [*CELL, *difference_names(control)]
-        differences = compare.against(chosen, control).set_axis(names, axis="columns")
-        frame = frame.merge(differences, on=CELL, how="left")
+        comparisons.append(compare.against(chosen, control).set_axis(names, axis="columns"))
+    frame = grid_points(runs, chosen).sort_values("chosen", ascending=False, kind="stable")
+    for comparison in comparisons:
+        frame = frame.merge(comparison.assign(chosen=True), on=[*CELL, "chosen"], how="left")
     return ordered(frame)
-
-
-def grid_points(section: Section) -> DataFrame:
-    """Return the rows of `section.cells`, and a row for each grid point that was not chosen, see `choose.means`."""
-    runs = distinct(section.runs)
-    points = means(runs, runs, POINT).reset_index()
-    points["chosen"] = False
-    chosen = section.cells.reset_index(drop=True)
-    # a cell without a chosen point keeps the states of all its points
-    states_of_point = chosen[POINT].merge(points[[*POINT, "states"]], "left", POINT).states
-    chosen["states"] = states_of_point.fillna(chosen.states)
-    chosen.insert(chosen.columns.get_loc("n"), "chosen", True)
-    # of two rows of one grid point, the first remains
-    every = pd.concat([chosen, points], ignore_index=True).drop_duplicates(POINT)
-    return ordered(every)
 
 
 def difference_names(control: str) -> list[str]:
@@ -91,7 +91,7 @@ def ordered(frame: DataFrame) -> DataFrame:
 
 
 def with_settings(
-    frame: DataFrame, runs: DataFrame, columns: Mapping[str, Sequence[str]]
+    frame: DataFrame, runs: DataFrame, columns: Mapping[Any, Iterable[str]]
 ) -> DataFrame:
     """Return a table of texts: the settings that differ between rows, the method, and `columns`.
 
@@ -158,28 +158,29 @@ def best_of_setting(frame: DataFrame) -> Series:
     ranked = frame.accuracy.mask(frame.is_failing)
     in_setting = ranked.groupby([frame[key] for key in ROW])
     is_highest = ranked > in_setting.transform("max") - HALF_DIGIT
-    return is_highest & (in_setting.transform("count") > 1)
+    has_others = in_setting.transform("count") > 1
+    return is_highest & has_others
 
 
 def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
     """Return the unusual settings that all rows share, and the noise floors. runs: the runs of the section."""
-    parts = []
-    for key in ["epochs", *USUAL]:
-        value = frame[key].iloc[0]
-        if frame[key].nunique() == 1 and value != USUAL.get(key):
-            parts.append(words(key, value))
-    differs = [key for key in KIND if runs[key].nunique() > 1]
-    for _, row in runs[runs.shared != ""].drop_duplicates(KIND).iterrows():
-        kind = ", ".join(words(key, row[key]) for key in differs)
+    parts = common_words(frame, ["epochs", *USUAL])
+    differing = [key for key in KIND if runs[key].nunique() > 1]
+    kinds = runs[runs.shared != ""].drop_duplicates(KIND)
+    for _, row in kinds.iterrows():
+        kind = ", ".join(words(key, row[key]) for key in differing)
         parts.append(f"{kind}: {row.shared}" if kind else row.shared)
     real = frame[(frame.n > 0) & ~frame.smoke]
     floors = 100 * compare.noise_floor(real.accuracy, real.test_images)
     if floors.any():
-        ends = [f"{floors.min():.2f}", f"{floors.max():.2f}"]
-        span = " to ".join(dict.fromkeys(ends))
+        lowest = f"{floors.min():.2f}"
+        highest = f"{floors.max():.2f}"
+        span = lowest if lowest == highest else f"{lowest} to {highest}"
         parts.append(f"noise floor √(p(1−p)/N) of one accuracy: {span} points")
+    if not parts:
+        return ""
     text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def accuracy_text(row: Any) -> str:
@@ -205,42 +206,40 @@ def utility_text(row: Any) -> str:
 
 def details(section: Section) -> list[Table]:
     """Return the tables that follow the table of methods. Empty tables are left out."""
-    runs = section.runs
-    tables = [rates(runs), alignment(runs), stability(section), reference_sizes(section)]
+    tables = [rates(section), alignment(section), stability(section), reference_sizes(section)]
     return [table for table in tables if table is not None]
 
 
-def rates(runs: DataFrame) -> Table | None:
+def rates(section: Section) -> Table | None:
     """Return accuracy by learning rate and weight decay; None if every method has a single grid point."""
-    ended = distinct(runs[runs.has_ended])
+    points = section.points[section.points.ended > 0]
     grid = ["lr", "weight_decay"]
-    if ended.groupby(CELL)[grid].nunique().max(axis=None) in (1, math.nan):
+    if points.groupby(CELL)[grid].nunique().le(1).all(axis=None):
         return None
-    points = ended.groupby([*CELL, *grid])[["fails", "accuracy"]]
-    texts = points.apply(point_text).unstack(grid).sort_index(axis="columns", ascending=False)
-    rows = ordered(texts.index.to_frame(index=False))
-    columns = {}
-    has_decay = ended.weight_decay.any()
-    for (lr, decay), column in texts.iloc[rows.index].fillna(NONE).items():
-        name = f"lr {lr:g}, decay {decay:g}" if has_decay else f"lr {lr:g}"
-        columns[name] = column
-    shown = with_settings(rows.reset_index(drop=True), runs, columns)
+    texts = Series([point_text(point) for point in points.itertuples()], points.index)
+    points = points.assign(text=texts)
+    table = points.pivot(index=CELL, columns=grid, values="text")
+    table = table.fillna(NONE).sort_index(axis="columns", ascending=False)
+    has_decay = points.weight_decay.any()
+    names = [f"lr {lr:g}" for lr, _ in table]
+    if has_decay:
+        names = [f"lr {lr:g}, decay {decay:g}" for lr, decay in table]
+    table = ordered(table.set_axis(names, axis="columns").reset_index())
+    shown = with_settings(table, section.runs, table[names])
     return Table("Rates", shown, "Accuracy in percent (n seeds) at each point of the grid.")
 
 
-def point_text(point: DataFrame) -> str:
+def point_text(point: Any) -> str:
     """Return the accuracy at a grid point: "98.3 (3)", "66.6 (1 of 3)", "fails (3 of 3)"."""
-    good = point[~point.fails]
-    n = len(point)
-    if good.empty:
-        return f"fails ({n} of {n})"
-    count = f"{len(good)} of {n}" if len(good) < n else n
-    return f"{100 * good.accuracy.mean():.2f} ({count})"
+    if point.failing == point.ended:
+        return f"fails ({point.ended} of {point.ended})"
+    count = f"{point.n} of {point.ended}" if point.failing else point.n
+    return f"{100 * point.accuracy:.2f} ({count})"
 
 
-def alignment(runs: DataFrame) -> Table | None:
+def alignment(section: Section) -> Table | None:
     """Return the cosine with BP of every layer, by learning rate; None if the cosine was not measured."""
-    frame = compare.alignment(runs)
+    frame = compare.alignment(section.runs)
     if frame.empty:
         return None
     frame = ordered(frame).sort_values([*ROW, "lr"], kind="stable")
@@ -250,7 +249,7 @@ def alignment(runs: DataFrame) -> Table | None:
     caption = "Cosine with BP's error signal."
     if frame.no_signal.any():
         caption += " No signal: layers where more than half of the samples have a zero signal."
-    return Table("Alignment", with_settings(frame, runs, columns), caption)
+    return Table("Alignment", with_settings(frame, section.runs, columns), caption)
 
 
 def layer_columns(frame: DataFrame, quantity: str, title: str, style: str) -> dict[str, Series]:
@@ -275,19 +274,19 @@ def stability(section: Section) -> Table | None:
     }
     if "norm_ratio/1" in frame:
         columns["‖δ₁‖/‖δ₁ of BP‖"] = numbers(frame["norm_ratio/1"], ".2g")
-    ended = frame.ended.astype(str)
+    of_ended = " of " + frame.ended.astype(str)
     first = frame.unstable.mask(frame.unstable != "", ": " + frame.unstable)
-    columns["unstable runs"] = frame.unstable_runs.astype(str) + " of " + ended + first
-    columns["failing runs"] = frame.failing.astype(str) + " of " + ended
+    columns["unstable runs"] = frame.unstable_runs.astype(str) + of_ended + first
+    columns["failing runs"] = frame.failing.astype(str) + of_ended
     return Table("Stability", with_settings(frame, section.runs, columns), "After the last epoch.")
 
 
 def largest(frame: DataFrame, quantity: str, style: str) -> Series:
     """Return for each row a text such as "12% (layer 3)": the largest value over the layers, and its layer."""
-    values = frame[layer_names(frame, quantity)]
-    measured = values.dropna(how="all")
-    layers = measured.idxmax(axis="columns").astype(str).str.removeprefix(f"{quantity}/")
-    texts = numbers(measured.max(axis="columns"), style) + " (layer " + layers + ")"
+    values = frame[layer_names(frame, quantity)].dropna(how="all")
+    layers = values.idxmax(axis="columns").astype(str).str.removeprefix(f"{quantity}/")
+    highest = numbers(values.max(axis="columns"), style)
+    texts = highest + " (layer " + layers + ")"
     return texts.reindex(frame.index, fill_value=NONE)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from report_helpers import altered, csv_rows, dfl_report, finished, results
 
-from dfl_experiments.report.choose import cells, choose
+from dfl_experiments.report.choose import choose, grid_points
 from dfl_experiments.report.frame import curves, distinct, runs
 from dfl_experiments.report.tables import answer, sections
 
@@ -22,7 +22,8 @@ KEPT = Path(__file__).with_name("kept_cells.csv")
 def shown(folder):
     """The cells of the runs in a folder, an entry for each."""
     frame = runs(folder)
-    return list(cells(frame, choose(frame)).itertuples())
+    points = grid_points(frame, choose(frame))
+    return list(points[points.chosen].itertuples())
 
 
 def test_kept_runs_have_the_published_cells():
@@ -142,21 +143,21 @@ def test_point_with_a_failing_run_ranks_last(finished_point, tmp_path, status):
     assert (cell.lr, cell.failing) == (1e-3, 0)
 
 
-def test_failing_runs_are_counted_separately(finished_point, tmp_path):
-    for seed, status in enumerate(("finished", "collapsed", "finished")):
-        altered(
-            finished_point,
-            tmp_path / str(seed),
-            **finished(0.8 + 0.1 * (seed == 2), 1e-2, seed),
-            status=status,
-        )
+@pytest.mark.parametrize(
+    ("status", "alone"),
+    [("collapsed", "fails at this rate: 1 of 1"), ("diverged", "1 diverged")],
+)
+def test_failing_runs_are_counted_separately(finished_point, tmp_path, status, alone):
+    for seed, ending in enumerate(("finished", status, "finished")):
+        values = finished(0.8 + 0.1 * (seed == 2), 1e-2, seed)
+        altered(finished_point, tmp_path / str(seed), **values, status=ending)
     (cell,) = shown(tmp_path)
     assert (cell.n, cell.ended, cell.failing) == (2, 3, 1)
     assert cell.accuracy == pytest.approx(0.85)
     assert "85.00 ± 7.07 (2 of 3; 1 failed)" in dfl_report(tmp_path, ".").stdout
     for seed in (0, 2):
         shutil.rmtree(tmp_path / str(seed))
-    assert "fails at this rate: 1 of 1" in dfl_report(tmp_path, ".").stdout
+    assert alone in dfl_report(tmp_path, ".").stdout
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
 """The README and the reference page agree with the kept runs."""
 
+import math
 import re
 from pathlib import Path
 
 import depth_ladder
+import numpy as np
 import pandas as pd
 import pytest
-from claims import MARKS, TOO_FEW, claims, counts, main, picture
+from claims import MARKS, TOO_FEW, claims, contrast, counts, judged, main, picture, welch
+from families import FAMILY_OF
 from processes import dfl_train
 from reference import page, readme
+from scipy import stats
 from stability_map import COLUMN, figure
 
+from dfl_experiments.configuration.composition import group_options
+from dfl_experiments.report.compare import Estimate
 from dfl_experiments.report.document import csv_of
 from dfl_experiments.report.frame import runs
 from dfl_experiments.report.tables import sections
@@ -66,6 +72,37 @@ def test_failing_and_unrankable_settings_have_their_own_verdicts(
     assert verdict[las_dfa, conv3] == "fails at this rate"
     assert verdict[las_dfa, mnist] == "cannot rank"
     assert verdict[dfa_shallow, cifar100] == "contradicted"
+
+
+def test_welch_s_interval_is_scipy_s_and_a_contrast_of_two_is_welch_s():
+    random = np.random.default_rng(0)
+    first, second = random.normal(0, 1, 5), random.normal(1, 3, 4)
+    interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    found = welch(first, second)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert contrast([first, second, second, second], [1, -1, 1, -1]).value == pytest.approx(
+        found.value
+    )
+    assert math.isnan(welch(first[:1], second).low)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "verdict"),
+    [
+        (0.1, 0.2, 3, "supported"),
+        (-0.2, -0.1, 3, "contradicted"),
+        (-0.1, 0.1, 3, "undecided"),
+        (0.1, 0.2, 2, "too few seeds"),
+        (math.nan, math.nan, 3, "too few seeds"),
+    ],
+)
+def test_a_verdict_is_whether_the_interval_excludes_zero(low, high, n, verdict):
+    estimate = Estimate(0.0, low, high)
+    assert judged("claim", "setting", estimate, n, "points", "")["verdict"] == verdict
+
+
+def test_every_rule_has_a_family():
+    assert set(FAMILY_OF) == {*group_options("method")}
 
 
 def test_the_stability_map_marks_each_rate_at_which_a_run_fails(kept):
