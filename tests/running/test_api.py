@@ -235,6 +235,9 @@ def test_a_folder_of_one_s_own_options_is_composed(tmp_path):
     assert dfl.compose(["model=small"], config_dir=tmp_path).values["model"]["widths"] == [8]
     with pytest.raises(UserError, match="model=small: there are"):
         dfl.compose(["model=small"])
+    (tmp_path / "model" / "small.yaml").write_bytes("name: small\n# Größe\n".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text after '# Gr'; save it as UTF-8"):
+        dfl.compose(["model=small"], config_dir=tmp_path)
 
 
 def test_bfloat16_is_refused_where_the_processor_s_library_gives_a_wrong_gradient(

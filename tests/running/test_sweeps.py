@@ -306,7 +306,7 @@ def test_no_run_hides_a_sweep_and_no_sweep_hides_in_a_run(tmp_path):
         inside = dfl_train(tmp_path, *sweep, "sweep=one", *is_dry)
         assert inside.returncode == 2
         assert inside.stderr.startswith("dfl-train: error: outputs/one: is a run, and would hide")
-    with pytest.raises(UserError, match="grid: is a folder of runs"):
+    with pytest.raises(UserError, match=r"grid: is a folder of runs.* choose another folder"):
         dfl.run(dfl.compose([*small]), tmp_path / "outputs" / "grid")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     for again in ([*sweep, "sweep=grid"], [*alone, "force=true"], ["resume=outputs/one"]):
