@@ -203,6 +203,27 @@ def test_a_layer_may_be_frozen_and_learn_again_but_not_start_frozen(name):
             call(INPUTS, LABELS)
 
 
+@pytest.mark.parametrize("frozen", ["0.bias", "2.bias", "2.weight"])
+@pytest.mark.parametrize("name", ["fa", "kp", "pfa"])
+def test_a_frozen_parameter_learns_later_if_every_layer_above_it_has_a_b(name, frozen):
+    net, twin = module(), module()
+    net.get_parameter(frozen).requires_grad_(False)
+    rules = [rule_of(name, each) for each in (net, twin)]
+    net.requires_grad_(True)
+    for rule in rules:
+        rule.backward(INPUTS, LABELS, step_feedback=False)
+    torch.testing.assert_close(gradients(net), gradients(twin))
+
+
+def test_a_bias_whose_signals_would_pass_a_layer_without_b_is_refused():
+    net = module()
+    net[:2].requires_grad_(False)
+    rule = rule_of("fa", net)
+    net[0].bias.requires_grad_(True)
+    with pytest.raises(UserError, match="a layer above it has no B"):
+        rule.backward(INPUTS, LABELS)
+
+
 def test_what_would_have_no_effect_is_refused():
     net = module()
     rule = rule_of("dfa", net)
@@ -236,6 +257,32 @@ def test_regression_works_with_a_loss_of_one_s_own():
         losses.append(rule.backward(INPUTS, targets, loss=F.mse_loss).item())
         optimizer.step()
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_loss_of_one_s_own_takes_any_target():
+    net, twin = module(), module()
+    weights = torch.arange(12) / 12
+
+    def loss(logits, target):
+        labels, weights = target
+        return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+    rule_of("bp", net).backward(INPUTS, (LABELS, weights), loss=loss)
+    loss(twin(INPUTS), (LABELS, weights)).backward()
+    assert all(map(torch.equal, gradients(net), gradients(twin)))
+
+
+def test_a_rule_that_is_made_in_inference_mode_trains():
+    net, twin = module(), module()
+    with torch.inference_mode():
+        rule = rule_of("las", net)
+        assert dfl.boundaries(net, INPUTS[:1]) == dfl.boundaries(twin, INPUTS[:1])
+        for call in (rule.backward, rule.alignment):
+            with pytest.raises(UserError, match=r"outside of torch\.inference_mode\(\)"):
+                call(INPUTS, LABELS)
+    for each in (rule, rule_of("las", twin)):
+        each.backward(INPUTS, LABELS)
+    assert all(map(torch.equal, gradients(net), gradients(twin)))
 
 
 def test_a_rule_goes_on_from_its_state():
@@ -317,6 +364,41 @@ def test_what_is_missing_or_impossible_is_refused():
         dfl.rule("dfa", module(), INPUTS[:1], loss=torch.nn.functional.mse_loss)
 
 
+@pytest.mark.parametrize(
+    ("message", "inputs", "target", "loss"),
+    [
+        ("inputs: a ndarray; must be one tensor", INPUTS.numpy(), LABELS, None),
+        ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], None),
+        ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], F.cross_entropy),
+        ("target: a list; must be labels", INPUTS, LABELS.tolist(), None),
+        ("target: a tuple; must be labels", INPUTS, (LABELS, LABELS), None),
+        ("loss: must be a function of logits and target", INPUTS, LABELS, "cross_entropy"),
+        ("loss: returned a float; must be one number", INPUTS, LABELS, lambda y, t: 1.0),
+        (
+            r"loss: returned a tensor of shape \(12,\); must be one number",
+            INPUTS,
+            LABELS,
+            lambda y, t: F.cross_entropy(y, t, reduction="none"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["bp", "las"])
+def test_what_is_no_batch_or_no_loss_is_refused(name, message, inputs, target, loss):
+    rule = rule_of(name, module())
+    for call in (rule.backward, rule.alignment):
+        with pytest.raises(UserError, match=message):
+            call(inputs, target, loss=loss)
+
+
+def test_an_optimizer_that_does_not_train_b_is_refused():
+    net = module()
+    with pytest.raises(UserError, match="optimizer: must be a function"):
+        dfl.rule("las", net, INPUTS[:1], optimizer="adam")
+    for optimizer in (lambda p: None, lambda p: torch.optim.SGD(net.parameters(), 0.1)):
+        with pytest.raises(UserError, match="must return an optimizer of exactly the parameters"):
+            dfl.rule("las", net, INPUTS[:1], optimizer=optimizer)
+
+
 class Halved(Direct):
     """δ_i = (B_{i+1} s) ⊙ f'(a_i) with s = share · e."""
 
@@ -342,6 +424,28 @@ def test_a_rule_of_one_s_own_is_passed_as_its_class():
         dfl.rule(Halved, module(), INPUTS[:1], sharee=1.0)
 
 
+def test_what_is_no_rule_or_no_module_is_refused():
+    class Inside(Halved):
+        pass
+
+    with pytest.raises(UserError, match="Inside: define the class outside of functions"):
+        rule_of(Inside, module())
+    with pytest.raises(UserError, match="rule: a Sequential; must be a name, such as 'las', or"):
+        rule_of(module(), "las")
+    for made in (None, module):
+        with pytest.raises(UserError, match=r"model: must be a torch\.nn\.Module, but is"):
+            rule_of("las", made)
+
+
+def test_the_state_of_another_kind_of_rule_is_refused():
+    las, dfa = rule_of("las", module()), rule_of("dfa", module())
+    for rule, other in ((las, dfa), (dfa, las)):
+        before = [p.clone() for p in rule.method.parameters()]
+        with pytest.raises(UserError, match="state: of another rule"):
+            rule.load_state_dict(other.state_dict())
+        assert all(map(torch.equal, before, rule.method.parameters()))
+
+
 class Holding(Halved):
     def __init__(self, net, num_classes, loss, **options: Any):
         super().__init__(net, num_classes, loss, **options)
@@ -358,6 +462,34 @@ def test_a_rule_that_changes_the_net_or_the_error_is_refused():
         rule_of(Holding, module())
     with pytest.raises(UserError, match="changes e in place"):
         rule_of(Changing, module()).backward(INPUTS, LABELS)
+
+
+class WithoutShape(Halved):
+    def source(self, error, target):
+        return error.mean(0)
+
+
+class WithoutReturn(Halved):
+    def signal(self, i, trace, error, target):
+        super().signal(i, trace, error, target)
+
+
+class ErrorAsSignal(Halved):
+    def signal(self, i, trace, error, target):
+        return error
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (WithoutShape, r"s, which `source` returns, .* shape \(12, 3\), but has shape \(3,\)"),
+        (WithoutReturn, r"the signal to h_1 must be a tensor of shape \(12, 16\), but is a None"),
+        (ErrorAsSignal, r"the signal to h_1 .* shape \(12, 16\), but has shape \(12, 3\)"),
+    ],
+)
+def test_a_signal_of_another_shape_than_h_is_refused(rule, message):
+    with pytest.raises(UserError, match=message):
+        rule_of(rule, module()).backward(INPUTS, LABELS)
 
 
 def test_an_activation_outside_the_blocks_is_warned_of(caplog):
