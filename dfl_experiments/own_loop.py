@@ -20,15 +20,16 @@ from dfl_experiments.configuration.refusals import did_you_mean
 from dfl_experiments.engine.activation_calls import eager
 from dfl_experiments.engine.alignment import measure
 from dfl_experiments.engine.blocknet import BlockNet
-from dfl_experiments.engine.crossings import from_the_leaves
+from dfl_experiments.engine.crossings import from_the_leaves, layers_to_replace
 from dfl_experiments.engine.losses import LOSSES, OutputLoss, precise
 from dfl_experiments.engine.method import Method, refuse_shared
 from dfl_experiments.engine.module_net import Boundaries, ModuleNet
+from dfl_experiments.engine.transpose import Transpose
 from dfl_experiments.errors import UserError
 from dfl_experiments.measured import QUANTITIES
 from dfl_experiments.ranges import LossName
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 Gradients = list[Tensor | None]
 # of the last call of `backward`
 LAST_NET: weakref.WeakValueDictionary[str, BlockNet] = weakref.WeakValueDictionary()
@@ -62,7 +63,7 @@ class Rule:
     def backward(
         self,
         inputs: Tensor,
-        target: Tensor,
+        target: Any,
         loss: Loss | None = None,
         step_feedback: bool = True,
         weight: float = 1.0,
@@ -72,26 +73,28 @@ class Rule:
         B is updated before the error signals are computed. If the rule has `sends_first`, B is updated after them.
         The forward pass runs in the caller's autocast. The error signals are computed outside of autocast.
 
-        inputs, target: a batch for the network and the loss.
+        inputs: a batch for the network.
+        target: labels (N,) of type torch.int64. With `loss`, it may be anything that this function takes, unless the
+            rule needs labels.
         loss: any differentiable function of logits and target. Autograd then computes e, and BP equals
-            `loss.backward()` bit for bit. Default: the rule's own loss, with labels as target.
+            `loss.backward()` bit for bit. Default: the rule's own loss.
         step_feedback: whether to update B. To accumulate gradients over several batches, pass True only for the last
             batch.
         weight: factor of the gradients of W and B; 1/k for one of k batches of equal size whose gradients accumulate.
 
         Raises:
-            UserError: the samples do not have the shape of the example; without `loss`, the targets are not labels;
+            UserError: there is no sample; the samples do not have the shape of the example; the targets are not labels;
                 gradients are disabled; no parameter can learn; a parameter of the network was replaced; the inputs need
                 a gradient; the loss depends on other tensors that need one; a parameter has post-accumulate hooks; or
                 autocast to float16 is enabled. float16 needs a gradient scaler, and the scaler would not scale the
                 error signals.
         """
+        self._check(inputs, target, loss)
         refuse_float16(inputs.device.type)
         if not torch.is_grad_enabled():
             raise UserError(
                 "backward: gradients are disabled here; call it outside of torch.no_grad()"
             )
-        self._check(inputs, target, loss)
         self._refuse_what_has_no_effect(inputs)
         use_own_compiled_code(self.net)
         method = self.method
@@ -133,7 +136,7 @@ class Rule:
         self._step_optimizer()
 
     def alignment(
-        self, inputs: Tensor, target: Tensor, loss: Loss | None = None
+        self, inputs: Tensor, target: Any, loss: Loss | None = None
     ) -> dict[str, dict[str, float]]:
         """Compare the rule's error signals with those of BP on a batch. Nothing else changes.
 
@@ -170,15 +173,23 @@ class Rule:
         return {"method": self.method.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state that `state_dict` returned."""
+        """Load the state that `state_dict` returned. Raises `UserError` if it is the state of another kind of rule."""
+        if (state["optimizer"] is None) != (self.optimizer is None):
+            raise UserError(
+                "state: of another rule: B learns by an optimizer in only one of the two rules"
+            )
         self.method.load_state_dict(state["method"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
 
-    def _check(self, inputs: Tensor, target: Tensor, loss: Loss | None) -> None:
+    def _check(self, inputs: Tensor, target: Any, loss: Loss | None) -> None:
         """Raise `UserError` for a batch that the rule cannot take, or for a network that has changed."""
         if torch.is_inference_mode_enabled():
             raise UserError("the rule needs autograd; call it outside of torch.inference_mode()")
+        if not isinstance(inputs, Tensor):
+            raise UserError(f"inputs: a {type(inputs).__name__}; must be one tensor")
+        if inputs.shape[:1] == (0,):
+            raise UserError("inputs: the batch has no samples")
         shape = tuple(inputs.shape[1:])
         if self.method.cuts and shape != self.net.input_shape:  # B has the shape of h_i
             raise UserError(
@@ -195,15 +206,35 @@ class Rule:
                 f"model: is now {weight.dtype} on {weight.device}, but B is not; call dfl.rule again"
             )
         if self.method.transpose is not None and any(p.requires_grad for p in self._frozen):
-            raise UserError(
-                "model: a parameter learns now that was frozen in dfl.rule, and the layers above it may have no B; "
-                "call dfl.rule again, or call it before you freeze parameters"
-            )
+            self._check_unfrozen(self.method.transpose)
         if not any(parameter.requires_grad for parameter in parameters):
             raise UserError("model: all parameters are frozen (requires_grad=False)")
-        is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
-        if not is_labels and (loss is None or self.method.needs_labels):
-            problem = f"target: {target.dtype} of shape {tuple(target.shape)}; must be labels (N,) of type torch.int64"
+        if loss is not None and not callable(loss):
+            raise UserError(
+                "loss: must be a function of logits and target, such as torch.nn.functional.cross_entropy"
+            )
+        if loss is None or self.method.needs_labels:
+            self._check_labels(inputs, target)
+
+    def _check_unfrozen(self, transpose: Transpose) -> None:
+        """Raise `UserError` if a layer above a parameter that was frozen has no B, and the parameter learns now."""
+        layers = [layer for i in range(self.net.depth) for layer in self.net.weight_layers(i)]
+        passed = {layers[index] for index in layers_to_replace(self.net)}
+        if not passed <= set(transpose.layers):
+            raise UserError(
+                "model: a parameter learns now that was frozen in dfl.rule, and a layer above it has no B; "
+                "call dfl.rule again, or call it before you freeze parameters"
+            )
+        self._frozen = [parameter for parameter in self._frozen if not parameter.requires_grad]
+
+    def _check_labels(self, inputs: Tensor, target: Any) -> None:
+        """Raise `UserError` if the target does not consist of one label for each sample."""
+        found, is_labels = f"a {type(target).__name__}", False
+        if isinstance(target, Tensor):
+            found = f"{target.dtype} of shape {tuple(target.shape)}"
+            is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
+        if not is_labels:
+            problem = f"target: {found}; must be labels (N,) of type torch.int64"
             advice = (
                 "this rule needs labels"
                 if self.method.needs_labels
@@ -211,7 +242,7 @@ class Rule:
             )
             raise UserError(f"{problem}; {advice}")
         # Do not check the range on a GPU, because the check would wait for the device.
-        if (loss is None or self.method.needs_labels) and not target.is_cuda:
+        if not target.is_cuda:
             lowest, highest = int(target.min()), int(target.max())
             if lowest < 0 or highest >= self.classes:
                 problem = f"labels {lowest} to {highest}"
@@ -232,17 +263,18 @@ class Rule:
             )
 
     def _value_and_error(
-        self, logits: Tensor, target: Tensor, loss: Loss | None
+        self, logits: Tensor, target: Any, loss: Loss | None
     ) -> tuple[Tensor, Tensor]:
         if loss is None:
             return self.loss.value_and_error(precise(logits), target)
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(leaf, target)
-        if value.dim() != 0:
-            raise UserError(
-                f"loss: returned a tensor of shape {tuple(value.shape)}; must be one number, such as the mean"
-            )
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            found = f"a {type(value).__name__}"
+            if isinstance(value, Tensor):
+                found = f"a tensor of shape {tuple(value.shape)}"
+            raise UserError(f"loss: returned {found}; must be one number, such as the mean")
         variables = [getattr(node, "variable", None) for node in from_the_leaves(value.grad_fn)]
         if not any(variable is leaf for variable in variables):
             raise UserError("loss: does not depend on the logits, or was detached from them")
@@ -261,6 +293,7 @@ class Rule:
             self.optimizer.zero_grad()
 
 
+@torch.inference_mode(False)
 def rule(
     name: str | type[Method],
     module: nn.Module,
@@ -289,13 +322,19 @@ def rule(
         raise UserError(
             "example: must be one tensor; for a net with several inputs, write a module that splits one tensor"
         )
-    if isinstance(optimizer, torch.optim.Optimizer):
+    if optimizer is not None and not callable(optimizer):
         raise UserError(
             "optimizer: must be a function of B's parameters, such as lambda p: torch.optim.Adam(p, 1e-4)"
         )
     own: list[str] = []
     if isinstance(name, str):
         node = node_of(name) | options
+    elif not isinstance(name, type):
+        raise UserError(
+            f"rule: a {type(name).__name__}; must be a name, such as 'las', or the class of your own rule"
+        )
+    elif "<locals>" in name.__qualname__:
+        raise UserError(f"rule {name.__qualname__}: define the class outside of functions")
     else:
         own = [name.__module__.partition(".")[0]]
         node = {"_target_": f"{name.__module__}.{name.__qualname__}", **options}
@@ -326,9 +365,15 @@ def rule(
         raise UserError(
             f"rule {name}: decay={method.decay} needs the network's learning rate; pass lr="
         )
-    return Rule(
-        net, method, output_loss, optimizer(learnt) if learnt and optimizer else None, lr, classes
-    )
+    of_feedback = optimizer(learnt) if learnt and optimizer else None
+    if learnt:
+        groups = getattr(of_feedback, "param_groups", [])
+        if {p for group in groups for p in group["params"]} != set(learnt):
+            raise UserError(
+                "optimizer: the function must return an optimizer of exactly the parameters that it gets, such as "
+                "lambda p: torch.optim.Adam(p, 1e-4)"
+            )
+    return Rule(net, method, output_loss, of_feedback, lr, classes)
 
 
 def node_of(name: str) -> dict[str, Any]:

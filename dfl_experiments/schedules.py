@@ -44,8 +44,18 @@ class Schedule(ABC):
         for index in range(changes):
             done = epoch - 1 + index / changes
             rise = min(1.0, (done + 1 / changes) / self.warmup) if self.warmup else 1.0
-            factors.append(self.factor(done, epochs) * rise)
+            factors.append(self._checked_factor(done, epochs) * rise)
         return factors * (batches // changes)
+
+    def _checked_factor(self, done: float, epochs: int) -> float:
+        """Return `factor`. Raises `UserError` if it is negative or not a finite number."""
+        factor = self.factor(done, epochs)
+        if factor is None or not 0 <= factor < math.inf:
+            raise UserError(
+                f"schedule: {type(self).__name__} returns the factor {factor} after {done:g} epochs; must be a finite "
+                "number of 0 or more"
+            )
+        return float(factor)
 
     @abstractmethod
     def factor(self, done: float, epochs: int) -> float:

@@ -62,6 +62,9 @@ def uncomposed(error: Exception, overrides: Iterable[str]) -> Exception:
     """
     if isinstance(error, MISTAKES):
         return error
+    if isinstance(error, UnicodeDecodeError):
+        before = error.object[: error.start].decode(errors="replace").rpartition("\n")[2]
+        return UserError(f"a YAML file is not UTF-8 text after {shown(before)}; save it as UTF-8")
     return UserError(f"{reason(error)} (in {' '.join(overrides)})")
 
 

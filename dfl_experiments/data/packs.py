@@ -178,11 +178,11 @@ def read_raw(
     """Read the raw form of a data set.
 
     folder: folder for its pack; None if it is not packed.
-    Raises `UserError` if the raw form cannot be read. The message lists the paths that were tried, and says how to get
-    the data set.
+    Raises `UserError` if the raw form cannot be read, or if the source does not return arrays. In the first case, the
+    message lists the paths that were tried, and says how to get the data set.
     """
     try:
-        return source.read(data_dir, download)
+        arrays = source.read(data_dir, download)
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:
@@ -192,6 +192,14 @@ def read_raw(
         problem = f"neither packed in {folder} nor readable from {paths} ({reason(error)})"
         advice = f"run `dfl-data prepare dataset={name}` with a network, or set data_dir or DFL_DATA_DIR to its folder"
         raise UserError(f"dataset {name}: {problem}; {advice}") from error
+    if not isinstance(arrays, Arrays):
+        kind = type(arrays).__name__
+        raise UserError(f"dataset {name}: `read` must return `Arrays`, but returns a {kind}")
+    for field, value in vars(arrays).items():
+        if field != "classes" and not isinstance(value, np.ndarray):
+            kind = type(value).__name__
+            raise UserError(f"dataset {name}: {field} must be a NumPy array, but is a {kind}")
+    return arrays
 
 
 def pack(arrays: Arrays, folder: Path) -> None:
@@ -304,7 +312,9 @@ def check_samples(samples: np.ndarray, name: str) -> None:
     kind = kind_of(samples)
     shape = samples.shape
     problem = ""
-    if not kind or samples.size == 0:
+    if samples.size == 0:
+        problem = f"holds no values, its shape is {shape}"
+    elif not kind:
         kinds = "uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
         problem = f"must be {kinds}, is {samples.dtype} {shape}"
     elif kind == "images" and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:

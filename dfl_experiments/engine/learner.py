@@ -11,6 +11,7 @@ from dfl_experiments.engine.alignment import measure, quantity_names
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss, precise
 from dfl_experiments.engine.method import Method, refuse_shared
+from dfl_experiments.errors import UserError
 from dfl_experiments.optimizers import OptimizerFactory
 from dfl_experiments.ranges import Precision
 
@@ -47,6 +48,10 @@ class Learner:
         self.device = next(net.parameters()).device
         self.metric_names = ["loss", "correct", *quantity_names(net.depth, extra_quantities)]
         self.parameters = net.parameters_above(max(method.frozen, method.fixed_blocks))
+        if not self.parameters:
+            raise UserError(
+                "model: every parameter that this method trains is frozen (requires_grad=False)"
+            )
         self.optimizer = optimizer.make(self.parameters)
         self.feedback = [p for p in method.parameters() if p.requires_grad]
         of_feedback = feedback_optimizer or optimizer

@@ -66,7 +66,8 @@ class Graph:
         self.calls = calls.counts  # number of calls of each activation function
         if not isinstance(logits, Tensor) or logits.grad_fn is None:
             raise UserError(
-                "model: the output must be one tensor that depends on the model's parameters"
+                "model: the output must be one tensor that depends on the model's parameters; put a model that "
+                "returns a tuple or a dictionary into a module that returns only its logits"
             )
         self.root = logits.grad_fn
         self._index_nodes()

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from dfl_experiments.engine.activation_calls import ActivationCalls, eager, is_call
 from dfl_experiments.engine.blocknet import BlockNet
-from dfl_experiments.engine.module_survey import Survey, copies_of
+from dfl_experiments.engine.module_survey import Survey, copies_of, refuse_unusable
 from dfl_experiments.engine.trace import Segment, Trace
 from dfl_experiments.engine.transpose import WeightLayer, is_weight_layer
 from dfl_experiments.errors import UserError
@@ -233,11 +233,17 @@ def as_net(
     The example for a `ModuleNet` consists of zeros. They are integers if the samples are tokens, otherwise floats.
 
     samples: kind of the samples. None: they are tokens if the module has an embedding and one sample is a vector.
+    Raises `UserError` for what is no module, and for a module whose parameters are not float32.
     """
     if isinstance(module, BlockNet):
         return module
-    if not isinstance(module, nn.Module):
-        raise UserError(f"model: must be a torch.nn.Module, but is of type {type(module).__name__}")
+    refuse_unusable(module)
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise UserError(
+                f"model: {name} is {parameter.dtype}, but samples are float32; return a net of float32, such as "
+                "net.float() (precision=bfloat16 computes in bfloat16)"
+            )
     is_of_tokens = samples == "tokens"
     if samples is None and len(input_shape) == 1:
         is_of_tokens = any(isinstance(layer, nn.Embedding) for layer in module.modules())

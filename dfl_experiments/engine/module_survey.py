@@ -22,8 +22,8 @@ class Survey:
     """The valid boundaries of a module. They must be valid both in evaluation mode and in training mode."""
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
+        refuse_unusable(module)
         self.module = module
-        refuse_wrappers(module)
         # Not one sample, because batch normalisation rejects it if its feature maps have one pixel. Two batch sizes,
         # because an activation of a weight may have one of them as its first axis.
         two = copies_of(example, 2, module)
@@ -35,10 +35,10 @@ class Survey:
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if isinstance(error, UserError):
                 raise
-            shape = tuple(example.shape[1:])
+            shape = ", ".join(["N", *map(str, example.shape[1:])])
             reason = clipped(str(error), 200)
             raise UserError(
-                f"model: the forward pass fails for input shape {shape} ({reason})"
+                f"model: the forward pass fails for input shape ({shape}) ({reason})"
             ) from error
         self.parameters = self._below(None)
 
@@ -139,6 +139,10 @@ class Survey:
         for name, outputs in self.graphs[0].outputs.items():
             if outputs and not isinstance(outputs[0], Tensor):
                 return f"the output of {name} is not one tensor: put it into a module that returns only its tensor"
+        for name in self.graphs[0].nodes:
+            below = self._below(name) if self._height(name) else frozenset()
+            if below and below != self.parameters and (problem := self.problem(name)):
+                return f"{name}: {problem}"
         return "no submodule has weight layers both below and above its output"
 
     def checked(self, names: Sequence[str]) -> list[str]:
@@ -211,8 +215,10 @@ class Survey:
         return is_known and layer.in_features == channels
 
 
-def refuse_wrappers(module: nn.Module) -> None:
-    """Raise `UserError` for a module in a wrapper that does not work with the rules."""
+def refuse_unusable(module: nn.Module) -> None:
+    """Raise `UserError` for what is no module, and for a module in a wrapper that does not work with the rules."""
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model: must be a torch.nn.Module, but is of type {type(module).__name__}")
     if hasattr(module, "_orig_mod"):
         raise UserError(
             "model: the module is compiled; pass the original module, then call module.compile()"
@@ -237,6 +243,7 @@ def copies_of(example: Tensor, count: int, module: nn.Module) -> Tensor:
     return sample.repeat(count, *other_axes)
 
 
+@torch.inference_mode(False)
 def boundaries(module: nn.Module, example: Tensor) -> list[str]:
     """Return the names of a module's valid boundaries, in the order of the forward pass. example: input (N, *h_0)."""
     return Survey(module, example).names

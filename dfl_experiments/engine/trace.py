@@ -123,10 +123,24 @@ class Trace:
 
         def replace(placeholder: Tensor) -> Tensor:
             hook.remove()  # it must not act in later backward passes, which use other signals
-            gradient = signal() if leaked is None else signal() + leaked
+            gradient = signal()
+            refuse_shape(f"the signal to h_{segment.last}", gradient, placeholder.shape)
+            if leaked is not None:
+                gradient = gradient + leaked
             if not self.kept:
                 self.outputs[segment.last - 1 :] = [None] * (len(self.outputs) - segment.last + 1)
             return gradient.to(placeholder.dtype)
 
         hook = h.register_hook(replace)
         return h.new_zeros(()).expand_as(h)
+
+
+def refuse_shape(name: str, value: Any, shape: torch.Size) -> None:
+    """Raise `UserError` if what a method computed is not a tensor of a shape.
+
+    name: of the value, for the message.
+    """
+    if not isinstance(value, Tensor) or value.shape != shape:
+        kind = type(value).__name__
+        found = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {kind}"
+        raise UserError(f"method: {name} must be a tensor of shape {tuple(shape)}, but {found}")

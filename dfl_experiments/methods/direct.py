@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.losses import OutputLoss
 from dfl_experiments.engine.method import Method, WeightPair
-from dfl_experiments.engine.trace import Trace
+from dfl_experiments.engine.trace import Trace, refuse_shape
 from dfl_experiments.errors import UserError
 from dfl_experiments.methods.local_module import LocalModule
 from dfl_experiments.ranges import FeedbackInit, FeedbackShape, LocalPooling, Size, Top
@@ -92,7 +92,9 @@ class Direct(Method):
 
     def signal(self, i: int, trace: Trace, error: Tensor, target: Tensor) -> Tensor:
         """Return B_{i+1} s with the current B, in the shape of h_i."""
-        return self.local_modules[i].feedback(self.source(error, target))
+        source = self.source(error, target)
+        refuse_shape("s, which `source` returns,", source, error.shape)
+        return self.local_modules[i].feedback(source)
 
     def weight_pairs(self, i: int) -> list[WeightPair]:
         """Return the pair of B_{i+1}ᵀ and W_L … W_{i+1}, both of shape (K, d_i).

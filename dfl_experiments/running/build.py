@@ -135,8 +135,12 @@ def build(
             step = CapturedStep(learner, settings.batch_size, device)
         else:
             log.info("optimizer: cannot be captured in a CUDA graph, so each step runs without one")
-    schedule = components["schedule"]
-    feedback_schedule = components.get("schedule.feedback", schedule)
+    schedule = components["schedule"].build()
+    feedback_schedule = components.get("schedule.feedback", components["schedule"]).build()
+    # raises `UserError` before the training for a wrong factor of any epoch
+    for epoch in range(1, settings.epochs + 1):
+        schedule.factors(epoch, settings.epochs, batches=1)
+        feedback_schedule.factors(epoch, settings.epochs, batches=1)
     return Parts(
         settings=settings,
         device=device,
@@ -147,8 +151,8 @@ def build(
         test=data.test,
         num_classes=arrays.num_classes,
         memory_format=layout,
-        schedule=schedule.build(),
-        feedback_schedule=feedback_schedule.build(),
+        schedule=schedule,
+        feedback_schedule=feedback_schedule,
         learner=learner,
         step=step,
     )

@@ -173,7 +173,8 @@ def refuse_folder_of_runs(folder: Path) -> None:
     """Raise `UserError` if a new run in this folder would hide runs in the folders directly below it."""
     if folder.is_dir() and not is_run(folder) and (name := run_below(folder)):
         raise UserError(
-            f"{folder}: is a folder of runs, such as {name}, and a run would hide them; choose another hydra.run.dir="
+            f"{folder}: is a folder of runs, such as {name}, and a run would hide them; choose another folder "
+            "(dfl-train: hydra.run.dir=)"
         )
 
 

@@ -112,7 +112,7 @@ IMAGES, LABELS = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
             IMAGES[:, 0],
             r"must be uint8 images \(N, C, H, W\), .*, is uint8 \(4, 2, 2\)",
         ),
-        ("test_images", IMAGES[:0], "must be uint8"),
+        ("test_images", IMAGES[:0], "holds no values"),
         (
             "train_images",
             np.zeros((4, 8, 8, 3), np.uint8),

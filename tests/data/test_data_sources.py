@@ -3,6 +3,7 @@
 import random
 import shutil
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,37 @@ def test_digits_need_no_files_and_write_none(tmp_path):
     assert arrays.train_images.max() == 255
     assert np.bincount(arrays.test_labels).min() >= 34
     assert equal(arrays, load_pack("digits", Digits(), tmp_path))
+
+
+class Changed(Digits):
+    def __init__(self, change):
+        self.change = change
+
+    def read(self, data_dir, download):
+        return self.change(super().read(data_dir, download))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays: None, "dataset own: `read` must return `Arrays`, but returns a NoneType"),
+        (lambda arrays: tuple(vars(arrays)), "must return `Arrays`, but returns a tuple"),
+        (
+            lambda arrays: replace(arrays, test_labels=arrays.test_labels.tolist()),
+            "dataset own: test_labels must be a NumPy array, but is a list",
+        ),
+        (
+            lambda arrays: replace(arrays, train_images=torch.tensor(arrays.train_images)),
+            "dataset own: train_images must be a NumPy array, but is a Tensor",
+        ),
+        (
+            lambda arrays: replace(arrays, test_images=arrays.test_images[:0]),
+            r"dataset own: test_images: holds no values, its shape is \(0, 1, 8, 8\)",
+        ),
+    ],
+)
+def test_refuses_wrong_return_values_of_an_own_source(change, message, tmp_path):
+    refused("own", Changed(change), tmp_path, message)
 
 
 def test_digits_equal_those_of_scikit_learn(tmp_path):

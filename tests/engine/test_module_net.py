@@ -639,9 +639,9 @@ def test_refuses_modules_that_cannot_be_a_net():
         def forward(self, x):
             return super().forward(x), x
 
-    with pytest.raises(UserError, match="the output must be one tensor"):
+    with pytest.raises(UserError, match="put a model that returns a tuple or a dictionary into a"):
         ModuleNet(Pair(4, 4), "auto", torch.zeros(1, 4))
-    with pytest.raises(UserError, match=r"the forward pass fails for input shape \(3,\)"):
+    with pytest.raises(UserError, match=r"the forward pass fails for input shape \(N, 3\)"):
         ModuleNet(nn.Linear(4, 4), "auto", torch.zeros(1, 3))
     with pytest.raises(UserError, match="the module is compiled; pass the original module"):
         ModuleNet(torch.compile(nn.Linear(4, 4)), "auto", torch.zeros(1, 4))
@@ -762,6 +762,21 @@ def test_refuses_a_recurrent_layer_that_returns_a_tuple():
         message = "the output of gru is not one tensor: put it into a module"
         with pytest.raises(UserError, match=message):
             ModuleNet(LastState(), names, torch.zeros(1, 6, 4))
+
+
+def test_names_the_shared_weight_that_prevents_a_boundary():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.first = nn.Embedding(3, 8), nn.Linear(8, 8)
+            self.last = nn.Linear(8, 3, bias=False)
+            self.last.weight = self.words.weight
+
+        def forward(self, x):
+            return self.last(self.first(self.words(x).mean(1)).relu())
+
+    with pytest.raises(UserError, match=r"no boundary; words: .* share the weight words\.weight"):
+        ModuleNet(Tied(), "auto", torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_refuses_a_forward_pass_without_a_boundary():

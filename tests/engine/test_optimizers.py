@@ -2,15 +2,19 @@
 
 import copy
 import math
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Tiny, roundoff
 
+import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import UserError
-from dfl_experiments.schedules import Step
+from dfl_experiments.schedules import Schedule, Step
 
 RATE, STEPS = 0.01, 5
 
@@ -54,6 +58,50 @@ def factors(*overrides, batches=4):
     for epoch in range(1, 11):
         result += schedule.factors(epoch, 10, batches)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondFactor(Schedule):
+    """A schedule of the user's: the factor of the second epoch is `value`."""
+
+    value: Any = None
+
+    def factor(self, done, epochs):
+        return self.value if done == 1 else 1.0
+
+
+def test_schedule_factors_must_be_finite_and_not_negative():
+    for value in (0.0, 2, np.float32(0.5), torch.tensor(0.5)):
+        assert SecondFactor(value=value).factors(2, 3, 1) == [float(value)]
+    for value in (-1.0, math.nan, math.inf, None):
+        with pytest.raises(
+            UserError, match=f"SecondFactor returns the factor {value} after 1 epochs"
+        ):
+            SecondFactor(value=value).factors(2, 3, 1)
+
+
+OWN_SCHEDULE = """
+from dataclasses import dataclass
+from dfl_experiments.schedules import Schedule
+
+@dataclass(frozen=True, kw_only=True)
+class Falling(Schedule):
+    def factor(self, done, epochs):
+        return 1.0 - done
+"""
+
+
+def test_negative_factor_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_falling.py").write_text(OWN_SCHEDULE)
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule" / "falling.yaml").write_text(
+        "name: falling\n_target_: my_falling.Falling"
+    )
+    small = ["limit=64", "tracking=disabled", "plugins=[my_falling]", "schedule=falling"]
+    with pytest.raises(UserError, match=r"Falling returns the factor -1\.0 after 2 epochs"):
+        dfl.run(dfl.compose(["epochs=3", *small], tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run" / "epochs.csv").exists()
 
 
 def test_constant_schedule():

@@ -210,6 +210,27 @@ def test_refuses_inputs_that_need_a_gradient():
         rule_of("dfa", module()).backward(below(INPUTS), LABELS)
 
 
+@pytest.mark.parametrize("frozen", ["0.bias", "2.bias", "2.weight"])
+@pytest.mark.parametrize("name", ["fa", "kp", "pfa"])
+def test_parameter_unfrozen_later_learns_if_every_layer_above_it_has_a_b(name, frozen):
+    net, twin = module(), module()
+    net.get_parameter(frozen).requires_grad_(False)
+    rules = [rule_of(name, each) for each in (net, twin)]
+    net.requires_grad_(True)
+    for rule in rules:
+        rule.backward(INPUTS, LABELS, step_feedback=False)
+    torch.testing.assert_close(gradients(net), gradients(twin))
+
+
+def test_refuses_to_train_a_bias_below_a_layer_without_b():
+    net = module()
+    net[:2].requires_grad_(False)
+    rule = rule_of("fa", net)
+    net[0].bias.requires_grad_(True)
+    with pytest.raises(UserError, match="a layer above it has no B"):
+        rule.backward(INPUTS, LABELS)
+
+
 def test_refuses_a_loss_that_depends_on_more_than_the_logits_or_not_on_them():
     net = module()
     rule = rule_of("dfa", net)
@@ -248,6 +269,32 @@ def test_dfa_learns_regression_with_the_user_s_loss():
         losses.append(rule.backward(INPUTS, targets, loss=F.mse_loss).item())
         optimizer.step()
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_own_loss_accepts_any_target():
+    net, twin = module(), module()
+    weights = torch.arange(12) / 12
+
+    def loss(logits, target):
+        labels, weights = target
+        return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+    rule_of("bp", net).backward(INPUTS, (LABELS, weights), loss=loss)
+    loss(twin(INPUTS), (LABELS, weights)).backward()
+    assert all(map(torch.equal, gradients(net), gradients(twin)))
+
+
+def test_rule_created_in_inference_mode_trains():
+    net, twin = module(), module()
+    with torch.inference_mode():
+        rule = rule_of("las", net)
+        assert dfl.boundaries(net, INPUTS[:1]) == dfl.boundaries(twin, INPUTS[:1])
+        for call in (rule.backward, rule.alignment):
+            with pytest.raises(UserError, match=r"outside of torch\.inference_mode\(\)"):
+                call(INPUTS, LABELS)
+    for each in (rule, rule_of("las", twin)):
+        each.backward(INPUTS, LABELS)
+    assert all(map(torch.equal, gradients(net), gradients(twin)))
 
 
 def test_load_state_dict_restores_b():
@@ -339,6 +386,41 @@ def test_refuses_a_net_that_cannot_be_trained():
         rule.backward(INPUTS, LABELS)
 
 
+@pytest.mark.parametrize(
+    ("message", "inputs", "target", "loss"),
+    [
+        ("inputs: a ndarray; must be one tensor", INPUTS.numpy(), LABELS, None),
+        ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], None),
+        ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], F.cross_entropy),
+        ("target: a list; must be labels", INPUTS, LABELS.tolist(), None),
+        ("target: a tuple; must be labels", INPUTS, (LABELS, LABELS), None),
+        ("loss: must be a function of logits and target", INPUTS, LABELS, "cross_entropy"),
+        ("loss: returned a float; must be one number", INPUTS, LABELS, lambda y, t: 1.0),
+        (
+            r"loss: returned a tensor of shape \(12,\); must be one number",
+            INPUTS,
+            LABELS,
+            lambda y, t: F.cross_entropy(y, t, reduction="none"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["bp", "las"])
+def test_refuses_wrong_inputs_targets_and_losses(name, message, inputs, target, loss):
+    rule = rule_of(name, module())
+    for call in (rule.backward, rule.alignment):
+        with pytest.raises(UserError, match=message):
+            call(inputs, target, loss=loss)
+
+
+def test_refuses_an_optimizer_that_does_not_train_b():
+    net = module()
+    with pytest.raises(UserError, match="optimizer: must be a function"):
+        dfl.rule("las", net, INPUTS[:1], optimizer="adam")
+    for optimizer in (lambda p: None, lambda p: torch.optim.SGD(net.parameters(), 0.1)):
+        with pytest.raises(UserError, match="must return an optimizer of exactly the parameters"):
+            dfl.rule("las", net, INPUTS[:1], optimizer=optimizer)
+
+
 class ScaledDirectFeedback(Direct):
     """δ_i = (B_{i+1} s) ⊙ f'(a_i) with s = share · e."""
 
@@ -365,6 +447,28 @@ def test_the_user_s_rule_is_passed_as_its_class():
         dfl.rule(ScaledDirectFeedback, module(), INPUTS[:1], sharee=1.0)
 
 
+def test_refuses_wrong_rules_and_modules():
+    class Inside(ScaledDirectFeedback):
+        pass
+
+    with pytest.raises(UserError, match="Inside: define the class outside of functions"):
+        rule_of(Inside, module())
+    with pytest.raises(UserError, match="rule: a Sequential; must be a name, such as 'las', or"):
+        rule_of(module(), "las")
+    for made in (None, module):
+        with pytest.raises(UserError, match=r"model: must be a torch\.nn\.Module, but is"):
+            rule_of("las", made)
+
+
+def test_refuses_the_state_of_another_rule():
+    las, dfa = rule_of("las", module()), rule_of("dfa", module())
+    for rule, other in ((las, dfa), (dfa, las)):
+        before = [p.clone() for p in rule.method.parameters()]
+        with pytest.raises(UserError, match="state: of another rule"):
+            rule.load_state_dict(other.state_dict())
+        assert all(map(torch.equal, before, rule.method.parameters()))
+
+
 class StoresNet(ScaledDirectFeedback):
     def __init__(self, net, num_classes, loss, **options: Any):
         super().__init__(net, num_classes, loss, **options)
@@ -381,6 +485,40 @@ def test_refuses_a_rule_that_stores_the_net_or_changes_the_error():
         rule_of(StoresNet, module())
     with pytest.raises(UserError, match="changes e in place"):
         rule_of(ChangesError, module()).backward(INPUTS, LABELS)
+
+
+class SourceOfWrongShape(ScaledDirectFeedback):
+    def source(self, error, target):
+        return error.mean(0)
+
+
+class SignalWithoutReturn(ScaledDirectFeedback):
+    def signal(self, i, trace, error, target):
+        super().signal(i, trace, error, target)
+
+
+class ErrorAsSignal(ScaledDirectFeedback):
+    def signal(self, i, trace, error, target):
+        return error
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            SourceOfWrongShape,
+            r"s, which `source` returns, .* shape \(12, 3\), but has shape \(3,\)",
+        ),
+        (
+            SignalWithoutReturn,
+            r"the signal to h_1 must be a tensor of shape \(12, 16\), but is a None",
+        ),
+        (ErrorAsSignal, r"the signal to h_1 .* shape \(12, 16\), but has shape \(12, 3\)"),
+    ],
+)
+def test_refuses_signals_of_a_wrong_shape(rule, message):
+    with pytest.raises(UserError, match=message):
+        rule_of(rule, module()).backward(INPUTS, LABELS)
 
 
 def test_warns_of_an_activation_outside_its_block(caplog):

@@ -236,6 +236,9 @@ def test_compose_reads_options_from_config_dir(tmp_path):
     assert dfl.compose(["model=small"], config_dir=tmp_path).values["model"]["widths"] == [8]
     with pytest.raises(UserError, match="model=small: there are"):
         dfl.compose(["model=small"])
+    (tmp_path / "model" / "small.yaml").write_bytes("name: small\n# Größe\n".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text after '# Gr'; save it as UTF-8"):
+        dfl.compose(["model=small"], config_dir=tmp_path)
 
 
 def test_bfloat16_is_refused_where_pytorch_computes_wrong_gradients(monkeypatch, tmp_path):

@@ -33,6 +33,14 @@ class Small(nn.Module):
 def plain(input_shape: tuple[int, ...], num_classes: int, width: int) -> nn.Module:
     layers = [nn.Flatten(), nn.Linear(input_shape[1] * input_shape[2], width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+
+def double(num_classes: int) -> nn.Module:
+    return Small(num_classes).double()
+
+
+def frozen(num_classes: int) -> nn.Module:
+    return Small(num_classes).requires_grad_(False)
 """
 OPTIONS = ("tracking=disabled", "threads=1", "hydra.run.dir=here", "epochs=1", "limit=128")
 MINE = (
@@ -111,9 +119,11 @@ REFUSED = {
     "+model.boundary=[head]": "model.boundary: no such option; did you mean model.boundaries?",
     "model._target_=torch.nn.Identity": "a plugin's model may be any torch.nn.Module",
     "+model.planes=-1": "negative dimension -1: [-1, 1, 3, 3], own_modules.py line 9)",
+    "model._target_=own_modules.double": "model: features.0.weight is torch.float64, but samples are float32",
+    "model._target_=own_modules.frozen": "model: every parameter that this method trains is frozen",
     "model=torchvision model.net=vgg11_bm": "torchvision has no such network; choose for example vgg11_bn",
     "model=torchvision model.net=vit_b_16": "boundaries='auto' (Input shape indivisible by patch size!)",
-    "model=torchvision model.net=vgg11_bn": "model: the forward pass fails for input shape (1, 8, 8)",
+    "model=torchvision model.net=vgg11_bn": "model: the forward pass fails for input shape (N, 1, 8, 8)",
 }
 
 
