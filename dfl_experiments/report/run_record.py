@@ -160,11 +160,16 @@ def number(value: float | None) -> float:
 def validation_of(config: Values, result: Values, epochs: DataFrame) -> dict[str, float]:
     """Return the validation accuracy and loss at the epoch that the protocol reports; NaN if not recorded."""
     names = ["validation_accuracy", "validation_loss"]
-    if config["protocol"]["accuracy"] != "best_validation":
-        return {name: number(result.get(name)) for name in names}
+    kind = config["protocol"]["accuracy"]
     measured = epochs.reindex(columns=names)
-    best = measured.nlargest(1, "validation_accuracy").max()
-    return best.to_dict()
+    if kind == "best_validation":
+        best = measured.nlargest(1, "validation_accuracy").max()
+        return best.to_dict()
+    test_accuracy = result.get("test_accuracy") or {}
+    best_epoch = test_accuracy.get("best_epoch")
+    if kind == "best_test" and best_epoch and not epochs.empty:
+        return measured.iloc[best_epoch - 1].to_dict()
+    return {name: number(result.get(name)) for name in names}
 
 
 def instability_text(unstable: Values | None) -> str:

@@ -11,6 +11,7 @@ from report_helpers import altered
 from run_files import table
 
 from dfl_experiments.configuration.composition import CONF_DIR
+from dfl_experiments.report.frame import runs
 from dfl_experiments.running.outcome import objective
 from dfl_experiments.running.run_directory import EPOCH_COLUMNS, csv_text
 
@@ -114,13 +115,15 @@ def test_objective_is_the_validation_accuracy_of_the_reported_epoch(
     run_dir = tmp_path / "run"
     test_accuracy = {"last": 0.5, "at_best_validation": 0.5, "best": 0.5, "best_epoch": 1}
     config = {"epochs": 3, "protocol.accuracy": protocol}
-    altered(finished_point, run_dir, config, accuracy=0.5, test_accuracy=test_accuracy, cosine={})
+    result = {"accuracy": 0.5, "validation_accuracy": ACCURACIES[-1], "cosine": {}}
+    altered(finished_point, run_dir, config, test_accuracy=test_accuracy, **result)
     rows = []
     for epoch, accuracy in enumerate(ACCURACIES, start=1):
         row = dict.fromkeys(EPOCH_COLUMNS, 0.5) | {"epoch": epoch, "validation_accuracy": accuracy}
         rows.append(row.values())
     (run_dir / "epochs.csv").write_text(csv_text([EPOCH_COLUMNS, *rows]))
     assert objective(run_dir) == expected
+    assert runs(tmp_path).score.item() == expected  # by which reports choose a rate
     result = json.loads((run_dir / "result.json").read_text())
     (run_dir / "result.json").write_text(json.dumps(result | {"status": "diverged"}))
     assert objective(run_dir) == 0
