@@ -317,6 +317,8 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
             lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))
             is_other = whole.empty and bool(lengths)
             found = f"{len(rates)} of {compare.FEWEST_SEEDS} seeds"
+            if len(rates):
+                found = f"{100 * rates.mean():.2f}: {found}"
             if is_other:
                 found = f"{lengths} epochs in place of {values['epochs']}"
             row |= {"found": found, "verdict": OTHER_LENGTH if is_other else TOO_FEW}
