@@ -19,6 +19,8 @@ from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, UserError)
+# The user named a file where a folder is needed, or a folder where a file is needed.
+WRONG_PATHS = (FileExistsError, IsADirectoryError, NotADirectoryError)
 # names of options in other programs, and of the choice that switches W&B off
 OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "none": "disabled", "off": "disabled"}
 INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
@@ -48,6 +50,8 @@ def refusing(program: str = "dfl-train") -> Iterator[None]:
         refuse(error, program)
     except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except WRONG_PATHS as error:
+        refuse(UserError(of_the_system(error)), program)
     except OSError as error:
         refuse(Fault(of_the_system(error)), program)
     except Exception as error:

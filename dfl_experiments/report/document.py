@@ -46,11 +46,15 @@ HEAD = f"""<!doctype html>
 
 
 def report(asked: Namespace) -> None:
-    """Read the runs and write the report. Raises `UserError` if there are no runs, or none of the rule of --card."""
+    """Read the runs and write the report. Raises `UserError` for options that do not fit, and if there are no runs."""
     if asked.card and asked.format in ("csv", "latex", "commands"):
         raise UserError(
             f"--card: the format {asked.format} has no cards; choose terminal, markdown or html"
         )
+    if asked.out and asked.out.is_dir():
+        raise UserError(f"--out {asked.out}: is a folder; name a file")
+    if asked.figures and asked.figures.is_file():
+        raise UserError(f"--figures {asked.figures}: is a file; name a folder")
     runs = frame.runs(*asked.folders)
     for key, value in asked.where:
         runs = frame.with_value(runs, key, value)

@@ -16,6 +16,8 @@ from dfl_experiments.report.lines import draw
 from dfl_experiments.report.paper import published
 from dfl_experiments.report.style import LOOKS, look_of
 
+A_FILE = "data/mnist/classes.json"
+
 
 def test_every_format_holds_the_same_numbers(reported, tmp_path):
     numbers = [
@@ -145,13 +147,16 @@ def test_commands_repeat_the_shown_runs(reported):
     ("arguments", "words"),
     [
         (["outputs", "--format", "pdf"], "invalid choice: 'pdf'"),
-        (["outputs", "--out", "data"], "data: Is a directory"),
+        (["outputs", "--out", "data"], "--out data: is a folder; name a file"),
+        (["outputs", "--figures", A_FILE], f"--figures {A_FILE}: is a file; name a folder"),
+        (["outputs", "--out", f"{A_FILE}/report.md"], f"{A_FILE}: File exists"),
+        (["outputs", "--figures", f"{A_FILE}/figures"], f"{A_FILE}/figures: Not a directory"),
         (["outputs", "--card", "las", "--format", "csv"], "--card: the format csv has no cards"),
     ],
 )
 def test_mistake_is_refused_in_one_line(reported, arguments, words):
     done = dfl_report(reported, *arguments)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
