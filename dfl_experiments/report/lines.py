@@ -72,7 +72,8 @@ def draw(
         facet: column or configuration key. Each of its values gets a panel for each quantity and layer.
         smooth: window of the running mean, in measured values. Default: 1/40 of the iterations; by epoch, none.
         log: use a logarithmic y axis, except for accuracy, alignment and dead.
-        size: width and height in inches of a figure for a paper, without a title and a caption.
+        size: width and height in inches of a figure for a paper. It has no title, no caption and no dotted curves of
+            the validation set.
 
     Raises:
         UserError: the frame is empty; no run has a requested quantity, layer or key; or no run has values.
@@ -104,6 +105,9 @@ def draw(
             there_are = ", ".join(map(str, measured_layers))
             raise UserError(f"layer={layer}: not measured; there are {there_are}")
     values = without_constants(values, lines, notes)
+    if size:
+        # a figure without a caption would not explain the dotted curves
+        values = values[~values.is_validation]
     for name in names:
         if what and name not in set(values.what):
             raise UserError(f"what={name}: not measured by {x}, or equal to BP's by construction")

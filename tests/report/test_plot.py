@@ -267,6 +267,17 @@ def test_figure_with_a_size_has_neither_title_nor_caption(outputs, tmp_path):
     assert all(axes.get_window_extent().width > 60 for axes in figure.axes)
 
 
+def test_dotted_validation_curves_are_explained_or_left_out(outputs):
+    frame = runs(outputs / "alone")
+    page = draw(frame, what=["accuracy"], by="epoch")
+    paper = draw(frame, what=["accuracy"], by="epoch", size=(3.4, 2.4))
+    assert len(page.axes[0].lines) == 2
+    assert "Dotted: validation set." in " ".join(texts(page))
+    assert len(paper.axes[0].lines) == 1
+    asked = draw(frame, what=["validation_accuracy"], by="epoch", size=(3.4, 2.4))
+    assert len(asked.axes[0].lines) == 1
+
+
 def test_bp_is_not_drawn_where_it_is_1_by_definition(outputs):
     frame = runs(outputs / "grid").query("lr == 0.01")
     figure = draw(frame, what=["alignment", "norm", "accuracy"], by="epoch")
@@ -365,12 +376,15 @@ REFUSED = {
     "grid --where lr=0.01 --where rule=las": "rule=las: no run has this value; there are bp, dfa",
     "grid --what cosine_batch --by epoch": "nothing to draw: no run has such values by epoch",
     "grid --out plot.jpg": "plot.jpg: a figure's file ends in .png, .pdf or .svg",
+    "grid --out folder.png": "folder.png: Is a directory",
+    "grid --out alone/run.log/plot.png": "alone/run.log: File exists",
 }
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsys):
-    (outputs / "empty").mkdir(exist_ok=True)
+    for name in ("empty", "folder.png"):
+        (outputs / name).mkdir(exist_ok=True)
     monkeypatch.chdir(outputs)
     with pytest.raises(SystemExit) as end:
         dfl_plot.main(arguments.split())
