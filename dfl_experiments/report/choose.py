@@ -38,8 +38,11 @@ def best_point(cell: DataFrame) -> tuple[float, float] | None:
     if ended.empty:
         return None
     fails = cell.groupby(POINT_IN_CELL).fails.any()
-    points = fails[fails.index.isin(ended.set_index(POINT_IN_CELL).index)]
-    candidates = list(points.index[~points]) or list(points.index)
+    with_accuracy = ended.set_index(POINT_IN_CELL).index
+    fails = fails[fails.index.isin(with_accuracy)]
+    candidates = list(fails.index[~fails])
+    if not candidates:
+        candidates = list(fails.index)
     table = ended.pivot(index="seed", columns=POINT_IN_CELL, values=["score", "validation_loss"])
     wins = dict.fromkeys(candidates, 0)
     for point, other in permutations(candidates, 2):
@@ -54,12 +57,14 @@ def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, floa
     table: score and validation loss (columns) of each seed (row) at each grid point.
     """
     scores = table["score"][[point, other]].dropna()
-    lead = (scores[point] - scores[other]).mean()
+    leads = scores[point] - scores[other]
+    lead = leads.mean()
     if abs(lead) > TIE:
         return bool(lead > 0)
     losses = table["validation_loss"].loc[scores.index]
-    excess = losses[point] - losses[other]
-    return bool(excess.mean(skipna=False) < 0)
+    excesses = losses[point] - losses[other]
+    excess = excesses.mean(skipna=False)
+    return bool(excess < 0)
 
 
 def counted(runs: DataFrame, keys: Sequence[str] = POINT) -> DataFrame:
@@ -110,21 +115,26 @@ def grid_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
     frame = frame.join(results)
     frame = frame.join(ended.agg(ended=("rule", "size"), failing=("fails", "sum")))
     frame = frame.join(unstable.agg(unstable=("unstable", "first"), unstable_runs=("rule", "size")))
-    of_layers = [name for quantity in PER_LAYER for name in layer_names(runs, quantity)]
-    frame = frame.join(averaged[of_layers].mean(skipna=False))
+    for quantity in PER_LAYER:
+        names = layer_names(runs, quantity)
+        frame = frame.join(averaged[names].mean(skipna=False))
 
     is_chosen = frame.index.isin(chosen.set_index(POINT).index)
-    frame.insert(frame.columns.get_loc("n"), "chosen", is_chosen)
+    before_n = frame.columns.get_loc("n")
+    frame.insert(before_n, "chosen", is_chosen)
     frame = frame.droplevel(POINT_IN_CELL).reset_index()
-    is_decided = runs.set_index(CELL).index.isin(chosen.set_index(CELL).index)
-    undecided = runs[~is_decided].groupby(CELL).agg(**identity).reset_index()
-    frame = pd.concat([frame, undecided.assign(chosen=True)], ignore_index=True)
+    decided_cells = chosen.set_index(CELL).index
+    is_decided = runs.set_index(CELL).index.isin(decided_cells)
+    undecided = runs[~is_decided].groupby(CELL).agg(**identity)
+    undecided["chosen"] = True
+    frame = pd.concat([frame, undecided.reset_index()], ignore_index=True)
 
     counts = ["n", "ended", "failing", "unstable_runs"]
     frame[counts] = frame[counts].fillna(0).astype(int)
     texts = ["unstable", "devices"]
     frame[texts] = frame[texts].fillna("")
-    frame.insert(frame.columns.get_loc("lr") + 1, "lr_at_end", end_of_grid(frame, runs))
+    after_lr = frame.columns.get_loc("lr") + 1
+    frame.insert(after_lr, "lr_at_end", end_of_grid(frame, runs))
     return frame
 
 
@@ -134,11 +144,16 @@ def end_of_grid(points: DataFrame, runs: DataFrame) -> Series:
     Return "" for other points, for a grid of one rate, and if all runs at the point fail.
     """
     tried = runs[runs.has_ended].groupby(CELL).lr
-    ends = points[CELL].join(tried.agg(lowest="min", highest="max"), on=CELL)
-    is_marked = points.chosen & (points.failing < points.ended) & (ends.lowest < ends.highest)
+    ends = tried.agg(lowest="min", highest="max")
+    ends = points[CELL].join(ends, on=CELL)
+    has_good_run = points.failing < points.ended
+    has_several_rates = ends.lowest < ends.highest
+    is_marked = points.chosen & has_good_run & has_several_rates
+    is_lowest = points.lr == ends.lowest
+    is_highest = points.lr == ends.highest
     names = Series("", points.index)
-    names[is_marked & (points.lr == ends.lowest)] = "lowest"
-    names[is_marked & (points.lr == ends.highest)] = "highest"
+    names[is_marked & is_lowest] = "lowest"
+    names[is_marked & is_highest] = "highest"
     return names
 
 
@@ -150,4 +165,5 @@ def states(statuses: Iterable[str]) -> str:
 
 def joined(names: Iterable[str]) -> str:
     """Return the names as one text, sorted and without repetition."""
-    return ", ".join(sorted(set(map(str, names))))
+    texts = {str(name) for name in names}
+    return ", ".join(sorted(texts))

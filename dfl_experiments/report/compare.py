@@ -45,9 +45,10 @@ def samples_of(runs: DataFrame) -> dict[str, np.ndarray]:
     """
     has_failing = runs.fails.groupby(runs.method).transform("any")
     good = runs[~has_failing].dropna(subset="accuracy")
-    return {
-        str(method): cell.to_numpy() for method, cell in good.groupby("method", sort=False).accuracy
-    }
+    samples = {}
+    for method, accuracies in good.groupby("method", sort=False).accuracy:
+        samples[str(method)] = accuracies.to_numpy()
+    return samples
 
 
 def against(chosen: DataFrame, control: str) -> DataFrame:
@@ -74,7 +75,8 @@ def against(chosen: DataFrame, control: str) -> DataFrame:
     """
     rows: list[tuple[Any, ...]] = []
     for setting, runs in chosen.groupby(ROW, sort=False):
-        for method, (estimate, test) in dunnett(samples_of(runs), control).items():
+        differences = dunnett(samples_of(runs), control)
+        for method, (estimate, test) in differences.items():
             rows.append((*setting, method, *estimate, test))
     return DataFrame(rows, columns=[*ROW, "method", "difference", "low", "high", "test"])
 
@@ -87,20 +89,24 @@ def dunnett(samples: Samples, control: str) -> dict[str, tuple[Estimate, str]]:
     pool = pooled(samples, [control])
     is_enough = pool.degrees >= FEWEST_DEGREES and pool.variance > 0
     has_intervals = is_enough and control in pool.methods
-    sizes = sorted(len(samples[method]) for method in pool.methods if method != control)
+    others = {method: values for method, values in samples.items() if method != control}
+    pooled_sizes = [len(values) for method, values in others.items() if method in pool.methods]
+    sizes = tuple(sorted(pooled_sizes))
     differences = {}
-    for method, values in samples.items():
-        if method == control:
-            continue
-        estimate, test = Estimate(float(values.mean() - reference.mean())), ""
+    for method, values in others.items():
+        difference = values.mean() - reference.mean()
+        estimate = Estimate(difference)
+        test = ""
         if has_intervals and method in pool.methods:
+            test = "Dunnett"
             variance = pool.of_difference(len(values), len(reference))
-            half = critical_value(tuple(sizes), len(reference)) * math.sqrt(variance)
-            estimate, test = around(estimate.value, half), "Dunnett"
+            factor = critical_value(sizes, len(reference))
+            estimate = around(difference, factor * math.sqrt(variance))
         elif has_intervals and len(values) > 1:
+            test = "Welch"
             result = stats.ttest_ind(values, reference, equal_var=False)
             low, high = result.confidence_interval(LEVEL)
-            estimate, test = Estimate(estimate.value, float(low), float(high)), "Welch"
+            estimate = Estimate(difference, low, high)
         differences[method] = (estimate, test)
     return differences
 
@@ -130,16 +136,19 @@ def pooled(samples: Samples, references: Collection[str]) -> Pool:
     for method, values in repeated.items():
         others = [repeated[other] for other in repeated if other != method]
         variance, _ = pooled_variance(others)
-        if method in references or values.std(ddof=1) <= LARGEST_RATIO * math.sqrt(variance):
+        largest = LARGEST_RATIO * math.sqrt(variance)
+        if method in references or values.std(ddof=1) <= largest:
             kept[method] = values
-    return Pool(kept, *pooled_variance(kept.values()))
+    variance, degrees = pooled_variance(kept.values())
+    return Pool(kept, variance, degrees)
 
 
 def pooled_variance(samples: Collection[np.ndarray]) -> tuple[float, int]:
     """Return the pooled variance s² = Σ (x − mean)² / Σ (n − 1), and its degrees of freedom Σ (n − 1)."""
-    squares, degrees = 0.0, 0
+    squares = 0.0
+    degrees = 0
     for values in samples:
-        squares += float(values.var() * len(values))
+        squares += values.var() * len(values)
         degrees += len(values) - 1
     return squares / max(degrees, 1), degrees
 
@@ -155,12 +164,16 @@ def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
 
     SciPy computes the value by quasi-Monte-Carlo integration; a fixed random state makes it repeatable.
     """
-    groups = [np.arange(size, dtype=float) for size in (*sizes, control_size)]
+    groups = [np.arange(size, dtype=float) for size in sizes]
+    control = np.arange(control_size, dtype=float)
     generator = np.random.default_rng(0)
-    result = stats.dunnett(*groups[:-1], control=groups[-1], rng=generator)
+    result = stats.dunnett(*groups, control=control, rng=generator)
     interval = result.confidence_interval(LEVEL)
-    half = (interval.high[0] - interval.low[0]) / 2
-    pool = Pool((), *pooled_variance(groups))
+    low = interval.low[0]
+    high = interval.high[0]
+    half = (high - low) / 2
+    variance, degrees = pooled_variance([*groups, control])
+    pool = Pool((), variance, degrees)
     variance = pool.of_difference(sizes[0], control_size)
     return float(half / math.sqrt(variance))
 
@@ -185,9 +198,12 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
             continue
         pool = pooled(samples, SPAN)
         ranks = can_rank(samples, runs.test_images.max())
-        bp, shallow = samples.pop("bp"), samples.pop("shallow")
+        bp = samples.pop("bp")
+        shallow = samples.pop("shallow")
         for method, values in samples.items():
-            utility = fieller(values, bp, shallow, pool) if ranks else Estimate(math.nan)
+            utility = Estimate(math.nan)
+            if ranks:
+                utility = fieller(values, bp, shallow, pool)
             if method not in pool.methods:
                 utility = Estimate(utility.value)
             rows.append((*setting, method, *utility, ranks))
@@ -199,13 +215,16 @@ def can_rank(samples: Samples, test_images: float) -> bool:
 
     If BP or Shallow has a single run, BP must lead by more than 3 noise floors.
     """
-    bp, shallow = samples["bp"], samples["shallow"]
+    bp = samples["bp"]
+    shallow = samples["shallow"]
+    lead = bp.mean() - shallow.mean()
+    if min(len(bp), len(shallow)) < 2:
+        floor = noise_floor(bp.mean(), test_images)
+        return bool(lead > NOISE_FLOORS * floor)
     pool = pooled(samples, SPAN)
     variance = pool.of_difference(len(bp), len(shallow))
     half = student(pool.degrees) * math.sqrt(variance)
-    if min(len(bp), len(shallow)) < 2:
-        half = NOISE_FLOORS * noise_floor(bp.mean(), test_images)
-    return bool(bp.mean() - shallow.mean() > half)
+    return bool(lead > half)
 
 
 def noise_floor(accuracy: Any, test_images: Any) -> Any:
@@ -215,8 +234,9 @@ def noise_floor(accuracy: Any, test_images: Any) -> Any:
 
 def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, pool: Pool) -> Estimate:
     """Return (mean(values) − mean(shallow)) / (mean(bp) − mean(shallow)) with Fieller's interval."""
-    bottom = float(bp.mean() - shallow.mean())
-    ratio = float(values.mean() - shallow.mean()) / bottom
+    lowest = shallow.mean()
+    bottom = bp.mean() - lowest
+    ratio = (values.mean() - lowest) / bottom
     fewest = min(len(values), len(bp), len(shallow))
     if fewest < FEWEST_SEEDS or pool.variance == 0:
         return Estimate(ratio)
@@ -228,10 +248,16 @@ def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, pool: Pool)
     if g >= 1:
         return Estimate(ratio)
     centre = ratio - g * covariance / var_bottom
-    spread = var_top - 2 * ratio * covariance + ratio**2 * var_bottom
-    spread -= g * (var_top - covariance**2 / var_bottom)
-    half = t / abs(bottom) * math.sqrt(max(spread, 0.0))
-    return Estimate(ratio, (centre - half) / (1 - g), (centre + half) / (1 - g))
+    spread = var_top
+    spread -= 2 * ratio * covariance
+    spread += ratio**2 * var_bottom
+    var_rest = var_top - covariance**2 / var_bottom
+    spread -= g * var_rest
+    spread = max(spread, 0.0)  # rounding can make it negative
+    half = t * math.sqrt(spread) / abs(bottom)
+    low = (centre - half) / (1 - g)
+    high = (centre + half) / (1 - g)
+    return Estimate(ratio, low, high)
 
 
 def cosines(runs: DataFrame) -> DataFrame:
@@ -246,7 +272,8 @@ def cosines(runs: DataFrame) -> DataFrame:
     for name in layer_names(kept, "cosine"):
         layer = name.removeprefix("cosine/")
         is_exact = np.array([layer in layers for layers in kept.exact_layers], dtype=bool)
-        is_silent = share_without_signal(kept, layer) > MOST_ZEROS
+        share = share_without_signal(kept, layer)
+        is_silent = share > MOST_ZEROS
         kept[name] = kept[name].mask(is_exact | is_silent)
         kept["no_signal"] += np.where(is_silent, f", {layer}", "")
     kept["no_signal"] = kept.no_signal.str.removeprefix(", ")
@@ -255,13 +282,17 @@ def cosines(runs: DataFrame) -> DataFrame:
 
 def share_without_signal(kept: DataFrame, layer: str) -> Series:
     """Return the share of samples whose signal in a layer is zero in the last epoch, averaged over the grid point."""
-    if f"zeros/{layer}" not in kept:
+    zeros = f"zeros/{layer}"
+    if zeros not in kept:
         return Series(0.0, kept.index)
-    images = kept.images_per_second * kept.seconds / kept.done_epochs.clip(lower=1)  # in one epoch
+    epochs = kept.done_epochs.clip(lower=1)
+    images = kept.images_per_second * kept.seconds / epochs  # in one epoch
     batches = np.ceil(images.round() / kept.images_per_batch)
-    measured = (batches / kept.measured_every.clip(lower=1)).clip(lower=1)
-    samples = (measured * kept.images_per_batch).clip(upper=images)
-    shares = kept.assign(share=kept[f"zeros/{layer}"] / samples)
+    every = kept.measured_every.clip(lower=1)
+    measured_batches = (batches / every).clip(lower=1)
+    samples = measured_batches * kept.images_per_batch
+    samples = samples.clip(upper=images)
+    shares = kept.assign(share=kept[zeros] / samples)
     return shares.groupby(POINT).share.transform("mean")
 
 
@@ -276,7 +307,9 @@ def alignment(runs: DataFrame) -> DataFrame:
     kept = kept[has_cosine | (kept.no_signal != "")]
     points = kept.groupby(POINT, sort=False)
     means = points[names].mean()
-    return means.assign(n=points.size(), no_signal=points.no_signal.first()).reset_index()
+    means["n"] = points.size()
+    means["no_signal"] = points.no_signal.first()
+    return means.reset_index()
 
 
 def reference_sizes(chosen: DataFrame) -> DataFrame:
@@ -289,7 +322,9 @@ def reference_sizes(chosen: DataFrame) -> DataFrame:
     table = table.dropna(subset=names, how="all")
     if not names or table.empty:
         return DataFrame()
-    last = table[table.epoch == table.groupby("folder").epoch.transform("max")]
+    last_epochs = table.groupby("folder").epoch.transform("max")
+    last = table[table.epoch == last_epochs]
     medians = last.groupby("folder")[names].median()
-    points = chosen[[*POINT, "folder"]].merge(medians, on="folder").groupby(POINT)
-    return points[names].mean().reset_index()
+    of_points = chosen[[*POINT, "folder"]].merge(medians, on="folder")
+    means = of_points.groupby(POINT)[names].mean()
+    return means.reset_index()

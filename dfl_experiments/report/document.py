@@ -234,7 +234,8 @@ def commands(sections: list[Section]) -> str:
     lines = []
     chosen = pd.concat([section.chosen for section in sections])
     for run in tables.ordered(chosen).itertuples():
-        arguments = rerun_arguments("repeat", str(Path(run.folder).resolve()), run.plugins)
+        folder = str(Path(run.folder).resolve())
+        arguments = rerun_arguments("repeat", folder, run.plugins)
         comment = f"{run.method}, seed {run.seed}: {100 * run.accuracy:.2f} %"
         lines.append(f"dfl-train {arguments}  # {comment}\n")
     return "".join(lines)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
@@ -90,19 +91,24 @@ def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
         return measured
     counts = measured.groupby(POINT_IN_CELL).method.nunique().to_frame("measured")
     counts["shown"] = shown.groupby(POINT_IN_CELL).method.nunique()
-    lr, decay = counts.sort_values(["measured", "shown"], ascending=False).index[0]
+    counts = counts.sort_values(["measured", "shown"], ascending=False)
+    lr, decay = counts.index[0]
     # a layer without a signal is drawn as little as a layer whose signal equals BP's
     silent = measured.no_signal.str.split(", ").map(tuple)
     measured = measured.assign(exact_layers=measured.exact_layers + silent)
-    return measured[(measured.lr == lr) & (measured.weight_decay == decay)]
+    has_lr = measured.lr == lr
+    has_decay = measured.weight_decay == decay
+    return measured[has_lr & has_decay]
 
 
 def differences(chosen: DataFrame, title: str) -> Figure | None:
     """Draw every method's difference from BP with its interval. Return None if no method has an interval."""
-    frame = compare.against(chosen, "bp").dropna(subset=["low"]).sort_values("difference")
+    frame = compare.against(chosen, "bp")
+    frame = frame.dropna(subset="low").sort_values("difference")
     if frame.empty:
         return None
-    figure = Figure(figsize=(6.4, 1.5 + 0.28 * len(frame)), layout="constrained")
+    height = 1.5 + 0.28 * len(frame)
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     axes = figure.subplots()
     points = 100 * frame[["difference", "low", "high"]]
     heights = range(len(frame))
@@ -114,10 +120,11 @@ def differences(chosen: DataFrame, title: str) -> Figure | None:
     axes.set_ylim(-0.7, len(frame) - 0.3)
     axes.set(xlabel="test accuracy minus BP's, points (simultaneous 95 % intervals)")
     add_text(figure, title, [])
-    width = (points.high - points.low).median()
-    if points.difference.min() < -10 * max(width, 1):
+    widths = points.high - points.low
+    width = max(widths.median(), 1)
+    if points.difference.min() < -10 * width:
         # on a linear axis, the largest difference would compress all others
-        axes.set_xscale("symlog", linthresh=max(width, 1))
+        axes.set_xscale("symlog", linthresh=width)
     return figure
 
 
@@ -130,25 +137,39 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     keys = ["method", "lr"]
-    points = 100 * counted(ended, keys).groupby(keys).accuracy.agg(["mean", "min", "max"])
+    accuracies = counted(ended, keys).groupby(keys).accuracy
+    points = 100 * accuracies.agg(mean="mean", low="min", high="max")
     points["fails"] = ended.groupby(keys).fails.any()
     for method in sorted(ended.method.unique(), key=method_order):
-        part = points.loc[method]
-        colour, dash = look_of(method)
-        label = method_name(method)
-        axes.plot(part["mean"], marker="o", color=colour, linestyle=dash, label=label)
-        axes.fill_between(part.index, part["min"], part["max"], color=colour, alpha=0.15)
-        axes.vlines(part.index, part["min"], part["max"], color=colour)
+        draw_rates(axes, method, points.loc[method])
     failing = points[points.fails].reset_index()
     axes.plot(failing.lr, failing["mean"], "x", color="black", markersize=9)
-    axes.set(xscale="log", xlabel="learning rate (×: a run fails)", ylabel="test accuracy, %")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate (×: a run fails)")
+    axes.set_ylabel("test accuracy, %")
     axes.set_xticks(all_rates, [f"{lr:g}" for lr in all_rates])
     axes.minorticks_off()
-    low, high = points["mean"].quantile([0.25, 0.75])
-    usual = points[points["min"] >= low - 5 * (high - low)]
-    lowest, highest = usual["min"].min(), points["max"].max()
-    margin = 0.05 * (highest - lowest) or 1
-    axes.set_ylim(lowest - margin, highest + margin)
+    axes.set_ylim(usual_range(points))
     add_legend(figure)
     add_text(figure, title, ["Mean over the runs at each rate, their range shaded."])
     return figure
+
+
+def draw_rates(axes: Axes, method: str, points: DataFrame) -> None:
+    """Draw a method's accuracy at each learning rate. points: mean, lowest and highest accuracy by rate."""
+    colour, dash = look_of(method)
+    label = method_name(method)
+    axes.plot(points["mean"], marker="o", color=colour, linestyle=dash, label=label)
+    axes.fill_between(points.index, points.low, points.high, color=colour, alpha=0.15)
+    axes.vlines(points.index, points.low, points.high, color=colour)
+
+
+def usual_range(points: DataFrame) -> tuple[float, float]:
+    """Return the limits of the y axis. They leave out accuracies that lie far below the others."""
+    quartile, upper_quartile = points["mean"].quantile([0.25, 0.75])
+    fence = quartile - 5 * (upper_quartile - quartile)
+    is_usual = points.low >= fence
+    lowest = points.low[is_usual].min()
+    highest = points.high.max()
+    margin = 0.05 * (highest - lowest) or 1
+    return lowest - margin, highest + margin

@@ -110,11 +110,13 @@ def warn_of_repeats(frame: DataFrame) -> None:
     """Log a warning about runs with the same configuration and seed but different results."""
     done = by_precedence(frame[frame.status.isin(DONE)])
     repeated = done[done.duplicated([*POINT, "seed"], keep=False)]
+    text = "same configuration and seed, different results: %s is shown, not %s"
+    keys = ["status", "accuracy", "validation_accuracy"]
     for _, same in repeated.groupby([*POINT, "seed"], sort=False):
-        results = same.groupby(["status", "accuracy", "validation_accuracy"], dropna=False).ngroup()
+        results = same.groupby(keys, dropna=False).ngroup()
+        shown = same.folder.iloc[0]
         for other in same.folder[results != results.iloc[0]]:
-            text = "same configuration and seed, different results: %s is shown, not %s"
-            log.warning(text, same.folder.iloc[0], other)
+            log.warning(text, shown, other)
 
 
 def layer_names(frame: DataFrame, quantity: str) -> list[str]:
@@ -175,11 +177,17 @@ def with_value(frame: DataFrame, key: str, value: str) -> DataFrame:
     if wanted.isdisjoint(values):
         wanted = {comparable(part) for part in value.split(",")}
     if not wanted <= set(values):
-        choices = column[column != ""].dropna().drop_duplicates().sort_values()[:MOST_VALUES]
-        texts = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in choices]
-        there_are = f"; there are {', '.join(texts)}" if texts else ""
-        raise UserError(printable(f"{key}={value}: no run has this value{there_are}"))
+        problem = f"{key}={value}: no run has this value{choices_of(column)}"
+        raise UserError(printable(problem))
     return frame[values.isin(wanted)]
+
+
+def choices_of(column: Series) -> str:
+    """Return "; there are …" with the lowest values of a column; empty if it has none."""
+    choices = column[column != ""].dropna().drop_duplicates()
+    lowest = choices.sort_values()[:MOST_VALUES]
+    texts = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in lowest]
+    return f"; there are {', '.join(texts)}" if texts else ""
 
 
 def comparable(value: Any) -> float | str:

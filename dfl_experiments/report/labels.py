@@ -38,13 +38,19 @@ def labelled(frame: DataFrame) -> DataFrame:
     settings, methods = [], []
     for values, runs in frame.groupby(NAMES, sort=False):
         names = dict(zip(NAMES, values, strict=True))
-        settings.append(setting_columns(names, DataFrame(list(runs.options), runs.index)))
+        settings.append(setting_columns(names, as_columns(runs.options)))
         for rule, part in runs.groupby("rule", sort=False):
-            options = DataFrame(list(part.method_options), part.index)
+            options = as_columns(part.method_options)
             methods.append(method_columns(names["protocol"], rule, options))
     frame = frame.drop(columns=["options", "method_options", "method"])
-    new = pd.concat(settings).join(pd.concat(methods)).fillna("")
-    return frame.join(new[new.columns.difference(frame.columns)])
+    labels = pd.concat(settings).join(pd.concat(methods))
+    new_names = labels.columns.difference(frame.columns)
+    return frame.join(labels[new_names].fillna(""))
+
+
+def as_columns(mappings: Series) -> DataFrame:
+    """Return a table with one row for each mapping and one column for each key."""
+    return DataFrame(list(mappings), mappings.index)
 
 
 def setting_columns(names: Names, options: DataFrame) -> DataFrame:
@@ -56,11 +62,16 @@ def setting_columns(names: Names, options: DataFrame) -> DataFrame:
     differs = options[differing(options)]
     # an option that another run did not record is named, because its value there is unknown
     recorded_by_all = options.columns[options.notna().all()]
-    named = unusual(differs, {key: defaults.get(key) for key in recorded_by_all})
+    usual = {key: defaults.get(key) for key in recorded_by_all}
+    named = unusual(differs, usual)
     defaults.pop(ACTIVATION, None)
-    has_default = [not is_identity(key) and defaults.get(key) != UNRESOLVED for key in options]
-    changed = unusual(options.loc[:, has_default], defaults)
-    shared = changed[changed.columns.difference(differs.columns, sort=False)]
+    with_default = []
+    for key in options:
+        is_resolved = defaults.get(key) != UNRESOLVED
+        if is_resolved and not is_identity(key):
+            with_default.append(key)
+    changed = unusual(options[with_default], defaults)
+    shared = changed.drop(columns=differs.columns, errors="ignore")
     is_default = changed.isna().all(axis="columns")
     return differs.assign(setting=joined(named), shared=joined(shared), is_default=is_default)
 
@@ -70,9 +81,12 @@ def method_columns(protocol: str, rule: str, options: DataFrame) -> DataFrame:
 
     An option without a default in conf/method/RULE.yaml is named if it differs between the runs.
     """
-    usual = options.iloc[0].drop(differing(options)).to_dict()
-    defaults = as_texts(conf_values("method", rule), {"protocol": protocol})
-    usual |= {key: value for key, value in defaults.items() if value != UNRESOLVED}
+    shared = options.drop(columns=differing(options))
+    usual = shared.iloc[0].to_dict()
+    values = conf_values("method", rule)
+    for key, value in as_texts(values, {"protocol": protocol}).items():
+        if value != UNRESOLVED:
+            usual[key] = value
     named = unusual(options, usual).dropna(axis="columns", how="all")
     methods = [f"{rule}, {text}" if text else rule for text in joined(named)]
     return named.add_prefix("method.").assign(method=methods)
@@ -118,8 +132,9 @@ def defaults_of(names: Names) -> dict[str, str]:
     """
     defaults = as_texts(conf_values(".", "config"), names)
     for group, name in names.items():
-        values = as_texts(conf_values(group, name), names)
-        defaults |= {f"{group}.{key}": value for key, value in values.items()}
+        values = conf_values(group, name)
+        for key, text in as_texts(values, names).items():
+            defaults[f"{group}.{key}"] = text
     return defaults
 
 
@@ -132,21 +147,28 @@ def as_texts(values: Mapping[str, Any], names: Names) -> dict[str, str]:
     """
     texts = {}
     for key, value in flat(values).items():
-        if isinstance(value, str) and (link := REFERENCE.fullmatch(value)):
+        link = REFERENCE.fullmatch(str(value))
+        if link:
             group, option = link.groups()
-            value = conf_values(group, names.get(group, "")).get(option, UNRESOLVED)
-        texts[key] = UNRESOLVED if "${" in str(value) else as_text(value)
+            linked_values = conf_values(group, names.get(group, ""))
+            value = linked_values.get(option, UNRESOLVED)
+        is_resolved = "${" not in str(value)
+        texts[key] = as_text(value) if is_resolved else UNRESOLVED
     return texts
 
 
 @cache
 def conf_values(group: str, option: str) -> dict[str, Any]:
     """Return the values of a YAML file in conf/; empty if there is no such file. Interpolations are not resolved."""
-    path = Path(CONF_DIR) / group / f"{option}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path = Path(CONF_DIR, group, f"{option}.yaml")
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
 def option_names(frame: DataFrame) -> list[str]:
     """Return the options that occur in the texts of the column `setting` and that have a column of their own."""
-    keys = set(OPTION.findall(", ".join(set(frame.setting))))
-    return sorted(keys.intersection(frame.columns))
+    settings = ", ".join(frame.setting.unique())
+    keys = OPTION.findall(settings)
+    return sorted(set(keys).intersection(frame.columns))

@@ -60,7 +60,8 @@ def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list
     look: colour and dash.
     legend: the line's text in the legend. It is the label or, if there are many labels, the meaning of the look.
     """
-    lines = frame.drop_duplicates("line").set_index("line").sort_index()
+    lines = frame.drop_duplicates("line")
+    lines = lines.set_index("line").sort_index()
     order = lines.method.map(method_order).sort_values(kind="stable")
     lines = lines.loc[order.index]
     lines["facet"] = lines[facet] if facet else ""
@@ -109,20 +110,24 @@ def looks(lines: DataFrame, key: str) -> list[Look]:
             by_value[value] = gradient(index, len(values))
         else:
             by_value[value] = Look(PALETTE[index % len(PALETTE)])
-    by_label = dict(zip(lines.label, lines[key].map(by_value), strict=True))
+    looks_of_lines = lines[key].map(by_value)
+    by_label = dict(zip(lines.label, looks_of_lines, strict=True))
     is_ambiguous = len(set(by_label.values())) < len(by_label)
     if is_ambiguous and len(by_label) <= MOST_LABELS:
         used: Counter[str] = Counter()
         for label, look in by_label.items():
-            dash = DASHES[used[look.colour] % len(DASHES)]
-            used[look.colour] += 1
-            by_label[label] = Look(look.colour, dash)
+            colour = look.colour
+            dash = DASHES[used[colour] % len(DASHES)]
+            used[colour] += 1
+            by_label[label] = Look(colour, dash)
     return [by_label[label] for label in lines.label]
 
 
 def title(lines: DataFrame) -> str:
     """Return the title of a figure: nets and data sets, and method, rate and unusual settings that all lines share."""
-    titles = list(dict.fromkeys(title_of(row) for row in lines.to_dict("records")))
+    rows = lines.to_dict("records")
+    titles = list(dict.fromkeys(title_of(row) for row in rows))
     if len(titles) > 3:
         titles = [f"{len(titles)} nets and data sets"]
-    return " · ".join([*titles, *common_words(lines, ["method", "lr", *USUAL])])
+    shared = common_words(lines, ["method", "lr", *USUAL])
+    return " · ".join([*titles, *shared])

@@ -102,8 +102,8 @@ def draw(
     measured_layers = sorted(set(values.layer) - {0})
     for layer in layers or ():
         if layer not in measured_layers:
-            there_are = ", ".join(map(str, measured_layers))
-            raise UserError(f"layer={layer}: not measured; there are {there_are}")
+            choices = ", ".join(map(str, measured_layers))
+            raise UserError(f"layer={layer}: not measured; there are {choices}")
     values = without_constants(values, lines, notes)
     if size:
         # a figure without a caption would not explain the dotted curves
@@ -111,7 +111,8 @@ def draw(
     for name in names:
         if what and name not in set(values.what):
             raise UserError(f"what={name}: not measured by {x}, or equal to BP's by construction")
-    fewest_seeds, most_seeds = values.runs.min(), values.runs.max()
+    fewest_seeds = values.runs.min()
+    most_seeds = values.runs.max()
     if most_seeds > 1:
         up_to = "up to " if fewest_seeds < most_seeds else ""
         notes.append(f"Mean over {up_to}{most_seeds} seeds, their range shaded.")
@@ -120,7 +121,8 @@ def draw(
     panels = []
     for _, part in lines.groupby("facet"):
         for name in names:
-            shown = layers_of(values[values.what == name], layers, notes)
+            of_quantity = values[values.what == name]
+            shown = layers_of(of_quantity, layers, notes)
             panels += [Panel(name, layer, part) for layer in shown]
     with styled(is_small=size is not None):
         figure = with_axes(panels, lines.facet.nunique(), size)
@@ -152,11 +154,12 @@ def without_constants(values: DataFrame, lines: DataFrame, notes: list[str]) -> 
 def layers_of(values: DataFrame, asked: Sequence[int] | None, notes: list[str]) -> list[int]:
     """Return the layers for which a quantity is drawn. values: those of the quantity."""
     layers = np.unique(values.layer)
-    if asked and list(layers) != [0]:
+    if asked and layers.any():
         return [layer for layer in asked if layer in layers]
     if len(layers) > MOST_LAYERS:
         notes.append(f"Shown are {MOST_LAYERS} of {len(layers)} layers.")
-    return layers[evenly(len(layers), MOST_LAYERS)].tolist()
+    indices = evenly(len(layers), MOST_LAYERS)
+    return layers[indices].tolist()
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -183,33 +186,42 @@ def with_axes(
     rows = math.ceil(block / most)
     columns = math.ceil(block / rows)
     all_rows = rows * len(panels) // block
-    usual_size = (2.3 + 4.2 * columns, 0.9 + 2.9 * all_rows)
-    figure = Figure(figsize=size or usual_size, layout="constrained")
-    datasets = pd.concat([panel.lines.dataset for panel in panels]).nunique()
+    width = 2.3 + 4.2 * columns
+    height = 0.9 + 2.9 * all_rows
+    figure = Figure(figsize=size or (width, height), layout="constrained")
+    datasets = pd.concat([panel.lines.dataset for panel in panels])
+    is_shared = datasets.nunique() == 1
     first: dict[Any, Axes] = {}
     for index, panel in enumerate(panels):
         layer = 0 if panel.name.endswith(BOUNDED) else panel.layer
-        key = (panel.name, layer) if datasets == 1 else index
-        place = index // block * rows * columns + index % block
-        first[key] = figure.add_subplot(all_rows, columns, place + 1, sharey=first.get(key))
+        key = (panel.name, layer) if is_shared else index
+        facet, rest = divmod(index, block)
+        position = facet * rows * columns + rest + 1
+        first[key] = figure.add_subplot(all_rows, columns, position, sharey=first.get(key))
     return figure
 
 
 def draw_panel(axes: Axes, panel: Panel, values: DataFrame, notes: list[str]) -> None:
     """Draw a panel: one curve for each line."""
     quantity = quantity_of(panel.name)
+    title = quantity.title
     heading = panel.lines.heading.iloc[0]
-    title = f"{heading} · {quantity.title}" if heading else quantity.title
+    if heading:
+        title = f"{heading} · {title}"
     if panel.layer:
         title += f", layer {panel.layer}"
-    axes.set(title=title, ylabel=quantity.axis)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    is_quantity = (values.what == panel.name) & (values.layer == panel.layer)
-    curves = values[is_quantity & values.line.isin(panel.lines.index)].groupby("line")
+    axes.set_title(title)
+    axes.set_ylabel(quantity.axis)
+    ticks = MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    axes.xaxis.set_major_locator(ticks)
+    is_quantity = values.what == panel.name
+    is_layer = values.layer == panel.layer
+    is_line = values.line.isin(panel.lines.index)
+    curves = values[is_quantity & is_layer & is_line].groupby("line")
     for number, rows in curves:
         line = panel.lines.loc[number]
-        validation = rows[rows.is_validation]
         draw_curve(axes, rows[~rows.is_validation], line["legend"], line["look"])
+        validation = rows[rows.is_validation]
         if len(validation) and curves.ngroups <= MOST_DETAILED:
             colour = line["look"].colour
             axes.plot(validation.x, validation["mean"], ":", color=colour, linewidth=1.2)
@@ -220,7 +232,8 @@ def draw_panel(axes: Axes, panel: Panel, values: DataFrame, notes: list[str]) ->
 
 def draw_curve(axes: Axes, rows: DataFrame, label: str, look: Look) -> None:
     """Draw a curve with its band."""
-    rows = rows.iloc[evenly(len(rows), MOST_POINTS)]
+    indices = evenly(len(rows), MOST_POINTS)
+    rows = rows.iloc[indices]
     colour, dash = look
     if rows.runs.max() > 1:
         axes.fill_between(rows.x, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
@@ -234,22 +247,31 @@ def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
     Outliers of a loss are cut off. Outliers of other quantities make the axis logarithmic.
     """
     siblings = axes.get_shared_y_axes().get_siblings(axes)
-    curves = [np.asarray(line.get_ydata()) for sibling in siblings for line in sibling.lines]
+    curves = []
+    for sibling in siblings:
+        curves += [np.asarray(line.get_ydata()) for line in sibling.lines]
     values = np.concatenate(curves)
-    usual_height = np.median([np.quantile(curve, 0.98) for curve in curves])
-    usual_start = np.median([curve[0] for curve in curves])
-    limit = OUTLIER * max(usual_height, usual_start)
+    heights = [np.quantile(curve, 0.98) for curve in curves]
+    starts = [curve[0] for curve in curves]
+    usual_height = max(np.median(heights), np.median(starts))
+    limit = OUTLIER * usual_height
     has_outliers = values.max() > limit > 0
     if log or (has_outliers and not name.endswith("loss")):
-        axes.set_yscale("log")
-        positive = values[values > 0]
-        is_narrow = len(positive) > 0 and positive.max() < 1e3 * positive.min()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_log_scale(axes, values[values > 0])
     elif has_outliers:
         axes.set_ylim(0, limit)
         notes.append(f"{quantity_of(name).title}: the axis cuts off the highest values.")
+
+
+def set_log_scale(axes: Axes, values: np.ndarray) -> None:
+    """Make a y axis logarithmic, with ticks also between the powers of ten if the values span less than three."""
+    axes.set_yscale("log")
+    multiples = [1]
+    if len(values) and values.max() < 1e3 * values.min():
+        multiples = [1, 2, 5]
+    axes.yaxis.set_major_locator(LogLocator(subs=multiples))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def add_legend(figure: Figure, order: Iterable[str] = (), is_below: bool = False) -> None:
@@ -259,16 +281,20 @@ def add_legend(figure: Figure, order: Iterable[str] = (), is_below: bool = False
     """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        drawn, names = axes.get_legend_handles_labels()
+        for handle, label in zip(drawn, names, strict=True):
             handles.setdefault(label, handle)
-    labels = [label for label in dict.fromkeys(order or handles) if label in handles]
+    ordered = dict.fromkeys(order or handles)
+    labels = [label for label in ordered if label in handles]
     if not labels:
         return
+    shown = [handles[label] for label in labels]
     texts = [fill(label, 24) for label in labels]
     place: Any = "outside right center"
     columns = math.ceil(len(labels) / MOST_IN_COLUMN)
     if is_below:
         place = "outside lower center"
-        widest = 0.06 * max(map(len, texts)) + 0.6  # inches
+        longest = max(map(len, texts))
+        widest = 0.06 * longest + 0.6  # inches
         columns = max(1, int(figure.get_figwidth() / widest))
-    figure.legend([handles[label] for label in labels], texts, loc=place, ncols=columns)
+    figure.legend(shown, texts, loc=place, ncols=columns)

@@ -105,7 +105,8 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
     """Return the options that distinguish settings, and the digests of the data and of the user's code, as texts."""
     values = flat(result_options(config))
     by_rule = config["protocol"].get("activation_of") or {}
-    if values.get("model.activation") == by_rule.get(config["method"]["name"], "relu"):
+    rule = config["method"]["name"]
+    if values.get("model.activation") == by_rule.get(rule, "relu"):
         values.pop("model.activation", None)  # the rule decides the activation
     options = {}
     for key, value in values.items():
@@ -123,7 +124,8 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
 def method_options_of(config: Values, result: Values) -> dict[str, str]:
     """Return the options of the method, and the digest of the user's code, as texts."""
     values = flat(config["method"])
-    if "method.feedback" in WITHOUT_EFFECT.get(config["model"].get("_target_"), ()):
+    net = config["model"].get("_target_")
+    if "method.feedback" in WITHOUT_EFFECT.get(net, ()):
         values.pop("feedback", None)
     options = {key: as_text(value) for key, value in values.items() if key != "name"}
     if "method" in result.get("code", {}):

@@ -107,10 +107,12 @@ def measured(
 def with_names_of_epochs(iterations: DataFrame) -> DataFrame:
     """Return the table of iterations.csv with the column names of epochs.csv, and ‖δ‖ / ‖δ of BP‖ of each layer."""
     table = iterations.rename(columns=lambda name: name.replace("cosine_sample/", "cosine/"))
+    table = table.rename(columns={"loss": "train_loss"})
     norms = table.filter(regex="^norm/")
-    references = table.filter(regex="^norm_bp/").set_axis(norms.columns, axis="columns")
-    ratios = (norms / references).rename(columns=lambda name: name.replace("norm", "norm_ratio"))
-    return table.rename(columns={"loss": "train_loss"}).join(ratios)
+    references = table.filter(regex="^norm_bp/")
+    ratios = norms / references.set_axis(norms.columns, axis="columns")
+    ratios = ratios.rename(columns=lambda name: name.replace("norm", "norm_ratio"))
+    return table.join(ratios)
 
 
 def long(table: DataFrame, x: str, names: Sequence[str]) -> DataFrame:

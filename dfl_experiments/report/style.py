@@ -150,14 +150,16 @@ def look_of(method: str) -> Look:
         look = LOOKS[rule]
     else:
         number = number_of(rule, "own rules")
-        look = Look(OWN_COLOURS[number % len(OWN_COLOURS)], DASHES[number % len(DASHES)])
+        colour = OWN_COLOURS[number % len(OWN_COLOURS)]
+        look = Look(colour, DASHES[number % len(DASHES)])
     if not options:
         return look
     number = number_of(method, rule)
-    shade = to_rgb(SHADES[number % len(SHADES)])
-    red, green, blue = np.mean([to_rgb(look.colour), shade], axis=0)
+    shade = SHADES[number % len(SHADES)]
+    red, green, blue = np.mean([to_rgb(look.colour), to_rgb(shade)], axis=0)
+    colour = to_hex((red, green, blue))
     dash = DASHES.index(look.dash) + 1 + number
-    return Look(to_hex((red, green, blue)), DASHES[dash % len(DASHES)])
+    return Look(colour, DASHES[dash % len(DASHES)])
 
 
 def number_of(name: str, group: str) -> int:
@@ -220,7 +222,8 @@ def row_title(row: Mapping[str, Any]) -> str:
     unusual = [key for key, usual in USUAL.items() if row[key] != usual]
     columns = ["dataset", "model", "epochs", *unusual]
     parts = [words(column, row[column]) for column in columns]
-    parts += [row["setting"], words("smoke", row["smoke"])]
+    parts.append(row["setting"])
+    parts.append(words("smoke", row["smoke"]))
     return ", ".join(filter(None, parts))
 
 

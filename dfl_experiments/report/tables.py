@@ -72,7 +72,8 @@ def compared_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
     comparisons = [utility]
     for control in ("bp", "dfa"):
         names = [*CELL, *difference_names(control)]
-        comparisons.append(compare.against(chosen, control).set_axis(names, axis="columns"))
+        comparison = compare.against(chosen, control)
+        comparisons.append(comparison.set_axis(names, axis="columns"))
     frame = grid_points(runs, chosen).sort_values("chosen", ascending=False, kind="stable")
     for comparison in comparisons:
         frame = frame.merge(comparison.assign(chosen=True), on=[*CELL, "chosen"], how="left")
@@ -108,7 +109,8 @@ def with_settings(
             shown[key] = [in_words.get(value, str(value)) for value in frame[key]]
     names = option_names(runs)
     options = runs.drop_duplicates(CELL)[[*CELL, *names]]
-    options_of_rows = frame[CELL].merge(options, on=CELL, how="left").set_index(frame.index)
+    options_of_rows = frame[CELL].merge(options, on=CELL, how="left")
+    options_of_rows.index = frame.index
     shown[names] = options_of_rows[names].replace("", NONE)
     shown["method"] = frame.method.map(method_name)
     for name, texts in columns.items():
@@ -170,17 +172,22 @@ def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
     for _, row in kinds.iterrows():
         kind = ", ".join(words(key, row[key]) for key in differing)
         parts.append(f"{kind}: {row.shared}" if kind else row.shared)
+    parts.append(noise_floor_text(frame))
+    text = "; ".join(filter(None, parts))
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def noise_floor_text(frame: DataFrame) -> str:
+    """Return the noise floor of one accuracy, or its range over the rows, as text; empty if unknown."""
     real = frame[(frame.n > 0) & ~frame.smoke]
     floors = 100 * compare.noise_floor(real.accuracy, real.test_images)
-    if floors.any():
-        lowest = f"{floors.min():.2f}"
-        highest = f"{floors.max():.2f}"
-        span = lowest if lowest == highest else f"{lowest} to {highest}"
-        parts.append(f"noise floor √(p(1−p)/N) of one accuracy: {span} points")
-    if not parts:
+    if not floors.any():
         return ""
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+    span = f"{floors.min():.2f}"
+    highest = f"{floors.max():.2f}"
+    if span != highest:
+        span += f" to {highest}"
+    return f"noise floor √(p(1−p)/N) of one accuracy: {span} points"
 
 
 def accuracy_text(row: Any) -> str:
@@ -214,17 +221,18 @@ def rates(section: Section) -> Table | None:
     """Return accuracy by learning rate and weight decay; None if every method has a single grid point."""
     points = section.points[section.points.ended > 0]
     grid = ["lr", "weight_decay"]
-    if points.groupby(CELL)[grid].nunique().le(1).all(axis=None):
+    counts = points.groupby(CELL)[grid].nunique()
+    if counts.le(1).all(axis=None):
         return None
-    texts = Series([point_text(point) for point in points.itertuples()], points.index)
+    texts = [point_text(point) for point in points.itertuples()]
     points = points.assign(text=texts)
     table = points.pivot(index=CELL, columns=grid, values="text")
     table = table.fillna(NONE).sort_index(axis="columns", ascending=False)
-    has_decay = points.weight_decay.any()
     names = [f"lr {lr:g}" for lr, _ in table]
-    if has_decay:
+    if points.weight_decay.any():
         names = [f"lr {lr:g}, decay {decay:g}" for lr, decay in table]
-    table = ordered(table.set_axis(names, axis="columns").reset_index())
+    table = table.set_axis(names, axis="columns")
+    table = ordered(table.reset_index())
     shown = with_settings(table, section.runs, table[names])
     return Table("Rates", shown, "Accuracy in percent (n seeds) at each point of the grid.")
 
@@ -284,7 +292,8 @@ def stability(section: Section) -> Table | None:
 def largest(frame: DataFrame, quantity: str, style: str) -> Series:
     """Return for each row a text such as "12% (layer 3)": the largest value over the layers, and its layer."""
     values = frame[layer_names(frame, quantity)].dropna(how="all")
-    layers = values.idxmax(axis="columns").astype(str).str.removeprefix(f"{quantity}/")
+    names = values.idxmax(axis="columns").astype(str)
+    layers = names.str.removeprefix(f"{quantity}/")
     highest = numbers(values.max(axis="columns"), style)
     texts = highest + " (layer " + layers + ")"
     return texts.reindex(frame.index, fill_value=NONE)
