@@ -44,10 +44,10 @@ def best_point(cell: DataFrame) -> tuple[float, float] | None:
     if not candidates:
         candidates = list(fails.index)
     table = ended.pivot(index="seed", columns=POINT_IN_CELL, values=["score", "validation_loss"])
+    means = table["score"].mean()
     wins = dict.fromkeys(candidates, 0)
     for point, other in permutations(candidates, 2):
         wins[point] += beats(table, point, other)
-    means = table["score"].mean()
     return max(candidates, key=lambda point: (wins[point], means[point]))
 
 
@@ -119,7 +119,8 @@ def grid_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
         names = layer_names(runs, quantity)
         frame = frame.join(averaged[names].mean(skipna=False))
 
-    is_chosen = frame.index.isin(chosen.set_index(POINT).index)
+    chosen_points = chosen.set_index(POINT).index
+    is_chosen = frame.index.isin(chosen_points)
     before_n = frame.columns.get_loc("n")
     frame.insert(before_n, "chosen", is_chosen)
     frame = frame.droplevel(POINT_IN_CELL).reset_index()

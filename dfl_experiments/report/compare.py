@@ -78,7 +78,8 @@ def against(chosen: DataFrame, control: str) -> DataFrame:
         differences = dunnett(samples_of(runs), control)
         for method, (estimate, test) in differences.items():
             rows.append((*setting, method, *estimate, test))
-    return DataFrame(rows, columns=[*ROW, "method", "difference", "low", "high", "test"])
+    names = [*ROW, "method", "difference", "low", "high", "test"]
+    return DataFrame(rows, columns=names)
 
 
 def dunnett(samples: Samples, control: str) -> dict[str, tuple[Estimate, str]]:
@@ -169,13 +170,11 @@ def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
     generator = np.random.default_rng(0)
     result = stats.dunnett(*groups, control=control, rng=generator)
     interval = result.confidence_interval(LEVEL)
-    low = interval.low[0]
-    high = interval.high[0]
-    half = (high - low) / 2
+    half = (interval.high[0] - interval.low[0]) / 2
     variance, degrees = pooled_variance([*groups, control])
     pool = Pool((), variance, degrees)
-    variance = pool.of_difference(sizes[0], control_size)
-    return float(half / math.sqrt(variance))
+    standard_error = math.sqrt(pool.of_difference(sizes[0], control_size))
+    return float(half / standard_error)
 
 
 def depth_utility(chosen: DataFrame) -> DataFrame:
@@ -207,7 +206,8 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
             if method not in pool.methods:
                 utility = Estimate(utility.value)
             rows.append((*setting, method, *utility, ranks))
-    return DataFrame(rows, columns=[*ROW, "method", "utility", "low", "high", "ranks"])
+    names = [*ROW, "method", "utility", "low", "high", "ranks"]
+    return DataFrame(rows, columns=names)
 
 
 def can_rank(samples: Samples, test_images: float) -> bool:
@@ -223,7 +223,8 @@ def can_rank(samples: Samples, test_images: float) -> bool:
         return bool(lead > NOISE_FLOORS * floor)
     pool = pooled(samples, SPAN)
     variance = pool.of_difference(len(bp), len(shallow))
-    half = student(pool.degrees) * math.sqrt(variance)
+    standard_error = math.sqrt(variance)
+    half = student(pool.degrees) * standard_error
     return bool(lead > half)
 
 
@@ -248,9 +249,7 @@ def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, pool: Pool)
     if g >= 1:
         return Estimate(ratio)
     centre = ratio - g * covariance / var_bottom
-    spread = var_top
-    spread -= 2 * ratio * covariance
-    spread += ratio**2 * var_bottom
+    spread = var_top - 2 * ratio * covariance + ratio**2 * var_bottom
     var_rest = var_top - covariance**2 / var_bottom
     spread -= g * var_rest
     spread = max(spread, 0.0)  # rounding can make it negative

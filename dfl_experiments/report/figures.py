@@ -85,7 +85,8 @@ def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
     It is the grid point with cosines of the most methods or, of several such points, with the most methods of `shown`.
     """
     measured = compare.cosines(row)
-    has_cosine = measured[layer_names(measured, "cosine")].notna().any(axis="columns")
+    cosines = measured[layer_names(measured, "cosine")]
+    has_cosine = cosines.notna().any(axis="columns")
     measured = measured[has_cosine]
     if measured.empty:
         return measured
@@ -166,9 +167,9 @@ def draw_rates(axes: Axes, method: str, points: DataFrame) -> None:
 
 def usual_range(points: DataFrame) -> tuple[float, float]:
     """Return the limits of the y axis. They leave out accuracies that lie far below the others."""
-    quartile, upper_quartile = points["mean"].quantile([0.25, 0.75])
-    fence = quartile - 5 * (upper_quartile - quartile)
-    is_usual = points.low >= fence
+    lower, upper = points["mean"].quantile([0.25, 0.75])
+    limit = lower - 5 * (upper - lower)
+    is_usual = points.low >= limit
     lowest = points.low[is_usual].min()
     highest = points.high.max()
     margin = 0.05 * (highest - lowest) or 1

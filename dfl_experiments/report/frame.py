@@ -213,8 +213,8 @@ def column_of(frame: DataFrame, key: str) -> Series:
         hint = did_you_mean(key, sorted(keys.union(frame)))
         raise UserError(f"{printable(key)}: no run has this key{hint}")
     values = frame.config.map(lambda config: config.get(name, ""))
-    is_number = values.map(lambda value: type(value) in (int, float))
-    if is_number.all():
+    types = values.map(type)
+    if types.isin([int, float]).all():
         return values.infer_objects()
     return values.map(lambda value: value if value == "" else as_text(value))
 

@@ -1,7 +1,7 @@
 """Group runs into the lines of a figure, and choose the label, the colour and the dash of each line."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pandas import DataFrame
 from pandas.api.types import is_numeric_dtype
@@ -112,15 +112,22 @@ def looks(lines: DataFrame, key: str) -> list[Look]:
             by_value[value] = Look(PALETTE[index % len(PALETTE)])
     looks_of_lines = lines[key].map(by_value)
     by_label = dict(zip(lines.label, looks_of_lines, strict=True))
-    is_ambiguous = len(set(by_label.values())) < len(by_label)
-    if is_ambiguous and len(by_label) <= MOST_LABELS:
-        used: Counter[str] = Counter()
-        for label, look in by_label.items():
-            colour = look.colour
-            dash = DASHES[used[colour] % len(DASHES)]
-            used[colour] += 1
-            by_label[label] = Look(colour, dash)
+    distinct_looks = set(by_label.values())
+    if len(distinct_looks) < len(by_label) <= MOST_LABELS:
+        by_label = with_dashes(by_label)
     return [by_label[label] for label in lines.label]
+
+
+def with_dashes(by_label: Mapping[str, Look]) -> dict[str, Look]:
+    """Return the looks with different dashes for labels of the same colour."""
+    used: Counter[str] = Counter()
+    dashed = {}
+    for label, look in by_label.items():
+        colour = look.colour
+        dash = DASHES[used[colour] % len(DASHES)]
+        used[colour] += 1
+        dashed[label] = Look(colour, dash)
+    return dashed
 
 
 def title(lines: DataFrame) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import refuse_no_table, with_key
@@ -99,11 +99,7 @@ def draw(
     if by != "epoch" and has_iterations and set(names) & set(of_iterations):
         x = "iteration"
     values = over_seeds(measured(frame, names, x, smooth, notes), frame)
-    measured_layers = sorted(set(values.layer) - {0})
-    for layer in layers or ():
-        if layer not in measured_layers:
-            choices = ", ".join(map(str, measured_layers))
-            raise UserError(f"layer={layer}: not measured; there are {choices}")
+    refuse_unmeasured(layers or (), values)
     values = without_constants(values, lines, notes)
     if size:
         # a figure without a caption would not explain the dotted curves
@@ -111,13 +107,7 @@ def draw(
     for name in names:
         if what and name not in set(values.what):
             raise UserError(f"what={name}: not measured by {x}, or equal to BP's by construction")
-    fewest_seeds = values.runs.min()
-    most_seeds = values.runs.max()
-    if most_seeds > 1:
-        up_to = "up to " if fewest_seeds < most_seeds else ""
-        notes.append(f"Mean over {up_to}{most_seeds} seeds, their range shaded.")
-    elif len(lines) > 1:
-        notes.append("Each line is one run.")
+    note_seeds(values.runs, len(lines), notes)
     panels = []
     for _, part in lines.groupby("facet"):
         for name in names:
@@ -139,13 +129,34 @@ def draw(
     return figure
 
 
+def refuse_unmeasured(layers: Iterable[int], values: DataFrame) -> None:
+    """Raise `UserError` if one of the layers has no values."""
+    measured_layers = sorted(set(values.layer) - {0})
+    for layer in layers:
+        if layer not in measured_layers:
+            choices = ", ".join(map(str, measured_layers))
+            raise UserError(f"layer={layer}: not measured; there are {choices}")
+
+
+def note_seeds(counts: Series, number_of_lines: int, notes: list[str]) -> None:
+    """Add a note that says how many runs a line shows. counts: number of averaged runs of each value."""
+    most = counts.max()
+    if most > 1:
+        up_to = "up to " if counts.min() < most else ""
+        notes.append(f"Mean over {up_to}{most} seeds, their range shaded.")
+    elif number_of_lines > 1:
+        notes.append("Each line is one run.")
+
+
 def without_constants(values: DataFrame, lines: DataFrame, notes: list[str]) -> DataFrame:
     """Return the values without those relative to BP of BP itself, and of the layers in the column `exact_layers`."""
     about = lines.loc[values.line]
-    pairs = zip(values.layer.astype(str), about.exact_layers, strict=True)
+    layers = values.layer.astype(str)
+    pairs = zip(layers, about.exact_layers, strict=True)
     is_exact = np.array([layer in exact for layer, exact in pairs], dtype=bool)
     is_bp = about.rule.to_numpy() == "bp"
-    is_constant = values.what.isin(RELATIVE) & (is_exact | is_bp)
+    is_relative = values.what.isin(RELATIVE)
+    is_constant = is_relative & (is_exact | is_bp)
     if is_constant.any():
         notes.append("Not shown: signals that equal BP's by construction, or that are mostly zero.")
     return values[~is_constant]
@@ -168,9 +179,7 @@ def evenly(count: int, most: int) -> list[int]:
     return indices.round().astype(int).tolist()
 
 
-def with_axes(
-    panels: Sequence[Panel], facets: int, size: tuple[float, float] | None = None
-) -> Figure:
+def with_axes(panels: Sequence[Panel], facets: int, size: tuple[float, float] | None) -> Figure:
     """Return a figure with axes for each panel. If a facet has several panels, it begins a new row.
 
     If all runs use one data set, panels of the same quantity and layer share one y axis. For bounded quantities, the

@@ -72,8 +72,9 @@ def known(names: Sequence[str], recorded_names: Sequence[str]) -> list[str]:
     quantities = [COLUMNS.get(name, name) for name in names]
     for name in quantities:
         if name not in choices:
+            there_are = f"there are {', '.join(choices)}"
             hint = did_you_mean(name, [*choices, *COLUMNS])
-            raise UserError(f"what={name}: no such quantity; there are {', '.join(choices)}{hint}")
+            raise UserError(f"what={name}: no such quantity; {there_are}{hint}")
     return list(dict.fromkeys(quantities))
 
 
@@ -162,4 +163,5 @@ def over_seeds(values: DataFrame, frame: DataFrame) -> DataFrame:
     points = values.groupby([*curve, "x"]).value
     means = points.agg(mean="mean", low="min", high="max", runs="size")
     most = means.groupby(curve).runs.transform("max")
-    return means[means.runs == most].reset_index()
+    complete = means[means.runs == most]
+    return complete.reset_index()

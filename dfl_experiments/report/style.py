@@ -208,13 +208,15 @@ def common_words(frame: DataFrame, columns: Iterable[str]) -> list[str]:
 def title_of(row: Mapping[str, Any]) -> str:
     """Return the net and the data set of a run, such as "Conv3 on CIFAR-10"."""
     model = words("model", row["model"])
-    title = f"{model} on {words('dataset', row['dataset'])}"
+    dataset = words("dataset", row["dataset"])
+    title = f"{model} on {dataset}"
     if row["augmentation"] != "none":
         title += f" with {words('augmentation', row['augmentation'])}"
     if row["smoke"]:
         title += " (smoke test, no result)"
-    is_own_model = row["model"] not in IN_WORDS["model"]
-    return title if is_own_model else title[0].upper() + title[1:]
+    if row["model"] not in IN_WORDS["model"]:
+        return title  # the name of a user's own net stays as it is
+    return title[0].upper() + title[1:]
 
 
 def row_title(row: Mapping[str, Any]) -> str:

@@ -146,13 +146,14 @@ def answer(section: Section, paper: DataFrame | None = None) -> Table:
         columns["paper, %"] = numbers(100 * published, ".2f")
         columns["minus paper"] = numbers(100 * (frame.accuracy - published), "+.2f")
     is_best = best_of_setting(frame)
+    shown = with_settings(frame, section.runs, columns)
     captions = [
         MARK if is_best.any() else "",
         answer_caption(frame, section.runs),
         AT_END if frame.lr_at_end.any() else "",
     ]
     caption = " ".join(filter(None, captions))
-    return Table("Methods", with_settings(frame, section.runs, columns), caption, is_best.tolist())
+    return Table("Methods", shown, caption, is_best.tolist())
 
 
 def best_of_setting(frame: DataFrame) -> Series:
@@ -170,7 +171,8 @@ def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
     differing = [key for key in KIND if runs[key].nunique() > 1]
     kinds = runs[runs.shared != ""].drop_duplicates(KIND)
     for _, row in kinds.iterrows():
-        kind = ", ".join(words(key, row[key]) for key in differing)
+        names = [words(key, row[key]) for key in differing]
+        kind = ", ".join(names)
         parts.append(f"{kind}: {row.shared}" if kind else row.shared)
     parts.append(noise_floor_text(frame))
     text = "; ".join(filter(None, parts))
@@ -257,7 +259,8 @@ def alignment(section: Section) -> Table | None:
     caption = "Cosine with BP's error signal."
     if frame.no_signal.any():
         caption += " No signal: layers where more than half of the samples have a zero signal."
-    return Table("Alignment", with_settings(frame, section.runs, columns), caption)
+    shown = with_settings(frame, section.runs, columns)
+    return Table("Alignment", shown, caption)
 
 
 def layer_columns(frame: DataFrame, quantity: str, title: str, style: str) -> dict[str, Series]:
@@ -286,7 +289,8 @@ def stability(section: Section) -> Table | None:
     first = frame.unstable.mask(frame.unstable != "", ": " + frame.unstable)
     columns["unstable runs"] = frame.unstable_runs.astype(str) + of_ended + first
     columns["failing runs"] = frame.failing.astype(str) + of_ended
-    return Table("Stability", with_settings(frame, section.runs, columns), "After the last epoch.")
+    shown = with_settings(frame, section.runs, columns)
+    return Table("Stability", shown, "After the last epoch.")
 
 
 def largest(frame: DataFrame, quantity: str, style: str) -> Series:
@@ -308,7 +312,8 @@ def reference_sizes(section: Section) -> Table | None:
     columns = {"lr": numbers(frame.lr, "g")}
     columns |= layer_columns(frame, "norm_bp", "‖δ of BP‖, layer", ".2g")
     caption = "Median over the batches of the last epoch, mean over the runs."
-    return Table("Size of BP's signal", with_settings(frame, section.runs, columns), caption)
+    shown = with_settings(frame, section.runs, columns)
+    return Table("Size of BP's signal", shown, caption)
 
 
 def notes(section: Section) -> list[str]:
