@@ -11,7 +11,7 @@ import yaml
 from pandas import DataFrame, Series
 
 from dfl_experiments.configuration.composition import CONF_DIR
-from dfl_experiments.report.run_record import as_text, flat
+from dfl_experiments.report.run_record import OF_FEEDBACK, as_text, flat
 
 # columns that identify a section of a report
 SECTION = ["smoke", "dataset", "model", "augmentation"]
@@ -32,8 +32,9 @@ def labelled(frame: DataFrame) -> DataFrame:
 
     setting: text with the options that differ between runs, without the method's and without defaults.
     shared: text with the options that all runs share and that differ from their defaults.
-    is_default: whether all options except the method's have their defaults.
+    is_default: whether all options except the method's have their defaults, and B has no optimizer of its own.
     method: text with the rule and those of its options that differ from their defaults.
+    feedback_options: text with the options of B's own optimizer and schedule that all runs of the rule share.
     """
     settings, methods = [], []
     for values, runs in frame.groupby(NAMES, sort=False):
@@ -44,6 +45,7 @@ def labelled(frame: DataFrame) -> DataFrame:
             methods.append(method_columns(names["protocol"], rule, options))
     frame = frame.drop(columns=["options", "method_options", "method"])
     new = pd.concat(settings).join(pd.concat(methods)).fillna("")
+    new["is_default"] &= new.feedback_options == ""
     return frame.join(new[new.columns.difference(frame.columns)])
 
 
@@ -66,16 +68,19 @@ def setting_columns(names: Names, options: DataFrame) -> DataFrame:
 
 
 def method_columns(protocol: str, rule: str, options: DataFrame) -> DataFrame:
-    """Return for each run the column `method`, and a column for each option that it names.
+    """Return for each run the columns `method`, `feedback_options`, and one for each option that `method` names.
 
     An option without a default in conf/method/RULE.yaml is named if it differs between the runs.
     """
-    usual = options.iloc[0].drop(differing(options)).to_dict()
+    equal = options.drop(columns=differing(options))
+    of_feedback = equal[[key for key in equal if key.startswith(OF_FEEDBACK)]]
+    usual = equal.iloc[0].to_dict()
     defaults = as_texts(conf_values("method", rule), {"protocol": protocol})
     usual |= {key: value for key, value in defaults.items() if value != UNRESOLVED}
     named = unusual(options, usual).dropna(axis="columns", how="all")
     methods = [f"{rule}, {text}" if text else rule for text in joined(named)]
-    return named.add_prefix("method.").assign(method=methods)
+    columns = named.add_prefix("method.")
+    return columns.assign(method=methods, feedback_options=joined(of_feedback))
 
 
 def unusual(options: DataFrame, usual: Mapping[str, Any]) -> DataFrame:

@@ -170,6 +170,9 @@ def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
     for _, row in kinds.iterrows():
         kind = ", ".join(words(key, row[key]) for key in differing)
         parts.append(f"{kind}: {row.shared}" if kind else row.shared)
+    with_own = runs[runs.feedback_options != ""].drop_duplicates(["rule", "feedback_options"])
+    for _, row in with_own.iterrows():
+        parts.append(f"{method_name(row.rule)}: {row.feedback_options}")
     real = frame[(frame.n > 0) & ~frame.smoke]
     floors = 100 * compare.noise_floor(real.accuracy, real.test_images)
     if floors.any():
