@@ -11,7 +11,7 @@ import yaml
 from pandas import DataFrame, Series
 
 from dfl_experiments.configuration.composition import CONF_DIR
-from dfl_experiments.report.run_record import as_text, flat
+from dfl_experiments.report.run_record import OF_FEEDBACK, as_text, flat
 
 # columns that identify a section of a report
 SECTION = ["smoke", "dataset", "model", "augmentation"]
@@ -32,8 +32,9 @@ def labelled(frame: DataFrame) -> DataFrame:
 
     setting: text with the options that differ between runs, without the method's and without defaults.
     shared: text with the options that all runs share and that differ from their defaults.
-    is_default: whether all options except the method's have their defaults.
+    is_default: whether all options except the method's have their defaults, and B has no optimizer of its own.
     method: text with the rule and those of its options that differ from their defaults.
+    feedback_options: text with the options of B's own optimizer and schedule that all runs of the rule share.
     """
     settings, methods = [], []
     for values, runs in frame.groupby(NAMES, sort=False):
@@ -43,9 +44,10 @@ def labelled(frame: DataFrame) -> DataFrame:
             options = as_columns(part.method_options)
             methods.append(method_columns(names["protocol"], rule, options))
     frame = frame.drop(columns=["options", "method_options", "method"])
-    labels = pd.concat(settings).join(pd.concat(methods))
+    labels = pd.concat(settings).join(pd.concat(methods)).fillna("")
+    labels["is_default"] &= labels.feedback_options == ""
     new_names = labels.columns.difference(frame.columns)
-    return frame.join(labels[new_names].fillna(""))
+    return frame.join(labels[new_names])
 
 
 def as_columns(mappings: Series) -> DataFrame:
@@ -77,19 +79,21 @@ def setting_columns(names: Names, options: DataFrame) -> DataFrame:
 
 
 def method_columns(protocol: str, rule: str, options: DataFrame) -> DataFrame:
-    """Return for each run the column `method`, and a column for each option that it names.
+    """Return for each run the columns `method`, `feedback_options`, and one for each option that `method` names.
 
     An option without a default in conf/method/RULE.yaml is named if it differs between the runs.
     """
-    shared = options.drop(columns=differing(options))
-    usual = shared.iloc[0].to_dict()
+    equal = options.drop(columns=differing(options))
+    of_feedback = equal[[key for key in equal if key.startswith(OF_FEEDBACK)]]
+    usual = equal.iloc[0].to_dict()
     values = conf_values("method", rule)
     for key, value in as_texts(values, {"protocol": protocol}).items():
         if value != UNRESOLVED:
             usual[key] = value
     named = unusual(options, usual).dropna(axis="columns", how="all")
     methods = [f"{rule}, {text}" if text else rule for text in joined(named)]
-    return named.add_prefix("method.").assign(method=methods)
+    columns = named.add_prefix("method.")
+    return columns.assign(method=methods, feedback_options=joined(of_feedback))
 
 
 def unusual(options: DataFrame, usual: Mapping[str, Any]) -> DataFrame:

@@ -49,6 +49,8 @@ NOT_IN_SETTING = {
     *ALIASES, "epochs", "precision", "seed", "smoke", "limit", "alignment.every", "alignment.quantities",
     "memory_format", "protocol.accuracy", "schedule._target_",
 }  # fmt: skip
+# Keys of B's own optimizer and schedule begin so. They belong to the method, because many methods learn no B.
+OF_FEEDBACK = ("optimizer.feedback.", "schedule.feedback.")
 PLAIN_WORD = re.compile(r"(?!(?i:null|true|false)$)[A-Za-z_][A-Za-z_\d-]*")
 
 
@@ -110,7 +112,8 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
         values.pop("model.activation", None)  # the rule decides the activation
     options = {}
     for key, value in values.items():
-        if key not in NOT_IN_SETTING and not key.startswith("method."):
+        is_of_method = key.startswith(("method.", *OF_FEEDBACK))
+        if key not in NOT_IN_SETTING and not is_of_method:
             options[key] = as_text(value)
     for group, digest in result.get("code", {}).items():
         if group in KINDS and group != "method":
@@ -122,12 +125,17 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
 
 
 def method_options_of(config: Values, result: Values) -> dict[str, str]:
-    """Return the options of the method, and the digest of the user's code, as texts."""
+    """Return the options of the method and of B's own optimizer and schedule, and the digest of the user's code."""
     values = flat(config["method"])
+    values.pop("name")
     net = config["model"].get("_target_")
     if "method.feedback" in WITHOUT_EFFECT.get(net, ()):
         values.pop("feedback", None)
-    options = {key: as_text(value) for key, value in values.items() if key != "name"}
+    for key, value in flat(result_options(config)).items():
+        is_named = str(value).startswith("dfl_experiments.")  # a class whose name is another option
+        if key.startswith(OF_FEEDBACK) and not is_named:
+            values[key] = value
+    options = {key: as_text(value) for key, value in values.items()}
     if "method" in result.get("code", {}):
         options["code"] = result["code"]["method"]
     return options

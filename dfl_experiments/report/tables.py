@@ -174,6 +174,9 @@ def answer_caption(frame: DataFrame, runs: DataFrame) -> str:
         names = [words(key, row[key]) for key in differing]
         kind = ", ".join(names)
         parts.append(f"{kind}: {row.shared}" if kind else row.shared)
+    with_own = runs[runs.feedback_options != ""].drop_duplicates(["rule", "feedback_options"])
+    for _, row in with_own.iterrows():
+        parts.append(f"{method_name(row.rule)}: {row.feedback_options}")
     parts.append(noise_floor_text(frame))
     text = "; ".join(filter(None, parts))
     return f"{text[0].upper()}{text[1:]}." if text else ""

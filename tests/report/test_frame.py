@@ -232,6 +232,24 @@ def test_changed_method_option_is_part_of_the_method_name(finished_point, tmp_pa
     assert sorted(runs(tmp_path).method) == ["las", "las, clip=3", "las, init=default"]
 
 
+def test_options_of_b_s_optimizer_belong_to_the_method(finished_point, tmp_path):
+    """BP has no B, so it is compared with LAS whatever the rate of B is."""
+    las = {"name": "las", "local_target": "logits", "init": "product"}
+    altered(finished_point, tmp_path / "bp", **finished(0.9, 1e-3, 0, method={"name": "bp"}))
+    feedback = {"optimizer.feedback": {"lr": 0.1}, "schedule.feedback": {"name": "constant"}}
+    altered(finished_point, tmp_path / "a", **finished(0.8, 1e-3, 0, method=las, **feedback))
+    frame = runs(tmp_path)
+    assert sorted(frame.method) == ["bp", "las"]
+    assert set(frame.setting) == {""}
+    shared = "optimizer.feedback.lr=0.1, schedule.feedback.name=constant"
+    assert sorted(frame.feedback_options) == ["", shared]
+    assert f"LAS: {shared}" in dfl_report(tmp_path, ".").stdout
+    feedback["optimizer.feedback"] = {"lr": 0.2}
+    altered(finished_point, tmp_path / "b", **finished(0.7, 1e-3, 0, method=las, **feedback))
+    names = ["bp", "las, optimizer.feedback.lr=0.1", "las, optimizer.feedback.lr=0.2"]
+    assert sorted(runs(tmp_path).method) == names
+
+
 def test_runs_on_different_data_of_one_name_share_no_row(finished_point, tmp_path):
     for number, data in enumerate(("aa", "aa", "bb", None)):
         altered(finished_point, tmp_path / str(number), **finished(0.9, 1e-3, number), data=data)
