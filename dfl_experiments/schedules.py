@@ -50,12 +50,16 @@ class Schedule(ABC):
     def _checked_factor(self, done: float, epochs: int) -> float:
         """Return `factor`. Raises `UserError` if it is negative or not a finite number."""
         factor = self.factor(done, epochs)
-        if factor is None or not 0 <= factor < math.inf:
+        try:
+            value = float(factor)
+        except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor with several values
+            value = math.nan
+        if not 0 <= value < math.inf:
             raise UserError(
                 f"schedule: {type(self).__name__} returns the factor {factor} after {done:g} epochs; must be a finite "
                 "number of 0 or more"
             )
-        return float(factor)
+        return value
 
     @abstractmethod
     def factor(self, done: float, epochs: int) -> float:

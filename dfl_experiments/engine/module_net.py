@@ -233,13 +233,14 @@ def as_net(
     The example for a `ModuleNet` consists of zeros. They are integers if the samples are tokens, otherwise floats.
 
     samples: kind of the samples. None: they are tokens if the module has an embedding and one sample is a vector.
-    Raises `UserError` for what is no module, and for a module whose parameters are not float32.
+    Raises `UserError` for what is no module, and for a module in which parameters that learn are not float32.
     """
     if isinstance(module, BlockNet):
         return module
     refuse_unusable(module)
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        learns = parameter.requires_grad and parameter.is_floating_point()
+        if learns and parameter.dtype != torch.float32:
             raise UserError(
                 f"model: {name} is {parameter.dtype}, but samples are float32; return a net of float32, such as "
                 "net.float() (precision=bfloat16 computes in bfloat16)"

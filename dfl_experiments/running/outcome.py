@@ -52,7 +52,7 @@ class Ending(NamedTuple):
     """The status and result of one point of a sweep. All texts are printable."""
 
     folder: str
-    """Name of the point's folder."""
+    """The point's folder, relative to the sweep's folder."""
     status: str
     """Status of the run, or `not started`, `running`, `damaged`."""
     reason: str
@@ -112,7 +112,7 @@ def ending(sweep: Sweep, name: str) -> Ending:
         status, reason, result = "not started", why, {}
     elif sweep.force and status not in ("running", "not started", "damaged"):
         status, reason, result = "not started", "the folder has a run of an earlier command", {}
-    return printable_ending(run_dir, status, reason, point.overrides, result)
+    return printable_ending(sweep, name, status, reason, point.overrides, result)
 
 
 def other_endings(sweep: Sweep) -> Iterator[Ending]:
@@ -120,11 +120,17 @@ def other_endings(sweep: Sweep) -> Iterator[Ending]:
     for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
         if run_dir.name not in sweep.points:
             status, reason, result = read_status(run_dir)
-            yield printable_ending(run_dir, status, reason, overrides_of(run_dir), result)
+            overrides = overrides_of(run_dir)
+            yield printable_ending(sweep, run_dir.name, status, reason, overrides, result)
 
 
 def printable_ending(
-    run_dir: Path, status: str, reason: str, overrides: list[str], result: dict[str, Any] | None
+    sweep: Sweep,
+    name: str,
+    status: str,
+    reason: str,
+    overrides: list[str],
+    result: dict[str, Any] | None,
 ) -> Ending:
     """Return an ending with printable texts.
 
@@ -134,8 +140,8 @@ def printable_ending(
     is_held_out = result.get("validation_accuracy") is not None and result["status"] == "finished"
     if is_held_out and result["config"]["protocol"]["accuracy"] != "last":
         with suppress(UserError):  # a damaged table is reported elsewhere
-            result = result | {"validation_accuracy": objective(run_dir)}
-    return Ending(*harmless([run_dir.name, status, reason, overrides, result]))
+            result = result | {"validation_accuracy": objective(sweep.folder / name)}
+    return Ending(*harmless([name, status, reason, overrides, result]))
 
 
 def overrides_of(run_dir: Path) -> list[str]:

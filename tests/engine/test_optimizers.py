@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +74,9 @@ class SecondFactor(Schedule):
 def test_schedule_factors_must_be_finite_and_not_negative():
     for value in (0.0, 2, np.float32(0.5), torch.tensor(0.5)):
         assert SecondFactor(value=value).factors(2, 3, 1) == [float(value)]
-    for value in (-1.0, math.nan, math.inf, None):
-        with pytest.raises(
-            UserError, match=f"SecondFactor returns the factor {value} after 1 epochs"
-        ):
+    for value in (-1.0, math.nan, math.inf, None, [0.5], "half", torch.ones(2)):
+        message = re.escape(f"SecondFactor returns the factor {value} after 1 epochs")
+        with pytest.raises(UserError, match=message):
             SecondFactor(value=value).factors(2, 3, 1)
 
 

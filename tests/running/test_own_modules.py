@@ -15,7 +15,7 @@ from test_resume import assert_same, outcome
 import dfl_experiments as dfl
 
 SMALL = """
-from torch import nn
+from torch import bfloat16, nn
 
 
 class Small(nn.Module):
@@ -41,6 +41,16 @@ def double(num_classes: int) -> nn.Module:
 
 def frozen(num_classes: int) -> nn.Module:
     return Small(num_classes).requires_grad_(False)
+
+
+class FrozenStem(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Linear(64, 16, dtype=bfloat16).requires_grad_(False)
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, num_classes))
+
+    def forward(self, x):
+        return self.body(self.stem(x.flatten(1).bfloat16()).float())
 """
 OPTIONS = ("tracking=disabled", "threads=1", "hydra.run.dir=here", "epochs=1", "limit=128")
 MINE = (
@@ -68,6 +78,10 @@ MODELS = {
     "module": ((*MINE, "method=ltas", "+model.planes=8", "model.init=orthogonal"), "small"),
     "function": (
         (*MINE, "model._target_=own_modules.plain", "+model.width=16", "method=fa"),
+        "small",
+    ),
+    "frozen bfloat16 stem": (
+        (*MINE, "model._target_=own_modules.FrozenStem", "method=dfa"),
         "small",
     ),
     "vit": (("model=vit", "method=las"), "vit"),

@@ -40,6 +40,15 @@ def test_run_of_another_configuration_makes_its_point_fail(tmp_path):
     assert rows(tmp_path)["1"]["status"] == "finished"
 
 
+def test_folders_of_points_may_be_nested(tmp_path):
+    nested = "hydra.sweep.subdir=seeds/${seed}/run"
+    assert dfl_train(tmp_path, *SWEEP, nested, "seed=0,1").returncode == 0
+    assert {folder: row["status"] for folder, row in rows(tmp_path).items()} == {
+        "seeds/0/run": "finished",
+        "seeds/1/run": "finished",
+    }
+
+
 def test_validation_accuracy_is_that_of_the_reported_epoch(tmp_path):
     options = ("protocol.accuracy=best_validation", "epochs=6", "optimizer.lr=0.1", "limit=200")
     assert dfl_train(tmp_path, *SWEEP, "seed=0,1", *options).returncode == 0
