@@ -35,7 +35,9 @@ class ArrayFile(Source):
             with zipfile.ZipFile(self.path), np.load(self.path) as file:
                 parts = [file[name] for name in names]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            problem = f"must be an .npz file with arrays of numbers {', '.join(names)} ({reason(error)})"
+            problem = (
+                f"must be an .npz file with arrays of numbers {', '.join(names)} ({reason(error)})"
+            )
             raise UserError(f"dataset.source.path={self.path}: {problem}") from error
         train, train_labels, test, test_labels = parts
         largest = 1  # if the labels are no integers, `check_arrays` refuses them
