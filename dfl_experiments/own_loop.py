@@ -174,6 +174,10 @@ class Rule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the state that `state_dict` returned. Raises `UserError` if it is the state of another kind of rule."""
+        if set(state) != {"method", "optimizer"}:
+            raise UserError(
+                "state: not of a rule; pass what rule.state_dict() returned, not a whole checkpoint"
+            )
         if (state["optimizer"] is None) != (self.optimizer is None):
             raise UserError(
                 "state: of another rule: B learns by an optimizer in only one of the two rules"

@@ -243,7 +243,7 @@ def planned_cells(asked: argparse.Namespace) -> list[PlannedCell]:
             point = next(grid.points())
             kind = (grid.experiment, point["dataset"], point["model"], point["method"])
             if runs and kind not in seconds:
-                print("timing 2 steps:", *kind[1:], file=sys.stderr)
+                print("timing 2 steps:", *kind, file=sys.stderr)
                 seconds[kind] = seconds_of(point, grid.experiment, combinations[0])
             if runs:
                 of_seed.append(

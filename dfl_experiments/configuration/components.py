@@ -125,7 +125,8 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     option = f"{key}._target_={target}"
     rule = f"must be {kind} defined in {' or '.join(packages)}, or in a package listed in plugins=[…]{exception}"
     if not target.startswith(prefixes):
-        raise UserError(f"{option}: {rule}")
+        module = target.rpartition(".")[0] or "…"
+        raise UserError(f'{option}: {rule}; for code of your own, add "plugins=[{module}]"')
     try:
         imported = import_object(target)
     except (ImportError, AttributeError, ValueError) as error:

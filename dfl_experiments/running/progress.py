@@ -80,6 +80,8 @@ class Progress:
         self._batch += 1
         self._steps += 1
         self._bar.update()
+        if self._batch == self.batches and not self.is_terminal:
+            return  # `end` prints the line of the whole epoch
         gap = SECONDS_BETWEEN_UPDATES if self.is_terminal else self._gap()
         now = time.perf_counter()
         if now - self._last_line < gap:

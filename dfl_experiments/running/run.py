@@ -309,7 +309,8 @@ def has_run_already(settings: Settings, run_dir: Path, status: str) -> UserError
     if status not in DONE:
         resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
         choices = f"{resume} continues it, {choices}"
-    return UserError(f"{run_dir}: has a run already ({status}); {choices}")
+    in_python = 'in Python, exist_ok="resume" continues it or returns its result'
+    return UserError(f"{run_dir}: has a run already ({status}); {choices}; {in_python}")
 
 
 def result_if_done(

@@ -157,6 +157,10 @@ TARGETS = {
         "must be a subclass",
     ),
     "method._target_=3": ("method._target_=3", "a subclass of Method"),
+    "optimizer=torch optimizer._target_=my_optimizers.Lion": (
+        "optimizer._target_=my_optimizers.Lion",
+        'for code of your own, add "plugins=[my_optimizers]"',
+    ),
     "~dataset.source._target_": ("dataset.source._target_: missing",),
     "model.activation={_target_:os.system,command:ls}": ("model.activation", "'relu', 'tanh'"),
     "plugins=[os] method._target_=os.system": ("method._target_=os.system", "a subclass of Method"),

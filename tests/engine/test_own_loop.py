@@ -469,6 +469,15 @@ def test_refuses_the_state_of_another_rule():
         assert all(map(torch.equal, before, rule.method.parameters()))
 
 
+def test_refuses_a_state_that_is_not_of_a_rule():
+    net = module()
+    rule = rule_of("las", net)
+    checkpoint = {"net": net.state_dict(), "rule": rule.state_dict()}
+    for state in (net.state_dict(), rule.method.state_dict(), checkpoint, {}):
+        with pytest.raises(UserError, match="state: not of a rule"):
+            rule.load_state_dict(state)
+
+
 class StoresNet(ScaledDirectFeedback):
     def __init__(self, net, num_classes, loss, **options: Any):
         super().__init__(net, num_classes, loss, **options)

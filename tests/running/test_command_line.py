@@ -304,6 +304,17 @@ def test_progress_lines_show_metrics_speed_and_time_left(caplog):
     assert re.search(r"  120000 images/s  \S.* left  lr 0.0001$", end)
 
 
+def test_the_last_batch_has_no_line_besides_its_epochs(caplog):
+    caplog.set_level(logging.INFO)
+    progress = Progress(9, 32, 32, ["loss", "correct"], peek=True)
+    progress.begin(5, 1e-4)
+    progress._last_line = progress._last_end = -1e9
+    progress.step(torch.tensor([[2.0, 16.0]]))
+    progress.end({"train_loss": 2.3, "train_accuracy": 0.5, "test_accuracy": 0.5, "seconds": 0.5})
+    (line,) = (record.message for record in caplog.records)
+    assert line.startswith("epoch 5/9  loss 2.3000  ")
+
+
 def test_quiet_run_prints_no_line_in_its_first_seconds(caplog):
     caplog.set_level(logging.INFO)
     progress = Progress(1, 64, 32, ["loss", "correct"], peek=True, is_quiet=True)
