@@ -171,14 +171,14 @@ def validation_of(config: Values, result: Values, epochs: DataFrame) -> dict[str
     """Return the validation accuracy and loss at the epoch that the protocol reports; NaN if not recorded."""
     names = ["validation_accuracy", "validation_loss"]
     kind = config["protocol"]["accuracy"]
-    measured = epochs.reindex(columns=names)
+    measured = epochs.reindex(columns=["epoch", *names]).dropna(subset="validation_accuracy")
     if kind == "best_validation":
-        best = measured.nlargest(1, "validation_accuracy").max()
-        return best.to_dict()
+        best = measured.nlargest(1, "validation_accuracy")
+        return best[names].max().to_dict()
     test_accuracy = result.get("test_accuracy") or {}
-    best_epoch = test_accuracy.get("best_epoch")
-    if kind == "best_test" and best_epoch and not epochs.empty:
-        return measured.iloc[best_epoch - 1].to_dict()
+    reported = measured[measured.epoch == test_accuracy.get("best_epoch")]
+    if kind == "best_test" and not reported.empty:
+        return reported[names].iloc[0].to_dict()
     return {name: number(result.get(name)) for name in names}
 
 
