@@ -191,7 +191,7 @@ class Rule:
         if torch.is_inference_mode_enabled():
             raise UserError("the rule needs autograd; call it outside of torch.inference_mode()")
         if not isinstance(inputs, Tensor):
-            raise UserError(f"inputs: a {type(inputs).__name__}; must be one tensor")
+            raise UserError(f"inputs: of type {type(inputs).__name__}; must be one tensor")
         if inputs.shape[:1] == (0,):
             raise UserError("inputs: the batch has no samples")
         shape = tuple(inputs.shape[1:])
@@ -233,7 +233,7 @@ class Rule:
 
     def _check_labels(self, inputs: Tensor, target: Any) -> None:
         """Raise `UserError` if the target does not consist of one label for each sample."""
-        found, is_labels = f"a {type(target).__name__}", False
+        found, is_labels = f"of type {type(target).__name__}", False
         if isinstance(target, Tensor):
             found = f"{target.dtype} of shape {tuple(target.shape)}"
             is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
@@ -275,7 +275,7 @@ class Rule:
         with torch.enable_grad():
             value = loss(leaf, target)
         if not isinstance(value, Tensor) or value.dim() != 0:
-            found = f"a {type(value).__name__}"
+            found = f"type {type(value).__name__}"
             if isinstance(value, Tensor):
                 found = f"a tensor of shape {tuple(value.shape)}"
             raise UserError(f"loss: returned {found}; must be one number, such as the mean")
@@ -335,7 +335,7 @@ def rule(
         node = node_of(name) | options
     elif not isinstance(name, type):
         raise UserError(
-            f"rule: a {type(name).__name__}; must be a name, such as 'las', or the class of your own rule"
+            f"rule: of type {type(name).__name__}; must be a name, such as 'las', or the class of your own rule"
         )
     elif "<locals>" in name.__qualname__:
         raise UserError(f"rule {name.__qualname__}: define the class outside of functions")

@@ -56,7 +56,7 @@ class Schedule(ABC):
             value = math.nan
         if not 0 <= value < math.inf:
             raise UserError(
-                f"schedule: {type(self).__name__} returns the factor {factor} after {done:g} epochs; must be a finite "
+                f"schedule: {type(self).__name__} returns the factor {factor} for done={done:g}; must be a finite "
                 "number of 0 or more"
             )
         return value

@@ -75,7 +75,7 @@ def test_schedule_factors_must_be_finite_and_not_negative():
     for value in (0.0, 2, np.float32(0.5), torch.tensor(0.5)):
         assert SecondFactor(value=value).factors(2, 3, 1) == [float(value)]
     for value in (-1.0, math.nan, math.inf, None, [0.5], "half", torch.ones(2)):
-        message = re.escape(f"SecondFactor returns the factor {value} after 1 epochs")
+        message = re.escape(f"SecondFactor returns the factor {value} for done=1")
         with pytest.raises(UserError, match=message):
             SecondFactor(value=value).factors(2, 3, 1)
 
@@ -99,7 +99,7 @@ def test_negative_factor_is_refused_before_training(tmp_path, monkeypatch):
         "name: falling\n_target_: my_falling.Falling"
     )
     small = ["limit=64", "tracking=disabled", "plugins=[my_falling]", "schedule=falling"]
-    with pytest.raises(UserError, match=r"Falling returns the factor -1\.0 after 2 epochs"):
+    with pytest.raises(UserError, match=r"Falling returns the factor -1\.0 for done=2"):
         dfl.run(dfl.compose(["epochs=3", *small], tmp_path), tmp_path / "run")
     assert not (tmp_path / "run" / "epochs.csv").exists()
 

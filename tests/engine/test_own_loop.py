@@ -389,13 +389,13 @@ def test_refuses_a_net_that_cannot_be_trained():
 @pytest.mark.parametrize(
     ("message", "inputs", "target", "loss"),
     [
-        ("inputs: a ndarray; must be one tensor", INPUTS.numpy(), LABELS, None),
+        ("inputs: of type ndarray; must be one tensor", INPUTS.numpy(), LABELS, None),
         ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], None),
         ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], F.cross_entropy),
-        ("target: a list; must be labels", INPUTS, LABELS.tolist(), None),
-        ("target: a tuple; must be labels", INPUTS, (LABELS, LABELS), None),
+        ("target: of type list; must be labels", INPUTS, LABELS.tolist(), None),
+        ("target: of type tuple; must be labels", INPUTS, (LABELS, LABELS), None),
         ("loss: must be a function of logits and target", INPUTS, LABELS, "cross_entropy"),
-        ("loss: returned a float; must be one number", INPUTS, LABELS, lambda y, t: 1.0),
+        ("loss: returned type float; must be one number", INPUTS, LABELS, lambda y, t: 1.0),
         (
             r"loss: returned a tensor of shape \(12,\); must be one number",
             INPUTS,
@@ -453,7 +453,9 @@ def test_refuses_wrong_rules_and_modules():
 
     with pytest.raises(UserError, match="Inside: define the class outside of functions"):
         rule_of(Inside, module())
-    with pytest.raises(UserError, match="rule: a Sequential; must be a name, such as 'las', or"):
+    with pytest.raises(
+        UserError, match="rule: of type Sequential; must be a name, such as 'las', or"
+    ):
         rule_of(module(), "las")
     for made in (None, module):
         with pytest.raises(UserError, match=r"model: must be a torch\.nn\.Module, but is"):
