@@ -132,8 +132,7 @@ def method_options_of(config: Values, result: Values) -> dict[str, str]:
     if "method.feedback" in WITHOUT_EFFECT.get(net, ()):
         values.pop("feedback", None)
     for key, value in flat(result_options(config)).items():
-        is_named = str(value).startswith("dfl_experiments.")  # a class whose name is another option
-        if key.startswith(OF_FEEDBACK) and not is_named:
+        if key.startswith(OF_FEEDBACK):
             values[key] = value
     options = {key: as_text(value) for key, value in values.items()}
     if "method" in result.get("code", {}):

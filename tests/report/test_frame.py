@@ -248,6 +248,12 @@ def test_options_of_b_s_optimizer_belong_to_the_method(finished_point, tmp_path)
     altered(finished_point, tmp_path / "b", **finished(0.7, 1e-3, 0, method=las, **feedback))
     names = ["bp", "las, optimizer.feedback.lr=0.1", "las, optimizer.feedback.lr=0.2"]
     assert sorted(runs(tmp_path).method) == names
+    # two kinds of optimizer without a name are not averaged
+    for name, kind in (("b", "Adam"), ("a", "SGD")):
+        feedback["optimizer.feedback"] = {"_target_": f"dfl_experiments.optimizers.{kind}"}
+        shutil.rmtree(tmp_path / name)
+        altered(finished_point, tmp_path / name, **finished(0.7, 1e-3, 0, method=las, **feedback))
+    assert runs(tmp_path).method.nunique() == 3
 
 
 def test_runs_on_different_data_of_one_name_share_no_row(finished_point, tmp_path):
