@@ -5,7 +5,7 @@
 A claim says that a difference is positive. It is supported if the 95 % interval of Welch's t is above zero,
 contradicted if the interval is below zero, and undecided otherwise. There are three more verdicts: a run of one of the
 two methods fails, there are too few seeds, or accuracy cannot rank the rules in this setting. Accuracy cannot rank the
-rules if BP is not significantly more accurate than Shallow.
+rules if BP is not significantly more accurate than Shallow. A run that an error or a signal ended is left out.
 
 Another table compares the published values in conf/experiment/published/values.csv with the runs that reproduce them.
 """
@@ -15,18 +15,18 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
 from dfl_experiments.configuration.composition import CONF_DIR, compose, config_digest, plain
 from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose
-from dfl_experiments.report.compare import Estimate
 from dfl_experiments.report.frame import ROW, distinct, runs
 from dfl_experiments.report.style import method_name, row_title
 from dfl_experiments.report.table_text import interval_text
@@ -65,7 +65,16 @@ OVER_SHALLOW = (("dfa", "shallow"), ("las", "shallow"), ("ltas", "shallow"))
 UNDER_BP = (("bp", "dfa"), ("bp", "las"), ("bp", "ltas"))
 ACCURACY = (*ALIGNMENT, *OVER_SHALLOW, *UNDER_BP)
 RULES = ("bp", "shallow", "dfa", "las", "ltas")
-COLUMNS = ["claim", "setting", "n", "found", "verdict", "value", "low", "high"]
+COLUMNS = ["claim", "setting", "n", "found", "verdict", "value", "low", "high", "p"]
+
+
+class Contrast(NamedTuple):
+    """A weighted sum of means with its 95 % interval and p-value; NaN if there are too few values."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
 
 
 def claims(frame: pd.DataFrame) -> pd.DataFrame:
@@ -74,24 +83,36 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
     Columns: `COLUMNS`. n is the number of seeds, and found is a text.
 
     A setting ends with the number of learning rates. Accuracies are compared at each method's best rate, cosines over
-    the rates at which both methods have enough seeds. The last three columns are the difference and its interval.
+    the rates at which both methods have enough seeds. The last columns are the difference, its interval and p-value.
     """
-    real = frame[~frame.smoke]
+    real = frame[~frame.smoke & frame.has_ended]
     chosen = choose(real)
     rows: list[dict[str, Any]] = []
     for key, row in chosen.groupby(ROW, sort=True):
         all_points = real[(real[ROW] == list(key)).all(axis="columns")]
-        suffixes = {
-            method.removeprefix(rule) for method, rule in zip(row.method, row.rule, strict=True)
-        }
-        # options of methods, such as ", init=default"; "" (no options) is first
-        for suffix in sorted(suffixes):
-            variant = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
-            setting = title_with_net(row.iloc[0]) + variant + rates_text(all_points)
-            rows += alignment_claims(row, all_points, suffix, setting)
-            rows += accuracy_claims(row, suffix, setting)
+        for suffix, variant in variants_of(row).items():
+            options = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
+            setting = title_with_net(row.iloc[0]) + options + rates_text(all_points)
+            rows += alignment_claims(row, all_points, variant, setting)
+            rows += accuracy_claims(row, variant, setting)
     rows += class_claims(chosen, real)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def variants_of(row: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Return which methods of a setting are compared with each other: for each variant, the method of each rule.
+
+    If every rule has one method, they are one variant. Otherwise the methods with the same options are a variant, such
+    as {", init=default": {"dfa": "dfa, init=default", "las": "las, init=default"}}. "" (no options) is first.
+    """
+    methods = row[["rule", "method"]].drop_duplicates()
+    suffixes = [method.removeprefix(rule) for rule, method in methods.itertuples(index=False)]
+    if methods.rule.is_unique and len(set(suffixes)) > 1:
+        suffixes = [""] * len(methods)
+    variants: dict[str, dict[str, str]] = {suffix: {} for suffix in sorted(set(suffixes))}
+    for suffix, rule, method in zip(suffixes, methods.rule, methods.method, strict=True):
+        variants[suffix][rule] = method
+    return variants
 
 
 def title_with_net(row: pd.Series) -> str:
@@ -101,43 +122,48 @@ def title_with_net(row: pd.Series) -> str:
 
 
 def rates_text(points: pd.DataFrame) -> str:
-    """Return the smallest number of learning rates of a rule that a claim names, as the end of a setting's name."""
+    """Return the number of learning rates of the rules that a claim names, as the end of a setting's name."""
     named = points[points.rule.isin(RULES)]
-    count = named.groupby("method").lr.nunique().min()
-    return f", {count} rates" if count > 1 else ", 1 rate"
+    numbers = named.groupby("method").lr.nunique()
+    fewest, most = numbers.min(), numbers.max()
+    if most == 1:
+        return ", 1 rate"
+    return f", {most} rates" if fewest == most else f", {fewest} to {most} rates"
 
 
-def welch(first: np.ndarray, second: np.ndarray) -> Estimate:
+def welch(first: np.ndarray, second: np.ndarray) -> Contrast:
     """Return mean(first) − mean(second) with Welch's t interval, see `contrast`."""
     return contrast([first, second], [1.0, -1.0])
 
 
-def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Estimate:
+def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Contrast:
     """Return Σ w_k mean(x_k) with an interval that does not assume equal variances.
 
         standard error = √(Σ w_k² s_k²/n_k), with Welch–Satterthwaite degrees of freedom
 
-    There is no interval if a sample has fewer than 2 values, or if all variances are 0.
+    There is no interval if a sample has fewer than 2 values, or if the values of each sample are equal.
     """
     n = np.array([len(values) for values in samples])
     means = np.array([values.mean() for values in samples])
     value = float(means @ weights)
     if n.min() < 2:
-        return Estimate(value)
+        return Contrast(value)
     variances = np.array([values.var(ddof=1) for values in samples])
     parts = np.square(weights) * variances / n
     variance = parts.sum()
-    if variance == 0:
-        return Estimate(value)
+    if variance < compare.LEAST_VARIANCE:
+        return Contrast(value)
     degrees = variance**2 / (parts**2 / (n - 1)).sum()
-    half = compare.student(degrees) * math.sqrt(variance)
-    return compare.around(value, half)
+    standard_error = math.sqrt(variance)
+    half = compare.student(degrees) * standard_error
+    p = 2 * stats.t.sf(abs(value) / standard_error, degrees)
+    return Contrast(value, value - half, value + half, p)
 
 
 def judged(
     claim: str,
     setting: str,
-    estimate: Estimate,
+    difference: Contrast,
     n: int,
     unit: str,
     failing: str,
@@ -148,22 +174,22 @@ def judged(
     failing: what `failures` returns for the methods of the claim.
     rates: text with the learning rates that were compared.
     """
-    verdict = UNDECIDED
-    if n < compare.FEWEST_SEEDS or math.isnan(estimate.low):
+    verdict = UNDECIDED  # also if there is no interval because the values of each method are equal
+    if n < compare.FEWEST_SEEDS:
         verdict = TOO_FEW
-    elif estimate.low > 0:
+    elif difference.low > 0:
         verdict = SUPPORTED
-    elif estimate.high < 0:
+    elif difference.high < 0:
         verdict = CONTRADICTED
     scale = 0.01 if unit == "cosine" else 1  # `interval_text` multiplies by 100
-    shown = Estimate(*(scale * number for number in estimate))
+    shown = [scale * number for number in difference[:3]]
     return {
         "claim": claim,
         "setting": setting,
         "n": n,
         "found": failing or f"{interval_text(*shown)} {unit}{rates}",
         "verdict": FAILS if failing else verdict,
-        **estimate._asdict(),
+        **difference._asdict(),
     }
 
 
@@ -182,20 +208,22 @@ def failures(runs_of: pd.DataFrame, methods: Iterable[str]) -> str:
     return ", ".join(texts)
 
 
-def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[dict[str, Any]]:
+def accuracy_claims(
+    row: pd.DataFrame, variant: dict[str, str], setting: str
+) -> Iterator[dict[str, Any]]:
     """Yield the claims on accuracy in a setting.
 
-    row: the runs of each method at its chosen grid point.
+    row: the runs of each method at its chosen grid point. variant: the method of each rule.
     """
     samples = compare.samples_of(row)
     has_span = {"bp", "shallow"} <= samples.keys()
     ranks = not has_span or compare.can_rank(samples, row.test_images.max())
     for first, second in ACCURACY:
-        methods = [first + suffix, second + suffix]
+        if not {first, second} <= variant.keys():
+            continue
+        methods = [variant[first], variant[second]]
         accuracies = [row.accuracy[row.method == method].to_numpy() for method in methods]
         n = min(map(len, accuracies))
-        if n == 0:
-            continue
         claim = f"{method_name(first)} is more accurate than {method_name(second)}"
         verdict = judged(claim, setting, welch(*accuracies), n, "points", failures(row, methods))
         if not ranks and verdict["verdict"] not in (FAILS, TOO_FEW):
@@ -204,13 +232,13 @@ def accuracy_claims(row: pd.DataFrame, suffix: str, setting: str) -> Iterator[di
 
 
 def alignment_claims(
-    row: pd.DataFrame, all_points: pd.DataFrame, suffix: str, setting: str
+    row: pd.DataFrame, all_points: pd.DataFrame, variant: dict[str, str], setting: str
 ) -> Iterator[dict[str, Any]]:
     """Yield the claims on layer 1's cosine in a setting.
 
     Each method's cosine is averaged over the learning rates at which both methods have enough seeds.
 
-    row: the runs at the chosen grid points. all_points: the runs at all grid points.
+    row: the runs at the chosen grid points. all_points: the runs at all grid points. variant: the method of each rule.
     """
     measured = compare.cosines(all_points)
     if "cosine/1" not in measured:
@@ -219,9 +247,9 @@ def alignment_claims(
         "cosine/1", ["method", "seed"], ["lr", "weight_decay"], dropna=False
     )
     for first, second in ALIGNMENT:
-        methods = [first + suffix, second + suffix]
-        if not set(methods) <= set(all_points.method):
+        if not {first, second} <= variant.keys():
             continue
+        methods = [variant[first], variant[second]]
         sides = [
             by_rate.query("method == @method").dropna(axis="columns", how="all")
             for method in methods
@@ -238,9 +266,9 @@ def alignment_claims(
         failing = failures(row, methods)
         if n or failing:
             claim = f"{method_name(first)} aligns better with BP than {method_name(second)}"
-            estimate = welch(*means) if n else Estimate(math.nan)
+            difference = welch(*means) if n else Contrast(math.nan)
             rates = " and ".join(f"{lr:g}" for lr, _ in sorted(common, reverse=True))
-            yield judged(claim, setting, estimate, n, "cosine", failing, f" (lr {rates})")
+            yield judged(claim, setting, difference, n, "cosine", failing, f" (lr {rates})")
 
 
 def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -270,8 +298,8 @@ def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str,
             setting = rows.title.iloc[0] + rates_text(all_points)
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
-            estimate = contrast(samples, [1, -1, -1, 1])
-            yield judged(claim, setting, estimate, min(map(len, samples)), "points", failing)
+            difference = contrast(samples, [1, -1, -1, 1])
+            yield judged(claim, setting, difference, min(map(len, samples)), "points", failing)
 
 
 def on_cifar(frame: pd.DataFrame) -> pd.DataFrame:
@@ -284,14 +312,8 @@ def on_cifar(frame: pd.DataFrame) -> pd.DataFrame:
 def published(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table with one row for each published value.
 
-    Columns: source, method, published (in percent), n (number of seeds), found (a text), verdict.
-
-    A comparison needs three seeds.
-
-    A published value agrees with the runs of its experiment in two cases:
-    - It lies in the 95 % interval of the runs' mean (Student's t over the seeds).
-    - It differs from this mean by at most the noise floor √(p(1 − p)/N). p is the published value, and N is the
-      number of test images.
+    Columns: source, method, published (in percent), n (number of seeds), found (a text), verdict. A comparison needs
+    three seeds, see `compared`.
     """
     rows = []
     for value in pd.read_csv(PUBLISHED, keep_default_na=False).itertuples():
@@ -312,7 +334,7 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
         elif whole.fails.any():
             row |= {"found": failures(whole, whole.method.unique()), "verdict": FAILS}
         elif len(rates) >= compare.FEWEST_SEEDS:
-            row |= compared(rates, value.accuracy / 100, whole.test_images.max())
+            row |= compared(rates, value.accuracy / 100, value.runs, whole.test_images.max())
         else:
             lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))
             is_other = whole.empty and bool(lengths)
@@ -341,24 +363,26 @@ def runs_with(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
     return same[np.array(digests, dtype=object) == digest]
 
 
-def compared(rates: np.ndarray, published_rate: float, images: int) -> dict[str, Any]:
+def compared(
+    rates: np.ndarray, published_rate: float, published_runs: int, images: int
+) -> dict[str, Any]:
     """Compare the accuracies of several seeds with a published accuracy, and return `found` and `verdict`.
 
-    images: number of test images.
+        difference = mean(rates) − published_rate ± t s √(1/n + 1/m)
+
+    s is the standard deviation of our n accuracies. The published one is the mean of m runs, whose standard deviation
+    is taken to be the same. The two agree if the interval contains 0, or if the difference is at most the noise floor
+    √(p(1 − p)/N), where p is the published accuracy.
+
+    published_runs: m. images: N, the number of test images.
     """
-    half = compare.student(len(rates) - 1) * rates.std(ddof=1) / math.sqrt(len(rates))
+    error = rates.std(ddof=1) * math.sqrt(1 / len(rates) + 1 / published_runs)
+    half = compare.student(len(rates) - 1) * error
     difference = compare.around(float(rates.mean()) - published_rate, half)
     is_near = abs(difference.value) <= compare.noise_floor(published_rate, images)
     agrees = is_near or difference.low <= 0 <= difference.high
     found = f"{100 * rates.mean():.2f}: {interval_text(*difference)} points"
     return {"found": found, "verdict": AGREES if agrees else DIFFERS}
-
-
-def counts(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Return how often each verdict was given on each claim."""
-    order = [verdict for verdict in MARKS if verdict in set(verdicts.verdict)]
-    table = pd.crosstab(verdicts.claim, verdicts.verdict)
-    return table.loc[verdicts.claim.unique(), order]
 
 
 def picture(verdicts: pd.DataFrame) -> Figure:

@@ -71,12 +71,18 @@ def without_failing(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[~runs.fails | all_fail]
 
 
-def cell_text(cell: pd.DataFrame) -> str:
-    """Return the mean test accuracy in percent over the runs that do not fail: "26.7 (2 of 3 fail)"."""
-    failing = cell.fails.sum()
-    if cell.accuracy.isna().all():
-        return f"{failing} of {len(cell)} fail"
+def cell_text(cell: pd.DataFrame, lowest: float, highest: float) -> str:
+    """Return the mean test accuracy in percent over the runs that do not fail: "26.7 ▲ (2 of 3 fail)".
+
+    lowest, highest: the ends of the grid of learning rates. ▼ or ▲ marks a cell whose best rate is at this end.
+    """
     text = f"{100 * without_failing(cell).accuracy.mean():.1f}"
+    failing = cell.fails.sum()
+    rate = cell.lr.iloc[0]
+    if failing < len(cell) and rate == lowest:
+        text += " ▼"
+    if failing < len(cell) and rate == highest:
+        text += " ▲"
     return f"{text} ({failing} of {len(cell)} fail)" if failing else text
 
 
@@ -85,7 +91,8 @@ def markdown(summary: pd.DataFrame) -> str:
     texts: dict[str, dict[str, str]] = {}
     for (init, depth, rule), cell in at_best_rate(summary).groupby(CELL):
         column = f"{init}, {depth} layers"
-        texts.setdefault(column, {})[str(rule)] = cell_text(cell)
+        text = cell_text(cell, summary.lr.min(), summary.lr.max())
+        texts.setdefault(column, {})[str(rule)] = text
     table = pd.DataFrame(texts)
     table = table.loc[sorted(table.index, key=method_order)]
     table.insert(0, "rule", table.index.map(method_name))
@@ -114,8 +121,13 @@ def draw_rules(axes: Axes, means: pd.DataFrame) -> None:
 
 
 def figure(summary: pd.DataFrame) -> Figure:
-    """Draw accuracy, cosine and dead units against depth, with a column for each initialisation."""
-    chosen = without_failing(at_best_rate(summary))
+    """Draw accuracy, cosine and dead units against depth, with a column for each initialisation.
+
+    The accuracy is the mean over all runs, so that a rule does not seem better where only few of its runs survive. The
+    other quantities are means over the runs that do not fail.
+    """
+    every = at_best_rate(summary)
+    chosen = without_failing(every)
     quantities = {"accuracy": "test accuracy", **AUDIT}
     inits = [init for init in INITS if init in set(chosen["init"])]
     drawing = Figure(figsize=(4.6 * len(inits), 7.4), layout="constrained")
@@ -123,9 +135,10 @@ def figure(summary: pd.DataFrame) -> Figure:
         len(quantities), len(inits), sharex=True, sharey="row", squeeze=False
     )
     for column, init in enumerate(inits):
-        runs_of_init = chosen[chosen["init"] == init]
         for axes, name in zip(all_axes[:, column], quantities, strict=True):
-            draw_rules(axes, runs_of_init.pivot_table(name, "depth", "rule"))
+            drawn = every if name == "accuracy" else chosen
+            of_init = drawn[drawn["init"] == init]
+            draw_rules(axes, of_init.pivot_table(name, "depth", "rule"))
         all_axes[0, column].set_title(INITS[init])
         all_axes[-1, column].set(xlabel="hidden layers", xticks=sorted(chosen.depth.unique()))
     for axes, label in zip(all_axes[:, 0], quantities.values(), strict=True):

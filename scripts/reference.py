@@ -14,17 +14,18 @@ from pathlib import Path
 from textwrap import fill
 
 import depth_ladder
+import numpy as np
 import pandas as pd
 import stability_map
 from claims import (
     CANNOT_RANK,
     CONTRADICTED,
     FAILS,
+    MARKS,
     SUPPORTED,
     TOO_FEW,
     UNDECIDED,
     claims,
-    counts,
     picture,
     published,
 )
@@ -50,9 +51,11 @@ TOP = """# The kept runs
 
 {count} runs, as `dfl-report` shows them, and the results of {ladder} short runs of the depth ladder in one table.
 `python scripts/reference.py` writes this page from the files beside it. Some ran on a GPU, some on a CPU: see `devices`
-in [`tables.csv`](tables.csv). The runs on CIFAR with bfloat16 used one learning rate for all rules of a net. At these
-rates DFA and LTAS fail with Conv3 on CIFAR-100, and some rules with Conv3+BN on CIFAR-10. Their tables show what
-happens at this one rate; at other rates the rules may be better.
+in [`tables.csv`](tables.csv). They come from many commits and several versions of PyTorch, which `result.json` of each
+run names; commits with `+changes` had uncommitted changes, and some early ones are not in this history. The runs on
+CIFAR with bfloat16 used one learning rate for all rules of a net. At these rates DFA and LTAS fail with Conv3 on
+CIFAR-100, and some rules with Conv3+BN on CIFAR-10. Their tables show what happens at this one rate; at other rates the
+rules may be better.
 
 Kept runs on one CPU core: the depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`), 10
 seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with seeds 1
@@ -81,46 +84,67 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield "![Settings × claims](figures/claims.png)\n"
     yield counts_sentence(verdicts)
     yield (
-        "A verdict needs three seeds of both methods; 'fails' needs one failing run at the rate used. The last entry "
-        "of a setting is the number of learning rates that were tried. Accuracies are compared at each method's best "
-        "rate by validation accuracy. Alignment is the cosine of layer 1, averaged over the rates at which both "
-        "methods have three seeds; `found` names them. n counts failing runs for accuracies, but not for cosines. "
-        "Intervals are Welch's t of the two methods, 95 %. The tables below use Dunnett's intervals, which pool the "
-        "methods of a setting: on MNIST, 20 epochs, LAS is significantly above DFA only there. On MNIST with Adam, "
-        "100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU.\n"
+        "A verdict needs three seeds of both methods. 'Fails' means: a run of one of the two methods fails at its best "
+        "rate, and every other rate also has a failing run. The end of a setting's name is the number of learning "
+        "rates that were tried. With one rate, another rate may turn a verdict round. Accuracies are compared at each "
+        "method's best rate by validation accuracy. Alignment is the cosine of layer 1, averaged over the rates at "
+        "which both methods have three seeds; `found` names these rates. n counts failing runs for accuracies, but not "
+        "for cosines. Intervals are Welch's t of the two methods, 95 %, without correction for their number. The "
+        "tables further below use Dunnett's intervals, which pool the variances of a setting. The two can disagree: "
+        "for MNIST, 20 epochs, Dunnett's interval says that LAS is above DFA, Welch's does not. On MNIST with Adam, "
+        "100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU with a newer PyTorch.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
     yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))
 
 
 def counts_sentence(verdicts: pd.DataFrame) -> str:
-    """Return a sentence with the number of verdicts of each kind."""
-    totals = counts(verdicts).sum()
-    words = {
-        SUPPORTED: "say that the claim is supported (✓)",
-        CONTRADICTED: "that it is contradicted (✗)",
-        UNDECIDED: "that it is undecided (?)",
-        FAILS: "that a run fails at the rate used",
-        CANNOT_RANK: "that this setting cannot decide, because BP is not significantly above Shallow (=)",
-    }
-    texts = [f"{totals[verdict]} {text}" for verdict, text in words.items() if verdict in totals]
-    few = totals.get(TOO_FEW, 0)
-    left_out = f"{few} comparisons are left out: fewer than three seeds at a common rate."
-    over_dfa = verdicts[verdicts.claim.str.contains("LT?AS.*DFA") & (verdicts.verdict != TOO_FEW)]
-    supported = (over_dfa.verdict == SUPPORTED).sum()
-    of_paper = (
-        f"Of the {len(over_dfa)} that set LAS or LTAS against DFA, {supported} are supported."
-    )
-    return f"Of {totals.sum() - few} verdicts {', '.join(texts)}. {of_paper} {left_out}\n"
+    """Return sentences with the number of verdicts of each kind."""
+    is_judged = verdicts.verdict != TOO_FEW
+    totals = verdicts.verdict.value_counts()
+    number = {verdict: totals.get(verdict, 0) for verdict in MARKS}
+    is_over_dfa = verdicts.claim.str.contains("LT?AS.*DFA") & is_judged
+    supported = (verdicts.verdict[is_over_dfa] == SUPPORTED).sum()
+    of_accuracy = verdicts[verdicts.claim.str.contains("accurate")]
+    significant = of_accuracy.verdict.isin([SUPPORTED, CONTRADICTED])
+    tested = significant | (of_accuracy.verdict == UNDECIDED)
+    after_holm = significant_after_holm(of_accuracy.p[tested])
+    texts = [
+        f"Of {is_judged.sum()} verdicts, {number[SUPPORTED]} support the claim (✓), {number[CONTRADICTED]} contradict "
+        f"it (✗), and {number[UNDECIDED]} are undecided (?).",
+        f"In {number[FAILS]} cases a run of one of the two methods fails.",
+        f"In {number[CANNOT_RANK]} cases no method can be judged, because BP itself is not significantly more accurate "
+        "than Shallow (=).",
+        f"Of the {is_over_dfa.sum()} verdicts on LAS or LTAS against DFA, {supported} support the claim.",
+        f"Each verdict stands for itself: of the {significant.sum()} significant differences of accuracy, {after_holm} "
+        "remain significant after Holm's correction for their number.",
+        f"{number[TOO_FEW]} comparisons are left out, because they have fewer than three seeds at a common rate.",
+    ]
+    return " ".join(texts) + "\n"
+
+
+def significant_after_holm(p_values: pd.Series) -> int:
+    """Return how many of these tests Holm's method rejects at a family-wise error of 5 %."""
+    ordered = p_values.sort_values()
+    limits = 0.05 / np.arange(len(ordered), 0, -1)
+    return int((ordered <= limits).cumprod().sum())
+
+
+def without_first_epochs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs without those of 12 epochs from a random B: the runs of 100 epochs begin with the same epochs."""
+    is_short = (runs.epochs == 12) & runs.method.str.endswith("init=default")
+    return runs[~is_short]
 
 
 def published_part(runs: pd.DataFrame) -> Iterator[str]:
     """Yield the section that compares published values with the runs that reproduce them."""
     yield "## Values that others published\n"
     yield (
-        "Test accuracy in percent. The files in `conf/experiment/published/` have the sources, settings and what "
-        "differs. A value agrees if it lies in the interval of the seeds' mean, or within the noise floor of one "
-        "accuracy.\n"
+        "Test accuracy in percent. The files in `conf/experiment/published/` have the sources and settings, and name "
+        "what differs from the published experiment. The interval takes into account that a published value also "
+        "varies from run to run: it is the mean of one run (Akrout et al.) or of four (Webster et al.). A value agrees "
+        "if the interval contains 0, or if the difference is within the noise floor of one accuracy. Agreement of a "
+        "few runs does not prove that the two experiments are equal.\n"
     )
     yield table(published(runs).astype(str))
 
@@ -192,12 +216,15 @@ def ladder_part() -> Iterator[str]:
     """Yield the section on depth."""
     summary = pd.read_csv(depth_ladder.SUMMARY)
     seeds = [f"{part.seed.nunique()} ({init})" for init, part in summary.groupby("init")]
+    of_inits = ", ".join(seeds)
     yield "## How deep each rule trains\n"
     yield (
-        "Test accuracy in percent on the bundled digits, fully connected nets of 32 units a layer. Each rule is "
-        "shown at the best of three rates by validation accuracy. Thin lines are rules, thick lines are families. "
-        "Means are over the runs that do not fail; if all fail, over all. Seeds by initialisation: "
-        f"{', '.join(seeds)}. The noise floor √(p(1−p)/N) of one accuracy is 1.6 points at 90 %.\n"
+        "Test accuracy in percent on the bundled digits, fully connected nets of 32 units a layer. Each rule is shown "
+        "at the best of three rates by validation accuracy. Thin lines are rules, thick lines are families. The "
+        "table's means are over the runs that do not fail; if all fail, over all. ▲ or ▼: the best rate is the "
+        "highest or the lowest one tried, so a rate beyond it may be better. The figure's accuracies are means over "
+        f"all runs, and its cosines are those at each rule's own best rate. Seeds by initialisation: {of_inits}. "
+        "The noise floor √(p(1−p)/N) of one accuracy is 1.6 points at 90 %.\n"
     )
     yield "![Accuracy, cosine and dead units against depth](depth_digits/depth.png)\n"
     yield f"{depth_ladder.markdown(summary)}\n"
@@ -309,7 +336,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     runs = frame.runs(KEPT)
-    verdicts = claims(runs)
+    verdicts = claims(without_first_epochs(runs))
     parts = sections(runs)
     drawings = figures(parts)
     folder = KEPT / "figures"

@@ -14,6 +14,7 @@ from dfl_experiments.report.frame import POINT, ROW, curves, distinct, layer_nam
 
 LEVEL = 0.95
 FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
+LEAST_VARIANCE = 1e-18  # a variance below it comes from rounding: all seeds have the same accuracy
 LARGEST_RATIO = 3.0  # of a method's standard deviation to the other methods', see `pooled`
 FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
 MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
@@ -62,7 +63,8 @@ def against(chosen: DataFrame, control: str) -> DataFrame:
     of them contain their true differences.
 
     An interval needs 2 runs of the method, 2 runs of the control, and 6 degrees of freedom of s². Methods with a
-    failing run are left out. A method that s² leaves out (see `pooled`) gets Welch's t interval (`test` = "Welch").
+    failing run are left out. A method that s² leaves out (see `pooled`) gets Welch's t interval (`test` = "Welch"). If
+    s² leaves out the control, all methods get it. Welch's intervals are not simultaneous.
 
     Args:
         chosen: runs at one grid point for each method, see `choose.choose`.
@@ -87,9 +89,9 @@ def dunnett(samples: Samples, control: str) -> dict[str, tuple[Estimate, str]]:
     if control not in samples:
         return {}
     reference = samples[control]
-    pool = pooled(samples, [control])
-    is_enough = pool.degrees >= FEWEST_DEGREES and pool.variance > 0
-    has_intervals = is_enough and control in pool.methods
+    pool = pooled(samples)
+    is_enough = pool.degrees >= FEWEST_DEGREES and pool.variance > LEAST_VARIANCE
+    has_intervals = is_enough and len(reference) > 1
     others = {method: values for method, values in samples.items() if method != control}
     pooled_sizes = [len(values) for method, values in others.items() if method in pool.methods]
     sizes = tuple(sorted(pooled_sizes))
@@ -98,7 +100,7 @@ def dunnett(samples: Samples, control: str) -> dict[str, tuple[Estimate, str]]:
         difference = values.mean() - reference.mean()
         estimate = Estimate(difference)
         test = ""
-        if has_intervals and method in pool.methods:
+        if has_intervals and {method, control} <= set(pool.methods):
             test = "Dunnett"
             variance = pool.of_difference(len(values), len(reference))
             factor = critical_value(sizes, len(reference))
@@ -125,12 +127,10 @@ class Pool(NamedTuple):
         return self.variance * (1 / first + 1 / second)
 
 
-def pooled(samples: Samples, references: Collection[str]) -> Pool:
+def pooled(samples: Samples) -> Pool:
     """Return the pooled variance of the methods with more than one value.
 
     A method is left out if its standard deviation exceeds 3 × the pooled standard deviation of the other methods.
-
-    references: methods that are not left out for this reason.
     """
     repeated = {method: values for method, values in samples.items() if len(values) > 1}
     kept = {}
@@ -138,7 +138,7 @@ def pooled(samples: Samples, references: Collection[str]) -> Pool:
         others = [repeated[other] for other in repeated if other != method]
         variance, _ = pooled_variance(others)
         largest = LARGEST_RATIO * math.sqrt(variance)
-        if method in references or values.std(ddof=1) <= largest:
+        if values.std(ddof=1) <= largest:
             kept[method] = values
     variance, degrees = pooled_variance(kept.values())
     return Pool(kept, variance, degrees)
@@ -183,7 +183,7 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
         utility = (accuracy − accuracy_Shallow) / (accuracy_BP − accuracy_Shallow)
 
     Each accuracy is that of a method at its own best learning rate. The interval is Fieller's, with the variance that
-    `against` pools over the setting. It needs 3 seeds, and a method that the variance does not leave out.
+    `against` pools over the setting. It needs 3 seeds. The variance must not leave out the method, BP or Shallow.
 
     The column `ranks` says whether BP is significantly more accurate than Shallow. If not, the utility is NaN. Methods
     with a failing run are left out.
@@ -195,7 +195,7 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
         samples = samples_of(runs)
         if not samples.keys() >= set(SPAN):
             continue
-        pool = pooled(samples, SPAN)
+        pool = pooled(samples)
         ranks = can_rank(samples, runs.test_images.max())
         bp = samples.pop("bp")
         shallow = samples.pop("shallow")
@@ -203,7 +203,7 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
             utility = Estimate(math.nan)
             if ranks:
                 utility = fieller(values, bp, shallow, pool)
-            if method not in pool.methods:
+            if not {method, *SPAN} <= set(pool.methods):
                 utility = Estimate(utility.value)
             rows.append((*setting, method, *utility, ranks))
     names = [*ROW, "method", "utility", "low", "high", "ranks"]
@@ -213,15 +213,19 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
 def can_rank(samples: Samples, test_images: float) -> bool:
     """Return whether BP is significantly more accurate than Shallow. If not, accuracy cannot rank the rules.
 
-    If BP or Shallow has a single run, BP must lead by more than 3 noise floors.
+    If BP or Shallow has a single run, BP must lead by more than 3 noise floors. If the pooled variance leaves out one
+    of the two, the test is Welch's t.
     """
     bp = samples["bp"]
     shallow = samples["shallow"]
     lead = bp.mean() - shallow.mean()
     if min(len(bp), len(shallow)) < 2:
         floor = noise_floor(bp.mean(), test_images)
-        return bool(lead > NOISE_FLOORS * floor)
-    pool = pooled(samples, SPAN)
+        return bool(lead > NOISE_FLOORS * floor > 0)
+    pool = pooled(samples)
+    if not set(SPAN) <= set(pool.methods):
+        test = stats.ttest_ind(bp, shallow, equal_var=False)
+        return bool(test.confidence_interval(LEVEL).low > 0)
     variance = pool.of_difference(len(bp), len(shallow))
     standard_error = math.sqrt(variance)
     half = student(pool.degrees) * standard_error
@@ -239,7 +243,7 @@ def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, pool: Pool)
     bottom = bp.mean() - lowest
     ratio = (values.mean() - lowest) / bottom
     fewest = min(len(values), len(bp), len(shallow))
-    if fewest < FEWEST_SEEDS or pool.variance == 0:
+    if fewest < FEWEST_SEEDS or pool.variance < LEAST_VARIANCE:
         return Estimate(ratio)
     t = student(pool.degrees)
     var_top = pool.of_difference(len(values), len(shallow))

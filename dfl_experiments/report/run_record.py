@@ -31,7 +31,8 @@ from dfl_experiments.running.run_directory import CONFIG
 
 Values = Mapping[str, Any]
 ENDED = ("finished", "collapsed")  # statuses of a run that has an accuracy
-UNFIT = ("diverged", "collapsed", "stopped", "failed")  # statuses of a run that fails
+# Statuses of a run that fails because of its rule. In a run with the status "failed", an error ended the program.
+UNFIT = ("diverged", "collapsed", "stopped")
 GROUPS = (*PLACES, "optimizer", "schedule", "protocol")
 ALL_IMAGES = "all"  # value in the column `limit` if a run trains on all training images
 # number of test images, for runs of early versions, which did not record it
@@ -47,7 +48,7 @@ ALIASES = {
 # Options that the column `setting` does not show. They have a column of their own, or do not change the results.
 NOT_IN_SETTING = {
     *ALIASES, "epochs", "precision", "seed", "smoke", "limit", "alignment.every", "alignment.quantities",
-    "memory_format", "protocol.accuracy", "schedule._target_",
+    "memory_format", "schedule._target_",
 }  # fmt: skip
 # Keys of B's own optimizer and schedule begin so. They belong to the method, because many methods learn no B.
 OF_FEEDBACK = ("optimizer.feedback.", "schedule.feedback.")

@@ -41,9 +41,9 @@ EXPLANATIONS = {
     "minus BP": (
         "Minus BP, minus DFA: differences of the means in percentage points, with simultaneous 95 % confidence "
         "intervals by Dunnett's many-to-one comparison. A difference is significant if its interval excludes 0. (W) "
-        "marks Welch's t interval, used for a method whose standard deviation is over 3 times that of the others. An "
-        "interval needs 2 runs of each of the two methods. It also needs 6 degrees of freedom: the number of all runs "
-        "of the setting minus the number of its methods."
+        "marks Welch's t interval, used if the standard deviation of one of the two methods is over 3 times that of "
+        "the others; it is not simultaneous. An interval needs 2 runs of each of the two methods. It also needs 6 "
+        "degrees of freedom: the number of all runs of the setting minus the number of its methods."
     ),
     "depth utility, %": (
         "Depth utility: (accuracy − Shallow) / (BP − Shallow), each at its own best rate. 0 %: equal to a net whose "

@@ -66,14 +66,18 @@ def test_rules_with_another_variance_or_too_few_seeds_are_not_in_dunnetts_test()
     }  # fmt: skip
     interval = stats.ttest_ind([0.5, 0.7, 0.9], steady["bp"], equal_var=False).confidence_interval()
     assert (found["fa"][0].low, found["fa"][0].high) == pytest.approx(tuple(interval))
-    equal = {name: np.array([0.9, 0.9, 0.9]) for name in ("bp", "dfa", "las", "ltas")}
+    spread = dunnett(steady | {"fa": np.array([0.5, 0.7, 0.9])}, "fa")
+    assert {test for _, test in spread.values()} == {
+        "Welch"
+    }  # the control itself has another variance
+    equal = {name: np.array([0.97, 0.97, 0.97]) for name in ("bp", "dfa", "las", "ltas")}
     assert all(math.isnan(estimate.low) for estimate, _ in dunnett(equal, "bp").values())
 
 
 def test_fieller_s_limits_are_where_the_ratio_is_just_not_rejected():
     groups = [RANDOM.normal(mean, 0.4, 4) for mean in (95.0, 97.0, 92.0)]
     values, bp, shallow = groups
-    pool = compare.pooled({"las": values, "bp": bp, "shallow": shallow}, compare.SPAN)
+    pool = compare.pooled({"las": values, "bp": bp, "shallow": shallow})
     found = fieller(values, bp, shallow, pool)
     variance, degrees = pool.variance, pool.degrees
     t = stats.t.ppf(0.975, degrees)

@@ -103,9 +103,9 @@ def test_verdict_needs_complete_runs_of_the_same_configuration(comparison):
     ],
 )
 def test_value_agrees_within_the_interval_over_seeds_or_the_noise_floor(rates, value, verdict):
-    assert compared(np.array(rates), value, 10_000)["verdict"] == verdict
+    assert compared(np.array(rates), value, 1, 10_000)["verdict"] == verdict
 
 
 def test_difference_is_printed_with_its_interval():
-    comparison = compared(np.array([0.984, 0.986]), 0.98, 10_000)
-    assert comparison["found"] == "98.50: +0.50 [-0.77, +1.77] points"
+    comparison = compared(np.array([0.984, 0.986]), 0.98, 1, 10_000)
+    assert comparison["found"] == "98.50: +0.50 [-1.70, +2.70] points"
