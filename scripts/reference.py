@@ -220,7 +220,7 @@ def ladder_part() -> Iterator[str]:
     yield "## How deep each rule trains\n"
     yield (
         "Test accuracy in percent on the bundled digits, fully connected nets of 32 units a layer. Each rule is shown "
-        "at the best of three rates by validation accuracy. Thin lines are rules, thick lines are families. The "
+        "at the best of four rates by validation accuracy. Thin lines are rules, thick lines are families. The "
         "table's means are over the runs that do not fail; if all fail, over all. ▲ or ▼: the best rate is the "
         "highest or the lowest one tried, so a rate beyond it may be better. The figure's accuracies are means over "
         f"all runs, and its cosines are those at each rule's own best rate. Seeds by initialisation: {of_inits}. "
