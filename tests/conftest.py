@@ -79,6 +79,7 @@ def node(group: str, name: str) -> DictConfig:
 
 
 METHODS, PROTOCOLS = options("method"), options("protocol")
+BUILT_IN = sorted(group_options("method"))  # the methods whose name `dfl.rule` takes
 # for models with boundaries, tests/engine/test_module_net.py tests the laws
 MODELS = [name for name in options("model") if "boundaries" not in node("model", name)]
 MODELS.remove("resnet18_cifar")  # equals resnet18 except for the stem

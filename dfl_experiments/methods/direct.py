@@ -63,7 +63,14 @@ class Direct(Method):
         self.feedback = nn.ModuleList(self.local_modules.values())
         if not self.cuts:
             log.warning("method: no hidden layer has a B, so every signal equals BP's")
-        if init == "product" and self.cuts and self.products.above(1) is None:
+        if init == "product" and self.cuts:
+            self.log_initial_feedback()
+
+    def log_initial_feedback(self) -> None:
+        """Log how B starts if that is not the product of the weights above it."""
+        if self.products.residual:
+            log.info("method.init=product: B of every layer starts as W_Lᵀ, at every token")
+        elif self.products.above(1) is None:
             log.info("method.init=product: this net has no product of weights, so B starts random")
 
     def boundaries(self, net: BlockNet, shapes: Sequence[torch.Size]) -> Collection[int]:
@@ -140,7 +147,8 @@ class Products:
     dense: every h_i is a vector, and every block has exactly one matrix, which is the weight of a linear layer. This
         layer reads all of h_i.
     residual: every h_i consists of tokens, all tokens have the same width, and linear layers read them. The head has
-        one linear layer. Every product is W_L, as if the signal passed only through the shortcuts.
+        one linear layer. Every product is W_L, as if the signal passed only through shortcuts, also in a net without
+        shortcuts, such as a stack of recurrent layers.
     """
 
     def __init__(self, net: BlockNet, shapes: Sequence[torch.Size]) -> None:

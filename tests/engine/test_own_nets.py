@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS
+from conftest import BUILT_IN
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -120,7 +120,7 @@ def test_bp_on_a_pruned_net_equals_autograd():
     torch.testing.assert_close(gradients(net), gradients(twin))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_rule_trains_a_net_in_bfloat16(name):
     net = mlp().bfloat16()
     rule_of(name, net, INPUTS.bfloat16()).backward(INPUTS.bfloat16(), LABELS)
@@ -137,7 +137,7 @@ def test_refuses_a_net_of_another_data_type_than_b():
 
 
 # WM and BRSF draw other random numbers in every call. FDFA does so for B only, which is not compared.
-@pytest.mark.parametrize("name", sorted({*METHODS} - {"wm", "brsf"}))
+@pytest.mark.parametrize("name", sorted({*BUILT_IN} - {"wm", "brsf"}))
 def test_weighted_micro_batches_equal_one_batch(name):
     results = []
     for count in (1, 4):
