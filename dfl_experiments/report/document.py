@@ -137,13 +137,15 @@ def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing])
     is_markdown = asked.format == "markdown"
     clean = table_text.markdown if is_markdown else str
     lines: list[str] = []
+    section = ""
     for kind, content in parts(sections, asked, drawings):
         if kind == "heading":
-            underlined = f"{content}\n{72 * '='}"
-            lines.append(f"## {clean(content)}" if is_markdown else underlined)
+            section = clean(content)
+            underlined = f"{section}\n{72 * '='}"
+            lines.append(f"## {section}" if is_markdown else underlined)
         elif kind == "figure":
             file = asked.figures / f"{content.name}.png"
-            lines.append(picture(file, asked.out))
+            lines.append(picture(file, asked.out) if is_markdown else f"Figure: {file}")
         elif kind == "notes":
             lines += [clean(note) for note in content]
         elif kind == "items":
@@ -151,6 +153,9 @@ def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing])
             items = [textwrap.fill(f"- {item}", width, subsequent_indent="  ") for item in content]
             lines.append("\n".join(items))
         else:
+            if kind == "details":
+                title = f"{content.title}: {section}"
+                lines.append(f"### {title}" if is_markdown else title)
             lines.append(table_text.write(content, "github" if is_markdown else "simple"))
             lines.append(clean(content.caption))
     return "\n\n".join(filter(None, lines)) + "\n"

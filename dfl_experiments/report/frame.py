@@ -37,8 +37,10 @@ def runs(*folders: str | Path) -> DataFrame:
 
     Columns:
         `folder`, `status`, `reason`: the run directory, how the run ended, and why.
-        `ROW`, `method`, `rule`, `lr`, `weight_decay`, `seed`: the settings. There is also a column for every other
-            configuration key that differs between runs of one net and data set. `config` holds all keys.
+        `smoke`, `dataset`, `model`, `augmentation`, `epochs`, `limit`, `optimizer`, `schedule`, `precision`, `protocol`,
+            `method`, `rule`, `lr`, `weight_decay`, `seed`: the settings. There is also a column for every other
+            configuration key that differs between runs of one net and data set. `setting` holds all of these others as
+            one text, and `config` holds all keys.
         `accuracy`, `validation_accuracy`, `score`, `seconds`, `cosine/1`, `dead/1`, …: the results. Accuracies are
             fractions of 1.
         `unstable`, `failed_to_learn`, `fails`: whether and how the run went wrong.

@@ -62,7 +62,7 @@ def draw(
     reaches from the lowest to the highest value.
 
     Parameters:
-        frame: the runs, as `frame.runs` returns them.
+        frame: the runs, as `dfl.runs` returns them.
         what: names of quantities: loss, accuracy, alignment, norm, rms, dead, and columns of epochs.csv or
             iterations.csv without the ending /i, such as validation_loss. Default: those of loss, accuracy and
             alignment that were measured.

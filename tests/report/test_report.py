@@ -120,6 +120,27 @@ def test_card_shows_one_rule(reported):
     )
 
 
+def test_card_has_no_column_of_dashes(reported):
+    for rule, absent in (("dfa", "minus DFA"), ("bp", "minus BP")):
+        text = dfl_report(reported, "outputs", "--card", rule, "--where", "smoke=false").stdout
+        assert absent not in text.partition("How the numbers are computed")[0]
+        assert "Minus BP, minus DFA: differences" in text
+
+
+def test_tables_in_a_terminal_name_their_section_and_figures_their_file(reported, tmp_path):
+    folder = tmp_path / "figures"
+    text = dfl_report(reported, "outputs", "--figures", folder).stdout
+    for section in (
+        "Fully connected net on MNIST",
+        "Fully connected net on MNIST (smoke test, no result)",
+    ):
+        for table in ("Alignment", "Stability"):
+            assert f"\n{table}: {section}\n\n" in text
+    assert "![" not in text
+    shown = re.findall(r"^Figure: (.*)$", text, re.M)
+    assert sorted(shown) == sorted(map(str, folder.glob("*.png")))
+
+
 def test_size_of_the_bp_signal_is_the_median_over_the_last_epoch(reported):
     text = dfl_report(reported, "outputs").stdout
     assert "‖δ of BP‖, layer 1" in text
