@@ -122,37 +122,23 @@ def latex(text: str) -> str:
     return text.translate(str.maketrans(LATEX_ESCAPE_RULES | LATEX_SYMBOLS))
 
 
-@dataclass
-class Format:
-    """A format in which tables are written."""
-
-    escape: Callable[[str], str]
-    mark: str
-    """Template that marks the best method."""
-    tabulate_name: str
-
-
-FORMATS = {
-    "simple": Format(str, "{} *", "simple"),
-    "github": Format(markdown, "**{}**", "github"),
-    "latex_booktabs": Format(latex, r"\textbf{{{}}}", "latex_raw"),
-    "html": Format(escape, "<b>{}</b>", "unsafehtml"),
+# for each format: the function that escapes its syntax, the template that marks the best method, tabulate's name
+FORMATS: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "terminal": (str, "{} *", "simple"),
+    "markdown": (markdown, "**{}**", "github"),
+    "latex": (latex, r"\textbf{{{}}}", "latex_raw"),
+    "html": (escape, "<b>{}</b>", "unsafehtml"),
 }
 
 
 def write(table: Table, format_name: str) -> str:
-    """Return a table as text.
-
-    format_name: simple (for a terminal), github, latex_booktabs or html.
-    """
-    style = FORMATS[format_name]
-    texts = table.frame.map(style.escape)
+    """Return a table as text in one of the `FORMATS`."""
+    escaped, mark, tabulate_name = FORMATS[format_name]
+    texts = table.frame.map(escaped)
     if len(table.best):
-        marked = texts.method.map(style.mark.format)
-        texts["method"] = texts.method.mask(table.best, marked)
-    heads = [style.escape(head) for head in texts.columns]
-    text = tabulate(texts.to_numpy().tolist(), heads, style.tabulate_name, disable_numparse=True)
-    if format_name == "latex_booktabs":
-        for rule in ("toprule", "midrule", "bottomrule"):
-            text = text.replace(r"\hline", rf"\{rule}", 1)
+        texts["method"] = texts.method.mask(table.best, texts.method.map(mark.format))
+    heads = [escaped(head) for head in texts.columns]
+    text = tabulate(texts.to_numpy().tolist(), heads, tabulate_name, disable_numparse=True)
+    for rule in ("toprule", "midrule", "bottomrule"):
+        text = text.replace(r"\hline", rf"\{rule}", 1)  # only LaTeX has them
     return text
