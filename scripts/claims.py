@@ -36,6 +36,7 @@ SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 FAILS, CANNOT_RANK, TOO_FEW = "fails at this rate", "cannot rank", "too few seeds"
 AGREES, DIFFERS, OTHER_LENGTH = "agrees", "differs", "other length"
 NOT_REPRODUCIBLE = "not reproducible as published"
+FEWEST_SEEDS = 3  # a verdict needs as many seeds of each method
 PUBLISHED = CONF_DIR / "experiment" / "published" / "values.csv"
 MARKS = {
     SUPPORTED: "✓",
@@ -149,7 +150,7 @@ def judged(
     rates: text with the learning rates that were compared.
     """
     verdict = UNDECIDED
-    if n < compare.FEWEST_SEEDS or math.isnan(estimate.low):
+    if n < FEWEST_SEEDS or math.isnan(estimate.low):
         verdict = TOO_FEW
     elif estimate.low > 0:
         verdict = SUPPORTED
@@ -228,7 +229,7 @@ def alignment_claims(
         ]
         common = sides[0].columns.intersection(sides[1].columns)
         counts = pd.concat([side[common].count() for side in sides], axis="columns")
-        has_seeds = counts.min(axis="columns") >= compare.FEWEST_SEEDS
+        has_seeds = counts.min(axis="columns") >= FEWEST_SEEDS
         if has_seeds.any():
             common = common[has_seeds]
         means = [
@@ -311,12 +312,12 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
             row |= {"found": value.not_reproducible, "verdict": NOT_REPRODUCIBLE}
         elif whole.fails.any():
             row |= {"found": failures(whole, whole.method.unique()), "verdict": FAILS}
-        elif len(rates) >= compare.FEWEST_SEEDS:
+        elif len(rates) >= FEWEST_SEEDS:
             row |= compared(rates, value.accuracy / 100, whole.test_images.max())
         else:
             lengths = ", ".join(map(str, sorted(set(runs_of.epochs) - {values["epochs"]})))
             is_other = whole.empty and bool(lengths)
-            found = f"{len(rates)} of {compare.FEWEST_SEEDS} seeds"
+            found = f"{len(rates)} of {FEWEST_SEEDS} seeds"
             if len(rates):
                 found = f"{100 * rates.mean():.2f}: {found}"
             if is_other:

@@ -15,7 +15,6 @@ from dfl_experiments.report.frame import POINT, ROW, distinct, layer_names
 LEVEL = 0.95
 FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
 LARGEST_RATIO = 3.0  # of a method's standard deviation to the other methods', see `pooled`
-FEWEST_SEEDS = 3  # a claim about two methods needs as many seeds of both
 MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
 SPAN = ("bp", "shallow")  # the methods between which the depth utility places the others
 NOISE_FLOORS = 3.0  # BP's lead over Shallow in single runs must exceed this many noise floors

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
@@ -131,7 +130,12 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     points = 100 * accuracies.agg(mean="mean", low="min", high="max")
     points["fails"] = ended.groupby(keys).fails.any()
     for method in sorted(ended.method.unique(), key=method_order):
-        draw_rates(axes, method, points.loc[method])
+        colour, dash = look_of(method)
+        curve = points.loc[method]
+        label = method_name(method)
+        axes.plot(curve["mean"], marker="o", color=colour, linestyle=dash, label=label)
+        axes.fill_between(curve.index, curve.low, curve.high, color=colour, alpha=0.15)
+        axes.vlines(curve.index, curve.low, curve.high, color=colour)
     failing = points[points.fails].reset_index()
     axes.plot(failing.lr, failing["mean"], "x", color="black", markersize=9)
     axes.set_xscale("log")
@@ -141,12 +145,3 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     axes.minorticks_off()
     add_text(figure, title, ["Mean over the runs at each rate, their range shaded."])
     return figure
-
-
-def draw_rates(axes: Axes, method: str, points: DataFrame) -> None:
-    """Draw a method's accuracy at each learning rate. points: mean, lowest and highest accuracy by rate."""
-    colour, dash = look_of(method)
-    label = method_name(method)
-    axes.plot(points["mean"], marker="o", color=colour, linestyle=dash, label=label)
-    axes.fill_between(points.index, points.low, points.high, color=colour, alpha=0.15)
-    axes.vlines(points.index, points.low, points.high, color=colour)
