@@ -15,6 +15,7 @@ from dfl_experiments.report.frame import POINT, ROW, distinct, layer_names
 LEVEL = 0.95
 FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
 LARGEST_RATIO = 3.0  # of a method's standard deviation to the other methods', see `pooled`
+FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
 MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
 SPAN = ("bp", "shallow")  # the methods between which the depth utility places the others
 NOISE_FLOORS = 3.0  # BP's lead over Shallow in single runs must exceed this many noise floors
@@ -180,23 +181,31 @@ def depth_utility(chosen: DataFrame) -> DataFrame:
 
         utility = (accuracy − accuracy_Shallow) / (accuracy_BP − accuracy_Shallow)
 
-    Each accuracy is the mean of a method's runs at its own best learning rate. Methods with a failing run are left out.
-    The column `ranks` says whether BP is significantly more accurate than Shallow. If not, the utility is NaN.
+    Each accuracy is that of a method at its own best learning rate. The interval is Fieller's, with the variance that
+    `against` pools over the setting. It needs 3 seeds, and a method that the variance does not leave out.
+
+    The column `ranks` says whether BP is significantly more accurate than Shallow. If not, the utility is NaN. Methods
+    with a failing run are left out.
+
+    Source: Fieller, "Some problems in interval estimation", 1954.
     """
     rows: list[tuple[Any, ...]] = []
     for setting, runs in chosen.groupby(ROW, sort=False):
         samples = samples_of(runs)
         if not samples.keys() >= set(SPAN):
             continue
+        pool = pooled(samples, SPAN)
         ranks = can_rank(samples, runs.test_images.max())
-        bp = samples.pop("bp").mean()
-        shallow = samples.pop("shallow").mean()
+        bp = samples.pop("bp")
+        shallow = samples.pop("shallow")
         for method, values in samples.items():
-            utility = math.nan
+            utility = Estimate(math.nan)
             if ranks:
-                utility = (values.mean() - shallow) / (bp - shallow)
-            rows.append((*setting, method, utility, ranks))
-    names = [*ROW, "method", "utility", "ranks"]
+                utility = fieller(values, bp, shallow, pool)
+            if method not in pool.methods:
+                utility = Estimate(utility.value)
+            rows.append((*setting, method, *utility, ranks))
+    names = [*ROW, "method", "utility", "low", "high", "ranks"]
     return DataFrame(rows, columns=names)
 
 
@@ -221,6 +230,32 @@ def can_rank(samples: Samples, test_images: float) -> bool:
 def noise_floor(accuracy: Any, test_images: Any) -> Any:
     """Return the standard deviation √(p(1−p)/N) of accuracies p on N test images; 0 if N is unknown (NaN)."""
     return np.nan_to_num(np.sqrt(accuracy * (1 - accuracy) / test_images))
+
+
+def fieller(values: np.ndarray, bp: np.ndarray, shallow: np.ndarray, pool: Pool) -> Estimate:
+    """Return (mean(values) − mean(shallow)) / (mean(bp) − mean(shallow)) with Fieller's interval."""
+    lowest = shallow.mean()
+    bottom = bp.mean() - lowest
+    ratio = (values.mean() - lowest) / bottom
+    fewest = min(len(values), len(bp), len(shallow))
+    if fewest < FEWEST_SEEDS or pool.variance == 0:
+        return Estimate(ratio)
+    t = student(pool.degrees)
+    var_top = pool.of_difference(len(values), len(shallow))
+    var_bottom = pool.of_difference(len(bp), len(shallow))
+    covariance = pool.variance / len(shallow)
+    g = t**2 * var_bottom / bottom**2
+    if g >= 1:
+        return Estimate(ratio)
+    centre = ratio - g * covariance / var_bottom
+    spread = var_top - 2 * ratio * covariance + ratio**2 * var_bottom
+    var_rest = var_top - covariance**2 / var_bottom
+    spread -= g * var_rest
+    spread = max(spread, 0.0)  # rounding can make it negative
+    half = t * math.sqrt(spread) / abs(bottom)
+    low = (centre - half) / (1 - g)
+    high = (centre + half) / (1 - g)
+    return Estimate(ratio, low, high)
 
 
 def cosines(runs: DataFrame) -> DataFrame:

@@ -67,7 +67,9 @@ def compared_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
 
     chosen: what `choose.choose` returns for the runs.
     """
-    comparisons = [compare.depth_utility(chosen)]
+    utility = compare.depth_utility(chosen)
+    utility = utility.rename(columns={"low": "utility_low", "high": "utility_high"})
+    comparisons = [utility]
     for control in ("bp", "dfa"):
         names = [*CELL, *difference_names(control)]
         comparison = compare.against(chosen, control)
@@ -211,7 +213,7 @@ def utility_text(row: Any) -> str:
     """Return a cell's depth utility in percent. Return "cannot rank" if BP is not significantly better than Shallow."""
     if pd.notna(row.ranks) and not row.ranks:
         return "cannot rank"
-    return NONE if math.isnan(row.utility) else f"{100 * row.utility:.0f}"
+    return interval_text(row.utility, row.utility_low, row.utility_high, style=".0f")
 
 
 def details(section: Section) -> list[Table]:

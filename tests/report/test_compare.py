@@ -12,6 +12,7 @@ from dfl_experiments.report import compare
 from dfl_experiments.report.compare import (
     critical_value,
     dunnett,
+    fieller,
 )
 from dfl_experiments.report.frame import ROW, runs
 
@@ -69,6 +70,20 @@ def test_rules_with_another_variance_or_too_few_seeds_are_not_in_dunnetts_test()
     assert all(math.isnan(estimate.low) for estimate, _ in dunnett(equal, "bp").values())
 
 
+def test_fieller_s_limits_are_where_the_ratio_is_just_not_rejected():
+    groups = [RANDOM.normal(mean, 0.4, 4) for mean in (95.0, 97.0, 92.0)]
+    values, bp, shallow = groups
+    pool = compare.pooled({"las": values, "bp": bp, "shallow": shallow}, compare.SPAN)
+    found = fieller(values, bp, shallow, pool)
+    variance, degrees = pool.variance, pool.degrees
+    t = stats.t.ppf(0.975, degrees)
+    for limit in (found.low, found.high):
+        difference = values.mean() - shallow.mean() - limit * (bp.mean() - shallow.mean())
+        error = math.sqrt(variance * (1 / 4 + limit**2 / 4 + (1 - limit) ** 2 / 4))
+        assert abs(difference) / error == pytest.approx(t)
+    assert found.low < found.value < found.high
+
+
 def test_depth_utility_is_1_for_bp_and_0_for_shallow_and_none_where_nothing_can_be_ranked(kept):
     frame = compare.depth_utility(kept[(kept.epochs == 10) & (kept.lr == 1e-4)])
     cifar100 = (
@@ -103,7 +118,8 @@ def test_method_with_a_large_spread_does_not_change_the_utility_of_the_others():
     alone = compare.depth_utility(frame[frame.method != "dfa"]).set_index("method")
     assert with_dfa.ranks.all()
     assert with_dfa.utility["las"] == pytest.approx(0.6)
-    assert with_dfa.utility["las"] == pytest.approx(alone.utility["las"])
+    assert list(with_dfa.loc["las"]) == pytest.approx(list(alone.loc["las"]))
+    assert math.isnan(with_dfa.low["dfa"])
 
 
 def test_single_runs_must_differ_by_three_noise_floors_to_rank():
