@@ -10,7 +10,7 @@ from pandas import DataFrame, Series
 from scipy import stats
 
 from dfl_experiments.report.choose import counted
-from dfl_experiments.report.frame import POINT, ROW, curves, distinct, layer_names
+from dfl_experiments.report.frame import POINT, ROW, distinct, layer_names
 
 LEVEL = 0.95
 FEWEST_DEGREES = 6  # with fewer degrees of freedom, a pooled variance gives no interval
@@ -18,7 +18,6 @@ LEAST_VARIANCE = 1e-18  # a variance below it comes from rounding: all seeds hav
 LARGEST_RATIO = 3.0  # of a method's standard deviation to the other methods', see `pooled`
 FEWEST_SEEDS = 3  # with fewer seeds, a ratio has no interval
 MOST_ZEROS = 0.5  # a layer has no cosine if its signal is zero for a larger share of samples
-TAIL = 4_000_000  # bytes at the end of iterations.csv that hold the last measured epoch
 SPAN = ("bp", "shallow")  # the methods between which the depth utility places the others
 NOISE_FLOORS = 3.0  # BP's lead over Shallow in single runs must exceed this many noise floors
 
@@ -312,22 +311,4 @@ def alignment(runs: DataFrame) -> DataFrame:
     means = points[names].mean()
     means["n"] = points.size()
     means["no_signal"] = points.no_signal.first()
-    return means.reset_index()
-
-
-def reference_sizes(chosen: DataFrame) -> DataFrame:
-    """Return the median ‖δ of BP‖ over the batches of the last epoch for each method and layer, averaged over runs.
-
-    It is the last epoch in which this was measured. Runs without iterations.csv are left out.
-    """
-    table = curves(chosen, "iterations", tail=TAIL)
-    names = layer_names(table, "norm_bp")
-    table = table.dropna(subset=names, how="all")
-    if not names or table.empty:
-        return DataFrame()
-    last_epochs = table.groupby("folder").epoch.transform("max")
-    last = table[table.epoch == last_epochs]
-    medians = last.groupby("folder")[names].median()
-    of_points = chosen[[*POINT, "folder"]].merge(medians, on="folder")
-    means = of_points.groupby(POINT)[names].mean()
     return means.reset_index()

@@ -48,10 +48,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_where(add)
     log = "logarithmic y axis, except for accuracy, alignment and dead"
     add("--log", action="store_true", help=log)
-    size = (
-        "width and height in inches of a figure for a paper: without title, caption and the dotted "
-        "curves of the validation set (--what validation_accuracy draws them)"
-    )
+    size = "width and height in inches of a figure for a paper, without title and caption"
     add("--size", type=inches, metavar="WxH", help=size)
     add("--dpi", type=dots, default=150, help="dots per inch of a PNG file (default: 150)")
     out = ".png, .pdf or .svg (default: plot.png, in RUN if there is one)"

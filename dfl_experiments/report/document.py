@@ -30,7 +30,7 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid
 th, td { padding: .25rem .7rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 .note { font-size: .85rem; opacity: .8; }
 figure { margin: 1.5rem 0; overflow-x: auto; background: white; border-radius: .4rem; }
-figure svg { max-width: 100%; height: auto; min-width: 20rem; } summary { cursor: pointer; }
+figure svg { max-width: 100%; height: auto; min-width: 20rem; }
 """
 HEAD = f"""<!doctype html>
 <html lang="en">
@@ -41,8 +41,8 @@ HEAD = f"""<!doctype html>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>Direct feedback runs</h1>
-"""
+<h1>Direct feedback runs</h1>"""
+HTML = {"heading": "<h2>{}</h2>", "title": "<h3>{}</h3>", "note": '<p class="note">{}</p>'}
 
 
 def report(asked: Namespace) -> None:
@@ -103,7 +103,7 @@ def parts(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the parts of the report as (kind, content), section by section.
 
-    kind: "heading", "table", "figure", "details", "notes" or "items".
+    kind: "heading", "title" (of a table that is not the first of its section), "table", "figure", "note" or "items".
     """
     runs = pd.concat([section.runs for section in sections])
     paper = published() if asked.paper else None
@@ -115,16 +115,20 @@ def parts(
         if asked.card:
             shown = [table.only(asked.card) for table in shown]
         answer, *details = [table for table in shown if len(table.frame)]
-        for table in shown:
-            columns.update(table.frame.columns)
         yield "heading", section.title
         yield "table", answer
+        yield "note", answer.caption
         for drawing in drawings:
             if drawing.section == section.title:
                 yield "figure", drawing
         for table in details:
-            yield "details", table
-        yield "notes", tables.notes(section)
+            yield "title", f"{table.title}: {section.title}"
+            yield "table", table
+            yield "note", table.caption
+        for note in tables.notes(section):
+            yield "note", note
+        for table in shown:
+            columns.update(table.frame.columns)
     if asked.paper:
         yield "heading", "Missing runs of the paper's tables"
         yield "items", missing(runs)
@@ -139,50 +143,37 @@ def text(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing])
     lines: list[str] = []
     for kind, content in parts(sections, asked, drawings):
         if kind == "heading":
-            underlined = f"{content}\n{72 * '='}"
-            lines.append(f"## {clean(content)}" if is_markdown else underlined)
+            lines.append(f"## {clean(content)}" if is_markdown else f"{content}\n{72 * '='}")
+        elif kind == "title":
+            lines.append(f"### {clean(content)}" if is_markdown else content)
+        elif kind == "table":
+            lines.append(table_text.write(content, asked.format))
         elif kind == "figure":
             file = asked.figures / f"{content.name}.png"
-            lines.append(picture(file, asked.out))
-        elif kind == "notes":
-            lines += [clean(note) for note in content]
-        elif kind == "items":
+            lines.append(picture(file, asked.out) if is_markdown else f"Figure: {file}")
+        elif kind == "note":
+            lines.append(clean(content))
+        else:
             width = sys.maxsize if is_markdown else 100
             items = [textwrap.fill(f"- {item}", width, subsequent_indent="  ") for item in content]
             lines.append("\n".join(items))
-        else:
-            lines.append(table_text.write(content, "github" if is_markdown else "simple"))
-            lines.append(clean(content.caption))
     return "\n\n".join(filter(None, lines)) + "\n"
 
 
 def html(sections: list[Section], asked: Namespace, drawings: Iterable[Drawing]) -> str:
     """Return the report as one HTML page with tables and SVG figures. The page loads no other file."""
-    body = [html_part(kind, content) for kind, content in parts(sections, asked, drawings)]
-    return "\n".join([HEAD, *body, "</body>\n</html>\n"])
-
-
-def html_part(kind: str, content: Any) -> str:
-    """Return a part of the report as HTML. Of a part "details", only the title is visible until one clicks on it."""
-    if kind == "heading":
-        return f"<h2>{escape(content)}</h2>"
-    if kind == "figure":
-        return f"<figure>{svg(content.figure)}</figure>"
-    if kind == "notes":
-        return html_notes(content)
-    if kind == "items":
-        items = [f"<li>{escape(text)}</li>" for text in content]
-        return "\n".join(["<ul>", *items, "</ul>"])
-    table = f'<div class="wide">{table_text.write(content, "html")}</div>'
-    table = f"{table}\n{html_notes([content.caption])}"
-    if kind == "details":
-        return f"<details><summary>{content.title}</summary>\n{table}\n</details>"
-    return table
-
-
-def html_notes(texts: Iterable[str]) -> str:
-    """Return one HTML paragraph for each note that is not empty."""
-    return "\n".join(f'<p class="note">{escape(text)}</p>' for text in texts if text)
+    body = [HEAD]
+    for kind, content in parts(sections, asked, drawings):
+        if kind == "table":
+            body.append(f'<div class="wide">{table_text.write(content, "html")}</div>')
+        elif kind == "figure":
+            body.append(f"<figure>{svg(content.figure)}</figure>")
+        elif kind == "items":
+            items = [f"<li>{escape(item)}</li>" for item in content]
+            body += ["<ul>", *items, "</ul>"]
+        elif content:
+            body.append(HTML[kind].format(escape(content)))
+    return "\n".join([*body, "</body>\n</html>\n"])
 
 
 def svg(figure: Figure) -> str:
@@ -203,21 +194,18 @@ def picture(file: Path, page: Path | None) -> str:
 
 def latex(sections: list[Section], asked: Namespace) -> str:
     """Return the tables of every section in LaTeX. The LaTeX document needs the package booktabs."""
-    texts = []
-    heading = ""
+    lines = []
+    title = ""
     for kind, content in parts(sections, asked, []):
         if kind == "heading":
-            heading = content
-        elif kind in ("table", "details"):
-            title = content.title
-            if kind == "table":
-                title = "Test accuracy, mean ± sd over n seeds"
-            caption = table_text.latex(f"{heading}. {title}. {content.caption}")
-            texts.append("\\begin{table}\n\\centering")
-            texts.append(rf"\caption{{{caption}}}")
-            texts.append(table_text.write(content, "latex_booktabs"))
-            texts.append("\\end{table}\n")
-    return "\n".join(texts) + "\n"
+            title = f"{content}. Test accuracy, mean ± sd over n seeds"
+        elif kind == "title":
+            title = content
+        elif kind == "table":
+            caption = table_text.latex(f"{title}. {content.caption}")
+            lines += [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
+            lines += [table_text.write(content, "latex"), "\\end{table}\n"]
+    return "\n".join(lines) + "\n"
 
 
 def csv_of(sections: list[Section]) -> str:

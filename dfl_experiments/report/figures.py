@@ -3,16 +3,14 @@
 import re
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import POINT_IN_CELL, counted
 from dfl_experiments.report.frame import ROW, distinct, layer_names
-from dfl_experiments.report.lines import add_legend, draw
+from dfl_experiments.report.lines import add_text, draw
 from dfl_experiments.report.style import (
-    add_text,
     look_of,
     method_name,
     method_order,
@@ -72,11 +70,7 @@ def figures_of_row(row: DataFrame, chosen: DataFrame, title: str) -> dict[str, F
         figures["learning"] = draw(shown, what=["accuracy", "loss"], by="epoch")
         if len(aligned):
             figures["alignment"] = draw(aligned, what=["alignment"], by="epoch")
-        present = {kind: figure for kind, figure in figures.items() if figure}
-        for figure in present.values():
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # keep this layout in every format
-    return present
+    return {kind: figure for kind, figure in figures.items() if figure}
 
 
 def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
@@ -108,8 +102,7 @@ def differences(chosen: DataFrame, title: str) -> Figure | None:
     frame = frame.dropna(subset="low").sort_values("difference")
     if frame.empty:
         return None
-    height = 1.5 + 0.28 * len(frame)
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+    figure = Figure(figsize=(5.4, 1.5 + 0.28 * len(frame)), layout="constrained")
     axes = figure.subplots()
     points = 100 * frame[["difference", "low", "high"]]
     heights = range(len(frame))
@@ -120,12 +113,7 @@ def differences(chosen: DataFrame, title: str) -> Figure | None:
     axes.set_yticks(heights, frame.method.map(method_name))
     axes.set_ylim(-0.7, len(frame) - 0.3)
     axes.set(xlabel="test accuracy minus BP's, points (simultaneous 95 % intervals)")
-    add_text(figure, title, [])
-    widths = points.high - points.low
-    width = max(widths.median(), 1)
-    if points.difference.min() < -10 * width:
-        # on a linear axis, the largest difference would compress all others
-        axes.set_xscale("symlog", linthresh=width)
+    add_text(figure, title)
     return figure
 
 
@@ -135,14 +123,19 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     all_rates = sorted(ended.lr.unique())
     if len(all_rates) < 2 or ended.accuracy.isna().all():
         return None
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     axes = figure.subplots()
     keys = ["method", "lr"]
     accuracies = counted(ended, keys).groupby(keys).accuracy
     points = 100 * accuracies.agg(mean="mean", low="min", high="max")
     points["fails"] = ended.groupby(keys).fails.any()
     for method in sorted(ended.method.unique(), key=method_order):
-        draw_rates(axes, method, points.loc[method])
+        colour, dash = look_of(method)
+        curve = points.loc[method]
+        label = method_name(method)
+        axes.plot(curve["mean"], marker="o", color=colour, linestyle=dash, label=label)
+        axes.fill_between(curve.index, curve.low, curve.high, color=colour, alpha=0.15)
+        axes.vlines(curve.index, curve.low, curve.high, color=colour)
     failing = points[points.fails].reset_index()
     axes.plot(failing.lr, failing["mean"], "x", color="black", markersize=9)
     axes.set_xscale("log")
@@ -150,27 +143,5 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     axes.set_ylabel("test accuracy, %")
     axes.set_xticks(all_rates, [f"{lr:g}" for lr in all_rates])
     axes.minorticks_off()
-    axes.set_ylim(usual_range(points))
-    add_legend(figure)
     add_text(figure, title, ["Mean over the runs at each rate, their range shaded."])
     return figure
-
-
-def draw_rates(axes: Axes, method: str, points: DataFrame) -> None:
-    """Draw a method's accuracy at each learning rate. points: mean, lowest and highest accuracy by rate."""
-    colour, dash = look_of(method)
-    label = method_name(method)
-    axes.plot(points["mean"], marker="o", color=colour, linestyle=dash, label=label)
-    axes.fill_between(points.index, points.low, points.high, color=colour, alpha=0.15)
-    axes.vlines(points.index, points.low, points.high, color=colour)
-
-
-def usual_range(points: DataFrame) -> tuple[float, float]:
-    """Return the limits of the y axis. They leave out accuracies that lie far below the others."""
-    lower, upper = points["mean"].quantile([0.25, 0.75])
-    limit = lower - 5 * (upper - lower)
-    is_usual = points.low >= limit
-    lowest = points.low[is_usual].min()
-    highest = points.high.max()
-    margin = 0.05 * (highest - lowest) or 1
-    return lowest - margin, highest + margin

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -37,8 +36,10 @@ def runs(*folders: str | Path) -> DataFrame:
 
     Columns:
         `folder`, `status`, `reason`: the run directory, how the run ended, and why.
-        `ROW`, `method`, `rule`, `lr`, `weight_decay`, `seed`: the settings. There is also a column for every other
-            configuration key that differs between runs of one net and data set. `config` holds all keys.
+        `smoke`, `dataset`, `model`, `augmentation`, `epochs`, `limit`, `optimizer`, `schedule`, `precision`,
+            `protocol`, `method`, `rule`, `lr`, `weight_decay`, `seed`: the settings. There is also a column for every
+            other configuration key that differs between runs of one net and data set. `setting` holds all of these
+            others as one text, and `config` holds all keys.
         `accuracy`, `validation_accuracy`, `score`, `seconds`, `cosine/1`, `dead/1`, …: the results. Accuracies are
             fractions of 1.
         `unstable`, `failed_to_learn`, `fails`: whether and how the run went wrong.
@@ -134,12 +135,12 @@ def refuse_no_table(frame: Any, function: str) -> None:
         )
 
 
-def curves(frame: DataFrame, table: str = "epochs", tail: int = sys.maxsize) -> DataFrame:
+def curves(frame: DataFrame, table: str = "epochs", only_names: bool = False) -> DataFrame:
     """Return the rows of `epochs.csv` or `iterations.csv` of all runs, with a column for the run's `folder`.
 
     An incomplete last line is left out, because a run that still trains may be writing it.
 
-    tail: of a longer file, only the rows in the last `tail` bytes are read. 0: the names of the columns.
+    only_names: read only the names of the columns, and no rows.
     """
     refuse_no_table(frame, "curves")
     tables = []
@@ -148,11 +149,7 @@ def curves(frame: DataFrame, table: str = "epochs", tail: int = sys.maxsize) -> 
         if not path.exists():
             continue
         with opened(path) as file:
-            content = file.readline()
-            if path.stat().st_size > tail:
-                file.seek(-tail, os.SEEK_END)
-                file.readline()  # the rest of a line
-            content += file.read()
+            content = file.readline() if only_names else file.read()
         lines = content[: content.rfind(b"\n") + 1]
         if not lines:
             continue

@@ -1,8 +1,11 @@
 """Group runs into the lines of a figure, and choose the label, the colour and the dash of each line."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from pandas import DataFrame
 from pandas.api.types import is_numeric_dtype
 
@@ -15,7 +18,6 @@ from dfl_experiments.report.style import (
     USUAL,
     Look,
     common_words,
-    gradient,
     look_of,
     method_order,
     title_of,
@@ -71,7 +73,7 @@ def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list
     for column in columns:
         lines["label"] = lines.label.str.cat(in_words(lines, column), sep=", ")
     lines["label"] = lines.label.str.strip(", ")
-    key = color or next(iter(columns), "label")
+    key = color or next(iter(columns), "method")
     lines["look"] = looks(lines, key)
     lines["legend"] = lines.label
     if lines.label.nunique() > MOST_LABELS:
@@ -102,32 +104,22 @@ def looks(lines: DataFrame, key: str) -> list[Look]:
     If there are few labels, lines of the same colour get different dashes.
     """
     values = sorted(lines[key].unique())
-    by_value = {}
-    for index, value in enumerate(values):
-        if key == "method":
-            by_value[value] = look_of(value)
-        elif is_numeric_dtype(lines[key]):
-            by_value[value] = gradient(index, len(values))
-        else:
-            by_value[value] = Look(PALETTE[index % len(PALETTE)])
-    looks_of_lines = lines[key].map(by_value)
-    by_label = dict(zip(lines.label, looks_of_lines, strict=True))
-    distinct_looks = set(by_label.values())
-    if len(distinct_looks) < len(by_label) <= MOST_LABELS:
-        by_label = with_dashes(by_label)
+    if key == "method":
+        looks_of_values = [look_of(value) for value in values]
+    elif is_numeric_dtype(lines[key]):
+        colours = colormaps["viridis"](np.linspace(0, 0.85, len(values)))  # from dark to light
+        looks_of_values = [Look(to_hex(colour)) for colour in colours]
+    else:
+        looks_of_values = [Look(PALETTE[index % len(PALETTE)]) for index in range(len(values))]
+    by_value = dict(zip(values, looks_of_values, strict=True))
+    by_label = dict(zip(lines.label, lines[key].map(by_value), strict=True))
+    if len(set(by_label.values())) < len(by_label) <= MOST_LABELS:
+        used: Counter[str] = Counter()
+        for label, look in by_label.items():
+            dash = DASHES[used[look.colour] % len(DASHES)]
+            used[look.colour] += 1
+            by_label[label] = Look(look.colour, dash)
     return [by_label[label] for label in lines.label]
-
-
-def with_dashes(by_label: Mapping[str, Look]) -> dict[str, Look]:
-    """Return the looks with different dashes for labels of the same colour."""
-    used: Counter[str] = Counter()
-    dashed = {}
-    for label, look in by_label.items():
-        colour = look.colour
-        dash = DASHES[used[colour] % len(DASHES)]
-        used[colour] += 1
-        dashed[label] = Look(colour, dash)
-    return dashed
 
 
 def title(lines: DataFrame) -> str:

@@ -7,7 +7,6 @@ from textwrap import fill
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -18,20 +17,18 @@ from dfl_experiments.report.frame import refuse_no_table, with_key
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
 from dfl_experiments.report.run_record import ALIASES
 from dfl_experiments.report.series import known, measured, over_seeds, quantity_of, recorded
-from dfl_experiments.report.style import TEXT_GREY, Look, add_text, styled
+from dfl_experiments.report.style import TEXT_GREY, Look, styled
 
 DEFAULT = ("loss", "accuracy", "alignment")
 # relative to BP: constant in a layer whose signal equals BP's
 RELATIVE = ("alignment", "cosine_batch", "norm")
 BOUNDED = ("accuracy", "alignment", "dead")  # endings of the names of quantities with a fixed range
-MOST_COLUMNS = 3  # largest number of panels in a row
-MOST_COLUMNS_OF_FACET = 6  # the same, if every facet begins a new row
+MOST_ROWS = 3  # largest number of panels in a figure of one column
+MOST_COLUMNS = 5  # largest number of panels in a row
 NARROWEST = 1.6  # inches of a panel in a figure of a given size
-MOST_IN_COLUMN = 14  # largest number of texts in a column of the legend
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_POINTS = 500  # largest number of points in a curve
-MOST_DETAILED = 3  # a panel with more curves shows no validation curves
-OUTLIER = 4  # a value is an outlier if it exceeds this multiple of the median height of the curves
+OUTLIER = 4  # a curve is an outlier if it exceeds this multiple of the curves' median height
 
 
 class Panel(NamedTuple):
@@ -62,7 +59,7 @@ def draw(
     reaches from the lowest to the highest value.
 
     Parameters:
-        frame: the runs, as `frame.runs` returns them.
+        frame: the runs, as `dfl.runs` returns them.
         what: names of quantities: loss, accuracy, alignment, norm, rms, dead, and columns of epochs.csv or
             iterations.csv without the ending /i, such as validation_loss. Default: those of loss, accuracy and
             alignment that were measured.
@@ -72,8 +69,7 @@ def draw(
         facet: column or configuration key. Each of its values gets a panel for each quantity and layer.
         smooth: window of the running mean, in measured values. Default: 1/40 of the iterations; by epoch, none.
         log: use a logarithmic y axis, except for accuracy, alignment and dead.
-        size: width and height in inches of a figure for a paper. It has no title, no caption and no dotted curves of
-            the validation set.
+        size: width and height in inches of a figure for a paper, without title and caption.
 
     Raises:
         UserError: the frame is empty; no run has a requested quantity, layer or key; or no run has values.
@@ -101,9 +97,6 @@ def draw(
     values = over_seeds(measured(frame, names, x, smooth, notes), frame)
     refuse_unmeasured(layers or (), values)
     values = without_constants(values, lines, notes)
-    if size:
-        # a figure without a caption would not explain the dotted curves
-        values = values[~values.is_validation]
     for name in names:
         if what and name not in set(values.what):
             raise UserError(f"what={name}: not measured by {x}, or equal to BP's by construction")
@@ -115,17 +108,18 @@ def draw(
             shown = layers_of(of_quantity, layers, notes)
             panels += [Panel(name, layer, part) for layer in shown]
     with styled(is_small=size is not None):
-        figure = with_axes(panels, lines.facet.nunique(), size)
+        figure = with_axes(panels, lines, size)
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
-            draw_panel(axes, panel, values, notes)
+            draw_panel(axes, panel, values)
         # now all curves are drawn, also on shared axes
         for axes, panel in zip(figure.axes, panels, strict=True):
             if not panel.name.endswith(BOUNDED) and axes.lines:
-                set_scale(axes, panel.name, log, notes)
-        add_legend(figure, lines.legend.tolist(), is_below=size is not None)
-        if size is None:
-            add_text(figure, title(lines), notes)
+                set_scale(axes, log)
+        if size:
+            add_text(figure, order=lines.legend.tolist())
+        else:
+            add_text(figure, title(lines), notes, lines.legend.tolist())
     return figure
 
 
@@ -179,38 +173,35 @@ def evenly(count: int, most: int) -> list[int]:
     return indices.round().astype(int).tolist()
 
 
-def with_axes(panels: Sequence[Panel], facets: int, size: tuple[float, float] | None) -> Figure:
-    """Return a figure with axes for each panel. If a facet has several panels, it begins a new row.
+def with_axes(
+    panels: Sequence[Panel], lines: DataFrame, size: tuple[float, float] | None
+) -> Figure:
+    """Return a figure with axes for each panel: few panels in one column, several panels of each facet in one row.
 
     If all runs use one data set, panels of the same quantity and layer share one y axis. For bounded quantities, the
     panels of all layers share one.
     """
-    block = len(panels)  # number of panels that begin on a new row
-    most = MOST_COLUMNS
-    if 1 < facets < len(panels):
-        block = len(panels) // facets
-        most = MOST_COLUMNS_OF_FACET
+    facets = lines.facet.nunique()
+    columns = math.ceil(len(panels) / MOST_ROWS)
     if size:
-        most = min(most, max(1, int(size[0] / NARROWEST)))
-    rows = math.ceil(block / most)
-    columns = math.ceil(block / rows)
-    all_rows = rows * len(panels) // block
-    width = 2.3 + 4.2 * columns
-    height = 0.9 + 2.9 * all_rows
+        columns = int(size[0] / NARROWEST)
+    elif 1 < facets < len(panels):
+        columns = len(panels) // facets
+    columns = min(max(columns, 1), MOST_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width = 0.6 + 4.8 * columns
+    height = 1.2 + 2.7 * rows + 0.05 * lines.legend.nunique()
     figure = Figure(figsize=size or (width, height), layout="constrained")
-    datasets = pd.concat([panel.lines.dataset for panel in panels])
-    is_shared = datasets.nunique() == 1
+    is_shared = lines.dataset.nunique() == 1
     first: dict[Any, Axes] = {}
     for index, panel in enumerate(panels):
         layer = 0 if panel.name.endswith(BOUNDED) else panel.layer
         key = (panel.name, layer) if is_shared else index
-        facet, rest = divmod(index, block)
-        position = facet * rows * columns + rest + 1
-        first[key] = figure.add_subplot(all_rows, columns, position, sharey=first.get(key))
+        first[key] = figure.add_subplot(rows, columns, index + 1, sharey=first.get(key))
     return figure
 
 
-def draw_panel(axes: Axes, panel: Panel, values: DataFrame, notes: list[str]) -> None:
+def draw_panel(axes: Axes, panel: Panel, values: DataFrame) -> None:
     """Draw a panel: one curve for each line."""
     quantity = quantity_of(panel.name)
     title = quantity.title
@@ -229,12 +220,7 @@ def draw_panel(axes: Axes, panel: Panel, values: DataFrame, notes: list[str]) ->
     curves = values[is_quantity & is_layer & is_line].groupby("line")
     for number, rows in curves:
         line = panel.lines.loc[number]
-        draw_curve(axes, rows[~rows.is_validation], line["legend"], line["look"])
-        validation = rows[rows.is_validation]
-        if len(validation) and curves.ngroups <= MOST_DETAILED:
-            colour = line["look"].colour
-            axes.plot(validation.x, validation["mean"], ":", color=colour, linewidth=1.2)
-            notes.append("Dotted: validation set.")
+        draw_curve(axes, rows, line["legend"], line["look"])
     if not axes.lines:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=TEXT_GREY)
 
@@ -250,31 +236,21 @@ def draw_curve(axes: Axes, rows: DataFrame, label: str, look: Look) -> None:
     axes.plot(rows.x, rows["mean"], color=colour, linestyle=dash, marker=marker, label=label)
 
 
-def set_scale(axes: Axes, name: str, log: bool, notes: list[str]) -> None:
-    """Set the scale of a y axis so that outliers do not compress the curves.
+def set_scale(axes: Axes, log: bool) -> None:
+    """Make a y axis logarithmic on request, or if an outlier would compress the other curves on a linear axis.
 
-    Outliers of a loss are cut off. Outliers of other quantities make the axis logarithmic.
+    Ticks are also between the powers of ten if the values span less than three of them.
     """
     siblings = axes.get_shared_y_axes().get_siblings(axes)
     curves = []
     for sibling in siblings:
         curves += [np.asarray(line.get_ydata()) for line in sibling.lines]
-    values = np.concatenate(curves)
-    heights = [np.quantile(curve, 0.98) for curve in curves]
-    starts = [curve[0] for curve in curves]
-    usual_height = max(np.median(heights), np.median(starts))
-    limit = OUTLIER * usual_height
-    has_outliers = values.max() > limit > 0
-    if log or (has_outliers and not name.endswith("loss")):
-        set_log_scale(axes, values[values > 0])
-    elif has_outliers:
-        axes.set_ylim(0, limit)
-        notes.append(f"{quantity_of(name).title}: the axis cuts off the highest values.")
-
-
-def set_log_scale(axes: Axes, values: np.ndarray) -> None:
-    """Make a y axis logarithmic, with ticks also between the powers of ten if the values span less than three."""
+    heights = [curve.max() for curve in curves]
+    if not log and max(heights) <= OUTLIER * np.median(heights):
+        return
     axes.set_yscale("log")
+    values = np.concatenate(curves)
+    values = values[values > 0]
     multiples = [1]
     if len(values) and values.max() < 1e3 * values.min():
         multiples = [1, 2, 5]
@@ -283,27 +259,32 @@ def set_log_scale(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def add_legend(figure: Figure, order: Iterable[str] = (), is_below: bool = False) -> None:
-    """Add one legend for all panels, in which every text occurs once. It stands beside the panels, or below them.
+def add_text(
+    figure: Figure, title: str = "", notes: Iterable[str] = (), order: Iterable[str] = ()
+) -> None:
+    """Add a title above all panels, and below them a caption and one legend in which every text occurs once.
 
-    order: the order of the texts. Texts without a curve are left out. Default: the order in which they were drawn.
+    notes: the sentences of the caption.
+    order: the order of the texts in the legend. Default: the order in which they were drawn.
     """
+    width = figure.get_figwidth()
+    if title:
+        figure.suptitle(fill(title, int(9 * width)))
+    caption = fill(" ".join(dict.fromkeys(notes)), int(14 * width))
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         drawn, names = axes.get_legend_handles_labels()
-        for handle, label in zip(drawn, names, strict=True):
-            handles.setdefault(label, handle)
-    ordered = dict.fromkeys(order or handles)
-    labels = [label for label in ordered if label in handles]
-    if not labels:
-        return
-    shown = [handles[label] for label in labels]
+        handles |= dict(zip(names, drawn, strict=True))
+    labels = [label for label in dict.fromkeys(order or handles) if label in handles]
     texts = [fill(label, 24) for label in labels]
-    place: Any = "outside right center"
-    columns = math.ceil(len(labels) / MOST_IN_COLUMN)
-    if is_below:
-        place = "outside lower center"
-        longest = max(map(len, texts))
-        widest = 0.06 * longest + 0.6  # inches
-        columns = max(1, int(figure.get_figwidth() / widest))
-    figure.legend(shown, texts, loc=place, ncols=columns)
+    longest = max((len(line) for text in texts for line in text.splitlines()), default=0)
+    widest = 0.06 * longest + 0.6  # inches
+    legend = figure.legend(
+        [handles[label] for label in labels],
+        texts,
+        loc="outside lower center",
+        ncols=max(1, int(width / widest)),
+        title=caption,
+        title_fontsize=8,
+    )
+    legend.get_title().set_color(TEXT_GREY)

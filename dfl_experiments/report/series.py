@@ -15,8 +15,8 @@ from dfl_experiments.report.frame import curves
 class Quantity(NamedTuple):
     """A quantity that `draw` can show."""
 
-    columns: tuple[str, ...]
-    """Columns of epochs.csv, without the ending /i for hidden layer i. A second column is for the validation set."""
+    column: str
+    """Column of epochs.csv, without the ending /i for hidden layer i."""
     title: str
     """Title of a panel."""
     axis: str
@@ -27,16 +27,16 @@ class Quantity(NamedTuple):
 
 ACCURACY = "accuracy (%)"
 WHAT = {
-    "loss": Quantity(("train_loss", "validation_loss"), "Training loss", "loss"),
-    "accuracy": Quantity(("test_accuracy", "validation_accuracy"), "Test accuracy", ACCURACY, 100),
-    "alignment": Quantity(("cosine",), "Alignment", "cosine of δ with BP's"),
-    "norm": Quantity(("norm_ratio",), "Size of the error signal", "‖δ‖ / ‖δ of BP‖"),
-    "rms": Quantity(("activation_rms",), "Activations", "root mean square of h"),
-    "dead": Quantity(("dead",), "Dead units", "share of units (%)", 100),
-    "lr": Quantity(("lr",), "Learning rate", "learning rate"),
+    "loss": Quantity("train_loss", "Training loss", "loss"),
+    "accuracy": Quantity("test_accuracy", "Test accuracy", ACCURACY, 100),
+    "alignment": Quantity("cosine", "Alignment", "cosine of δ with BP's"),
+    "norm": Quantity("norm_ratio", "Size of the error signal", "‖δ‖ / ‖δ of BP‖"),
+    "rms": Quantity("activation_rms", "Activations", "root mean square of h"),
+    "dead": Quantity("dead", "Dead units", "share of units (%)", 100),
+    "lr": Quantity("lr", "Learning rate", "learning rate"),
 }
 # column, without the ending /i: the quantity of `WHAT` that it is another name of
-COLUMNS = {quantity.columns[0]: name for name, quantity in WHAT.items()}
+COLUMNS = {quantity.column: name for name, quantity in WHAT.items()}
 COLUMNS["cosine_sample"] = "alignment"
 KEYS = ("folder", "epoch", "iteration")  # columns that are no quantities
 
@@ -47,13 +47,13 @@ def quantity_of(name: str) -> Quantity:
         return WHAT[name]
     words = name.replace("_", " ")
     if name.endswith("accuracy"):
-        return Quantity((name,), words.capitalize(), ACCURACY, 100)
-    return Quantity((name,), words.capitalize(), words)
+        return Quantity(name, words.capitalize(), ACCURACY, 100)
+    return Quantity(name, words.capitalize(), words)
 
 
 def recorded(frame: DataFrame, table: str) -> list[str]:
     """Return the names of the quantities in `epochs.csv` or `iterations.csv` of the runs."""
-    rows = curves(frame, table, tail=0)
+    rows = curves(frame, table, only_names=True)
     if table == "iterations":
         rows = with_names_of_epochs(rows)
     columns = dict.fromkeys(name.partition("/")[0] for name in rows)
@@ -126,22 +126,20 @@ def long(table: DataFrame, x: str, names: Sequence[str]) -> DataFrame:
         column: name of the column in `table`.
         what: name of the quantity.
         layer: hidden layer, or 0 for a quantity of the whole net.
-        is_validation: whether the value belongs to the quantity's second column.
     """
     keys = {"folder": table.folder, "x": table[x]}
     # an empty first part with the types of the others
-    empty = DataFrame(keys)[:0].assign(value=0.0, column="", what="", layer=0, is_validation=False)
+    empty = DataFrame(keys)[:0].assign(value=0.0, column="", what="", layer=0)
     parts = [empty]
     for name in names:
         quantity = quantity_of(name)
         for column in table:
             base, _, layer = column.partition("/")
-            if base in quantity.columns:
+            if base == quantity.column:
                 part = DataFrame({**keys, "value": quantity.scale * table[column]})
                 part["column"] = column
                 part["what"] = name
                 part["layer"] = int(layer or 0)
-                part["is_validation"] = base != quantity.columns[0]
                 parts.append(part[np.isfinite(part.value)])
     return pd.concat(parts, ignore_index=True)
 
@@ -158,7 +156,7 @@ def smoothed(values: DataFrame, window: int, notes: list[str]) -> DataFrame:
 
 def over_seeds(values: DataFrame, frame: DataFrame) -> DataFrame:
     """Return the mean, the lowest and the highest value of each line's runs at every x that all of them have."""
-    curve = ["line", "what", "layer", "is_validation"]
+    curve = ["line", "what", "layer"]
     values = values.merge(frame[["folder", "line"]], on="folder")
     points = values.groupby([*curve, "x"]).value
     means = points.agg(mean="mean", low="min", high="max", runs="size")

@@ -1,14 +1,13 @@
 """Define the style of figures and tables: colours and printed names of methods. Also write figures to files."""
 
 from collections.abc import Iterable, Mapping
+from colorsys import hsv_to_rgb
 from contextlib import AbstractContextManager
 from pathlib import Path
-from textwrap import fill
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import matplotlib.style
-import numpy as np
-from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from pandas import DataFrame
@@ -62,10 +61,6 @@ LOOKS = {
     "wm": Look(WINE, "--"),
     "pfa": Look(WINE, ":"),
 }
-OWN_COLOURS = (OLIVE, "#7b3294", "#8c510a", "#01665e")  # of users' own rules
-SHADES = (BLACK, "#FFFFFF")  # mixed with a rule's colour for the rule with options
-# Names in the order of their first use, which decides their looks: users' own rules, and the variants of each rule.
-USED: dict[str, list[str]] = {}
 RULES = {"shallow": "Shallow", "shared": "shared DFA", "usf": "uSF", "brsf": "brSF", "frsf": "frSF"}
 IN_WORDS = {
     "dataset": {
@@ -141,39 +136,29 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def look_of(method: str) -> Look:
-    """Return a method's look. A rule without options has the same look in every figure.
+    """Return a method's look, which depends on its name only and is the same in every figure.
 
     A rule with options has a darker or lighter shade of the rule's colour, and another dash.
     """
     rule, _, options = method.partition(", ")
-    if rule in LOOKS:
-        look = LOOKS[rule]
-    else:
-        number = number_of(rule, "own rules")
-        colour = OWN_COLOURS[number % len(OWN_COLOURS)]
-        look = Look(colour, DASHES[number % len(DASHES)])
+    look = LOOKS.get(rule) or own_look(rule)
     if not options:
         return look
-    number = number_of(method, rule)
-    shade = SHADES[number % len(SHADES)]
-    red, green, blue = np.mean([to_rgb(look.colour), to_rgb(shade)], axis=0)
-    colour = to_hex((red, green, blue))
-    dash = DASHES.index(look.dash) + 1 + number
-    return Look(colour, DASHES[dash % len(DASHES)])
+    # equal options change the looks of all rules equally, so that rules of one colour keep different dashes
+    number, is_lighter = divmod(crc32(options.encode()), 2)
+    number, step = divmod(number, len(DASHES) - 1)
+    dash = DASHES.index(look.dash) + 1 + step
+    target = 1.0 if is_lighter else 0.0
+    share = 0.3 + 0.03 * (number % 11)
+    red, green, blue = [channel + share * (target - channel) for channel in to_rgb(look.colour)]
+    return Look(to_hex((red, green, blue)), DASHES[dash % len(DASHES)])
 
 
-def number_of(name: str, group: str) -> int:
-    """Return how many other names of the group were used before this name."""
-    names = USED.setdefault(group, [])
-    if name not in names:
-        names.append(name)
-    return names.index(name)
-
-
-def gradient(index: int, count: int) -> Look:
-    """Return the look of line `index` of `count` ordered lines. The first line is dark, the last line is light."""
-    share = index / max(1, count - 1)
-    return Look(to_hex(colormaps["viridis"](0.85 * share)))
+def own_look(rule: str) -> Look:
+    """Return the look of a user's own rule. A checksum of the name picks it."""
+    number, hue = divmod(crc32(rule.encode()), 360)
+    colour = to_hex(hsv_to_rgb(hue / 360, 0.8, 0.6))
+    return Look(colour, DASHES[number % len(DASHES)])
 
 
 def words(column: str, value: Any) -> str:
@@ -227,15 +212,6 @@ def row_title(row: Mapping[str, Any]) -> str:
     parts.append(row["setting"])
     parts.append(words("smoke", row["smoke"]))
     return ", ".join(filter(None, parts))
-
-
-def add_text(figure: Figure, title: str, notes: Iterable[str]) -> None:
-    """Add a title above a figure, and a caption below the figure. The caption has each note once."""
-    width = figure.get_figwidth()
-    figure.suptitle(fill(title, int(9 * width)))
-    caption = " ".join(dict.fromkeys(notes))
-    if caption:
-        figure.supxlabel(fill(caption, int(15 * width)), fontsize=8, color=TEXT_GREY)
 
 
 def styled(is_small: bool = False) -> AbstractContextManager[None]:

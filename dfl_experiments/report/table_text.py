@@ -24,9 +24,9 @@ LATEX_SYMBOLS = {
     "₁": "$_1$",
     "√": r"$\surd$",
 }
-# Explanations of columns, by column name. A report ends with the explanations of the columns in its tables.
+# Explanations of columns, by the first word of their names. A report ends with those of the columns in its tables.
 EXPLANATIONS = {
-    "accuracy, %": (
+    "accuracy": (
         "Accuracy: test accuracy in percent, as the protocol reports it; mean over n seeds ± sample standard "
         "deviation. Each method is shown at its best learning rate on the validation set. If there is no validation "
         "set, the rate is chosen on the test set, and the accuracy is biased upwards. A rate with a failing run is "
@@ -38,24 +38,24 @@ EXPLANATIONS = {
         "of the most frequent class. A method with failing runs ranks below all others; its means are over the runs "
         "that did not fail."
     ),
-    "minus BP": (
+    "minus": (
         "Minus BP, minus DFA: differences of the means in percentage points, with simultaneous 95 % confidence "
         "intervals by Dunnett's many-to-one comparison. A difference is significant if its interval excludes 0. (W) "
         "marks Welch's t interval, used if the standard deviation of one of the two methods is over 3 times that of "
         "the others; it is not simultaneous. An interval needs 2 runs of each of the two methods. It also needs 6 "
         "degrees of freedom: the number of all runs of the setting minus the number of its methods."
     ),
-    "depth utility, %": (
+    "depth": (
         "Depth utility: (accuracy − Shallow) / (BP − Shallow), each at its own best rate. 0 %: equal to a net whose "
         "lower layers are not trained; 100 %: equal to BP. Intervals by Fieller's theorem, from 3 seeds on. A setting "
         "cannot rank rules if BP is not significantly above Shallow."
     ),
-    "layer 1": (
+    "layer": (
         "Cosine: between the method's error signal and BP's, mean over the last epoch. It depends on the learning "
         "rate: compare methods at one rate only. It is left out where the signal equals BP's by construction, and "
         "where more than half of the samples have a zero signal."
     ),
-    "dead, worst layer": (
+    "dead": (
         "Dead: share of ReLU units that are 0 for all images. A run is unstable if over 95 % of the units in the last "
         "hidden layer are dead, or if the activations (rms) of a layer are 50 times those after the first epoch."
     ),
@@ -76,15 +76,21 @@ class Table:
     """Rows to mark as best."""
 
     def only(self, rule: str) -> "Table":
-        """Return the table with only the rows of one rule. No row is marked as best."""
+        """Return the table with only the rows of one rule. No row is marked as best.
+
+        A column that contains only dashes is left out, for example the differences of the rule from itself.
+        """
         is_shown = self.frame.method.str.partition(", ")[0] == method_name(rule)
+        shown = self.frame[is_shown]
+        has_values = (shown != NONE).any()
         caption = self.caption.removeprefix(MARK).strip()
-        return Table(self.title, self.frame[is_shown], caption)
+        return Table(self.title, shown.loc[:, has_values], caption)
 
 
 def explanations(columns: Collection[str], has_smoke: bool) -> list[str]:
     """Return the explanations of these columns. If there are smoke runs, also explain what a smoke run is."""
-    sentences = [sentence for column, sentence in EXPLANATIONS.items() if column in columns]
+    words = {re.split(r"\W", column)[0] for column in columns}
+    sentences = [sentence for word, sentence in EXPLANATIONS.items() if word in words]
     return [*sentences, SMOKE] if has_smoke else sentences
 
 
@@ -116,37 +122,23 @@ def latex(text: str) -> str:
     return text.translate(str.maketrans(LATEX_ESCAPE_RULES | LATEX_SYMBOLS))
 
 
-@dataclass
-class Format:
-    """A format in which tables are written."""
-
-    escape: Callable[[str], str]
-    mark: str
-    """Template that marks the best method."""
-    tabulate_name: str
-
-
-FORMATS = {
-    "simple": Format(str, "{} *", "simple"),
-    "github": Format(markdown, "**{}**", "github"),
-    "latex_booktabs": Format(latex, r"\textbf{{{}}}", "latex_raw"),
-    "html": Format(escape, "<b>{}</b>", "unsafehtml"),
+# for each format: the function that escapes its syntax, the template that marks the best method, tabulate's name
+FORMATS: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "terminal": (str, "{} *", "simple"),
+    "markdown": (markdown, "**{}**", "github"),
+    "latex": (latex, r"\textbf{{{}}}", "latex_raw"),
+    "html": (escape, "<b>{}</b>", "unsafehtml"),
 }
 
 
 def write(table: Table, format_name: str) -> str:
-    """Return a table as text.
-
-    format_name: simple (for a terminal), github, latex_booktabs or html.
-    """
-    style = FORMATS[format_name]
-    texts = table.frame.map(style.escape)
+    """Return a table as text in one of the `FORMATS`."""
+    escaped, mark, tabulate_name = FORMATS[format_name]
+    texts = table.frame.map(escaped)
     if len(table.best):
-        marked = texts.method.map(style.mark.format)
-        texts["method"] = texts.method.mask(table.best, marked)
-    heads = [style.escape(head) for head in texts.columns]
-    text = tabulate(texts.to_numpy().tolist(), heads, style.tabulate_name, disable_numparse=True)
-    if format_name == "latex_booktabs":
-        for rule in ("toprule", "midrule", "bottomrule"):
-            text = text.replace(r"\hline", rf"\{rule}", 1)
+        texts["method"] = texts.method.mask(table.best, texts.method.map(mark.format))
+    heads = [escaped(head) for head in texts.columns]
+    text = tabulate(texts.to_numpy().tolist(), heads, tabulate_name, disable_numparse=True)
+    for rule in ("toprule", "midrule", "bottomrule"):
+        text = text.replace(r"\hline", rf"\{rule}", 1)  # only LaTeX has them
     return text

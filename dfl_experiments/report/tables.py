@@ -218,7 +218,7 @@ def utility_text(row: Any) -> str:
 
 def details(section: Section) -> list[Table]:
     """Return the tables that follow the table of methods. Empty tables are left out."""
-    tables = [rates(section), alignment(section), stability(section), reference_sizes(section)]
+    tables = [rates(section), alignment(section), stability(section)]
     return [table for table in tables if table is not None]
 
 
@@ -304,19 +304,6 @@ def largest(frame: DataFrame, quantity: str, style: str) -> Series:
     highest = numbers(values.max(axis="columns"), style)
     texts = highest + " (layer " + layers + ")"
     return texts.reindex(frame.index, fill_value=NONE)
-
-
-def reference_sizes(section: Section) -> Table | None:
-    """Return the median size of BP's error signal in each layer; None if no run has iterations.csv."""
-    frame = compare.reference_sizes(section.chosen)
-    if frame.empty:
-        return None
-    frame = ordered(frame)
-    columns = {"lr": numbers(frame.lr, "g")}
-    columns |= layer_columns(frame, "norm_bp", "‖δ of BP‖, layer", ".2g")
-    caption = "Median over the batches of the last epoch, mean over the runs."
-    shown = with_settings(frame, section.runs, columns)
-    return Table("Size of BP's signal", shown, caption)
 
 
 def notes(section: Section) -> list[str]:

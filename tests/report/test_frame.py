@@ -264,7 +264,7 @@ def test_runs_on_different_data_of_one_name_share_no_row(finished_point, tmp_pat
 
 def test_smoke_runs_have_their_own_section(reported):
     text = dfl_report(reported, "outputs").stdout
-    real, smoke = text.split("(smoke test, no result)")
+    real, smoke = text.split("(smoke test, no result)\n===")
     assert "LAS" in real
     assert "DFA" in smoke.partition("How the numbers")[0]
     assert "LAS" not in smoke.partition("How the numbers")[0]
@@ -278,16 +278,6 @@ def test_unfinished_run_has_its_curve(finished_point, tmp_path):
     frame = runs(tmp_path / "runs")
     assert list(frame.status) == ["interrupted"]
     assert list(curves(frame).epoch) == [1, 2]
-
-
-def test_tail_of_a_table_has_its_last_rows(finished_point):
-    frame = runs(finished_point)
-    whole = curves(frame, "iterations")
-    size = (finished_point / "iterations.csv").stat().st_size
-    part = curves(frame, "iterations", tail=size // 2)
-    assert 0 < len(part) < len(whole)
-    assert part.equals(whole.tail(len(part)).reset_index(drop=True))
-    assert curves(frame, "iterations", tail=size).equals(whole)
 
 
 def test_option_column_has_a_value_for_every_run_of_a_section(finished_point, tmp_path):

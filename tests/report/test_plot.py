@@ -20,7 +20,7 @@ from dfl_experiments.report.frame import curves, runs, with_key, with_value
 from dfl_experiments.report.line_labels import lines_of, with_lines
 from dfl_experiments.report.lines import RELATIVE, draw, evenly, set_scale
 from dfl_experiments.report.series import WHAT, over_seeds, smoothed
-from dfl_experiments.report.style import look_of, title_of, words
+from dfl_experiments.report.style import LOOKS, look_of, title_of, words
 
 # quantities measured in each of the 4 iterations of an epoch; the others are measured once per epoch
 ITERATIONS = [("iteration", what) for what in ("loss", "alignment", "norm")]
@@ -78,7 +78,7 @@ def test_line_is_the_mean_over_seeds_with_their_range():
     # run b is longer than run a
     rows = [("a", 1, 2.0), ("a", 2, 4.0), ("b", 1, 6.0), ("b", 2, 5.0), ("b", 3, 9.0)]
     table = pd.DataFrame(rows, columns=["folder", "x", "value"])
-    table = table.assign(what="loss", layer=0, is_validation=False)
+    table = table.assign(what="loss", layer=0)
     values = over_seeds(table, pd.DataFrame({"folder": ["a", "b"], "line": [0, 0]}))
     points = values[["x", "mean", "low", "high"]].values.tolist()
     assert points == [[1, 4.0, 2.0, 6.0], [2, 4.5, 4.0, 5.0]]
@@ -88,7 +88,7 @@ def test_value_missing_in_one_seed_removes_only_its_own_point():
     x = np.arange(20)
     parts = [pd.DataFrame({"folder": name, "x": x, "value": 1.0}) for name in "ab"]
     table = pd.concat([parts[0], parts[1].drop([0, 7, 8])])
-    table = table.assign(what="loss", layer=0, is_validation=False)
+    table = table.assign(what="loss", layer=0)
     values = over_seeds(table, pd.DataFrame({"folder": ["a", "b"], "line": [0, 0]}))
     assert set(x) - set(values.x) == {0, 7, 8}
 
@@ -157,17 +157,13 @@ def test_option_where_draws_only_runs_with_a_value(outputs, tmp_path):
     assert "DFA · lr 0.001" not in path.read_text()
 
 
-@pytest.mark.parametrize(
-    ("last", "name", "scale", "top"),
-    [(1e6, "loss", "linear", 9.2), (1e6, "rms", "log", None), (3.0, "rms", "linear", None)],
-)
-def test_outlier_does_not_set_the_axis(last, name, scale, top):
+@pytest.mark.parametrize(("last", "scale"), [(1e6, "log"), (3.0, "linear")])
+def test_outlier_makes_the_axis_logarithmic(last, scale):
     axes = Figure().subplots()
     for end in (0.1, 0.2, 0.3, last):
         axes.plot(np.linspace(2.3, end, 50))
-    set_scale(axes, name, False, [])
+    set_scale(axes, False)
     assert axes.get_yscale() == scale
-    assert top is None or axes.get_ylim()[1] == pytest.approx(top)
 
 
 def test_thinning_keeps_both_ends():
@@ -189,7 +185,20 @@ def test_names_are_written_as_words():
     assert words("model.widths", "[32,32]") == "widths [32,32]"
     assert words("method", "brsf, feedback=full") == "brSF, feedback=full"
     assert words("method", "my_rule, c=2") == "my_rule, c=2"
-    assert look_of("las, held=2").colour != look_of("las").colour
+
+
+def test_look_of_a_variant_depends_on_its_name_only():
+    assert look_of("las, fixed_blocks=2") == ("#91c2de", "--")
+    for options in ("init=default", "feedback=conv", "init=product"):
+        variants = [look_of(f"{method}, {options}") for method in LOOKS]
+        assert len(set(variants)) == len(LOOKS)
+        assert not set(variants) & set(LOOKS.values())
+
+
+def test_single_line_has_the_look_of_its_method(outputs):
+    axes, *_ = draw(runs(outputs / "alone"), what=["loss"]).axes
+    (line,) = axes.lines
+    assert line.get_color() == LOOKS["las"].colour
 
 
 def test_caption_says_how_lines_are_computed(outputs):
@@ -247,15 +256,6 @@ def test_column_of_iterations_csv_is_drawn_as_a_mean_over_seeds(outputs):
     assert any("Mean over 2 seeds" in text for text in texts(figure))
 
 
-def test_loss_and_validation_loss_are_smoothed_separately(outputs):
-    frame = runs(outputs / "alone")
-    both = draw(frame, what=["loss", "validation_loss"], by="epoch", smooth=2)
-    alone = draw(frame, what=["validation_loss"], by="epoch", smooth=2)
-    dotted = both.axes[0].lines[1].get_ydata()
-    assert dotted.tolist() == both.axes[1].lines[0].get_ydata().tolist()
-    assert dotted.tolist() == alone.axes[0].lines[0].get_ydata().tolist()
-
-
 def test_figure_with_a_size_has_neither_title_nor_caption(outputs, tmp_path):
     path = tmp_path / "figure.png"
     options = ["--what", "loss,accuracy", "--size", "3.4x2.4", "--dpi", "100", "--out", str(path)]
@@ -267,15 +267,12 @@ def test_figure_with_a_size_has_neither_title_nor_caption(outputs, tmp_path):
     assert all(axes.get_window_extent().width > 60 for axes in figure.axes)
 
 
-def test_dotted_validation_curves_are_explained_or_left_out(outputs):
+@pytest.mark.parametrize("what", ["test_accuracy", "validation_accuracy"])
+def test_only_the_accuracy_that_was_asked_for_is_drawn(what, outputs):
     frame = runs(outputs / "alone")
-    page = draw(frame, what=["accuracy"], by="epoch")
-    paper = draw(frame, what=["accuracy"], by="epoch", size=(3.4, 2.4))
-    assert len(page.axes[0].lines) == 2
-    assert "Dotted: validation set." in " ".join(texts(page))
-    assert len(paper.axes[0].lines) == 1
-    asked = draw(frame, what=["validation_accuracy"], by="epoch", size=(3.4, 2.4))
-    assert len(asked.axes[0].lines) == 1
+    (axes,) = draw(frame, what=[what], by="epoch").axes
+    (line,) = axes.lines
+    assert line.get_ydata() == pytest.approx(100 * curves(frame)[what].to_numpy())
 
 
 def test_bp_is_not_drawn_where_it_is_1_by_definition(outputs):
@@ -293,17 +290,24 @@ def test_bp_is_not_drawn_where_it_is_1_by_definition(outputs):
 
 
 @pytest.mark.parametrize(
-    ("what", "rows", "columns"),
-    [(["rms", "accuracy"], 1, 3), (["rms", "dead", "accuracy", "loss"], 1, 6), (list(WHAT), 2, 5)],
+    ("what", "facet", "shape"),
+    [
+        (["loss"], None, (1, 1)),
+        (["accuracy", "loss"], None, (2, 1)),
+        (["rms", "loss"], None, (3, 1)),
+        (["rms", "dead"], None, (2, 2)),
+        (["loss"], "lr", (2, 1)),
+        (["rms", "accuracy"], "lr", (2, 3)),
+    ],
 )
-def test_every_facet_begins_a_new_row(what, rows, columns, outputs):
-    figure = draw(runs(outputs / "grid"), what=what, layers=[1, 2], by="epoch", facet="lr")
-    rows_of = {"lr 0.001": set(), "lr 0.01": set()}
+def test_few_panels_stand_in_one_column_and_every_facet_in_one_row(what, facet, shape, outputs):
+    figure = draw(runs(outputs / "grid"), what=what, by="epoch", facet=facet)
     for axes in figure.axes:
         cell = axes.get_subplotspec()
-        assert cell.get_geometry()[:2] == (2 * rows, columns)
-        rows_of[axes.get_title().partition(" · ")[0]].add(cell.rowspan.start)
-    assert rows_of == {"lr 0.001": set(range(rows)), "lr 0.01": set(range(rows, 2 * rows))}
+        assert cell.get_geometry()[:2] == shape
+        if facet:
+            rate = "lr 0.001" if cell.rowspan.start == 0 else "lr 0.01"
+            assert axes.get_title().startswith(f"{rate} · ")
 
 
 def test_epochs_are_drawn_if_a_run_has_no_iterations(outputs, tmp_path):
@@ -327,8 +331,7 @@ def test_unfinished_run_is_drawn(outputs, tmp_path):
         content = (tmp_path / "run" / name).read_text()
         (tmp_path / "run" / name).write_text(content[:-5])  # an incomplete last line
     figure = draw(runs(tmp_path), by="epoch", what=["loss"])
-    # the loss on the validation set, and the training loss
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 2]
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2]
     assert any("Not finished: 1 interrupted" in text for text in texts(figure))
 
 
@@ -417,7 +420,7 @@ def test_own_rules_have_different_looks():
 def test_logarithmic_axis_has_at_least_two_ticks(highest):
     axes = Figure().subplots()
     axes.plot([0, 1], [0.2, highest])
-    set_scale(axes, "loss", True, [])
+    set_scale(axes, True)
     axes.figure.draw_without_rendering()
     lower, upper = axes.get_ylim()
     assert sum(lower <= tick <= upper for tick in axes.get_yticks()) > 1

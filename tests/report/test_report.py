@@ -2,14 +2,12 @@
 
 import re
 
-import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
 from report_helpers import altered, csv_rows, dfl_report, finished
 
 from dfl_experiments.configuration.composition import compose, group_options, plain
 from dfl_experiments.report.choose import choose
-from dfl_experiments.report.compare import reference_sizes
 from dfl_experiments.report.figures import at_common_rate, rates
 from dfl_experiments.report.frame import runs
 from dfl_experiments.report.lines import draw
@@ -120,21 +118,25 @@ def test_card_shows_one_rule(reported):
     )
 
 
-def test_size_of_the_bp_signal_is_the_median_over_the_last_epoch(reported):
-    text = dfl_report(reported, "outputs").stdout
-    assert "‖δ of BP‖, layer 1" in text
-    assert "Median over the batches of the last epoch" in text
-    frame = choose(runs(reported / "outputs").query("rule == 'dfa' and not smoke"))
-    (row,) = reference_sizes(frame).itertuples(index=False)
-    medians = []
-    for folder in frame.folder:
-        table = pd.read_csv(f"{folder}/iterations.csv")
-        measured = table.dropna(subset="norm_bp/1")
-        last = measured[measured.epoch == measured.epoch.max()]
-        medians.append(last["norm_bp/1"].median())
-    assert len(medians) == 2
-    assert row[-2] > 0
-    assert row[-2] == pytest.approx(sum(medians) / 2)
+def test_card_has_no_column_of_dashes(reported):
+    for rule, absent in (("dfa", "minus DFA"), ("bp", "minus BP")):
+        text = dfl_report(reported, "outputs", "--card", rule, "--where", "smoke=false").stdout
+        assert absent not in text.partition("How the numbers are computed")[0]
+        assert "Minus BP, minus DFA: differences" in text
+
+
+def test_tables_in_a_terminal_name_their_section_and_figures_their_file(reported, tmp_path):
+    folder = tmp_path / "figures"
+    text = dfl_report(reported, "outputs", "--figures", folder).stdout
+    for section in (
+        "Fully connected net on MNIST",
+        "Fully connected net on MNIST (smoke test, no result)",
+    ):
+        for table in ("Alignment", "Stability"):
+            assert f"\n{table}: {section}\n\n" in text
+    assert "![" not in text
+    shown = re.findall(r"^Figure: (.*)$", text, re.M)
+    assert sorted(shown) == sorted(map(str, folder.glob("*.png")))
 
 
 def test_commands_repeat_the_shown_runs(reported):
