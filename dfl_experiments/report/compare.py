@@ -70,7 +70,8 @@ def against(chosen: DataFrame, control: str) -> DataFrame:
         control: a method's name, such as "bp".
 
     Returns:
-        One row for each method. Columns: `ROW`, `method`, `difference`, `low`, `high` (fractions of 1) and `test`.
+        One row for each method; no row in settings without the control. Columns: `ROW`, `method`, `difference`, `low`,
+        `high` (fractions of 1) and `test`.
 
     Source: Dunnett, "A multiple comparison procedure for comparing several treatments with a control", 1955.
     """

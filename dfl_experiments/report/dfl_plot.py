@@ -113,6 +113,7 @@ def plot(asked: argparse.Namespace) -> Path:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command. After a user's mistake, print one line and exit with code 2."""
     logging.basicConfig(format="dfl-plot: %(message)s", force=True)
+    logging.getLogger("dfl_experiments.report").setLevel(logging.INFO)
     with refusing("dfl-plot"):
         print(plot(arguments(words)))
 

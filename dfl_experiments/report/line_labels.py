@@ -80,7 +80,7 @@ def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list
         lines["legend"] = in_words(lines, key)
         others = [column for column in columns if column != key]
         if others:
-            notes.append(f"Lines of one look differ in {', '.join(others)}.")
+            notes.append(f"Lines with the same colour and dash differ in {', '.join(others)}.")
     return lines
 
 

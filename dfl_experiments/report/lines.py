@@ -1,5 +1,6 @@
 """Figures of curves: loss, accuracy and the quantities of each layer, over iterations or epochs."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,13 +20,15 @@ from dfl_experiments.report.run_record import ALIASES
 from dfl_experiments.report.series import known, measured, over_seeds, quantity_of, recorded
 from dfl_experiments.report.style import TEXT_GREY, Look, styled
 
+logger = logging.getLogger(__name__)
 DEFAULT = ("loss", "accuracy", "alignment")
 # relative to BP: constant in a layer whose signal equals BP's
 RELATIVE = ("alignment", "cosine_batch", "norm")
 BOUNDED = ("accuracy", "alignment", "dead")  # endings of the names of quantities with a fixed range
 MOST_ROWS = 3  # largest number of panels in a figure of one column
 MOST_COLUMNS = 5  # largest number of panels in a row
-NARROWEST = 1.6  # inches of a panel in a figure of a given size
+# smallest width and height in inches of a panel in a figure of a given size
+NARROWEST, LOWEST = 1.6, 1.5
 MOST_LAYERS = 6  # largest number of layers that have a panel
 MOST_POINTS = 500  # largest number of points in a curve
 OUTLIER = 4  # a curve is an outlier if it exceeds this multiple of the curves' median height
@@ -69,10 +72,11 @@ def draw(
         facet: column or configuration key. Each of its values gets a panel for each quantity and layer.
         smooth: window of the running mean, in measured values. Default: 1/40 of the iterations; by epoch, none.
         log: use a logarithmic y axis, except for accuracy, alignment and dead.
-        size: width and height in inches of a figure for a paper, without title and caption.
+        size: width and height in inches of a figure for a paper, without title and caption. The caption is logged.
 
     Raises:
-        UserError: the frame is empty; no run has a requested quantity, layer or key; or no run has values.
+        UserError: the frame is empty; no run has a requested quantity, layer or key; no run has values; or the size is
+            too small for the panels.
     """
     refuse_no_table(frame, "draw")
     if frame.empty:
@@ -118,6 +122,7 @@ def draw(
                 set_scale(axes, log)
         if size:
             add_text(figure, order=lines.legend.tolist())
+            logger.info("not in the figure: %s", " ".join([f"{title(lines)}.", *notes]))
         else:
             add_text(figure, title(lines), notes, lines.legend.tolist())
     return figure
@@ -184,11 +189,16 @@ def with_axes(
     facets = lines.facet.nunique()
     columns = math.ceil(len(panels) / MOST_ROWS)
     if size:
-        columns = int(size[0] / NARROWEST)
+        columns = max(int(size[0] / NARROWEST), 1)
     elif 1 < facets < len(panels):
         columns = len(panels) // facets
     columns = min(max(columns, 1), MOST_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
+    if size and (size[0] < NARROWEST or size[1] < rows * LOWEST):
+        raise UserError(
+            f"size: {len(panels)} panels in {rows} rows need {NARROWEST}x{rows * LOWEST:g} inches or more; draw fewer "
+            "panels, or choose a larger size"
+        )
     width = 0.6 + 4.8 * columns
     height = 1.2 + 2.7 * rows + 0.05 * lines.legend.nunique()
     figure = Figure(figsize=size or (width, height), layout="constrained")
@@ -212,7 +222,9 @@ def draw_panel(axes: Axes, panel: Panel, values: DataFrame) -> None:
         title += f", layer {panel.layer}"
     axes.set_title(title)
     axes.set_ylabel(quantity.axis)
-    ticks = MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    inches = axes.figure.get_figwidth() / axes.get_subplotspec().get_gridspec().ncols
+    most_ticks = min(6, int(2 * inches))
+    ticks = MaxNLocator(most_ticks, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
     axes.xaxis.set_major_locator(ticks)
     is_quantity = values.what == panel.name
     is_layer = values.layer == panel.layer

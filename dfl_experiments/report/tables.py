@@ -26,7 +26,7 @@ from dfl_experiments.report.style import (
 from dfl_experiments.report.table_text import MARK, NONE, Table, interval_text, numbers
 
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
-AT_END = "An lr marked (lowest) or (highest) is at this end of the method's grid: extend the grid."
+AT_END = "(lowest), (highest): the best lr is the lowest or the highest one that was tried: extend the grid."
 
 
 @dataclass

@@ -397,6 +397,12 @@ def test_mistake_is_refused_in_one_line(arguments, outputs, monkeypatch, capsys)
     assert error.count("\n") == 1
 
 
+def test_size_too_small_for_the_panels_is_refused(outputs):
+    frame = runs(outputs / "grid")
+    with pytest.raises(UserError, match=r"size: 3 panels in 2 rows need 1\.6x3 inches or more"):
+        draw(frame, what=["loss", "accuracy", "train_accuracy"], size=(3.4, 2.4))
+
+
 @pytest.mark.parametrize("size", ["3.4", "3.4x", "0x2", "nanx2", "axb"])
 def test_size_needs_two_numbers(size):
     with pytest.raises(ArgumentTypeError, match="is not a size from 1x1 to 100x100 inches"):
