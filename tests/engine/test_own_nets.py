@@ -128,14 +128,6 @@ def test_every_rule_trains_a_net_in_bfloat16(name):
     assert all(gradient.isfinite().all() for gradient in gradients(net))
 
 
-def test_refuses_a_net_of_another_data_type_than_b():
-    net = mlp()
-    rule = rule_of("las", net)
-    net.double()
-    with pytest.raises(UserError, match=r"is now torch\.float64 on cpu, but B is not"):
-        rule.backward(INPUTS.double(), LABELS)
-
-
 # WM and BRSF draw other random numbers in every call. FDFA does so for B only, which is not compared.
 @pytest.mark.parametrize("name", sorted({*METHODS} - {"wm", "brsf"}))
 def test_weighted_micro_batches_equal_one_batch(name):
