@@ -1,5 +1,6 @@
 """Read the recorded configuration of a run. With `resume` or `repeat`, it replaces the composed configuration."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ def completed(recorded: Mapping[str, Any], values: dict[str, Any]) -> dict[str, 
     merged |= {key: value for key, value in VALUES_BEFORE.items() if "." not in key}
     merged["stop_collapsed"] = False
     merged |= with_current_names(recorded)
-    if not Path(merged["data_dir"]).expanduser().is_dir():  # the folder was moved
+    if not os.path.isdir(os.path.expanduser(str(merged["data_dir"]))):  # the folder was moved
         merged["data_dir"] = values["data_dir"]
     protocol = values["protocol"] | {"stop_collapsed": False}
     today = values | {"protocol": protocol}
