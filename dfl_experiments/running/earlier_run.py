@@ -26,13 +26,13 @@ def nothing_to_resume(settings: Settings, run_dir: Path) -> UserError:
     return UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
 
 
-def ways_to_go_on(settings: Settings, run_dir: Path, status: str) -> str:
-    """Return the options of the command line for a directory with a run. status: its status."""
-    ways = "force=true replaces it, another hydra.run.dir= keeps both"
+def advice_on_existing_run(settings: Settings, run_dir: Path, status: str) -> str:
+    """Return what the user can do on the command line if a directory has a run. status: status of the run."""
+    advice = "force=true replaces it, another hydra.run.dir= keeps both"
     if status in DONE:
-        return ways
+        return advice
     resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
-    return f"{resume} continues it, {ways}"
+    return f"{resume} continues it, {advice}"
 
 
 def result_if_done(

@@ -28,10 +28,10 @@ from dfl_experiments.running.checkpoint import (
 )
 from dfl_experiments.running.device import ALL_THREADS, usual_torch
 from dfl_experiments.running.earlier_run import (
+    advice_on_existing_run,
     nothing_to_resume,
     refuse_changes,
     result_if_done,
-    ways_to_go_on,
 )
 from dfl_experiments.running.epochs import State, Training
 from dfl_experiments.running.event_files import refuse_missing_package
@@ -90,7 +90,7 @@ def run_alone(
         if is_resumed and status is None:
             raise nothing_to_resume(settings, run_dir)
         if not is_resumed and status is not None:
-            advice = exists_advice or ways_to_go_on(settings, run_dir, status)
+            advice = exists_advice or advice_on_existing_run(settings, run_dir, status)
             raise UserError(f"{run_dir}: has a run already ({status}); {advice}")
         if not is_resumed:
             record_overrides(run_dir, overrides)
