@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfl_experiments.configuration import composition
 from dfl_experiments.configuration.composition import AUTO
-from dfl_experiments.configuration.recorded import completed, with_recorded
+from dfl_experiments.configuration.recorded import completed, composable, with_recorded
 from dfl_experiments.configuration.refusals import one_line, uncomposed
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.data.batches import Normalise, Standardise
@@ -21,10 +21,11 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.running.build import build
 from dfl_experiments.running.checkpoint import load_checkpoint
 from dfl_experiments.running.device import usual_torch
+from dfl_experiments.running.earlier_run import refuse_changes
 from dfl_experiments.running.epochs import evaluate
 from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.result import read_result
-from dfl_experiments.running.run import refuse_changes, run_alone
+from dfl_experiments.running.run import run_alone
 from dfl_experiments.running.run_directory import refuse_folder_of_runs, run_below
 from dfl_experiments.seal import opened
 
@@ -38,6 +39,7 @@ TYPES: dict[str, tuple[str, Any, Any]] = {
     "features": ("float features", np.float32, "same_kind"),
     "tokens": ("integer tokens", np.int64, "same_kind"),
 }
+EXISTS = 'exist_ok="resume" continues it or returns its result, force=true replaces it, another run_dir keeps both'
 RESTORE = "restore the data and the code that the run had"
 
 
@@ -61,7 +63,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
             raise UserError(f"config_dir={config_dir}: no such folder")
         own = [f"hydra.searchpath=[{composition.quoted(f'file://{folder}')}]"]
     try:
-        return check(with_recorded(composition.compose([*own, *overrides]), [*overrides]))
+        return check(
+            with_recorded(composition.compose([*own, *composable(overrides)]), [*overrides])
+        )
     except Exception as error:  # Hydra, OmegaConf and YAML raise errors of many types
         raise UserError(one_line(uncomposed(error, overrides))) from None
 
@@ -80,7 +84,7 @@ def run(
     if exist_ok:
         configuration = check(configuration.values | {"resume": AUTO})
     refuse_folder_of_runs(Path(run_dir))
-    return run_alone(configuration, Path(run_dir))
+    return run_alone(configuration, Path(run_dir), exists_advice=EXISTS)
 
 
 def read_rows(

@@ -2,8 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dfl_experiments.engine.activation_calls import eager
 from dfl_experiments.engine.alignment import measure
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.engine.crossings import from_the_leaves, layers_to_replace
+from dfl_experiments.engine.gradients import accumulating, unchanged
 from dfl_experiments.engine.losses import LOSSES, OutputLoss, precise
 from dfl_experiments.engine.method import Method, refuse_shared
 from dfl_experiments.engine.module_net import Boundaries, ModuleNet
@@ -30,9 +30,110 @@ from dfl_experiments.measured import QUANTITIES
 from dfl_experiments.ranges import LossName
 
 Loss = Callable[[Tensor, Any], Tensor]
-Gradients = list[Tensor | None]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 # of the last call of `backward`
 LAST_NET: weakref.WeakValueDictionary[str, BlockNet] = weakref.WeakValueDictionary()
+
+
+@torch.inference_mode(False)
+def rule(
+    name: str | type[Method],
+    module: nn.Module,
+    example: Tensor,
+    boundaries: Boundaries = "auto",
+    optimizer: MakeOptimizer | None = None,
+    lr: float | None = None,
+    loss: LossName = "cross_entropy",
+    **options: Any,
+) -> "Rule":
+    """Return a learning rule for a module, to train the module in your own loop.
+
+    name: name of the rule, such as "las" (see conf/method), or the class of your own rule.
+    module: any `nn.Module`; it is not changed. It already has its device and its data type, because B gets the same.
+    example: a batch of one or more inputs of the module.
+    boundaries: names of submodules and calls whose outputs are h_1 … h_{L-1} (see `dfl.boundaries`), or "auto".
+    optimizer: function that makes an optimizer of B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
+    lr: the network's learning rate; rules with `decay` need it.
+    loss: cross_entropy or squared_error, with labels as targets. `Rule.backward` accepts any other loss.
+    options: the rule's own options, such as init="zeros".
+
+    Raises:
+        UserError: an unknown rule or option, an invalid boundary, or a missing optimizer or learning rate.
+    """
+    if not isinstance(example, Tensor):
+        raise UserError(
+            "example: must be one tensor; for a net with several inputs, write a module that splits one tensor"
+        )
+    if loss not in LOSSES:
+        raise UserError(
+            f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead"
+        )
+    node, plugins = described(name, options)
+    net = module if isinstance(module, BlockNet) else ModuleNet(module, boundaries, example)
+    logits = net.probe().logits
+    if logits.dim() != 2:
+        shape = tuple(logits.shape[1:])
+        raise UserError(
+            f"model: the output for one sample has shape {shape}; must be (K,), so (1,) for a single value"
+        )
+    classes, output_loss = logits.shape[1], LOSSES[loss]
+    kind = component(node, "method", plugins)
+    method: Method = kind.build(net=net, num_classes=classes, loss=output_loss)
+    refuse_shared(method, net)
+    method.to(example.device)
+    if getattr(method, "decay", 0) and lr is None and not method.follows_rate_of_b:
+        raise UserError(
+            f"rule {name}: decay={method.decay} needs the network's learning rate; pass lr="
+        )
+    of_feedback = feedback_optimizer(method, optimizer)
+    return Rule(net, method, output_loss, of_feedback, lr, classes)
+
+
+def described(
+    name: str | type[Method], options: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the configuration of a rule, and the packages outside this one that define the rule.
+
+    Raises `UserError` if there is no such rule.
+    """
+    if isinstance(name, str):
+        return node_of(name) | options, []
+    if not isinstance(name, type) or "<locals>" in name.__qualname__:
+        raise UserError(
+            "rule: must be a name, such as 'las', or a class of your own that is defined outside of functions"
+        )
+    target = f"{name.__module__}.{name.__qualname__}"
+    return {"_target_": target, **options}, [name.__module__.partition(".")[0]]
+
+
+def node_of(name: str) -> dict[str, Any]:
+    """Return the options of a rule in conf/method. Raises `UserError` if there is no such rule."""
+    register_resolvers()
+    choices = group_options("method")
+    if name not in choices:
+        raise UserError(
+            f"rule {name!r}: no such method{did_you_mean(name, choices)}; there are {', '.join(choices)}"
+        )
+    options: dict[str, Any] = plain(compose([f"method={name}"]))["method"]
+    return options
+
+
+def feedback_optimizer(method: Method, make: MakeOptimizer | None) -> torch.optim.Optimizer | None:
+    """Return B's optimizer, or None if B does not learn by gradients.
+
+    Raises `UserError` if the optimizer is missing, or does not train exactly the parameters of B.
+    """
+    learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    if not learnt:
+        return None
+    optimizer = make(learnt) if callable(make) else None
+    groups = getattr(optimizer, "param_groups", [])
+    if {p for group in groups for p in group["params"]} != set(learnt):
+        raise UserError(
+            "optimizer: this rule trains B, so pass a function that returns an optimizer of exactly the parameters "
+            "that it gets, such as optimizer=lambda p: torch.optim.Adam(p, 1e-4)"
+        )
+    return optimizer
 
 
 class Rule:
@@ -58,7 +159,6 @@ class Rule:
         self.classes = classes
         self._parameters = list(net.parameters())
         self._frozen = [p for p in self._parameters if not p.requires_grad]
-        self._are_alike = self._is_like_net()
 
     def backward(
         self,
@@ -83,19 +183,10 @@ class Rule:
         weight: factor of the gradients of W and B; 1/k for one of k batches of equal size whose gradients accumulate.
 
         Raises:
-            UserError: there is no sample; the samples do not have the shape of the example; the targets are not labels;
-                gradients are disabled; no parameter can learn; a parameter of the network was replaced; the inputs need
-                a gradient; the loss depends on other tensors that need one; a parameter has post-accumulate hooks; or
-                autocast to float16 is enabled. float16 needs a gradient scaler, and the scaler would not scale the
-                error signals.
+            UserError: something would make the gradients wrong or absent, and PyTorch would raise no error.
         """
         self._check(inputs, target, loss)
-        refuse_float16(inputs.device.type)
-        if not torch.is_grad_enabled():
-            raise UserError(
-                "backward: gradients are disabled here; call it outside of torch.no_grad()"
-            )
-        self._refuse_what_has_no_effect(inputs)
+        self._check_autograd(inputs)
         use_own_compiled_code(self.net)
         method = self.method
         trace = self.net.trace(inputs, method.cuts, method.frozen, False, method.transpose)
@@ -113,18 +204,6 @@ class Rule:
             elif step_feedback:
                 method.follow(self._followed_rate())
         return value
-
-    def _is_like_net(self) -> bool:
-        """Return whether B has the data type and the device of the network."""
-        weight = next(self.net.parameters())
-        feedback = next(self.method.parameters(), weight)
-        return (feedback.dtype, feedback.device) == (weight.dtype, weight.device)
-
-    def _followed_rate(self) -> float:
-        """Return the learning rate for `Method.follow`."""
-        if self.method.follows_rate_of_b and self.optimizer is not None:
-            return float(self.optimizer.param_groups[0]["lr"])
-        return 0.0 if self.lr is None else self.lr
 
     def update_feedback(self) -> None:
         """Update B, after a `backward` with `step_feedback=False`.
@@ -173,14 +252,11 @@ class Rule:
         return {"method": self.method.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state that `state_dict` returned. Raises `UserError` if it is the state of another kind of rule."""
-        if set(state) != {"method", "optimizer"}:
+        """Load the state that `state_dict` returned. Raises `UserError` if it is not the state of such a rule."""
+        is_other = set(state) != {"method", "optimizer"}
+        if is_other or (state["optimizer"] is None) != (self.optimizer is None):
             raise UserError(
-                "state: not of a rule; pass what rule.state_dict() returned, not a whole checkpoint"
-            )
-        if (state["optimizer"] is None) != (self.optimizer is None):
-            raise UserError(
-                "state: of another rule: B learns by an optimizer in only one of the two rules"
+                "state: must be what state_dict() of the same kind of rule returned, not a whole checkpoint"
             )
         self.method.load_state_dict(state["method"])
         if self.optimizer is not None:
@@ -190,33 +266,17 @@ class Rule:
         """Raise `UserError` for a batch that the rule cannot take, or for a network that has changed."""
         if torch.is_inference_mode_enabled():
             raise UserError("the rule needs autograd; call it outside of torch.inference_mode()")
-        if not isinstance(inputs, Tensor):
-            raise UserError(f"inputs: of type {type(inputs).__name__}; must be one tensor")
-        if inputs.shape[:1] == (0,):
-            raise UserError("inputs: the batch has no samples")
-        shape = tuple(inputs.shape[1:])
-        if self.method.cuts and shape != self.net.input_shape:  # B has the shape of h_i
-            raise UserError(
-                f"inputs: a sample has shape {shape}, but the example had {self.net.input_shape}"
-            )
+        if not isinstance(inputs, Tensor) or inputs.shape[:1] == (0,):
+            raise UserError("inputs: must be one tensor with at least one sample")
         parameters = list(self.net.parameters())
         if list(map(id, parameters)) != list(map(id, self._parameters)):
             raise UserError(
                 "model: a parameter was added or replaced after dfl.rule; call dfl.rule again"
             )
-        if self._are_alike and not self._is_like_net():
-            weight = parameters[0]
-            raise UserError(
-                f"model: is now {weight.dtype} on {weight.device}, but B is not; call dfl.rule again"
-            )
-        if self.method.transpose is not None and any(p.requires_grad for p in self._frozen):
-            self._check_unfrozen(self.method.transpose)
         if not any(parameter.requires_grad for parameter in parameters):
             raise UserError("model: all parameters are frozen (requires_grad=False)")
-        if loss is not None and not callable(loss):
-            raise UserError(
-                "loss: must be a function of logits and target, such as torch.nn.functional.cross_entropy"
-            )
+        if self.method.transpose is not None and any(p.requires_grad for p in self._frozen):
+            self._check_unfrozen(self.method.transpose)
         if loss is None or self.method.needs_labels:
             self._check_labels(inputs, target)
 
@@ -233,27 +293,29 @@ class Rule:
 
     def _check_labels(self, inputs: Tensor, target: Any) -> None:
         """Raise `UserError` if the target does not consist of one label for each sample."""
-        found, is_labels = f"of type {type(target).__name__}", False
+        expected = f"torch.int64 of shape {tuple(inputs.shape[:1])}"
+        found = f"of type {type(target).__name__}"
         if isinstance(target, Tensor):
             found = f"{target.dtype} of shape {tuple(target.shape)}"
-            is_labels = target.dtype == torch.int64 and target.shape == inputs.shape[:1]
-        if not is_labels:
-            problem = f"target: {found}; must be labels (N,) of type torch.int64"
-            advice = (
-                "this rule needs labels"
-                if self.method.needs_labels
-                else "for other targets, pass loss="
-            )
-            raise UserError(f"{problem}; {advice}")
+        if found != expected:
+            advice = "for other targets, pass loss="
+            if self.method.needs_labels:
+                advice = "this rule needs labels"
+            raise UserError(f"target: {found}; must be labels, {expected}; {advice}")
         # Do not check the range on a GPU, because the check would wait for the device.
         if not target.is_cuda:
             lowest, highest = int(target.min()), int(target.max())
             if lowest < 0 or highest >= self.classes:
-                problem = f"labels {lowest} to {highest}"
-                raise UserError(f"target: {problem}; must be 0 to {self.classes - 1}")
+                raise UserError(
+                    f"target: labels {lowest} to {highest}; must be 0 to {self.classes - 1}"
+                )
 
-    def _refuse_what_has_no_effect(self, inputs: Tensor) -> None:
-        """Raise `UserError` for layers below the inputs, and for hooks that only `loss.backward` calls."""
+    def _check_autograd(self, inputs: Tensor) -> None:
+        """Raise `UserError` for settings of autograd with which gradients would be absent or wrong."""
+        if not torch.is_grad_enabled():
+            raise UserError(
+                "backward: gradients are disabled here; call it outside of torch.no_grad()"
+            )
         if inputs.requires_grad:
             raise UserError(
                 "inputs: need a gradient, but the rule sends none; pass inputs.detach(), or put the layers below "
@@ -265,25 +327,24 @@ class Rule:
                 "model: the rule does not call the hooks of register_post_accumulate_grad_hook; remove them, and step "
                 "the optimizer after `backward`"
             )
+        device = inputs.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            raise UserError(
+                "float16 needs a gradient scaler, which does not scale the error signals; use bfloat16"
+            )
 
     def _value_and_error(
         self, logits: Tensor, target: Any, loss: Loss | None
     ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch, and e in float32 or higher precision."""
         if loss is None:
             return self.loss.value_and_error(precise(logits), target)
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(leaf, target)
-        if not isinstance(value, Tensor) or value.dim() != 0:
-            found = f"type {type(value).__name__}"
-            if isinstance(value, Tensor):
-                found = f"a tensor of shape {tuple(value.shape)}"
-            raise UserError(f"loss: returned {found}; must be one number, such as the mean")
-        variables = [getattr(node, "variable", None) for node in from_the_leaves(value.grad_fn)]
-        if not any(variable is leaf for variable in variables):
-            raise UserError("loss: does not depend on the logits, or was detached from them")
-        for variable in variables:
-            if variable is not None and variable is not leaf:
+        for node in from_the_leaves(value.grad_fn):
+            variable = getattr(node, "variable", leaf)
+            if variable is not leaf:
                 raise UserError(
                     f"loss: also depends on a tensor of shape {tuple(variable.shape)} that requires a gradient, which "
                     "it does not get here; detach it, or call backward() on this part of the loss yourself"
@@ -291,113 +352,17 @@ class Rule:
         (error,) = torch.autograd.grad(value, leaf)
         return value.detach(), precise(error)
 
+    def _followed_rate(self) -> float:
+        """Return the learning rate for `Method.follow`."""
+        if self.method.follows_rate_of_b and self.optimizer is not None:
+            return float(self.optimizer.param_groups[0]["lr"])
+        return 0.0 if self.lr is None else self.lr
+
     def _step_optimizer(self) -> None:
+        """Step B's optimizer, if there is one."""
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-
-
-@torch.inference_mode(False)
-def rule(
-    name: str | type[Method],
-    module: nn.Module,
-    example: Tensor,
-    boundaries: Boundaries = "auto",
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    lr: float | None = None,
-    loss: LossName = "cross_entropy",
-    **options: Any,
-) -> Rule:
-    """Return a learning rule for a module, to train the module in your own loop.
-
-    name: name of the rule, such as "las" (see conf/method), or the class of your own rule.
-    module: any `nn.Module`; it is not changed.
-    example: a batch of one or more inputs of the module.
-    boundaries: names of submodules and calls whose outputs are h_1 … h_{L-1} (see `dfl.boundaries`), or "auto".
-    optimizer: function that makes an optimizer of B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
-    lr: the network's learning rate; rules with `decay` need it.
-    loss: cross_entropy or squared_error, with labels as targets. `Rule.backward` accepts any other loss.
-    options: the rule's own options, such as init="zeros".
-
-    Raises:
-        UserError: an unknown rule or option, an invalid boundary, or a missing optimizer or learning rate.
-    """
-    if not isinstance(example, Tensor):
-        raise UserError(
-            "example: must be one tensor; for a net with several inputs, write a module that splits one tensor"
-        )
-    if optimizer is not None and not callable(optimizer):
-        raise UserError(
-            "optimizer: must be a function of B's parameters, such as lambda p: torch.optim.Adam(p, 1e-4)"
-        )
-    own: list[str] = []
-    if isinstance(name, str):
-        node = node_of(name) | options
-    elif not isinstance(name, type):
-        raise UserError(
-            f"rule: of type {type(name).__name__}; must be a name, such as 'las', or the class of your own rule"
-        )
-    elif "<locals>" in name.__qualname__:
-        raise UserError(f"rule {name.__qualname__}: define the class outside of functions")
-    else:
-        own = [name.__module__.partition(".")[0]]
-        node = {"_target_": f"{name.__module__}.{name.__qualname__}", **options}
-        name = name.__name__
-    net = module if isinstance(module, BlockNet) else ModuleNet(module, boundaries, example)
-    logits = net.probe().logits
-    if logits.dim() != 2:
-        shape = tuple(logits.shape[1:])
-        raise UserError(
-            f"model: the output for one sample has shape {shape}; must be (K,), so (1,) for a single value"
-        )
-    classes = logits.shape[1]
-    if loss not in LOSSES:
-        raise UserError(
-            f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead"
-        )
-    output_loss = LOSSES[loss]
-    kind = component(node, "method", own)
-    method: Method = kind.build(net=net, num_classes=classes, loss=output_loss)
-    refuse_shared(method, net)
-    method.to(example.device)
-    learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    if learnt and optimizer is None:
-        raise UserError(
-            f"rule {name}: trains B; pass B's optimizer, such as lambda p: torch.optim.Adam(p, 1e-4)"
-        )
-    if getattr(method, "decay", 0) and lr is None and not method.follows_rate_of_b:
-        raise UserError(
-            f"rule {name}: decay={method.decay} needs the network's learning rate; pass lr="
-        )
-    of_feedback = optimizer(learnt) if learnt and optimizer else None
-    if learnt:
-        groups = getattr(of_feedback, "param_groups", [])
-        if {p for group in groups for p in group["params"]} != set(learnt):
-            raise UserError(
-                "optimizer: the function must return an optimizer of exactly the parameters that it gets, such as "
-                "lambda p: torch.optim.Adam(p, 1e-4)"
-            )
-    return Rule(net, method, output_loss, of_feedback, lr, classes)
-
-
-def node_of(name: str) -> dict[str, Any]:
-    """Return the options of a rule in conf/method. Raises `UserError` if there is no such rule."""
-    register_resolvers()
-    choices = group_options("method")
-    if name not in choices:
-        raise UserError(
-            f"rule {name!r}: no such method{did_you_mean(name, choices)}; there are {', '.join(choices)}"
-        )
-    options: dict[str, Any] = plain(compose([f"method={name}"]))["method"]
-    return options
-
-
-def refuse_float16(device: str) -> None:
-    """Raise `UserError` if autocast to float16 is enabled."""
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-        raise UserError(
-            "float16 needs a gradient scaler, which does not scale the error signals; use bfloat16"
-        )
 
 
 def use_own_compiled_code(net: BlockNet) -> None:
@@ -412,55 +377,3 @@ def use_own_compiled_code(net: BlockNet) -> None:
     if LAST_NET.get("net") is not net:
         torch.compiler.reset()
         LAST_NET["net"] = net
-
-
-@contextmanager
-def unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """At the end of this context, restore the gradients, the buffers and the random state."""
-    parameters = list(module.parameters())
-    gradients = take_gradients(parameters)
-    # a forward pass may replace a buffer
-    buffers = [dict(part._buffers) for part in module.modules()]
-    copies = [buffer.clone() for buffer in module.buffers()]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for part, original in zip(module.modules(), buffers, strict=True):
-            part._buffers.update(original)
-        with torch.no_grad():
-            for buffer, saved in zip(module.buffers(), copies, strict=True):
-                buffer.copy_(saved)
-
-
-@contextmanager
-def accumulating(parameters: Sequence[nn.Parameter], weight: float = 1.0) -> Iterator[None]:
-    """In this context `.grad` starts as None. At its end, `.grad` is its earlier value plus weight · its new value."""
-    before = take_gradients(parameters)
-    try:
-        yield
-        if weight != 1.0:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    # a new tensor, because two parameters may share one gradient
-                    parameter.grad = parameter.grad * weight
-    finally:
-        add_gradients(parameters, before)
-
-
-def take_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
-    """Return `.grad` of the parameters, and set it to None."""
-    gradients: Gradients = []
-    for parameter in parameters:
-        gradients.append(parameter.grad)
-        parameter.grad = None
-    return gradients
-
-
-def add_gradients(parameters: Iterable[nn.Parameter], gradients: Gradients) -> None:
-    """Add the gradients that `take_gradients` returned to `.grad`."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

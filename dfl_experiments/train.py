@@ -25,6 +25,7 @@ from dfl_experiments import __version__
 from dfl_experiments.configuration.composition import CONF_DIR, quoted, register_resolvers
 from dfl_experiments.configuration.grids import BASIC
 from dfl_experiments.configuration.launchers import register_launchers
+from dfl_experiments.configuration.recorded import composable
 from dfl_experiments.configuration.refusals import refuse, refusing, uncomposed
 from dfl_experiments.console import leave
 from dfl_experiments.errors import Fault, UserError, reason
@@ -94,7 +95,8 @@ def main() -> None:
     Checks.checked, Checks.sweep = None, None
     Checks.begun, Checks.stopped_by, Checks.made = False, None, []
     logging.raiseExceptions = False  # no traceback if the output is a closed pipe
-    sys.argv[1:] = overrides_first([argument for argument in sys.argv[1:] if argument != DRY_RUN])
+    arguments = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
+    sys.argv[1:] = overrides_first(composable(arguments))
     # Hydra then raises its errors, and `refusing` prints one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     handlers = handle(on_signal)

@@ -25,7 +25,7 @@ install_project() { # argument: the extras to install, such as "test"; may be em
     # the installation is slow, so it is repeated only when pyproject.toml has changed
     stamp=.venv/.installed-${extras:-plain}
     if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-        echo "installing dfl-experiments${extras:+ with the extra \"$extras\"} (this can take some minutes, because PyTorch is large)"
+        echo "installing dfl-experiments${extras:+ with the extra \"$extras\"} (this can take some minutes, because PyTorch has several GB)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
         touch "$stamp"
     fi

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from dfl_experiments.errors import UserError
-from dfl_experiments.report.frame import run_folders
 from dfl_experiments.running.result import (
     DONE,
     read_epochs,
@@ -22,6 +21,7 @@ from dfl_experiments.running.result import (
     write_config,
     write_result,
 )
+from dfl_experiments.running.run_directory import run_folders
 
 
 def keep(source: Path, destination: Path) -> int:

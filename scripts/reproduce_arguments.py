@@ -80,7 +80,8 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would run; without --smoke also the hours of what is not finished",
+        help="print what would run; without --smoke also the hours of what is not finished,\n"
+        "for which training steps are timed, so the project is installed first",
     )
     parser.add_argument(
         "overrides",
@@ -101,4 +102,5 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 if __name__ == "__main__":
     _, options = read_arguments()
-    print("" if options.launcher == "basic" else options.launcher)
+    needs_launcher = options.launcher != "basic" and not options.dry_run
+    print(options.launcher if needs_launcher else "")

@@ -33,6 +33,8 @@ NOT_IN_DIGEST = (
     "data_dir", "device", "threads", "cuda_graph", "checkpoint", "tracking", "plugins", "sweep", "protocol", "resume",
     "repeat", "force", "stop_collapsed",
 )  # fmt: skip
+# Option of `dataset.source` that only says where the user's own data are. A run also records a digest of the data.
+LOCATION = "path"
 # options of `dataset` that only set `epochs` and `model.widths`
 NOT_IN_DATASET_DIGEST = ("epochs", "fc_widths")
 
@@ -92,12 +94,17 @@ def without_keys(values: Mapping[str, Any], omitted: Collection[str]) -> dict[st
     return {key: value for key, value in values.items() if key not in omitted}
 
 
-def config_digest(cfg: DictConfig | Mapping[str, Any]) -> str:
+def config_digest(cfg: DictConfig | Mapping[str, Any], with_location: bool = False) -> str:
     """Return a digest of the options that decide what a run computes.
 
     A configuration with older names of the options has the same digest.
+
+    with_location: whether the digest also depends on `LOCATION`.
     """
     options = with_recorded_names(result_options(cfg))
+    source = options["dataset"]["source"]
+    if not with_location:
+        options["dataset"]["source"] = without_keys(source, [LOCATION])
     values = changed(options, integer_if_whole)
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -143,10 +150,13 @@ def as_values(values: Mapping[str, Any]) -> DictConfig:
 
 
 def point_name(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """Return a sweep point's folder name: method, model, data set, augmentation, seed and `config_digest`."""
+    """Return a sweep point's folder name: method, model, data set, augmentation, seed and `config_digest`.
+
+    The digest in the name depends on `LOCATION`, because a sweep may compare several data sets of the user.
+    """
     groups = ("method", "model", "dataset", "augmentation")
     names = "-".join(str(cfg[group]["name"]) for group in groups)
-    return f"{names}-seed{cfg['seed']}-{config_digest(cfg)}"
+    return f"{names}-seed{cfg['seed']}-{config_digest(cfg, with_location=True)}"
 
 
 def _run_dir(stamp: str, *, _root_: DictConfig) -> str:

@@ -205,7 +205,7 @@ class Configuration:
 
     @property
     def config_digest(self) -> str:
-        """Return a digest of everything that decides what the run computes."""
+        """Return a digest of everything that decides what the run computes, except the content of the data."""
         return config_digest(self.values)
 
 

@@ -193,35 +193,27 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
     return Standardise(mean, std)
 
 
+@dataclass(eq=False)
 class Batches:
-    """Batches of a training set. In every epoch, the samples are shuffled and augmented anew.
+    """Batches of a training set. In every epoch, the samples are shuffled and augmented anew."""
 
-    images: the samples, on the GPU or on the CPU. If they are images, the shape is (N, C, H, W) and the type uint8.
-    labels: (N,) int64, on the same device as `images`.
-    device: device of the batches.
-    """
+    images: Tensor
+    """The samples, on the GPU or on the CPU. If they are images, the shape is (N, C, H, W) and the type uint8."""
+    labels: Tensor
+    """Labels (N,) int64, on the same device as `images`."""
+    normalise: Normalise
+    augmentation: Augmentation
+    batch_size: int
+    seed: int
+    device: torch.device
+    """Device of the batches."""
+    memory_format: torch.memory_format = torch.contiguous_format
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        normalise: Normalise,
-        augmentation: Augmentation,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> None:
-        self.images = images
-        self.labels = labels
-        self.normalise = normalise
-        self.augmentation = augmentation
-        self.batch_size = batch_size
-        self.seed = seed
-        self.device = device
-        self.memory_format = memory_format
-        size = PLAIN_CHUNK if augmentation.is_identity else CHUNK
-        self.per_chunk = max(1, size // batch_size)
+    @property
+    def per_chunk(self) -> int:
+        """Number of batches that are augmented together."""
+        size = PLAIN_CHUNK if self.augmentation.is_identity else CHUNK
+        return max(1, size // self.batch_size)
 
     def __len__(self) -> int:
         """Return the number of batches per epoch. The last batch may be smaller."""
@@ -251,24 +243,16 @@ class Batches:
         return x, labels
 
 
+@dataclass(eq=False)
 class EvaluationBatches:
     """Normalised batches of a data set on the device, without shuffling. Every iteration gives the same batches."""
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        normalise: Normalise,
-        device: torch.device,
-        batch_size: int = 1000,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> None:
-        self.images = images
-        self.labels = labels
-        self.normalise = normalise
-        self.device = device
-        self.batch_size = batch_size
-        self.memory_format = memory_format
+    images: Tensor
+    labels: Tensor
+    normalise: Normalise
+    device: torch.device
+    batch_size: int = 1000
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def __len__(self) -> int:
         """Return the number of batches."""

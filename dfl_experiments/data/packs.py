@@ -74,7 +74,7 @@ def load_with_digest(
         return arrays, digest_in_memory(arrays)
     folder = data_dir / cache
     if not is_packed(folder):
-        with lock_pack(data_dir, cache):
+        with lock_pack(data_dir, name):
             # another process may have packed the data set while this process waited for the lock
             if not is_packed(folder):
                 log.info("preparing %s in %s", name, folder)
@@ -158,17 +158,19 @@ def _digest_of_checksums(checksums: list[int]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def lock_pack(data_dir: Path, cache: str) -> AcquireReturnProxy:
-    """Acquire the lock for packing into `data_dir`/`cache`. The returned context manager releases the lock.
+def lock_pack(data_dir: Path, name: str) -> AcquireReturnProxy:
+    """Acquire the lock for packing a data set in `data_dir`. The returned context manager releases the lock.
 
+    The lock file is kept, because two processes could hold the lock if one of them deleted its file. A data set has
+    only one lock file, even if it is packed again under another `Source.cache_name`.
     Raises `UserError` if the lock file cannot be written.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        return FileLock(data_dir / f".{cache}.lock").acquire()
+        return FileLock(data_dir / f".{name}.lock").acquire()
     # NotImplementedError: the file system has no locks
     except (OSError, NotImplementedError) as error:
-        problem = f"the packed data set {cache} cannot be written there ({reason(error)})"
+        problem = f"the packed data set {name} cannot be written there ({reason(error)})"
         raise UserError(f"data_dir={data_dir}: {problem}") from error
 
 

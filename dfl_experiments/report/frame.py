@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from dfl_experiments.errors import UserError, printable
 from dfl_experiments.report.labels import labelled
 from dfl_experiments.report.run_record import ALIASES, NOT_IN_SETTING, as_text, record_of
 from dfl_experiments.running.result import DONE
-from dfl_experiments.running.run_directory import CONFIG, LAST, RESULT
+from dfl_experiments.running.run_directory import CONFIG, run_folders
 from dfl_experiments.seal import opened
 
 log = logging.getLogger(__name__)
@@ -68,22 +67,6 @@ def runs(*folders: str | Path) -> DataFrame:
     frame["score"] = frame.validation_accuracy.fillna(frame.accuracy)
     warn_of_repeats(frame)
     return frame
-
-
-def run_folders(folder: Path) -> Iterator[Path]:
-    """Yield the run directories in and below a folder, each once. Symbolic links are followed."""
-    seen = set()
-    for path, below, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if name not in ("wandb", ".hydra"))
-        # A directory with one of these files is a run. If it lacks other files, `record_of` reports a damaged run.
-        # The walk goes on below it, because a run may have been written into a folder of runs.
-        if {CONFIG, RESULT, LAST, "epochs.csv"} & {*files, *below}:
-            yield Path(path)
 
 
 def by_precedence(frame: DataFrame) -> DataFrame:

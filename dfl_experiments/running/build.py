@@ -137,10 +137,11 @@ def build(
             log.info("optimizer: cannot be captured in a CUDA graph, so each step runs without one")
     schedule = components["schedule"].build()
     feedback_schedule = components.get("schedule.feedback", components["schedule"]).build()
-    # raises `UserError` before the training for a wrong factor of any epoch
+    # raises `UserError` before the training for a wrong factor of any batch
     for epoch in range(1, settings.epochs + 1):
-        schedule.factors(epoch, settings.epochs, batches=1)
-        feedback_schedule.factors(epoch, settings.epochs, batches=1)
+        schedule.factors(epoch, settings.epochs, len(data.training))
+        if "schedule.feedback" in components:
+            feedback_schedule.factors(epoch, settings.epochs, len(data.training))
     return Parts(
         settings=settings,
         device=device,

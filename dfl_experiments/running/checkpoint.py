@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dfl_experiments.configuration.composition import config_digest
 from dfl_experiments.engine.learner import Learner
 from dfl_experiments.errors import UserError, reason
 from dfl_experiments.running.run_directory import LAST, PREVIOUS, fsync_folder, synced
@@ -29,19 +30,19 @@ CHECKPOINT_FORMAT = 3
 DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
 
 
-def snapshot(learner: Learner, config_digest: str, state: "State") -> dict[str, Any]:
+def snapshot(learner: Learner, own_digest: str, state: "State") -> dict[str, Any]:
     """Return weights, buffers, every B, both optimizers, all random states, and the progress of training.
 
     The order of the data is not saved, because it depends only on the seed, the epoch and the batch.
 
-    config_digest: digest of the run's configuration.
+    own_digest: digest of the run's configuration.
     """
     name, keys, *rest = np.random.get_state()
     rows = None if state.rows is None else state.rows.cpu().clone()
     training = {key: value for key, value in vars(state).items() if key != "epoch"}
     return {
         "format": CHECKPOINT_FORMAT,
-        "science": config_digest,
+        "science": own_digest,
         "epoch": state.epoch,
         "batch": 0 if rows is None else len(rows),
         "net": learner.net.state_dict(),
@@ -117,11 +118,11 @@ def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
     discard_checkpoints(run_dir, [PREVIOUS] if keeps else [LAST, PREVIOUS])
 
 
-def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, Any]:
+def read_checkpoint(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the snapshot in one file. No code in the file is executed.
 
-    config_digest: digest of the configuration to continue. If it is given, the snapshot must have this digest, and the
-        run's CSV files must have the content that the snapshot recorded.
+    config: the configuration to continue. If it is given, the snapshot must have its digest, and the run's CSV files
+        must have the content that the snapshot recorded.
     Raises `UserError` if the file or a table is damaged or belongs to another run.
     """
     refuse_damaged(path)
@@ -133,10 +134,12 @@ def read_checkpoint(path: Path, config_digest: str | None = None) -> dict[str, A
         raise UserError(
             f"{path}: has format {saved['format']}, this version reads {CHECKPOINT_FORMAT}"
         )
-    if config_digest is None:
+    if config is None:
         return saved
-    if saved["science"] != config_digest:
-        digests = f"{saved['science']}, not {config_digest}"
+    # earlier versions wrote the digest with the location
+    digests_of_run = [config_digest(config), config_digest(config, with_location=True)]
+    if saved["science"] not in digests_of_run:
+        digests = f"{saved['science']}, not {digests_of_run[0]}"
         raise UserError(f"{path}: belongs to a run with another configuration ({digests})")
     training = saved["training"]
     for name, digest in training["digests"].items():
@@ -155,15 +158,17 @@ def refuse_damaged(path: Path) -> None:
             raise UserError(f"{path}: is damaged, or of an earlier version")
 
 
-def load_checkpoint(run_dir: Path, config_digest: str | None = None) -> dict[str, Any]:
+def load_checkpoint(run_dir: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the snapshot in `last.pt`. If this file is unusable, return the snapshot in `previous.pt`.
 
-    In the second case, a warning says why `last.pt` is unusable. Raises `UserError` if neither file can be used.
+    In the second case, a warning says why `last.pt` is unusable.
+
+    config: see `read_checkpoint`. Raises `UserError` if neither file can be used.
     """
     problems = []
     for name in (LAST, PREVIOUS):
         try:
-            saved = read_checkpoint(run_dir / name, config_digest)
+            saved = read_checkpoint(run_dir / name, config)
         except FileNotFoundError:
             problems.append(f"{run_dir / name}: missing")
         except UserError as error:

@@ -12,7 +12,7 @@ from dfl_experiments.configuration.recorded import read_yaml
 from dfl_experiments.configuration.schema import Configuration
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.result import DONE, read_epochs, read_result, read_status
-from dfl_experiments.running.run_directory import CONFIG, write_atomically
+from dfl_experiments.running.run_directory import run_folders, write_atomically
 from dfl_experiments.seal import read_json
 
 OUTCOME = ".outcome"  # file in a run directory, written by the last command that worked there
@@ -116,12 +116,13 @@ def ending(sweep: Sweep, name: str) -> Ending:
 
 
 def other_endings(sweep: Sweep) -> Iterator[Ending]:
-    """Yield the ending of every run in the sweep's folder that is not in `sweep.points`."""
-    for run_dir in sorted(path.parent for path in sweep.folder.glob(f"*/{CONFIG}")):
-        if run_dir.name not in sweep.points:
+    """Yield the ending of every run below the sweep's folder that is not in `sweep.points`."""
+    for run_dir in run_folders(sweep.folder):
+        name = str(run_dir.relative_to(sweep.folder))
+        if run_dir != sweep.folder and name not in sweep.points:
             status, reason, result = read_status(run_dir)
             overrides = overrides_of(run_dir)
-            yield printable_ending(sweep, run_dir.name, status, reason, overrides, result)
+            yield printable_ending(sweep, name, status, reason, overrides, result)
 
 
 def printable_ending(

@@ -70,12 +70,16 @@ def planned_status(run: PlannedRun, force: bool) -> str:
 def refuse_other(run_dir: Path, configuration: Configuration) -> None:
     """Raise `UserError` if the run in a directory has another configuration, other data or code."""
     from dfl_experiments.running.checkpoint import load_checkpoint
+    from dfl_experiments.running.earlier_run import (
+        data_digest,
+        refuse_changes,
+        refuse_configuration,
+    )
     from dfl_experiments.running.provenance import code_of
-    from dfl_experiments.running.run import data_digest, refuse_changes, refuse_configuration
 
     before = read_result(run_dir)
     if before is None:  # the run was killed, so it has only a checkpoint
-        before = load_checkpoint(run_dir, configuration.config_digest)["training"]
+        before = load_checkpoint(run_dir, configuration.values)["training"]
     else:
         refuse_configuration(run_dir, before, configuration)
     # the digest of data that are not packed would need a pack

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from dfl_experiments.configuration.composition import AUTO, config_digest, names_of
+from dfl_experiments.configuration.composition import AUTO, LOCATION, names_of
 from dfl_experiments.configuration.schema import Configuration, Settings
-from dfl_experiments.data.packs import digest
 from dfl_experiments.engine.crossings import computed_tensors
 from dfl_experiments.engine.module_net import ModuleNet
 from dfl_experiments.errors import Fault, UserError, of_the_system, reason
@@ -28,11 +27,17 @@ from dfl_experiments.running.checkpoint import (
     restore,
 )
 from dfl_experiments.running.device import ALL_THREADS, usual_torch
+from dfl_experiments.running.earlier_run import (
+    advice_on_existing_run,
+    nothing_to_resume,
+    refuse_changes,
+    result_if_done,
+)
 from dfl_experiments.running.epochs import State, Training
 from dfl_experiments.running.event_files import refuse_missing_package
 from dfl_experiments.running.locks import lock_run
 from dfl_experiments.running.outcome import write_outcome
-from dfl_experiments.running.provenance import code_of, device_name, git_commit, versions
+from dfl_experiments.running.provenance import device_name, git_commit, versions
 from dfl_experiments.running.result import (
     DONE,
     read_result,
@@ -51,46 +56,130 @@ from dfl_experiments.running.run_directory import (
     rerun_arguments,
 )
 from dfl_experiments.running.signals import Interrupted, Stop
-from dfl_experiments.running.summary import four_digits
-from dfl_experiments.running.tracking import make_whole, rows_apart, track
+from dfl_experiments.running.tracking import rows_apart, track
 
 log = logging.getLogger(__name__)
-KEEP = "force=true replaces it, a new sweep= or hydra.run.dir= keeps both"
 
 
-def failure(error: BaseException) -> dict[str, str]:
-    """Return the status of a run that ended with an exception, and the reason in one line."""
-    if isinstance(error, KeyboardInterrupt):
-        return {"status": "interrupted", "reason": " ".join(["Interrupted", str(error)]).strip()}
-    if isinstance(error, UserError):
-        return {"status": "failed", "reason": reason(error)}
-    return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
+def run_alone(
+    configuration: Configuration,
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    exists_advice: str | None = None,
+) -> dict[str, Any]:
+    """Run one job outside of a sweep, and return the content of result.json.
+
+    With resume=auto, continue the run in the directory. If there is none, start a new run.
+
+    overrides: overrides of the command line, which are recorded.
+    exists_advice: what the user can do if the directory has a run; by default the options of the command line.
+    Raises `UserError` in three cases: there is nothing to resume; another process works in the directory; the directory
+    already has a run, and the configuration sets neither resume nor force.
+    """
+    settings = configuration.settings
+    is_new = not run_dir.is_dir()
+    if not is_new and run_dir.absolute() != Path.cwd():
+        is_new = set(os.listdir(run_dir)) <= {"run.log"}
+    with lock_run(run_dir):
+        status = None if settings.force else status_left(run_dir)
+        is_resumed = settings.resume is not None
+        if settings.resume == AUTO:
+            is_resumed = status is not None
+        if is_resumed and (before := result_if_done(configuration, run_dir)):
+            return before
+        if is_resumed and status is None:
+            raise nothing_to_resume(settings, run_dir)
+        if not is_resumed and status is not None:
+            advice = exists_advice or advice_on_existing_run(settings, run_dir, status)
+            raise UserError(f"{run_dir}: has a run already ({status}); {advice}")
+        if not is_resumed:
+            record_overrides(run_dir, overrides)
+        try:
+            result = run(configuration, run_dir, resume=is_resumed)
+        except Interrupted:
+            resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
+            log.info("interrupted; continue with: dfl-train %s", resume)
+            raise
+        except UserError as error:
+            if is_new and error.exit_code == 2 and not (run_dir / "epochs.csv").exists():
+                shutil.rmtree(run_dir, ignore_errors=True)  # the run was refused before training
+            raise
+    log_summary(result, run_dir)
+    return result
 
 
-def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseException:
-    """Return a `Fault` with advice for an error of the machine. Return any other error unchanged."""
-    text = reason(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return Fault(
-            f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})"
-        )
-    if isinstance(error, RuntimeError) and "deterministic implementation" in text:
-        return Fault(f"deterministic=true: {text}")
-    if isinstance(error, OSError):
-        problem = of_the_system(error)
-        if error.errno == errno.ENOSPC:
-            arguments = rerun_arguments("resume", relative(run_dir), settings.plugins)
-            problem += f"; make room, then continue with {arguments}, or start the sweep again"
-        return Fault(problem)
-    return error
+@usual_torch()
+def run(
+    configuration: Configuration,
+    run_dir: Path,
+    group: str | None = None,
+    *,
+    resume: bool = False,
+    command: str | None = None,
+    device: str | None = None,
+    threads: int = ALL_THREADS,
+) -> dict[str, Any]:
+    """Train a configuration in a locked directory, and return the content of result.json.
+
+    After an error, `result.json` has the status "failed" or "interrupted" and the reason.
+
+    group: name of the run's sweep.
+    resume: whether to continue from the checkpoint. The checkpoint must have the same configuration.
+    command: ID of the sweep's command; None for a single run.
+    device: device to use in place of the configured one.
+    threads: default number of CPU threads. A number in the configuration or in the checkpoint replaces it.
+    """
+    settings, result = configuration.settings, initial_result(configuration)
+    state: State | None = None
+    try:
+        # these checks come first: a run that cannot start must not delete earlier results
+        refuse_missing_package(settings.tracking)
+        saved = load_checkpoint(run_dir, configuration.values) if resume else None
+        parts = build(configuration, device, threads if saved is None else saved["threads"])
+        with Stop() as stop:  # from here on, a signal takes effect only between two steps
+            state = prepare(parts, run_dir, result, saved, stop)
+            if command is not None:
+                write_outcome(run_dir, command, "running")
+            written = state.lengths if resume else None
+            config = result["config"]
+            with track(
+                settings.tracking, run_dir, config, parts.columns, group, written
+            ) as tracker:
+                try:
+                    own_digest, is_quiet = configuration.config_digest, command is not None
+                    Training(parts, state, run_dir, own_digest, tracker, stop, is_quiet).run()
+                    result |= state.result | (state.end or {"status": "finished"})
+                    # write the result before W&B finishes, because a signal may interrupt W&B
+                    conclude(run_dir, result, started=True)
+                    discard_spent(run_dir, config)
+                except BaseException as error:
+                    result |= state.result | failure(error)
+                    raise
+                finally:
+                    tracker.summarise(result)
+    except BaseException as error:
+        explanation = explained(error, settings, run_dir)
+        if result["status"] not in DONE:
+            # ignore a full disk or a damaged result.json, so that the original error is raised
+            with suppress(OSError, UserError):
+                conclude(run_dir, result | failure(explanation), started=state is not None)
+        if explanation is error:
+            raise
+        raise explanation from error
+    return result
 
 
 def initial_result(configuration: Configuration) -> dict[str, Any]:
     """Return the entries of result.json that are known before the run starts."""
     # resume, repeat and force belong to the command, not to the run
     values = configuration.values | {"resume": None, "repeat": None, "force": False}
-    # an absolute path is valid in any working directory
+    # absolute paths are valid in any working directory
     values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())
+    source = values["dataset"]["source"]
+    location = source.get(LOCATION)
+    if isinstance(location, str) and os.path.exists(location):
+        source = source | {LOCATION: os.path.abspath(location)}
+        values["dataset"] = values["dataset"] | {"source": source}
     return {
         "status": "failed",
         "reason": None,
@@ -102,35 +191,6 @@ def initial_result(configuration: Configuration) -> dict[str, Any]:
         "earlier": [],
         "config": values,
     }
-
-
-def rehearse(parts: Parts) -> None:
-    """Run one training step on a copy of the learner. An error then occurs before earlier results are deleted."""
-    x, target = next(iter(parts.batches.epoch(1)))
-    with torch.random.fork_rng(devices=[parts.device] if parts.device.type == "cuda" else []):
-        learner = copy.deepcopy(parts.learner, computed_tensors(parts.learner.net))
-        learner.step(x, target, parts.settings.alignment.every > 0)
-
-
-def facts_of(parts: Parts) -> dict[str, Any]:
-    """Return the entries of result.json that follow from the parts of a run."""
-    net, labels = parts.learner.net, parts.test.labels
-    is_last = parts.memory_format == torch.channels_last
-    facts = parts.origin | {
-        "input_shape": list(net.input_shape),
-        "num_classes": parts.num_classes,
-        "test_images": len(labels),
-        "largest_class": float(labels.bincount().max() / len(labels)),
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "cosine_by_construction": [
-            str(i) for i in range(parts.learner.method.exact_from, net.depth)
-        ],
-        "device": device_name(parts.device),
-        "memory_format": "channels_last" if is_last else "contiguous",
-    }
-    if isinstance(net, ModuleNet):
-        facts |= {"delta_at": "boundary", "boundaries": net.boundaries}
-    return facts
 
 
 def prepare(
@@ -179,6 +239,35 @@ def prepare(
     return state
 
 
+def facts_of(parts: Parts) -> dict[str, Any]:
+    """Return the entries of result.json that follow from the parts of a run."""
+    net, labels = parts.learner.net, parts.test.labels
+    is_last = parts.memory_format == torch.channels_last
+    facts = parts.origin | {
+        "input_shape": list(net.input_shape),
+        "num_classes": parts.num_classes,
+        "test_images": len(labels),
+        "largest_class": float(labels.bincount().max() / len(labels)),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "cosine_by_construction": [
+            str(i) for i in range(parts.learner.method.exact_from, net.depth)
+        ],
+        "device": device_name(parts.device),
+        "memory_format": "channels_last" if is_last else "contiguous",
+    }
+    if isinstance(net, ModuleNet):
+        facts |= {"delta_at": "boundary", "boundaries": net.boundaries}
+    return facts
+
+
+def rehearse(parts: Parts) -> None:
+    """Run one training step on a copy of the learner. An error then occurs before earlier results are deleted."""
+    x, target = next(iter(parts.batches.epoch(1)))
+    with torch.random.fork_rng(devices=[parts.device] if parts.device.type == "cuda" else []):
+        learner = copy.deepcopy(parts.learner, computed_tensors(parts.learner.net))
+        learner.step(x, target, parts.settings.alignment.every > 0)
+
+
 def add_origin(state: State, made_by: dict[str, Any]) -> None:
     """Record the versions and the commit with which a run is resumed. Log a warning if they have changed."""
     before = state.made_by[-1]
@@ -194,185 +283,31 @@ def add_origin(state: State, made_by: dict[str, Any]) -> None:
         state.made_by[-1:] = [before | {"epochs": state.epoch}, made_by]
 
 
-@usual_torch()
-def run(
-    configuration: Configuration,
-    run_dir: Path,
-    group: str | None = None,
-    *,
-    resume: bool = False,
-    command: str | None = None,
-    device: str | None = None,
-    threads: int = ALL_THREADS,
-) -> dict[str, Any]:
-    """Train a configuration in a locked directory, and return the content of result.json.
-
-    After an error, `result.json` has the status "failed" or "interrupted" and the reason.
-
-    group: name of the run's sweep.
-    resume: whether to continue from the checkpoint. The checkpoint must have the same configuration.
-    command: ID of the sweep's command; None for a single run.
-    device: device to use in place of the configured one.
-    threads: default number of CPU threads. A number in the configuration or in the checkpoint replaces it.
-    """
-    settings, result = configuration.settings, initial_result(configuration)
-    state: State | None = None
-    try:
-        # these checks come first: a run that cannot start must not delete earlier results
-        refuse_missing_package(settings.tracking)
-        saved = load_checkpoint(run_dir, configuration.config_digest) if resume else None
-        parts = build(configuration, device, threads if saved is None else saved["threads"])
-        with Stop() as stop:  # from here on, a signal takes effect only between two steps
-            state = prepare(parts, run_dir, result, saved, stop)
-            if command is not None:
-                write_outcome(run_dir, command, "running")
-            written = state.lengths if resume else None
-            config = result["config"]
-            with track(
-                settings.tracking, run_dir, config, parts.columns, group, written
-            ) as tracker:
-                try:
-                    own_digest, is_quiet = configuration.config_digest, command is not None
-                    Training(parts, state, run_dir, own_digest, tracker, stop, is_quiet).run()
-                    result |= state.result | (state.end or {"status": "finished"})
-                    # write the result before W&B finishes, because a signal may interrupt W&B
-                    conclude(run_dir, result, started=True)
-                    discard_spent(run_dir, config)
-                except BaseException as error:
-                    result |= state.result | failure(error)
-                    raise
-                finally:
-                    tracker.summarise(result)
-    except BaseException as error:
-        explanation = explained(error, settings, run_dir)
-        if result["status"] not in DONE:
-            # ignore a full disk or a damaged result.json, so that the original error is raised
-            with suppress(OSError, UserError):
-                conclude(run_dir, result | failure(explanation), started=state is not None)
-        if explanation is error:
-            raise
-        raise explanation from error
-    return result
+def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseException:
+    """Return a `Fault` with advice for an error of the machine. Return any other error unchanged."""
+    text = reason(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return Fault(
+            f"batch_size={settings.batch_size}: out of memory on device={settings.device} ({text})"
+        )
+    if isinstance(error, RuntimeError) and "deterministic implementation" in text:
+        return Fault(f"deterministic=true: {text}")
+    if isinstance(error, OSError):
+        problem = of_the_system(error)
+        if error.errno == errno.ENOSPC:
+            arguments = rerun_arguments("resume", relative(run_dir), settings.plugins)
+            problem += f"; make room, then continue with {arguments}, or start the sweep again"
+        return Fault(problem)
+    return error
 
 
-def run_alone(
-    configuration: Configuration, run_dir: Path, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Run one job outside of a sweep, and return the content of result.json.
-
-    With resume=auto, continue the run in the directory. If there is none, start a new run.
-
-    overrides: overrides of the command line, which are recorded.
-    Raises `UserError` in three cases: there is nothing to resume; another process works in the directory; the directory
-    already has a run, and the configuration sets neither resume nor force.
-    """
-    settings = configuration.settings
-    is_new = not run_dir.is_dir()
-    if not is_new and run_dir.absolute() != Path.cwd():
-        is_new = set(os.listdir(run_dir)) <= {"run.log"}
-    with lock_run(run_dir):
-        status = None if settings.force else status_left(run_dir)
-        is_resumed = settings.resume is not None
-        if settings.resume == AUTO:
-            is_resumed = status is not None
-        if is_resumed and (before := result_if_done(configuration, run_dir)):
-            return before
-        if is_resumed and status is None:
-            raise nothing_to_resume(settings, run_dir)
-        if not is_resumed and status is not None:
-            raise has_run_already(settings, run_dir, status)
-        if not is_resumed:
-            record_overrides(run_dir, overrides)
-        try:
-            result = run(configuration, run_dir, resume=is_resumed)
-        except Interrupted:
-            resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
-            log.info("interrupted; continue with: dfl-train %s", resume)
-            raise
-        except UserError as error:
-            if is_new and error.exit_code == 2 and not (run_dir / "epochs.csv").exists():
-                shutil.rmtree(run_dir, ignore_errors=True)  # the run was refused before training
-            raise
-    log_summary(result, run_dir)
-    return result
-
-
-def nothing_to_resume(settings: Settings, run_dir: Path) -> UserError:
-    """Return the error for a directory without a checkpoint."""
-    repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
-    return UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
-
-
-def has_run_already(settings: Settings, run_dir: Path, status: str) -> UserError:
-    """Return the error for a directory with a run that a new run would replace. status: its status."""
-    choices = "force=true replaces it, another hydra.run.dir= keeps both"
-    if status not in DONE:
-        resume = rerun_arguments("resume", relative(run_dir), settings.plugins)
-        choices = f"{resume} continues it, {choices}"
-    in_python = 'in Python, exist_ok="resume" continues it or returns its result'
-    return UserError(f"{run_dir}: has a run already ({status}); {choices}; {in_python}")
-
-
-def result_if_done(
-    configuration: Configuration, run_dir: Path, group: str | None = None
-) -> dict[str, Any] | None:
-    """Return the result of the run in a directory if the run has ended, otherwise None.
-
-    If the W&B run or the event files of an ended run are incomplete, all rows are sent again.
-
-    group: name of the run's sweep.
-    Raises `UserError` if the run in the directory has another configuration, other data or other code.
-    """
-    before = read_result(run_dir)
-    if before is None:
-        return None
-    settings, status = configuration.settings, status_left(run_dir)
-    refuse_configuration(run_dir, before, configuration)
-    if status is None:  # the run will start again, so other code is allowed
-        return None
-    now = {"data": data_digest(configuration), "code": code_of(configuration.components)}
-    refuse_changes(run_dir, before, now)
-    if status not in DONE:
-        return None
-    advice = "" if status == "finished" else "; force=true trains it again"
-    accuracy = four_digits(before["accuracy"])
-    log.info("%s: %s already, accuracy %s%s", run_dir, status, accuracy, advice)
-    discard_spent(run_dir, before["config"])
-    make_whole(settings.tracking, run_dir, before, group)
-    return before
-
-
-def data_digest(configuration: Configuration) -> str | None:
-    """Return the digest of a configuration's data set, or None if the data set is absent."""
-    settings = configuration.settings
-    source = configuration.components["dataset.source"].build()
-    return digest(settings.dataset.name, source, Path(settings.data_dir))
-
-
-def refuse_configuration(
-    run_dir: Path, before: Mapping[str, Any], configuration: Configuration
-) -> None:
-    """Raise `UserError` if a run has another configuration. before: content of the run's result.json."""
-    if config_digest(before["config"]) != configuration.config_digest:
-        raise UserError(f"{run_dir}: has a run with another configuration; force=true replaces it")
-
-
-def refuse_changes(
-    run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = KEEP
-) -> None:
-    """Raise `UserError` if the data or the user's own code have changed since a run.
-
-    before: entries of the run's result or checkpoint.
-    now: the current entries.
-    advice: what the user can do.
-    """
-    recorded = {"data": before.get("data"), **before.get("code", {})}
-    present = {"data": now.get("data"), **now.get("code", {})}
-    for name, value in present.items():
-        before_value = recorded.get(name)
-        if None not in (value, before_value) and value != before_value:
-            change = f"has a run with other data or code: {name} {before_value}, now {value}"
-            raise UserError(f"{run_dir.absolute().name}: {change}; {advice}")
+def failure(error: BaseException) -> dict[str, str]:
+    """Return the status of a run that ended with an exception, and the reason in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"status": "interrupted", "reason": " ".join(["Interrupted", str(error)]).strip()}
+    if isinstance(error, UserError):
+        return {"status": "failed", "reason": reason(error)}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
 
 
 def conclude(run_dir: Path, result: dict[str, Any], started: bool) -> None:

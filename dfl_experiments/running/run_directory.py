@@ -157,6 +157,21 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in RUN_FILES)
 
 
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yield the run directories in and below a folder, each once. Symbolic links are followed."""
+    seen = set()
+    for path, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if name not in ("wandb", ".hydra"))
+        # The walk goes on below a run, because a run may have been written into a folder of runs.
+        if {CONFIG, *RUN_FILES} & {*files, *below}:
+            yield Path(path)
+
+
 def run_below(folder: Path) -> str | None:
     """Return the name of a run directory directly below a folder; None if there is none.
 

@@ -66,7 +66,7 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
     check_launcher(launcher, cfg.hydra.launcher)
     is_grid = sweeper == BASIC
     jobs = jobs_of(cfg)
-    jobs_by_digest: dict[str, str] = {}
+    jobs_by_name: dict[str, str] = {}
     sweep_dir = Path(str(cfg.hydra.sweep.dir)).absolute()
     if is_run(sweep_dir):
         raise UserError(
@@ -88,15 +88,15 @@ def check_sweep(cfg: DictConfig, command: str) -> Sweep:
             raise UserError(f"{problem} (in the job {job})") from error
         if not is_grid:
             return sweep
-        digest = configuration.config_digest
-        if digest in jobs_by_digest:
-            raise UserError(f"two jobs are the same run: {jobs_by_digest[digest]} and {job}")
+        name = point_name(configuration.values)
+        if name in jobs_by_name:
+            raise UserError(f"two jobs are the same run: {jobs_by_name[name]} and {job}")
         if folder in sweep.points:
             other = " ".join(sweep.points[folder].overrides)
             raise UserError(
                 f"hydra.sweep.subdir: two jobs would write to {folder}: {other} and {job}"
             )
-        jobs_by_digest[digest] = job
+        jobs_by_name[name] = job
         sweep.points[folder] = SweepPoint(overrides, configuration)
     return sweep
 
@@ -176,6 +176,7 @@ def run_point(
     from dfl_experiments.running.run import failure
 
     start, counter = time.time(), PointCounter(job.folder, job.command)
+    name = os.path.relpath(run_dir, job.folder)
     try:
         with BUSY, lock_run(run_dir, job.command):
             try:
@@ -192,7 +193,7 @@ def run_point(
             if result["status"] != "finished":
                 ending = f"{result['status']}, {ending}"
             progress = counter.add("ran", start) or result["status"]
-            log.info("%s  (%s: %s)", progress, run_dir.name, ending)
+            log.info("%s  (%s: %s)", progress, name, ending)
         else:
             counter.add("found", start)
         return result["accuracy"]
@@ -208,7 +209,7 @@ def run_point(
             details = f" ({relative(path)} has the details)"
         # Hydra keeps the error of a job. Clear the error's frames, which would keep network and images in memory.
         traceback.clear_frames(error.__traceback__)
-        log.error("%s: failed: %s%s", run_dir.name, one_line(error), details)
+        log.error("%s: failed: %s%s", name, one_line(error), details)
         silence_submitit()
     return None
 
@@ -218,7 +219,8 @@ def run_or_find(
 ) -> tuple[dict[str, Any], bool]:
     """Return the result of a point, and whether it was trained now. The directory must be locked."""
     from dfl_experiments.running.device import device_of_job, threads_of_job
-    from dfl_experiments.running.run import result_if_done, run
+    from dfl_experiments.running.earlier_run import result_if_done
+    from dfl_experiments.running.run import run
 
     settings = configuration.settings
     # With force=true, a command starts a point anew only once. If a queue starts the job again, the point continues.

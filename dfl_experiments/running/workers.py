@@ -26,11 +26,13 @@ LONGEST_GRACE = 3600.0  # longest time in seconds to wait until SLURM kills the 
 
 def at_work(sweep: Sweep) -> set[int]:
     """Return the IDs of other processes on this machine that work on the sweep's points for this command."""
-    names = list(sweep.points) or [path.parent.name for path in sweep.folder.glob(f"*/{HOLDER}")]
+    folders = [sweep.folder / name for name in sweep.points]
+    if not folders:  # a sweeper chooses the points during the sweep
+        folders = [path.parent for path in sweep.folder.rglob(HOLDER)]
     pids = set()
-    for name in names:
+    for folder in folders:
         with suppress(UserError):  # a damaged file is from another command
-            holder = holder_of(sweep.folder / name)
+            holder = holder_of(folder)
             if holder and (holder.host, holder.command) == (platform.node(), sweep.command):
                 pids.add(holder.pid)
     return pids - {os.getpid()}

@@ -219,3 +219,5 @@ def test_bad_folder_ends_the_command_before_training(folder, tmp_path, monkeypat
     assert line.startswith(f"dfl-train: error: {folder}")
     assert contents(folder) == before
     assert not list(tmp_path.rglob("last.pt"))
+    # no file for each refused version of the folder
+    assert {path.name for path in tmp_path.rglob(".folder*")} <= {".folder.lock"}

@@ -76,7 +76,7 @@ def test_two_processes_pack_a_data_set_once(folder, tmp_path):
     arguments = [sys.executable, "-c", LOAD_FOLDER, str(folder), str(data_dir)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    with packs.lock_pack(data_dir, Folder(str(folder)).cache_name("folder")):
+    with packs.lock_pack(data_dir, "folder"):
         processes = [subprocess.Popen(arguments, **pipes) for _ in range(2)]
         for process in processes:
             assert process.stdout.readline() == "ready\n"

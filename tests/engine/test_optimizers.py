@@ -98,9 +98,13 @@ def test_negative_factor_is_refused_before_training(tmp_path, monkeypatch):
     (tmp_path / "schedule" / "falling.yaml").write_text(
         "name: falling\n_target_: my_falling.Falling"
     )
-    small = ["limit=64", "tracking=disabled", "plugins=[my_falling]", "schedule=falling"]
+    small = ["tracking=disabled", "plugins=[my_falling]", "schedule=falling"]
     with pytest.raises(UserError, match=r"Falling returns the factor -1\.0 for done=2"):
-        dfl.run(dfl.compose(["epochs=3", *small], tmp_path), tmp_path / "run")
+        dfl.run(dfl.compose(["epochs=3", "limit=64", *small], tmp_path), tmp_path / "run")
+    # within the last of two epochs of four batches
+    options = ["epochs=2", "limit=256", "+schedule.per=iteration"]
+    with pytest.raises(UserError, match=r"Falling returns the factor -0\.25 for done=1\.25"):
+        dfl.run(dfl.compose([*options, *small], tmp_path), tmp_path / "run")
     assert not (tmp_path / "run" / "epochs.csv").exists()
 
 

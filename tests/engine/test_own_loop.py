@@ -231,7 +231,7 @@ def test_refuses_to_train_a_bias_below_a_layer_without_b():
         rule.backward(INPUTS, LABELS)
 
 
-def test_refuses_a_loss_that_depends_on_more_than_the_logits_or_not_on_them():
+def test_refuses_a_loss_that_depends_on_more_than_the_logits():
     net = module()
     rule = rule_of("dfa", net)
 
@@ -240,8 +240,6 @@ def test_refuses_a_loss_that_depends_on_more_than_the_logits_or_not_on_them():
 
     with pytest.raises(UserError, match=r"loss: also depends on a tensor of shape \(3,\)"):
         rule.backward(INPUTS, LABELS, loss=regularised)
-    with pytest.raises(UserError, match="loss: does not depend on the logits"):
-        rule.backward(INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t).detach())
     rule.backward(INPUTS, LABELS, loss=lambda y, t: F.cross_entropy(y, t, torch.ones(3)))
 
 
@@ -344,7 +342,7 @@ def test_every_rule_trains_in_a_plain_loop(name):
 
 
 def test_refuses_wrong_arguments_of_rule():
-    with pytest.raises(UserError, match="trains B; pass B's optimizer"):
+    with pytest.raises(UserError, match="this rule trains B, so pass a function"):
         dfl.rule("las", module(), INPUTS[:1])
     with pytest.raises(UserError, match="pass lr="):
         dfl.rule("kp", module(), INPUTS[:1], optimizer=lambda p: torch.optim.SGD(p, 0.1), decay=0.1)
@@ -363,10 +361,8 @@ def test_autocast_works_with_bfloat16_and_is_refused_with_float16():
         assert rule.backward(INPUTS, LABELS).dtype == torch.float32
 
 
-def test_refuses_wrong_inputs_and_targets():
+def test_refuses_wrong_targets():
     rule = rule_of("dfa", module())
-    with pytest.raises(UserError, match="a sample has shape"):
-        rule.backward(INPUTS[:, 1:], LABELS)
     for target in (LABELS.float(), LABELS[:, None], LABELS[1:], LABELS.to(torch.uint8)):
         with pytest.raises(UserError, match="must be labels"):
             rule.alignment(INPUTS, target)
@@ -389,23 +385,15 @@ def test_refuses_a_net_that_cannot_be_trained():
 @pytest.mark.parametrize(
     ("message", "inputs", "target", "loss"),
     [
-        ("inputs: of type ndarray; must be one tensor", INPUTS.numpy(), LABELS, None),
-        ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], None),
-        ("inputs: the batch has no samples", INPUTS[:0], LABELS[:0], F.cross_entropy),
+        ("inputs: must be one tensor", INPUTS.numpy(), LABELS, None),
+        ("with at least one sample", INPUTS[:0], LABELS[:0], None),
+        ("with at least one sample", INPUTS[:0], LABELS[:0], F.cross_entropy),
         ("target: of type list; must be labels", INPUTS, LABELS.tolist(), None),
         ("target: of type tuple; must be labels", INPUTS, (LABELS, LABELS), None),
-        ("loss: must be a function of logits and target", INPUTS, LABELS, "cross_entropy"),
-        ("loss: returned type float; must be one number", INPUTS, LABELS, lambda y, t: 1.0),
-        (
-            r"loss: returned a tensor of shape \(12,\); must be one number",
-            INPUTS,
-            LABELS,
-            lambda y, t: F.cross_entropy(y, t, reduction="none"),
-        ),
     ],
 )
 @pytest.mark.parametrize("name", ["bp", "las"])
-def test_refuses_wrong_inputs_targets_and_losses(name, message, inputs, target, loss):
+def test_refuses_wrong_inputs_and_targets(name, message, inputs, target, loss):
     rule = rule_of(name, module())
     for call in (rule.backward, rule.alignment):
         with pytest.raises(UserError, match=message):
@@ -414,10 +402,9 @@ def test_refuses_wrong_inputs_targets_and_losses(name, message, inputs, target, 
 
 def test_refuses_an_optimizer_that_does_not_train_b():
     net = module()
-    with pytest.raises(UserError, match="optimizer: must be a function"):
-        dfl.rule("las", net, INPUTS[:1], optimizer="adam")
-    for optimizer in (lambda p: None, lambda p: torch.optim.SGD(net.parameters(), 0.1)):
-        with pytest.raises(UserError, match="must return an optimizer of exactly the parameters"):
+    of_net = torch.optim.SGD(net.parameters(), 0.1)
+    for optimizer in ("adam", of_net, lambda p: None, lambda p: of_net):
+        with pytest.raises(UserError, match="returns an optimizer of exactly the parameters"):
             dfl.rule("las", net, INPUTS[:1], optimizer=optimizer)
 
 
@@ -451,33 +438,30 @@ def test_refuses_wrong_rules_and_modules():
     class Inside(ScaledDirectFeedback):
         pass
 
-    with pytest.raises(UserError, match="Inside: define the class outside of functions"):
+    with pytest.raises(UserError, match="a class of your own that is defined outside of functions"):
         rule_of(Inside, module())
-    with pytest.raises(
-        UserError, match="rule: of type Sequential; must be a name, such as 'las', or"
-    ):
+    with pytest.raises(UserError, match="rule: must be a name, such as 'las', or"):
         rule_of(module(), "las")
     for made in (None, module):
         with pytest.raises(UserError, match=r"model: must be a torch\.nn\.Module, but is"):
             rule_of("las", made)
 
 
-def test_refuses_the_state_of_another_rule():
-    las, dfa = rule_of("las", module()), rule_of("dfa", module())
-    for rule, other in ((las, dfa), (dfa, las)):
-        before = [p.clone() for p in rule.method.parameters()]
-        with pytest.raises(UserError, match="state: of another rule"):
-            rule.load_state_dict(other.state_dict())
-        assert all(map(torch.equal, before, rule.method.parameters()))
-
-
-def test_refuses_a_state_that_is_not_of_a_rule():
+def test_refuses_a_state_that_is_not_of_such_a_rule():
     net = module()
-    rule = rule_of("las", net)
-    checkpoint = {"net": net.state_dict(), "rule": rule.state_dict()}
-    for state in (net.state_dict(), rule.method.state_dict(), checkpoint, {}):
-        with pytest.raises(UserError, match="state: not of a rule"):
+    las, dfa = rule_of("las", net), rule_of("dfa", module())
+    checkpoint = {"net": net.state_dict(), "rule": las.state_dict()}
+    for rule, state in (
+        (las, dfa.state_dict()),
+        (dfa, las.state_dict()),
+        (las, net.state_dict()),
+        (las, checkpoint),
+        (las, {}),
+    ):
+        before = [p.clone() for p in rule.method.parameters()]
+        with pytest.raises(UserError, match="state: must be what state_dict"):
             rule.load_state_dict(state)
+        assert all(map(torch.equal, before, rule.method.parameters()))
 
 
 class StoresNet(ScaledDirectFeedback):

@@ -35,9 +35,7 @@ def test_loaded_run_predicts_raw_images_and_reproduces_its_accuracy(folder):
 
 
 def test_second_run_in_a_folder_is_refused_unless_it_resumes(folder):
-    refusal = (
-        r"has a run already \(finished\); force=true replaces it, another hydra.*exist_ok=.resume"
-    )
+    refusal = r'has a run already \(finished\); exist_ok="resume" .* another run_dir keeps both$'
     for changed in ([], ["epochs=4"]):
         with pytest.raises(UserError, match=refusal):
             dfl.run(dfl.compose([*OPTIONS, *changed]), folder)

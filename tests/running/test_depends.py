@@ -107,7 +107,9 @@ def test_changed_code_separates_report_rows_and_refuses_resume(own, tmp_path):
 
     dry = own(*sweep, "seed=0,1", "--dry-run").stdout
     assert [line.split()[0] for line in dry.splitlines()[1:3]] == ["refused", "new"]
-    assert "\n1 of 2 to train\n1 will be refused; the first: mine-fc-digits-none-seed0-" in dry
+    assert (
+        "\n1 of 2 to train\n1 will be refused; the first: outputs/grid/mine-fc-digits-none-" in dry
+    )
     assert f": has a run with {refusal}" in dry
     assert "\n0 of 1 to train\n1 will be refused; " in own("resume=here", "--dry-run").stdout
 

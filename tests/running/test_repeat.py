@@ -123,6 +123,12 @@ def test_options_of_schedule_and_optimizer_change_the_digest_only_if_they_change
         assert digest(other) != digest()
 
 
+def test_place_of_the_data_changes_the_name_of_a_sweep_point_but_not_the_digest():
+    here, there = (compose(["dataset=arrays", f"dataset.source.path={path}"]) for path in "ab")
+    assert config_digest(here) == config_digest(there)
+    assert point_name(here) != point_name(there)
+
+
 def test_stop_collapsed_changes_no_name_and_is_on_only_in_fair():
     for protocol, stops in (("fair", True), ("paper", False), ("authors", False)):
         values = check(compose([f"protocol={protocol}"])).values

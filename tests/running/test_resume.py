@@ -9,11 +9,15 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import dfl_train, ended, forked
 from run_files import table
 
+from dfl_experiments.configuration.composition import compose, config_digest, plain
+from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.running import checkpoint
 
 # one method of each kind: no B; B learnt before, or after, the signals are sent; drawn anew; mirrored; by tangents
@@ -195,6 +199,64 @@ def test_resume_auto_starts_continues_and_keeps_a_finished_run(tmp_path):
     assert other.returncode == 2
     assert "another configuration" in other.stderr
     assert "hydra.run.dir=<directory>" in dfl_train(tmp_path, "resume=auto").stderr
+
+
+def write_arrays(path, seed):
+    random = np.random.default_rng(seed)
+    train, test = random.random((2, 40, 4))
+    labels = np.arange(40) % 2
+    np.savez(path, X_train=train, y_train=labels, X_test=test, y_test=labels)
+
+
+def test_resume_and_repeat_find_moved_data_and_refuse_other_data(tmp_path):
+    """A run accepts only the data that it had, wherever they are now."""
+    for name, seed in (("mine.npz", 0), ("other.npz", 1)):
+        write_arrays(tmp_path / name, seed)
+    (tmp_path / "new").mkdir()
+    data = ("dataset=arrays", "dataset.source.path=mine.npz")
+    small = ("epochs=1", "tracking=disabled", "data_dir=packs")
+    assert dfl_train(tmp_path, *data, *small, "hydra.run.dir=run").returncode == 0
+    result = tmp_path / "run" / "result.json"
+    before = json.loads(result.read_text())
+    result.unlink()  # as if the run had been killed
+    # the path was relative, but it is valid in another folder
+    assert dfl_train(tmp_path / "new", "resume=../run").returncode == 0
+    result.unlink()
+    (tmp_path / "mine.npz").rename(tmp_path / "new" / "moved.npz")
+    lost = dfl_train(tmp_path, "resume=run")
+    assert lost.returncode == 2
+    assert f"dataset.source.path={tmp_path / 'mine.npz'}: no such file" in lost.stderr
+    other = dfl_train(tmp_path, "resume=run", "dataset.source.path=other.npz")
+    assert other.returncode == 2
+    assert f"other data or code: data {before['data']}, now " in other.stderr.splitlines()[-1]
+    moved = "dataset.source.path=new/moved.npz"
+    assert dfl_train(tmp_path, "resume=run", moved).returncode == 0
+    resumed = json.loads(result.read_text())
+    assert resumed["test_accuracy"] == before["test_accuracy"]
+    assert resumed["config"]["dataset"]["source"]["path"] == str(tmp_path / "new" / "moved.npz")
+    assert dfl_train(tmp_path, "repeat=run", moved, "hydra.run.dir=again").returncode == 0
+    result.unlink()
+    saved = checkpoint.load_checkpoint(tmp_path / "run")
+    # as an earlier version wrote it
+    saved["science"] = config_digest(resumed["config"], with_location=True)
+    checkpoint.save_checkpoint(tmp_path / "run", saved)
+    assert dfl_train(tmp_path, "resume=run").returncode == 0
+    size = dfl_train(tmp_path, "resume=run", "dataset.mean=[0.1]")
+    assert size.returncode == 2
+    assert "dataset.mean: cannot be set" in size.stderr
+
+
+def test_recorded_data_dir_that_no_longer_exists_is_replaced_by_that_of_the_machine(
+    tmp_path, monkeypatch
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    values = plain(compose([])) | {"data_dir": str(old)}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
+    monkeypatch.setenv("DFL_DATA_DIR", str(new))
+    resume = [f"resume={tmp_path}"]
+    assert with_recorded(compose(resume), resume)["data_dir"] == str(new)
+    old.mkdir()
+    assert with_recorded(compose(resume), resume)["data_dir"] == str(old)
 
 
 def test_a_run_is_not_continued_in_the_directory_of_another(tmp_path):

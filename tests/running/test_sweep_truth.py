@@ -42,10 +42,14 @@ def test_run_of_another_configuration_makes_its_point_fail(tmp_path):
 
 def test_folders_of_points_may_be_nested(tmp_path):
     nested = "hydra.sweep.subdir=seeds/${seed}/run"
-    assert dfl_train(tmp_path, *SWEEP, nested, "seed=0,1").returncode == 0
+    for seeds in ("0,1", "2"):  # the second command also lists the points of the first one
+        done = dfl_train(tmp_path, *SWEEP, nested, f"seed={seeds}")
+        assert done.returncode == 0
+    assert "1 of 1 finished  (seeds/2/run: accuracy " in done.stdout
     assert {folder: row["status"] for folder, row in rows(tmp_path).items()} == {
         "seeds/0/run": "finished",
         "seeds/1/run": "finished",
+        "seeds/2/run": "finished",
     }
 
 

@@ -164,6 +164,19 @@ def test_mistake_is_refused_in_one_line(planned, arguments, words):
     assert words in done.stderr.splitlines()[-1]
 
 
+def test_dry_run_needs_no_launcher():
+    command = [
+        sys.executable,
+        str(SCRIPTS / "reproduce_arguments.py"),
+        "all",
+        "--launcher",
+        "slurm",
+    ]
+    for flags, extras in (([], "slurm"), (["--dry-run"], "")):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == extras
+
+
 def test_smoke_run_writes_a_report_and_is_not_repeated(tmp_path):
     data = f"data_dir={write_packs(tmp_path / 'data', mnist=1)}"
     options = ("fc_table", "--smoke", "--only", "mnist", data, *SMALL[:-1])
