@@ -182,12 +182,12 @@ def judged(
     elif difference.high < 0:
         verdict = CONTRADICTED
     scale = 0.01 if unit == "cosine" else 1  # `interval_text` multiplies by 100
-    shown = [scale * number for number in difference[:3]]
+    value, low, high, _ = (scale * number for number in difference)
     return {
         "claim": claim,
         "setting": setting,
         "n": n,
-        "found": failing or f"{interval_text(*shown)} {unit}{rates}",
+        "found": failing or f"{interval_text(value, low, high)} {unit}{rates}",
         "verdict": FAILS if failing else verdict,
         **difference._asdict(),
     }

@@ -115,7 +115,7 @@ def draw(
         figure = with_axes(panels, lines, size)
         for axes, panel in zip(figure.axes, panels, strict=True):
             axes.set_xlabel(x)
-            draw_panel(axes, panel, values)
+            draw_panel(axes, panel, values, 4 if size else 6)
         # now all curves are drawn, also on shared axes
         for axes, panel in zip(figure.axes, panels, strict=True):
             if not panel.name.endswith(BOUNDED) and axes.lines:
@@ -211,8 +211,8 @@ def with_axes(
     return figure
 
 
-def draw_panel(axes: Axes, panel: Panel, values: DataFrame) -> None:
-    """Draw a panel: one curve for each line."""
+def draw_panel(axes: Axes, panel: Panel, values: DataFrame, most_ticks: int) -> None:
+    """Draw a panel: one curve for each line. most_ticks: largest number of ticks of the x axis."""
     quantity = quantity_of(panel.name)
     title = quantity.title
     heading = panel.lines.heading.iloc[0]
@@ -222,8 +222,6 @@ def draw_panel(axes: Axes, panel: Panel, values: DataFrame) -> None:
         title += f", layer {panel.layer}"
     axes.set_title(title)
     axes.set_ylabel(quantity.axis)
-    inches = axes.figure.get_figwidth() / axes.get_subplotspec().get_gridspec().ncols
-    most_ticks = min(6, int(2 * inches))
     ticks = MaxNLocator(most_ticks, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
     axes.xaxis.set_major_locator(ticks)
     is_quantity = values.what == panel.name
