@@ -118,9 +118,10 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     prefixes = tuple(f"{package}." for package in packages)
     kind, exception = f"a subclass of {base.__name__}", ""
     if key == "model":
-        kind = f"a function that returns a {base.__name__}"
+        kind = "a model"
         exception = "; a plugin's model may be any torch.nn.Module, or a function that returns one"
     elif key.startswith("optimizer"):
+        kind = "an optimizer of torch.optim, or one"
         exception = "; a plugin's optimizer may be any torch.optim.Optimizer with a parameter lr and no closure"
     option = f"{key}._target_={target}"
     rule = f"must be {kind} defined in {' or '.join(packages)}, or in a package listed in plugins=[…]{exception}"

@@ -134,7 +134,7 @@ KEYS = {
 TARGETS = {
     "model._target_=os.system": (
         "model._target_=os.system",
-        "a function that returns a BlockNet defined in dfl_exp",
+        "must be a model defined in dfl_experiments, or in a package listed in plugins=[…]",
     ),
     "method._target_=dfl_experiments_elsewhere.B": (
         "dfl_experiments_elsewhere.B",
@@ -146,15 +146,15 @@ TARGETS = {
     ),
     "model._target_=dfl_experiments.models.conv3.normalisation": (
         "conv3.normalisation",
-        "returns a BlockNet",
+        "must be a model",
     ),
     "method._target_=dfl_experiments.models.fc": (
         "dfl_experiments.models.fc",
         "a subclass of Method",
     ),
     "optimizer._target_=dfl_experiments.optimizers.OptimizerFactory": (
-        "OptimizerFactory",
-        "must be a subclass",
+        "OptimizerFactory: must be an optimizer of torch.optim, or one defined in dfl_experiments, or",
+        "; a plugin's optimizer may be any torch.optim.Optimizer with a parameter lr and no closure",
     ),
     "method._target_=3": ("method._target_=3", "a subclass of Method"),
     "optimizer=torch optimizer._target_=my_optimizers.Lion": (
