@@ -144,7 +144,8 @@ def message_with_choices(error: BaseException | None) -> str | None:
     The message lists the known keys or options, or says how to quote a value.
     """
     if isinstance(error, OverrideParseException):
-        return _how_to_quote(str(error.override))
+        override = str(error.override)
+        return _how_to_set(override) if override.isidentifier() else _how_to_quote(override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if group.startswith("hydra/") and name in EXTRAS:
@@ -189,8 +190,6 @@ def _how_to_set(word: str) -> str:
 
 def _how_to_quote(override: str) -> str | None:
     """Return a message with the quoted override; None if the value is empty, or contains quotes or brackets."""
-    if override.isidentifier():
-        return _how_to_set(override)
     key, _, value = override.partition("=")
     if not value or set(value) & set("'\"[]{}"):
         return None
