@@ -5,6 +5,7 @@ import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dfl_experiments.configuration.composition import compose, group_options
@@ -83,6 +84,15 @@ def show(choices: list[list[str]]) -> None:
         print(printable("  ".join(padded).rstrip()))
 
 
+def refuse_several_values(overrides: list[str]) -> None:
+    """Raise `UserError` for an override with several values, because this command has no --multirun."""
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line}: has several values; call dfl-data once for each"
+            )
+
+
 def main() -> None:
     """Run the script. After a user's mistake, print one line on stderr and exit with code 2."""
     layout = RawDescriptionHelpFormatter
@@ -92,12 +102,15 @@ def main() -> None:
         choices=("prepare", "list"),
         help="prepare: download and pack one data set; list: show one or all data sets",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for dfl-train")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as for dfl-train"
+    )
     arguments = parser.parse_args()
     overrides, names = arguments.overrides, group_options("dataset")
     is_named = any(override.startswith("dataset=") for override in overrides)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with refusing("dfl-data"):
+        refuse_several_values(overrides)
         if arguments.command == "prepare" and not is_named:
             raise UserError(
                 f"prepare: needs a data set; add dataset=NAME with one of the names {', '.join(names)}"

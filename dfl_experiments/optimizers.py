@@ -6,6 +6,7 @@ Both optimizers have the same options. For B's optimizer, values in `optimizer.f
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache, partial, reduce
@@ -149,15 +150,29 @@ def of_torch(target: str, key: str) -> type[OptimizerFactory]:
     key: key of the optimizer in the configuration.
     Raises `UserError` if there is no such class, or if the optimizer's step needs a closure that evaluates the loss.
     """
-    kinds: dict[str, Any] = {}
+    kind = getattr(torch.optim, target.removeprefix("torch.optim."), None)
+    if not is_usable(kind):
+        choices = ", ".join(names_in_torch())
+        raise UserError(f"{key}._target_={target}: must be one of {choices}, which need no closure")
+    return factory_of(kind)
+
+
+@cache
+def names_in_torch() -> list[str]:
+    """Return the full names of the optimizers in torch.optim that can train matrices and vectors."""
+    names = []
     for name, kind in vars(torch.optim).items():
         if is_usable(kind):
-            kinds[f"torch.optim.{name}"] = kind
-    if target not in kinds:
-        raise UserError(
-            f"{key}._target_={target}: must be one of {', '.join(kinds)}, which need no closure"
-        )
-    return factory_of(kinds[target])
+            with suppress(RuntimeError, ValueError):  # the trial step of `OfTorch` fails
+                factory_of(kind)(lr=1e-3)
+                names.append(f"torch.optim.{name}")
+    return names
+
+
+def name_in_torch(name: str) -> str | None:
+    """Return the full name of an optimizer in torch.optim: "torch.optim.NAdam" for "nadam" or "optim.NAdam"."""
+    ending = f".{name.lower()}"
+    return next((full for full in names_in_torch() if full.lower().endswith(ending)), None)
 
 
 def is_usable(kind: Any) -> bool:

@@ -29,7 +29,8 @@ class Schedule(ABC):
     def __post_init__(self) -> None:
         if self.per == "epoch" and 0 < self.warmup <= 1:
             raise UserError(
-                f"schedule.warmup={self.warmup}: a value of at most 1 needs per=iteration in the same schedule"
+                f"schedule.warmup={self.warmup:g}: one epoch or less has no effect with per=epoch; "
+                "set schedule.per=iteration"
             )
 
     def factors(self, epoch: int, epochs: int, batches: int) -> list[float]:
@@ -56,7 +57,7 @@ class Schedule(ABC):
             value = math.nan
         if not 0 <= value < math.inf:
             raise UserError(
-                f"schedule: {type(self).__name__} returns the factor {factor} for done={done:g}; must be a finite "
+                f"the schedule {type(self).__name__} returns the factor {factor} for done={done:g}; must be a finite "
                 "number of 0 or more"
             )
         return value

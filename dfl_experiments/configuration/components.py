@@ -29,6 +29,8 @@ KINDS = {
     "schedule.feedback": f"{PACKAGE}.schedules.Schedule",
     "dataset.source": f"{PACKAGE}.data.sources.Source",
 }
+# an example of a `_target_`, for each group in which the user may have to set it
+EXAMPLES = {"model": "my_nets.MyNet", "optimizer": "torch.optim.NAdam"}
 MODULE = "torch.nn.Module"
 AS_NET = f"{PACKAGE}.engine.module_net.as_net"
 # Arguments that the program passes to a component's constructor. The configuration cannot set them.
@@ -74,8 +76,12 @@ class Component:
             module = self.target(**accepted, **options)
             as_net = import_object(AS_NET)
             return as_net(module, boundaries, arguments.get("input_shape"), samples)
-        except UserError:
-            raise
+        except UserError as error:
+            if not self.key.endswith(".feedback"):
+                raise
+            # a class names its options as those of W
+            group = self.key.removesuffix("feedback")
+            raise UserError(str(error).replace(group, f"{self.key}.")) from error
         except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError) as error:
             texts = [f"{name}={shown(value)}" for name, value in self.options.items()]
             listed = ", ".join(texts) or "no options"
@@ -126,6 +132,10 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     option = f"{key}._target_={target}"
     rule = f"must be {kind} defined in {' or '.join(packages)}, or in a package listed in plugins=[…]{exception}"
     if not target.startswith(prefixes):
+        if key.startswith("optimizer"):
+            known = import_object(f"{PACKAGE}.optimizers.name_in_torch")(target)
+            if known:
+                raise UserError(f"{option}: did you mean {known}?")
         module = target.rpartition(".")[0] or "…"
         raise UserError(f'{option}: {rule}; for code of your own, add "plugins=[{module}]"')
     try:
@@ -228,7 +238,9 @@ def component(
     Raises `UserError` for a wrong target, option or value.
     """
     if node.get("_target_", "???") == "???":
-        raise UserError(f"{key}._target_: missing; set {key}._target_=…")
+        example = EXAMPLES.get(key.partition(".")[0])
+        advice = f", for example {example}" if example else ""
+        raise UserError(f"{key}._target_: missing; set {key}._target_=…{advice}")
     target = locate(node["_target_"], key, plugins)
     options = {name: value for name, value in node.items() if value != "???"}
     options.pop("_target_")

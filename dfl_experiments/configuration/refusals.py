@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from dfl_experiments.configuration.composition import CONF_DIR, group_options
 from dfl_experiments.configuration.history import MOVED, RENAMED
 from dfl_experiments.errors import Fault, UserError, clipped, of_the_system, reason, shown
 
@@ -24,6 +25,9 @@ WRONG_PATHS = (FileExistsError, IsADirectoryError, NotADirectoryError)
 # names of options in other programs, and of the choice that switches W&B off
 OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "none": "disabled", "off": "disabled"}
 INTERNAL = ("hydra", "name", "_target_")  # keys that error messages do not suggest
+# groups of options for B, which the command line adds to a group of the same name
+OF_FEEDBACK = ("optimizer.feedback", "schedule.feedback")
+SHORTEST_PART = 3  # letters; a shorter text is part of too many names
 LONG_LIST = 12  # a longer list of keys is left out of a message that suggests one of them
 # launchers and sweepers that are not installed by default, and the extra that has them
 EXTRAS = {
@@ -102,8 +106,9 @@ def flat_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 def did_you_mean(key: str, names: Iterable[str]) -> str:
     """Return "; did you mean …?" with the known name whose last part is closest to that of an unknown key.
 
-    Return "" if none is close. Of several such names, the one with the fewest dots is suggested. For a key in a known
-    group, such as optimizer.beta, a name of another group must have the same last part.
+    If none is close, a name that contains the unknown key is suggested. Return "" if there is no such name. Of several
+    names, one in the key's own group is suggested, otherwise the one with the fewest dots. For a key in a known group,
+    such as optimizer.beta, a name of another group must have the same last part.
     """
     renamed = (RENAMED | MOVED).get(key)
     if renamed:
@@ -119,9 +124,12 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
         ]
     close = difflib.get_close_matches(last, map(last_part, candidates), n=1)
     guesses = [name for name in candidates if last_part(name) in close]
+    if not guesses and len(last) >= SHORTEST_PART:
+        guesses = [name for name in candidates if last in last_part(name)]
     if not guesses:
         return ""
-    guess = min(guesses, key=lambda name: name.count("."))
+    own_group = key.rpartition(".")[0]
+    guess = min(guesses, key=lambda name: (name.rpartition(".")[0] != own_group, name.count(".")))
     return f"; did you mean {guess}?"
 
 
@@ -136,13 +144,17 @@ def message_with_choices(error: BaseException | None) -> str | None:
     The message lists the known keys or options, or says how to quote a value.
     """
     if isinstance(error, OverrideParseException):
-        return _how_to_quote(str(error.override))
+        override = str(error.override)
+        return _how_to_set(override) if override.isidentifier() else _how_to_quote(override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if group.startswith("hydra/") and name in EXTRAS:
             command = f"pip install -e '.[{EXTRAS[name]}]'"
             return f"{group}={name}: not installed; in the project's folder run {command}"
-        choices = f"there are {', '.join(error.options)}{did_you_mean(name, error.options)}"
+        suggestion = did_you_mean(name, error.options)
+        if group == "optimizer":
+            suggestion = _of_torch(name) or suggestion
+        choices = f"there are {', '.join(error.options)}{suggestion}"
         if not group.startswith("hydra/"):
             choices += " (--config-dir=<folder> adds your own options)"
         return f"{group}={name}: {choices}"
@@ -150,6 +162,30 @@ def message_with_choices(error: BaseException | None) -> str | None:
     if not isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return None
     return _unknown_key(cause) if OmegaConf.is_dict(cause.parent_node) else None
+
+
+def _of_torch(name: str) -> str:
+    """Return how to choose an optimizer of torch.optim that has no file in conf/; "" for another name."""
+    from dfl_experiments.optimizers import name_in_torch
+
+    full = name_in_torch(name)
+    if not full or name.lower() in group_options("optimizer"):
+        return ""
+    return f"; did you mean optimizer=torch optimizer._target_={full}?"
+
+
+def _how_to_add(group: str) -> str:
+    """Return a message that says how to choose one of `OF_FEEDBACK`, such as another schedule for B."""
+    kind = group.removesuffix(".feedback")
+    choices = ", ".join(group_options(kind))
+    return f"{group}: choose it with +{kind}@{group}=…, there are {choices}"
+
+
+def _how_to_set(word: str) -> str:
+    """Return a message for a word without "=", with the group that has an option of this name."""
+    groups = sorted(path.name for path in CONF_DIR.iterdir() if word in group_options(path.name))
+    suggestion = f"; did you mean {groups[0]}={word}?" if groups else ""
+    return f"{word}: must be key=value{suggestion}"
 
 
 def _how_to_quote(override: str) -> str | None:
@@ -166,31 +202,35 @@ def _unknown_key(error: Any) -> str:
     node = error.parent_node
     known = ", ".join(str(key) for key in node if key not in INTERNAL)
     choices = f"; there are {known or 'none'}"
-    everything: Any = OmegaConf.to_container(node._get_root(), resolve=False)
+    root = node._get_root()
     key = str(error.full_key)
-    if _constructor_takes(key, node, everything.get("plugins") or []):
+    if key in OF_FEEDBACK:
+        return _how_to_add(key)
+    if _constructor_takes(key, root):
         return f"{key}: no such option{choices}; +{key}=… passes it to the constructor"
+    everything: Any = OmegaConf.to_container(root, resolve=False)
     suggestion = did_you_mean(key, flat_keys(everything))
     if suggestion and len(node) > LONG_LIST:
         choices = ""
     return f"{key}: no such option{suggestion}{choices}"
 
 
-def _constructor_takes(key: str, node: Any, plugins: Sequence[str]) -> bool:
+def _constructor_takes(key: str, root: Any) -> bool:
     """Return whether the constructor of a component takes an option that the configuration lacks.
 
-    key: key of the option, such as `method.fixed_blocks`.
-    node: the part of the configuration that should hold the option. It may be a component, which has a `_target_`.
-    plugins: names of the plugin packages.
+    key: key of the option, such as `method.fixed_blocks`. root: the configuration, as OmegaConf's node.
     """
     from dfl_experiments.configuration.components import KINDS, locate, options_of
 
     group, _, name = key.rpartition(".")
-    if group not in KINDS or "_target_" not in node:
+    if group not in KINDS:
         return False
     try:
-        target = locate(node["_target_"], group, plugins)
-        return name in options_of(target, group).model_fields
+        target = OmegaConf.select(root, f"{group}._target_")
+        if target is None and group == "optimizer.feedback":
+            target = root.optimizer._target_
+        constructor = locate(target, group, root.plugins)
+        return name in options_of(constructor, group).model_fields
     except (UserError, OmegaConfBaseException):  # a wrong `_target_`
         return False
 
@@ -214,6 +254,8 @@ def refusal(
     # raised by a validator of this project, whose message is complete
     if first["type"] == "value_error":
         return UserError(str(first["ctx"]["error"]))
+    if key in OF_FEEDBACK and first["type"] == "dict_type":
+        return UserError(_how_to_add(key))
     message = first["msg"]
     message = message[0].lower() + message[1:]
     return UserError(f"{key}={shown(first['input'])}: {message}")

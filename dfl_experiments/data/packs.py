@@ -294,11 +294,10 @@ def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
             f"has {actual}, but {Path(names[0]).name} has {expected}",
         )
         are_integers = labels.shape == (len(samples),) and labels.dtype.kind in "iu"
-        demand(
-            are_integers,
-            labels_name,
-            f"must be {len(samples)} integers, is {labels.dtype} {labels.shape}",
-        )
+        problem = f"must be {len(samples)} integers, is {labels.dtype} {labels.shape}"
+        if labels.dtype.kind in "SU":  # texts
+            problem += "; before the split, np.unique(y, return_inverse=True) makes integers"
+        demand(are_integers, labels_name, problem)
         lowest, highest = labels.min(), labels.max()
         are_classes = 0 <= lowest <= highest < len(classes)
         allowed = f"0 to {len(classes) - 1}, one for each class"

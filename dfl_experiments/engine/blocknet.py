@@ -44,6 +44,16 @@ class Block(nn.Module):
         return self.post(self.pre(x))
 
 
+def forward_failure(samples: str, x: Tensor, error: Exception) -> UserError:
+    """Return the error to raise if the forward pass of `x` has failed. samples: a description of `x`."""
+    hint = ""
+    if isinstance(error, RuntimeError) and not x.is_floating_point():
+        # probably a layer for floats; an embedding would raise IndexError
+        hint = "; integers are tokens; save features as float32"
+    reason = clipped(str(error), 200)
+    return UserError(f"model: the forward pass fails for {samples} ({reason}){hint}")
+
+
 class BlockNet(nn.Module):
     """The network h_i = block_i(h_{i-1}), a_L = head(h_{L-1}), which every model function returns.
 
@@ -124,8 +134,7 @@ class BlockNet(nn.Module):
             samples = f"input shape {self.input_shape}"
             if not x.is_floating_point():
                 samples += f" of integers up to {x.max()}"
-            reason = clipped(str(error), 200)
-            raise UserError(f"model: the forward pass fails for {samples} ({reason})") from error
+            raise forward_failure(samples, x, error) from error
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dfl_experiments.engine.activation_calls import eager, is_call
+from dfl_experiments.engine.blocknet import forward_failure
 from dfl_experiments.engine.crossings import children
 from dfl_experiments.engine.module_graph import IS_IGNORED, Graph, Mark
 from dfl_experiments.engine.transpose import is_weight_layer
-from dfl_experiments.errors import UserError, clipped
+from dfl_experiments.errors import UserError
 
 WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
@@ -36,10 +37,7 @@ class Survey:
             if isinstance(error, UserError):
                 raise
             shape = ", ".join(["N", *map(str, example.shape[1:])])
-            reason = clipped(str(error), 200)
-            raise UserError(
-                f"model: the forward pass fails for input shape ({shape}) ({reason})"
-            ) from error
+            raise forward_failure(f"input shape ({shape})", two, error) from error
         self.parameters = self._below(None)
 
     def _below(self, boundary: str | None) -> frozenset[str]:

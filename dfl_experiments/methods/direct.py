@@ -62,7 +62,10 @@ class Direct(Method):
             self.local_modules[i] = module.requires_grad_(False)
         self.feedback = nn.ModuleList(self.local_modules.values())
         if not self.cuts:
-            log.warning("method: no hidden layer has a B, so every signal equals BP's")
+            log.warning(
+                "method: no hidden layer has a B, so every signal equals BP's; a net needs several hidden blocks "
+                "(nn.LSTM with num_layers=2 is one module: split it)"
+            )
         if init == "product" and self.cuts:
             self.log_initial_feedback()
 

@@ -26,7 +26,9 @@ VALUES = {
     "optimizer.betas=[0.9]": ("optimizer.betas=[0.9]", "at least 2"),
     "optimizer.clip_norm=0": ("optimizer.clip_norm=0", "greater than 0"),
     "optimizer.feedback.lr=-1": ("optimizer.feedback.lr=-1", "greater than 0"),
-    "optimizer=torch": ("optimizer._target_: missing",),
+    "optimizer=torch": (
+        "optimizer._target_: missing; set optimizer._target_=…, for example torch.optim.NAdam",
+    ),
     "optimizer=torch optimizer._target_=torch.optim.LBFGS": (
         "torch.optim.LBFGS",
         "closure",
@@ -41,7 +43,19 @@ VALUES = {
         "at least 2",
     ),
     "schedule.milestones=[30,60]": ("schedule.milestones.0=30", "less than 1"),
-    "schedule=cosine schedule.warmup=0.5": ("schedule.warmup=0.5", "per=iteration in the same"),
+    "schedule.warmup=1": (
+        "schedule.warmup=1: one epoch or less has no effect with per=epoch; set schedule.per=iteration",
+    ),
+    "+schedule@schedule.feedback=cosine schedule.feedback.warmup=0.5": (
+        "schedule.feedback.warmup=0.5: ",
+        "set schedule.feedback.per=iteration",
+    ),
+    "schedule.feedback=cosine": (
+        "schedule.feedback: choose it with +schedule@schedule.feedback=…, there are constant, cosine",
+    ),
+    "optimizer.feedback=sgd": (
+        "optimizer.feedback: choose it with +optimizer@optimizer.feedback=…, there are adam",
+    ),
     "+schedule@schedule.feedback=cosine schedule.feedback.warmup=3 epochs=3": (
         "schedule.feedback.warmup=3",
         "shorter than epochs=3",
@@ -50,6 +64,9 @@ VALUES = {
     "optimizer=sgd optimizer.nesterov=true": (
         "optimizer.nesterov=True",
         "needs optimizer.momentum",
+    ),
+    "+optimizer@optimizer.feedback=sgd optimizer.feedback.nesterov=true": (
+        "optimizer.feedback.nesterov=True: needs optimizer.feedback.momentum",
     ),
     "method.local_target=foo": ("method.local_target='foo'", "'logits' or 'labels'"),
     "method.name=a/b": ("method.name='a/b'", "must be 1 to 64 letters"),
@@ -101,6 +118,12 @@ KEYS = {
     "optimizer=torch optimizer._target_=torch.optim.SGD optimizer.momentum=0.9": (
         "; +optimizer.momentum=… passes it to the constructor",
     ),
+    "optimizer=torch optimizer._target_=torch.optim.RAdam optimizer.feedback.weight_decay=0": (
+        "; +optimizer.feedback.weight_decay=… passes it to the constructor",
+    ),
+    "optimizer=nadam": ("; did you mean optimizer=torch optimizer._target_=torch.optim.NAdam?",),
+    "schedule=cos": ("did you mean cosine?",),
+    "optimizer.feedback.beta=1": ("did you mean optimizer.feedback.betas?",),
     "optimizer.milestones=[0.5]": (
         "optimizer.milestones: no such option",
         "did you mean schedule.milestones?",
@@ -120,14 +143,15 @@ KEYS = {
     "method=lass": ("method=lass", "did you mean las?", "--config-dir"),
     "plugins=[no_such_package]": ("plugins=[no_such_package]", "export PYTHONPATH=."),
     "--info --cfg job": ("--info --cfg job", "Only one of"),
-    "--multirun hydra/launcher=slurm": ("hydra/launcher=slurm", "basic"),
+    "--multirun hydra/launcher=slurm": ("hydra/launcher=slurm", "did you mean submitit_slurm?"),
     # interpolations
     "'epochs=${foo}'": ("epochs: Interpolation key 'foo' not found",),
     "'epochs=${epochs}'": ("epochs: ", "Recursive interpolation"),
     "'epochs=${oc.env:NO_SUCH_VARIABLE}'": ("NO_SUCH_VARIABLE",),
     "'hydra.run.dir=${nowhere}'": ("nowhere",),
     # not valid in Hydra's grammar
-    "epochs": ("epochs",),
+    "epochs": ("epochs: must be key=value\n",),
+    "mnist": ("mnist: must be key=value; did you mean dataset=mnist?",),
     "model.widths=[256,256": ("[256,256",),
     "seed=0,1": ("seed=0,1", "--multirun"),
 }
@@ -157,6 +181,7 @@ TARGETS = {
         "; a plugin's optimizer may be any torch.optim.Optimizer with a parameter lr and no closure",
     ),
     "method._target_=3": ("method._target_=3", "a subclass of Method"),
+    "optimizer=torch optimizer._target_=NAdam": ("did you mean torch.optim.NAdam?",),
     "optimizer=torch optimizer._target_=my_optimizers.Lion": (
         "optimizer._target_=my_optimizers.Lion",
         'for code of your own, add "plugins=[my_optimizers]"',

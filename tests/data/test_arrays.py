@@ -193,6 +193,7 @@ def test_tokens_are_refused_beyond_the_vocabulary_and_by_nets_for_floats(tmp_pat
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "the forward pass fails for input shape (6,) of integers up to 19 (" in done.stderr
         assert not (tmp_path / "here").exists()
+    assert "; integers are tokens; save features as float32" in done.stderr
 
 
 def ones_with(value: float, index: tuple[int, int]) -> np.ndarray:
@@ -221,6 +222,11 @@ REFUSED = {
     ),
     "other shape": ({"X_test": np.ones((60, 11))}, (), "features of shape (11,), but"),
     "too few labels": ({"y_train": LABELS[:9]}, (), "y_train: must be 240 integers, is int64 (9,)"),
+    "texts for labels": (
+        {"y_train": LABELS.astype(str)},
+        (),
+        "y_train: must be 240 integers, is <U21 (240,); before the split, np.unique(y, return_inverse=True)",
+    ),
     "targets of a regression": (
         {"y_train": LABELS / 2},
         (),

@@ -63,6 +63,8 @@ def test_examples_in_the_help_are_valid():
     ("arguments", "message"),
     [
         (["prepare"], "needs a data set"),
+        (["prepare", "cifar10"], "cifar10: must be key=value; did you mean dataset=cifar10?"),
+        (["prepare", "dataset=cifar10,mnist"], "has several values; call dfl-data once for each"),
         (["prepare", "dataset=mnits"], "mnits"),
         (["prepare", "dataset=digits", "data_dri=x"], "data_dri"),
         (["prepare", "dataset=folder"], "dataset.source.path"),

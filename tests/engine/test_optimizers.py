@@ -15,6 +15,7 @@ import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.errors import UserError
+from dfl_experiments.optimizers import names_in_torch
 from dfl_experiments.schedules import Schedule, Step
 
 RATE, STEPS = 0.01, 5
@@ -321,3 +322,15 @@ def test_refuses_wrong_options_and_other_optimizers_of_a_plugin():
         check(compose([*LION_OPTIMIZER, "+optimizer.beta=x"]))
     with pytest.raises(UserError, match=r"a plugin's optimizer may be any"):
         check(compose([*LION_PLUGIN, "optimizer._target_=my_lion.torch.optim.LBFGS"]))
+
+
+def test_lists_only_the_optimizers_of_torch_that_can_train_a_net():
+    names = names_in_torch()
+    assert "torch.optim.NAdam" in names
+    unusable = {"torch.optim.LBFGS", "torch.optim.Muon", "torch.optim.SparseAdam"}
+    assert not unusable.intersection(names)
+    for name in names:
+        optimizer = Tiny(
+            "bp", "fc", "optimizer=torch", f"optimizer._target_={name}"
+        ).learner.optimizer
+        assert type(optimizer).__name__ == name.removeprefix("torch.optim.")
