@@ -12,7 +12,7 @@ from tabulate import LATEX_ESCAPE_RULES, tabulate
 from dfl_experiments.report.style import method_name
 
 NONE = "–"
-MARK = "Marked: the highest mean test accuracy of the setting, significant or not."
+MARK = "Marked: the highest mean test accuracy of the setting."
 # Characters that are Markdown syntax. A link is disabled by escaping its ]. A _ inside a word is not syntax.
 MARKDOWN_SYNTAX = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
 LATEX_SYMBOLS = {

@@ -149,6 +149,7 @@ def answer(section: Section, paper: DataFrame | None = None) -> Table:
     shown = with_settings(frame, section.runs, columns)
     captions = [
         MARK if is_best.any() else "",
+        *(significance_text(frame, control) for control in ("bp", "dfa")),
         answer_caption(frame, section.runs),
         AT_END if frame.lr_at_end.any() else "",
     ]
@@ -163,6 +164,19 @@ def best_of_setting(frame: DataFrame) -> Series:
     is_highest = ranked > in_setting.transform("max") - HALF_DIGIT
     has_others = in_setting.transform("count") > 1
     return is_highest & has_others
+
+
+def significance_text(frame: DataFrame, control: str) -> str:
+    """Return which methods differ significantly from a control: "Significantly different from BP: DFA, FA."
+
+    Return "" if no method has an interval, or if the rows belong to several settings.
+    """
+    low, high = frame[f"low_{control}"], frame[f"high_{control}"]
+    if low.isna().all() or len(frame[ROW].drop_duplicates()) > 1:
+        return ""
+    differing = frame.method[(low > 0) | (high < 0)]
+    names = ", ".join(differing.map(method_name)) or "no method"
+    return f"Significantly different from {method_name(control)}: {names}."
 
 
 def answer_caption(frame: DataFrame, runs: DataFrame) -> str:

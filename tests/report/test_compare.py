@@ -1,6 +1,7 @@
 """Comparisons: intervals from known numbers, depth utility, and the cosines that are shown."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from dfl_experiments.report.compare import (
     fieller,
 )
 from dfl_experiments.report.frame import ROW, runs
+from dfl_experiments.report.style import method_name
+from dfl_experiments.report.tables import answer, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 RANDOM = np.random.default_rng(0)
@@ -38,6 +41,15 @@ def test_dunnett_intervals_on_mnist_equal_the_published_ones(kept, method, diffe
     assert 100 * row.difference == pytest.approx(difference, abs=0.006)
     assert (100 * row.low, 100 * row.high) == pytest.approx((low, high), abs=0.012)
     assert row.test == "Dunnett"
+
+
+def test_caption_names_the_methods_that_differ_significantly(kept):
+    (section,) = sections(kept[(kept.dataset == "mnist") & (kept.epochs == 20)])
+    rows = compare.against(section.chosen, "dfa").set_index("method")
+    differing = rows.index[(rows.low > 0) | (rows.high < 0)]
+    names = re.search(r"Significantly different from DFA: (.*?)\.", answer(section).caption)[1]
+    assert set(names.split(", ")) == {method_name(method) for method in differing}
+    assert {"las", "ltas"} <= set(differing)
 
 
 def test_dunnett_interval_equals_scipy():
