@@ -86,7 +86,7 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield (
         "A verdict needs three seeds of both methods. 'Fails' means: a run of one of the two methods fails at its best "
         "rate, and every other rate also has a failing run. The end of a setting's name is the number of learning "
-        "rates that were tried. With one rate, another rate may turn a verdict round. Accuracies are compared at each "
+        "rates that were tried. With one rate, another rate may reverse a verdict. Accuracies are compared at each "
         "method's best rate by validation accuracy. Alignment is the cosine of layer 1, averaged over the rates at "
         "which both methods have three seeds; `found` names these rates. n counts failing runs for accuracies, but not "
         "for cosines. Intervals are Welch's t of the two methods, 95 %, without correction for their number. The "
@@ -264,8 +264,9 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
     yield "## Alignment and accuracy\n"
     yield "![Ranks of accuracy and of the cosine of layer 1, a point for each rule](figures/families.png)\n"
     yield (
-        "Spearman's ρ over the rules' means at one rate (number of rules). Many rules are similar, so they are not "
-        "independent observations: read these ρ with care. The figure shows the ranks; 1 is the lowest.\n"
+        "Spearman's ρ over the rules' means at one rate (number of rules); failing runs are left out. Many rules are "
+        "similar, so they are not independent observations: read these ρ with care. The figure shows the ranks; 1 is "
+        "the lowest.\n"
     )
     rows = []
     for setting, means in means_of_rules(runs).items():
