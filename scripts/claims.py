@@ -27,7 +27,7 @@ from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose
-from dfl_experiments.report.frame import ROW, distinct, runs
+from dfl_experiments.report.frame import CELL, ROW, distinct, runs
 from dfl_experiments.report.style import method_name, row_title
 from dfl_experiments.report.table_text import interval_text
 from dfl_experiments.running.run_directory import CONFIG
@@ -88,7 +88,7 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
     real = frame[~frame.smoke & frame.has_ended]
     chosen = choose(real)
     rows: list[dict[str, Any]] = []
-    for key, row in chosen.groupby(ROW, sort=True):
+    for key, row in with_all_diverged(chosen, real).groupby(ROW, sort=True):
         all_points = real[(real[ROW] == list(key)).all(axis="columns")]
         for suffix, variant in variants_of(row).items():
             options = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
@@ -97,6 +97,13 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
             rows += accuracy_claims(row, variant, setting)
     rows += class_claims(chosen, real)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def with_all_diverged(chosen: pd.DataFrame, real: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen runs, and all runs of the methods without an accuracy, whose runs diverged at every rate."""
+    every = distinct(real)
+    is_decided = every.set_index(CELL).index.isin(chosen.set_index(CELL).index)
+    return every[every.index.isin(chosen.index) | ~is_decided]
 
 
 def variants_of(row: pd.DataFrame) -> dict[str, dict[str, str]]:
@@ -222,10 +229,14 @@ def accuracy_claims(
         if not {first, second} <= variant.keys():
             continue
         methods = [variant[first], variant[second]]
-        accuracies = [row.accuracy[row.method == method].to_numpy() for method in methods]
+        accuracies = [row.accuracy[row.method == method].dropna().to_numpy() for method in methods]
         n = min(map(len, accuracies))
+        failing = failures(row, methods)
+        if n == 0 and not failing:
+            continue
         claim = f"{method_name(first)} is more accurate than {method_name(second)}"
-        verdict = judged(claim, setting, welch(*accuracies), n, "points", failures(row, methods))
+        difference = welch(*accuracies) if n else Contrast(math.nan)
+        verdict = judged(claim, setting, difference, n, "points", failing)
         if not ranks and verdict["verdict"] not in (FAILS, TOO_FEW):
             verdict["verdict"] = CANNOT_RANK
         yield verdict

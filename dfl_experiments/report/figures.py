@@ -12,8 +12,8 @@ from dfl_experiments.report.frame import ROW, distinct, layer_names
 from dfl_experiments.report.lines import add_text, draw
 from dfl_experiments.report.style import (
     look_of,
+    looks_of,
     method_name,
-    method_order,
     row_title,
     styled,
 )
@@ -112,7 +112,8 @@ def differences(chosen: DataFrame, title: str) -> Figure | None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(heights, frame.method.map(method_name))
     axes.set_ylim(-0.7, len(frame) - 0.3)
-    axes.set(xlabel="test accuracy minus BP's, points (simultaneous 95 % intervals)")
+    kind = "simultaneous " if (frame.test == "Dunnett").all() else ""
+    axes.set(xlabel=f"test accuracy minus BP's, points ({kind}95 % intervals)")
     add_text(figure, title)
     return figure
 
@@ -129,8 +130,7 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     accuracies = counted(ended, keys).groupby(keys).accuracy
     points = 100 * accuracies.agg(mean="mean", low="min", high="max")
     points["fails"] = ended.groupby(keys).fails.any()
-    for method in sorted(ended.method.unique(), key=method_order):
-        colour, dash = look_of(method)
+    for method, (colour, dash) in looks_of(ended.method).items():
         curve = points.loc[method]
         label = method_name(method)
         axes.plot(curve["mean"], marker="o", color=colour, linestyle=dash, label=label)

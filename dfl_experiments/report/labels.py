@@ -11,6 +11,7 @@ import yaml
 from pandas import DataFrame, Series
 
 from dfl_experiments.configuration.composition import CONF_DIR
+from dfl_experiments.configuration.recorded import DATA_PATH
 from dfl_experiments.report.run_record import OF_FEEDBACK, as_text, flat
 
 # columns that identify a section of a report
@@ -39,10 +40,11 @@ def labelled(frame: DataFrame) -> DataFrame:
     settings, methods = [], []
     for values, runs in frame.groupby(NAMES, sort=False):
         names = dict(zip(NAMES, values, strict=True))
-        settings.append(setting_columns(names, as_columns(runs.options)))
+        options = with_one_identity_of_data(as_columns(runs.options))
+        settings.append(setting_columns(names, options))
         for rule, part in runs.groupby("rule", sort=False):
-            options = as_columns(part.method_options)
-            methods.append(method_columns(names["protocol"], rule, options))
+            of_method = as_columns(part.method_options)
+            methods.append(method_columns(names["protocol"], rule, of_method))
     frame = frame.drop(columns=["options", "method_options", "method"])
     labels = pd.concat(settings).join(pd.concat(methods)).fillna("")
     labels["is_default"] &= labels.feedback_options == ""
@@ -53,6 +55,21 @@ def labelled(frame: DataFrame) -> DataFrame:
 def as_columns(mappings: Series) -> DataFrame:
     """Return a table with one row for each mapping and one column for each key."""
     return DataFrame(list(mappings), mappings.index)
+
+
+def with_one_identity_of_data(options: DataFrame) -> DataFrame:
+    """Return the options with either the digest of the user's data or their path.
+
+    The digest identifies the data better. A run that still trains has not recorded it. Such a run gets the digest of
+    the other runs on the same path, if all of them have the same one.
+    """
+    if not {"data", DATA_PATH} <= set(options):
+        return options
+    known = options[["data", DATA_PATH]].dropna().drop_duplicates()
+    digests = known.drop_duplicates(DATA_PATH, keep=False).set_index(DATA_PATH).data
+    data = options.data.fillna(options[DATA_PATH].map(digests))
+    path = options[DATA_PATH].mask(data.notna())
+    return options.assign(**{"data": data, DATA_PATH: path})
 
 
 def setting_columns(names: Names, options: DataFrame) -> DataFrame:

@@ -18,7 +18,7 @@ from dfl_experiments.report.style import (
     USUAL,
     Look,
     common_words,
-    look_of,
+    looks_of,
     method_order,
     title_of,
     words,
@@ -105,7 +105,8 @@ def looks(lines: DataFrame, key: str) -> list[Look]:
     """
     values = sorted(lines[key].unique())
     if key == "method":
-        looks_of_values = [look_of(value) for value in values]
+        by_method = looks_of(values)
+        looks_of_values = [by_method[value] for value in values]
     elif is_numeric_dtype(lines[key]):
         colours = colormaps["viridis"](np.linspace(0, 0.85, len(values)))  # from dark to light
         looks_of_values = [Look(to_hex(colour)) for colour in colours]

@@ -19,7 +19,7 @@ from dfl_experiments.configuration.composition import (
     result_options,
 )
 from dfl_experiments.configuration.history import WITHOUT_EFFECT, with_current_names
-from dfl_experiments.configuration.recorded import DATA_PATH, read_recorded
+from dfl_experiments.configuration.recorded import read_recorded
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.result import (
     flat,
@@ -111,8 +111,6 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
     rule = config["method"]["name"]
     if values.get("model.activation") == by_rule.get(rule, "relu"):
         values.pop("model.activation", None)  # the rule decides the activation
-    if result.get("data"):  # the digest of the data identifies them better than their path
-        values.pop(DATA_PATH, None)
     options = {}
     for key, value in values.items():
         is_of_method = key.startswith(("method.", *OF_FEEDBACK))

@@ -154,6 +154,25 @@ def look_of(method: str) -> Look:
     return Look(to_hex((red, green, blue)), DASHES[dash % len(DASHES)])
 
 
+def looks_of(methods: Iterable[str]) -> dict[str, Look]:
+    """Return the looks of the methods of one figure.
+
+    Shades of one colour are hard to tell apart. If two variants of a rule have the same dash, the later one in the
+    order of tables gets another dash, as long as there is one.
+    """
+    looks = {}
+    used: dict[str, list[Any]] = {}
+    for method in sorted(set(methods), key=method_order):
+        look = look_of(method)
+        dashes = used.setdefault(method.partition(", ")[0], [])
+        free = [dash for dash in DASHES if dash not in dashes]
+        if look.dash in dashes and free:
+            look = look._replace(dash=free[0])
+        dashes.append(look.dash)
+        looks[method] = look
+    return looks
+
+
 def own_look(rule: str) -> Look:
     """Return the look of a user's own rule. A checksum of the name picks it."""
     number, hue = divmod(crc32(rule.encode()), 360)

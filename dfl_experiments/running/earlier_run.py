@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfl_experiments.configuration.composition import config_digest
+from dfl_experiments.configuration.composition import AUTO, config_digest
 from dfl_experiments.configuration.schema import Configuration, Settings
 from dfl_experiments.data.packs import digest
 from dfl_experiments.errors import UserError
@@ -35,6 +35,14 @@ def advice_on_existing_run(settings: Settings, run_dir: Path, status: str) -> st
     return f"{resume} continues it, {advice}"
 
 
+def advice_on_changes(settings: Settings, run_dir: Path) -> str:
+    """Return what the user can do on the command line if the data or the code of a run have changed."""
+    if settings.resume in (None, AUTO):
+        return KEEP
+    repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
+    return f"restore them, or start a new run: dfl-train {repeat}"
+
+
 def result_if_done(
     configuration: Configuration, run_dir: Path, group: str | None = None
 ) -> dict[str, Any] | None:
@@ -53,7 +61,7 @@ def result_if_done(
     if status is None:  # the run will start again, so other code is allowed
         return None
     now = {"data": data_digest(configuration), "code": code_of(configuration.components)}
-    refuse_changes(run_dir, before, now)
+    refuse_changes(run_dir, before, now, advice_on_changes(settings, run_dir))
     if status not in DONE:
         return None
     advice = "" if status == "finished" else "; force=true trains it again"

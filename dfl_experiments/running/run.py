@@ -28,6 +28,7 @@ from dfl_experiments.running.checkpoint import (
 )
 from dfl_experiments.running.device import ALL_THREADS, usual_torch
 from dfl_experiments.running.earlier_run import (
+    advice_on_changes,
     advice_on_existing_run,
     nothing_to_resume,
     refuse_changes,
@@ -207,7 +208,8 @@ def prepare(
     net = parts.learner.net
     made_by = {key: result[key] for key in ("versions", "git_commit")}
     if saved is not None:
-        refuse_changes(run_dir, saved["training"], parts.origin)
+        advice = advice_on_changes(parts.settings, run_dir)
+        refuse_changes(run_dir, saved["training"], parts.origin, advice)
     result |= facts_of(parts)
     if parts.settings.repeat is not None:
         repeated = read_result(Path(parts.settings.repeat)) or {}

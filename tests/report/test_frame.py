@@ -262,6 +262,19 @@ def test_runs_on_different_data_of_one_name_share_no_row(finished_point, tmp_pat
     assert sorted(cell.n for cell in shown(tmp_path)) == [1, 1, 2]
 
 
+def test_user_s_data_are_identified_by_their_digest_and_an_unfinished_run_by_its_path(
+    finished_point, tmp_path
+):
+    runs_on = [("a.npz", "aa"), ("copy.npz", "aa"), ("b.npz", "bb"), ("b.npz", None)]
+    for seed, (path, data) in enumerate(runs_on):
+        entries = finished(0.9, 1e-3, seed, **{"dataset.source.path": path})
+        altered(finished_point, tmp_path / str(seed), **entries, data=data)
+    settings = runs(tmp_path).set_index("seed").setting
+    assert settings.nunique() == 2
+    assert settings[0] == settings[1]
+    assert settings[2] == settings[3]
+
+
 def test_smoke_runs_have_their_own_section(reported):
     text = dfl_report(reported, "outputs").stdout
     real, smoke = text.split("(smoke test, no result)\n===")

@@ -20,7 +20,7 @@ from dfl_experiments.report.frame import curves, runs, with_key, with_value
 from dfl_experiments.report.line_labels import lines_of, with_lines
 from dfl_experiments.report.lines import RELATIVE, draw, evenly, set_scale
 from dfl_experiments.report.series import WHAT, over_seeds, smoothed
-from dfl_experiments.report.style import LOOKS, look_of, title_of, words
+from dfl_experiments.report.style import DASHES, LOOKS, look_of, looks_of, title_of, words
 
 # quantities measured in each of the 4 iterations of an epoch; the others are measured once per epoch
 ITERATIONS = [("iteration", what) for what in ("loss", "alignment", "norm")]
@@ -193,6 +193,15 @@ def test_look_of_a_variant_depends_on_its_name_only():
         variants = [look_of(f"{method}, {options}") for method in LOOKS]
         assert len(set(variants)) == len(LOOKS)
         assert not set(variants) & set(LOOKS.values())
+
+
+def test_variants_of_a_rule_have_different_dashes_in_a_figure():
+    inits = ["default", "kaiming", "kaiming_in", "zeros"]
+    methods = ["bp", "las", *(f"las, init={init}" for init in inits)]
+    looks = looks_of(methods)
+    assert len({looks[method].dash for method in methods[1:]}) == len(DASHES)
+    assert all(looks[method] == LOOKS[method] for method in ("bp", "las"))
+    assert looks["las, init=default"] == look_of("las, init=default")
 
 
 def test_single_line_has_the_look_of_its_method(outputs):

@@ -229,6 +229,7 @@ def test_resume_and_repeat_find_moved_data_and_refuse_other_data(tmp_path):
     other = dfl_train(tmp_path, "resume=run", "dataset.source.path=other.npz")
     assert other.returncode == 2
     assert f"other data or code: data {before['data']}, now " in other.stderr.splitlines()[-1]
+    assert "restore them, or start a new run: dfl-train " in other.stderr
     moved = "dataset.source.path=new/moved.npz"
     assert dfl_train(tmp_path, "resume=run", moved).returncode == 0
     resumed = json.loads(result.read_text())

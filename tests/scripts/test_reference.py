@@ -103,6 +103,16 @@ def test_a_run_that_an_error_or_a_signal_ended_changes_no_verdict(kept):
     pd.testing.assert_frame_equal(after, before)
 
 
+def test_a_rule_that_diverges_at_every_rate_fails_its_claims(kept):
+    setting = kept[(kept.dataset == "mnist") & (kept.epochs == 20) & kept.rule.isin(["dfa", "las"])]
+    is_las = setting.rule == "las"
+    lost = {"status": "diverged", "accuracy": math.nan, "score": math.nan, "fails": True}
+    diverged = pd.concat([setting[~is_las], setting[is_las].assign(**lost)])
+    before, after = claims(setting), claims(diverged)
+    assert set(before.claim) == set(after.claim) > set()
+    assert (after.verdict == "fails at this rate").all()
+
+
 def test_methods_of_the_paper_s_protocol_are_compared_although_only_dfa_has_an_option(verdicts):
     paper = verdicts[verdicts.setting.str.contains("protocol paper")]
     assert {"LAS is more accurate than DFA", "LTAS aligns better with BP than DFA"} <= set(
