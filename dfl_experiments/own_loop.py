@@ -247,13 +247,15 @@ class Rule:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return B and its optimizer's state."""
+        """Return the rule's class, B and its optimizer's state."""
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
-        return {"method": self.method.state_dict(), "optimizer": optimizer}
+        kind = type(self.method).__name__
+        return {"rule": kind, "method": self.method.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the state that `state_dict` returned. Raises `UserError` if it is not the state of such a rule."""
-        is_other = set(state) != {"method", "optimizer"}
+        own = type(self.method).__name__
+        is_other = not {"method", "optimizer"} <= set(state) or state.get("rule", own) != own
         if is_other or (state["optimizer"] is None) != (self.optimizer is None):
             raise UserError(
                 "state: must be what state_dict() of the same kind of rule returned, not a whole checkpoint"

@@ -163,8 +163,11 @@ def student(degrees: float) -> float:
 def critical_value(sizes: tuple[int, ...], control_size: int) -> float:
     """Return Dunnett's two-sided critical value for groups and a control of these sizes.
 
-    SciPy computes the value by quasi-Monte-Carlo integration; a fixed random state makes it repeatable.
+    For one group it is Student's. Otherwise SciPy computes it by quasi-Monte-Carlo integration; a fixed random state
+    makes it repeatable.
     """
+    if len(sizes) == 1:
+        return student(sizes[0] + control_size - 2)
     groups = [np.arange(size, dtype=float) for size in sizes]
     control = np.arange(control_size, dtype=float)
     generator = np.random.default_rng(0)

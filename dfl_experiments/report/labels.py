@@ -60,14 +60,19 @@ def as_columns(mappings: Series) -> DataFrame:
 def with_one_identity_of_data(options: DataFrame) -> DataFrame:
     """Return the options with either the digest of the user's data or their path.
 
-    The digest identifies the data better. A run that still trains has not recorded it. Such a run gets the digest of
-    the other runs on the same path, if all of them have the same one.
+    The digest identifies the data, but a reader knows the path. So all runs on the same data get the path of the first
+    of them. If the data at one path have changed, the runs get digests instead. A run that still trains has not
+    recorded the digest. It gets the digest of the other runs on the same path, if all of them have the same one.
     """
     if not {"data", DATA_PATH} <= set(options):
         return options
     known = options[["data", DATA_PATH]].dropna().drop_duplicates()
     digests = known.drop_duplicates(DATA_PATH, keep=False).set_index(DATA_PATH).data
     data = options.data.fillna(options[DATA_PATH].map(digests))
+    paths = known.drop_duplicates("data").set_index("data")[DATA_PATH]
+    if paths.is_unique:
+        path = data.map(paths).fillna(options[DATA_PATH])
+        return options.drop(columns="data").assign(**{DATA_PATH: path})
     path = options[DATA_PATH].mask(data.notna())
     return options.assign(**{"data": data, DATA_PATH: path})
 

@@ -450,10 +450,12 @@ def test_refuses_wrong_rules_and_modules():
 def test_refuses_a_state_that_is_not_of_such_a_rule():
     net = module()
     las, dfa = rule_of("las", net), rule_of("dfa", module())
+    binary = rule_of("bdfa", module())
     checkpoint = {"net": net.state_dict(), "rule": las.state_dict()}
     for rule, state in (
         (las, dfa.state_dict()),
         (dfa, las.state_dict()),
+        (dfa, binary.state_dict()),
         (las, net.state_dict()),
         (las, checkpoint),
         (las, {}),

@@ -270,9 +270,8 @@ def test_user_s_data_are_identified_by_their_digest_and_an_unfinished_run_by_its
         entries = finished(0.9, 1e-3, seed, **{"dataset.source.path": path})
         altered(finished_point, tmp_path / str(seed), **entries, data=data)
     settings = runs(tmp_path).set_index("seed").setting
-    assert settings.nunique() == 2
-    assert settings[0] == settings[1]
-    assert settings[2] == settings[3]
+    assert settings[0] == settings[1] == "dataset.source.path='a.npz'"
+    assert settings[2] == settings[3] == "dataset.source.path='b.npz'"
 
 
 def test_smoke_runs_have_their_own_section(reported):
