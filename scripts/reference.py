@@ -60,13 +60,12 @@ rules may be better.
 Kept runs on one CPU core: the depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`), 10
 seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with seeds 1
 and 2 for each method at its best rate by validation (without batch normalisation: at its two best rates); values that
-Akrout et al. published (3 seeds); the net of direct Kolen-Pollack (seeds 0 and 1; DFA: seed 0); the alignment figure
-with `protocol=paper` and with B drawn anew (3 seeds each).
+Akrout et al. published (3 seeds); the net of direct Kolen-Pollack (seeds 0 and 1); the alignment figure with
+`protocol=paper` and with B drawn anew (3 seeds each).
 
 Not yet run, in this order; hours are for one core:
 
-1. The values of direct Kolen-Pollack: `experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, seed 2, and seed 1 of
-   `…_dfa` (3 hours).
+1. The values of direct Kolen-Pollack: `experiment=published/dkp_cifar10`, `…_dfa` and `…_dkp`, seed 2 (2 hours).
 2. All rules except PFA on MNIST: `experiment=rules_mnist`, three seeds at 3e-4, and the missing seeds at 1e-4 (5
    hours).
 3. The fully connected net on CIFAR-100 at lower rates: `experiment=class_count model=fc dataset=cifar100
