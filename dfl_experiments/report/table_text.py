@@ -70,21 +70,27 @@ class Table:
     title: str
     frame: DataFrame
     """The texts of the cells, by column."""
-    caption: str = ""
-    """One line below the table; empty: no caption."""
+    note: str = ""
+    """Text below the table; empty: no text."""
     best: Sequence[bool] = ()
     """Rows to mark as best."""
+    comparison: str = ""
+    """Sentences that compare the rows. They stand before the note."""
+
+    @property
+    def caption(self) -> str:
+        """The comparison and the note."""
+        return " ".join(filter(None, [self.comparison, self.note]))
 
     def only(self, rule: str) -> "Table":
-        """Return the table with only the rows of one rule. No row is marked as best.
+        """Return the table with only the rows of one rule. No row is marked as best, and there is no comparison.
 
         A column that contains only dashes is left out, for example the differences of the rule from itself.
         """
         is_shown = self.frame.method.str.partition(", ")[0] == method_name(rule)
         shown = self.frame[is_shown]
         has_values = (shown != NONE).any()
-        caption = self.caption.removeprefix(MARK).strip()
-        return Table(self.title, shown.loc[:, has_values], caption)
+        return Table(self.title, shown.loc[:, has_values], self.note)
 
 
 def explanations(columns: Collection[str], has_smoke: bool) -> list[str]:

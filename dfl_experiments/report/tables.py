@@ -147,14 +147,16 @@ def answer(section: Section, paper: DataFrame | None = None) -> Table:
         columns["minus paper"] = numbers(100 * (frame.accuracy - published), "+.2f")
     is_best = best_of_setting(frame)
     shown = with_settings(frame, section.runs, columns)
-    captions = [
+    comparisons = [
         MARK if is_best.any() else "",
-        *(significance_text(frame, control) for control in ("bp", "dfa")),
-        answer_caption(frame, section.runs),
-        AT_END if frame.lr_at_end.any() else "",
+        significance_text(frame, "bp"),
+        significance_text(frame, "dfa"),
     ]
-    caption = " ".join(filter(None, captions))
-    return Table("Methods", shown, caption, is_best.tolist())
+    comparison = " ".join(filter(None, comparisons))
+    note = answer_caption(frame, section.runs)
+    if frame.lr_at_end.any():
+        note = f"{note} {AT_END}".strip()
+    return Table("Methods", shown, note, is_best.tolist(), comparison)
 
 
 def best_of_setting(frame: DataFrame) -> Series:
