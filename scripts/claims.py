@@ -396,6 +396,11 @@ def compared(
     return {"found": found, "verdict": AGREES if agrees else DIFFERS}
 
 
+def short_setting(setting: str) -> str:
+    """Return a setting's name with the net's options in few characters."""
+    return CHANNELS.sub(r"channels \1", WIDTHS.sub("", setting))
+
+
 def picture(verdicts: pd.DataFrame) -> Figure:
     """Draw a grid of settings (rows) and claims (columns), with a mark for each verdict."""
     shown = verdicts[verdicts.verdict != TOO_FEW]
@@ -416,7 +421,7 @@ def picture(verdicts: pd.DataFrame) -> Figure:
         )
         axes.text(x, y, mark, ha="center", va="center", fontsize=11 if len(mark) == 1 else 8)
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(settings) - 0.5, -0.5))
-    labels = [CHANNELS.sub(r"channels \1", WIDTHS.sub("", setting)) for setting in settings]
+    labels = [short_setting(setting) for setting in settings]
     is_clear = len(set(labels)) == len(labels)
     axes.set_yticks(range(len(settings)), labels if is_clear else settings, fontsize=9)
     axes.set_xticks(range(len(names)), names, rotation=50, ha="left", fontsize=9)

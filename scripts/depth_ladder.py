@@ -27,7 +27,7 @@ KEY = ["init", "depth", "rule", "lr", "seed"]
 CELL = ["init", "depth", "rule"]
 COLUMNS = [*KEY, "status", "accuracy", "validation_accuracy", "fails"]
 AUDIT = {"cosine/1": "cosine with BP, layer 1", "dead": "dead units, worst layer"}
-INITS = {"default": "PyTorch's default initialisation", "kaiming": "He initialisation"}
+INITS = {"default": "PyTorch's initialisation", "kaiming": "He initialisation"}
 SINGLE = ("bp", "shallow")  # rules with thick lines; the others have thin lines
 
 

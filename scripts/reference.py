@@ -2,8 +2,8 @@
 
     python scripts/reference.py
 
-In the README, the script replaces the counts of verdicts and the table of best rates. Each of them stands between a
-line such as `<!-- claims: … -->` and the line `<!-- end -->`.
+In the README, the script replaces the findings. Each part of them stands between a line such as `<!-- claims: … -->`
+and the line `<!-- end -->`.
 """
 
 import argparse
@@ -30,7 +30,17 @@ from claims import (
     published,
 )
 from families import FAMILY_COLOURS, FAMILY_OF
+from findings import (
+    claims_table,
+    contradicted,
+    depth,
+    depth_table,
+    other_papers,
+    stability,
+    what_turns,
+)
 from matplotlib.figure import Figure
+from pandas.core.groupby import DataFrameGroupBy
 from stability_map import best_rates, runs_of_map
 
 from dfl_experiments.report import document, frame
@@ -103,21 +113,22 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
     is_judged = verdicts.verdict != TOO_FEW
     totals = verdicts.verdict.value_counts()
     number = {verdict: totals.get(verdict, 0) for verdict in MARKS}
-    is_over_dfa = verdicts.claim.str.contains("LT?AS.*DFA") & is_judged
-    supported = (verdicts.verdict[is_over_dfa] == SUPPORTED).sum()
     of_accuracy = verdicts[verdicts.claim.str.contains("accurate")]
     significant = of_accuracy.verdict.isin([SUPPORTED, CONTRADICTED])
     tested = significant | (of_accuracy.verdict == UNDECIDED)
     after_holm = significant_after_holm(of_accuracy.p[tested])
+    settings = verdicts.setting[is_judged].drop_duplicates()
+    has_one_rate = settings.str.endswith(", 1 rate")
     texts = [
         f"Of {is_judged.sum()} verdicts, {number[SUPPORTED]} support the claim (✓), {number[CONTRADICTED]} contradict "
         f"it (✗), and {number[UNDECIDED]} are undecided (?).",
         f"In {number[FAILS]} cases a run of one of the two methods fails.",
         f"In {number[CANNOT_RANK]} cases no method can be judged, because BP itself is not significantly more accurate "
         "than Shallow (=).",
-        f"Of the {is_over_dfa.sum()} verdicts on LAS or LTAS against DFA, {supported} support the claim.",
         f"Each verdict stands for itself: of the {significant.sum()} significant differences of accuracy, {after_holm} "
         "remain significant after Holm's correction for their number.",
+        f"In {has_one_rate.sum()} of {len(settings)} settings only one learning rate was tried: another rate may "
+        "change their verdicts.",
         f"{number[TOO_FEW]} comparisons are left out, because they have fewer than three seeds at a common rate.",
     ]
     return " ".join(texts) + "\n"
@@ -151,8 +162,7 @@ def published_part(runs: pd.DataFrame) -> Iterator[str]:
 
 def alignment_part(runs: pd.DataFrame) -> Iterator[str]:
     """Yield the section on the alignment figure: its control runs, and the figure with the paper's protocol."""
-    is_figure = (runs.optimizer == "sgd") & (runs.dataset == "mnist") & (runs.lr == 1e-4)
-    sgd = runs[is_figure & (runs.status == "finished")]
+    sgd = runs_of_figure(runs)
     yield "## The alignment figure and its controls\n"
     yield (
         "MNIST with SGD at 1e-4, means over the seeds. `fixed_blocks=2` keeps the hidden layers' W, so that only B "
@@ -168,10 +178,16 @@ def alignment_part(runs: pd.DataFrame) -> Iterator[str]:
     yield cosine_table(sgd[sgd.protocol == "paper"], ["1", "2"])
 
 
-def cosine_table(runs: pd.DataFrame, layers: list[str]) -> str:
-    """Return a table with a row for each method: cosines and test accuracy at `EPOCHS`, as means over seeds.
+def runs_of_figure(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the finished runs of the alignment figure and of its controls."""
+    is_figure = (runs.optimizer == "sgd") & (runs.dataset == "mnist") & (runs.lr == 1e-4)
+    return runs[is_figure & (runs.status == "finished")]
 
-    A cosine is left out where the signal equals BP's by construction.
+
+def at_epochs(runs: pd.DataFrame, layers: list[str]) -> DataFrameGroupBy:
+    """Return cosines and accuracies of the runs at `EPOCHS`, grouped by method and epoch.
+
+    A cosine is NaN where the signal equals BP's by construction.
     """
     about = ["folder", "method", "seed", "exact_layers"]
     curves = frame.curves(runs).merge(runs[about], on="folder")
@@ -181,7 +197,12 @@ def cosine_table(runs: pd.DataFrame, layers: list[str]) -> str:
     for layer in layers:
         is_exact = [layer in exact for exact in curves.exact_layers]
         curves[f"cosine/{layer}"] = curves[f"cosine/{layer}"].mask(is_exact)
-    by_point = curves.groupby(["method", "epoch"])
+    return curves.groupby(["method", "epoch"])
+
+
+def cosine_table(runs: pd.DataFrame, layers: list[str]) -> str:
+    """Return a table with a row for each method: cosines and test accuracy at `EPOCHS`, as means over seeds."""
+    by_point = at_epochs(runs, layers)
     means = by_point.mean(numeric_only=True).unstack("epoch")
     shown = pd.DataFrame({"method": means.index.map(method_name)}, index=means.index)
     counts_of_seeds = by_point.size().unstack("epoch").map("{:.0f}".format).replace("nan", NONE)
@@ -321,10 +342,37 @@ def page(
     return "\n".join([top, contents(body), body])
 
 
+def findings(runs: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, str]:
+    """Return the parts of the README that state findings, by the names of their places there."""
+    map_runs = runs_of_map(runs)
+    figure_runs = runs_of_figure(runs)
+    of_figure = at_epochs(figure_runs[figure_runs.protocol == "fair"], ["1"])
+    ladder = pd.read_csv(depth_ladder.SUMMARY)
+    points = {
+        "Stability": stability(map_runs),
+        "What must learn": what_turns(of_figure.mean(numeric_only=True)),
+        "Other papers": other_papers(runs),
+        "Depth": depth(ladder),
+    }
+    bullets = [
+        fill(f"- **{title}.** {text}", 120, subsequent_indent="  ")
+        for title, text in points.items()
+    ]
+    claim_texts = [
+        table(claims_table(verdicts)),
+        f"{fill(contradicted(verdicts), 120)}\n",
+        f"{fill(counts_sentence(verdicts), 120)}\n",
+    ]
+    return {
+        "claims": "\n".join(claim_texts),
+        "rates": table(best_rates(map_runs)),
+        "findings": "\n".join([*bullets, "", table(depth_table(ladder))]),
+    }
+
+
 def readme(text: str, runs: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    """Return the README with the new counts of verdicts and the new table of best rates."""
-    parts = {"claims": counts_sentence(verdicts), "rates": table(best_rates(runs_of_map(runs)))}
-    for name, content in parts.items():
+    """Return the README with the new findings."""
+    for name, content in findings(runs, verdicts).items():
         marked = re.search(MARKED.format(name), text, re.DOTALL)
         assert marked, f"the README has no part <!-- {name} … -->"
         text = f"{text[: marked.end(1)]}{content}{text[marked.start(2) :]}"

@@ -1,5 +1,6 @@
 """The README and the reference page agree with the kept runs."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from claims import MARKS, TOO_FEW, Contrast, claims, contrast, judged, main, picture, welch
 from families import FAMILY_OF
+from findings import claims_table, depth_table
 from processes import dfl_train
 from reference import page, readme, significant_after_holm, without_first_epochs
 from scipy import stats
@@ -172,6 +174,29 @@ def test_a_folder_that_is_not_there_is_one_line(monkeypatch, capsys):
         depth_ladder.main()
     assert end.value.code == 2
     assert capsys.readouterr().err == "depth_ladder.py: error: nowhere: no such folder\n"
+
+
+def test_table_of_claims_counts_settings_that_a_verdict_decides():
+    claim = "DFA is more accurate than Shallow"
+    found = ["supported", "supported", "undecided", "fails at this rate", "cannot rank"]
+    rows = [{"claim": claim, "verdict": verdict} for verdict in [*found, "contradicted"]]
+    table = claims_table(pd.DataFrame(rows)).set_index("the method …")
+    assert table.DFA["is more accurate than Shallow"] == "2 of 4"
+    assert set(table.LAS) == {""}
+
+
+def test_depth_table_has_no_difference_where_a_run_fails():
+    digits = {"depth": 12, "lr": 1e-3, "validation_accuracy": 0.5, "fails": False}
+    rows = []
+    for rule in ("bp", "shallow", "dfa", "las", "ltas", "fdfa", "fa"):
+        for seed, init in itertools.product(range(3), ("default", "kaiming")):
+            accuracy = 0.5 + 0.1 * (init == "kaiming") + 0.01 * seed
+            of_run = {"rule": rule, "seed": seed, "init": init, "accuracy": accuracy}
+            rows.append(digits | of_run)
+    rows[-1]["fails"] = True
+    table = depth_table(pd.DataFrame(rows)).set_index("method")
+    assert table["difference, points"]["BP"] == "+10.00 [+7.73, +12.27]"  # 2.776 · 0.01 · √(2/3)
+    assert table["difference, points"]["FA"] == "–"
 
 
 def test_runs_without_a_claim_give_empty_tables(kept, monkeypatch, capsys):
