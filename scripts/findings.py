@@ -17,7 +17,10 @@ from claims import (
 from depth_ladder import INITS, at_best_rate, cell_text
 from stability_map import COLUMN, lr_text, points
 
-from dfl_experiments.report.style import method_name, words
+from dfl_experiments.report import paper
+from dfl_experiments.report.choose import choose
+from dfl_experiments.report.compare import FEWEST_SEEDS
+from dfl_experiments.report.style import method_name, title_of, words
 from dfl_experiments.report.table_text import NONE, interval_text
 
 DECIDED = (SUPPORTED, CONTRADICTED, UNDECIDED)
@@ -157,6 +160,25 @@ def what_turns(means: pd.DataFrame) -> str:
     )
 
 
+def this_paper(runs: pd.DataFrame) -> str:
+    """Return the finding on the paper's two tables: ours and its accuracies, where runs of the same length are kept."""
+    chosen = choose(runs[~runs.smoke])
+    ours = chosen.groupby(paper.SETTINGS).accuracy.agg(["mean", "size"]).reset_index()
+    every = paper.published()
+    both = every.merge(ours[ours["size"] >= FEWEST_SEEDS], on=paper.SETTINGS)
+    texts = []
+    for _, rows in both.groupby(paper.ROWS, sort=False):
+        values = [
+            f"{method_name(row.method)} {100 * row.ours:.2f} ({100 * row.published:.2f})"
+            for row in rows.rename(columns={"mean": "ours"}).itertuples()
+        ]
+        texts.append(f"{title_of(rows.iloc[0])}: {', '.join(values)}")
+    return (
+        f"Test accuracy in percent of our runs, {FEWEST_SEEDS} seeds or more, and of the paper (in brackets). "
+        f"{'. '.join(texts)}. Of the paper's {len(every)} accuracies, {len(both)} have such runs so far."
+    )
+
+
 def other_papers(runs: pd.DataFrame) -> str:
     """Return the finding on published values: ours, the published value, and the verdict."""
     compared = published(runs)
@@ -168,4 +190,4 @@ def other_papers(runs: pd.DataFrame) -> str:
             for row in rows.itertuples()
         ]
         texts.append(f"{source}: {', '.join(values)}")
-    return f"Our test accuracy in percent (published). {'. '.join(texts)}."
+    return f"Our test accuracy in percent, and the published one in brackets. {'. '.join(texts)}."

@@ -37,6 +37,7 @@ from findings import (
     depth_table,
     other_papers,
     stability,
+    this_paper,
     what_turns,
 )
 from matplotlib.figure import Figure
@@ -326,7 +327,13 @@ def page(
     drawings: the figures of the report, whose files are in outputs/reference/figures.
     """
     asked = arguments(
-        [str(KEPT), "--format=markdown", f"--out={KEPT}/README.md", f"--figures={KEPT}/figures"]
+        [
+            str(KEPT),
+            "--paper",
+            "--format=markdown",
+            f"--out={KEPT}/README.md",
+            f"--figures={KEPT}/figures",
+        ]
     )
     texts = [
         *claims_part(verdicts),
@@ -351,6 +358,7 @@ def findings(runs: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, str]:
     points = {
         "Stability": stability(map_runs),
         "What must learn": what_turns(of_figure.mean(numeric_only=True)),
+        "This paper's tables": this_paper(runs),
         "Other papers": other_papers(runs),
         "Depth": depth(ladder),
     }
