@@ -29,7 +29,7 @@ from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose
 from dfl_experiments.report.frame import CELL, ROW, distinct, runs
 from dfl_experiments.report.style import method_name, row_title
-from dfl_experiments.report.table_text import interval_text
+from dfl_experiments.report.table_text import NONE, interval_text
 from dfl_experiments.running.run_directory import CONFIG
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
@@ -323,8 +323,8 @@ def on_cifar(frame: pd.DataFrame) -> pd.DataFrame:
 def published(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table with one row for each published value.
 
-    Columns: source, method, published (in percent), n (number of seeds), found (a text), verdict. A comparison needs
-    three seeds, see `compared`.
+    Columns: source, method, published (in percent), n (number of seeds), cosine (of layer 1), found (a text), verdict.
+    A comparison needs three seeds, see `compared`.
     """
     rows = []
     for value in pd.read_csv(PUBLISHED, keep_default_na=False).itertuples():
@@ -339,6 +339,7 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
             "method": method_name(value.rule),
             "published": value.accuracy,
             "n": len(rates),
+            "cosine": layer_1_cosine(whole),
         }
         if value.not_reproducible:
             row |= {"found": value.not_reproducible, "verdict": NOT_REPRODUCIBLE}
@@ -357,6 +358,15 @@ def published(frame: pd.DataFrame) -> pd.DataFrame:
             row |= {"found": found, "verdict": OTHER_LENGTH if is_other else TOO_FEW}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def layer_1_cosine(runs_of: pd.DataFrame) -> str:
+    """Return the mean cosine of layer 1 as text: a dash if it is not measured, or if the signal is BP's."""
+    measured = compare.cosines(runs_of)
+    if measured.empty or "cosine/1" not in measured:
+        return NONE
+    mean = measured["cosine/1"].mean()
+    return NONE if math.isnan(mean) else f"{mean:+.2f}"
 
 
 def runs_with(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
