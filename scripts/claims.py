@@ -91,7 +91,7 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
     for key, row in with_all_diverged(chosen, real).groupby(ROW, sort=True):
         all_points = real[(real[ROW] == list(key)).all(axis="columns")]
         for suffix, variant in variants_of(row).items():
-            options = {"": "", ", init=default": ", B drawn anew"}.get(suffix, suffix)
+            options = {"": "", ", init=default": ", random B"}.get(suffix, suffix)
             setting = title_with_net(row.iloc[0]) + options + rates_text(all_points)
             rows += alignment_claims(row, all_points, variant, setting)
             rows += accuracy_claims(row, variant, setting)

@@ -15,12 +15,13 @@ from claims import (
     welch,
 )
 from depth_ladder import INITS, at_best_rate, cell_text
+from pandas.core.groupby import DataFrameGroupBy
 from stability_map import COLUMN, lr_text, points
 
 from dfl_experiments.report import paper
 from dfl_experiments.report.choose import choose
 from dfl_experiments.report.compare import FEWEST_SEEDS
-from dfl_experiments.report.style import method_name, title_of, words
+from dfl_experiments.report.style import method_name, method_order, title_of, words
 from dfl_experiments.report.table_text import NONE, interval_text
 
 DECIDED = (SUPPORTED, CONTRADICTED, UNDECIDED)
@@ -63,32 +64,51 @@ def contradicted(verdicts: pd.DataFrame) -> str:
     return f"Contradicted (✗): {'; '.join(texts)}."
 
 
+def span_text(counts: pd.Series) -> str:
+    """Return the lowest and the highest number as text: "1 to 3", or "3" if they are equal."""
+    lowest, highest = counts.min(), counts.max()
+    return str(lowest) if lowest == highest else f"{lowest} to {highest}"
+
+
+def seeds_by_rate(runs: pd.DataFrame) -> pd.Series:
+    """Return the number of seeds of each rule at each learning rate, for each net and data set."""
+    return runs.groupby([*COLUMN, "rule", "lr"]).seed.nunique()
+
+
+def rates_caption(runs: pd.DataFrame) -> str:
+    """Return the text above the table of the best rates.
+
+    runs: the runs of the stability map.
+    """
+    seeds_at_best = choose(runs).groupby([*COLUMN, "rule"]).seed.nunique()
+    return (
+        "A [narrow Conv3](outputs/reference/README.md#at-which-rates-each-rule-is-stable), with "
+        f"and without batch normalisation (BN), after {span_text(runs.epochs)} epochs of Adam: test accuracy in "
+        f"percent, mean ± sd of {span_text(seeds_at_best)} seeds, and the rate with the best validation accuracy (of "
+        f"{span_text(seeds_by_rate(runs))} seeds). Beyond the ends of the grid, {lr_text(runs.lr.min())} and "
+        f"{lr_text(runs.lr.max())}, a rate may be better."
+    )
+
+
 def stability(runs: pd.DataFrame) -> str:
-    """Return the finding on stability: at how many rates each rule trains, for each net and data set.
+    """Return the finding on stability: at which rates a run of each rule fails, for each net and data set.
 
     runs: the runs of the stability map.
     """
     means = points(runs)
-    count = means.lr.nunique()
-    trained = (~means.fails).groupby([means.model, means.dataset, means.rule]).sum()
     texts = []
-    for (model, dataset), numbers in trained.groupby(COLUMN):
-        if numbers.min() < count:
-            by_rule = numbers.droplevel(COLUMN).sort_values(ascending=False, kind="stable")
-            listed = ", ".join(f"{method_name(rule)} {n}" for rule, n in by_rule.items())
-            texts.append(f"{words('dataset', dataset)}, {words('model', model)}: {listed}")
-    unstable = runs[(runs.unstable != "") & ~runs.fails]
-    warned = [
-        f"{method_name(run.rule)} on {words('dataset', run.dataset)}, {words('model', run.model)} "
-        f"at {lr_text(run.lr)} ({run.unstable})"
-        for run in unstable.itertuples()
-    ]
-    text = f"Number of the narrow Conv3's {count} rates at which no run fails: {'; '.join(texts)}."
-    if len(texts) < trained.groupby(COLUMN).ngroups:
-        text += f" In all other columns of this table every rule trains at all {count} rates."
-    if warned:
-        text += f" Runs that train, but are unstable: {'; '.join(warned)}."
-    return text
+    for (model, dataset), failing in means[means.fails].groupby(COLUMN):
+        by_rule = []
+        for rule in sorted(failing.rule.unique(), key=method_order):
+            rates = ", ".join(map(lr_text, sorted(failing.lr[failing.rule == rule])))
+            by_rule.append(f"{method_name(rule)} ({rates})")
+        title = f"{words('dataset', dataset)}, {words('model', model)}"
+        texts.append(f"{title}: {', '.join(by_rule)}")
+    failing = "; ".join(texts) or "none"
+    return (
+        f"Rates of the table above at which a run fails (of {means.lr.nunique()} rates, with "
+        f"{span_text(seeds_by_rate(runs))} seeds each): {failing}."
+    )
 
 
 def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
@@ -112,8 +132,26 @@ def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
         if not of_rule.fails.any():
             value, low, high, _ = welch(accuracies["kaiming"], accuracies["default"])
             difference = interval_text(value, low, high)
-        rows.append(row | {"difference, points": difference})
+        rows.append(row | {"He − PyTorch, points": difference})
     return pd.DataFrame(rows)
+
+
+def against_dfa(runs: pd.DataFrame, rule: str, quantity: str) -> pd.Series:
+    """Return in how many nets of the depth ladder a quantity is significantly higher, and lower, than DFA's.
+
+    `judged` is the number of nets in which no run of the two rules fails.
+
+    runs: the runs of the depth ladder at one learning rate of each rule.
+    """
+    counts = pd.Series({"higher": 0, "lower": 0, "judged": 0})
+    for _, net in runs[runs.rule.isin([rule, "dfa"])].groupby(["init", "depth"]):
+        if net.fails.any():
+            continue
+        values = net[quantity]
+        of_rule, of_dfa = values[net.rule == rule], values[net.rule == "dfa"]
+        difference = welch(of_rule.to_numpy(), of_dfa.to_numpy())
+        counts += [difference.low > 0, difference.high < 0, True]
+    return counts
 
 
 def depth(summary: pd.DataFrame) -> str:
@@ -121,28 +159,32 @@ def depth(summary: pd.DataFrame) -> str:
 
     summary: the runs of the depth ladder.
     """
-    deepest = summary.depth.max()
-    is_common = (
-        (summary.depth == deepest) & (summary.lr == COMMON_LR) & (summary["init"] == "default")
-    )
-    cosines = summary[is_common].groupby("rule")["cosine/1"].mean()
-    aligned = ", ".join(
-        f"{method_name(rule)} {cosines[rule]:.2f}" for rule in ("dfa", "las", "ltas")
-    )
+    best = at_best_rate(summary)
+    at_common_rate = summary[summary.lr == COMMON_LR]
+    accuracies, cosines, judged = [], [], []
+    for rule in ("las", "ltas"):
+        accuracy = against_dfa(best, rule, "accuracy")
+        cosine = against_dfa(at_common_rate, rule, "cosine/1")
+        accuracies.append(f"{method_name(rule)} {accuracy.higher} and {accuracy.lower}")
+        cosines.append(f"{method_name(rule)} {cosine.higher} and {cosine.lower}")
+        judged += [accuracy.judged, cosine.judged]
     return (
-        f"The table shows the test accuracy in percent on the bundled digits with {deepest} hidden layers of 32 units, "
-        f"{summary.seed.nunique()} seeds, each method at its best of {summary.lr.nunique()} rates (▲ or ▼: the highest "
-        "or the lowest one, so a rate beyond it may be better). Layer 1's cosine with PyTorch's initialisation at "
-        f"{COMMON_LR:g} is: {aligned}."
+        f"Bundled digits, nets of {span_text(summary.depth)} hidden layers of 32 units, {summary.seed.nunique()} "
+        f"seeds, each method at its best of {summary.lr.nunique()} rates by validation accuracy. Number of "
+        f"nets (of {span_text(pd.Series(judged))}: all depths, both initialisations) in which a rule is significantly "
+        f"above, and below, DFA: accuracy: {', '.join(accuracies)}; layer 1's cosine at {COMMON_LR:g}: "
+        f"{', '.join(cosines)}. The table shows the test accuracy in percent with {summary.depth.max()} layers (▲, ▼: "
+        "at the highest, lowest rate; means leave out failing runs, unless all fail)."
     )
 
 
-def what_turns(means: pd.DataFrame) -> str:
+def what_turns(by_epoch: DataFrameGroupBy) -> str:
     """Return the finding on the first figure: which weights must learn so that layer 1's cosine rises.
 
-    means: mean cosines and accuracies of each method (row) at each epoch, see `reference.at_epochs`.
+    by_epoch: the runs' cosines, grouped by method and epoch, see `reference.at_epochs`.
     """
-    cosine = means["cosine/1"]
+    cosine = by_epoch["cosine/1"].mean()
+    seeds = span_text(by_epoch.size())
 
     def change(method: str, *epochs: int) -> str:
         values = [f"{cosine.loc[method, epoch]:.2f}" for epoch in epochs]
@@ -154,40 +196,48 @@ def what_turns(means: pd.DataFrame) -> str:
         change(f"{method}, init=default", 1, 12, 100) for method in ("dfa", "las", "ltas")
     )
     return (
-        "Layer 1's cosine after 1, 12 and 100 epochs. B starts as the product of the weights. The hidden layers' W and "
-        f"B learn: {both}. Only W learns: {change('dfa', 1, 12, 100)}. Only B and the output layer learn (12 epochs): "
-        f"{only_b}. B starts at random: {drawn}."
+        f"Layer 1's cosine in the first figure's setting after 1, 12 and 100 epochs, {seeds} seeds. If B starts as the "
+        "product of the weights above it, the cosine rises only where the hidden layers' W and B both learn: "
+        f"{both}. Only W learns: {change('dfa', 1, 12, 100)}. Only B and the output layer learn (12 epochs): {only_b}. "
+        f"If B starts at random, it rises in all three rules: {drawn}."
     )
 
 
 def this_paper(runs: pd.DataFrame) -> str:
     """Return the finding on the paper's two tables: ours and its accuracies, where runs of the same length are kept."""
-    chosen = choose(runs[~runs.smoke])
-    ours = chosen.groupby(paper.SETTINGS).accuracy.agg(["mean", "size"]).reset_index()
+    chosen = choose(runs[~runs.smoke & (runs.protocol == "fair")])
+    settings = chosen.groupby(paper.SETTINGS)
+    ours = settings.agg(
+        ours=("accuracy", "mean"), seeds=("seed", "nunique"), fails=("fails", "any")
+    )
     every = paper.published()
-    both = every.merge(ours[ours["size"] >= FEWEST_SEEDS], on=paper.SETTINGS)
+    both = every.merge(ours[ours.seeds >= FEWEST_SEEDS].reset_index(), on=paper.SETTINGS)
     texts = []
     for _, rows in both.groupby(paper.ROWS, sort=False):
-        values = [
-            f"{method_name(row.method)} {100 * row.ours:.2f} ({100 * row.published:.2f})"
-            for row in rows.rename(columns={"mean": "ours"}).itertuples()
-        ]
-        texts.append(f"{title_of(rows.iloc[0])}: {', '.join(values)}")
+        values = []
+        for row in rows.itertuples():
+            our_text = "fails" if row.fails else f"{100 * row.ours:.2f}"
+            values.append(f"{method_name(row.method)} {our_text} ({100 * row.published:.2f})")
+        texts.append(f" {title_of(rows.iloc[0])}: {', '.join(values)}.")
     return (
-        f"Test accuracy in percent of our runs, {FEWEST_SEEDS} seeds or more, and of the paper (in brackets). "
-        f"{'. '.join(texts)}. Of the paper's {len(every)} accuracies, {len(both)} have such runs so far."
+        f"{len(both)} of the paper's {len(every)} accuracies are compared so far ({FEWEST_SEEDS} seeds or more, "
+        "`protocol=fair`). Our test accuracy in percent, and the paper's in brackets."
+        f"{''.join(texts)}"
     )
 
 
 def other_papers(runs: pd.DataFrame) -> str:
     """Return the finding on published values: ours, the published value, and the verdict."""
-    compared = published(runs)
-    compared = compared[compared.verdict.isin([AGREES, DIFFERS])]
+    every = published(runs)
+    compared = every[every.verdict.isin([AGREES, DIFFERS])]
     texts = []
     for source, rows in compared.groupby("source", sort=False):
         values = [
             f"{row.method} {row.found.partition(':')[0]} ({row.published}: {row.verdict})"
             for row in rows.itertuples()
         ]
-        texts.append(f"{source}: {', '.join(values)}")
-    return f"Our test accuracy in percent, and the published one in brackets. {'. '.join(texts)}."
+        texts.append(f" {source}: {', '.join(values)}.")
+    return (
+        f"{len(compared)} of {len(every)} published values are compared so far in the same way."
+        f"{''.join(texts)}"
+    )

@@ -1,8 +1,8 @@
-"""Write the reference page on the kept runs, its figures and tables, and two parts of the README.
+"""Write the reference page on the kept runs, its figures and tables, and the findings of the README.
 
     python scripts/reference.py
 
-In the README, the script replaces the findings. Each part of them stands between a line such as `<!-- claims: … -->`
+Each part of the findings stands between a line such as `<!-- claims: … -->`
 and the line `<!-- end -->`.
 """
 
@@ -31,11 +31,13 @@ from claims import (
 )
 from families import FAMILY_COLOURS, FAMILY_OF
 from findings import (
+    DECIDED,
     claims_table,
     contradicted,
     depth,
     depth_table,
     other_papers,
+    rates_caption,
     stability,
     this_paper,
     what_turns,
@@ -45,7 +47,7 @@ from pandas.core.groupby import DataFrameGroupBy
 from stability_map import best_rates, runs_of_map
 
 from dfl_experiments.report import document, frame
-from dfl_experiments.report.compare import cosines
+from dfl_experiments.report.compare import FEWEST_SEEDS, cosines
 from dfl_experiments.report.dfl_report import arguments
 from dfl_experiments.report.figures import Drawing, figures
 from dfl_experiments.report.style import method_name, row_title, save, styled
@@ -72,7 +74,7 @@ Kept runs on one CPU core: the depth ladder with PyTorch's default and with He i
 seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with seeds 1
 and 2 for each method at its best rate by validation (without batch normalisation: at its two best rates); values that
 Akrout et al. published (3 seeds); the net of direct Kolen-Pollack (seeds 0 and 1); the alignment figure with
-`protocol=paper` and with B drawn anew (3 seeds each).
+`protocol=paper` and with a random initial B (3 seeds each).
 
 Not yet run, in this order; hours are for one core:
 
@@ -95,15 +97,15 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield "![Settings × claims](figures/claims.png)\n"
     yield counts_sentence(verdicts)
     yield (
-        "A verdict needs three seeds of both methods. 'Fails' means: a run of one of the two methods fails at its best "
-        "rate, and every other rate also has a failing run. The end of a setting's name is the number of learning "
-        "rates that were tried. With one rate, another rate may reverse a verdict. Accuracies are compared at each "
-        "method's best rate by validation accuracy. Alignment is the cosine of layer 1, averaged over the rates at "
-        "which both methods have three seeds; `found` names these rates. n counts failing runs for accuracies, but not "
-        "for cosines. Intervals are Welch's t of the two methods, 95 %, without correction for their number. The "
-        "tables further below use Dunnett's intervals, which pool the variances of a setting. The two can disagree: "
-        "for MNIST, 20 epochs, Dunnett's interval says that LAS is above DFA, Welch's does not. On MNIST with Adam, "
-        "100 epochs, BP, DFA and Shallow ran on a GPU, LAS and LTAS on a CPU with a newer PyTorch.\n"
+        "'Fails' means: a run of one of the two methods fails at its best rate, and every other rate also has a "
+        "failing run. '=' is tested where BP and Shallow were both run. The end of a setting's name is the number of "
+        "learning rates that were tried. Accuracies are compared at each method's best rate by validation accuracy. "
+        "Alignment is the cosine of layer 1, averaged over the rates at which both methods have three seeds; `found` "
+        "names these rates. n counts failing runs for accuracies, but not for cosines. Intervals are Welch's t of the "
+        "two methods, 95 %, without correction for their number. The tables further below use Dunnett's intervals, "
+        "which pool the variances of a setting. The two can disagree: for MNIST, 20 epochs, Dunnett's interval says "
+        "that LAS is above DFA, Welch's does not. On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, "
+        "LAS and LTAS on a CPU with a newer PyTorch.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
     yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))
@@ -114,23 +116,21 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
     is_judged = verdicts.verdict != TOO_FEW
     totals = verdicts.verdict.value_counts()
     number = {verdict: totals.get(verdict, 0) for verdict in MARKS}
-    of_accuracy = verdicts[verdicts.claim.str.contains("accurate")]
-    significant = of_accuracy.verdict.isin([SUPPORTED, CONTRADICTED])
-    tested = significant | (of_accuracy.verdict == UNDECIDED)
-    after_holm = significant_after_holm(of_accuracy.p[tested])
+    is_of_accuracy = verdicts.claim.str.contains("accurate")
+    judged = verdicts[is_of_accuracy & verdicts.verdict.isin(DECIDED)]
+    undecided = (judged.verdict == UNDECIDED).sum()
+    after_holm = significant_after_holm(judged.p)
     settings = verdicts.setting[is_judged].drop_duplicates()
     has_one_rate = settings.str.endswith(", 1 rate")
     texts = [
-        f"Of {is_judged.sum()} verdicts, {number[SUPPORTED]} support the claim (✓), {number[CONTRADICTED]} contradict "
-        f"it (✗), and {number[UNDECIDED]} are undecided (?).",
-        f"In {number[FAILS]} cases a run of one of the two methods fails.",
-        f"In {number[CANNOT_RANK]} cases no method can be judged, because BP itself is not significantly more accurate "
-        "than Shallow (=).",
-        f"Each verdict stands for itself: of the {significant.sum()} significant differences of accuracy, {after_holm} "
-        "remain significant after Holm's correction for their number.",
-        f"In {has_one_rate.sum()} of {len(settings)} settings only one learning rate was tried: another rate may "
-        "change their verdicts.",
-        f"{number[TOO_FEW]} comparisons are left out, because they have fewer than three seeds at a common rate.",
+        f"The figure has {is_judged.sum()} verdicts: {number[SUPPORTED]} ✓, {number[CONTRADICTED]} ✗, "
+        f"{number[UNDECIDED]} ? (the 95 % interval contains 0), {number[FAILS]} 'fails' (a run of one of the two "
+        f"methods), {number[CANNOT_RANK]} '=' (BP itself is not significantly more accurate than Shallow).",
+        f"{number[TOO_FEW]} comparisons with fewer than {FEWEST_SEEDS} seeds (cosines: at a common rate) are left out.",
+        f"Of {len(judged)} differences of two accuracies (✓, ✗, ?), {len(judged) - undecided} are significant, and "
+        f"{after_holm} after Holm's correction.",
+        f"{has_one_rate.sum()} of the figure's {len(settings)} rows have one learning rate only: another rate may "
+        "change the verdict.",
     ]
     return " ".join(texts) + "\n"
 
@@ -362,7 +362,7 @@ def findings(runs: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, str]:
     ladder = pd.read_csv(depth_ladder.SUMMARY)
     points = {
         "Stability": stability(map_runs),
-        "What must learn": what_turns(of_figure.mean(numeric_only=True)),
+        "What must learn": what_turns(of_figure),
         "This paper's tables": this_paper(runs),
         "Other papers": other_papers(runs),
         "Depth": depth(ladder),
@@ -378,7 +378,7 @@ def findings(runs: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, str]:
     ]
     return {
         "claims": "\n".join(claim_texts),
-        "rates": table(best_rates(map_runs)),
+        "rates": f"{fill(rates_caption(map_runs), 120)}\n\n{table(best_rates(map_runs))}",
         "findings": "\n".join([*bullets, "", table(depth_table(ladder))]),
     }
 

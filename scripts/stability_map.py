@@ -50,7 +50,8 @@ def best_rates(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table of texts with a row for each rule and a column for each net and data set.
 
     A text is the mean test accuracy in percent over the seeds, ± their standard deviation, and the learning rate with
-    the best validation accuracy. Rates at which a run fails do not count.
+    the best validation accuracy. A rate at which a run fails counts only if a run fails at every rate; then the text is
+    "fails".
     """
     texts: dict[str, dict[str, str]] = {}
     for (model, dataset), part in choose(frame).groupby(COLUMN):
@@ -59,7 +60,7 @@ def best_rates(frame: pd.DataFrame) -> pd.DataFrame:
             accuracy = 100 * runs.accuracy
             spread = f" ± {accuracy.std():.1f}" if len(runs) > 1 else ""
             text = f"{accuracy.mean():.1f}{spread} ({lr_text(runs.lr.iloc[0])})"
-            texts.setdefault(column, {})[str(rule)] = text
+            texts.setdefault(column, {})[str(rule)] = "fails" if runs.fails.any() else text
     table = pd.DataFrame(texts)[sorted(texts)]
     table = table.loc[sorted(table.index, key=method_order)]
     table.insert(0, f"best of {frame.lr.nunique()} rates", table.index.map(method_name))

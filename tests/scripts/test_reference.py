@@ -11,11 +11,28 @@ import pandas as pd
 import pytest
 from claims import MARKS, TOO_FEW, Contrast, claims, contrast, judged, main, picture, welch
 from families import FAMILY_OF
-from findings import claims_table, depth_table
+from findings import (
+    CLAIMS,
+    DECIDED,
+    against_dfa,
+    claims_table,
+    depth_table,
+    span_text,
+    stability,
+    this_paper,
+)
 from processes import dfl_train
-from reference import page, readme, significant_after_holm, without_first_epochs, without_published
+from reference import (
+    at_epochs,
+    page,
+    readme,
+    runs_of_figure,
+    significant_after_holm,
+    without_first_epochs,
+    without_published,
+)
 from scipy import stats
-from stability_map import COLUMN, figure
+from stability_map import COLUMN, best_rates, figure
 
 from dfl_experiments.configuration.composition import group_options
 from dfl_experiments.report.document import csv_of
@@ -195,8 +212,67 @@ def test_depth_table_has_no_difference_where_a_run_fails():
             rows.append(digits | of_run)
     rows[-1]["fails"] = True
     table = depth_table(pd.DataFrame(rows)).set_index("method")
-    assert table["difference, points"]["BP"] == "+10.00 [+7.73, +12.27]"  # 2.776 · 0.01 · √(2/3)
-    assert table["difference, points"]["FA"] == "–"
+    assert table["He − PyTorch, points"]["BP"] == "+10.00 [+7.73, +12.27]"  # 2.776 · 0.01 · √(2/3)
+    assert table["He − PyTorch, points"]["FA"] == "–"
+
+
+def test_conclusions_in_words_follow_from_the_kept_runs(kept, verdicts):
+    judged = verdicts[verdicts.verdict.isin(DECIDED)]
+    share = (judged.verdict == "supported").groupby(judged.claim).mean()
+    for claim, method in itertools.product(list(CLAIMS.values())[:4], ("LAS", "LTAS")):
+        assert share[claim.format(method)] > 0.5
+    best = depth_ladder.at_best_rate(pd.read_csv(ROOT / depth_ladder.SUMMARY))
+    for rule in ("las", "ltas"):
+        accuracy = against_dfa(best, rule, "accuracy")
+        assert accuracy.judged > 2 * accuracy.higher
+    figure_runs = runs_of_figure(kept)
+    fair = at_epochs(figure_runs[figure_runs.protocol == "fair"], ["1"])
+    cosine = fair["cosine/1"].mean().unstack("epoch")
+    rise = cosine[100].fillna(cosine[12]) - cosine[1]
+    product = ["las", "ltas", "dfa", "las, fixed_blocks=2", "ltas, fixed_blocks=2"]
+    assert list(rise[product] > 0) == [True, True, False, False, False]
+    assert (rise[["dfa, init=default", "las, init=default", "ltas, init=default"]] > 0).all()
+
+
+def test_span_of_equal_numbers_is_one_number():
+    assert span_text(pd.Series([1, 3, 2])) == "1 to 3"
+    assert span_text(pd.Series([3, 3])) == "3"
+
+
+def test_comparison_with_dfa_counts_nets_in_which_both_rules_train():
+    rows = []
+    for depth, lead in enumerate([0.2, -0.2, 0.0, 0.2]):
+        for rule, seed in itertools.product(("las", "dfa", "bp"), range(3)):
+            accuracy = 0.5 + lead * (rule == "las") + 0.01 * seed
+            rows.append({"init": "default", "depth": depth, "rule": rule, "accuracy": accuracy})
+    net = pd.DataFrame(rows).assign(fails=False)
+    net.loc[(net.depth == 3) & (net.rule == "dfa"), "fails"] = True
+    assert against_dfa(net, "las", "accuracy").to_dict() == {"higher": 1, "lower": 1, "judged": 3}
+
+
+def test_rates_at_which_a_run_fails_are_named_and_a_rule_that_always_fails_has_no_accuracy(kept):
+    of_map = kept[kept.folder.str.contains("stability_map")]
+    cifar100 = "CIFAR-100, Conv3: DFA (4e-4, 8e-4), LAS (8e-4), LTAS (2.2e-4, 4e-4, 8e-4)"
+    assert cifar100 in stability(of_map)
+    assert stability(of_map.assign(fails=False)).endswith(": none.")
+    is_las = (of_map.rule == "las") & (of_map.model == "conv3")
+    table = best_rates(of_map.assign(fails=of_map.fails | is_las))
+    las = table.loc["las"]
+    assert las["CIFAR-10, Conv3"] == las["CIFAR-100, Conv3"] == "fails"
+    assert las["CIFAR-10, Conv3+BN"] == "70.5 ± 0.3 (8e-4)"
+
+
+def test_our_accuracies_in_the_paper_s_tables_are_of_one_protocol_and_of_rules_that_train(kept):
+    of_table = kept[kept.folder.str.contains("fc_table") & (kept.epochs == 100)]
+    of_paper = of_table.assign(protocol="paper", accuracy=0.0, score=0.0)
+    text = this_paper(of_table)
+    assert "BP 98.48 (98.62)" in text
+    assert this_paper(pd.concat([of_table, of_paper], ignore_index=True)) == text
+    failing = of_table.assign(fails=of_table.fails | (of_table.rule == "bp"))
+    assert "BP fails (98.62), Shallow 98.48 (98.62)" in this_paper(failing)
+    two_seeds = this_paper(of_table[of_table.seed < 2])
+    assert two_seeds.startswith("0 of the paper's 69 accuracies")
+    assert two_seeds.endswith("brackets.")
 
 
 def test_runs_without_a_claim_give_empty_tables(kept, monkeypatch, capsys):
