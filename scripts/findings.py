@@ -161,20 +161,23 @@ def depth(summary: pd.DataFrame) -> str:
     """
     best = at_best_rate(summary)
     at_common_rate = summary[summary.lr == COMMON_LR]
-    accuracies, cosines, judged = [], [], []
+    sentences = []
+    judged = []
     for rule in ("las", "ltas"):
         accuracy = against_dfa(best, rule, "accuracy")
         cosine = against_dfa(at_common_rate, rule, "cosine/1")
-        accuracies.append(f"{method_name(rule)} {accuracy.higher} and {accuracy.lower}")
-        cosines.append(f"{method_name(rule)} {cosine.higher} and {cosine.lower}")
         judged += [accuracy.judged, cosine.judged]
+        sentences.append(
+            f"{method_name(rule)} is significantly more accurate than DFA in {accuracy.higher} of them and less "
+            f"accurate in {accuracy.lower}; at {COMMON_LR:g}, its cosine of layer 1 is higher in {cosine.higher} and "
+            f"lower in {cosine.lower}."
+        )
     return (
-        f"Bundled digits, nets of {span_text(summary.depth)} hidden layers of 32 units, {summary.seed.nunique()} "
-        f"seeds, each method at its best of {summary.lr.nunique()} rates by validation accuracy. Number of "
-        f"nets (of {span_text(pd.Series(judged))}: all depths, both initialisations) in which a rule is significantly "
-        f"above, and below, DFA: accuracy: {', '.join(accuracies)}; layer 1's cosine at {COMMON_LR:g}: "
-        f"{', '.join(cosines)}. The table shows the test accuracy in percent with {summary.depth.max()} layers (▲, ▼: "
-        "at the highest, lowest rate; means leave out failing runs, unless all fail)."
+        f"Bundled digits, {span_text(pd.Series(judged))} nets: {span_text(summary.depth)} hidden layers of 32 units, "
+        f"two initialisations. {summary.seed.nunique()} seeds, each method at its best of {summary.lr.nunique()} rates "
+        f"by validation accuracy. {' '.join(sentences)} The table shows the test accuracy in percent with "
+        f"{summary.depth.max()} layers (▲, ▼: at the highest, lowest rate; means leave out failing runs, unless all "
+        "fail)."
     )
 
 
