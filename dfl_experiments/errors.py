@@ -29,9 +29,13 @@ def printable(text: str) -> str:
 
 
 def clipped(text: str, length: int = 1500) -> str:
-    """Return a text as one line of printable characters. If it is too long, its middle is left out."""
+    """Return a text as one line of printable characters. If it is too long, words in its middle are left out."""
     text = printable(" ".join(text.split()))
-    return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 :]}"
+    if len(text) <= length:
+        return text
+    start = text[: length * 2 // 3].rsplit(" ", 1)[0]
+    end = text[-length // 3 :].split(" ", 1)[-1]
+    return f"{start} … {end}"
 
 
 def reason(error: BaseException) -> str:

@@ -344,6 +344,11 @@ class Rule:
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(leaf, target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"loss: must return a tensor with one value, the batch's mean or sum, not {found}"
+            )
         for node in from_the_leaves(value.grad_fn):
             variable = getattr(node, "variable", leaf)
             if variable is not leaf:

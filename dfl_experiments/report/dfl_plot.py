@@ -38,7 +38,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="LAYER",
         help="hidden layers, such as 1,3 (default: all)",
     )
-    by = "x axis (default: iteration, if all runs have iterations.csv)"
+    by = "x axis (default: iteration, if all drawn runs have iterations.csv)"
     add("--by", choices=("iteration", "epoch"), help=by)
     add("--smooth", type=positive, metavar="N", help="running mean over N values; 1: none")
     color = "configuration key with one colour for each value (default: method)"

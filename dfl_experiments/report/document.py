@@ -112,8 +112,10 @@ def parts(
         if asked.card and asked.card not in set(section.runs.rule):
             continue
         shown = [tables.answer(section, paper), *tables.details(section)]
+        runs_shown = section.runs
         if asked.card:
             shown = [table.only(asked.card) for table in shown]
+            runs_shown = runs_shown[runs_shown.rule == asked.card]
         answer, *details = [table for table in shown if len(table.frame)]
         yield "heading", section.title
         yield "table", answer
@@ -125,7 +127,7 @@ def parts(
             yield "title", f"{table.title}: {section.title}"
             yield "table", table
             yield "note", table.caption
-        for note in tables.notes(section):
+        for note in tables.notes(runs_shown):
             yield "note", note
         for table in shown:
             columns.update(table.frame.columns)

@@ -124,8 +124,13 @@ def curves(frame: DataFrame, table: str = "epochs", only_names: bool = False) ->
     An incomplete last line is left out, because a run that still trains may be writing it.
 
     only_names: read only the names of the columns, and no rows.
+
+    Raises:
+        UserError: `frame` is no table of runs, or `table` is neither "epochs" nor "iterations".
     """
     refuse_no_table(frame, "curves")
+    if table not in ("epochs", "iterations"):
+        raise UserError(f"table={table!r}: choose epochs or iterations")
     tables = []
     for folder in frame.folder:
         path = Path(folder) / f"{table}.csv"

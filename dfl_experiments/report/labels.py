@@ -22,6 +22,13 @@ OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column 
 # This default depends on the rule. `options_of` leaves the option out at its default.
 ACTIVATION = "model.activation"
 UNRESOLVED = "${}"  # in place of a default that refers to another option
+# Runs with a name of the user's own started from this file of conf/, if they have the file's value of the key.
+OWN_NAMES = [
+    ("dataset", "arrays", "source._target_"),
+    ("dataset", "folder", "source._target_"),
+    ("model", "torchvision", "_target_"),
+    ("model", "module", "boundaries"),
+]
 REFERENCE = re.compile(r"\$\{(dataset|protocol)\.(\w+)\}")
 
 
@@ -82,7 +89,7 @@ def setting_columns(names: Names, options: DataFrame) -> DataFrame:
 
     names: for each column of `NAMES`, the value that the runs share.
     """
-    defaults = defaults_of(names)
+    defaults = defaults_of(file_names(names, options))
     differs = options[differing(options)]
     # an option that another run did not record is named, because its value there is unknown
     recorded_by_all = options.columns[options.notna().all()]
@@ -141,14 +148,22 @@ def is_identity(key: str) -> bool:
 def differing(options: DataFrame) -> list[str]:
     """Return the keys whose values differ between runs, sorted.
 
-    Digests of data or code are compared only between the runs that recorded them.
+    Digests of data or code, and the place of δ, are compared only between the runs that recorded them.
     """
-    keys = []
-    for key in sorted(options):
-        is_digest = is_identity(key) and key != "delta_at"
-        if options[key].nunique(dropna=is_digest) > 1:
-            keys.append(key)
-    return keys
+    return [key for key in sorted(options) if options[key].nunique(dropna=is_identity(key)) > 1]
+
+
+def file_names(names: Names, options: DataFrame) -> Names:
+    """Return for each group of conf/ the name of the file that the runs started from, see `OWN_NAMES`."""
+    files = dict(names)
+    for group, file, key in OWN_NAMES:
+        has_no_file = not conf_values(group, files[group])
+        column = f"{group}.{key}"
+        if has_no_file and column in options:
+            value = as_text(flat(conf_values(group, file))[key])
+            if options[column].eq(value).all():
+                files[group] = file
+    return files
 
 
 def defaults_of(names: Names) -> dict[str, str]:

@@ -67,7 +67,7 @@ def draw(
             iterations.csv without the ending /i, such as validation_loss. Default: those of loss, accuracy and
             alignment that were measured.
         layers: hidden layers, counted from 1. Default: all, or six evenly spaced ones if there are more.
-        by: the x axis. Default: iteration if every run has iterations.csv, else epoch.
+        by: the x axis. Default: iteration if every run with curves has iterations.csv, else epoch.
         color: column or configuration key. Each of its values gets a colour. Default: the first column that differs.
         facet: column or configuration key. Each of its values gets a panel for each quantity and layer.
         smooth: window of the running mean, in measured values. Default: 1/40 of the iterations; by epoch, none.
@@ -92,7 +92,7 @@ def draw(
     for key in keys:
         frame = with_key(frame, key)
     notes: list[str] = []
-    frame = with_lines(frame, keys, notes)
+    frame = with_curves(with_lines(frame, keys, notes))
     lines = lines_of(frame, color, facet, notes)
     x = "epoch"
     has_iterations = all(Path(folder, "iterations.csv").exists() for folder in frame.folder)
@@ -126,6 +126,17 @@ def draw(
         else:
             add_text(figure, title(lines), notes, lines.legend.tolist())
     return figure
+
+
+def with_curves(frame: DataFrame) -> DataFrame:
+    """Return the runs that have curves. A run whose net could not be built has none."""
+    has_curves = [
+        Path(folder, "epochs.csv").exists() or Path(folder, "iterations.csv").exists()
+        for folder in frame.folder
+    ]
+    if not any(has_curves):
+        raise UserError("nothing to draw: no run has rows in epochs.csv")
+    return frame[has_curves]
 
 
 def refuse_unmeasured(layers: Iterable[int], values: DataFrame) -> None:

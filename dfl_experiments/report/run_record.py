@@ -119,9 +119,12 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
     for group, digest in result.get("code", {}).items():
         if group in KINDS and group != "method":
             options[f"{group}.code"] = digest
-    for key in ("data", "delta_at"):
-        if result.get(key):
-            options[key] = result[key]
+    if result.get("data"):
+        options["data"] = result["data"]
+    if result.get(
+        "parameters"
+    ):  # else the run has not built its net, so it cannot say where its δ is
+        options["delta_at"] = result.get("delta_at", "pre-activation")
     return options
 
 

@@ -322,10 +322,10 @@ def largest(frame: DataFrame, quantity: str, style: str) -> Series:
     return texts.reindex(frame.index, fill_value=NONE)
 
 
-def notes(section: Section) -> list[str]:
+def notes(runs: DataFrame) -> list[str]:
     """Return a note for each status of the runs without an accuracy: their number, their methods, the first reason."""
     texts = []
-    unfinished = section.runs[~section.runs.status.isin(ENDED)]
+    unfinished = runs[~runs.status.isin(ENDED)]
     for status, part in unfinished.groupby("status"):
         methods = sorted(part.method.unique(), key=method_order)
         names = ", ".join(map(method_name, methods))

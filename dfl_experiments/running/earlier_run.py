@@ -66,7 +66,7 @@ def result_if_done(
         return None
     advice = "" if status == "finished" else "; force=true trains it again"
     accuracy = four_digits(before["accuracy"])
-    log.info("%s: %s already, accuracy %s%s", run_dir, status, accuracy, advice)
+    log.info("%s: %s already, accuracy %s%s", relative(run_dir), status, accuracy, advice)
     discard_spent(run_dir, before["config"])
     make_whole(settings.tracking, run_dir, before, group)
     return before

@@ -110,17 +110,32 @@ def show_plan(runs: Sequence[PlannedRun], force: bool) -> None:
 
 
 def print_time(runs: Sequence[PlannedRun]) -> None:
-    """Print the estimated time of runs. Of the runs of a kind, only one is measured."""
+    """Print the estimated time of runs. Of the runs of a kind, only one is measured.
+
+    For kinds whose time cannot be measured, print the reasons. The estimate is then for the other runs.
+    """
     kinds = {run.kind: run for run in runs}
-    try:
-        seconds = {kind: seconds_of_run(run.configuration) for kind, run in kinds.items()}
-    except (*MISTAKES, RuntimeError) as error:
-        print(f"time unknown: {one_line(error)}")
+    seconds: dict[str, float] = {}
+    unknown: dict[str, list[PlannedRun]] = {}
+    for kind, measured in kinds.items():
+        try:
+            seconds[kind] = seconds_of_run(measured.configuration)
+        except (*MISTAKES, RuntimeError) as error:
+            same = [run for run in runs if run.kind == kind]
+            unknown.setdefault(one_line(error), []).extend(same)
+    for problem, without_time in unknown.items():
+        which = ""
+        if len(without_time) < len(runs):
+            which = f" for {len(without_time)} of them, such as {without_time[0].folder.name}"
+        print(f"time unknown{which}: {problem}")
+    if not seconds:
         return
-    total = sum(seconds[run.kind] + BESIDE_TRAINING for run in runs)
+    timed = [run for run in runs if run.kind in seconds]
+    total = sum(seconds[run.kind] + BESIDE_TRAINING for run in timed)
     beside = f"{BESIDE_TRAINING:g} s of each run are for its start and end"
-    order = ", one run after another" if len(runs) > 1 else ""
-    print(f"about {duration(total)} on this machine{order}; {beside}")
+    others = " for the others" if unknown else ""
+    order = ", one run after another" if len(timed) > 1 else ""
+    print(f"about {duration(total)}{others} on this machine{order}; {beside}")
 
 
 def seconds_of_run(configuration: Configuration) -> float:

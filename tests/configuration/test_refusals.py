@@ -8,6 +8,7 @@ from processes import dfl_train
 from refused import REFUSED
 
 from dfl_experiments.configuration.refusals import EXTRAS
+from dfl_experiments.errors import clipped
 from dfl_experiments.train import main
 
 pytestmark = pytest.mark.usefixtures("clean_logging")
@@ -66,3 +67,11 @@ def test_refusal_from_the_shell_is_one_line_with_exit_code_2(tmp_path):
     done = dfl_train(tmp_path, "optimizer.lr=abc", environment={})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "dfl-train: error: optimizer.lr='abc': input should be a valid number\n"
+
+
+def test_long_message_keeps_whole_words_and_its_end():
+    words = [f"word{number}" for number in range(100)]
+    start, end = clipped(" ".join(words), 100).split(" … ")
+    assert set(start.split() + end.split()) <= set(words)
+    assert (start.split()[0], end.split()[-1]) == ("word0", "word99")
+    assert len(start) + len(end) <= 100

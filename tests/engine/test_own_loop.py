@@ -389,6 +389,13 @@ def test_refuses_a_net_that_cannot_be_trained():
         ("with at least one sample", INPUTS[:0], LABELS[:0], None),
         ("with at least one sample", INPUTS[:0], LABELS[:0], F.cross_entropy),
         ("target: of type list; must be labels", INPUTS, LABELS.tolist(), None),
+        (
+            r"loss: must return a tensor with one value.* not \(\d+,\)",
+            INPUTS,
+            LABELS,
+            nn.CrossEntropyLoss(reduction="none"),
+        ),
+        ("loss: must return a tensor with one value.* not int", INPUTS, LABELS, lambda *_: 1),
         ("target: of type tuple; must be labels", INPUTS, (LABELS, LABELS), None),
     ],
 )

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from report_helpers import altered, csv_rows, dfl_report, finished, results
 
+from dfl_experiments.errors import UserError
 from dfl_experiments.report.choose import choose, grid_points
 from dfl_experiments.report.frame import curves, distinct, runs
 from dfl_experiments.report.tables import answer, sections
@@ -272,6 +273,26 @@ def test_user_s_data_are_identified_by_their_digest_and_an_unfinished_run_by_its
     settings = runs(tmp_path).set_index("seed").setting
     assert settings[0] == settings[1] == "dataset.source.path='a.npz'"
     assert settings[2] == settings[3] == "dataset.source.path='b.npz'"
+
+
+def test_place_of_delta_is_compared_between_the_runs_that_built_their_net(finished_point, tmp_path):
+    nets = [
+        ("fails", {"parameters": None, "status": "failed"}),
+        ("module", {"delta_at": "boundary"}),
+    ]
+    for seed, (name, entries) in enumerate(nets):
+        values = finished(0.9, 1e-3, seed) | entries
+        altered(finished_point, tmp_path / name, **values)
+    assert list(runs(tmp_path).setting) == ["", ""]
+    altered(finished_point, tmp_path / "blocks", **finished(0.9, 1e-3, 2))
+    settings = runs(tmp_path).set_index("seed").setting
+    assert settings[1] == "delta_at=boundary"
+    assert settings[2] == "delta_at=pre-activation"
+
+
+def test_only_the_two_tables_of_a_run_have_curves(finished_point):
+    with pytest.raises(UserError, match="table='iteration': choose epochs or iterations"):
+        curves(runs(finished_point), "iteration")
 
 
 def test_smoke_runs_have_their_own_section(reported):

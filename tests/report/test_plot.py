@@ -326,6 +326,18 @@ def test_epochs_are_drawn_if_a_run_has_no_iterations(outputs, tmp_path):
     assert "epoch" in texts(draw(runs(tmp_path)))
 
 
+def test_run_whose_net_could_not_be_built_changes_nothing_but_the_caption(outputs, tmp_path):
+    shutil.copytree(outputs / "grid", tmp_path / "grid")
+    before = draw(runs(tmp_path))
+    values = {"status": "failed", "parameters": None, "config": {"method.name": "fa"}}
+    failed = altered(outputs / "alone", tmp_path / "failed", **values)
+    for name in ("epochs.csv", "iterations.csv"):
+        (failed / name).unlink()
+    added = set(texts(draw(runs(tmp_path)))) - set(texts(before))
+    (caption,) = added
+    assert caption.startswith("Not finished: 1 failed.")
+
+
 def test_run_without_epochs_csv_is_refused(outputs, tmp_path):
     shutil.copytree(outputs / "alone", tmp_path / "alone")
     (tmp_path / "alone" / "epochs.csv").unlink()

@@ -118,6 +118,16 @@ def test_card_shows_one_rule(reported):
     )
 
 
+def test_card_names_no_failed_run_of_another_rule(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "runs" / "bp", **finished(0.9, 1e-3, 0))
+    for rule in ("dfa", "fa"):
+        values = finished(None, 1e-3, 0, **{"method.name": rule}) | {"status": "failed"}
+        altered(finished_point, tmp_path / "runs" / rule, **values)
+    text = dfl_report(tmp_path, "runs", "--card", "fa").stdout
+    (note,) = re.findall(r"^\d+ failed: .*", text, re.M)
+    assert note.startswith("1 failed: FA")
+
+
 def test_card_has_no_column_of_dashes(reported):
     for rule, absent in (("dfa", "minus DFA"), ("bp", "minus BP")):
         text = dfl_report(reported, "outputs", "--card", rule, "--where", "smoke=false").stdout

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from processes import dfl_train, ended, forked
 from test_resume import assert_same, outcome
 
 import dfl_experiments as dfl
+from dfl_experiments.report.labels import OPTION
 
 SMALL = """
 from torch import bfloat16, nn
@@ -104,6 +106,24 @@ def test_network_is_trained_from_the_command_line_and_loaded(case, tmp_path):
         assert len(result["cosine"]) == 2
     net = dfl.load_net(tmp_path / "here", plugins=["own_modules"])
     assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_report_compares_own_nets_and_data_with_the_files_that_they_started_from(tmp_path):
+    samples = np.random.default_rng(0).integers(256, size=(2, 64, 8, 8)).astype(np.uint8)
+    labels = np.arange(64) % 3
+    train = {"X_train": samples[0], "y_train": labels}
+    np.savez(tmp_path / "data.npz", **train, X_test=samples[1], y_test=labels)
+    data = ("dataset=arrays", "dataset.name=mine", "dataset.source.path=data.npz")
+    done = dfl_train(tmp_path, *OPTIONS, *MINE, *data, "+model.planes=8", "dataset.std=[0.5]")
+    assert done.returncode == 0, done.stderr
+    (shared,) = dfl.runs(tmp_path / "here").shared
+    assert set(OPTION.findall(shared)) == {
+        "model._target_",
+        "model.planes",
+        "dataset.source.path",
+        "dataset.std",
+    }
 
 
 @pytest.mark.usefixtures("own_modules")

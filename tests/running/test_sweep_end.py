@@ -151,6 +151,16 @@ def test_dry_run_lists_the_state_of_each_point_and_writes_nothing(tmp_path):
     assert "  interrupted  " in dfl_train(tmp_path, *GRID, "seed=0", "--dry-run").stdout
 
 
+def test_dry_run_estimates_the_runs_whose_parts_fit_together(tmp_path):
+    data = ("dataset=digits,mnist", "data_dir=nowhere", "seed=0,1")
+    dry = dfl_train(tmp_path, *GRID, *data, "--dry-run")
+    problem = (
+        r"time unknown for 2 of them, such as las-fc-mnist-\S+: dataset mnist is not in nowhere"
+    )
+    assert len(re.findall(problem, dry.stdout)) == 1
+    assert re.search(r"^about \d+ \w+ for the others on this machine", dry.stdout, re.M)
+
+
 def test_dry_run_refuses_mistakes_and_downloads_nothing(tmp_path):
     refused = dfl_train(tmp_path, "--multirun", "--dry-run", "method=nobody", "seed=0,1")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
