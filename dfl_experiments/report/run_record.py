@@ -121,9 +121,8 @@ def options_of(config: Values, result: Values) -> dict[str, str]:
             options[f"{group}.code"] = digest
     if result.get("data"):
         options["data"] = result["data"]
-    if result.get(
-        "parameters"
-    ):  # else the run has not built its net, so it cannot say where its δ is
+    has_built_net = bool(result.get("parameters"))  # else δ's place is unknown
+    if has_built_net:
         options["delta_at"] = result.get("delta_at", "pre-activation")
     return options
 
