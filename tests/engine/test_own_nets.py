@@ -11,7 +11,10 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import dfl_experiments as dfl
+from dfl_experiments.engine.blocknet import Block, BlockNet
+from dfl_experiments.engine.module_net import ModuleNet
 from dfl_experiments.errors import UserError
+from dfl_experiments.models import fc
 
 INPUTS = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(16) % 4
@@ -281,3 +284,41 @@ def test_only_fdfa_refuses_an_operation_without_a_forward_derivative():
     rule_of("dfa", net).backward(INPUTS, LABELS)
     with pytest.raises(UserError, match=r"FDFA needs a forward derivative of every operation \("):
         rule_of("fdfa", net).backward(INPUTS, LABELS)
+
+
+def with_new_head(net):
+    (net.module if isinstance(net, ModuleNet) else net).head = nn.Linear(16, 4)
+    return net
+
+
+class WithHead(nn.Module):
+    """A net with a head for three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = mlp()[:4], nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: fc((12,), 3, [16, 16], "relu"), lambda: ModuleNet(WithHead(), "auto", INPUTS)],
+    ids=["blocks", "module"],
+)
+def test_a_head_that_was_replaced_in_a_loaded_net_learns(name, make):
+    net = with_new_head(make())
+    rule_of(name, net).backward(INPUTS, LABELS)
+    head = [*net.parameters()][-2:]
+    expected = torch.autograd.grad(F.cross_entropy(net(INPUTS), LABELS), head)
+    for parameter, gradient in zip(head, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_refuses_blocks_that_share_a_weight():
+    shared = nn.Linear(16, 16)
+    first, second, third = (Block(pre, nn.ReLU()) for pre in (nn.Linear(12, 16), shared, shared))
+    with pytest.raises(UserError, match=r"blocks 2 and 3 share a weight of shape \(16, 16\)"):
+        BlockNet(first, second, third, head=nn.Linear(16, 4), input_shape=(12,))
