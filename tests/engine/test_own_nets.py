@@ -174,6 +174,19 @@ def test_kp_does_not_decay_a_frozen_layer():
     assert not torch.equal(rule.method.feedback[1], other_b)
 
 
+@pytest.mark.parametrize("name", ["kp", "pfa"])
+def test_b_of_a_layer_that_is_frozen_during_training_stays(name):
+    net = nn.Sequential(nn.Conv1d(3, 5, 2), nn.ReLU(), nn.Conv1d(5, 4, 1), nn.Flatten(), mlp())
+    rule = rule_of(name, net, INPUTS.view(-1, 3, 4))
+    net[2].requires_grad_(False)
+    net[4][2].requires_grad_(False)
+    frozen = [not layer.weight.requires_grad for layer in rule.method.layers]
+    before = [b.clone() for b in rule.method.feedback]
+    rule.backward(INPUTS.view(-1, 3, 4), LABELS)
+    stays = [torch.equal(b, old) for b, old in zip(rule.method.feedback, before, strict=True)]
+    assert stays == frozen
+
+
 def test_warns_if_no_hidden_layer_has_a_b(caplog):
     rule_of("dfa", mlp()[4:], torch.zeros(1, 16))
     assert "no hidden layer has a B" in caplog.text
