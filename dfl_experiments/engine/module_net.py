@@ -225,10 +225,11 @@ def without_fast_path() -> Iterator[None]:
 def net_of(module: nn.Module, boundaries: Boundaries, example: Tensor) -> BlockNet:
     """Return the net of a module, with the layers that were replaced since it was built, such as a new head.
 
-    A `BlockNet` or a `ModuleNet` keeps its own boundaries.
+    boundaries: of a module or of a `ModuleNet`, which keeps its own if they are "auto". A `BlockNet` has only its own.
     """
     if isinstance(module, ModuleNet):
-        return ModuleNet(module.module, module.boundaries, example)
+        names = module.boundaries if boundaries == "auto" else boundaries
+        return ModuleNet(module.module, names, example)
     if isinstance(module, BlockNet):
         module.find_weights()
         return module
