@@ -23,7 +23,7 @@ from dfl_experiments.engine.crossings import from_the_leaves, layers_to_replace
 from dfl_experiments.engine.gradients import accumulating, unchanged
 from dfl_experiments.engine.losses import LOSSES, OutputLoss, precise
 from dfl_experiments.engine.method import Method, refuse_shared
-from dfl_experiments.engine.module_net import Boundaries, ModuleNet
+from dfl_experiments.engine.module_net import Boundaries, net_of
 from dfl_experiments.engine.transpose import Transpose
 from dfl_experiments.errors import UserError
 from dfl_experiments.measured import QUANTITIES
@@ -69,7 +69,7 @@ def rule(
             f"loss={loss}: choose {' or '.join(LOSSES)}; pass a function to `backward` instead"
         )
     node, plugins = described(name, options)
-    net = module if isinstance(module, BlockNet) else ModuleNet(module, boundaries, example)
+    net = net_of(module, boundaries, example)
     logits = net.probe().logits
     if logits.dim() != 2:
         shape = tuple(logits.shape[1:])

@@ -32,6 +32,7 @@ CLASSES = "classes.json"
 # one file for each field of `Arrays`, in the same order
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", CLASSES)
 LARGEST = float(np.finfo(np.float32).max)
+MOST_CHANNELS = 4  # largest number of channels that is tried for an image (H, W, C)
 
 
 def is_packed(folder: Path) -> bool:
@@ -115,6 +116,22 @@ def warn_of_empty_classes(name: str, arrays: Arrays) -> None:
         log.warning(text, name, len(empty), arrays.num_classes, empty[0])
 
 
+def is_channels_last(samples: np.ndarray) -> bool:
+    """Return whether the shape of samples looks like (N, H, W, C), with at most 4 channels C."""
+    return samples.ndim == 4 and samples.shape[3] <= MOST_CHANNELS < min(samples.shape[1:3])
+
+
+def warn_of_channels_last(name: str, arrays: Arrays) -> None:
+    """Log a warning if features look like images (N, H, W, C). For uint8 images, `check_samples` raises an error."""
+    if is_channels_last(arrays.train_images):
+        log.warning(
+            "%s: features of shape %s are read as (C, H, W); if they are images (H, W, C), save "
+            "X.transpose(0, 3, 1, 2)",
+            name,
+            arrays.shape,
+        )
+
+
 def digest(name: str, source: Source, data_dir: Path) -> str | None:
     """Return the digest of a data set, or None if the data set is absent. If there is no pack, make it first.
 
@@ -144,10 +161,15 @@ def digest_of(folder: Path) -> str:
 
 
 def digest_in_memory(arrays: Arrays) -> str:
-    """Return the digest of arrays that are not packed."""
+    """Return the digest of arrays that are not packed.
+
+    The bytes of other samples than images do not tell the shape of a sample, so the digest depends on this shape too.
+    """
     *parts, classes = vars(arrays).values()
     checksums = [zlib.crc32(part.tobytes()) for part in parts]
     text = json.dumps(classes)
+    if kind_of(arrays.train_images) == "features" and len(arrays.shape) > 1:
+        text += str(arrays.shape)
     checksums.append(zlib.crc32(text.encode()))
     return _digest_of_checksums(checksums)
 
@@ -318,7 +340,7 @@ def check_samples(samples: np.ndarray, name: str) -> None:
     elif not kind:
         kinds = "uint8 images (N, C, H, W), float32 features (N, …) or int64 tokens (N, T)"
         problem = f"must be {kinds}, is {samples.dtype} {shape}"
-    elif kind == "images" and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
+    elif kind == "images" and is_channels_last(samples):
         problem = (
             f"{shape} is (N, H, W, C), but must be (N, C, H, W); save images.transpose(0, 3, 1, 2)"
         )

@@ -60,6 +60,7 @@ class BlockNet(nn.Module):
     input_shape: shape of one sample of x.
     example: one sample for trial forward passes, (1, *h_0). None: a sample of zeros, in the data type of the
         parameters. A net that reads tokens needs an example of integers.
+    Raises `UserError` if two blocks share a weight.
     """
 
     def __init__(self, *blocks: Block, head: nn.Module, input_shape: Sequence[int]) -> None:
@@ -68,8 +69,24 @@ class BlockNet(nn.Module):
         self.head = head
         self.input_shape = tuple(input_shape)
         self.example: Tensor | None = None
-        # parameters of every block and of the head, cached because every step needs them
-        self.weights = [list(module.parameters()) for module in (*blocks, head)]
+        self.find_weights()
+
+    def find_weights(self) -> None:
+        """Find the parameters of every block and of the head. They are stored, because every step needs them.
+
+        Call this again if layers were replaced. Otherwise the new layers would not learn.
+        Raises `UserError` if two blocks share a weight: only the lower block's gradient would remain.
+        """
+        self.weights = [list(module.parameters()) for module in (*self.blocks, self.head)]
+        block_of: dict[nn.Parameter, int] = {}
+        for i, weights in enumerate(self.weights, start=1):
+            for weight in weights:
+                lower = block_of.setdefault(weight, i)
+                if lower != i:
+                    raise UserError(
+                        f"model: blocks {lower} and {i} share a weight of shape {tuple(weight.shape)}; return an "
+                        "nn.Module that is no BlockNet, because its boundaries keep a shared weight in one block"
+                    )
 
     @property
     def depth(self) -> int:

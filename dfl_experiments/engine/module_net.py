@@ -222,20 +222,37 @@ def without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(is_fast)
 
 
+def net_of(module: nn.Module, boundaries: Boundaries, example: Tensor) -> BlockNet:
+    """Return the net of a module, with the layers that were replaced since it was built, such as a new head.
+
+    boundaries: of a module or of a `ModuleNet`, which keeps its own if they are "auto". A `BlockNet` has only its own.
+    """
+    if isinstance(module, ModuleNet):
+        names = module.boundaries if boundaries == "auto" else boundaries
+        return ModuleNet(module.module, names, example)
+    if isinstance(module, BlockNet):
+        module.find_weights()
+        return module
+    return ModuleNet(module, boundaries, example)
+
+
 def as_net(
     module: nn.Module,
     names: Boundaries,
     input_shape: Sequence[int],
     samples: SampleKind | None = None,
 ) -> BlockNet:
-    """Return a `ModuleNet` of a module with these boundaries; return a `BlockNet` unchanged.
+    """Return a `ModuleNet` of a module with these boundaries; return a `BlockNet` itself.
 
     The example for a `ModuleNet` consists of zeros. They are integers if the samples are tokens, otherwise floats.
 
     samples: kind of the samples. None: they are tokens if the module has an embedding and one sample is a vector.
     Raises `UserError` for what is no module, and for a module in which parameters that learn are not float32.
     """
+    if isinstance(module, ModuleNet):
+        return module
     if isinstance(module, BlockNet):
+        module.find_weights()  # layers may have been replaced after the net was built
         return module
     refuse_unusable(module)
     for name, parameter in module.named_parameters():

@@ -53,15 +53,16 @@ class ProductFeedback(Sequential):
         return (self.get_buffer(f"fixed_{k}") @ self.feedback[k]).view_as(self.layers[k].weight)
 
     def carry(self, k: int, signal: Tensor, x: Tensor) -> Tensor:
-        """Return the signal at the input x of layers[k]. For a linear layer, also set R.grad = (δ P)ᵀ x."""
+        """Return the signal at the input x of layers[k]. For a linear layer that learns, also set R.grad = (δ P)ᵀ x."""
         if not isinstance(self.layers[k], nn.Linear):
             return super().carry(k, signal, x)
         # (δ P) R is much cheaper than δ (P R)
         inner = signal @ self.get_buffer(f"fixed_{k}").to(signal.dtype)
         r = self.feedback[k]
-        gradient = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(r.dtype)
-        # a layer may be called twice per pass
-        r.grad = gradient if r.grad is None else r.grad + gradient
+        if self.layers[k].weight.requires_grad:
+            gradient = (inner.flatten(0, -2).T @ x.to(inner.dtype).flatten(0, -2)).to(r.dtype)
+            # a layer may be called twice per pass
+            r.grad = gradient if r.grad is None else r.grad + gradient
         return inner @ r.to(inner.dtype)
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ ALIASES = {
 # Options that the column `setting` does not show. They have a column of their own, or do not change the results.
 NOT_IN_SETTING = {
     *ALIASES, "epochs", "precision", "seed", "smoke", "limit", "alignment.every", "alignment.quantities",
-    "memory_format", "schedule._target_",
+    "memory_format",
 }  # fmt: skip
 # Keys of B's own optimizer and schedule begin so. They belong to the method, because many methods learn no B.
 OF_FEEDBACK = ("optimizer.feedback.", "schedule.feedback.")
@@ -93,7 +93,7 @@ def settings_of(config: Values) -> dict[str, Any]:
         **{group: str(config[group]["name"]) for group in GROUPS},
         "rule": str(config["method"]["name"]),
         "epochs": int(config["epochs"]),
-        "limit": ALL_IMAGES if config.get("limit") is None else str(config["limit"]),
+        "limit": limit_of(config),
         "precision": str(config.get("precision", "float32")),
         "lr": float(config["optimizer"]["lr"]),
         "weight_decay": float(config["optimizer"].get("weight_decay") or 0.0),
@@ -102,6 +102,13 @@ def settings_of(config: Values) -> dict[str, Any]:
         "measured_every": int(config["alignment"]["every"]),
         "plugins": tuple(config.get("plugins") or ()),
     }
+
+
+def limit_of(config: Values) -> str:
+    """Return the largest number of training images that a run may use, as text. A smoke run limits them too."""
+    limits = [config.get("limit"), config.get("smoke")]
+    numbers = [limit for limit in limits if limit is not None]
+    return str(min(numbers)) if numbers else ALL_IMAGES
 
 
 def options_of(config: Values, result: Values) -> dict[str, str]:

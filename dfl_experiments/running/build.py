@@ -25,6 +25,7 @@ from dfl_experiments.data.batches import (
 from dfl_experiments.data.packs import (
     load_with_digest,
     test_images_in_training,
+    warn_of_channels_last,
     warn_of_empty_classes,
 )
 from dfl_experiments.data.sources import Arrays, kind_of
@@ -166,6 +167,7 @@ def load_arrays(configuration: Configuration) -> tuple[Arrays, dict[str, Any]]:
     arrays, digest = load_with_digest(name, source, Path(settings.data_dir))
     repeated = test_images_in_training(name, arrays)
     warn_of_empty_classes(name, arrays)
+    warn_of_channels_last(name, arrays)
     origin = {
         "samples": kind_of(arrays.train_images),
         "data": digest,

@@ -15,7 +15,7 @@ import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose, config_digest, point_name
 from dfl_experiments.data.augmentation import Augmentation
 from dfl_experiments.data.batches import Normalise, count_new_variation, preparation, split
-from dfl_experiments.data.packs import load_pack
+from dfl_experiments.data.packs import load_pack, load_with_digest, warn_of_channels_last
 from dfl_experiments.data.packs import test_images_in_training as images_in_training
 from dfl_experiments.data.sources import Digits
 from dfl_experiments.data.sources_arrays import ArrayFile
@@ -316,6 +316,23 @@ def test_features_constant_only_in_training_are_warned_about(tmp_path):
         )
         == 1
     )
+
+
+def test_features_with_the_shape_of_images_h_w_c_are_warned_about(caplog):
+    for shape in ((8, 8, 3), (3, 8, 8), (8, 3)):
+        features = RANDOM.normal(size=(7, *shape))
+        warn_of_channels_last("made", Made(train_images=features, test_images=features).arrays)
+    assert len(caplog.messages) == 1
+    assert "features of shape (8, 8, 3) are read as (C, H, W)" in caplog.text
+
+
+def test_features_in_another_shape_have_another_digest(tmp_path):
+    digests = set()
+    for shape in ((12,), (4, 3), (3, 4), (3, 2, 2)):
+        reshaped(tmp_path, *shape)
+        source = ArrayFile(str(tmp_path / "data.npz"))
+        digests.add(load_with_digest("arrays", source, tmp_path)[1])
+    assert len(digests) == 4
 
 
 @pytest.mark.parametrize("shape", [(4,), (5, 4), (4, 3, 2)], ids=str)

@@ -11,7 +11,10 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import dfl_experiments as dfl
+from dfl_experiments.engine.blocknet import Block, BlockNet
+from dfl_experiments.engine.module_net import ModuleNet
 from dfl_experiments.errors import UserError
+from dfl_experiments.models import fc
 
 INPUTS = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(16) % 4
@@ -171,6 +174,19 @@ def test_kp_does_not_decay_a_frozen_layer():
     assert not torch.equal(rule.method.feedback[1], other_b)
 
 
+@pytest.mark.parametrize("name", ["kp", "pfa"])
+def test_b_of_a_layer_that_is_frozen_during_training_stays(name):
+    net = nn.Sequential(nn.Conv1d(3, 5, 2), nn.ReLU(), nn.Conv1d(5, 4, 1), nn.Flatten(), mlp())
+    rule = rule_of(name, net, INPUTS.view(-1, 3, 4))
+    net[2].requires_grad_(False)
+    net[4][2].requires_grad_(False)
+    frozen = [not layer.weight.requires_grad for layer in rule.method.layers]
+    before = [b.clone() for b in rule.method.feedback]
+    rule.backward(INPUTS.view(-1, 3, 4), LABELS)
+    stays = [torch.equal(b, old) for b, old in zip(rule.method.feedback, before, strict=True)]
+    assert stays == frozen
+
+
 def test_warns_if_no_hidden_layer_has_a_b(caplog):
     rule_of("dfa", mlp()[4:], torch.zeros(1, 16))
     assert "no hidden layer has a B" in caplog.text
@@ -281,3 +297,41 @@ def test_only_fdfa_refuses_an_operation_without_a_forward_derivative():
     rule_of("dfa", net).backward(INPUTS, LABELS)
     with pytest.raises(UserError, match=r"FDFA needs a forward derivative of every operation \("):
         rule_of("fdfa", net).backward(INPUTS, LABELS)
+
+
+def with_new_head(net):
+    (net.module if isinstance(net, ModuleNet) else net).head = nn.Linear(16, 4)
+    return net
+
+
+class WithHead(nn.Module):
+    """A net with a head for three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = mlp()[:4], nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: fc((12,), 3, [16, 16], "relu"), lambda: ModuleNet(WithHead(), "auto", INPUTS)],
+    ids=["blocks", "module"],
+)
+def test_a_head_that_was_replaced_in_a_loaded_net_learns(name, make):
+    net = with_new_head(make())
+    rule_of(name, net).backward(INPUTS, LABELS)
+    head = [*net.parameters()][-2:]
+    expected = torch.autograd.grad(F.cross_entropy(net(INPUTS), LABELS), head)
+    for parameter, gradient in zip(head, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_refuses_blocks_that_share_a_weight():
+    shared = nn.Linear(16, 16)
+    first, second, third = (Block(pre, nn.ReLU()) for pre in (nn.Linear(12, 16), shared, shared))
+    with pytest.raises(UserError, match=r"blocks 2 and 3 share a weight of shape \(16, 16\)"):
+        BlockNet(first, second, third, head=nn.Linear(16, 4), input_shape=(12,))

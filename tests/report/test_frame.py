@@ -224,6 +224,21 @@ def test_settings_name_only_the_options_that_differ(finished_point, tmp_path):
     assert re.search(r"^batch_size +model\.widths +method", text, re.M)
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("schedule", [{"name": "mine", "_target_": f"my_schedules.{kind}"} for kind in "AB"]),
+        ("smoke", [64, 512]),
+    ],
+)
+def test_schedules_of_one_name_and_smoke_runs_of_two_sizes_are_not_averaged(
+    finished_point, tmp_path, key, values
+):
+    for seed, value in enumerate(values):
+        altered(finished_point, tmp_path / str(seed), **finished(0.9, 1e-3, seed, **{key: value}))
+    assert [cell.n for cell in shown(tmp_path)] == [1, 1]
+
+
 def test_changed_method_option_is_part_of_the_method_name(finished_point, tmp_path):
     las = {"name": "las", "local_target": "logits", "init": "product"}
     for name, options in (("a", {}), ("b", {"init": "default"}), ("c", {"clip": 3})):
