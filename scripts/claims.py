@@ -278,7 +278,7 @@ def alignment_claims(
         if n or failing:
             claim = f"{method_name(first)} aligns better with BP than {method_name(second)}"
             difference = welch(*means) if n else Contrast(math.nan)
-            rates = " and ".join(f"{lr:g}" for lr, _ in sorted(common, reverse=True))
+            rates = ", ".join(f"{lr:g}" for lr, _ in sorted(common, reverse=True))
             yield judged(claim, setting, difference, n, "cosine", failing, f" (lr {rates})")
 
 

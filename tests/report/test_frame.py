@@ -28,14 +28,14 @@ def shown(folder):
 
 
 def test_kept_runs_have_the_published_cells():
-    """An earlier implementation of the report wrote kept_cells.csv."""
+    """An earlier implementation of the report wrote kept_cells.csv. It has no cells to which runs were added later."""
     cells = {}
     for cell in shown(ROOT / "outputs" / "reference"):
         setting = (cell.dataset, cell.model, cell.augmentation, cell.epochs)
         cells[*setting, cell.optimizer, cell.precision, cell.protocol, cell.method] = cell
     with KEPT.open() as file:
         rows = [row for row in csv.DictReader(file) if row["n"] != "0"]
-    assert len(rows) == 73
+    assert len(rows) == 55
     for row in rows:
         options = dict(part.partition("=")[::2] for part in row["differences"].split("; ") if part)
         method = row["method"].replace("held", "fixed_blocks")
