@@ -21,8 +21,6 @@ FOREIGN = {
     "a number for cosines": ({}, {"cosine": 1}),
     "no learning rate": ({"optimizer": {"name": "adam"}}, {}),
     "no epochs": ({"epochs": None}, {}),
-    "an unknown headline": ({"protocol.accuracy": "best"}, {}),
-    "no throughput": ({}, {"samples_per_second": None}),
     "a word for a seed": ({"seed": "one"}, {}),
 }
 
