@@ -22,7 +22,7 @@ from dfl_experiments.running import checkpoint
 
 # one method of each kind: no B; B learnt before, or after, the signals are sent; drawn anew; mirrored; by tangents
 KINDS = ("bp", "las", "kp", "brsf", "wm", "fdfa")
-KILLS = 30 // len(KINDS)
+KILLS = 24 // len(KINDS)
 OPTIONS = (
     "epochs=5",
     "limit=500",
