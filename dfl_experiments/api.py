@@ -15,7 +15,6 @@ from dfl_experiments.configuration.recorded import completed, composable, with_r
 from dfl_experiments.configuration.refusals import one_line, uncomposed
 from dfl_experiments.configuration.schema import Configuration, check
 from dfl_experiments.data.batches import Normalise, Standardise
-from dfl_experiments.data.sources import kind_of
 from dfl_experiments.engine.blocknet import BlockNet
 from dfl_experiments.errors import UserError
 from dfl_experiments.running.build import build
@@ -178,13 +177,9 @@ class TrainedRun:
         return DataFrame(read_rows(self.folder, name))
 
     @cached_property
-    def _standardisation(self) -> dict[str, Tensor] | None:
-        """Return the mean and std with which the run standardised its features.
-
-        Returns an empty mapping if the run standardised nothing. Returns None if an early version wrote the
-        checkpoint, because early versions did not record these values.
-        """
-        return load_checkpoint(self.folder)["training"].get("standardisation")
+    def _standardisation(self) -> dict[str, Tensor]:
+        """Return the mean and std with which the run standardised its features; empty if it standardised nothing."""
+        return load_checkpoint(self.folder)["training"]["standardisation"]
 
     @torch.no_grad()
     def predict(self, images: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
@@ -195,12 +190,13 @@ class TrainedRun:
         Returns a tensor of shape (N, K).
 
         Raises:
-            UserError: the samples have another type or shape than the run's samples; or they are features, and the
-                checkpoint of an early version lacks their mean and std.
+            UserError: the samples have another type or shape than the run's samples, or an early version made the run.
         """
         samples = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
+        if "samples" not in self.result:
+            raise UserError(f"{self.folder}: an early version made this run; repeat the run")
         dataset, recorded, net = self.config["dataset"], self._standardisation, self.net.eval()
-        kind, shape = self._kind(samples), net.input_shape
+        kind, shape = self.result["samples"], net.input_shape
         if kind == "images" and samples.ndim == 3 and shape[0] == 1:
             samples = samples[:, None]  # grey images without an axis for the channel
         name, dtype, casting = TYPES[kind]
@@ -209,31 +205,11 @@ class TrainedRun:
             raise UserError(
                 f"{self.folder}: {needed}, but gets {samples.dtype} of shape {samples.shape}"
             )
-        if kind == "features" and recorded is None and dataset.get("standardise", True):
-            raise UserError(
-                f"{self.folder}: its checkpoint does not hold the features' mean and std; repeat the run"
-            )
         if recorded:
             samples = Standardise(recorded["mean"].numpy(), recorded["std"].numpy())(samples)
         normalise = Normalise(dataset["mean"], dataset["std"])
         tensor = normalise(torch.from_numpy(np.ascontiguousarray(samples, dtype)))
         return torch.cat([net(part) for part in tensor.split(batch_size)])
-
-    def _kind(self, samples: np.ndarray) -> str:
-        """Return the kind of the run's samples. An early version did not record it; then it is inferred."""
-        if kind := self.result.get("samples"):
-            return kind
-        if self._standardisation:
-            return "features"
-        # without `standardise`, samples with three axes may be images or features
-        is_clear = self._standardisation is not None and self.config["dataset"].get(
-            "standardise", True
-        )
-        return (
-            "images"
-            if is_clear and len(self.net.input_shape) == 3
-            else kind_of(samples) or "features"
-        )
 
     @usual_torch()
     def evaluate(self) -> dict[str, float]:

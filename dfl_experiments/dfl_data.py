@@ -7,13 +7,14 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
 
-from dfl_experiments.configuration.composition import compose, group_options
+from dfl_experiments.configuration.composition import compose, group_options, harmless
 from dfl_experiments.configuration.refusals import refusing
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.packs import is_packed, load_pack
 from dfl_experiments.data.sources import Arrays, Digits, Source
-from dfl_experiments.errors import UserError, printable
+from dfl_experiments.errors import UserError
 
 EPILOG = """examples:
   dfl-data list                                        the state of every data set in data_dir
@@ -21,6 +22,7 @@ EPILOG = """examples:
   dfl-data prepare dataset=cifar10 data_dir=/data      in another folder (or set the variable DFL_DATA_DIR)
   dfl-data prepare dataset=folder dataset.source.path=$HOME/photos dataset.source.size=64
 """
+COLUMNS = ("name", "state", "train", "test", "shape", "classes", "where")
 NO_SIZES = ("", "", "", "")
 
 
@@ -74,14 +76,8 @@ def show(choices: list[list[str]]) -> None:
     choices: for each data set, the list of overrides that selects it.
     Raises `UserError` for wrong overrides.
     """
-    rows = [
-        ("name", "state", "train", "test", "shape", "classes", "where"),
-        *(row(choice) for choice in choices),
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for cells in rows:
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        print(printable("  ".join(padded).rstrip()))
+    rows = [harmless(row(choice)) for choice in choices]
+    print(tabulate(rows, COLUMNS, tablefmt="plain", disable_numparse=True))
 
 
 def refuse_several_values(overrides: list[str]) -> None:

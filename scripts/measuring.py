@@ -16,7 +16,6 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.running.device import layout_of
 
-CPU = torch.device("cpu")
 WARM_UP = 2  # number of first rounds that do not count
 Call = Callable[[], object]
 Calls = dict[str, Call]
@@ -65,7 +64,7 @@ def gpu_seconds(call: Call, calls: int) -> float:
 
 
 def learner_of(
-    cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device = CPU
+    cfg: Configuration, shape: tuple[int, ...], classes: int, device: torch.device
 ) -> Learner:
     """Return the learner that a run with this configuration uses.
 

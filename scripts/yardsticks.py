@@ -48,11 +48,11 @@ class Setting:
         return self.device.type == "cuda"
 
 
-def learner(method: str, setting: Setting, memory_format: str = "auto") -> Learner:
+def learner(method: str, setting: Setting) -> Learner:
     """Return a learner for a method."""
     model, dataset, shape = MODELS[setting.model]
     choices = [f"method={method}", f"model={model}", f"dataset={dataset}"]
-    choices += [f"precision={setting.precision}", f"memory_format={memory_format}"]
+    choices.append(f"precision={setting.precision}")
     return learner_of(check(compose(choices)), shape, CLASSES, setting.device)
 
 

@@ -136,10 +136,9 @@ def read_checkpoint(path: Path, config: Mapping[str, Any] | None = None) -> dict
         )
     if config is None:
         return saved
-    # earlier versions wrote the digest with the location
-    digests_of_run = [config_digest(config), config_digest(config, with_location=True)]
-    if saved["science"] not in digests_of_run:
-        digests = f"{saved['science']}, not {digests_of_run[0]}"
+    own_digest = config_digest(config)
+    if saved["science"] != own_digest:
+        digests = f"{saved['science']}, not {own_digest}"
         raise UserError(f"{path}: belongs to a run with another configuration ({digests})")
     training = saved["training"]
     for name, digest in training["digests"].items():

@@ -58,7 +58,7 @@ class State:
     code: dict[str, str] = field(default_factory=dict)
     """Identity of the user's own code, see `code_of`."""
     standardisation: dict[str, Tensor] | None = None
-    """See `Parts`; None in checkpoints of earlier versions."""
+    """See `Parts`."""
     made_by: list[dict[str, Any]] = field(default_factory=list)
     """Versions and commit of each part of a run, and the epochs done at the end of each part except the last.
 

@@ -6,10 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfl_experiments.configuration.composition import as_values, changed
 from dfl_experiments.configuration.refusals import refusal
@@ -20,7 +20,6 @@ from dfl_experiments.running.locks import holder_of
 from dfl_experiments.running.run_directory import (
     CONFIG,
     EPOCH_COLUMNS,
-    HEADLINES,
     LAST,
     PREVIOUS,
     write_atomically,
@@ -83,28 +82,12 @@ class Result(BaseModel):
     samples_per_second: NonNegative | None = None
     """Training images per second of training."""
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        config, accuracies = self.config, self.test_accuracy or Accuracies()
-        has_numbers = None not in (self.accuracy, self.seconds, self.samples_per_second)
-        if self.status in ("finished", "collapsed") and not has_numbers:
-            raise UserError(f"accuracy or seconds: missing in a {self.status} run")
-        if self.status == "finished" and self.epochs != config["epochs"]:
-            raise UserError(f"epochs={self.epochs}: a finished run has {config['epochs']}")
-        if accuracies.best is not None:
-            highest = max(accuracies.last or 0.0, accuracies.at_best_validation or 0.0)
-            reported = getattr(accuracies, HEADLINES[config["protocol"]["accuracy"]])
-            is_epoch = 1 <= (accuracies.best_epoch or 0) <= self.epochs
-            if highest > accuracies.best or self.accuracy != reported or not is_epoch:
-                raise UserError("accuracy, test_accuracy: contradict each other")
-        return self
-
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """Return the verified content of `result.json`; None if there is no such file.
 
-    Raises `UserError` if `result.json` is damaged or inconsistent, or if another file has changed since the run. The
-    message names the file.
+    Raises `UserError` if `result.json` is damaged, or if another file has changed since the run. The message names the
+    file.
     """
     content = read_sealed(run_dir)
     if content is not None:
@@ -112,10 +95,6 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
             Result.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{run_dir / RESULT}: {refusal(error, '', [])}") from None
-        # wrong content of `config`
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"{type(error).__name__}: {reason(error)}"
-            raise UserError(f"{run_dir / RESULT}: is not the result of a run ({problem})") from None
     return content
 
 
@@ -167,13 +146,6 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
         is_counted = columns["epoch"] == [*range(1, len(rows) + 1)]
         if len(rows) < epochs or (is_done and len(rows) > epochs) or not is_counted:
             raise UserError(f"does not have one row for each of {epochs} epochs")
-        last = (result.get("test_accuracy") or {}).get("last")
-        if last is not None:
-            written = columns["test_accuracy"][epochs - 1] or 0.0
-            if not math.isclose(written, last, rel_tol=1e-6):
-                raise UserError(
-                    f"has test accuracy {written:g} after epoch {epochs}, but {RESULT} has {last:g}"
-                )
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: is damaged ({reason(error)})") from None
     return columns

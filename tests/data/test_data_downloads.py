@@ -181,6 +181,8 @@ def test_download_of_a_killed_process_is_repeated(server, published, tmp_path):
     assert equal(load_pack(name, source, data_dir), expected)
 
 
+# one data set that torchvision downloads, and one that this program downloads
+@pytest.mark.parametrize("published", ["cifar100", "tinyimagenet"], indirect=True)
 def test_process_killed_before_any_file_operation_leaves_a_recoverable_state(
     server, published, tmp_path
 ):

@@ -1,14 +1,23 @@
-"""Compare the engine's steps with a NumPy transcription of the paper's Algorithms 1 and 2, with corrected signs."""
+"""Compare several steps of each rule with a NumPy transcription of its equations.
+
+For the paper's methods these are its Algorithms 1 and 2, with corrected signs.
+"""
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, Tiny, roundoff
+from conftest import BATCH, CLASSES, Tiny, roundoff
 
 from dfl_experiments.configuration.composition import compose
 from dfl_experiments.configuration.schema import check
 
 RATE, STEPS = 0.1, 5
+SEQUENTIAL = ("fa", "usf", "brsf", "frsf", "kp", "wm", "pfa")
+DIRECT = ("dfa", "sdfa", "bdfa", "shared", "drtp", "sign", "adfa", "dkp", "fdfa")
+
+
+def numpy(values):
+    return [value.detach().numpy().copy() for value in values]
 
 
 def softmax(z):
@@ -16,34 +25,46 @@ def softmax(z):
     return z / z.sum(1, keepdims=True)
 
 
-def transcription(W, b, B, x, y_star, method, coefficient):
-    """Return W, b and B after STEPS steps on the same batch. Losses are means over samples and sums over classes.
+def built(name, *overrides):
+    """Return a tiny net of three layers with a rule, its layers, and copies of their weights and biases."""
+    method = name
+    if name == "sign":
+        method = "drtp"
+        overrides = (*overrides, "method.projected=error_sign")
+    options = (
+        "optimizer=sgd",
+        f"optimizer.lr={RATE}",
+        "protocol.activation_of=null",
+        "dataset.fc_widths=[9,9]",
+    )
+    t = Tiny(method, "fc", *options, *overrides)
+    layers = [t.net.weight_layers(i)[0] for i in range(3)]
+    return t, layers, numpy(layer.weight for layer in layers), numpy(layer.bias for layer in layers)
 
-    W: list of W_i, (d_i, d_{i-1}). B: (d_1, K). x: (N, d), one sample per row.
-    coefficient: of LAS's local gradient; 2 for the gradient of Eq. 20, 1 for Algorithm 1 as printed.
-    """
-    n = len(x)
-    for _ in range(STEPS):
-        a1 = x @ W[0].T + b[0]
-        h1 = np.maximum(a1, 0)
-        a2 = h1 @ W[1].T + b[1]
-        h2 = np.maximum(a2, 0)
-        a3 = h2 @ W[2].T + b[2]
-        y1 = h1 @ B
-        if method == "las":
-            B = B - RATE * h1.T @ (coefficient * (y1 - a3)) / n
-        if method == "ltas":
-            B = B - RATE * h1.T @ (softmax(y1) - y_star) / n
-        e = (softmax(a3) - y_star) / n
-        delta2 = (e @ W[2]) * (a2 > 0)
-        delta1 = (e @ B.T) * (a1 > 0)
-        if method == "bp":
-            delta1 = (delta2 @ W[1]) * (a1 > 0)
-        deltas, inputs = [delta1, delta2, e], [x, h1, h2]
-        for i in range(3):
-            W[i] = W[i] - RATE * deltas[i].T @ inputs[i]
-            b[i] = b[i] - RATE * deltas[i].sum(0)
-    return W, b, B
+
+def forward(x, W, b):
+    """Return h_1, h_2 and the logits."""
+    h1 = np.maximum(x @ W[0].T + b[0], 0)
+    h2 = np.maximum(h1 @ W[1].T + b[1], 0)
+    return h1, h2, h2 @ W[2].T + b[2]
+
+
+def updated(W, b, deltas, inputs):
+    """Return the new weights, the new biases, and the gradients of the weights."""
+    gradients = [delta.T @ h for delta, h in zip(deltas, inputs, strict=True)]
+    W = [w - RATE * gradient for w, gradient in zip(W, gradients, strict=True)]
+    b = [bias - RATE * delta.sum(0) for bias, delta in zip(b, deltas, strict=True)]
+    return W, b, gradients
+
+
+def assert_equal(t, layers, W, b, B):
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers]
+    # the longest sum has as many terms as the first layer has inputs; all terms are at most about 1
+    tolerance = STEPS * roundoff(layers[0].in_features)
+    trained = [*weights, *biases, *t.method.parameters()]
+    for parameter, expected in zip(trained, [*W, *b, *B], strict=True):
+        assert np.abs(parameter.detach().numpy() - expected).max() < tolerance
 
 
 @pytest.mark.parametrize(
@@ -56,28 +77,101 @@ def transcription(W, b, B, x, y_star, method, coefficient):
         ("ltas", "fair", 2),
     ],
 )
-def test_steps_equal_the_numpy_transcription(method, protocol, coefficient):
-    overrides = ("optimizer=sgd", f"optimizer.lr={RATE}", f"protocol={protocol}")
-    t = Tiny(method, "fc", "dataset.fc_widths=[9,9]", *overrides)
-    layers = [t.net.weight_layers(i)[0] for i in range(3)]
-    initial_weight = layers[0].weight.detach().clone()
-    W = [layer.weight.detach().numpy().copy() for layer in layers]
-    b = [layer.bias.detach().numpy().copy() for layer in layers]
-    B = np.zeros((layers[0].out_features, CLASSES))
-    for feedback in t.method.parameters():  # BP has none, the others have one
-        B = feedback.detach().numpy().T.copy()
-    y_star = np.eye(CLASSES)[t.target.numpy()]
-    W, b, B = transcription(W, b, B, t.x.flatten(1).numpy(), y_star, method, coefficient)
+def test_steps_of_the_paper_s_methods_equal_the_numpy_transcription(method, protocol, coefficient):
+    """The coefficient of LAS's local gradient is 2 for the gradient of Eq. 20, 1 for Algorithm 1 as printed."""
+    t, layers, W, b = built(method, f"protocol={protocol}")
+    x, y_star = t.x.flatten(1).numpy(), np.eye(CLASSES)[t.target.numpy()]
+    initial_weight = W[0]
+    B = numpy(t.method.parameters())  # (K, d_1); BP has none
     for _ in range(STEPS):
         t.learner.step(t.x, t.target)
-    # the longest sum has as many terms as the first layer has inputs; all terms are below 1
-    tolerance = STEPS * roundoff(layers[0].in_features)
-    for layer, weight, bias in zip(layers, W, b, strict=True):
-        assert np.abs(layer.weight.detach().numpy() - weight).max() < tolerance
-        assert np.abs(layer.bias.detach().numpy() - bias).max() < tolerance
-    for feedback in t.method.parameters():
-        assert np.abs(feedback.detach().numpy().T - B).max() < tolerance
-    assert (layers[0].weight - initial_weight).abs().max() > 1e-4
+        h1, h2, logits = forward(x, W, b)
+        if method == "las":
+            B = [B[0] - RATE * coefficient * (h1 @ B[0].T - logits).T @ h1 / BATCH]
+        if method == "ltas":
+            B = [B[0] - RATE * (softmax(h1 @ B[0].T) - y_star).T @ h1 / BATCH]
+        e = (softmax(logits) - y_star) / BATCH
+        delta2 = (e @ W[2]) * (h2 > 0)
+        signal = delta2 @ W[1] if method == "bp" else e @ B[0]
+        delta1 = signal * (h1 > 0)
+        W, b, _ = updated(W, b, (delta1, delta2, e), (x, h1, h2))
+    assert_equal(t, layers, W, b, B)
+    assert np.abs(W[0] - initial_weight).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_steps_of_sequential_rules_equal_the_numpy_transcription(name):
+    t, layers, W, b = built(name)
+    x, y_star = t.x.flatten(1).numpy(), np.eye(CLASSES)[t.target.numpy()]
+    B = numpy(t.method.parameters())  # for PFA: R
+    initial_rms = [np.sqrt((w**2).mean()) for w in W[1:]]
+    if name == "pfa":
+        P = numpy(t.method.get_buffer(f"fixed_{k}") for k in range(2))
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        t.learner.step(t.x, t.target)
+        if name == "wm":
+            torch.manual_seed(step)
+            m = t.method.samples
+            for k, w in enumerate(W[1:]):
+                xi = torch.randn(m, w.shape[1], dtype=torch.float64).numpy()
+                y = xi @ w.T
+                rho = min(1, 0.08 * (m - 1) / (w.shape[1] + 1))
+                covariance = (y - y.mean(0)).T @ (xi - xi.mean(0)) / (m - 1)
+                B[k] = (1 - rho) * B[k] + rho * covariance
+        V = B
+        if name == "usf":
+            V = [initial_rms[k] * np.sign(W[k + 1]) for k in range(2)]
+        if name in ("brsf", "frsf"):
+            M = [t.method.get_buffer(f"magnitude_{k}").numpy() for k in range(2)]
+            V = [M[k] * np.sign(W[k + 1]) for k in range(2)]
+            for k in range(2):
+                assert M[k].min() >= 0
+                assert M[k].max() <= 3**0.5 * initial_rms[k]
+        if name == "pfa":
+            V = [P[k] @ B[k] for k in range(2)]
+        h1, h2, logits = forward(x, W, b)
+        e = (softmax(logits) - y_star) / BATCH
+        delta2 = (e @ V[1]) * (h2 > 0)
+        delta1 = (delta2 @ V[0]) * (h1 > 0)
+        W, b, gradients = updated(W, b, (delta1, delta2, e), (x, h1, h2))
+        if name == "kp":
+            B = [B[k] - RATE * gradients[k + 1] for k in range(2)]
+        if name == "pfa":
+            B = [B[k] - RATE * P[k].T @ gradients[k + 1] for k in range(2)]
+    assert_equal(t, layers, W, b, B)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_steps_of_direct_rules_equal_the_numpy_transcription(name):
+    t, layers, W, b = built(name, "method.top=direct")
+    x, y_star = t.x.flatten(1).numpy(), np.eye(CLASSES)[t.target.numpy()]
+    B = numpy(t.method.parameters())  # (K, d_1), (K, d_2)
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        t.learner.step(t.x, t.target)
+        h1, h2, logits = forward(x, W, b)
+        e = (softmax(logits) - y_star) / BATCH
+        if name == "adfa":
+            products = [W[2] @ W[1], W[2]]
+            B = [B[k] + t.method.rate * (products[k] - B[k]) for k in range(2)]
+        s = e
+        if name == "drtp":
+            s = -y_star / BATCH
+        if name == "sign":
+            s = np.sign(e) / BATCH
+        deltas = ((s @ B[0]) * (h1 > 0), (s @ B[1]) * (h2 > 0), e)
+        if name == "dkp":
+            B = [B[0] - RATE * e.T @ h1, B[1] - RATE * e.T @ h2]
+        if name == "fdfa":
+            torch.manual_seed(step)
+            p1 = torch.randn(*h1.shape, dtype=torch.float64).numpy()
+            p2 = torch.randn(*h2.shape, dtype=torch.float64).numpy()
+            d = ((p1 @ W[1].T) * (h2 > 0) + p2) @ W[2].T  # forward derivative of the logits
+            estimates = [d.T @ p1 / BATCH, d.T @ p2 / BATCH]
+            B = [B[k] - RATE * (B[k] - estimates[k]) for k in range(2)]
+        W, b, _ = updated(W, b, deltas, (x, h1, h2))
+    assert_equal(t, layers, W, b, B)
 
 
 def test_default_schedule_decays_at_the_paper_s_epochs():

@@ -1,6 +1,7 @@
 """Check the variance of the weights after each initialisation, zero biases, and that nothing else changes."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -62,17 +63,15 @@ def test_normalisation_layers_keep_their_weights():
 STEMS = {
     # kaiming, fan_out: does not depend on the number of input channels
     "resnet18": lambda w: math.sqrt(2 / w[:, 0].numel()),
-    "vgg11_bn": lambda w: math.sqrt(2 / w[:, 0].numel()),
     "googlenet": lambda w: 0.01,
-    "densenet121": lambda w: math.sqrt(2 / w[0].numel()),  # kaiming, fan_in
-    "squeezenet1_1": lambda w: math.sqrt(2 / w[0].numel()),
+    "squeezenet1_1": lambda w: math.sqrt(2 / w[0].numel()),  # kaiming, fan_in
     "vit_b_32": lambda w: math.sqrt(1 / w[0].numel()),
     "alexnet": lambda w: math.sqrt(1 / (3 * w[0].numel())),  # PyTorch's default
 }
 
 
 @pytest.mark.parametrize("name", STEMS)
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [3, 4])
 def test_first_convolution_is_drawn_as_in_torchvision_s_constructor(name, channels):
     torch.manual_seed(0)
     net = torchvision_net((channels, 64, 64), 10, name)
@@ -92,10 +91,12 @@ def test_first_convolution_is_drawn_as_in_torchvision_s_constructor(name, channe
         assert channels != 3 or torch.equal(value, weights[key]), key
 
 
-def test_each_torchvision_network_has_one_convolution_that_reads_the_image():
-    for name in models.list_models(module=models):
-        if name.startswith("regnet"):  # its constructor fails on the meta device
-            continue
+def test_each_torchvision_family_has_one_convolution_that_reads_the_image():
+    names = models.list_models(module=models)
+    # one network for each family, such as "resnet"
+    families = {re.match("[a-z]+", name)[0]: name for name in names}
+    del families["regnet"]  # its constructor fails on the meta device
+    for name in families.values():
         with torch.device("meta"):
             options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
             module = models.get_model(name, weights=None, num_classes=10, **options)

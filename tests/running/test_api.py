@@ -95,13 +95,10 @@ OTHER_INPUT = {
 }
 
 
-@pytest.mark.parametrize("is_early", [False, True])  # early versions did not record "samples"
 @pytest.mark.parametrize("case", OTHER_INPUT)
-def test_run_on_images_refuses_other_input(folder, case, is_early):
+def test_run_on_images_refuses_other_input(folder, case):
     run = dfl.load_run(folder)
     assert run.result["samples"] == "images"
-    if is_early:
-        del run.result["samples"]
     with pytest.raises(
         UserError,
         match=r"run: needs uint8 images of shape \(N, 1, 8, 8\), but gets \w+ of shape \(",
@@ -183,18 +180,11 @@ def test_evaluate_refuses_changed_data(tmp_path):
     assert run.predict(features).shape == (300, 3)
 
 
-def test_features_are_refused_without_a_recorded_mean(folder, monkeypatch):
-    def checkpoint_of_an_early_version(run_dir):
-        saved = load_checkpoint(run_dir)
-        del saved["training"]["standardisation"]
-        return saved
-
-    monkeypatch.setattr("dfl_experiments.api.load_checkpoint", checkpoint_of_an_early_version)
+def test_run_of_an_early_version_is_not_used_for_predictions(folder):
     run = dfl.load_run(folder)
     del run.result["samples"]
-    assert run.predict(np.zeros((2, 1, 8, 8), np.uint8)).shape == (2, 10)
-    with pytest.raises(UserError, match="does not hold the features' mean and std"):
-        run.predict(np.zeros((2, 1, 8, 8), np.float32))
+    with pytest.raises(UserError, match="an early version made this run; repeat the run"):
+        run.predict(IMAGES)
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,10 @@ def last_line(folder):
     return (folder / "output.txt").read_text().strip().splitlines()[-1]
 
 
-@pytest.fixture
-def interrupted(tmp_path):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
     """Return a folder with a run that was killed in its third epoch and left last.pt and previous.pt."""
+    folder = tmp_path_factory.mktemp("killed")
 
     def kill_before_the_fourteenth_checkpoint():
         count = 0
@@ -49,17 +50,23 @@ def interrupted(tmp_path):
         sys.addaudithook(hook)
 
     options = (HERE, *QUICK, "epochs=4", "checkpoint.every_seconds=0")
-    pid = forked(tmp_path, *options, before=kill_before_the_fourteenth_checkpoint)
+    pid = forked(folder, *options, before=kill_before_the_fourteenth_checkpoint)
     assert ended(pid) == -signal.SIGKILL
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def interrupted(killed, tmp_path):
+    """Return a copy of the folder `killed`."""
+    return shutil.copytree(killed, tmp_path / "killed")
 
 
 def test_full_disk_ends_the_run_with_one_line_and_keeps_its_results(tmp_path):
     def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
 
     # the rows of iterations.csv alone reach the limit
-    options = (HERE, *QUICK, "epochs=400", "limit=1200", "model.widths=[16,16]")
+    options = (HERE, *QUICK, "epochs=200", "limit=1200", "model.widths=[16,16]")
     assert ended(forked(tmp_path, *options, before=small_disk)) == 1
     assert "here/iterations.csv" in last_line(tmp_path)
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
@@ -186,7 +193,7 @@ def test_unwritable_wandb_folder_is_one_warning(tmp_path):
 def test_killed_wandb_service_is_one_warning_and_the_next_point_has_a_new_one(tmp_path):
     options = (
         "seed=0,1",
-        "epochs=150",
+        "epochs=60",
         "limit=600",
         "threads=1",
         "sweep=grid",
@@ -214,4 +221,4 @@ def test_killed_wandb_service_is_one_warning_and_the_next_point_has_a_new_one(tm
     for seed in "01":
         point = tmp_path / "outputs" / "grid" / f"seed{seed}"
         assert json.loads((point / "result.json").read_text())["status"] == "finished"
-        assert (point / "epochs.csv").read_text().count("\n") == 151
+        assert (point / "epochs.csv").read_text().count("\n") == 61

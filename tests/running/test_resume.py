@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from processes import dfl_train, ended, forked
 from run_files import table
 
-from dfl_experiments.configuration.composition import compose, config_digest, plain
+from dfl_experiments.configuration.composition import compose, plain
 from dfl_experiments.configuration.recorded import with_recorded
 from dfl_experiments.running import checkpoint
 
 # one method of each kind: no B; B learnt before, or after, the signals are sent; drawn anew; mirrored; by tangents
 KINDS = ("bp", "las", "kp", "brsf", "wm", "fdfa")
-KILLS = 30 // len(KINDS)
+KILLS = 24 // len(KINDS)
 OPTIONS = (
     "epochs=5",
     "limit=500",
@@ -236,12 +236,6 @@ def test_resume_and_repeat_find_moved_data_and_refuse_other_data(tmp_path):
     assert resumed["test_accuracy"] == before["test_accuracy"]
     assert resumed["config"]["dataset"]["source"]["path"] == str(tmp_path / "new" / "moved.npz")
     assert dfl_train(tmp_path, "repeat=run", moved, "hydra.run.dir=again").returncode == 0
-    result.unlink()
-    saved = checkpoint.load_checkpoint(tmp_path / "run")
-    # as an earlier version wrote it
-    saved["science"] = config_digest(resumed["config"], with_location=True)
-    checkpoint.save_checkpoint(tmp_path / "run", saved)
-    assert dfl_train(tmp_path, "resume=run").returncode == 0
     size = dfl_train(tmp_path, "resume=run", "dataset.mean=[0.1]")
     assert size.returncode == 2
     assert "dataset.mean: cannot be set" in size.stderr
