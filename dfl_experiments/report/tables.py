@@ -25,6 +25,7 @@ from dfl_experiments.report.style import (
 )
 from dfl_experiments.report.table_text import MARK, NONE, Table, interval_text, numbers
 
+MOST_RATES = 8  # columns in the table of rates
 HALF_DIGIT = 5e-5  # half a unit in the last digit of an accuracy in a table
 AT_END = "(lowest), (highest): the best lr is the lowest or the highest one that was tried: extend the grid."
 
@@ -239,7 +240,10 @@ def details(section: Section) -> list[Table]:
 
 
 def rates(section: Section) -> Table | None:
-    """Return accuracy by learning rate and weight decay; None if every method has a single grid point."""
+    """Return accuracy by learning rate and weight decay; None if every method has a single grid point.
+
+    Each grid point is a column or, if there are more than `MOST_RATES`, a row.
+    """
     points = section.points[section.points.ended > 0]
     grid = ["lr", "weight_decay"]
     counts = points.groupby(CELL)[grid].nunique()
@@ -247,15 +251,24 @@ def rates(section: Section) -> Table | None:
         return None
     texts = [point_text(point) for point in points.itertuples()]
     points = points.assign(text=texts)
+    caption = "Accuracy in percent (n seeds) at each point of the grid."
+    if points.groupby(grid).ngroups > MOST_RATES:
+        frame = ordered(points.sort_values(grid))
+        columns = {
+            "lr": numbers(frame.lr, "g"),
+            "weight decay": numbers(frame.weight_decay.replace(0, math.nan), "g"),
+            "accuracy, %": frame.text,
+        }
+        return Table("Rates", with_settings(frame, section.runs, columns), caption)
     table = points.pivot(index=CELL, columns=grid, values="text")
-    table = table.fillna(NONE).sort_index(axis="columns", ascending=False)
+    table = table.fillna(NONE).sort_index(axis="columns")
     names = [f"lr {lr:g}" for lr, _ in table]
     if points.weight_decay.any():
         names = [f"lr {lr:g}, decay {decay:g}" for lr, decay in table]
     table = table.set_axis(names, axis="columns")
     table = ordered(table.reset_index())
     shown = with_settings(table, section.runs, table[names])
-    return Table("Rates", shown, "Accuracy in percent (n seeds) at each point of the grid.")
+    return Table("Rates", shown, caption)
 
 
 def point_text(point: Any) -> str:

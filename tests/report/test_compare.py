@@ -17,7 +17,7 @@ from dfl_experiments.report.compare import (
 )
 from dfl_experiments.report.frame import ROW, runs
 from dfl_experiments.report.style import method_name
-from dfl_experiments.report.tables import answer, sections
+from dfl_experiments.report.tables import answer, details, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 RANDOM = np.random.default_rng(0)
@@ -51,6 +51,18 @@ def test_caption_names_the_methods_that_differ_significantly(kept):
     assert set(names.split(", ")) == {method_name(method) for method in differing}
     assert "drtp" in set(differing)
     assert "Significantly" not in answer(section).only("dfa").caption  # a card shows one rule
+
+
+def test_grid_points_of_a_long_search_are_rows_of_the_table_of_rates(kept):
+    run = kept[(kept.rule == "las") & (kept.dataset == "mnist") & (kept.epochs == 20)].iloc[:1]
+    rates = [10**-k for k in range(9)]
+    searched = pd.concat([run.assign(lr=lr, accuracy=0.9, seed=7) for lr in rates])
+    (section,) = sections(searched.reset_index(drop=True))
+    (table, *_) = details(section)
+    assert table.title == "Rates"
+    assert list(table.frame.columns) == ["method", "lr", "accuracy, %"]
+    assert list(table.frame.lr) == [f"{lr:g}" for lr in sorted(rates)]
+    assert set(table.frame["accuracy, %"]) == {"90.00 (1)"}
 
 
 def test_dunnett_interval_equals_scipy():

@@ -42,7 +42,7 @@ def test_csv_and_latex_have_the_rates_that_were_not_chosen(reported):
     assert other["accuracy"] == f"{accuracies.mean():.9g}"
     assert other["difference_bp"] == ""
     text = dfl_report(reported, "outputs", "--format", "latex").stdout
-    assert "lr 0.01 & lr 0.001" in " ".join(text.split())
+    assert "lr 0.001 & lr 0.01" in " ".join(text.split())
     assert f"{100 * accuracies.mean():.2f} (" in text
 
 
