@@ -306,7 +306,7 @@ def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseEx
 def failure(error: BaseException) -> dict[str, str]:
     """Return the status of a run that ended with an exception, and the reason in one line."""
     if isinstance(error, KeyboardInterrupt):
-        return {"status": "interrupted", "reason": " ".join(["Interrupted", str(error)]).strip()}
+        return {"status": "interrupted", "reason": str(error) or "KeyboardInterrupt"}
     if isinstance(error, UserError):
         return {"status": "failed", "reason": reason(error)}
     return {"status": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}

@@ -99,8 +99,8 @@ def test_slurm_cancel_and_requeue_save_a_checkpoint_first(slurm, tmp_path):
     assert "stay in the queue" not in printed  # scancel has emptied the queue
     assert {row["status"] for row in points(tmp_path).values()} == {"interrupted"}
     assert {row["reason"] for row in points(tmp_path).values()} == {
-        "Interrupted SIGTERM",
-        "Interrupted SIGUSR2",
+        "SIGTERM",
+        "SIGUSR2",
     }
     before = {path: path.read_text() for path in folder.glob("*/epochs.csv")}
     assert min(text.count("\n") for text in before.values()) > 2

@@ -90,7 +90,7 @@ def test_interrupted_sweep_counts_points_not_started(own, tmp_path):
     assert stopped.returncode == 130
     _, _, summary = stopped.stdout.partition("sweep grid: 4 points, 3 not started, 1 interrupted\n")
     interrupted, others, _ = summary.splitlines()
-    assert interrupted.endswith("  interrupted  Interrupted SIGINT")
+    assert interrupted.endswith("  interrupted  SIGINT")
     assert others == "  3 not started: the same command with sweep=grid continues"
     (tmp_path / "stop").unlink()
     assert "4 points, 4 finished" in own(*sweep).stdout
