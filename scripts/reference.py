@@ -73,16 +73,15 @@ rules may be better.
 Kept runs on one CPU core: the depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`),
 10 seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with
 seeds 1 and 2 for each method at its best rate by validation (without batch normalisation: at its two best rates);
-values that Akrout et al. published (3 seeds); the net of direct Kolen-Pollack (seeds 0 and 1, DKP also seed 2); the
-alignment figure with `protocol=paper` and with a random initial B (3 seeds each). On MNIST with 20 epochs, BP,
-Shallow, DFA, LAS and LTAS have three rates, the other rules only two.
+values that Akrout et al. and Webster et al. published (3 seeds each); the alignment figure with `protocol=paper` and
+with a random initial B (3 seeds each). On MNIST with 20 epochs, BP, Shallow, DFA, LAS and LTAS have three rates, the
+other rules only two.
 
 Not yet run, in this order; hours are for one core:
 
-1. The values of direct Kolen-Pollack: `experiment=published/dkp_cifar10` and `…_dfa`, seed 2 (1.3 hours).
-2. The other rules except PFA on MNIST: `experiment=rules_mnist`, three seeds at 3e-4, and the missing seeds at 1e-4 (3
+1. The other rules except PFA on MNIST: `experiment=rules_mnist`, three seeds at 3e-4, and the missing seeds at 1e-4 (3
    hours).
-3. The fully connected net on CIFAR-100 at lower rates: `experiment=class_count model=fc dataset=cifar100
+2. The fully connected net on CIFAR-100 at lower rates: `experiment=class_count model=fc dataset=cifar100
    method=bp,dfa,las,ltas optimizer.lr=5e-5,1e-5 epochs=10`, seed 0 (5 hours).
 """
 
