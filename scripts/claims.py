@@ -64,6 +64,10 @@ ALIGNMENT = (("las", "dfa"), ("ltas", "dfa"))
 OVER_SHALLOW = (("dfa", "shallow"), ("las", "shallow"), ("ltas", "shallow"))
 UNDER_BP = (("bp", "dfa"), ("bp", "las"), ("bp", "ltas"))
 ACCURACY = (*ALIGNMENT, *OVER_SHALLOW, *UNDER_BP)
+ALIGNS = "{} aligns better with BP than {}"
+IS_BETTER = "{} is more accurate than {}"
+LEADS_MORE = "{}'s lead over {} grows with the classes"
+ORDER = [(ALIGNS, ALIGNMENT), (IS_BETTER, ACCURACY), (LEADS_MORE, ALIGNMENT)]  # of the picture
 RULES = ("bp", "shallow", "dfa", "las", "ltas")
 COLUMNS = ["claim", "setting", "n", "found", "verdict", "value", "low", "high", "p"]
 
@@ -234,7 +238,7 @@ def accuracy_claims(
         failing = failures(row, methods)
         if n == 0 and not failing:
             continue
-        claim = f"{method_name(first)} is more accurate than {method_name(second)}"
+        claim = IS_BETTER.format(method_name(first), method_name(second))
         difference = welch(*accuracies) if n else Contrast(math.nan)
         verdict = judged(claim, setting, difference, n, "points", failing)
         if not ranks and verdict["verdict"] not in (FAILS, TOO_FEW):
@@ -276,7 +280,7 @@ def alignment_claims(
         n = min(map(len, means))
         failing = failures(row, methods)
         if n or failing:
-            claim = f"{method_name(first)} aligns better with BP than {method_name(second)}"
+            claim = ALIGNS.format(method_name(first), method_name(second))
             difference = welch(*means) if n else Contrast(math.nan)
             rates = ", ".join(f"{lr:g}" for lr, _ in sorted(common, reverse=True))
             yield judged(claim, setting, difference, n, "cosine", failing, f" (lr {rates})")
@@ -305,7 +309,7 @@ def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str,
             if accuracies.index.isin(sides).sum() < len(sides):
                 continue
             samples = list(accuracies[sides])
-            claim = f"{method_name(first)}'s lead over {method_name(second)} grows with the classes"
+            claim = LEADS_MORE.format(method_name(first), method_name(second))
             setting = rows.title.iloc[0] + rates_text(all_points)
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
@@ -414,7 +418,11 @@ def short_setting(setting: str) -> str:
 def picture(verdicts: pd.DataFrame) -> Figure:
     """Draw a grid of settings (rows) and claims (columns), with a mark for each verdict."""
     shown = verdicts[verdicts.verdict != TOO_FEW]
-    names, settings = list(shown.claim.unique()), list(shown.setting.unique())
+    settings = list(shown.setting.unique())
+    names = []
+    for claim, pairs in ORDER:
+        every = [claim.format(method_name(first), method_name(second)) for first, second in pairs]
+        names += [name for name in every if name in set(shown.claim)]
     size = (6.0 + 0.5 * len(names), 2.8 + 0.27 * len(settings))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
