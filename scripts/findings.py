@@ -6,8 +6,11 @@
 import pandas as pd
 from claims import (
     AGREES,
+    ALIGNS,
     CONTRADICTED,
     DIFFERS,
+    IS_BETTER,
+    LEADS_MORE,
     SUPPORTED,
     UNDECIDED,
     published,
@@ -27,11 +30,11 @@ from dfl_experiments.report.table_text import NONE, interval_text
 DECIDED = (SUPPORTED, CONTRADICTED, UNDECIDED)
 # Rows of the table of claims. {} is the method of the column.
 CLAIMS = {
-    "aligns better with BP than DFA (layer 1)": "{} aligns better with BP than DFA",
-    "is more accurate than DFA": "{} is more accurate than DFA",
-    "is more accurate than Shallow": "{} is more accurate than Shallow",
-    "is less accurate than BP": "BP is more accurate than {}",
-    "leads DFA by more with 100 classes than with 10": "{}'s lead over DFA grows with the classes",
+    "aligns better with BP than DFA (layer 1)": ALIGNS.format("{}", "DFA"),
+    "is more accurate than DFA": IS_BETTER.format("{}", "DFA"),
+    "is more accurate than Shallow": IS_BETTER.format("{}", "Shallow"),
+    "is less accurate than BP": IS_BETTER.format("BP", "{}"),
+    "leads DFA by more with 100 classes than with 10": LEADS_MORE.format("{}", "DFA"),
 }
 METHODS = ("DFA", "LAS", "LTAS")
 LADDER_RULES = ("bp", "shallow", "dfa", "las", "ltas", "fdfa", "fa")

@@ -2,8 +2,7 @@
 
     python scripts/reference.py
 
-Each part of the findings stands between a line such as `<!-- claims: … -->`
-and the line `<!-- end -->`.
+Each part of the findings stands between a line such as `<!-- claims: … -->` and the line `<!-- end -->`.
 """
 
 import argparse

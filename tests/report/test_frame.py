@@ -20,22 +20,23 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).with_name("kept_cells.csv")
 
 
-def shown(folder):
-    """The cells of the runs in a folder, an entry for each."""
-    frame = runs(folder)
+def shown(frame):
+    """The cells of a table of runs, an entry for each."""
     points = grid_points(frame, choose(frame))
     return list(points[points.chosen].itertuples())
 
 
 def test_kept_runs_have_the_published_cells():
-    """An earlier implementation of the report wrote kept_cells.csv. It has no cells to which runs were added later."""
+    """An earlier implementation of the report wrote kept_cells.csv. It did not know the rate 3e-4 on MNIST."""
     cells = {}
-    for cell in shown(ROOT / "outputs" / "reference"):
+    frame = runs(ROOT / "outputs" / "reference")
+    was_added = (frame.dataset == "mnist") & (frame.epochs == 20) & (frame.lr == 3e-4)
+    for cell in shown(frame[~was_added]):
         setting = (cell.dataset, cell.model, cell.augmentation, cell.epochs)
         cells[*setting, cell.optimizer, cell.precision, cell.protocol, cell.method] = cell
     with KEPT.open() as file:
         rows = [row for row in csv.DictReader(file) if row["n"] != "0"]
-    assert len(rows) == 55
+    assert len(rows) == 73
     for row in rows:
         options = dict(part.partition("=")[::2] for part in row["differences"].split("; ") if part)
         method = row["method"].replace("held", "fixed_blocks")
@@ -87,7 +88,7 @@ def test_point_with_few_seeds_does_not_affect_the_choice_between_others(finished
         altered(finished_point, tmp_path / f"a{seed}", **finished(good, 1e-3, seed))
         altered(finished_point, tmp_path / f"b{seed}", **finished(other, 3e-4, seed))
     altered(finished_point, tmp_path / "c", **finished(0.5, 2e-3, 0))
-    (cell,) = shown(tmp_path)
+    (cell,) = shown(runs(tmp_path))
     assert (cell.lr, cell.n) == (1e-3, 3)
 
 
@@ -110,7 +111,7 @@ def test_best_rate_at_the_end_of_its_grid_is_marked(finished_point, tmp_path, ra
         else:
             values = finished(accuracy, lr, 0)
         altered(finished_point, tmp_path / str(lr), **values)
-    (cell,) = shown(tmp_path)
+    (cell,) = shown(runs(tmp_path))
     assert cell.lr_at_end == end
     (row,) = csv_rows(tmp_path, ".")
     assert row["lr_at_end"] == end
@@ -129,7 +130,7 @@ def test_tied_points_are_decided_by_validation_loss(finished_point, tmp_path, lo
         rows = pd.read_csv(run_dir / "epochs.csv")
         rows.validation_loss, rows.validation_accuracy = [loss, 9.0, 9.0], 0.9
         rows.to_csv(run_dir / "epochs.csv", index=False)
-    (cell,) = shown(tmp_path)
+    (cell,) = shown(runs(tmp_path))
     assert cell.lr == (1e-3 if low < high else 1e-2)
 
 
@@ -137,10 +138,10 @@ def test_tied_points_are_decided_by_validation_loss(finished_point, tmp_path, lo
 def test_point_with_a_failing_run_ranks_last(finished_point, tmp_path, status):
     altered(finished_point, tmp_path / "a", **finished(0.97, 1e-2, 0))
     altered(finished_point, tmp_path / "b", **finished(0.97, 1e-2, 1), status=status)
-    (cell,) = shown(tmp_path)
+    (cell,) = shown(runs(tmp_path))
     assert (cell.lr, cell.n) == (1e-2, 1)
     altered(finished_point, tmp_path / "c", **finished(0.9, 1e-3, 0))
-    (cell,) = shown(tmp_path)
+    (cell,) = shown(runs(tmp_path))
     assert (cell.lr, cell.failing) == (1e-3, 0)
 
 
@@ -152,7 +153,7 @@ def test_failing_runs_are_counted_separately(finished_point, tmp_path, status, a
     for seed, ending in enumerate(("finished", status, "finished")):
         values = finished(0.8 + 0.1 * (seed == 2), 1e-2, seed)
         altered(finished_point, tmp_path / str(seed), **values, status=ending)
-    (cell,) = shown(tmp_path)
+    (cell,) = shown(runs(tmp_path))
     assert (cell.n, cell.ended, cell.failing) == (2, 3, 1)
     assert cell.accuracy == pytest.approx(0.85)
     assert "85.00 ± 7.07 (2 of 3; 1 failed)" in dfl_report(tmp_path, ".").stdout
@@ -218,7 +219,7 @@ def test_settings_name_only_the_options_that_differ(finished_point, tmp_path):
     assert frame.loc[str(tmp_path / "b"), "setting"] == "batch_size=32, model.widths=[16,16]"
     assert frame.loc[str(tmp_path / "c"), "setting"] == "model.widths=[8,8]"
     assert sorted(frame["batch_size"]) == ["32", "64", "64"]
-    assert len(shown(tmp_path)) == 3
+    assert len(shown(runs(tmp_path))) == 3
     assert runs(tmp_path / "a").setting.tolist() == [""]
     text = dfl_report(tmp_path, ".").stdout
     assert re.search(r"^batch_size +model\.widths +method", text, re.M)
@@ -236,7 +237,7 @@ def test_schedules_of_one_name_and_smoke_runs_of_two_sizes_are_not_averaged(
 ):
     for seed, value in enumerate(values):
         altered(finished_point, tmp_path / str(seed), **finished(0.9, 1e-3, seed, **{key: value}))
-    assert [cell.n for cell in shown(tmp_path)] == [1, 1]
+    assert [cell.n for cell in shown(runs(tmp_path))] == [1, 1]
 
 
 def test_changed_method_option_is_part_of_the_method_name(finished_point, tmp_path):
@@ -275,7 +276,7 @@ def test_options_of_b_s_optimizer_belong_to_the_method(finished_point, tmp_path)
 def test_runs_on_different_data_of_one_name_share_no_row(finished_point, tmp_path):
     for number, data in enumerate(("aa", "aa", "bb", None)):
         altered(finished_point, tmp_path / str(number), **finished(0.9, 1e-3, number), data=data)
-    assert sorted(cell.n for cell in shown(tmp_path)) == [1, 1, 2]
+    assert sorted(cell.n for cell in shown(runs(tmp_path))) == [1, 1, 2]
 
 
 def test_user_s_data_are_identified_by_their_digest_and_an_unfinished_run_by_its_path(
