@@ -215,6 +215,7 @@ class TrainedRun:
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracy on the run's own test set, which must be on this machine.
 
+        If the data have moved, first change their path in `run.config`, such as `run.config["data_dir"]`.
         Raises `UserError` if the data or the model's code have changed since the run.
         """
         current = composition.plain(composition.compose([]))

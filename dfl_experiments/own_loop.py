@@ -160,6 +160,16 @@ class Rule:
         self._parameters = list(net.parameters())
         self._frozen = [p for p in self._parameters if not p.requires_grad]
 
+    def __repr__(self) -> str:
+        boundaries = ", ".join(self.boundary_names)
+        return f"Rule({type(self.method).__name__}, boundaries: {boundaries})"
+
+    @property
+    def boundary_names(self) -> list[str]:
+        """Names of the boundaries, or the numbers of the hidden layers if the network has no boundary names."""
+        names = getattr(self.net, "boundaries", None)
+        return names or [str(i) for i in range(1, self.net.depth)]
+
     def backward(
         self,
         inputs: Tensor,
@@ -240,10 +250,9 @@ class Rule:
                 deltas = trace.backward(method.signal, error, target)
                 measured = measure(self.net, method, trace, deltas, error, last=True)
         values = measured.reshape(-1, len(QUANTITIES)).tolist()
-        names = getattr(self.net, "boundaries", None) or [str(i) for i in range(1, self.net.depth)]
         return {
             name: dict(zip(QUANTITIES, row, strict=True))
-            for name, row in zip(names, values, strict=True)
+            for name, row in zip(self.boundary_names, values, strict=True)
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -226,11 +226,16 @@ def net_of(module: nn.Module, boundaries: Boundaries, example: Tensor) -> BlockN
     """Return the net of a module, with the layers that were replaced since it was built, such as a new head.
 
     boundaries: of a module or of a `ModuleNet`, which keeps its own if they are "auto". A `BlockNet` has only its own.
+    Raises `UserError` for other boundaries of a `BlockNet`.
     """
     if isinstance(module, ModuleNet):
         names = module.boundaries if boundaries == "auto" else boundaries
         return ModuleNet(module.module, names, example)
     if isinstance(module, BlockNet):
+        if boundaries != "auto":
+            raise UserError(
+                "boundaries: a BlockNet has fixed boundaries, between its blocks; leave them out"
+            )
         module.find_weights()
         return module
     return ModuleNet(module, boundaries, example)

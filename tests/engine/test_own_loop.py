@@ -454,6 +454,13 @@ def test_refuses_wrong_rules_and_modules():
             rule_of("las", made)
 
 
+def test_refuses_boundaries_of_a_blocknet():
+    net = fc((20,), 3, [16, 16], "relu")
+    rule_of("dfa", net, boundaries="auto")
+    with pytest.raises(UserError, match="boundaries: a BlockNet has fixed boundaries"):
+        rule_of("dfa", net, boundaries=["1"])
+
+
 def test_refuses_a_state_that_is_not_of_such_a_rule():
     net = module()
     las, dfa = rule_of("las", net), rule_of("dfa", module())

@@ -242,6 +242,17 @@ def test_html_page_holds_its_figures_and_loads_no_other_file(reported, tmp_path)
     assert not re.search(r'(src|href)="(?!#|data:)', text)
 
 
+def test_html_page_shows_settings_as_text(finished_point, tmp_path):
+    for seed, text in enumerate(["<i>a", "<i>b"]):
+        values = finished(0.9, 1e-3, seed, **{"model.note": text, "model.activation": "<i>c"})
+        altered(finished_point, tmp_path / "runs" / str(seed), **values)
+    done = dfl_report(tmp_path, "runs", "--format", "html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "<i>" not in page
+    assert all(f"&lt;i&gt;{letter}" in page for letter in "abc")
+
+
 def test_report_can_be_limited_to_some_runs(reported):
     text = dfl_report(reported, "outputs", "--where", "method=las,bp").stdout
     assert "LAS" in text

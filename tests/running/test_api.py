@@ -163,12 +163,16 @@ def test_run_on_features_accepts_all_number_types_but_only_its_shape(tmp_path, s
             run.predict(wrong)
 
 
-def test_evaluate_refuses_changed_data(tmp_path):
+def test_evaluate_takes_moved_data_and_refuses_changed_data(tmp_path):
     features, labels = samples_of("raw")
     options = options_for_arrays(tmp_path, features, labels)
     result = dfl.run(dfl.compose(options), tmp_path / "here")
     run = dfl.load_run(tmp_path / "here")
     assert run.evaluate()["accuracy"] == result["accuracy"]
+    (tmp_path / "data.npz").rename(tmp_path / "moved.npz")
+    run.config["dataset"]["source"]["path"] = str(tmp_path / "moved.npz")
+    assert run.evaluate()["accuracy"] == result["accuracy"]
+    run.config["dataset"]["source"]["path"] = str(tmp_path / "data.npz")
     options_for_arrays(tmp_path, features * 5 + 3, labels)
     with pytest.raises(
         UserError,
