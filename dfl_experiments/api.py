@@ -45,8 +45,8 @@ RESTORE = "restore the data and the code that the run had"
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Configuration:
     """Return the checked configuration that `dfl-train` would run with these overrides, such as ["method=ltas"].
 
-    Its field `values` contains all options, as config.yaml records them. Raises `UserError` for a mistake, with the
-    message that `dfl-train` would print.
+    Its field `values` contains all options, as a run's config.yaml records them. Raises `UserError` for a mistake, with
+    the message that `dfl-train` would print.
 
     config_dir: folder with your own options, as for `dfl-train --config-dir`.
     """
@@ -75,8 +75,8 @@ def run(
     """Train one run in its directory, and return the content of its `result.json`.
 
     exist_ok: "resume" continues a run that is already in the directory. If that run has ended, its result is returned.
-    Raises `UserError` if there is already a run in the directory, unless the configuration has force=true, or if the
-    directory is a folder of runs.
+    Raises `UserError` if the directory is a folder of runs, or if it already holds a run and neither exist_ok="resume"
+    nor force=true is given.
     """
     if exist_ok not in (False, "resume"):
         raise UserError(f'exist_ok={exist_ok!r}: must be False or "resume"')
@@ -186,7 +186,7 @@ class TrainedRun:
         """Return the logits of raw samples. The samples are first normalised or standardised as in the run.
 
         images: the samples. Images are uint8 and have shape (N, C, H, W), or (N, H, W) if they are grey. Features and
-            tokens have the form that the run's data set has.
+            tokens have the type and shape that they have in the run's data set.
         Returns a tensor of shape (N, K).
 
         Raises:

@@ -49,11 +49,13 @@ def rule(
     """Return a learning rule for a module, to train the module in your own loop.
 
     name: name of the rule, such as "las" (see conf/method), or the class of your own rule.
-    module: any `nn.Module`; it is not changed. It already has its device and its data type, because B gets the same.
+    module: any `nn.Module`; it is not changed. Move it to its device and data type before, because B gets the same.
     example: a batch of one or more inputs of the module.
-    boundaries: names of submodules and calls whose outputs are h_1 … h_{L-1} (see `dfl.boundaries`), or "auto".
-    optimizer: function that makes an optimizer of B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
-    lr: the network's learning rate; rules with `decay` need it.
+    boundaries: where the rule sends its error signals: names of submodules and calls, whose outputs are h_1 … h_{L-1}
+        (see `dfl.boundaries`); or "auto".
+    optimizer: function that makes B's optimizer from B's parameters, such as `lambda p: torch.optim.Adam(p, 1e-4)`.
+        Only a rule whose B learns by gradients needs it.
+    lr: the network's learning rate. Only KP with `decay` above 0 needs it.
     loss: cross_entropy or squared_error, with labels as targets. `Rule.backward` accepts any other loss.
     options: the rule's own options, such as init="zeros".
 
@@ -180,7 +182,7 @@ class Rule:
     ) -> Tensor:
         """Add the rule's gradients to `.grad` of the network's parameters, and return the loss of this batch.
 
-        B is updated before the error signals are computed. If the rule has `sends_first`, B is updated after them.
+        B is updated before the error signals are computed; after them, if `rule.method.sends_first` is true.
         The forward pass runs in the caller's autocast. The error signals are computed outside of autocast.
 
         inputs: a batch for the network.
@@ -218,8 +220,8 @@ class Rule:
     def update_feedback(self) -> None:
         """Update B, after a `backward` with `step_feedback=False`.
 
-        In between you can clip the gradients: KP learns B from the clipped gradients of the network. PFA has gradients
-        of its own, in `rule.method.parameters()`.
+        In between you can clip the gradients. KP then learns B from the clipped gradients of the network. PFA has
+        gradients of its own, in `rule.method.parameters()`.
         """
         self.method.follow(self._followed_rate())
         self._step_optimizer()
@@ -232,10 +234,11 @@ class Rule:
         The network keeps its weights, gradients, batch statistics and random state. A compiled network runs without
         its compiled code.
 
-        Returns one mapping for each boundary. It has the keys cosine_sample, cosine_batch, norm, norm_bp and zeros.
-        These quantities are also columns of iterations.csv. The key of a boundary is its name, or the number of the
-        layer if the network has no boundary names. From layer `rule.method.exact_from` upwards, the rule uses BP's
-        own signal. The cosines of these layers are 1.
+        Returns one mapping for each boundary, by the name of the boundary, or by the number of the layer if the network
+        has no boundary names. It has the keys cosine_sample and cosine_batch (1 is perfect agreement), norm and norm_bp
+        (lengths of the rule's and of BP's signal), and zeros (samples without a signal). The guide's section on the run
+        directory explains them. From layer `rule.method.exact_from` upwards, the rule uses BP's own signal. There the
+        cosines are 1.
         """
         self._check(inputs, target, loss)
         method = self.method

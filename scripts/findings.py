@@ -64,7 +64,7 @@ def contradicted(verdicts: pd.DataFrame) -> str:
     texts = [
         f'"{row.claim}" on {short_setting(row.setting)}: {row.found}' for row in rows.itertuples()
     ]
-    return f"Contradicted (✗): {'; '.join(texts)}."
+    return f"Contradicted (✗), with the difference: {'; '.join(texts)}."
 
 
 def span_text(counts: pd.Series) -> str:
@@ -87,9 +87,9 @@ def rates_caption(runs: pd.DataFrame) -> str:
     return (
         "A [narrow Conv3](outputs/reference/README.md#at-which-rates-each-rule-is-stable), with "
         f"and without batch normalisation (BN), after {span_text(runs.epochs)} epochs of Adam: test accuracy in "
-        f"percent, mean ± sd of {span_text(seeds_at_best)} seeds, and the rate with the best validation accuracy (of "
-        f"{span_text(seeds_by_rate(runs))} seeds). Beyond the ends of the grid, {lr_text(runs.lr.min())} and "
-        f"{lr_text(runs.lr.max())}, a rate may be better."
+        f"percent, mean ± sd of {span_text(seeds_at_best)} seeds, at the rate with the best validation accuracy (of "
+        f"{span_text(seeds_by_rate(runs))} seeds). Rates below {lr_text(runs.lr.min())} or above "
+        f"{lr_text(runs.lr.max())} may be better."
     )
 
 
@@ -109,7 +109,7 @@ def stability(runs: pd.DataFrame) -> str:
         texts.append(f"{title}: {', '.join(by_rule)}")
     failing = "; ".join(texts) or "none"
     return (
-        f"Rates of the table above at which a run fails (of {means.lr.nunique()} rates, with "
+        f"Rates at which a run of the table above fails (of {means.lr.nunique()} rates, with "
         f"{span_text(seeds_by_rate(runs))} seeds each): {failing}."
     )
 
@@ -172,15 +172,15 @@ def depth(summary: pd.DataFrame) -> str:
         judged += [accuracy.judged, cosine.judged]
         sentences.append(
             f"{method_name(rule)} is significantly more accurate than DFA in {accuracy.higher} of them and less "
-            f"accurate in {accuracy.lower}; at {COMMON_LR:g}, its cosine of layer 1 is higher in {cosine.higher} and "
+            f"accurate in {accuracy.lower}; its cosine of layer 1 at lr {COMMON_LR:g} is higher in {cosine.higher} and "
             f"lower in {cosine.lower}."
         )
     return (
         f"Bundled digits, {span_text(pd.Series(judged))} nets: {span_text(summary.depth)} hidden layers of 32 units, "
         f"two initialisations. {summary.seed.nunique()} seeds, each method at its best of {summary.lr.nunique()} rates "
         f"by validation accuracy. {' '.join(sentences)} The table shows the test accuracy in percent with "
-        f"{summary.depth.max()} layers (▲, ▼: at the highest, lowest rate; means leave out failing runs, unless all "
-        "fail)."
+        f"{summary.depth.max()} layers (▲, ▼: the best rate is the highest, lowest one; means leave out failing runs, "
+        "unless all fail)."
     )
 
 
@@ -202,10 +202,10 @@ def what_turns(by_epoch: DataFrameGroupBy) -> str:
         change(f"{method}, init=default", 1, 12, 100) for method in ("dfa", "las", "ltas")
     )
     return (
-        f"Layer 1's cosine in the first figure's setting after 1, 12 and 100 epochs, {seeds} seeds. If B starts as the "
+        f"Layer 1's cosine after 1, 12 and 100 epochs, as in the figure at the top, {seeds} seeds. If B starts as the "
         "product of the weights above it, the cosine rises only where the hidden layers' W and B both learn: "
-        f"{both}. Only W learns: {change('dfa', 1, 12, 100)}. Only B and the output layer learn (12 epochs): {only_b}. "
-        f"If B starts at random, it rises in all three rules: {drawn}."
+        f"{both}. Only W learns: {change('dfa', 1, 12, 100)}. Only B and the output layer learn (1 and 12 epochs): "
+        f"{only_b}. If B starts at random, the cosine rises in all three rules: {drawn}."
     )
 
 
@@ -227,7 +227,7 @@ def this_paper(runs: pd.DataFrame) -> str:
         texts.append(f" {title_of(rows.iloc[0])}: {', '.join(values)}.")
     return (
         f"{len(both)} of the paper's {len(every)} accuracies are compared so far ({FEWEST_SEEDS} seeds or more, "
-        "`protocol=fair`). Our test accuracy in percent, and the paper's in brackets."
+        "`protocol=fair`). Test accuracy in percent, the paper's in brackets."
         f"{''.join(texts)}"
     )
 
@@ -244,6 +244,6 @@ def other_papers(runs: pd.DataFrame) -> str:
         ]
         texts.append(f" {source}: {', '.join(values)}.")
     return (
-        f"{len(compared)} of {len(every)} published values are compared so far in the same way."
+        f"{len(compared)} of {len(every)} published values (in brackets) are compared so far."
         f"{''.join(texts)}"
     )

@@ -61,22 +61,27 @@ MARKED = r"(<!-- {}.*?-->\n).*?(<!-- end -->)"  # a part of the README that the 
 HEADING = re.compile(r"^(##) (.*)$", re.MULTILINE)
 TOP = """# The kept runs
 
-{count} runs, as `dfl-report` shows them, and the results of {ladder} short runs of the depth ladder in one table.
-`python scripts/reference.py` writes this page from the files beside it. Some ran on a GPU, some on a CPU: see `devices`
-in [`tables.csv`](tables.csv). They come from many commits and several versions of PyTorch, which `result.json` of each
-run names; commits with `+changes` had uncommitted changes, and some early ones are not in this history. The runs on
-CIFAR with bfloat16 used one learning rate for all rules of a net. At these rates DFA and LTAS fail with Conv3 on
-CIFAR-100, and some rules with Conv3+BN on CIFAR-10. Their tables show what happens at this one rate; at other rates the
-rules may be better.
+This page shows the results of {count} runs, as `dfl-report` does, and of the *depth ladder*: {ladder} short runs of
+fully connected nets with 2 to 12 hidden layers. `python scripts/reference.py` writes it from the files beside it.
 
-Kept runs on one CPU core: the depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`),
-10 seeds each; the stability map, a narrow Conv3 with and without batch normalisation at four rates (seed 0), with
-seeds 1 and 2 for each method at its best rate by validation (without batch normalisation: at its two best rates);
-values that Akrout et al. and Webster et al. published (3 seeds each); the alignment figure with `protocol=paper` and
-with a random initial B (3 seeds each). On MNIST with 20 epochs, BP, Shallow, DFA, LAS and LTAS have three rates, the
-other rules only two.
+What to keep in mind:
 
-Not yet run, in this order; hours are for one core:
+- Some runs used a GPU, others a CPU: see `devices` in [`tables.csv`](tables.csv). The runs come from many commits and
+  several versions of PyTorch, which `result.json` of each run names. `+changes` marks a commit with uncommitted
+  changes. Some early commits are not in this history.
+- The runs on CIFAR with bfloat16 used one learning rate for all rules of a net. At this rate DFA and LTAS fail with
+  Conv3 on CIFAR-100, and some rules with Conv3+BN on CIFAR-10. At other rates the rules may be better.
+- On MNIST with 20 epochs, BP, Shallow, DFA, LAS and LTAS have three rates, the other rules only two.
+
+These runs used one CPU core:
+
+- The depth ladder with PyTorch's default and with He initialisation (`model.init=kaiming`), 10 seeds each.
+- The *stability map*: a narrow Conv3 with and without batch normalisation at four rates. Each rate has seed 0. Each
+  method's best rate by validation (without batch normalisation: its two best rates) also has seeds 1 and 2.
+- Values that Akrout et al. and Webster et al. published, 3 seeds each.
+- The alignment figure with `protocol=paper` and with a random initial B, 3 seeds each.
+
+These runs are still missing, the most useful first. Hours are for one core:
 
 1. The other rules except PFA on MNIST: `experiment=rules_mnist`, three seeds at 3e-4, and the missing seeds at 1e-4 (3
    hours).
@@ -96,14 +101,14 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
     yield "![Settings × claims](figures/claims.png)\n"
     yield counts_sentence(verdicts)
     yield (
-        "'Fails' means: a run of one of the two methods fails at its best rate, and every other rate also has a "
-        "failing run. '=' is tested where BP and Shallow were both run. The end of a setting's name is the number of "
-        "learning rates that were tried. Accuracies are compared at each method's best rate by validation accuracy. "
-        "Alignment is the cosine of layer 1, averaged over the rates at which both methods have three seeds; `found` "
-        "names these rates. n counts failing runs for accuracies, but not for cosines. Intervals are Welch's t of the "
-        "two methods, 95 %, without correction for their number. The tables further below use Dunnett's intervals, "
-        "which pool the variances of a setting. The two can disagree. On MNIST with Adam, 100 epochs, BP, DFA and "
-        "Shallow ran on a GPU, LAS and LTAS on a CPU with a newer PyTorch.\n"
+        "'Fails' means: for one of the two methods, every rate has a failing run. '=' is tested where BP and Shallow "
+        "were both run. A setting's name ends with the number of learning rates that were tried. Accuracies are "
+        "compared at each method's best rate by validation accuracy. Alignment is the cosine of layer 1, averaged over "
+        "the rates at which both methods have three seeds; the column `found` names these rates. n is the number of "
+        "seeds; for accuracies it includes failing runs. Intervals are Welch's t of the two methods, 95 %, without "
+        "correction for their number. The tables further below use Dunnett's intervals, which pool the variances of a "
+        "setting. So the two kinds can disagree. On MNIST with Adam, 100 epochs, BP, DFA and Shallow ran on a GPU, LAS "
+        "and LTAS on a CPU with a newer PyTorch.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
     yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))
@@ -122,12 +127,13 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
     has_one_rate = settings.str.endswith(", 1 rate")
     texts = [
         f"The figure has {is_judged.sum()} verdicts: {number[SUPPORTED]} ✓, {number[CONTRADICTED]} ✗, "
-        f"{number[UNDECIDED]} ? (the 95 % interval contains 0), {number[FAILS]} 'fails' (a run of one of the two "
-        f"methods), {number[CANNOT_RANK]} '=' (BP itself is not significantly more accurate than Shallow).",
-        f"{number[TOO_FEW]} comparisons with fewer than {FEWEST_SEEDS} seeds (cosines: at a common rate) are left out.",
+        f"{number[UNDECIDED]} ? (the 95 % interval contains 0), {number[FAILS]} 'fails' (one of the two methods has a "
+        f"failing run), {number[CANNOT_RANK]} '=' (even BP is not significantly more accurate than Shallow).",
+        f"{number[TOO_FEW]} comparisons with fewer than {FEWEST_SEEDS} seeds (for cosines: at the same rate) are left "
+        "out.",
         f"Of {len(judged)} differences of two accuracies (✓, ✗, ?), {len(judged) - undecided} are significant, and "
         f"{after_holm} after Holm's correction.",
-        f"{has_one_rate.sum()} of the figure's {len(settings)} rows have one learning rate only: another rate may "
+        f"In {has_one_rate.sum()} of the figure's {len(settings)} rows only one learning rate was tried: another may "
         "change the verdict.",
     ]
     return " ".join(texts) + "\n"
@@ -169,15 +175,15 @@ def alignment_part(runs: pd.DataFrame) -> Iterator[str]:
     sgd = runs_of_figure(runs)
     yield "## The alignment figure and its controls\n"
     yield (
-        "MNIST with SGD at 1e-4, means over the seeds. `fixed_blocks=2` keeps the hidden layers' W, so that only B "
-        "and the head learn; `init=default` draws a random B; by default, the initial B is the product of the W above "
-        "it. The signal of layer 2 is BP's.\n"
+        "MNIST with SGD at 1e-4, means over the seeds. By default, B starts as the product of the W above it; with "
+        "`init=default` it starts at random. With `fixed_blocks=2` the hidden layers' W stay fixed: only B and the "
+        "output layer learn. Layer 2 gets BP's signal.\n"
     )
     yield cosine_table(sgd[sgd.protocol == "fair"], ["1"])
     yield (
-        "The same with `protocol=paper`: DFA sends B e also to layer 2, LAS's loss has the factor ½ of Eq. 21, and all "
-        "60,000 images train (above: 54,000), so the accuracies of the two tables cannot be compared. B starts as the "
-        "product in all three rules.\n"
+        "The same with `protocol=paper`: DFA sends B e also to layer 2, LAS's loss has the factor ½ of the paper's "
+        "Eq. 21, and B starts as the product in all three rules. The accuracies of the two tables cannot be compared, "
+        "because here all 60,000 images train (above: 54,000).\n"
     )
     yield cosine_table(sgd[sgd.protocol == "paper"], ["1", "2"])
 
@@ -229,8 +235,8 @@ def stability_part(runs: pd.DataFrame) -> Iterator[str]:
     yield "## At which rates each rule is stable\n"
     yield (
         "A narrow Conv3 (channels 16, 24, 32; two linear layers of 512 units), 10 epochs of Adam. Points at a "
-        "rule's best rates are means of three seeds; all others are seed 0. Activations and dead units are of the last "
-        "epoch. Activations above 1,000 are drawn at 1,000.\n"
+        "rule's best rates are means of three seeds; all other points are seed 0. Activations and dead units are those "
+        "after the last epoch. Activations above 1,000 are drawn at 1,000.\n"
     )
     yield "![Accuracy, activations and dead units against the learning rate](stability_map/stability.png)\n"
     yield "Test accuracy in percent at each rule's best rate by validation accuracy (mean ± sd, rate):\n"
@@ -249,7 +255,7 @@ def ladder_part() -> Iterator[str]:
         "table's means are over the runs that do not fail; if all fail, over all. ▲ or ▼: the best rate is the "
         "highest or the lowest one tried, so a rate beyond it may be better. The figure's accuracies are means over "
         f"all runs, and its cosines are those at each rule's own best rate. Seeds by initialisation: {of_inits}. "
-        "The noise floor √(p(1−p)/N) of one accuracy is 1.6 points at 90 %.\n"
+        "The noise floor of one accuracy is 1.6 points at 90 %.\n"
     )
     yield "![Accuracy, cosine and dead units against depth](depth_digits/depth.png)\n"
     yield f"{depth_ladder.markdown(summary)}\n"
@@ -289,9 +295,9 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
     yield "## Alignment and accuracy\n"
     yield "![Ranks of accuracy and of the cosine of layer 1, a point for each rule](figures/families.png)\n"
     yield (
-        "Spearman's ρ over the rules' means at one rate (number of rules); failing runs are left out. Many rules are "
-        "similar, so they are not independent observations: read these ρ with care. The figure shows the ranks; 1 is "
-        "the lowest.\n"
+        "The table shows Spearman's ρ over the rules' means at one rate, and the number of rules in brackets. Failing "
+        "runs are left out. The figure shows the ranks; 1 is the lowest. Read these ρ with care: many rules are "
+        "similar, so they are not independent observations.\n"
     )
     rows = []
     for setting, means in means_of_rules(runs).items():

@@ -16,8 +16,9 @@ EPILOG = """examples:
   dfl-plot outputs/grid --what norm,rms,dead --log --color method --out stability.svg
   dfl-plot outputs/grid --what alignment --layer 1 --size 3.4x2.4 --out figure.pdf      for a paper
 """
-WHAT = """loss, accuracy, alignment, norm, rms, dead (default: the first three if measured), or any column of epochs.csv
-or iterations.csv, such as validation_loss"""
+WHAT = """comma-separated: loss, accuracy, alignment (cosine with BP's error signal), norm (length of the error signal,
+divided by that of BP's), rms (size of the activations), dead (share of dead units), or any column of epochs.csv or
+iterations.csv, such as validation_loss (default: loss,accuracy,alignment if measured)"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,7 +30,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder with some")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of runs")
     add("--what", type=names, help=WHAT)
     add(
         "--layer",
@@ -40,18 +41,19 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     by = "x axis (default: iteration, if all drawn runs have iterations.csv)"
     add("--by", choices=("iteration", "epoch"), help=by)
-    add("--smooth", type=positive, metavar="N", help="running mean over N values; 1: none")
-    color = "configuration key with one colour for each value (default: method)"
+    smooth = "running mean over N values; 1: none (default: 1/40 of the iterations; by epoch, none)"
+    add("--smooth", type=positive, metavar="N", help=smooth)
+    color = "one colour for each value of this configuration key (default: method)"
     add("--color", metavar="KEY", help=color)
-    facet = "configuration key with one panel for each value, such as optimizer.lr"
+    facet = "one panel for each value of this configuration key, such as optimizer.lr"
     add("--facet", metavar="KEY", help=facet)
     add_where(add)
     log = "logarithmic y axis, except for accuracy, alignment and dead"
     add("--log", action="store_true", help=log)
-    size = "width and height in inches of a figure for a paper, without title and caption"
+    size = "for a paper: width and height in inches, such as 3.4x2.4; title and caption are printed, not drawn"
     add("--size", type=inches, metavar="WxH", help=size)
     add("--dpi", type=dots, default=150, help="dots per inch of a PNG file (default: 150)")
-    out = ".png, .pdf or .svg (default: plot.png, in RUN if there is one)"
+    out = ".png, .pdf or .svg file (default: plot.png; in the folder RUN if there is only one RUN)"
     add("--out", type=Path, metavar="FILE", help=out)
     return parser.parse_args(words)
 

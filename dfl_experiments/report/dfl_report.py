@@ -14,6 +14,7 @@ or commands (dfl-train commands that repeat the runs in the table of methods)"""
 EPILOG = """examples:
   dfl-report outputs/lr_grid                               the table of methods, then tables with details
   dfl-report outputs/lr_grid --format html --figures f     report.html, and every figure as PNG and PDF in f/
+  dfl-report outputs/lr_grid --format latex --out t.tex    LaTeX tables for a paper
   dfl-report outputs/lr_grid --card las                    the rows of one rule
   dfl-report outputs/fc_table --paper                      with the paper's accuracies, and which runs are missing
 """
@@ -44,7 +45,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_where(add: Callable[..., Any]) -> None:
     """Add the option --where to a command line. add: the parser's `add_argument`."""
-    where = "use only the runs with this value of a configuration key or column, or one of several (may be repeated)"
+    where = "use only the runs with this value of a configuration key or column; KEY=A,B: A or B (may be repeated)"
     add("--where", type=condition, action="append", default=[], metavar="KEY=VALUE", help=where)
 
 

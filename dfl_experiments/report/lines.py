@@ -122,7 +122,7 @@ def draw(
                 set_scale(axes, log)
         if size:
             add_text(figure, order=lines.legend.tolist())
-            logger.info("not in the figure: %s", " ".join([f"{title(lines)}.", *notes]))
+            logger.info("title and caption: %s", " ".join([f"{title(lines)}.", *notes]))
         else:
             add_text(figure, title(lines), notes, lines.legend.tolist())
     return figure

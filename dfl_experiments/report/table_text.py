@@ -30,20 +30,20 @@ EXPLANATIONS = {
         "Accuracy: test accuracy in percent, as the protocol reports it; mean over n seeds ± sample standard "
         "deviation. Each method is shown at its best learning rate on the validation set. If there is no validation "
         "set, the rate is chosen on the test set, and the accuracy is biased upwards. A rate with a failing run is "
-        "used only if every rate has one."
+        "used only if every rate has one. The noise floor is the standard error of one accuracy p on N test images."
     ),
     "n": (
-        "Failing runs: a run fails if it diverges, if it collapses (no unit of the last hidden layer is active), or if "
-        "it fails to learn: its accuracy is below 0.8 × its own best test accuracy, or at chance, which is the share "
-        "of the most frequent class. A method with failing runs ranks below all others; its means are over the runs "
-        "that did not fail."
+        "Failing runs: a run fails if it diverges (its loss is NaN or infinite), if it collapses (no unit of the last "
+        "hidden layer is active), or if it fails to learn: its last accuracy is below 0.8 × its own best test "
+        "accuracy, or at chance, which is the share of the most frequent class. A method with failing runs ranks below "
+        "all others; its means are over the runs that did not fail."
     ),
     "minus": (
         "Minus BP, minus DFA: differences of the means in percentage points, with simultaneous 95 % confidence "
         "intervals by Dunnett's many-to-one comparison. A difference is significant if its interval excludes 0. (W) "
         "marks Welch's t interval, used if the standard deviation of one of the two methods is over 3 times that of "
-        "the others; it is not simultaneous. An interval needs 2 runs of each of the two methods. It also needs 6 "
-        "degrees of freedom: the number of all runs of the setting minus the number of its methods."
+        "the others; it is not simultaneous. An interval needs 2 runs of each of the two methods, and 6 degrees of "
+        "freedom: the number of all runs of the setting minus the number of its methods."
     ),
     "depth": (
         "Depth utility: (accuracy − Shallow) / (BP − Shallow), each at its own best rate. 0 %: equal to a net whose "
