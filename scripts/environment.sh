@@ -1,5 +1,6 @@
 # Functions for the other scripts in this folder: create or reuse .venv, and install the project into it.
 # PYTHON is the interpreter for a new .venv (default: the first of python3, python3.13, … that is new enough).
+# `reproduce` uses the active environment in place of .venv if this folder is installed there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,8 +32,19 @@ install_project() { # argument: the extras to install, such as "test"; may be em
     fi
 }
 
+own_python() { # print the interpreter of the user's active environment, if `pip install -e` installed this folder there
+    local folder=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+    [ ! "$folder" -ef .venv ] || return 1
+    # -P: do not find the package because this folder is the current one
+    "$folder/bin/python" -P -c 'import os, sys, dfl_experiments as d; sys.exit(os.path.relpath(d.__path__[0]) != "dfl_experiments")' \
+        2>/dev/null && echo "$folder/bin/python"
+}
+
 reproduce() { # arguments: the target, then the arguments of reproduce.py
     local python extras
+    if python=$(own_python); then
+        exec "$python" scripts/reproduce.py "$@"
+    fi
     python=.venv/bin/python
     [ -x "$python" ] || python=$(find_python)
     case " $* " in *" -h "* | *" --help "*) exec "$python" scripts/reproduce_arguments.py "$@" ;; esac

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,24 @@ def planned(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(arguments, code, out, err)
 
     return run
+
+
+@pytest.mark.parametrize("installed", ["here", "elsewhere"])
+def test_scripts_use_the_active_environment_if_this_folder_is_installed_there(installed, tmp_path):
+    for name in ("here", "elsewhere"):
+        shutil.copytree(SCRIPTS, tmp_path / name / "scripts")
+        (tmp_path / name / "dfl_experiments").mkdir()
+        (tmp_path / name / "dfl_experiments" / "__init__.py").touch()
+    interpreter = tmp_path / "mine" / "bin" / "python"
+    interpreter.parent.mkdir(parents=True)
+    path = tmp_path / installed
+    interpreter.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {sys.executable} "$@"\n')
+    interpreter.chmod(0o755)
+    script = tmp_path / "here" / "scripts" / "environment.sh"
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "mine")}
+    command = ["bash", "-c", f"source {script}; own_python"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == (f"{interpreter}\n" if installed == "here" else "")
 
 
 @pytest.mark.parametrize("table", ["fc", "cnn"])
