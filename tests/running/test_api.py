@@ -255,6 +255,16 @@ def test_unknown_table_and_empty_frame_are_refused(folder):
         dfl.draw(dfl.runs(folder).iloc[:0])
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_read_rows_leaves_out_an_incomplete_last_line(rows, folder, tmp_path):
+    whole = (folder / "epochs.csv").read_text()
+    lines = whole.splitlines(keepends=True)
+    part = whole[-40:-10]  # what a killed process left
+    (tmp_path / "epochs.csv").write_text("".join(lines[: 1 + rows]) + part)
+    expected = {name: column[:rows] for name, column in dfl.read_rows(folder).items()}
+    np.testing.assert_equal(dfl.read_rows(tmp_path), expected)
+
+
 def test_dir_lists_the_public_names():
     assert set(dir(dfl)) >= {"compose", "draw", "load_run", "rule", "run", "runs"}
 
