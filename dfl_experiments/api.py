@@ -187,6 +187,7 @@ class TrainedRun:
         """Return the mean and std with which the run standardised its features; empty if it standardised nothing."""
         return load_checkpoint(self.folder)["training"]["standardisation"]
 
+    @usual_torch()
     @torch.no_grad()
     def predict(self, images: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
         """Return the logits of raw samples. The samples are first normalised or standardised as in the run.
