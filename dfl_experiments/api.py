@@ -26,7 +26,7 @@ from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.result import read_result
 from dfl_experiments.running.run import run_alone
 from dfl_experiments.running.run_directory import refuse_folder_of_runs, run_below
-from dfl_experiments.seal import opened
+from dfl_experiments.seal import read_bytes
 
 if TYPE_CHECKING:  # imported where it is used, because importing pandas is slow
     from pandas import DataFrame
@@ -89,18 +89,25 @@ def run(
 def read_rows(
     run_dir: str | Path, table: Literal["epochs", "iterations"] = "epochs"
 ) -> dict[str, np.ndarray]:
-    """Return the columns of a table by name, as `pandas.DataFrame` accepts them. An empty cell is NaN."""
+    """Return the columns of a table by name, as `pandas.DataFrame` accepts them. An empty cell is NaN.
+
+    An incomplete last line is left out, because a run that still trains may be writing it.
+    """
     if table not in ("epochs", "iterations"):
         raise UserError(f"table={table!r}: choose epochs or iterations")
     path = Path(run_dir, f"{table}.csv")
     # raises UserError if the table is damaged
-    if read_result(Path(run_dir)) is None and not path.exists():
-        raise without_result(run_dir)
-    with opened(path) as file:
-        names = file.readline().decode().strip().split(",")
-        rows = np.genfromtxt(file, delimiter=",", ndmin=2)
-    # a table without rows gives empty columns
-    return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))
+    has_result = read_result(Path(run_dir)) is not None
+    if not path.exists():
+        raise UserError(f"{path}: no such file") if has_result else without_result(run_dir)
+    complete_lines = read_bytes(path).decode().split("\n")[:-1]
+    if not complete_lines:
+        return {}
+    header, *lines = complete_lines
+    names = header.split(",")
+    numbers = np.genfromtxt(lines, delimiter=",") if lines else np.empty(0)
+    columns = numbers.reshape(-1, len(names)).T
+    return dict(zip(names, columns, strict=True))
 
 
 def without_result(run_dir: str | Path) -> UserError:
@@ -181,6 +188,7 @@ class TrainedRun:
         """Return the mean and std with which the run standardised its features; empty if it standardised nothing."""
         return load_checkpoint(self.folder)["training"]["standardisation"]
 
+    @usual_torch()
     @torch.no_grad()
     def predict(self, images: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
         """Return the logits of raw samples. The samples are first normalised or standardised as in the run.

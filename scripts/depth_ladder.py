@@ -55,12 +55,13 @@ def with_collected(summary: pd.DataFrame, folders: list[Path]) -> pd.DataFrame:
 def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of each combination of rule, depth and initialisation at its best learning rate.
 
-    The best rate has the highest validation accuracy. A rate with a failing run is used only if every rate has one.
+    The best rate has the highest validation accuracy. A rate with a failing run is used only if every rate has one, and
+    a rate at which all runs fail only if all fail at every rate.
     """
     rates = summary.groupby([*CELL, "lr"], as_index=False).agg(
-        score=("validation_accuracy", "mean"), fails=("fails", "any")
+        score=("validation_accuracy", "mean"), fails=("fails", "any"), all_fail=("fails", "all")
     )
-    ordered = rates.sort_values(["fails", "score"], ascending=[True, False])
+    ordered = rates.sort_values(["fails", "all_fail", "score"], ascending=[True, True, False])
     best = ordered.drop_duplicates(CELL)[[*CELL, "lr"]]
     return summary.merge(best, on=[*CELL, "lr"])
 

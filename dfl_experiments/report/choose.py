@@ -19,8 +19,8 @@ def choose(runs: DataFrame) -> DataFrame:
 
     Every pair of grid points is compared over the seeds that both points have. The point with the higher mean score
     wins or, if the scores are equal, with the lower validation loss. The best point has the most wins. A point with a
-    failing run is used only if every point has one. The score is the validation accuracy, or the test accuracy if there
-    is no validation set.
+    failing run is used only if every point has one, and a point at which all runs fail only if all runs of the cell
+    fail. The score is the validation accuracy, or the test accuracy if there is no validation set.
     """
     runs = distinct(runs)
     needed = runs[[*CELL, *POINT_IN_CELL, "seed", "status", "fails", "score", "validation_loss"]]
@@ -37,18 +37,16 @@ def best_point(cell: DataFrame) -> tuple[float, float] | None:
     ended = cell[cell.status.isin(ENDED)]
     if ended.empty:
         return None
-    fails = cell.groupby(POINT_IN_CELL).fails.any()
-    with_accuracy = ended.set_index(POINT_IN_CELL).index
-    fails = fails[fails.index.isin(with_accuracy)]
-    candidates = list(fails.index[~fails])
-    if not candidates:
-        candidates = list(fails.index)
+    has_accuracy = set(ended.set_index(POINT_IN_CELL).index)
+    has_failing = set(cell[cell.fails].set_index(POINT_IN_CELL).index)
+    has_good = set(ended[~ended.fails].set_index(POINT_IN_CELL).index)
+    candidates = has_accuracy - has_failing or has_good or has_accuracy
     table = ended.pivot(index="seed", columns=POINT_IN_CELL, values=["score", "validation_loss"])
     means = table["score"].mean()
-    wins = dict.fromkeys(candidates, 0)
-    for point, other in permutations(candidates, 2):
+    wins = dict.fromkeys(sorted(candidates), 0)
+    for point, other in permutations(wins, 2):
         wins[point] += beats(table, point, other)
-    return max(candidates, key=lambda point: (wins[point], means[point]))
+    return max(wins, key=lambda point: (wins[point], means[point]))
 
 
 def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -30,7 +30,8 @@ EXPLANATIONS = {
         "Accuracy: test accuracy in percent, as the protocol reports it; mean over n seeds ± sample standard "
         "deviation. Each method is shown at its best learning rate on the validation set. If there is no validation "
         "set, the rate is chosen on the test set, and the accuracy is biased upwards. A rate with a failing run is "
-        "used only if every rate has one. The noise floor is the standard error of one accuracy p on N test images."
+        "used only if every rate has one, and a rate at which all runs fail only if all fail at every rate. The noise "
+        "floor is the standard error of one accuracy p on N test images."
     ),
     "n": (
         "Failing runs: a run fails if it diverges (its loss is NaN or infinite), if it collapses (no unit of the last "

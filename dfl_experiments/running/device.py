@@ -79,7 +79,7 @@ def layout_of(
 
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
-    """Set float32 as the default type and enable gradients inside the block.
+    """Set float32 as the default type and the CPU as the default device, and enable gradients inside the block.
 
     Afterwards, restore the random states and all settings that `set_up` changes.
     """
@@ -90,9 +90,12 @@ def usual_torch() -> Iterator[None]:
     benchmark = cudnn.benchmark
     python_state, numpy_state = random.getstate(), np.random.get_state()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    # a device as a context makes each call of PyTorch slower, so it is set only if it is needed
+    is_cpu = torch.get_default_device().type == "cpu"
+    cpu = contextlib.nullcontext() if is_cpu else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
+        with cpu, torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -145,6 +145,14 @@ def test_point_with_a_failing_run_ranks_last(finished_point, tmp_path, status):
     assert (cell.lr, cell.failing) == (1e-3, 0)
 
 
+def test_point_at_which_all_runs_fail_ranks_below_one_with_a_good_run(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "good", **finished(0.8, 1e-3, 0))
+    for name, lr in (("a", 1e-3), ("b", 1e-2)):
+        altered(finished_point, tmp_path / name, **finished(0.9, lr, 1), status="collapsed")
+    (cell,) = shown(runs(tmp_path))
+    assert (cell.lr, cell.n, cell.failing, cell.accuracy) == (1e-3, 1, 1, 0.8)
+
+
 @pytest.mark.parametrize(
     ("status", "alone"),
     [("collapsed", "fails at this rate: 1 of 1"), ("diverged", "1 diverged")],

@@ -1,5 +1,7 @@
 """The Python API: run, load, predict, evaluate, and read tables of runs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -255,8 +257,21 @@ def test_bfloat16_is_refused_where_pytorch_computes_wrong_gradients(monkeypatch,
 def test_unknown_table_and_empty_frame_are_refused(folder):
     with pytest.raises(UserError, match="table='steps': choose epochs or iterations"):
         dfl.read_rows(folder, "steps")
+    kept = Path(__file__).parents[2] / "outputs" / "reference" / "rules_mnist"
+    with pytest.raises(UserError, match="iterations.csv: no such file"):  # they have no such table
+        dfl.read_rows(next(kept.glob("bp-*")), "iterations")
     with pytest.raises(UserError, match="frame: has no runs to draw"):
         dfl.draw(dfl.runs(folder).iloc[:0])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_read_rows_leaves_out_an_incomplete_last_line(rows, folder, tmp_path):
+    whole = (folder / "epochs.csv").read_text()
+    lines = whole.splitlines(keepends=True)
+    part = whole[-40:-10]  # what a killed process left
+    (tmp_path / "epochs.csv").write_text("".join(lines[: 1 + rows]) + part)
+    expected = {name: column[:rows] for name, column in dfl.read_rows(folder).items()}
+    np.testing.assert_equal(dfl.read_rows(tmp_path), expected)
 
 
 def test_dir_lists_the_public_names():

@@ -120,6 +120,20 @@ def test_library_is_independent_of_hydra_grad_mode_and_default_dtype(tmp_path):
         torch.set_default_dtype(torch.float32)
 
 
+def test_library_is_independent_of_the_default_device(tmp_path):
+    options = ["method=las", *QUICK]
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    expected = dfl.run(dfl.compose(options), tmp_path / "alone")
+    logits = dfl.load_run(tmp_path / "alone").predict(images)
+    with torch.device("meta"):  # tensors that are made there have no values
+        result = dfl.run(dfl.compose(options), tmp_path / "meta")
+        run = dfl.load_run(tmp_path / "meta")
+        assert result["accuracy"] == expected["accuracy"] == run.evaluate()["accuracy"]
+        assert torch.equal(run.predict(images), logits)
+    tables = [tmp_path / name / "iterations.csv" for name in ("alone", "meta")]
+    assert tables[0].read_text() == tables[1].read_text()
+
+
 def test_run_and_evaluate_restore_random_states_and_settings(tmp_path):
     def state():
         return (
