@@ -37,6 +37,7 @@ from findings import (
     depth_table,
     other_papers,
     rates_caption,
+    span_text,
     stability,
     this_paper,
     what_turns,
@@ -49,7 +50,7 @@ from dfl_experiments.report import document, frame
 from dfl_experiments.report.compare import FEWEST_SEEDS, cosines
 from dfl_experiments.report.dfl_report import arguments
 from dfl_experiments.report.figures import Drawing, figures
-from dfl_experiments.report.style import method_name, row_title, save, styled
+from dfl_experiments.report.style import method_name, method_order, row_title, save, styled
 from dfl_experiments.report.table_text import NONE, markdown, numbers
 from dfl_experiments.report.tables import Section, sections
 
@@ -71,7 +72,7 @@ What to keep in mind:
   changes. Some early commits are not in this history.
 - The runs on CIFAR with bfloat16 used one learning rate for all rules of a net. At this rate DFA and LTAS fail with
   Conv3 on CIFAR-100, and some rules with Conv3+BN on CIFAR-10. At other rates the rules may be better.
-- On MNIST with 20 epochs, BP, Shallow, DFA, LAS and LTAS have three rates, the other rules only two.
+- {rates}
 
 These runs used one CPU core:
 
@@ -88,6 +89,19 @@ These runs are still missing, the most useful first. Hours are for one core:
 2. The fully connected net on CIFAR-100 at lower rates: `experiment=class_count model=fc dataset=cifar100
    method=bp,dfa,las,ltas optimizer.lr=5e-5,1e-5 epochs=10`, seed 0 (5 hours).
 """
+
+
+def rates_sentence(runs: pd.DataFrame) -> str:
+    """Return a sentence that tells how many learning rates each rule has on MNIST with 20 epochs."""
+    on_mnist = runs[(runs.dataset == "mnist") & (runs.epochs == 20)]
+    counts = on_mnist.groupby("rule").lr.nunique()
+    most = counts[counts == counts.max()].index
+    names = "all rules"
+    others = ""
+    if len(most) < len(counts):
+        names = ", ".join(method_name(rule) for rule in sorted(most, key=method_order))
+        others = f"; the other rules have {span_text(counts.drop(most))}"
+    return f"On MNIST with 20 epochs, {names} have {counts.max()} learning rates{others}."
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -354,7 +368,9 @@ def page(
         document.text(parts, asked, drawings),
     ]
     body = "\n".join(texts)
-    top = TOP.format(count=len(runs), ladder=f"{len(pd.read_csv(depth_ladder.SUMMARY)):,}")
+    ladder = len(pd.read_csv(depth_ladder.SUMMARY))
+    rates = fill(rates_sentence(runs), 118, subsequent_indent="  ")
+    top = TOP.format(count=len(runs), ladder=f"{ladder:,}", rates=rates)
     return "\n".join([top, contents(body), body])
 
 
