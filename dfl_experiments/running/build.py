@@ -43,6 +43,7 @@ from dfl_experiments.running.device import (
     layout_of,
     refuse_wrong_gradients,
     set_up,
+    warn_of_slow_bfloat16,
 )
 from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.run_directory import epoch_columns, iteration_columns
@@ -122,6 +123,7 @@ def build(
     refuse_single_image(net, len(data.training.labels), settings.batch_size)
     if device.type == "cpu" and settings.precision == "bfloat16":
         refuse_wrong_gradients(net)
+        warn_of_slow_bfloat16()
     optimizer = components["optimizer"].build()
     feedback_optimizer = components.get("optimizer.feedback", components["optimizer"]).build()
     extra_quantities = settings.alignment.quantities if settings.alignment.every else []
