@@ -19,6 +19,7 @@ SECTION = ["smoke", "dataset", "model", "augmentation"]
 KIND = ["optimizer", "schedule", "protocol"]
 NAMES = [*SECTION, *KIND]  # options are compared only between runs that are equal in these columns
 OPTION = re.compile(r"(?:^|, )([^=,]+)=")  # the key of an option in the column `setting`
+FOLDER = r"^('?).*/(?=.)"  # the part of a path, which may be quoted, before the file's name
 # This default depends on the rule. `options_of` leaves the option out at its default.
 ACTIVATION = "model.activation"
 UNRESOLVED = "${}"  # in place of a default that refers to another option
@@ -103,6 +104,8 @@ def setting_columns(names: Names, options: DataFrame) -> DataFrame:
             with_default.append(key)
     changed = unusual(options[with_default], defaults)
     shared = changed.drop(columns=differs.columns, errors="ignore")
+    if DATA_PATH in shared:  # a caption needs only the name of the file
+        shared[DATA_PATH] = shared[DATA_PATH].str.replace(FOLDER, r"\1", regex=True)
     is_default = changed.isna().all(axis="columns")
     return differs.assign(setting=joined(named), shared=joined(shared), is_default=is_default)
 

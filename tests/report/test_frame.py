@@ -299,6 +299,14 @@ def test_user_s_data_are_identified_by_their_digest_and_an_unfinished_run_by_its
     assert settings[2] == settings[3] == "dataset.source.path='b.npz'"
 
 
+@pytest.mark.parametrize("folder", ["/my data/", "here/", ""])
+def test_caption_names_the_file_of_the_data_without_its_folder(folder, finished_point, tmp_path):
+    entries = finished(0.9, 1e-3, 0, **{"dataset.source.path": f"{folder}a b.npz"})
+    altered(finished_point, tmp_path / "run", **entries, data="aa")
+    (shared,) = runs(tmp_path).shared
+    assert "dataset.source.path='a b.npz'" in shared
+
+
 def test_place_of_delta_is_compared_between_the_runs_that_built_their_net(finished_point, tmp_path):
     nets = [
         ("fails", {"parameters": None, "status": "failed"}),
