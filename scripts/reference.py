@@ -84,8 +84,8 @@ These runs used one CPU core:
 
 These runs are still missing, the most useful first. Hours are for one core:
 
-1. The other rules except PFA on MNIST: `experiment=rules_mnist`, three seeds at 3e-4, and the missing seeds at 1e-4 (3
-   hours).
+1. More rules on MNIST: `experiment=rules_mnist method=fdfa,usf,brsf,frsf,bdfa,shared,adfa optimizer.lr=3e-4
+   seed=0,1,2`, then seed 2 at 1e-4 of the rules that lack it (3 hours).
 2. The fully connected net on CIFAR-100 at lower rates: `experiment=class_count model=fc dataset=cifar100
    method=bp,dfa,las,ltas optimizer.lr=5e-5,1e-5 epochs=10`, seed 0 (5 hours with AVX-512 BF16; without AVX-512 about
    10 times as long).
@@ -100,7 +100,8 @@ def rates_sentence(runs: pd.DataFrame) -> str:
     names = "all rules"
     others = ""
     if len(most) < len(counts):
-        names = ", ".join(method_name(rule) for rule in sorted(most, key=method_order))
+        *names_before, last = [method_name(rule) for rule in sorted(most, key=method_order)]
+        names = f"{', '.join(names_before)} and {last}"
         others = f"; the other rules have {span_text(counts.drop(most))}"
     return f"On MNIST with 20 epochs, {names} have {counts.max()} learning rates{others}."
 
