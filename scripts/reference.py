@@ -9,6 +9,7 @@ import argparse
 import re
 import shutil
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from textwrap import fill
 
@@ -295,9 +296,10 @@ def means_of_rules(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def families_picture(runs: pd.DataFrame) -> Figure:
     """Draw the ranks of accuracy and of layer 1's cosine: a panel for each setting and rate, a point for each rule."""
     settings = means_of_rules(runs)
-    drawing = Figure(figsize=(5.2 * len(settings), 4.4), layout="constrained")
-    panels = drawing.subplots(1, len(settings), squeeze=False)[0]
-    for axes, (setting, means) in zip(panels, settings.items(), strict=True):
+    rows = ceil(len(settings) / 2)
+    drawing = Figure(figsize=(10.4, 4.4 * rows), layout="constrained")
+    for number, (setting, means) in enumerate(settings.items(), start=1):
+        axes = drawing.add_subplot(rows, 2, number)
         for rule, point in means.rank().iterrows():
             axes.plot(*point, "o", color=FAMILY_COLOURS[FAMILY_OF[str(rule)]])
             axes.annotate(method_name(str(rule)), point, xytext=(4, 3), textcoords="offset points")
