@@ -26,7 +26,7 @@ from dfl_experiments.running.provenance import code_of
 from dfl_experiments.running.result import read_result
 from dfl_experiments.running.run import run_alone
 from dfl_experiments.running.run_directory import refuse_folder_of_runs, run_below
-from dfl_experiments.seal import read_bytes
+from dfl_experiments.seal import complete_lines, read_bytes
 
 if TYPE_CHECKING:  # imported where it is used, because importing pandas is slow
     from pandas import DataFrame
@@ -100,10 +100,10 @@ def read_rows(
     has_result = read_result(Path(run_dir)) is not None
     if not path.exists():
         raise UserError(f"{path}: no such file") if has_result else without_result(run_dir)
-    complete_lines = read_bytes(path).decode().split("\n")[:-1]
-    if not complete_lines:
+    text = complete_lines(read_bytes(path)).decode()
+    if not text:
         return {}
-    header, *lines = complete_lines
+    header, *lines = text.splitlines()
     names = header.split(",")
     numbers = np.genfromtxt(lines, delimiter=",") if lines else np.empty(0)
     columns = numbers.reshape(-1, len(names)).T

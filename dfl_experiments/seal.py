@@ -24,6 +24,11 @@ def opened(path: Path) -> BufferedReader:
     return path.open("rb")
 
 
+def complete_lines(content: bytes) -> bytes:
+    """Return the content of a CSV file without an incomplete last line, which a run that trains may be writing."""
+    return content[: content.rfind(b"\n") + 1]
+
+
 def read_bytes(path: Path) -> bytes:
     """Return a file's content. Raises as `opened` does."""
     with opened(path) as file:

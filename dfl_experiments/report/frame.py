@@ -15,7 +15,7 @@ from dfl_experiments.report.labels import labelled
 from dfl_experiments.report.run_record import ALIASES, NOT_IN_SETTING, as_text, record_of
 from dfl_experiments.running.result import DONE
 from dfl_experiments.running.run_directory import CONFIG, run_folders
-from dfl_experiments.seal import opened
+from dfl_experiments.seal import complete_lines, opened
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def curves(frame: DataFrame, table: str = "epochs", only_names: bool = False) ->
             continue
         with opened(path) as file:
             content = file.readline() if only_names else file.read()
-        lines = content[: content.rfind(b"\n") + 1]
+        lines = complete_lines(content)
         if not lines:
             continue
         try:

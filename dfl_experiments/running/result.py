@@ -24,7 +24,7 @@ from dfl_experiments.running.run_directory import (
     PREVIOUS,
     write_atomically,
 )
-from dfl_experiments.seal import RESULT, read_bytes, read_sealed, sealed
+from dfl_experiments.seal import RESULT, complete_lines, read_bytes, read_sealed, sealed
 
 # statuses of runs that have ended; running them again would give the same result
 DONE = ("finished", "diverged", "collapsed", "stopped")
@@ -130,8 +130,8 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
         return {}
     content = read_bytes(path)
     try:
-        complete_lines = content.decode().split("\n")[:-1]
-        names, *rows = [*csv.reader(complete_lines)] or [[]]
+        lines = complete_lines(content).decode().split("\n")[:-1]
+        names, *rows = [*csv.reader(lines)] or [[]]
         if not rows and not epochs:
             return {}
         columns = {}
