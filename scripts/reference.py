@@ -113,7 +113,7 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
-    """Yield the section on the claims: the figure, the counts, and every verdict with its interval."""
+    """Yield the section on the claims: the figure, the counts, and a table of the verdicts in each setting."""
     yield "## Claims\n"
     yield "![Settings × claims](figures/claims.png)\n"
     yield counts_sentence(verdicts)
@@ -128,7 +128,9 @@ def claims_part(verdicts: pd.DataFrame) -> Iterator[str]:
         "and LTAS on a CPU with a newer PyTorch.\n"
     )
     shown = verdicts[verdicts.verdict != TOO_FEW]
-    yield table(shown[["claim", "setting", "n", "found", "verdict"]].astype(str))
+    for setting, part in shown.groupby("setting", sort=False):
+        yield f"**{markdown(str(setting))}**\n"
+        yield table(part[["claim", "n", "found", "verdict"]].astype(str))
 
 
 def counts_sentence(verdicts: pd.DataFrame) -> str:
