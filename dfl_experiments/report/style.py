@@ -157,14 +157,15 @@ def look_of(method: str) -> Look:
 def looks_of(methods: Iterable[str]) -> dict[str, Look]:
     """Return the looks of the methods of one figure.
 
-    Shades of one colour are hard to tell apart. If two variants of a rule have the same dash, the later one in the
-    order of tables gets another dash, as long as there is one.
+    Shades of one colour are hard to tell apart. If two variants of a rule, or two of the user's rules, have the same
+    dash, the later one in the order of tables gets another dash, as long as there is one.
     """
     looks = {}
     used: dict[str, list[Any]] = {}
     for method in sorted(set(methods), key=method_order):
         look = look_of(method)
-        dashes = used.setdefault(method.partition(", ")[0], [])
+        rule = method.partition(", ")[0]
+        dashes = used.setdefault(rule if rule in LOOKS else "own", [])
         free = [dash for dash in DASHES if dash not in dashes]
         if look.dash in dashes and free:
             look = look._replace(dash=free[0])
@@ -174,9 +175,9 @@ def looks_of(methods: Iterable[str]) -> dict[str, Look]:
 
 
 def own_look(rule: str) -> Look:
-    """Return the look of a user's own rule. A checksum of the name picks it."""
-    number, hue = divmod(crc32(rule.encode()), 360)
-    colour = to_hex(hsv_to_rgb(hue / 360, 0.8, 0.6))
+    """Return the look of a user's own rule: a shade of red and a dash, by a checksum of the name."""
+    number, shade = divmod(crc32(rule.encode()), 11)
+    colour = to_hex(hsv_to_rgb(0.0, 0.8, 0.35 + 0.03 * shade))
     return Look(colour, DASHES[number % len(DASHES)])
 
 

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from processes import dfl_train
 from report_helpers import altered
@@ -441,6 +442,18 @@ def test_dots_per_inch_have_a_range(dpi, outputs, capsys):
 def test_own_rules_have_different_looks():
     looks = [look_of(name) for name in ("ours", "noisy", "clipped")]
     assert len(set(looks)) == 3
+
+
+def test_own_rules_differ_from_the_other_rules_and_from_each_other():
+    names = [f"rule_{number}" for number in range(100)]
+    colours = np.array([to_rgb(look_of(name).colour) for name in names])
+    others = np.array([to_rgb(look.colour) for look in LOOKS.values()])
+    distances = np.linalg.norm(colours[:, None] - others, axis=2)
+    assert distances.min() > 0.2  # blue and the first "mixed" rule: 0.1
+    for first in range(0, 100, len(DASHES)):
+        together = looks_of(["las", *names[first : first + len(DASHES)]])
+        del together["las"]
+        assert len({look.dash for look in together.values()}) == len(DASHES)
 
 
 @pytest.mark.parametrize("highest", [10.0, 1e19])
