@@ -19,7 +19,13 @@ class Augmentation:
     cutout: side of a square in pixels. The square lies around a random pixel and is set to zero. 0: no square.
     crop: each border of the uint8 image is extended by this number of reflected pixels. Then an image of the original
         size is cut out at a random position. 0: no crop.
+    A subclass overrides `__call__`. It need not call this constructor. It overrides `check` to refuse samples.
     """
+
+    flip: float = 0.0
+    cutout: int = 0
+    crop: int = 0
+    randaugment: Any = None  # None, or a `RandAugment`
 
     def __init__(
         self,
@@ -33,7 +39,6 @@ class Augmentation:
         self.flip = flip
         self.cutout = cutout
         self.crop = crop
-        self.randaugment: Any = None  # None, or a `RandAugment`
         if randaugment:  # imported only if needed, because importing torchvision is slow
             from dfl_experiments.data.randaugment import RandAugment
 

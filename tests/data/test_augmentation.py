@@ -10,6 +10,7 @@ from dfl_experiments.configuration.components import component
 from dfl_experiments.configuration.composition import compose, group_options
 from dfl_experiments.configuration.schema import check
 from dfl_experiments.data.augmentation import Augmentation, cut_out
+from dfl_experiments.data.batches import Batches, Normalise
 from dfl_experiments.data.randaugment import BINS, OPERATIONS, SIGNED, RandAugment, apply, magnitude
 from dfl_experiments.errors import UserError
 
@@ -135,6 +136,25 @@ def test_cutout_centres_are_uniform():
     expected = 20_000 / 64
     # the 99.9 % point for 63 degrees of freedom
     assert ((observed - expected) ** 2 / expected).sum() < 103.4
+
+
+def test_own_augmentation_needs_only_a_call():
+    class Brighter(Augmentation):
+        def __init__(self, step: float) -> None:
+            self.step = step
+
+        def __call__(self, images, normalise, generator):
+            return normalise(images) + self.step
+
+    features = torch.arange(12.0).view(4, 3)
+    own = Brighter(2.0)
+    own.check((3,), False, "brighter")
+    labels = torch.arange(4)
+    batches = Batches(
+        features, labels, Normalise([0.5], [0.25]), own, 3, seed=0, device=torch.device("cpu")
+    )
+    for x, label in batches.epoch(1):
+        assert torch.equal(x, features[label] + 2)
 
 
 def test_flip_mirrors_the_configured_share_of_images():
