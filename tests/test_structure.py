@@ -173,9 +173,7 @@ def test_a_run_of_the_readme_s_new_method_is_repeated_only_with_its_plugin(examp
     assert "finished: clipped, small on digits" in done.stdout
     refused = dfl_train(example_files, "repeat=here")
     assert refused.returncode == 2
-    assert (
-        "method._target_=my_rules.ClippedFeedback: must be a subclass of Method" in refused.stderr
-    )
+    assert "method._target_=my_rules.ClippedFeedback: must be a subclass of dfl_" in refused.stderr
     repeated = dfl_train(example_files, "repeat=here", "plugins=[my_rules]", "hydra.run.dir=there")
     assert repeated.returncode == 0
     original = (example_files / "here" / "iterations.csv").read_bytes()

@@ -122,7 +122,7 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     base = import_object(KINDS[key])
     packages = (PACKAGE, *plugins)
     prefixes = tuple(f"{package}." for package in packages)
-    kind, exception = f"a subclass of {base.__name__}", ""
+    kind, exception = f"a subclass of {KINDS[key]},", ""
     if key == "model":
         kind = "a model"
         exception = "; a plugin's model may be any torch.nn.Module, or a function that returns one"

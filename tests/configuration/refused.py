@@ -174,13 +174,16 @@ TARGETS = {
     ),
     "method._target_=dfl_experiments.models.fc": (
         "dfl_experiments.models.fc",
-        "a subclass of Method",
+        "engine.method.Method, defined in",
     ),
     "optimizer._target_=dfl_experiments.optimizers.OptimizerFactory": (
         "OptimizerFactory: must be an optimizer of torch.optim, or one defined in dfl_experiments, or",
         "; a plugin's optimizer may be any torch.optim.Optimizer with a parameter lr and no closure",
     ),
-    "method._target_=3": ("method._target_=3", "a subclass of Method"),
+    "method._target_=3": (
+        "method._target_=3",
+        "engine.method.Method, defined in",
+    ),
     "optimizer=torch optimizer._target_=NAdam": ("did you mean torch.optim.NAdam?",),
     "optimizer=torch optimizer._target_=my_optimizers.Lion": (
         "optimizer._target_=my_optimizers.Lion",
@@ -188,7 +191,10 @@ TARGETS = {
     ),
     "~dataset.source._target_": ("dataset.source._target_: missing",),
     "model.activation={_target_:os.system,command:ls}": ("model.activation", "'relu', 'tanh'"),
-    "plugins=[os] method._target_=os.system": ("method._target_=os.system", "a subclass of Method"),
+    "plugins=[os] method._target_=os.system": (
+        "method._target_=os.system",
+        "engine.method.Method, defined in",
+    ),
 }
 SWEEPS = {
     "--multirun 'method=glob(zzz*)'": ("method=glob(zzz*)", "no job"),
