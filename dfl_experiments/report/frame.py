@@ -187,21 +187,32 @@ def comparable(value: Any) -> float | str:
 def column_of(frame: DataFrame, key: str) -> Series:
     """Return the values of a column or a configuration key: numbers if all are numbers, else texts.
 
-    A run without the key has an empty text. Raises `UserError` if no run has the key.
+    A run without the key, or without a value in the column, has an empty text. An option that is null has the text
+    "null". Raises `UserError` if no run has the key.
     """
     name = ALIASES.get(key, key)
     keys = set().union(*frame.config)
     is_column = name in frame and name != "config"  # which holds mappings
     if is_column and (name in NOT_IN_SETTING or name not in keys):
-        return frame[name]
+        return without_gaps(frame[name])
     if name not in keys:
         hint = did_you_mean(key, sorted(keys.union(frame)))
         raise UserError(f"{printable(key)}: no run has this key{hint}")
-    values = frame.config.map(lambda config: config.get(name, ""))
+    # of type object, because otherwise pandas replaces None by NaN
+    found = [config.get(name, "") for config in frame.config]
+    values = Series(found, frame.index, dtype=object)
     types = values.map(type)
     if types.isin([int, float]).all():
         return values.infer_objects()
     return values.map(lambda value: value if value == "" else as_text(value))
+
+
+def without_gaps(column: Series) -> Series:
+    """Return the column; if values are missing, as texts, with an empty text for each missing value."""
+    is_missing = column.isna()
+    if not is_missing.any():
+        return column
+    return column.map(as_text).mask(is_missing, "")
 
 
 def with_key(frame: DataFrame, key: str) -> DataFrame:

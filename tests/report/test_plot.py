@@ -148,6 +148,21 @@ def test_key_that_differs_only_between_nets_has_a_value_in_every_run(finished_po
     assert with_key(frame, "setting").setting.equals(frame.setting)
 
 
+def test_every_run_has_a_line_if_a_value_is_null_or_missing(finished_point, tmp_path):
+    altered(finished_point, tmp_path / "a", {"optimizer.clip_norm": None})
+    altered(finished_point, tmp_path / "b", {"optimizer.clip_norm": 0.5})
+    altered(finished_point, tmp_path / "c", {"optimizer.clip_norm": 1, "seed": 9}, cosine={})
+    frame = runs(tmp_path)
+    key = "optimizer.clip_norm"
+    by_key = with_lines(with_key(frame, key), [key], [])
+    assert sorted(by_key[key]) == ["0.5", "1", "null"]
+    assert by_key.line.nunique() == 3
+    assert with_value(frame, key, "null").folder.tolist() == [str(tmp_path / "a")]
+    measured = with_key(frame, "cosine/1")["cosine/1"].tolist()
+    assert measured[2] == ""
+    assert len(with_lines(with_key(frame, "cosine/1"), ["cosine/1"], [])) == 3
+
+
 def test_option_where_draws_only_runs_with_a_value(outputs, tmp_path):
     path = tmp_path / "plot.svg"
     conditions = ["--where", "optimizer.lr=1e-3", "--where", "method=dfa"]
