@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
+from dfl_experiments.engine.gradients import unchanged
 from dfl_experiments.engine.trace import Segment, Trace
 from dfl_experiments.engine.transpose import Transpose, WeightLayer, is_weight_layer
 from dfl_experiments.errors import UserError, clipped
@@ -145,7 +146,7 @@ class BlockNet(nn.Module):
         modes = {module: module.training for module in self.modules()}
         x = self.blank()
         try:
-            with torch.random.fork_rng(devices=[]):
+            with unchanged(self, x.device):
                 return self.eval().trace(x, cuts, keep=True)
         except (RuntimeError, ValueError, IndexError) as error:
             samples = f"input shape {self.input_shape}"

@@ -372,6 +372,27 @@ def test_making_a_net_changes_neither_the_module_nor_the_random_state(name):
     assert all(p is not frozen for p in net.parameters_above(0))
 
 
+class Counter(nn.Module):
+    """Count the forward passes, also in evaluation mode, and divide by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return h / self.count
+
+
+@pytest.mark.parametrize("method", ["bp", "dfa", "las", "fdfa", "fa", "wm"])
+def test_making_a_rule_does_not_change_buffers(method):
+    module = nn.Sequential(
+        nn.Linear(6, 5), nn.ReLU(), Counter(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, CLASSES)
+    )
+    dfl.rule(method, module, torch.zeros(1, 6), optimizer=torch.optim.SGD)
+    assert module[2].count == 0
+
+
 @pytest.mark.parametrize("method", ["bp", "shallow", "dfa", "las", "fa"])
 def test_frozen_weights_keep_their_values_and_alignment_is_measured_above(method):
     case = Case("vgg", method)
