@@ -75,7 +75,7 @@ def record_of(run_dir: Path) -> dict[str, Any]:
         "folder": str(run_dir),
         "status": status,
         "reason": reason,
-        **settings_of(config),
+        **settings_of(config, result),
         "config": flat(config),
         "options": options_of(config, result),
         "method_options": method_options_of(config, result),
@@ -86,8 +86,10 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def settings_of(config: Values) -> dict[str, Any]:
+def settings_of(config: Values, result: Values) -> dict[str, Any]:
     """Return the columns for the settings of a run."""
+    # the optimizer's own default counts if the configuration sets no value
+    weight_decay = config["optimizer"].get("weight_decay", result.get("weight_decay"))
     return {
         "smoke": config.get("smoke") is not None,
         **{group: str(config[group]["name"]) for group in GROUPS},
@@ -96,7 +98,7 @@ def settings_of(config: Values) -> dict[str, Any]:
         "limit": limit_of(config),
         "precision": str(config.get("precision", "float32")),
         "lr": float(config["optimizer"]["lr"]),
-        "weight_decay": float(config["optimizer"].get("weight_decay") or 0.0),
+        "weight_decay": float(weight_decay or 0.0),
         "seed": int(config["seed"]),
         "images_per_batch": int(config["batch_size"]),
         "measured_every": int(config["alignment"]["every"]),

@@ -77,6 +77,8 @@ class Result(BaseModel):
     """The first sign of instability, see `stability.instability`."""
     cosine_by_construction: list[Layer] = []
     """Layers whose error signal equals BP's by construction."""
+    weight_decay: NonNegative | None = None
+    """Weight decay of W's optimizer; None if it has no such option."""
     seconds: NonNegative | None = None
     """Time of training, without evaluation."""
     samples_per_second: NonNegative | None = None

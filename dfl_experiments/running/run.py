@@ -245,6 +245,8 @@ def facts_of(parts: Parts) -> dict[str, Any]:
     """Return the entries of result.json that follow from the parts of a run."""
     net, labels = parts.learner.net, parts.test.labels
     is_last = parts.memory_format == torch.channels_last
+    # the configuration lacks it if an optimizer of torch.optim or a plugin has its own default
+    weight_decay = parts.learner.optimizer.param_groups[0].get("weight_decay")
     facts = parts.origin | {
         "input_shape": list(net.input_shape),
         "num_classes": parts.num_classes,
@@ -256,6 +258,7 @@ def facts_of(parts: Parts) -> dict[str, Any]:
         ],
         "device": device_name(parts.device),
         "memory_format": "channels_last" if is_last else "contiguous",
+        "weight_decay": None if weight_decay is None else float(weight_decay),
     }
     if isinstance(net, ModuleNet):
         facts |= {"delta_at": "boundary", "boundaries": net.boundaries}

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from report_helpers import altered, csv_rows, dfl_report, finished, results
 
+import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.choose import choose, grid_points
 from dfl_experiments.report.frame import curves, distinct, runs
@@ -369,3 +370,14 @@ def test_caption_names_unusual_options_that_all_rows_share(finished_point, tmp_p
     (section,) = sections(runs(tmp_path))
     assert "AdamW; model.widths=[40,30]" in answer(section).caption
     assert "batch_size" not in answer(section).caption  # it has a column
+
+
+def test_weight_decay_is_the_optimizer_s_own_default_if_none_is_set(tmp_path):
+    chosen = ["optimizer=torch", "optimizer._target_=torch.optim.AdamW", "optimizer.lr=1e-3"]
+    small = ["model.widths=[4]", "limit=20", "epochs=1", "tracking=disabled"]
+    decays = {"own": [], "zero": ["+optimizer.weight_decay=0"]}
+    for name, options in decays.items():
+        dfl.run(dfl.compose([*chosen, *small, *options]), tmp_path / name)
+    frame = runs(tmp_path).set_index("folder")
+    assert frame.weight_decay[str(tmp_path / "own")] == 0.01
+    assert frame.weight_decay[str(tmp_path / "zero")] == 0
