@@ -234,8 +234,8 @@ class TrainedRun:
             self.folder, self.result, {"data": parts.origin["data"], "code": code}, RESTORE
         )
         parts.learner.net.load_state_dict(load_checkpoint(self.folder)["net"])
-        loss, accuracy = evaluate(parts, parts.test)
-        return {"loss": loss, "accuracy": accuracy}
+        measured = evaluate(parts, parts.test)
+        return {"loss": measured.loss, "accuracy": measured.accuracy}
 
 
 def load_run(run_dir: str | Path, plugins: Sequence[str] = ()) -> TrainedRun:

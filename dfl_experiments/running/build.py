@@ -70,8 +70,8 @@ class Parts:
     """Batches of the validation images; may be empty."""
     test: EvaluationBatches
     """Batches of the test images."""
-    num_classes: int
-    """Number of classes."""
+    classes: list[str]
+    """Names of the classes."""
     memory_format: torch.memory_format
     """Memory format of images in convolutional nets, as `layout_of` chose it."""
     schedule: Schedule
@@ -153,7 +153,7 @@ def build(
         batches=data.training,
         validation=data.validation,
         test=data.test,
-        num_classes=arrays.num_classes,
+        classes=arrays.classes,
         memory_format=layout,
         schedule=schedule,
         feedback_schedule=feedback_schedule,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class Training:
         try:
             if state.initial is None:
                 is_needed, check = self.settings.stop_untrainable, self.stop.raise_if_asked
-                state.initial = evaluate(parts, parts.test, check)[1] if is_needed else 0.0
+                state.initial = evaluate(parts, parts.test, check).accuracy if is_needed else 0.0
             while state.epoch < epochs and state.end is None:
                 lr, feedback_lr = self.learner.rates
                 rates = self.scheduled(lr, parts.schedule)
@@ -161,31 +161,32 @@ class Training:
         state, names, values = self.state, self.learner.metric_names, self.state.rows
         assert values is not None
         columns = dict(zip(names, values.T, strict=True))
-        row, has_collapsed = self.epoch_row(columns, lr)
+        row, class_accuracy, has_collapsed = self.epoch_row(columns, lr)
         rows = {"iterations": iteration_rows(values, names, row["epoch"]), "epochs": [row]}
         for name in rows:
             self.tables[name].extend(rows[name])
             self.tracker.log(rows[name])
         self.progress.end(row)
-        self.close_epoch(columns, row, has_collapsed)
+        self.close_epoch(columns, row, class_accuracy, has_collapsed)
         is_last = state.epoch == self.settings.epochs or state.end is not None
         is_due = self.age * SHARE_OF_WRITING >= self.seconds_to_write
         if self.settings.checkpoint.keep if is_last else is_due:
             self.save()
         self.stop.raise_if_asked()
 
-    def epoch_row(self, columns: dict[str, Tensor], lr: float) -> tuple[dict[str, Any], bool]:
-        """Return the epoch's row of epochs.csv, and whether the network has collapsed.
+    def epoch_row(
+        self, columns: dict[str, Tensor], lr: float
+    ) -> tuple[dict[str, Any], list[float | None], bool]:
+        """Return the epoch's row of epochs.csv, each class's test accuracy, and whether the network has collapsed.
 
         columns: the epoch's metrics by name. Each has shape (iterations,).
         """
         parts, state, check = self.parts, self.state, self.stop.raise_if_asked
         activations = Activations(parts.learner.net)
-        held_out = len(parts.validation) > 0
-        validation_loss, validation = None, None
-        if held_out:
-            validation_loss, validation = evaluate(parts, parts.validation, check, activations)
-        test_loss, test = evaluate(parts, parts.test, check, None if held_out else activations)
+        validation = None
+        if len(parts.validation) > 0:
+            validation = evaluate(parts, parts.validation, check, activations)
+        test = evaluate(parts, parts.test, check, None if validation else activations)
         stability, has_collapsed = activations.measured()
         batch_size = parts.settings.batch_size
         sizes = torch.full_like(columns["loss"], batch_size)
@@ -195,10 +196,10 @@ class Training:
             "lr": lr,
             "train_loss": (columns["loss"] @ sizes).item() / parts.train_size,
             "train_accuracy": columns["correct"].sum().item() / parts.train_size,
-            "validation_loss": validation_loss,
-            "validation_accuracy": validation,
-            "test_loss": test_loss,
-            "test_accuracy": test,
+            "validation_loss": validation.loss if validation else None,
+            "validation_accuracy": validation.accuracy if validation else None,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
             "seconds": state.epoch_seconds,
             **stability,
         }
@@ -208,10 +209,14 @@ class Training:
         for quantity, name in names.items():
             means = per_layer(columns, quantity, torch.mean)
             row |= {f"{name}/{i}": value for i, value in means.items()}
-        return row, has_collapsed
+        return row, test.class_accuracy, has_collapsed
 
     def close_epoch(
-        self, columns: dict[str, Tensor], row: dict[str, Any], has_collapsed: bool
+        self,
+        columns: dict[str, Tensor],
+        row: dict[str, Any],
+        class_accuracy: list[float | None],
+        has_collapsed: bool,
     ) -> None:
         """Add an epoch to the state, and decide whether the run ends early."""
         parts, state, learner = self.parts, self.state, self.learner
@@ -224,6 +229,7 @@ class Training:
             "epochs": epoch,
             "accuracy": accuracies[HEADLINES[self.settings.protocol.accuracy]],
             "test_accuracy": accuracies,
+            "class_accuracy": dict(zip(parts.classes, class_accuracy, strict=True)),
             "validation_accuracy": row["validation_accuracy"],
             "validation_loss": row["validation_loss"],
             "zeros": per_layer(columns, "zeros", torch.sum) or before.get("zeros", {}),
@@ -255,22 +261,34 @@ class Training:
         return time.perf_counter() - self.written
 
 
+class Evaluation(NamedTuple):
+    """Loss and accuracy over a set of images."""
+
+    loss: float
+    """Mean loss."""
+    accuracy: float
+    """Share of the images that are classified correctly."""
+    class_accuracy: list[float | None]
+    """This share for each class; None for a class without images."""
+
+
 @torch.no_grad()
 def evaluate(
     parts: Parts,
     batches: Iterable[tuple[Tensor, Tensor]],
     check: Callable[[], None] = lambda: None,
     activations: Activations | None = None,
-) -> tuple[float, float]:
-    """Return mean loss and accuracy over a set of images.
+) -> Evaluation:
+    """Return loss and accuracy over a set of images.
 
     check: function that is called before every batch.
     activations: object that collects statistics of h_i.
     """
     learner = parts.learner
     net = learner.net.eval()
-    sums = []
-    count = 0
+    losses = []
+    labels = []
+    is_correct = []
     for x, target in batches:
         check()
         with learner.autocast():
@@ -278,12 +296,19 @@ def evaluate(
         value, error = learner.value_and_error(logits, target)
         if activations is not None:
             activations.add_error(error)
-        correct = (logits.argmax(1) == target).sum()
-        sums.append(torch.stack([value * len(target), correct]))
-        count += len(target)
+        losses.append(value * len(target))
+        labels.append(target)
+        is_correct.append(logits.argmax(1) == target)
     # Sum on the CPU, because some devices have no float64.
-    loss, hits = torch.stack(sums).cpu().double().sum(0).tolist()
-    return loss / count, hits / count
+    loss = torch.stack(losses).cpu().double().sum().item()
+    of_images = torch.cat(labels).cpu()
+    num_classes = len(parts.classes)
+    counts = of_images.bincount(minlength=num_classes).tolist()
+    hits = of_images[torch.cat(is_correct).cpu()].bincount(minlength=num_classes).tolist()
+    class_accuracy = [
+        hit / count if count else None for hit, count in zip(hits, counts, strict=True)
+    ]
+    return Evaluation(loss / len(of_images), sum(hits) / len(of_images), class_accuracy)
 
 
 def early_end(

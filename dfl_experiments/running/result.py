@@ -59,6 +59,8 @@ class Result(BaseModel):
     accuracy: Share | None = None
     """The test accuracy that the protocol reports."""
     test_accuracy: Accuracies | None = None
+    class_accuracy: dict[str, Share | None] = {}
+    """Test accuracy of each class after the last epoch, by name; None for a class without test samples."""
     validation_accuracy: Share | None = None
     """Validation accuracy after the last epoch."""
     validation_loss: NonNegative | None = None

@@ -249,7 +249,7 @@ def facts_of(parts: Parts) -> dict[str, Any]:
     weight_decay = parts.learner.optimizer.param_groups[0].get("weight_decay")
     facts = parts.origin | {
         "input_shape": list(net.input_shape),
-        "num_classes": parts.num_classes,
+        "num_classes": len(parts.classes),
         "test_images": len(labels),
         "largest_class": float(labels.bincount().max() / len(labels)),
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -346,6 +346,10 @@ def log_summary(result: dict[str, Any], run_dir: Path) -> None:
     log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])
     if (best := accuracy["at_best_validation"]) is not None:
         log.info("                  %.4f after the epoch of best validation accuracy", best)
+    by_class = [share for share in result["class_accuracy"].values() if share is not None]
+    if not all(by_class):
+        text = "                  0 in %d of %d classes; see class_accuracy in result.json"
+        log.info(text, by_class.count(0), len(by_class))
     if result["cosine"]:
         log.info("  alignment with BP, mean cosine of the last measured epoch")
     for layer, cosine in result["cosine"].items():

@@ -89,6 +89,31 @@ def test_run_on_features_predicts_raw_features_without_its_data_file(kind, tmp_p
         assert (predicted == labels[240:]).mean() == accuracy
 
 
+def test_class_accuracy_shows_a_rare_class_that_is_never_predicted(tmp_path):
+    features, labels = samples_of("raw")
+    labels = labels.clip(max=1)
+    labels[np.flatnonzero(labels == 0)[:4]] = 2  # they look like samples of class 0
+    train, test = slice(0, 150), slice(0, None)
+    np.savez(
+        tmp_path / "data.npz",
+        X_train=features[train],
+        y_train=labels[train],
+        X_test=features[test],
+        y_test=labels[test],
+    )
+    options = ["dataset=arrays", "dataset.source.path=data.npz", "hydra.run.dir=here"]
+    done = dfl_train(tmp_path, *options, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert "0 in 1 of 3 classes" in done.stdout
+    run = dfl.load_run(tmp_path / "here")
+    predicted = run.predict(features).argmax(1).numpy()
+    shares = {}
+    for label in range(3):
+        shares[str(label)] = (predicted[labels == label] == label).mean()
+    assert run.result["class_accuracy"] == pytest.approx(shares)
+    assert shares["2"] == 0 < min(shares["0"], shares["1"])
+
+
 IMAGES = np.zeros((3, 1, 8, 8), np.uint8)
 OTHER_INPUT = {
     "floats": IMAGES.astype(np.float32),
