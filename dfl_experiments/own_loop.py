@@ -192,7 +192,8 @@ class Rule:
             `loss.backward()` bit for bit. Default: the rule's own loss.
         step_feedback: whether to update B. To accumulate gradients over several batches, pass True only for the last
             batch.
-        weight: factor of the gradients of W and B; 1/k for one of k batches of equal size whose gradients accumulate.
+        weight: factor of the gradients of W and B, not of the returned loss; 1/k for one of k batches of equal size
+            whose gradients accumulate.
 
         Raises:
             UserError: something would make the gradients wrong or absent, and PyTorch would raise no error.
@@ -229,10 +230,10 @@ class Rule:
     def alignment(
         self, inputs: Tensor, target: Any, loss: Loss | None = None
     ) -> dict[str, dict[str, float]]:
-        """Compare the rule's error signals with those of BP on a batch. Nothing else changes.
+        """Compare the rule's error signals with those of BP on a batch. Pass the same `loss` as to `backward`.
 
-        The network keeps its weights, gradients, batch statistics and random state. A compiled network runs without
-        its compiled code.
+        The network keeps its weights, gradients, batch statistics and random state. A compiled network runs without its
+        compiled code.
 
         Returns one mapping for each boundary, by the name of the boundary, or by the number of the layer if the network
         has no boundary names. It has the keys cosine_sample and cosine_batch (1 is perfect agreement), norm and norm_bp

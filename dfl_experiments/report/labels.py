@@ -40,7 +40,8 @@ def labelled(frame: DataFrame) -> DataFrame:
     """Add the columns `setting`, `shared` and `method`, and a column for each option that they name.
 
     setting: text with the options that differ between runs, without the method's and without defaults.
-    shared: text with the options that all runs share and that differ from their defaults.
+    shared: text with the options that all runs share and that differ from their defaults. A class of the user is left
+        out if its part of the configuration has a name of the user's own, which the tables show.
     is_default: whether all options except the method's have their defaults, and B has no optimizer of its own.
     method: text with the rule and those of its options that differ from their defaults.
     feedback_options: text with the options of B's own optimizer and schedule that all runs of the rule share.
@@ -103,7 +104,9 @@ def setting_columns(names: Names, options: DataFrame) -> DataFrame:
         if is_resolved and not is_identity(key):
             with_default.append(key)
     changed = unusual(options[with_default], defaults)
-    shared = changed.drop(columns=differs.columns, errors="ignore")
+    named_by_user = [f"{group}._target_" for group in names if not conf_values(group, names[group])]
+    hidden = [*differs.columns, *named_by_user]
+    shared = changed.drop(columns=hidden, errors="ignore")
     if DATA_PATH in shared:  # a caption needs only the name of the file
         shared[DATA_PATH] = shared[DATA_PATH].str.replace(FOLDER, r"\1", regex=True)
     is_default = changed.isna().all(axis="columns")

@@ -372,6 +372,21 @@ def test_caption_names_unusual_options_that_all_rows_share(finished_point, tmp_p
     assert "batch_size" not in answer(section).caption  # it has a column
 
 
+def test_caption_names_the_user_s_class_only_if_its_part_has_no_name_of_its_own(
+    finished_point, tmp_path
+):
+    altered(
+        finished_point, tmp_path / "a", {"schedule.name": "mine", "schedule._target_": "my.Own"}
+    )
+    (section,) = sections(runs(tmp_path))
+    assert "schedule mine" in answer(section).caption
+    assert "my.Own" not in answer(section).caption
+    target = {"optimizer.name": "torch", "optimizer._target_": "torch.optim.NAdam"}
+    altered(finished_point, tmp_path / "b", target)
+    (section,) = sections(runs(tmp_path / "b"))
+    assert "optimizer._target_=torch.optim.NAdam" in answer(section).caption.replace("'", "")
+
+
 def test_weight_decay_is_the_optimizer_s_own_default_if_none_is_set(tmp_path):
     chosen = ["optimizer=torch", "optimizer._target_=torch.optim.AdamW", "optimizer.lr=1e-3"]
     small = ["model.widths=[4]", "limit=20", "epochs=1", "tracking=disabled"]
