@@ -203,7 +203,10 @@ class Data(NamedTuple):
 def make_batches(
     configuration: Configuration, arrays: Arrays, device: torch.device, layout: torch.memory_format
 ) -> Data:
-    """Split, standardise and move the samples, and return their batches."""
+    """Split, standardise and move the samples, and return their batches.
+
+    Raises `UserError` if the options of the data set or the augmentation do not fit the samples.
+    """
     settings = configuration.settings
     dataset, smoke = settings.dataset, settings.smoke
     images, labels = arrays.train_images, arrays.train_labels
@@ -224,6 +227,7 @@ def make_batches(
     are_images = kind_of(images) == "images"
     augmentation.check(arrays.shape, are_images, configuration.values["augmentation"]["name"])
     normalise = Normalise(dataset.mean, dataset.std)
+    normalise(torch.from_numpy(images[:1]))  # raises `UserError` for a wrong number of channels
 
     def evaluation(images: np.ndarray, labels: np.ndarray) -> EvaluationBatches:
         samples = resident(prepared(images), labels, device)

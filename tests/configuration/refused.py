@@ -2,6 +2,9 @@
 
 VALUES = {
     "dataset.mean=[127]": ("dataset.mean.0=127", "less than or equal to 1"),
+    "dataset.mean=[0.5,0.5] dataset.std=[0.2,0.2]": (
+        "dataset.mean, dataset.std: 2 values, but the images have 1 channels",
+    ),
     "epochs=0": ("epochs=0", "greater than 0"),
     "threads=100000": ("threads=100000", "less than or equal to 1024"),
     "epochs=true": ("epochs=True", "valid integer"),

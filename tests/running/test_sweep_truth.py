@@ -112,18 +112,28 @@ def test_forced_sweep_that_starts_no_job_shows_no_earlier_results(
     assert statuses_and_accuracies(tmp_path) == [("not started", "")] * 2
 
 
-def test_failed_rerun_keeps_earlier_results(tmp_path):
+BROKEN_AUGMENTATION = """
+from dfl_experiments.data.augmentation import Augmentation
+
+class Broken(Augmentation):
+    def __call__(self, images, normalise, generator):
+        raise RuntimeError("the first batch fails")
+"""
+
+
+def test_failed_rerun_keeps_earlier_results(tmp_path, monkeypatch):
     here = (*SMALL, "hydra.run.dir=here")
     assert dfl_train(tmp_path, *here).returncode == 0
     files = [path for path in (tmp_path / "here").iterdir() if path.is_file()]
     files = [path for path in files if path.suffix != ".log"]
     before = contents(files)
-    # the images have one channel, so the first batch cannot be normalised
-    two_channels = ("dataset.mean=[0.5,0.5]", "dataset.std=[0.2,0.2]")
-    assert dfl_train(tmp_path, *here, "force=true", *two_channels).returncode != 0
+    (tmp_path / "broken.py").write_text(BROKEN_AUGMENTATION)
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = ("plugins=[broken]", "augmentation._target_=broken.Broken")
+    assert dfl_train(tmp_path, *here, "force=true", *broken).returncode == 1
     assert contents(files) == before
     as_sweep = ("--multirun", *SMALL, "hydra.sweep.dir=.", "hydra.sweep.subdir=here", "seed=0")
-    assert dfl_train(tmp_path, *as_sweep, "force=true", *two_channels).returncode == 1
+    assert dfl_train(tmp_path, *as_sweep, "force=true", *broken).returncode == 1
     assert contents(files) == before
     (row,) = table(tmp_path / "summary.csv")
     assert (row["folder"], row["status"], row["accuracy"]) == ("here", "failed", "")
