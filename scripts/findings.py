@@ -184,29 +184,40 @@ def depth(summary: pd.DataFrame) -> str:
     )
 
 
-def what_turns(by_epoch: DataFrameGroupBy) -> str:
-    """Return the finding on the first figure: which weights must learn so that layer 1's cosine rises.
+def what_learns(by_epoch: DataFrameGroupBy) -> str:
+    """Return the finding on the first figure, which describes `what_learns_table`. by_epoch: see there."""
+    seeds = span_text(by_epoch.size())
+    return (
+        f"Layer 1's cosine after epochs 1 → 12 → 100, as in the figure at the top, {seeds} seeds. If B starts as the "
+        "product of the weights above it, the cosine rises only where the hidden layers' W and B both learn."
+    )
+
+
+def what_learns_table(by_epoch: DataFrameGroupBy) -> pd.DataFrame:
+    """Return layer 1's cosine after some epochs, for the runs of the first figure and for its controls.
 
     by_epoch: the runs' cosines, grouped by method and epoch, see `reference.at_epochs`.
     """
     cosine = by_epoch["cosine/1"].mean()
-    seeds = span_text(by_epoch.size())
+    product = "product of W"
+    some = "B and the output layer (epochs 1 → 12)"
+    fixed, drawn = "fixed_blocks=2", "init=default"
+    rows = [
+        (product, "W and B", "", "las", "ltas"),
+        (product, "W", "dfa", "", ""),
+        (product, some, "", f"las, {fixed}", f"ltas, {fixed}"),
+        ("random", "W; B in LAS and LTAS", f"dfa, {drawn}", f"las, {drawn}", f"ltas, {drawn}"),
+    ]
 
-    def change(method: str, *epochs: int) -> str:
-        values = [f"{cosine.loc[method, epoch]:.2f}" for epoch in epochs]
-        return f"{method_name(method.partition(',')[0])} {' → '.join(values)}"
+    def curve(method: str) -> str:
+        if not method:
+            return ""
+        return " → ".join(f"{value:.2f}" for value in cosine.loc[method])
 
-    both = ", ".join(change(method, 1, 12, 100) for method in ("las", "ltas"))
-    only_b = ", ".join(change(f"{method}, fixed_blocks=2", 1, 12) for method in ("las", "ltas"))
-    drawn = ", ".join(
-        change(f"{method}, init=default", 1, 12, 100) for method in ("dfa", "las", "ltas")
-    )
-    return (
-        f"Layer 1's cosine after 1, 12 and 100 epochs, as in the figure at the top, {seeds} seeds. If B starts as the "
-        "product of the weights above it, the cosine rises only where the hidden layers' W and B both learn: "
-        f"{both}. Only W learns: {change('dfa', 1, 12, 100)}. Only B and the output layer learn (1 and 12 epochs): "
-        f"{only_b}. If B starts at random, the cosine rises in all three rules: {drawn}."
-    )
+    columns = list(METHODS)
+    table = pd.DataFrame(rows, columns=["B starts as", "what learns", *columns])
+    table[columns] = table[columns].map(curve)
+    return table
 
 
 def this_paper(runs: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, indent
 
 import depth_ladder
 import numpy as np
@@ -41,7 +41,8 @@ from findings import (
     span_text,
     stability,
     this_paper,
-    what_turns,
+    what_learns,
+    what_learns_table,
 )
 from matplotlib.figure import Figure
 from pandas.core.groupby import DataFrameGroupBy
@@ -55,6 +56,7 @@ from dfl_experiments.report.style import method_name, method_order, row_title, s
 from dfl_experiments.report.table_text import NONE, markdown, numbers
 from dfl_experiments.report.tables import Section, sections
 
+WHAT_LEARNS = "What must learn"  # title of the finding that has a table
 EPOCHS = (1, 12, 100)  # epochs that the tables of the alignment figure show
 KEPT = Path("outputs/reference")
 README = Path("README.md")
@@ -388,15 +390,16 @@ def findings(runs: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, str]:
     ladder = pd.read_csv(depth_ladder.SUMMARY)
     points = {
         "Stability": stability(map_runs),
-        "What must learn": what_turns(of_figure),
+        WHAT_LEARNS: what_learns(of_figure),
         "This paper's tables": this_paper(runs),
         "Other papers": other_papers(runs),
         "Depth": depth(ladder),
     }
-    bullets = [
-        fill(f"- **{title}.** {text}", 120, subsequent_indent="  ")
-        for title, text in points.items()
-    ]
+    bullets = []
+    for title, text in points.items():
+        bullets.append(fill(f"- **{title}.** {text}", 120, subsequent_indent="  "))
+        if title == WHAT_LEARNS:
+            bullets += ["", indent(table(what_learns_table(of_figure)), "  ")]
     claim_texts = [
         table(claims_table(verdicts)),
         f"{fill(contradicted(verdicts), 120)}\n",
