@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
+import signal
 import urllib.request
 from contextlib import suppress
 from functools import cache
@@ -28,6 +29,11 @@ from dfl_experiments.engine.learner import Learner
 from dfl_experiments.engine.losses import LOSSES
 from dfl_experiments.engine.method import Method
 from dfl_experiments.engine.trace import Trace
+
+# A shell or nohup that starts the tests in the background makes them ignore these signals, and so does every program
+# that they start. Tests send these signals to programs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 THREADS = torch.get_num_threads()  # as OMP_NUM_THREADS says
 CLASSES, BATCH, SHAPE = 4, 6, (3, 9, 8)
