@@ -346,7 +346,9 @@ def log_summary(result: dict[str, Any], run_dir: Path) -> None:
     log.info("  test accuracy   %.4f after the last epoch", accuracy["last"])
     if (best := accuracy["at_best_validation"]) is not None:
         log.info("                  %.4f after the epoch of best validation accuracy", best)
-    by_class = [share for share in result["class_accuracy"].values() if share is not None]
+    # a checkpoint of an earlier version may lack it
+    shares = result.get("class_accuracy", {}).values()
+    by_class = [share for share in shares if share is not None]
     if not all(by_class):
         text = "                  0 in %d of %d classes; see class_accuracy in result.json"
         log.info(text, by_class.count(0), len(by_class))
