@@ -200,13 +200,13 @@ def what_learns_table(by_epoch: DataFrameGroupBy) -> pd.DataFrame:
     """
     cosine = by_epoch["cosine/1"].mean()
     product = "product of W"
-    some = "B and the output layer (epochs 1 → 12)"
-    fixed, drawn = "fixed_blocks=2", "init=default"
+    not_hidden = "B and the output layer (epochs 1 → 12)"
+    fixed, random = "fixed_blocks=2", "init=default"
     rows = [
         (product, "W and B", "", "las", "ltas"),
         (product, "W", "dfa", "", ""),
-        (product, some, "", f"las, {fixed}", f"ltas, {fixed}"),
-        ("random", "W; B in LAS and LTAS", f"dfa, {drawn}", f"las, {drawn}", f"ltas, {drawn}"),
+        (product, not_hidden, "", f"las, {fixed}", f"ltas, {fixed}"),
+        ("random", "W; B in LAS and LTAS", f"dfa, {random}", f"las, {random}", f"ltas, {random}"),
     ]
 
     def curve(method: str) -> str:

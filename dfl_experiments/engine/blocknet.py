@@ -138,7 +138,7 @@ class BlockNet(nn.Module):
     def probe(self, cuts: Collection[int] = ()) -> Trace:
         """Return the trace of a forward pass on one sample of `blank`. The net does not change.
 
-        The trace is kept, so that gradients can be computed.
+        The trace keeps every h_i. It is not for gradients, because the buffers are restored after the forward pass.
 
         cuts: see `trace`.
         Raises `UserError` if the forward pass fails, for example because a kernel is larger than its input.

@@ -66,6 +66,18 @@ class State:
     """
 
 
+@dataclass(frozen=True)
+class EvaluatedEpoch:
+    """What is known of an epoch after its evaluation."""
+
+    row: dict[str, Any]
+    """Row of epochs.csv."""
+    class_accuracy: dict[str, float | None]
+    """Test accuracy of each class, by name; None for a class without test samples."""
+    has_collapsed: bool
+    """Whether the network has collapsed, see `Activations`."""
+
+
 class Training:
     """The training of a run: its epochs, its CSV files and its checkpoints."""
 
@@ -161,23 +173,22 @@ class Training:
         state, names, values = self.state, self.learner.metric_names, self.state.rows
         assert values is not None
         columns = dict(zip(names, values.T, strict=True))
-        row, class_accuracy, has_collapsed = self.epoch_row(columns, lr)
+        evaluated = self.evaluated(columns, lr)
+        row = evaluated.row
         rows = {"iterations": iteration_rows(values, names, row["epoch"]), "epochs": [row]}
         for name in rows:
             self.tables[name].extend(rows[name])
             self.tracker.log(rows[name])
         self.progress.end(row)
-        self.close_epoch(columns, row, class_accuracy, has_collapsed)
+        self.close_epoch(columns, evaluated)
         is_last = state.epoch == self.settings.epochs or state.end is not None
         is_due = self.age * SHARE_OF_WRITING >= self.seconds_to_write
         if self.settings.checkpoint.keep if is_last else is_due:
             self.save()
         self.stop.raise_if_asked()
 
-    def epoch_row(
-        self, columns: dict[str, Tensor], lr: float
-    ) -> tuple[dict[str, Any], list[float | None], bool]:
-        """Return the epoch's row of epochs.csv, each class's test accuracy, and whether the network has collapsed.
+    def evaluated(self, columns: dict[str, Tensor], lr: float) -> EvaluatedEpoch:
+        """Evaluate the network after an epoch.
 
         columns: the epoch's metrics by name. Each has shape (iterations,).
         """
@@ -209,17 +220,13 @@ class Training:
         for quantity, name in names.items():
             means = per_layer(columns, quantity, torch.mean)
             row |= {f"{name}/{i}": value for i, value in means.items()}
-        return row, test.class_accuracy, has_collapsed
+        class_accuracy = dict(zip(parts.classes, test.class_accuracy, strict=True))
+        return EvaluatedEpoch(row, class_accuracy, has_collapsed)
 
-    def close_epoch(
-        self,
-        columns: dict[str, Tensor],
-        row: dict[str, Any],
-        class_accuracy: list[float | None],
-        has_collapsed: bool,
-    ) -> None:
+    def close_epoch(self, columns: dict[str, Tensor], evaluated: EvaluatedEpoch) -> None:
         """Add an epoch to the state, and decide whether the run ends early."""
         parts, state, learner = self.parts, self.state, self.learner
+        row = evaluated.row
         epoch, top = row["epoch"], learner.net.depth - 1
         state.accuracies.append((row["validation_accuracy"], row["test_accuracy"]))
         state.seconds += state.epoch_seconds
@@ -229,7 +236,7 @@ class Training:
             "epochs": epoch,
             "accuracy": accuracies[HEADLINES[self.settings.protocol.accuracy]],
             "test_accuracy": accuracies,
-            "class_accuracy": dict(zip(parts.classes, class_accuracy, strict=True)),
+            "class_accuracy": evaluated.class_accuracy,
             "validation_accuracy": row["validation_accuracy"],
             "validation_loss": row["validation_loss"],
             "zeros": per_layer(columns, "zeros", torch.sum) or before.get("zeros", {}),
@@ -240,7 +247,7 @@ class Training:
         }
         trained, initial = nn.ModuleList([learner.net, learner.method]), state.initial or 0.0
         state.end = early_end(columns["loss"], epoch, trained, accuracies["best"], initial)
-        if state.end is None and has_collapsed and self.settings.stop_collapsed:
+        if state.end is None and evaluated.has_collapsed and self.settings.stop_collapsed:
             cause = f"all units of layer {top} are 0 for every image that still has an error"
             reason = f"after epoch {epoch}: {cause}; try a lower optimizer.lr"
             state.end = {"status": "collapsed", "reason": reason}
