@@ -227,7 +227,7 @@ def make_batches(
     are_images = kind_of(images) == "images"
     augmentation.check(arrays.shape, are_images, configuration.values["augmentation"]["name"])
     normalise = Normalise(dataset.mean, dataset.std)
-    normalise(torch.from_numpy(images[:1]))  # raises `UserError` for a wrong number of values
+    normalise(torch.tensor(images[:1]))  # raises `UserError` for a wrong number of values
 
     def evaluation(images: np.ndarray, labels: np.ndarray) -> EvaluationBatches:
         samples = resident(prepared(images), labels, device)
