@@ -1,7 +1,7 @@
 """Name the setting and the method of each run by the options that differ between the runs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,22 @@ def joined(options: DataFrame) -> list[str]:
         parts = [f"{key}={value}" for key, value in row.dropna().items()]
         texts.append(", ".join(parts))
     return texts
+
+
+def layers_sentence(runs: DataFrame, layers: Collection[int] | None = None) -> str:
+    """Return the names of a user's net for its layers: "Layers: 1 conv, 2 pool."
+
+    Return "" for a net without boundaries, or if the runs differ in their boundaries.
+
+    layers: numbers of the layers to name, from 1. Default: all.
+    """
+    if runs.boundaries.nunique() > 1:
+        return ""
+    names = dict(enumerate(runs.boundaries.iloc[0], start=1))
+    texts = [
+        f"{layer} {name}" for layer, name in names.items() if layers is None or layer in layers
+    ]
+    return f"Layers: {', '.join(texts)}." if texts else ""
 
 
 def is_identity(key: str) -> bool:

@@ -15,6 +15,7 @@ from pandas import DataFrame, Series
 
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.frame import refuse_no_table, with_key
+from dfl_experiments.report.labels import layers_sentence
 from dfl_experiments.report.line_labels import lines_of, title, with_lines
 from dfl_experiments.report.run_record import ALIASES
 from dfl_experiments.report.series import known, measured, over_seeds, quantity_of, recorded
@@ -111,6 +112,9 @@ def draw(
             of_quantity = values[values.what == name]
             shown = layers_of(of_quantity, layers, notes)
             panels += [Panel(name, layer, part) for layer in shown]
+    names_of_layers = layers_sentence(frame, {panel.layer for panel in panels})
+    if names_of_layers:
+        notes.append(names_of_layers)
     with styled(is_small=size is not None):
         figure = with_axes(panels, lines, size)
         for axes, panel in zip(figure.axes, panels, strict=True):

@@ -166,6 +166,7 @@ def results_of(status: str, config: Values, result: Values) -> dict[str, Any]:
         "finished_at": result.get("finished_at") or "",
         "test_images": number(result.get("test_images") or known_images),
         "exact_layers": tuple(sorted(set(result.get("cosine_by_construction", ())), key=int)),
+        "boundaries": tuple(result.get("boundaries", ())),
         "unstable": instability_text(result.get("unstable")),
         "failed_to_learn": failed_to_learn,
         "fails": status in UNFIT or failed_to_learn,

@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import choose, grid_points
 from dfl_experiments.report.frame import CELL, ROW, layer_names
-from dfl_experiments.report.labels import KIND, SECTION, option_names
+from dfl_experiments.report.labels import KIND, SECTION, layers_sentence, option_names
 from dfl_experiments.report.paper import SETTINGS
 from dfl_experiments.report.run_record import ENDED
 from dfl_experiments.report.style import (
@@ -291,6 +291,7 @@ def alignment(section: Section) -> Table | None:
     caption = "Cosine with BP's error signal."
     if frame.no_signal.any():
         caption += " No signal: layers where more than half of the samples have a zero signal."
+    caption = f"{caption} {layers_sentence(section.runs)}".strip()
     shown = with_settings(frame, section.runs, columns)
     return Table("Alignment", shown, caption)
 
@@ -322,7 +323,8 @@ def stability(section: Section) -> Table | None:
     columns["unstable runs"] = frame.unstable_runs.astype(str) + of_ended + first
     columns["failing runs"] = frame.failing.astype(str) + of_ended
     shown = with_settings(frame, section.runs, columns)
-    return Table("Stability", shown, "After the last epoch.")
+    caption = f"After the last epoch. {layers_sentence(section.runs)}".strip()
+    return Table("Stability", shown, caption)
 
 
 def largest(frame: DataFrame, quantity: str, style: str) -> Series:

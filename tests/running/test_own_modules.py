@@ -15,6 +15,8 @@ from test_resume import assert_same, outcome
 import dfl_experiments as dfl
 from dfl_experiments.errors import UserError
 from dfl_experiments.report.labels import OPTION
+from dfl_experiments.report.lines import draw
+from dfl_experiments.report.tables import alignment, sections, stability
 
 SMALL = """
 from torch import bfloat16, nn
@@ -119,6 +121,23 @@ def test_report_compares_own_nets_and_data_with_the_files_that_they_started_from
     assert done.returncode == 0, done.stderr
     (shared,) = dfl.runs(tmp_path / "here").shared
     assert set(OPTION.findall(shared)) == {"model.planes", "dataset.source.path", "dataset.std"}
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_captions_name_the_boundaries_of_own_nets(tmp_path):
+    options = ("method=dfa", "model.boundaries=[features.2,features.5]", "optimizer.lr=1e-2")
+    enough = ("limit=1000", "epochs=3")  # to learn more than chance
+    done = dfl_train(tmp_path, *OPTIONS, *MINE, *options, *enough)
+    assert done.returncode == 0, done.stderr
+    frame = dfl.runs(tmp_path / "here")
+    (section,) = sections(frame)
+    of_layers = "Layers: 1 features.2, 2 features.5."
+    assert alignment(section).caption.endswith(of_layers)
+    assert stability(section).caption.endswith(of_layers)
+    (legend,) = draw(frame, what=["alignment"]).legends
+    assert legend.get_title().get_text().endswith("Layers: 1 features.2.")
+    (legend,) = draw(frame, what=["loss"]).legends
+    assert "Layers" not in legend.get_title().get_text()
 
 
 @pytest.mark.usefixtures("own_modules")
