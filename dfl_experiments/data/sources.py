@@ -211,26 +211,13 @@ def read_idx_files(files: list[bytes], classes: list[str]) -> Arrays:
 
     files: contents of the training images, training labels, test images and test labels.
     """
-    train_images, train_labels, test_images, test_labels = files
-    return Arrays(
-        read_idx_images(train_images),
-        read_idx_labels(train_labels),
-        read_idx_images(test_images),
-        read_idx_labels(test_labels),
-        classes,
-    )
-
-
-def read_idx_images(content: bytes) -> np.ndarray:
-    """Return the images in a file of MNIST's format, (N, 1, 28, 28). The header has 16 bytes."""
-    pixels = np.frombuffer(content, np.uint8, offset=16)
-    return pixels.reshape(-1, 1, 28, 28)
-
-
-def read_idx_labels(content: bytes) -> np.ndarray:
-    """Return the labels in a file of MNIST's format, (N,). The header has 8 bytes."""
-    labels = np.frombuffer(content, np.uint8, offset=8)
-    return labels.astype(np.int64)
+    arrays: dict[str, Any] = {}
+    for part, (images, labels) in (("train", files[:2]), ("test", files[2:])):
+        # the header has 16 bytes in a file of images, and 8 bytes in a file of labels
+        pixels = np.frombuffer(images, np.uint8, offset=16)
+        arrays[f"{part}_images"] = pixels.reshape(-1, 1, 28, 28)
+        arrays[f"{part}_labels"] = np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+    return Arrays(**arrays, classes=classes)
 
 
 class Cifar(Published):
