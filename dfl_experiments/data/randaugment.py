@@ -31,21 +31,17 @@ def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
     """
     if operation == "Posterize":
         return float(8 - round(bin_ / ((BINS - 1) / 4)))
-    first, last = 0.0, 0.0  # magnitudes of the first and of the last bin
-    match operation:
-        case "ShearX" | "ShearY":
-            last = 0.3
-        case "TranslateX":
-            last = 150.0 / 331.0 * width
-        case "TranslateY":
-            last = 150.0 / 331.0 * height
-        case "Rotate":
-            last = 30.0
-        case "Solarize":
-            first = 255.0
-        case _ if operation in FACTORS:
-            last = 0.9
-    return torch.linspace(first, last, BINS)[bin_].item()
+    if operation == "Solarize":
+        return torch.linspace(255.0, 0.0, BINS)[bin_].item()
+    largest = {
+        "ShearX": 0.3,
+        "ShearY": 0.3,
+        "TranslateX": 150.0 / 331.0 * width,
+        "TranslateY": 150.0 / 331.0 * height,
+        "Rotate": 30.0,
+        **dict.fromkeys(FACTORS, 0.9),
+    }
+    return torch.linspace(0.0, largest.get(operation, 0.0), BINS)[bin_].item()
 
 
 def _transform(image: Tensor, operation: str, value: float) -> Tensor:
