@@ -143,8 +143,8 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{option}: cannot be loaded ({error}); {rule}") from error
     is_defined_there = f"{getattr(imported, '__module__', '')}.".startswith(prefixes)
-    if key.startswith("optimizer"):
-        imported = as_factory(imported)
+    if key.startswith("optimizer") and import_object(f"{PACKAGE}.optimizers.is_usable")(imported):
+        imported = import_object(f"{PACKAGE}.optimizers.factory_of")(imported)
     built_class = returned_class(imported) if key == "model" else imported
     if key == "model" and not target.startswith(f"{PACKAGE}."):
         base = import_object(MODULE)
@@ -152,12 +152,6 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     if not is_defined_there or not has_base or inspect.isabstract(imported):
         raise UserError(f"{option}: {rule}")
     return imported
-
-
-def as_factory(target: Any) -> Any:
-    """Return the factory of a usable `torch.optim.Optimizer`; return another object unchanged."""
-    optimizers = importlib.import_module(f"{PACKAGE}.optimizers")
-    return optimizers.factory_of(target) if optimizers.is_usable(target) else target
 
 
 def returned_class(target: Any) -> Any:

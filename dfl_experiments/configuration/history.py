@@ -5,6 +5,7 @@ digest leaves out an added option if the option has the value that all runs used
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 # older name of an option: name today
@@ -57,7 +58,7 @@ def with_recorded_names(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _renamed(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
     """Return a configuration with new names for some options. A new name may move the option to another group."""
-    result = _copied(config)
+    result = deepcopy(dict(config))
     for old, new in new_names.items():
         group, option = old.split(".")
         new_group, new_option = new.split(".")
@@ -67,21 +68,13 @@ def _renamed(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[st
     return result
 
 
-def _copied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a configuration and of its groups."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        result[key] = dict(value) if isinstance(value, Mapping) else value
-    return result
-
-
 def without_unrecorded_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without the added options that change nothing.
 
     An option that was added after the first version changes nothing in two cases: it has the value that all runs used
     before the option existed, or it has no effect in this model.
     """
-    result = _copied(config)
+    result = deepcopy(dict(config))
     # the name does not change what a run computes
     result.get("schedule", {}).pop("name", None)
     feedback = result["optimizer"].get("feedback")
