@@ -9,8 +9,20 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from dfl_experiments import ranges
-from dfl_experiments.configuration.components import STRICT, Component, Name, component
-from dfl_experiments.configuration.composition import CONF_DIR, config_digest, group_options, plain
+from dfl_experiments.configuration.components import (
+    STRICT,
+    Component,
+    Name,
+    component,
+    options_of,
+)
+from dfl_experiments.configuration.composition import (
+    CONF_DIR,
+    changed,
+    config_digest,
+    group_options,
+    plain,
+)
 from dfl_experiments.configuration.history import feedback_overrides
 from dfl_experiments.configuration.refusals import flat_keys, refusal
 from dfl_experiments.errors import UserError, shown
@@ -230,6 +242,32 @@ def check_name(dataset: Dataset) -> None:
         raise UserError(f"dataset.name={shown(dataset.name)}: {problem}")
 
 
+def with_deleted_options(group: str, node: Mapping[str, Any], target: Any) -> dict[str, Any]:
+    """Return a group with the options of its file in conf/ that a command such as `~method.init` deleted.
+
+    The run uses the default of the class for such an option. It is recorded, because a report reads a missing option as
+    the value in the file.
+
+    target: the class or function that the group names.
+    """
+    result = dict(node)
+    path = CONF_DIR / group / f"{node['name']}.yaml"
+    if not path.exists():
+        return result
+    fields = dict(options_of(target, group).model_fields)
+    if group in SHARED:
+        fields |= SHARED[group].model_fields
+    file: Any = OmegaConf.load(path)
+    for name in file:
+        if name in result or name not in fields:
+            continue
+        default = changed(fields[name].get_default(call_default_factory=True), lambda value: value)
+        # PyTorch's own default of an optimizer's option is a marker without a value
+        if isinstance(default, bool | int | float | str | list | dict | None):
+            result[name] = default
+    return result
+
+
 def _import_plugin(plugin: str) -> None:
     """Import a package or a file of the user, so that `_target_` can name its classes.
 
@@ -286,6 +324,8 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> Configuration:
     components = {}
     for key, node in nodes.items():
         components[key] = component(node, key, settings.plugins, every_key)
+    for group in GROUPS:
+        values[group] = with_deleted_options(group, values[group], components[group].target)
     for key in SCHEDULES:
         warmup = components[key].options.get("warmup", 0) if key in components else 0
         if warmup >= settings.epochs:
