@@ -18,7 +18,6 @@ from dfl_experiments.configuration.components import (
 )
 from dfl_experiments.configuration.composition import (
     CONF_DIR,
-    changed,
     config_digest,
     group_options,
     plain,
@@ -261,7 +260,9 @@ def with_deleted_options(group: str, node: Mapping[str, Any], target: Any) -> di
     for name in file:
         if name in result or name not in fields:
             continue
-        default = changed(fields[name].get_default(call_default_factory=True), lambda value: value)
+        default = fields[name].get_default(call_default_factory=True)
+        if isinstance(default, tuple):
+            default = list(default)
         # PyTorch's own default of an optimizer's option is a marker without a value
         if isinstance(default, bool | int | float | str | list | dict | None):
             result[name] = default

@@ -19,6 +19,8 @@ from dfl_experiments.report.tables import answer, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).with_name("kept_cells.csv")
+# rules with three seeds at 1e-4 on MNIST when KEPT was written; the others had two
+WITH_THREE_SEEDS = ["bp", "shallow", "dfa", "sdfa", "las", "ltas"]
 
 
 def shown(frame):
@@ -28,10 +30,12 @@ def shown(frame):
 
 
 def test_kept_runs_have_the_published_cells():
-    """An earlier implementation of the report wrote kept_cells.csv. It did not know the rate 3e-4 on MNIST."""
+    """An earlier implementation of the report wrote kept_cells.csv. The runs added to its MNIST grid are left out."""
     cells = {}
     frame = runs(ROOT / "outputs" / "reference")
-    was_added = (frame.dataset == "mnist") & (frame.epochs == 20) & (frame.lr == 3e-4)
+    is_grid = (frame.dataset == "mnist") & (frame.epochs == 20)
+    is_new_seed = (frame.lr == 1e-4) & (frame.seed == 2) & ~frame.rule.isin(WITH_THREE_SEEDS)
+    was_added = is_grid & ((frame.lr == 3e-4) | is_new_seed)
     for cell in shown(frame[~was_added]):
         setting = (cell.dataset, cell.model, cell.augmentation, cell.epochs)
         cells[*setting, cell.optimizer, cell.precision, cell.protocol, cell.method] = cell
