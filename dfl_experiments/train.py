@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dfl_experiments import __version__
 from dfl_experiments.configuration.composition import CONF_DIR, quoted, register_resolvers
-from dfl_experiments.configuration.grids import BASIC
+from dfl_experiments.configuration.grids import BASIC, read_in_jobs
 from dfl_experiments.configuration.launchers import register_launchers
 from dfl_experiments.configuration.recorded import composable
 from dfl_experiments.configuration.refusals import refuse, refusing, uncomposed
@@ -96,7 +96,7 @@ def main() -> None:
     Checks.begun, Checks.stopped_by, Checks.made = False, None, []
     logging.raiseExceptions = False  # no traceback if the output is a closed pipe
     arguments = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
-    sys.argv[1:] = overrides_first(composable(arguments))
+    sys.argv[1:] = overrides_first(read_in_jobs(composable(arguments)))
     # Hydra then raises its errors, and `refusing` prints one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     handlers = handle(on_signal)

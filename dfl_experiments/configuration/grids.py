@@ -6,10 +6,39 @@ from collections.abc import Iterator, Sequence
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from dfl_experiments.errors import UserError
 
 BASIC = "basic"  # name of Hydra's default sweeper
+MULTIRUN = ("--multirun", "-m")
+
+
+def read_in_jobs(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments such that Hydra reads the options of a swept group, as in `method=dfa,fa`, only in the jobs.
+
+    Before Hydra makes the jobs, it composes a configuration with the default in place of a swept group. It would refuse
+    an option that the default method lacks. A choice of one value is a sweep, which Hydra leaves out there.
+    """
+    if not set(MULTIRUN) & set(arguments):
+        return [*arguments]
+    swept = [argument.partition("=")[0] for argument in arguments if is_sweep(argument)]
+    changed = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        is_of_swept_group = key.partition(".")[0] in swept and "." in key
+        if is_of_swept_group and value and not is_sweep(argument):
+            argument = f"{key}=choice({value})"
+        changed.append(argument)
+    return changed
+
+
+def is_sweep(argument: str) -> bool:
+    """Return whether an argument is an override with several values, such as a=1,2."""
+    try:
+        return OverridesParser.create().parse_override(argument).is_sweep_override()
+    except HydraException:
+        return False  # a flag, or a mistake that Hydra refuses
 
 
 def sweep_points(texts: Sequence[str], sweeper: str) -> Iterator[list[str]]:

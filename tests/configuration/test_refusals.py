@@ -48,6 +48,25 @@ def test_hints_name_only_valid_options(tmp_path, monkeypatch, capsys):
     assert "did you mean optimizer.lr?" in error  # the option exists in another group
 
 
+def test_option_of_a_swept_group_need_not_exist_in_the_default_option(
+    tmp_path, monkeypatch, capsys
+):
+    """The default method, LAS, has no option `top`."""
+    monkeypatch.chdir(tmp_path)
+    grid = ["--multirun", "--dry-run", "method=dfa,sdfa", "method.top=direct", "epochs=1"]
+    monkeypatch.setattr(sys, "argv", ["dfl-train", *grid])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert "2 of 2 to train" in capsys.readouterr().out
+
+
+def test_unknown_option_of_a_swept_group_is_refused_with_its_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = refusal(["--multirun", "method=dfa,fa", "method.top=direct"], monkeypatch, capsys)
+    assert "method.top: no such option; there are init (in the job method=fa " in error
+
+
 def test_suggestion_replaces_a_long_list_of_keys(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     error = refusal(["methd=dfa"], monkeypatch, capsys)
