@@ -52,7 +52,7 @@ class Direct(Method):
         self.exact_from = self.depth if top == "direct" else self.depth - 1
         shapes = net.output_shapes()
         self.cuts = frozenset(self.boundaries(net, shapes))
-        self.products = Products(net, shapes)
+        self.products = Products(net, shapes, num_classes)
         self.local_modules: dict[int, LocalModule] = {}
         for i in sorted(self.cuts):
             reader = net.reader(i)
@@ -64,7 +64,7 @@ class Direct(Method):
         if not self.cuts:
             log.warning(
                 "method: no hidden layer has a B, so every signal equals BP's; a net needs several hidden blocks "
-                "(nn.LSTM with num_layers=2 is one module: split it)"
+                "(a layer that is used twice is one block, and so is nn.LSTM with num_layers=2)"
             )
         if init == "product" and self.cuts:
             self.log_initial_feedback()
@@ -146,7 +146,7 @@ class Products:
 
     In a net without activations, the product is the Jacobian of a_L with respect to h_i.
 
-    Only two kinds of nets have products:
+    Only two kinds of nets have products, and only if the last linear layer has K outputs:
     dense: every h_i is a vector, and every block has exactly one matrix, which is the weight of a linear layer. This
         layer reads all of h_i.
     residual: every h_i consists of tokens, all tokens have the same width, and linear layers read them. The head has
@@ -154,7 +154,7 @@ class Products:
         shortcuts, such as a stack of recurrent layers.
     """
 
-    def __init__(self, net: BlockNet, shapes: Sequence[torch.Size]) -> None:
+    def __init__(self, net: BlockNet, shapes: Sequence[torch.Size], num_classes: int) -> None:
         by_block = [net.weight_layers(i) for i in range(net.depth)]
         self.layers = [layer for layers in by_block for layer in layers]
         matrices = [p for p in net.parameters() if p.dim() > 1]
@@ -166,12 +166,17 @@ class Products:
         # not so with an activation such as GLU, which halves the units
         above_first = pairwise(layer.weight.shape for layer in self.layers[1:])
         fit = all(lower[0] == upper[1] for lower, upper in above_first)
-        self.dense = has_one_each and is_flat and reads_all and fit and len(matrices) == net.depth
+        # not so if the net flattens the logits of every token
+        gives_logits = bool(self.layers) and self.layers[-1].weight.shape[0] == num_classes
+        has_no_other = len(matrices) == net.depth
+        is_dense = has_one_each and is_flat and reads_all and fit and has_no_other
+        self.dense = is_dense and gives_logits
         width = self.layers[-1].weight.shape[1] if self.layers else 0
         are_tokens = all(len(shape) == 2 and shape[1] == width for shape in shapes)
         above_input = [layer for layers in by_block[1:] for layer in layers]
         are_linear = all(isinstance(layer, nn.Linear) for layer in above_input)
-        self.residual = are_tokens and are_linear and len(by_block[-1]) == 1
+        has_one_head = len(by_block[-1]) == 1
+        self.residual = are_tokens and are_linear and has_one_head and gives_logits
 
     @torch.no_grad()
     def above(self, i: int) -> Tensor | None:

@@ -26,7 +26,7 @@ class ProductDirectFeedback(Direct):
     def __init__(
         self, net: BlockNet, num_classes: int, loss: OutputLoss, rate: Probability, **options: Any
     ) -> None:
-        if not Products(net, net.output_shapes()).dense:
+        if not Products(net, net.output_shapes(), num_classes).dense:
             raise UserError(
                 "method: B of ADFA follows the product of the weights, so the net must be fully connected"
             )

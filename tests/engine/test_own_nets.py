@@ -240,6 +240,35 @@ def test_b_of_1d_convolutions_is_not_the_product_for_tokens():
         assert rule.method.products.above(1) is None
 
 
+class Words(nn.Module):
+    """Logits of every token, (N, T·V)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        layers = [nn.Embedding(5, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.layers(x)).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa", "las"])
+def test_rules_train_a_net_that_flattens_the_logits_of_all_tokens(name):
+    tokens = torch.arange(16 * 6).view(16, 6) % 5
+
+    def loss(logits, target):
+        return F.cross_entropy(logits.view(-1, 5), target.flatten())
+
+    net, twin = Words(), Words()
+    rule = rule_of(name, net, tokens)
+    rule.backward(tokens, tokens, loss=loss)
+    loss(twin(tokens), tokens).backward()
+    equal = [torch.equal(*pair) for pair in zip(gradients(net), gradients(twin), strict=True)]
+    assert all(equal) if name == "bp" else equal[-2:] == [True, True]
+
+
 def test_alignment_restores_a_buffer_that_the_forward_pass_replaces():
     class Running(nn.Module):
         def __init__(self) -> None:
