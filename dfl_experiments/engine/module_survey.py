@@ -134,13 +134,13 @@ class Survey:
 
     def _why_none(self) -> str:
         """Return why no submodule is a boundary. A possible reason: a layer returns a tuple, as an LSTM does."""
-        for name, outputs in self.graphs[0].outputs.items():
-            if outputs and not isinstance(outputs[0], Tensor):
-                return f"the output of {name} is not one tensor: put it into a module that returns only its tensor"
         for name in self.graphs[0].nodes:
             below = self._below(name) if self._height(name) else frozenset()
             if below and below != self.parameters and (problem := self.problem(name)):
                 return f"{name}: {problem}"
+        for name, outputs in self.graphs[0].outputs.items():
+            if outputs and not isinstance(outputs[0], Tensor):
+                return f"the output of {name} is not one tensor: put it into a module that returns only its tensor"
         return "no submodule has weight layers both below and above its output"
 
     def checked(self, names: Sequence[str]) -> list[str]:

@@ -789,12 +789,12 @@ def test_names_the_shared_weight_that_prevents_a_boundary():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.first = nn.Embedding(3, 8), nn.Linear(8, 8)
+            self.words, self.first = nn.Embedding(3, 8), nn.GRU(8, 8, batch_first=True)
             self.last = nn.Linear(8, 3, bias=False)
             self.last.weight = self.words.weight
 
         def forward(self, x):
-            return self.last(self.first(self.words(x).mean(1)).relu())
+            return self.last(self.first(self.words(x))[0].mean(1).relu())
 
     with pytest.raises(UserError, match=r"no boundary; words: .* share the weight words\.weight"):
         ModuleNet(Tied(), "auto", torch.zeros(1, 4, dtype=torch.int64))
