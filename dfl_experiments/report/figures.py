@@ -112,9 +112,9 @@ def differences(chosen: DataFrame, title: str) -> Figure | None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(heights, frame.method.map(method_name))
     axes.set_ylim(-0.7, len(frame) - 0.3)
-    kind = "simultaneous " if (frame.test == "Dunnett").all() else ""
-    axes.set(xlabel=f"test accuracy minus BP's, points ({kind}95 % intervals)")
-    add_text(figure, title)
+    axes.set(xlabel="test accuracy minus BP's, points")
+    kind = "Simultaneous 95" if (frame.test == "Dunnett").all() else "95"
+    add_text(figure, title, [f"{kind} % intervals."])
     return figure
 
 

@@ -76,7 +76,7 @@ def lines_of(frame: DataFrame, color: str | None, facet: str | None, notes: list
     key = color or next(iter(columns), "method")
     lines["look"] = looks(lines, key)
     lines["legend"] = lines.label
-    if lines.label.nunique() > MOST_LABELS:
+    if lines.label.nunique() > MOST_LABELS and lines[key].nunique() < lines.label.nunique():
         lines["legend"] = in_words(lines, key)
         others = [column for column in columns if column != key]
         if others:

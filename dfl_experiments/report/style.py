@@ -148,7 +148,8 @@ def look_of(method: str) -> Look:
     number, is_lighter = divmod(crc32(options.encode()), 2)
     number, step = divmod(number, len(DASHES) - 1)
     dash = DASHES.index(look.dash) + 1 + step
-    target = 1.0 if is_lighter else 0.0
+    # a user's rule is dark already: darker, it would look like BP
+    target = 1.0 if is_lighter or rule not in LOOKS else 0.0
     share = 0.3 + 0.03 * (number % 11)
     red, green, blue = [channel + share * (target - channel) for channel in to_rgb(look.colour)]
     return Look(to_hex((red, green, blue)), DASHES[dash % len(DASHES)])
@@ -177,7 +178,7 @@ def looks_of(methods: Iterable[str]) -> dict[str, Look]:
 def own_look(rule: str) -> Look:
     """Return the look of a user's own rule: a shade of red and a dash, by a checksum of the name."""
     number, shade = divmod(crc32(rule.encode()), 11)
-    colour = to_hex(hsv_to_rgb(0.0, 0.8, 0.35 + 0.03 * shade))
+    colour = to_hex(hsv_to_rgb(0.0, 0.8, 0.45 + 0.02 * shade))
     return Look(colour, DASHES[number % len(DASHES)])
 
 

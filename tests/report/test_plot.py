@@ -107,6 +107,18 @@ def test_labels_name_only_what_differs(outputs):
     assert labels(with_las)[-1] == "LAS, 3 epochs"
 
 
+def test_legend_of_many_lines_is_shortened_only_if_it_gets_shorter(outputs):
+    (run,) = runs(outputs / "alone").index
+    frame = runs(outputs / "alone").loc[[run] * 7]
+    frame["method"] = [f"rule{number}" for number in range(7)]
+    frame["lr"] = [1e-3, *[1e-2] * 6]
+    notes = []
+    lines = lines_of(with_lines(frame, [], notes), None, None, notes)
+    assert lines.legend.nunique() == 7
+    assert "rule0, lr 0.001" in set(lines.legend)
+    assert not any("same colour" in note for note in notes)
+
+
 def test_equal_runs_are_drawn_once_or_by_folder(outputs, tmp_path):
     shutil.copytree(outputs / "alone", tmp_path / "again")
     frame = runs(outputs / "alone", tmp_path / "again")
@@ -457,6 +469,11 @@ def test_dots_per_inch_have_a_range(dpi, outputs, capsys):
 def test_own_rules_have_different_looks():
     looks = [look_of(name) for name in ("ours", "noisy", "clipped")]
     assert len(set(looks)) == 3
+
+
+def test_variants_of_own_rules_are_not_nearly_black():
+    variants = [f"ours, c={number}" for number in range(30)]
+    assert min(max(to_rgb(look_of(name).colour)) for name in variants) > 0.4
 
 
 def test_own_rules_differ_from_the_other_rules_and_from_each_other():
