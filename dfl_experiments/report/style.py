@@ -148,9 +148,10 @@ def look_of(method: str) -> Look:
     number, is_lighter = divmod(crc32(options.encode()), 2)
     number, step = divmod(number, len(DASHES) - 1)
     dash = DASHES.index(look.dash) + 1 + step
-    # a user's rule is dark already: darker, it would look like BP
-    target = 1.0 if is_lighter or rule not in LOOKS else 0.0
+    target = 1.0 if is_lighter else 0.0
     share = 0.3 + 0.03 * (number % 11)
+    if rule not in LOOKS:  # dark red: much darker it would look like BP, and much lighter like FA
+        target, share = 1.0, share / 2
     red, green, blue = [channel + share * (target - channel) for channel in to_rgb(look.colour)]
     return Look(to_hex((red, green, blue)), DASHES[dash % len(DASHES)])
 
