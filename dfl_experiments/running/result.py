@@ -155,10 +155,17 @@ def read_epochs(run_dir: Path, result: Mapping[str, Any]) -> dict[str, list[floa
     return columns
 
 
+def without_nan(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result with None in place of NaN and infinite values, which JSON does not have."""
+    values: dict[str, Any] = changed(
+        result, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+    )
+    return values
+
+
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json` atomically, with digests of the run's files. NaN and Inf become null, as JSON requires."""
-    finite = changed(result, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
-    content = sealed(run_dir, finite)
+    """Write `result.json` atomically, with digests of the run's files."""
+    content = sealed(run_dir, without_nan(result))
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(run_dir / RESULT, text + "\n")
 

@@ -3,7 +3,6 @@
 import copy
 import errno
 import logging
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from dfl_experiments.running.result import (
     DONE,
     read_result,
     status_left,
+    without_nan,
     write_config,
     write_result,
 )
@@ -167,7 +167,7 @@ def run(
         if explanation is error:
             raise
         raise explanation from error
-    return result
+    return without_nan(result)
 
 
 def initial_result(configuration: Configuration) -> dict[str, Any]:
@@ -355,7 +355,7 @@ def log_summary(result: dict[str, Any], run_dir: Path) -> None:
     if result["cosine"]:
         log.info("  alignment with BP, mean cosine of the last measured epoch")
     for layer, cosine in result["cosine"].items():
-        value = "no signal" if cosine is None or math.isnan(cosine) else f"{cosine:.3f}"
+        value = "no signal" if cosine is None else f"{cosine:.3f}"
         if layer in result["cosine_by_construction"]:
             value += " (BP's own signal, by construction)"
         log.info("    layer %s   %s", layer, value)

@@ -1,5 +1,6 @@
 """The Python API: run, load, predict, evaluate, and read tables of runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ def test_second_run_in_a_folder_is_refused_unless_it_resumes(folder):
             dfl.run(dfl.compose(OPTIONS), folder, exist_ok=value)
     again = dfl.run(dfl.compose(OPTIONS), folder, exist_ok="resume")
     assert again["finished_at"] == dfl.load_run(folder).result["finished_at"]
+
+
+def test_run_returns_what_result_json_has(tmp_path):
+    """Shallow sends no signal to layer 1, so that layer has no cosine."""
+    options = [*OPTIONS, "method=shallow", "model.widths=[8,8,8]", "limit=64"]
+    result = dfl.run(dfl.compose(options), tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result == {key: written[key] for key in result}
+    assert result["cosine"]["1"] is None
 
 
 def samples_of(kind):
