@@ -75,8 +75,8 @@ What to keep in mind:
   several versions of PyTorch, which `result.json` of each run names. `+changes` marks a commit with uncommitted
   changes. Some early commits are not in this history.
 - The runs on CIFAR with bfloat16 used one learning rate for all rules of a net. At this rate DFA and LTAS fail with
-  Conv3 on CIFAR-100, and some rules with Conv3+BN on CIFAR-10. At other rates the rules may be better: one run of DFA
-  with the fully connected net on CIFAR-100 in float32, at half this rate, is.
+  Conv3 on CIFAR-100, and some rules with Conv3+BN on CIFAR-10. At other rates the rules may be better. One run
+  shows this: DFA with the fully connected net on CIFAR-100, in float32 at half this rate.
 - {rates}
 
 These runs used one CPU core:

@@ -143,8 +143,10 @@ def locate(target: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{option}: cannot be loaded ({error}); {rule}") from error
     is_defined_there = f"{getattr(imported, '__module__', '')}.".startswith(prefixes)
-    if key.startswith("optimizer") and import_object(f"{PACKAGE}.optimizers.is_usable")(imported):
-        imported = import_object(f"{PACKAGE}.optimizers.factory_of")(imported)
+    if key.startswith("optimizer"):
+        optimizers = importlib.import_module(f"{PACKAGE}.optimizers")
+        if optimizers.is_usable(imported):
+            imported = optimizers.factory_of(imported)
     built_class = returned_class(imported) if key == "model" else imported
     if key == "model" and not target.startswith(f"{PACKAGE}."):
         base = import_object(MODULE)

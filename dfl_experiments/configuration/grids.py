@@ -15,10 +15,11 @@ MULTIRUN = ("--multirun", "-m")
 
 
 def read_in_jobs(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments such that Hydra reads the options of a swept group, as in `method=dfa,fa`, only in the jobs.
+    """Return the arguments in a form in which Hydra reads the options of a swept group only in the jobs.
 
-    Before Hydra makes the jobs, it composes a configuration with the default in place of a swept group. It would refuse
-    an option that the default method lacks. A choice of one value is a sweep, which Hydra leaves out there.
+    An example is `method=dfa,sdfa method.top=direct`. Before Hydra makes the jobs, it composes a configuration without
+    the sweeps, thus with the default method. There it would refuse an option that the default method lacks. The form
+    `method.top=choice(direct)` counts as a sweep, so that composition leaves it out.
     """
     if not set(MULTIRUN) & set(arguments):
         return [*arguments]
