@@ -114,29 +114,64 @@ def stability(runs: pd.DataFrame) -> str:
     )
 
 
-def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracy in the deepest net with both initialisations, and the differences with Welch's intervals.
+def differences_of_initialisation(best: pd.DataFrame) -> pd.DataFrame:
+    """Return He initialisation's accuracy minus that of PyTorch's, with Welch's interval, and a row for each rule.
 
-    A rule with a failing run has no difference.
+    Columns: `value`, `low`, `high`. They are NaN for a rule with a failing run.
+
+    best: the runs of one depth at each rule's best rate.
+    """
+    rows = {}
+    for rule in LADDER_RULES:
+        of_rule = best[best.rule == rule]
+        he, usual = (
+            of_rule.accuracy[of_rule["init"] == init].to_numpy() for init in ("kaiming", "default")
+        )
+        if not of_rule.fails.any():
+            rows[rule] = welch(he, usual)._asdict()
+    return pd.DataFrame(rows, index=["value", "low", "high"]).T.reindex(LADDER_RULES)
+
+
+def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracy in the deepest net with both initialisations, and the differences of the two.
 
     summary: the runs of the depth ladder.
     """
     best = at_best_rate(summary[summary.depth == summary.depth.max()])
     rows = []
-    for rule in LADDER_RULES:
-        of_rule = best[best.rule == rule]
+    for rule, difference in differences_of_initialisation(best).iterrows():
         row = {"method": method_name(rule)}
-        accuracies = {}
         for init, title in INITS.items():
-            cell = of_rule[of_rule["init"] == init]
+            cell = best[(best.rule == rule) & (best["init"] == init)]
             row[title] = cell_text(cell, summary.lr.min(), summary.lr.max())
-            accuracies[init] = cell.accuracy.to_numpy()
-        difference = NONE
-        if not of_rule.fails.any():
-            value, low, high, _ = welch(accuracies["kaiming"], accuracies["default"])
-            difference = interval_text(value, low, high)
-        rows.append(row | {"He − PyTorch, points": difference})
+        row["He − PyTorch, points"] = (
+            NONE if difference.isna().any() else interval_text(*difference)
+        )
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def what_he_changes(summary: pd.DataFrame) -> str:
+    """Return a sentence with the significant differences between the two initialisations in the deepest net.
+
+    summary: the runs of the depth ladder.
+    """
+    deepest = summary.depth.max()
+    best = at_best_rate(summary[summary.depth == deepest])
+    differences = differences_of_initialisation(best)
+    is_higher, is_lower = differences.low > 0, differences.high < 0
+    changes = [
+        f"{method_name(rule)} {100 * value:+.1f}"
+        for rule, value in differences.value[is_higher | is_lower].items()
+    ]
+    is_open = differences.value.notna() & ~is_higher & ~is_lower
+    others = [method_name(rule) for rule in differences.index[is_open]]
+    failing = [method_name(rule) for rule in differences.index[differences.value.isna()]]
+    return (
+        f"With {deepest} layers, He initialisation instead of PyTorch's changes the accuracy significantly for "
+        f"{', '.join(changes)} points. The change is not significant for {', '.join(others)}; runs of "
+        f"{', '.join(failing)} fail."
+    )
 
 
 def against_dfa(runs: pd.DataFrame, rule: str, quantity: str) -> pd.Series:
@@ -158,7 +193,7 @@ def against_dfa(runs: pd.DataFrame, rule: str, quantity: str) -> pd.Series:
 
 
 def depth(summary: pd.DataFrame) -> str:
-    """Return the finding on depth, which describes `depth_table`.
+    """Return the finding on depth: LAS and LTAS against DFA, and what He initialisation changes in the deepest net.
 
     summary: the runs of the depth ladder.
     """
@@ -178,46 +213,30 @@ def depth(summary: pd.DataFrame) -> str:
     return (
         f"Bundled digits, {span_text(pd.Series(judged))} nets: {span_text(summary.depth)} hidden layers of 32 units, "
         f"two initialisations. {summary.seed.nunique()} seeds, each method at its best of {summary.lr.nunique()} rates "
-        f"by validation accuracy. {' '.join(sentences)} The table shows the test accuracy in percent with "
-        f"{summary.depth.max()} layers (▲, ▼: the best rate is the highest, lowest one; means leave out failing runs, "
-        "unless all fail)."
+        f"by validation accuracy. {' '.join(sentences)} {what_he_changes(summary)} "
+        "[All rules](outputs/reference/README.md#how-deep-each-rule-trains)."
     )
 
 
 def what_learns(by_epoch: DataFrameGroupBy) -> str:
-    """Return the finding on the first figure, which describes `what_learns_table`. by_epoch: see there."""
-    seeds = span_text(by_epoch.size())
-    return (
-        f"Layer 1's cosine after epochs 1 → 12 → 100, as in the figure at the top, {seeds} seeds. If B starts as the "
-        "product of the weights above it, the cosine rises only where the hidden layers' W and B both learn."
-    )
-
-
-def what_learns_table(by_epoch: DataFrameGroupBy) -> pd.DataFrame:
-    """Return layer 1's cosine after some epochs, for the runs of the first figure and for its controls.
+    """Return the finding on the first figure and its controls: layer 1's cosine after the first and the last epoch.
 
     by_epoch: the runs' cosines, grouped by method and epoch, see `reference.at_epochs`.
     """
     cosine = by_epoch["cosine/1"].mean()
-    product = "product of W"
-    not_hidden = "B and the output layer (epochs 1 → 12)"
-    fixed, random = "fixed_blocks=2", "init=default"
-    rows = [
-        (product, "W and B", "", "las", "ltas"),
-        (product, "W", "dfa", "", ""),
-        (product, not_hidden, "", f"las, {fixed}", f"ltas, {fixed}"),
-        ("random", "W; B in LAS and LTAS", f"dfa, {random}", f"las, {random}", f"ltas, {random}"),
-    ]
 
     def curve(method: str) -> str:
-        if not method:
-            return ""
-        return " → ".join(f"{value:.2f}" for value in cosine.loc[method])
+        values = cosine.loc[method]
+        return f"{values.iloc[0]:.2f} → {values.iloc[-1]:.2f}"
 
-    columns = list(METHODS)
-    table = pd.DataFrame(rows, columns=["B starts as", "what learns", *columns])
-    table[columns] = table[columns].map(curve)
-    return table
+    fixed = "fixed_blocks=2"
+    return (
+        "If B starts as the product of the weights above it, as in the figure at the top, layer 1's cosine rises only "
+        "where the hidden layers' W and B both learn. From the first epoch to the last, mean of "
+        f"{span_text(by_epoch.size())} seeds: W and B learn (LAS) {curve('las')}; only W learns (DFA) {curve('dfa')}; "
+        f"only B and the output layer learn (LAS, 12 epochs) {curve(f'las, {fixed}')}. "
+        "[All controls](outputs/reference/README.md#the-alignment-figure-and-its-controls)."
+    )
 
 
 def this_paper(runs: pd.DataFrame) -> str:

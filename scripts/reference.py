@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
-from textwrap import fill, indent
+from textwrap import fill
 
 import depth_ladder
 import numpy as np
@@ -42,7 +42,6 @@ from findings import (
     stability,
     this_paper,
     what_learns,
-    what_learns_table,
 )
 from matplotlib.figure import Figure
 from pandas.core.groupby import DataFrameGroupBy
@@ -57,7 +56,6 @@ from dfl_experiments.report.style import method_name, method_order, row_title, s
 from dfl_experiments.report.table_text import NONE, markdown, numbers
 from dfl_experiments.report.tables import Section, sections
 
-WHAT_LEARNS = "What must learn"  # title of the finding that has a table
 EPOCHS = (1, 12, 100)  # epochs that the tables of the alignment figure show
 KEPT = Path("outputs/reference")
 README = Path("README.md")
@@ -142,8 +140,6 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
     judged = verdicts[is_of_accuracy & verdicts.verdict.isin(DECIDED)]
     undecided = (judged.verdict == UNDECIDED).sum()
     after_holm = significant_after_holm(judged.p)
-    settings = verdicts.setting[is_judged].drop_duplicates()
-    has_one_rate = settings.str.endswith(", 1 rate")
     texts = [
         f"The figure has {is_judged.sum()} verdicts: {number[SUPPORTED]} ✓, {number[CONTRADICTED]} ✗, "
         f"{number[UNDECIDED]} ? (the 95 % interval contains 0), {number[FAILS]} 'fails' (one of the two methods has a "
@@ -152,10 +148,19 @@ def counts_sentence(verdicts: pd.DataFrame) -> str:
         "out.",
         f"Of {len(judged)} differences of two accuracies (✓, ✗, ?), {len(judged) - undecided} are significant, and "
         f"{after_holm} after Holm's correction.",
-        f"In {has_one_rate.sum()} of the figure's {len(settings)} rows only one learning rate was tried: another may "
-        "change the verdict.",
+        one_rate_sentence(verdicts),
     ]
     return " ".join(texts) + "\n"
+
+
+def one_rate_sentence(verdicts: pd.DataFrame) -> str:
+    """Return a sentence with the number of settings in which only one learning rate was tried."""
+    settings = verdicts.setting[verdicts.verdict != TOO_FEW].drop_duplicates()
+    has_one_rate = settings.str.endswith(", 1 rate")
+    return (
+        f"In {has_one_rate.sum()} of the figure's {len(settings)} rows only one learning rate was tried: another may "
+        "change the verdict."
+    )
 
 
 def significant_after_holm(p_values: pd.Series) -> int:
@@ -278,6 +283,11 @@ def ladder_part() -> Iterator[str]:
     )
     yield "![Accuracy, cosine and dead units against depth](depth_digits/depth.png)\n"
     yield f"{depth_ladder.markdown(summary)}\n"
+    yield (
+        f"The two initialisations with {summary.depth.max()} layers: difference of the accuracies, with Welch's 95 % "
+        "interval. A rule with failing runs has none.\n"
+    )
+    yield table(depth_table(summary))
 
 
 def means_of_rules(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -388,25 +398,25 @@ def findings(runs: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, str]:
     ladder = pd.read_csv(depth_ladder.SUMMARY)
     points = {
         "Stability": stability(map_runs),
-        WHAT_LEARNS: what_learns(of_figure),
+        "What must learn": what_learns(of_figure),
         "This paper's tables": this_paper(runs),
         "Other papers": other_papers(runs),
         "Depth": depth(ladder),
     }
     bullets = []
     for title, text in points.items():
-        bullets.append(fill(f"- **{title}.** {text}", 120, subsequent_indent="  "))
-        if title == WHAT_LEARNS:
-            bullets += ["", indent(table(what_learns_table(of_figure)), "  ")]
+        # a line break in a link would break the link
+        bullet = fill(f"- **{title}.** {text}", 120, subsequent_indent="  ", break_on_hyphens=False)
+        bullets.append(bullet)
     claim_texts = [
         table(claims_table(verdicts)),
         f"{fill(contradicted(verdicts), 120)}\n",
-        f"{fill(counts_sentence(verdicts), 120)}\n",
+        f"{fill(one_rate_sentence(verdicts), 120)}\n",
     ]
     return {
         "claims": "\n".join(claim_texts),
         "rates": f"{fill(rates_caption(map_runs), 120)}\n\n{table(best_rates(map_runs))}",
-        "findings": "\n".join([*bullets, "", table(depth_table(ladder))]),
+        "findings": "\n".join(bullets) + "\n",
     }
 
 
