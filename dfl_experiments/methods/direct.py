@@ -26,7 +26,7 @@ class Direct(Method):
     init: initial value of every B (see `LocalModule.initialise`); "product" means "default" in a net without
         `Products`.
     feedback: form of B if h_i is an image. "conv": a convolution. "dense": a matrix of shape (K, C·H·W).
-    local_pooling: pooling of the local module if h_i is an image.
+    local_pooling: pooling of the local module if its B is a convolution; otherwise it has no effect.
     top: signal of h_{L-1}. "backprop": W_Lᵀ e, so only h_1 … h_{L-2} have a B. "direct": B_L s.
     fixed_blocks: number of the lowest blocks that keep their weights.
     Raises `UserError` if `fixed_blocks` is larger than the number of hidden blocks.
