@@ -37,8 +37,13 @@ class Setting:
     """Endings of the points of the setting."""
 
     def results(self, name: str) -> list[Any]:
-        """Return the values of one entry of result.json. Points that did not finish or lack the entry are left out."""
-        values = [end.result.get(name) for end in self.endings if end.is_finished]
+        """Return the values of one entry of result.json, of the runs that learned or, if none did, of all that finished.
+
+        Runs that lack the entry are left out.
+        """
+        finished = [end.result for end in self.endings if end.is_finished]
+        learned = [result for result in finished if not has_failed_to_learn(result)]
+        values = [result.get(name) for result in learned or finished]
         return [value for value in values if value is not None]
 
     @property
@@ -170,7 +175,10 @@ def print_settings(endings: Sequence[Ending]) -> None:
         others = " of the settings without failing runs" if is_any_failing else ""
         print(f"  * highest {kind} accuracy{others}")
     if any(setting.not_learned for setting in settings):
-        print("  did not learn: the last test accuracy is below 0.8 × the run's best, or at chance")
+        print(
+            "  did not learn: the last test accuracy is below 0.8 × the run's best, or at chance; "
+            "such runs are averaged only if all runs of a row are such"
+        )
 
 
 def print_unfinished(sweep: Sweep, endings: Sequence[Ending]) -> None:

@@ -261,6 +261,16 @@ def test_settings_are_grouped_by_method_and_failed_learning_is_marked(capsys):
     assert "*" not in capsys.readouterr().out
 
 
+def test_a_run_that_did_not_learn_is_averaged_only_if_no_other_run_of_the_row_learned(capsys):
+    learned = ended_point("las", 1, 0.8)
+    not_learned = ended_point("las", 1, 0.1)._replace(overrides=[*learned.overrides, "seed=1"])
+    alone = ended_point("las", 2, 0.1)
+    print_settings([learned, not_learned, alone])
+    _, first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.split() == ["1", "2", "(1", "did", "not", "learn)", "0.8000", "0.8000", "0.500"]
+    assert second.split()[5:] == ["learn)", "0.1000", "0.1000", "0.500"]
+
+
 def test_summary_columns_are_the_overrides_that_change_results():
     assert values_by_key(["+a.b=1", "~c", "sweep=x", "device=cpu", "protocol=fair", "a.b=2"]) == {
         "a.b": "2",
