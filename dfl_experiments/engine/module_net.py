@@ -56,6 +56,13 @@ class ModuleNet(BlockNet):
                 "choose boundaries after the activation, or use a function such as F.relu or F.silu",
                 ", ".join(cut_before),
             )
+        beside = survey.beside(self.boundaries)
+        if beside:
+            log.warning(
+                "model: no signal is sent to %s, because a parallel branch has a boundary; backpropagation within the "
+                "block trains it. To treat the branches alike, put them into one module that returns one tensor",
+                ", ".join(beside),
+            )
         self._visit: Visit | None = None
         # i of each boundary that is a call, and the numbers of calls in evaluation and in training mode
         self._calls: dict[str, int] = {}

@@ -113,6 +113,16 @@ class Survey:
             raise UserError(f"model: there is no boundary; {self._why_none()}")
         return chain
 
+    def beside(self, chain: Sequence[str]) -> list[str]:
+        """Return the highest valid boundary of each branch that is parallel to a boundary of the chain."""
+        highest: list[str] = []
+        for name, below in self.valid.items():  # in the order of the forward pass
+            if any(below.isdisjoint(self.valid[other]) for other in chain):
+                lower = [other for other in highest if self.valid[other] <= below]
+                highest = [other for other in highest if other not in lower]
+                highest.append(name)
+        return highest
+
     def _is_weight(self, name: str) -> bool:
         """Return whether a parameter has several axes and belongs to a module without submodules.
 

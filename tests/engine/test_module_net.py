@@ -765,6 +765,12 @@ def test_refuses_boundaries_in_parallel_branches():
         ModuleNet(Branches(), ["left", "right"], torch.zeros(1, 4))
 
 
+@pytest.mark.parametrize(("names", "warns"), [("auto", True), (["middle"], False)])
+def test_warns_of_a_branch_to_which_no_signal_is_sent(names, warns, caplog):
+    ModuleNet(Branches(), names, torch.zeros(1, 4))
+    assert ("no signal is sent to right" in caplog.text) == warns
+
+
 def test_refuses_a_boundary_whose_first_axis_is_not_the_batch():
     with pytest.raises(UserError, match="first: the first axis of its output is not the batch"):
         ModuleNet(TokensAsBatch(), ["first"], torch.zeros(1, 3, 4))
