@@ -53,7 +53,7 @@ def planned_runs(sweep: Sweep) -> list[PlannedRun]:
 
 
 def planned_status(run: PlannedRun, force: bool) -> str:
-    """Return `done`, `interrupted` or `new`. Return `running` or `damaged` for a run that cannot start now.
+    """Return `done`, `interrupted`, `failed` or `new`. Return `running` or `damaged` for a run that cannot start now.
 
     Raises `UserError` if the command will refuse the run, because it has another configuration, other data or code.
     """
@@ -62,9 +62,10 @@ def planned_status(run: PlannedRun, force: bool) -> str:
         return status
     earlier = None if force else status_left(run.folder)
     if earlier is None:
-        return "new"
+        is_failed = status == "failed" and not force
+        return "failed" if is_failed else "new"
     refuse_other(run.folder, run.configuration)
-    return "done" if earlier in DONE else "interrupted"
+    return "done" if earlier in DONE else earlier
 
 
 def refuse_other(run_dir: Path, configuration: Configuration) -> None:

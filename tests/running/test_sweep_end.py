@@ -151,6 +151,13 @@ def test_dry_run_lists_the_state_of_each_point_and_writes_nothing(tmp_path):
     assert "  interrupted  " in dfl_train(tmp_path, *GRID, "seed=0", "--dry-run").stdout
 
 
+def test_dry_run_names_the_points_that_an_error_ended(ended_sweep):
+    folder, _ = ended_sweep
+    dry = dfl_train(folder.parent.parent, *SWEEP, "--dry-run")
+    states = [line.split()[0] for line in dry.stdout.splitlines() if "seed=" in line]
+    assert sorted(states) == ["done"] * 4 + ["failed"] * 4
+
+
 def test_dry_run_estimates_the_runs_whose_parts_fit_together(tmp_path):
     data = ("dataset=digits,mnist", "data_dir=nowhere", "seed=0,1")
     dry = dfl_train(tmp_path, *GRID, *data, "--dry-run")
