@@ -204,7 +204,10 @@ def with_axes(
     facets = lines.facet.nunique()
     columns = math.ceil(len(panels) / MOST_ROWS)
     if size:
-        columns = max(int(size[0] / NARROWEST), 1)
+        fitting = max(int(size[0] / NARROWEST), 1)
+        of_facet = len(panels) // facets
+        # whole facets in a row, if one fits
+        columns = fitting - fitting % of_facet if of_facet <= fitting else fitting
     elif 1 < facets < len(panels):
         columns = len(panels) // facets
     columns = min(max(columns, 1), MOST_COLUMNS, len(panels))
@@ -247,7 +250,7 @@ def draw_panel(axes: Axes, panel: Panel, values: DataFrame, most_ticks: int) -> 
         line = panel.lines.loc[number]
         draw_curve(axes, rows, line["legend"], line["look"])
     if not axes.lines:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=TEXT_GREY)
+        axes.text(0.5, 0.5, "not shown", transform=axes.transAxes, ha="center", color=TEXT_GREY)
 
 
 def draw_curve(axes: Axes, rows: DataFrame, label: str, look: Look) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pandas import DataFrame
@@ -160,6 +161,7 @@ def results_of(status: str, config: Values, result: Values) -> dict[str, Any]:
     known_images = TEST_IMAGES.get(config["dataset"]["name"]) if is_whole else None
     return {
         "accuracy": number(accuracy),
+        "balanced_accuracy": balanced(result) if status in ENDED else math.nan,
         "seconds": number(result.get("seconds")),
         "images_per_second": number(result.get("samples_per_second")),
         "device": result.get("device"),
@@ -172,6 +174,13 @@ def results_of(status: str, config: Values, result: Values) -> dict[str, Any]:
         "fails": status in UNFIT or failed_to_learn,
         "has_ended": status in (*ENDED, *UNFIT),
     }
+
+
+def balanced(result: Values) -> float:
+    """Return the mean of the classes' test accuracies after the last epoch; NaN if a run did not record them."""
+    accuracies = result.get("class_accuracy", {}).values()
+    present = [value for value in accuracies if value is not None]
+    return mean(present) if present else math.nan
 
 
 def number(value: float | None) -> float:

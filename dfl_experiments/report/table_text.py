@@ -15,6 +15,7 @@ NONE = "–"
 MARK = "Marked: the highest mean test accuracy of the setting."
 # Characters that are Markdown syntax. A link is disabled by escaping its ]. A _ inside a word is not syntax.
 MARKDOWN_SYNTAX = re.compile(r"[\\`*<&|~]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
+MINUS = re.compile(r"(?<![\w-])-(?=\d)")  # a hyphen that is a minus sign
 LATEX_SYMBOLS = {
     "±": r"$\pm$",
     "−": "$-$",
@@ -125,7 +126,8 @@ def markdown(text: str) -> str:
 
 
 def latex(text: str) -> str:
-    """Escape LaTeX syntax in a text."""
+    """Escape LaTeX syntax in a text. A hyphen before a number becomes a minus sign."""
+    text = MINUS.sub("−", text)
     return text.translate(str.maketrans(LATEX_ESCAPE_RULES | LATEX_SYMBOLS))
 
 

@@ -1,6 +1,7 @@
 """The table of runs, and the grid point that a cell shows."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,13 @@ def shown(frame):
     """The cells of a table of runs, an entry for each."""
     points = grid_points(frame, choose(frame))
     return list(points[points.chosen].itertuples())
+
+
+def test_balanced_accuracy_is_the_mean_over_the_classes(reported):
+    for row in runs(reported / "outputs").query("status == 'finished'").itertuples():
+        result = json.loads(Path(row.folder, "result.json").read_text())
+        accuracies = [value for value in result["class_accuracy"].values() if value is not None]
+        assert row.balanced_accuracy == pytest.approx(statistics.mean(accuracies))
 
 
 def test_kept_runs_have_the_published_cells():

@@ -304,6 +304,14 @@ def test_figure_with_a_size_has_neither_title_nor_caption(outputs, tmp_path):
     assert all(axes.get_window_extent().width > 60 for axes in figure.axes)
 
 
+def test_a_row_of_a_figure_with_a_size_has_whole_facets(outputs):
+    frame = runs(outputs / "grid")
+    what = ["loss", "accuracy", "train_accuracy"]
+    figure = draw(frame, what=what, by="epoch", facet="optimizer.lr", size=(7, 4))
+    columns = [axes.get_subplotspec().colspan.start for axes in figure.axes]
+    assert columns == [0, 1, 2, 0, 1, 2]
+
+
 @pytest.mark.parametrize("what", ["test_accuracy", "validation_accuracy"])
 def test_only_the_accuracy_that_was_asked_for_is_drawn(what, outputs):
     frame = runs(outputs / "alone")

@@ -29,6 +29,7 @@ def test_every_format_holds_the_same_numbers(reported, tmp_path):
         assert all(number in text for number in numbers), kind
     assert r"\begin{tabular}" in (tmp_path / "latex").read_text()
     assert r"\toprule" in (tmp_path / "latex").read_text()
+    assert not re.search(r"[ \[]-\d", (tmp_path / "latex").read_text())  # a hyphen is no minus sign
 
 
 def test_csv_and_latex_have_the_rates_that_were_not_chosen(reported):
