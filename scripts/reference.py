@@ -74,7 +74,7 @@ What to keep in mind:
   changes. Some early commits are not in this history.
 - The runs on CIFAR with bfloat16 used one learning rate for all rules of a net. At this rate DFA and LTAS fail with
   Conv3 on CIFAR-100, and some rules with Conv3+BN on CIFAR-10. At other rates the rules may be better. One run
-  shows this: DFA with the fully connected net on CIFAR-100, in float32 at half this rate.
+  suggests this: DFA with the fully connected net on CIFAR-100 at half this rate. Its precision differs too (float32).
 - {rates}
 
 These runs used one CPU core:
@@ -325,9 +325,9 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
     yield "## Alignment and accuracy\n"
     yield "![Ranks of accuracy and of the cosine of layer 1, a point for each rule](figures/families.png)\n"
     yield (
-        "The table shows Spearman's ρ over the rules' means at one rate, and the number of rules in brackets. Failing "
-        "runs are left out. The figure shows the ranks; 1 is the lowest. Read these ρ with care: many rules are "
-        "similar, so they are not independent observations.\n"
+        "The table shows Spearman's ρ over the rules' means at one rate, and the number of rules in brackets. Left "
+        "out are failing runs, and rules with a zero signal for most samples. The figure shows the ranks; 1 is "
+        "the lowest. Read these ρ with care: many rules are similar, so they are not independent observations.\n"
     )
     rows = []
     for setting, means in means_of_rules(runs).items():

@@ -59,8 +59,8 @@ class ModuleNet(BlockNet):
         beside = survey.beside(self.boundaries)
         if beside:
             log.warning(
-                "model: no signal is sent to %s, because a parallel branch has a boundary; backpropagation within the "
-                "block trains it. To treat the branches alike, put them into one module that returns one tensor",
+                "model: no signal is sent to %s, because a parallel branch has a boundary; to treat the branches "
+                "alike, put them into one module that returns one tensor, and choose it as the lowest boundary",
                 ", ".join(beside),
             )
         self._visit: Visit | None = None
