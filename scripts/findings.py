@@ -231,8 +231,8 @@ def what_learns(by_epoch: DataFrameGroupBy) -> str:
 
     fixed = "fixed_blocks=2"
     return (
-        "If B starts as the product of the weights above it, as in the figure at the top, layer 1's cosine rises clearly "
-        "only where the hidden layers' W and B both learn. From the first epoch to the last, mean of "
+        "If B starts as the product of the weights above it, as in the figure at the top, layer 1's cosine rises "
+        "clearly only where the hidden layers' W and B both learn. From the first epoch to the last, mean of "
         f"{span_text(by_epoch.size())} seeds: W and B learn (LAS) {curve('las')}; only W learns (DFA) {curve('dfa')}; "
         f"only B and the output layer learn (LAS, 12 epochs) {curve(f'las, {fixed}')}. "
         "[All controls](outputs/reference/README.md#the-alignment-figure-and-its-controls)."
