@@ -19,8 +19,6 @@ GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
 SIGNED = (*GEOMETRY, *FACTORS)
 OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
-# Operations in which the new grey level of a pixel depends only on its old grey level.
-LEVELS = ("Brightness", "Posterize", "Solarize")
 
 
 def magnitude(operation: str, bin_: int, height: int, width: int) -> float:
@@ -71,20 +69,6 @@ def _origins(operation: str, value: float, height: int, width: int, device: torc
     return origins.long().to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=256)
-def _levels(operation: str, value: float, device: torch.device) -> Tensor:
-    """Return a table with the new level of each grey level. The table is uint8 of shape (256,)."""
-    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256)
-    match operation:
-        case "Brightness":
-            levels = F.adjust_brightness(levels, 1.0 + value)
-        case "Posterize":
-            levels = F.posterize(levels, int(value))
-        case "Solarize":
-            levels = F.solarize(levels, value)
-    return levels.flatten().to(device, non_blocking=True)
-
-
 def _planes(images: Tensor) -> Tensor:
     """Return each channel of each image as a row. images: (N, C, H, W). The result has shape (N · C, H · W)."""
     return images.flatten(2).flatten(0, 1)
@@ -99,13 +83,9 @@ def _move(images: Tensor, origins: Tensor) -> Tensor:
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace each grey level by its entry in a table.
-
-    tables: one table for all images, (256,); or one table for each channel of each image, (N · C, 256).
-    """
+    """Replace each grey level by its entry in the table of its channel. tables: (N · C, 256)."""
     planes = _planes(images).long()
-    rows = tables.expand(len(planes), 256)
-    return rows.gather(1, planes).view_as(images)
+    return tables.gather(1, planes).view_as(images)
 
 
 def equalize(images: Tensor) -> Tensor:
@@ -167,17 +147,21 @@ def apply(operation: str, images: Tensor, value: float) -> Tensor:
     if operation in GEOMETRY:
         origins = _origins(operation, value, height, width, images.device)
         return _move(images, origins)
-    if operation in LEVELS:
-        return _look_up(images, _levels(operation, value, images.device))
     match operation:
         case "Identity":
             return images
+        case "Brightness":
+            return F.adjust_brightness(images, 1.0 + value)
         case "Color":
             return F.adjust_saturation(images, 1.0 + value)
         case "Contrast":
             return F.adjust_contrast(images, 1.0 + value)
         case "Sharpness":
             return sharpen(images, 1.0 + value)
+        case "Posterize":
+            return F.posterize(images, int(value))
+        case "Solarize":
+            return F.solarize(images, value)
         case "AutoContrast":
             return F.autocontrast(images)
         case "Equalize":
