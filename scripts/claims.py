@@ -69,6 +69,7 @@ IS_BETTER = "{} is more accurate than {}"
 LEADS_MORE = "{}'s lead over {} grows with the classes"
 ORDER = [(ALIGNS, ALIGNMENT), (IS_BETTER, ACCURACY), (LEADS_MORE, ALIGNMENT)]  # of the picture
 RULES = ("bp", "shallow", "dfa", "las", "ltas")
+WEIGHTS = (1.0, -1.0, -1.0, 1.0)  # of the first method, the second one, and the same on other data
 COLUMNS = ["claim", "setting", "n", "found", "verdict", "value", "low", "high", "p"]
 
 
@@ -144,7 +145,7 @@ def rates_text(points: pd.DataFrame) -> str:
 
 def welch(first: np.ndarray, second: np.ndarray) -> Contrast:
     """Return mean(first) − mean(second) with Welch's t interval, see `contrast`."""
-    return contrast([first, second], [1.0, -1.0])
+    return contrast([first, second], WEIGHTS[:2])
 
 
 def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Contrast:
@@ -174,17 +175,21 @@ def contrast(samples: Sequence[np.ndarray], weights: Sequence[float]) -> Contras
 def judged(
     claim: str,
     setting: str,
-    difference: Contrast,
-    n: int,
+    samples: Sequence[np.ndarray],
     unit: str,
     failing: str,
     rates: str = "",
 ) -> dict[str, Any]:
     """Return a claim's row with the verdict.
 
+    samples: values of the two methods, or of the two methods on each of two data sets.
     failing: what `failures` returns for the methods of the claim.
     rates: text with the learning rates that were compared.
     """
+    n = min(map(len, samples))
+    difference = Contrast(math.nan)
+    if n:
+        difference = contrast(samples, WEIGHTS[: len(samples)])
     verdict = UNDECIDED  # also if there is no interval because the values of each method are equal
     if n < compare.FEWEST_SEEDS:
         verdict = TOO_FEW
@@ -234,13 +239,11 @@ def accuracy_claims(
             continue
         methods = [variant[first], variant[second]]
         accuracies = [row.accuracy[row.method == method].dropna().to_numpy() for method in methods]
-        n = min(map(len, accuracies))
         failing = failures(row, methods)
-        if n == 0 and not failing:
+        if min(map(len, accuracies)) == 0 and not failing:
             continue
         claim = IS_BETTER.format(method_name(first), method_name(second))
-        difference = welch(*accuracies) if n else Contrast(math.nan)
-        verdict = judged(claim, setting, difference, n, "points", failing)
+        verdict = judged(claim, setting, accuracies, "points", failing)
         if not ranks and verdict["verdict"] not in (FAILS, TOO_FEW):
             verdict["verdict"] = CANNOT_RANK
         yield verdict
@@ -277,13 +280,11 @@ def alignment_claims(
         means = [
             side[common].mean(axis="columns", skipna=False).dropna().to_numpy() for side in sides
         ]
-        n = min(map(len, means))
         failing = failures(row, methods)
-        if n or failing:
+        if min(map(len, means)) or failing:
             claim = ALIGNS.format(method_name(first), method_name(second))
-            difference = welch(*means) if n else Contrast(math.nan)
             rates = ", ".join(f"{lr:g}" for lr, _ in sorted(common, reverse=True))
-            yield judged(claim, setting, difference, n, "cosine", failing, f" (lr {rates})")
+            yield judged(claim, setting, means, "cosine", failing, f" (lr {rates})")
 
 
 def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -300,21 +301,15 @@ def class_claims(chosen: pd.DataFrame, real: pd.DataFrame) -> Iterator[dict[str,
         all_points = every[(every[others] == list(key)).all(axis="columns")]
         accuracies = rows.groupby(["dataset", "method"]).accuracy.apply(np.array)
         for first, second in ALIGNMENT:
-            sides = [
-                ("cifar100", first),
-                ("cifar100", second),
-                ("cifar10", first),
-                ("cifar10", second),
-            ]
+            datasets = ("cifar100", "cifar10")
+            sides = [(dataset, method) for dataset in datasets for method in (first, second)]
             if accuracies.index.isin(sides).sum() < len(sides):
                 continue
-            samples = list(accuracies[sides])
             claim = LEADS_MORE.format(method_name(first), method_name(second))
             setting = rows.title.iloc[0] + rates_text(all_points)
             on_cifar100 = rows[rows.dataset == "cifar100"]
             failing = failures(on_cifar100, [first, second]) or failures(rows, [first, second])
-            difference = contrast(samples, [1, -1, -1, 1])
-            yield judged(claim, setting, difference, min(map(len, samples)), "points", failing)
+            yield judged(claim, setting, list(accuracies[sides]), "points", failing)
 
 
 def on_cifar(frame: pd.DataFrame) -> pd.DataFrame:
