@@ -47,10 +47,8 @@ MARKS = {
 }
 NET_OPTION = re.compile(r"model\.\w+=\[[^]]*\]")
 # the picture's labels have the channels of a net in few characters, and no widths
-CHANNELS, WIDTHS = (
-    re.compile(r"model\.channels=\[([^]]*)\]"),
-    re.compile(r", model\.widths=\[[^]]*\]"),
-)
+CHANNELS = re.compile(r"model\.channels=\[([^]]*)\]")
+WIDTHS = re.compile(r", model\.widths=\[[^]]*\]")
 COLORS = {
     SUPPORTED: "#009E73",
     CONTRADICTED: "#D55E00",
@@ -423,15 +421,9 @@ def picture(verdicts: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     for row in shown.itertuples():
         x, y = names.index(row.claim), settings.index(row.setting)
-        mark = MARKS[row.verdict]
-        axes.fill_between(
-            [x - 0.46, x + 0.46],
-            y - 0.42,
-            y + 0.42,
-            color=COLORS[row.verdict],
-            alpha=0.22,
-            linewidth=0,
-        )
+        mark, colour = MARKS[row.verdict], COLORS[row.verdict]
+        sides = [x - 0.46, x + 0.46]
+        axes.fill_between(sides, y - 0.42, y + 0.42, color=colour, alpha=0.22, linewidth=0)
         axes.text(x, y, mark, ha="center", va="center", fontsize=11 if len(mark) == 1 else 8)
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(settings) - 0.5, -0.5))
     labels = [short_setting(setting) for setting in settings]

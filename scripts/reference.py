@@ -256,14 +256,12 @@ def cosine_table(runs: pd.DataFrame, layers: list[str]) -> str:
     means = by_point.mean(numeric_only=True).unstack("epoch")
     shown = pd.DataFrame({"method": means.index.map(method_name)}, index=means.index)
     counts_of_seeds = by_point.size().unstack("epoch").map("{:.0f}".format).replace("nan", NONE)
-    shown[f"seeds at epochs {', '.join(map(str, EPOCHS))}"] = counts_of_seeds.agg(
-        ", ".join, "columns"
-    )
+    epochs = ", ".join(map(str, EPOCHS))
+    shown[f"seeds at epochs {epochs}"] = counts_of_seeds.agg(", ".join, "columns")
     for layer in layers:
         for epoch in EPOCHS:
-            shown[f"layer-{layer} cosine, epoch {epoch}"] = numbers(
-                means[f"cosine/{layer}", epoch], "+.2f"
-            )
+            cosines_at_epoch = means[f"cosine/{layer}", epoch]
+            shown[f"layer-{layer} cosine, epoch {epoch}"] = numbers(cosines_at_epoch, "+.2f")
     for epoch in EPOCHS:
         percent = 100 * means["test_accuracy", epoch]
         shown[f"test accuracy, epoch {epoch}, %"] = numbers(percent, ".1f")
@@ -381,15 +379,8 @@ def page(
     parts: the sections of the report.
     drawings: the figures of the report, whose files are in outputs/reference/figures.
     """
-    asked = arguments(
-        [
-            str(KEPT),
-            "--paper",
-            "--format=markdown",
-            f"--out={KEPT}/README.md",
-            f"--figures={KEPT}/figures",
-        ]
-    )
+    options = f"--paper --format=markdown --out={KEPT}/README.md --figures={KEPT}/figures"
+    asked = arguments([str(KEPT), *options.split()])
     texts = [
         *claims_part(verdicts),
         *published_part(runs),
