@@ -194,7 +194,8 @@ def column_of(frame: DataFrame, key: str) -> Series:
     keys = set().union(*frame.config)
     is_column = name in frame and name != "config"  # which holds mappings
     if is_column and (name in NOT_IN_SETTING or name not in keys):
-        return without_gaps(frame[name])
+        column = frame[name]
+        return column.map(as_text).mask(column.isna(), "") if column.hasnans else column
     if name not in keys:
         hint = did_you_mean(key, sorted(keys.union(frame)))
         raise UserError(f"{printable(key)}: no run has this key{hint}")
@@ -205,14 +206,6 @@ def column_of(frame: DataFrame, key: str) -> Series:
     if types.isin([int, float]).all():
         return values.infer_objects()
     return values.map(lambda value: value if value == "" else as_text(value))
-
-
-def without_gaps(column: Series) -> Series:
-    """Return the column; if values are missing, as texts, with an empty text for each missing value."""
-    is_missing = column.isna()
-    if not is_missing.any():
-        return column
-    return column.map(as_text).mask(is_missing, "")
 
 
 def with_key(frame: DataFrame, key: str) -> DataFrame:

@@ -286,7 +286,8 @@ def alignment(section: Section) -> Table | None:
         return None
     frame = ordered(frame).sort_values([*ROW, "lr"], kind="stable")
     columns = {"lr": numbers(frame.lr, "g"), "n": frame.n.astype(str)}
-    columns |= layer_columns(frame, "cosine", "layer", "+.2f")
+    for name in layer_names(frame, "cosine"):
+        columns[name.replace("cosine/", "layer ")] = numbers(frame[name], "+.2f")
     columns["no signal"] = frame.no_signal.replace("", NONE)
     caption = "Cosine with BP's error signal."
     if frame.no_signal.any():
@@ -294,15 +295,6 @@ def alignment(section: Section) -> Table | None:
     caption = f"{caption} {layers_sentence(section.runs)}".strip()
     shown = with_settings(frame, section.runs, columns)
     return Table("Alignment", shown, caption)
-
-
-def layer_columns(frame: DataFrame, quantity: str, title: str, style: str) -> dict[str, Series]:
-    """Return the values of a quantity in each layer as texts, in columns such as "layer 1"."""
-    columns = {}
-    for name in layer_names(frame, quantity):
-        layer = name.partition("/")[2]
-        columns[f"{title} {layer}"] = numbers(frame[name], style)
-    return columns
 
 
 def stability(section: Section) -> Table | None:
