@@ -20,12 +20,6 @@ log = logging.getLogger(__name__)
 KEEP = "force=true replaces it, a new sweep= or hydra.run.dir= keeps both"
 
 
-def nothing_to_resume(settings: Settings, run_dir: Path) -> UserError:
-    """Return the error for a directory without a checkpoint."""
-    repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
-    return UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
-
-
 def advice_on_existing_run(settings: Settings, run_dir: Path, status: str) -> str:
     """Return what the user can do on the command line if a directory has a run. status: status of the run."""
     advice = "force=true replaces it, another hydra.run.dir= keeps both"

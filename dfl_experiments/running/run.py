@@ -29,7 +29,6 @@ from dfl_experiments.running.device import ALL_THREADS, usual_torch
 from dfl_experiments.running.earlier_run import (
     advice_on_changes,
     advice_on_existing_run,
-    nothing_to_resume,
     refuse_changes,
     result_if_done,
 )
@@ -89,7 +88,8 @@ def run_alone(
         if is_resumed and (before := result_if_done(configuration, run_dir)):
             return before
         if is_resumed and status is None:
-            raise nothing_to_resume(settings, run_dir)
+            repeat = rerun_arguments("repeat", relative(run_dir), settings.plugins)
+            raise UserError(f"resume={run_dir}: has no checkpoint; {repeat} starts the run again")
         if not is_resumed and status is not None:
             advice = exists_advice or advice_on_existing_run(settings, run_dir, status)
             raise UserError(f"{run_dir}: has a run already ({status}); {advice}")
