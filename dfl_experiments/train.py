@@ -30,7 +30,7 @@ from dfl_experiments.configuration.refusals import refuse, refusing, uncomposed
 from dfl_experiments.console import leave
 from dfl_experiments.errors import Fault, UserError, reason
 from dfl_experiments.running import workers
-from dfl_experiments.running.callbacks import Checks, sum_up
+from dfl_experiments.running.callbacks import Checks, Command, sum_up
 from dfl_experiments.running.outcome import COMMAND, count_done, objective
 from dfl_experiments.running.signals import Interrupted, PendingSignal, handle, pass_on
 from dfl_experiments.running.sweep import SweepJob, run_point
@@ -56,7 +56,7 @@ def job(cfg: DictConfig) -> float | None:
     node = HydraConfig.get()
     run_dir = Path(node.runtime.output_dir)
     overrides: Any = OmegaConf.to_container(node.overrides.task, resolve=False)
-    is_main = Checks.command.startswith(f"c{os.getpid()}-")
+    is_main = Checks.command.id.startswith(f"c{os.getpid()}-")
     try:
         if node.mode == RunMode.MULTIRUN:
             at_once = node.launcher.get("n_jobs") or 1
@@ -71,8 +71,8 @@ def job(cfg: DictConfig) -> float | None:
         with refusing():
             from dfl_experiments.running.run import run_alone
 
-            assert Checks.checked is not None, "on_run_start has set it"
-            return run_alone(Checks.checked, run_dir, overrides)["accuracy"]
+            assert Checks.command.checked is not None, "on_run_start has set it"
+            return run_alone(Checks.command.checked, run_dir, overrides)["accuracy"]
     except KeyboardInterrupt as stop:
         pass_on(stop)
         if is_main:
@@ -90,10 +90,8 @@ def main() -> None:
         print(f"dfl-experiments {__version__}")
         return
     # workers end when the process with this ID ends
-    Checks.command = f"c{os.getpid()}-{uuid4().hex}"
-    Checks.is_dry = DRY_RUN in sys.argv[1:]
-    Checks.checked, Checks.sweep = None, None
-    Checks.begun, Checks.stopped_by, Checks.made = False, None, []
+    command = Checks.command = Command(f"c{os.getpid()}-{uuid4().hex}")
+    command.is_dry = DRY_RUN in sys.argv[1:]
     logging.raiseExceptions = False  # no traceback if the output is a closed pipe
     arguments = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
     sys.argv[1:] = overrides_first(read_in_jobs(composable(arguments)))
@@ -105,18 +103,18 @@ def main() -> None:
             refuse_dashes(sys.argv[1:])
             run_jobs()
     except KeyboardInterrupt as stop:
-        signum: int = Checks.stopped_by or signal.SIGINT
+        signum: int = command.stopped_by or signal.SIGINT
         if isinstance(stop, Interrupted):
             signum = stop.signum
         print(f"dfl-train: interrupted ({signal.Signals(signum).name})", file=sys.stderr)
         raise SystemExit(128 + signum) from None
     finally:
-        if Checks.sweep is not None:  # no summary yet: the launcher failed, or a signal arrived
-            if Checks.stopped_by is None:
+        if command.sweep is not None:  # no summary yet: the launcher failed, or a signal arrived
+            if command.stopped_by is None:
                 with suppress(KeyboardInterrupt):
-                    workers.wind_down(Checks.sweep)
-            sum_up(Checks.sweep)
-        for folder in Checks.made:
+                    workers.wind_down(command.sweep)
+            sum_up(command.sweep)
+        for folder in command.made:
             # rmdir removes only an empty folder, so only that of a refused run
             with suppress(OSError):
                 folder.rmdir()
@@ -129,25 +127,26 @@ def run_jobs() -> None:
 
     A repetition that finishes no further point is the last one.
     """
+    command = Checks.command
     ended_before = -1
     while True:
         try:
             job()
             return
         except Exception as error:
-            if not Checks.begun and not isinstance(error, BrokenPipeError):
+            if not command.begun and not isinstance(error, BrokenPipeError):
                 refuse(uncomposed(error, sys.argv[1:]))
-            if Checks.sweep is None:  # not a sweep, or the summary is already printed
+            if command.sweep is None:  # not a sweep, or the summary is already printed
                 raise
-            ended = count_done(Checks.sweep)
+            ended = count_done(command.sweep)
             if type(error).__name__ not in KILLED or ended <= ended_before:
                 problem = f"{type(error).__name__}: {reason(error)}"
-                raise Fault(f"hydra/launcher={Checks.sweep.launcher}: {problem}") from error
+                raise Fault(f"hydra/launcher={command.sweep.launcher}: {problem}") from error
             ended_before = ended
             print("dfl-train: a worker was killed; the sweep continues")
             if not any(argument.startswith("sweep=") for argument in sys.argv):
                 # repeat the sweep under the same name, which by default is made from the current time
-                sys.argv.insert(1, f"sweep={quoted(Checks.sweep.name)}")
+                sys.argv.insert(1, f"sweep={quoted(command.sweep.name)}")
 
 
 def refuse_dashes(arguments: Sequence[str]) -> None:
@@ -177,11 +176,12 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
 
 def on_signal(signum: int, frame: FrameType | None) -> NoReturn:
     """Handle a signal that arrives outside of training. Then only the launcher's processes have something to save."""
-    if not Checks.begun:
+    command = Checks.command
+    if not command.begun:
         leave("dfl-train", signum)
-    if Checks.sweep is not None and not (signum == signal.SIGINT and Checks.stopped_by):
-        Checks.stopped_by = signum
-        workers.wind_down(Checks.sweep)
+    if command.sweep is not None and not (signum == signal.SIGINT and command.stopped_by):
+        command.stopped_by = signum
+        workers.wind_down(command.sweep)
     raise Interrupted(signum)
 
 

@@ -6,6 +6,7 @@ Hydra turns an error of a callback into a warning. To stop the command, a callba
 import shutil
 import signal
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,12 +59,12 @@ def note_grid(cfg: DictConfig) -> None:
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Make a folder, and store in `Checks.made` the folders that did not exist before.
+    """Make a folder, and store in `Checks.command.made` the folders that did not exist before.
 
     key: option that sets the folder.
     Raises `UserError` if the folder cannot be made.
     """
-    Checks.made = [path for path in (folder, *folder.parents) if not path.exists()]
+    Checks.command.made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -86,43 +87,53 @@ def pin(config: DictConfig, sweep: Sweep) -> None:
         config.hydra.overrides.hydra = overrides + pinned
 
 
+@dataclass
+class Command:
+    """The state of a command."""
+
+    id: str = ""
+    """ID of the command, which is passed to its jobs."""
+    is_dry: bool = False
+    """Whether to list the runs without starting them."""
+    begun: bool = False
+    """Whether a run or sweep has started, so that there may be something to save."""
+    stopped_by: int | None = None
+    """The signal that ended the command."""
+    made: list[Path] = field(default_factory=list)
+    """Folders that were made for the run or sweep, the innermost first."""
+    checked: Configuration | None = None
+    """Checked configuration of a single run."""
+    sweep: Sweep | None = None
+    """The sweep; None before its check and after its summary."""
+
+
 class Checks(Callback):
     """Check a run or a sweep before it begins, and print the summary of a sweep."""
 
-    command: ClassVar[str] = ""
-    """ID of this command, which is passed to its jobs."""
-    is_dry: ClassVar[bool] = False
-    """Whether to list the runs without starting them."""
-    begun: ClassVar[bool] = False
-    """Whether a run or sweep has started, so that there may be something to save."""
-    stopped_by: ClassVar[int | None] = None
-    """The signal that ended the command."""
-    made: ClassVar[list[Path]] = []
-    """Folders that were made for the run or sweep, the innermost first."""
-    checked: ClassVar[Configuration | None] = None
-    """Checked configuration of a single run."""
-    sweep: ClassVar[Sweep | None] = None
-    """The sweep; None before its check and after its summary."""
+    command: ClassVar[Command] = Command()
+    """The command that this process runs. Hydra makes the callback, so the command cannot be passed to it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check a single run before its directory is made."""
+        command = Checks.command
         with refusing():
             HydraConfig.instance().set_config(config)
-            Checks.checked, run_dir = check_run(config)
+            command.checked, run_dir = check_run(config)
             note_grid(config)
-            if Checks.is_dry:
-                planned = PlannedRun(run_dir, str(run_dir), Checks.checked)
-                show_plan([planned], Checks.checked.settings.force)
+            if command.is_dry:
+                planned = PlannedRun(run_dir, str(run_dir), command.checked)
+                show_plan([planned], command.checked.settings.force)
                 raise SystemExit(0)
             make_folder(run_dir, "hydra.run.dir")
-            Checks.begun = True
+            command.begun = True
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check all jobs of a sweep before the first one begins."""
+        command = Checks.command
         with refusing():
             HydraConfig.instance().set_config(config)
-            sweep = check_sweep(config, Checks.command)
-            if Checks.is_dry:
+            sweep = check_sweep(config, command.id)
+            if command.is_dry:
                 print(f"sweep {sweep.name}, in {sweep.folder}")
                 if sweep.points:
                     show_plan(planned_runs(sweep), sweep.force)
@@ -143,8 +154,8 @@ class Checks(Callback):
                 watch()
             if sweep.launcher == "ray":
                 start_ray(config)
-            Checks.sweep = sweep  # from now on, the end of the sweep prints a summary
-            Checks.begun = True
+            command.sweep = sweep  # from now on, the end of the sweep prints a summary
+            command.begun = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Remove the configuration from a job's return value. Hydra keeps all return values until the sweep ends."""
@@ -157,8 +168,9 @@ class Checks(Callback):
         """
         if sys.exc_info()[1] is not None:
             return
+        command = Checks.command
         with refusing():
-            sweep, Checks.sweep = Checks.sweep, None
+            sweep, command.sweep = command.sweep, None
             if sweep is not None and (code := sum_up(sweep)):
                 raise SystemExit(code)
 
