@@ -289,20 +289,11 @@ def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
 
     names: for each file in `FILES`, the name that messages use.
     """
-
-    def demand(fits: bool, name: str, message: str) -> None:
-        if not fits:
-            raise UserError(f"{name}: {message}")
-
     classes = arrays.classes
-    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    demand(are_names, names[4], 'must be a list of class names, such as ["cats", "dogs"]')
-    are_unique = len(set(classes)) == len(classes)
-    demand(
-        are_unique and len(classes) > 1,
-        names[4],
-        "must name at least two classes, and none of them twice",
-    )
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f'{names[4]}: must be a list of class names, such as ["cats", "dogs"]')
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise UserError(f"{names[4]}: must name at least two classes, and none of them twice")
     parts = (arrays.train_images, arrays.train_labels, arrays.test_images, arrays.test_labels)
     expected = f"{kind_of(arrays.train_images)} of shape {arrays.shape}"
     for first in (0, 2):  # indices in `parts` of the training images and the test images
@@ -310,24 +301,19 @@ def check_arrays(arrays: Arrays, names: Sequence[str]) -> None:
         samples_name, labels_name = names[first : first + 2]
         check_samples(samples, samples_name)
         actual = f"{kind_of(samples)} of shape {samples.shape[1:]}"
-        demand(
-            actual == expected,
-            samples_name,
-            f"has {actual}, but {Path(names[0]).name} has {expected}",
-        )
-        are_integers = labels.shape == (len(samples),) and labels.dtype.kind in "iu"
-        problem = f"must be {len(samples)} integers, is {labels.dtype} {labels.shape}"
-        if labels.dtype.kind in "SU":  # texts
-            problem += "; before the split, np.unique(y, return_inverse=True) makes integers"
-        demand(are_integers, labels_name, problem)
+        if actual != expected:
+            first_name = Path(names[0]).name
+            raise UserError(f"{samples_name}: has {actual}, but {first_name} has {expected}")
+        if labels.shape != (len(samples),) or labels.dtype.kind not in "iu":
+            problem = f"must be {len(samples)} integers, is {labels.dtype} {labels.shape}"
+            if labels.dtype.kind in "SU":  # texts
+                problem += "; before the split, np.unique(y, return_inverse=True) makes integers"
+            raise UserError(f"{labels_name}: {problem}")
         lowest, highest = labels.min(), labels.max()
-        are_classes = 0 <= lowest <= highest < len(classes)
-        allowed = f"0 to {len(classes) - 1}, one for each class"
-        demand(
-            are_classes,
-            labels_name,
-            f"labels must be {allowed}; they range from {lowest} to {highest}",
-        )
+        if lowest < 0 or highest >= len(classes):
+            allowed = f"0 to {len(classes) - 1}, one for each class"
+            problem = f"labels must be {allowed}; they range from {lowest} to {highest}"
+            raise UserError(f"{labels_name}: {problem}")
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
