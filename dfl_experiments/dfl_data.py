@@ -61,13 +61,9 @@ def row(overrides: list[str]) -> tuple[str, ...]:
 
 def sizes_of(arrays: Arrays) -> tuple[str, ...]:
     """Return the numbers of training and test samples, the shape of a sample, and the number of classes."""
-    shape = "x".join(str(length) for length in arrays.shape)
-    return (
-        str(len(arrays.train_labels)),
-        str(len(arrays.test_labels)),
-        shape,
-        str(arrays.num_classes),
-    )
+    shape = "x".join(map(str, arrays.shape))
+    sizes = (len(arrays.train_labels), len(arrays.test_labels), shape, arrays.num_classes)
+    return tuple(map(str, sizes))
 
 
 def show(choices: list[list[str]]) -> None:

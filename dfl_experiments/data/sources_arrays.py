@@ -48,13 +48,8 @@ class ArrayFile(Source):
             rule = "labels must be class numbers from 0, without large gaps"
             raise UserError(f"{self.path}: y_train: {problem}; {rule}")
         classes = [str(label) for label in range(largest + 1)]
-        return Arrays(
-            with_channel_axis(train),
-            train_labels,
-            with_channel_axis(test),
-            test_labels,
-            classes,
-        )
+        train, test = with_channel_axis(train), with_channel_axis(test)
+        return Arrays(train, train_labels, test, test_labels, classes)
 
 
 def with_channel_axis(samples: np.ndarray) -> np.ndarray:
