@@ -553,12 +553,3 @@ def test_images_must_be_larger_than_the_crop():
     ):
         Augmentation(crop=4).check((1, 4, 9), True, "crop_flip")
     Augmentation(crop=4).check((1, 5, 9), True, "crop_flip")
-
-
-def test_crop_flip_run_from_the_command_line_repeats_bitwise(tmp_path):
-    options = ("augmentation=crop_flip", "validation_split=stratified", "epochs=1", "limit=300")
-    done = dfl_train(tmp_path, *QUIET, *options)
-    assert done.returncode == 0, done.stderr
-    assert dfl_train(tmp_path, "repeat=here", "hydra.run.dir=there").returncode == 0
-    rows = [(tmp_path / name / "iterations.csv").read_bytes() for name in ("here", "there")]
-    assert rows[0] == rows[1]
