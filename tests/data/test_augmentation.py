@@ -59,22 +59,13 @@ def test_operations_and_magnitudes_are_those_of_torchvision():
             )
 
 
-def test_draws_are_uniform_and_independent():
+def test_draws_are_uniform():
     count, codes = 56_000, 2 * len(OPERATIONS)
-    first, second = RandAugment(2, 9).draw(count, generator(1))
-    for draws in (first, second):
+    for draws in RandAugment(2, 9).draw(count, generator(1)):
         observed = draws.bincount(minlength=codes).double()
         expected = count / codes
         # the 99.9 % point for 27 degrees of freedom
         assert ((observed - expected) ** 2 / expected).sum() < 55.5
-    operations, next_operations = first // 2, second // 2
-    same_image = operations * len(OPERATIONS) + next_operations
-    neighbours = operations[:-1] * len(OPERATIONS) + operations[1:]
-    for pairs in (same_image, neighbours):
-        observed = pairs.bincount(minlength=len(OPERATIONS) ** 2).double()
-        expected = count / len(OPERATIONS) ** 2
-        # the 99.9 % point for 195 degrees of freedom
-        assert ((observed - expected) ** 2 / expected).sum() < 263
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)], ids=str)
