@@ -35,8 +35,7 @@ def test_missing_data_is_refused_in_one_line(offline, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("before", ["nothing", "a part of a pack"])
-def test_packing_killed_before_any_file_operation_is_repeated(folder, tmp_path, before):
+def test_packing_killed_before_any_file_operation_is_repeated(folder, tmp_path):
     source = Folder(str(folder))
     expected = source.read(tmp_path, False)
     moment, unfinished, is_killed = 0, 0, True
@@ -44,10 +43,9 @@ def test_packing_killed_before_any_file_operation_is_repeated(folder, tmp_path, 
         moment += 1
         data_dir = tmp_path / f"{moment}"
         packed = data_dir / source.cache_name("folder")
-        if before == "a part of a pack":
-            data_dir.mkdir()
-            pack(Made().arrays, packed)
-            (packed / FILES[0]).unlink()
+        data_dir.mkdir()
+        pack(Made().arrays, packed)
+        (packed / FILES[0]).unlink()  # only a part of a pack
         is_killed = killed(lambda data_dir=data_dir: load_pack("folder", source, data_dir), moment)
         unfinished += not is_packed(packed)
         assert equal(load_pack("folder", source, data_dir), expected)
