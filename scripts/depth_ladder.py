@@ -109,13 +109,9 @@ def draw_rules(axes: Axes, means: pd.DataFrame) -> None:
         colour = FAMILY_COLOURS[family]
         present = means[[rule for rule in members if rule in means]]
         for rule in present:
-            look = (
-                {"linewidth": 2.0, "label": method_name(rule)}
-                if rule in SINGLE
-                else {"linewidth": 0.6}
-            )
+            width, label = (2.0, method_name(rule)) if rule in SINGLE else (0.6, None)
             dash = "--" if rule == "shallow" else "-"
-            axes.plot(present[rule], color=colour, linestyle=dash, **look)
+            axes.plot(present[rule], dash, color=colour, linewidth=width, label=label)
         if family != "backpropagation":
             axes.plot(present.mean(axis=1), color=colour, linewidth=2.4, label=family)
     axes.grid(alpha=0.3)

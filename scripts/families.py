@@ -9,11 +9,6 @@ FAMILIES = {
     "through every layer, B fixed or signs of W": ("fa", "usf", "brsf", "frsf"),
     "through every layer, B learns": ("kp", "wm", "pfa"),
 }
-FAMILY_COLOURS = {
-    "backpropagation": GREY,
-    "direct, B fixed": LIGHT_ORANGE,
-    "direct, B learns": SKY,
-    "through every layer, B fixed or signs of W": PINK,
-    "through every layer, B learns": WINE,
-}
+COLOURS = (GREY, LIGHT_ORANGE, SKY, PINK, WINE)
+FAMILY_COLOURS = dict(zip(FAMILIES, COLOURS, strict=True))
 FAMILY_OF = {rule: family for family, rules in FAMILIES.items() for rule in rules}

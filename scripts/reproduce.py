@@ -85,17 +85,12 @@ def launcher_options(launcher: str, jobs: int | None) -> list[str]:
     if launcher == "joblib":
         return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs or 2}"]
     if launcher == "slurm":  # a job that reaches its time limit (default: a day) is queued again
+        at_once = f"hydra.launcher.array_parallelism={jobs or 100}"
         batch = f"hydra.sweeper.max_batch_size={MOST_JOBS_AT_ONCE}"
-        return [
-            "hydra/launcher=submitit_slurm",
-            f"hydra.launcher.array_parallelism={jobs or 100}",
-            batch,
-        ]
+        return ["hydra/launcher=submitit_slurm", at_once, batch]
     if launcher == "ray":  # without a number of jobs, Ray runs one job per core
-        return [
-            "hydra/launcher=ray",
-            *([f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else []),
-        ]
+        cores = [f"+hydra.launcher.ray.init.num_cpus={jobs}"] if jobs else []
+        return ["hydra/launcher=ray", *cores]
     return []
 
 
@@ -275,11 +270,8 @@ def within(budget: float, planned: list[PlannedCell]) -> list[PlannedCell]:
 
 def report(asked: argparse.Namespace, sweeps: Iterable[str]) -> None:
     """Print the tables, and write a report in all formats into a folder."""
-    folders = [
-        str(Path("outputs", sweep))
-        for sweep in dict.fromkeys(sweeps)
-        if Path("outputs", sweep).is_dir()
-    ]
+    paths = [Path("outputs", sweep) for sweep in dict.fromkeys(sweeps)]
+    folders = [str(path) for path in paths if path.is_dir()]
     if not folders:
         print("no report: no run has a folder in outputs/")
         return
