@@ -13,13 +13,11 @@ from processes import dfl_train, ended, forked
 
 import dfl_experiments as dfl
 from dfl_experiments.configuration.composition import compose, config_digest, point_name
-from dfl_experiments.data.augmentation import Augmentation
-from dfl_experiments.data.batches import Normalise, count_new_variation, preparation, split
+from dfl_experiments.data.batches import Normalise, count_new_variation, preparation
 from dfl_experiments.data.packs import load_pack, load_with_digest, warn_of_channels_last
 from dfl_experiments.data.packs import test_images_in_training as images_in_training
 from dfl_experiments.data.sources import Digits
 from dfl_experiments.data.sources_arrays import ArrayFile
-from dfl_experiments.errors import UserError
 from dfl_experiments.running.checkpoint import load_checkpoint
 from dfl_experiments.running.result import read_result
 
@@ -487,24 +485,6 @@ def test_killed_and_resumed_run_on_features_is_bitwise_equal(tmp_path):
     assert "1 will be refused; the first: broken: has a run with other data or code: data " in dry
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.37])
-@pytest.mark.parametrize("sizes", [(50, 30, 20), (1, 1, 98), (7, 0, 13, 1), (3,) * 40], ids=str)
-def test_stratified_split_keeps_class_shares_to_within_one_sample(sizes, fraction):
-    labels = RANDOM.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    train, held_out = split(len(labels), fraction, 3, labels)
-    assert len(held_out) == round(len(labels) * fraction)
-    assert torch.equal(torch.cat([train, held_out]).sort().values, torch.arange(len(labels)))
-    counts = np.bincount(labels[held_out.numpy()], minlength=len(sizes))
-    assert np.abs(counts - np.array(sizes) * fraction).max() <= 1
-    again, other = (split(len(labels), fraction, seed, labels)[0] for seed in (3, 4))
-    assert torch.equal(again, train)
-    assert not torch.equal(other, train)
-    # the training part keeps the shuffled order, because `limit` takes its first samples
-    order = torch.cat(split(len(labels), 0.0, 3)).tolist()
-    positions = [order.index(sample) for sample in train]
-    assert positions == sorted(positions)
-
-
 def test_validation_split_option_keeps_recorded_names():
     before = compose([])
     assert before.validation_split == "random"
@@ -512,44 +492,3 @@ def test_validation_split_option_keeps_recorded_names():
     assert config_digest(stratified) != config_digest(before)
     del before.validation_split
     assert point_name(before) == point_name(compose([]))
-
-
-def crop_flipped(
-    images: torch.Tensor, generator: torch.Generator, crop: int, flip: float
-) -> torch.Tensor:
-    """Pad by reflection, crop and flip one image at a time, with the random numbers of a whole batch."""
-    count = len(images)
-    rows, columns = (
-        torch.randint(-crop, crop + 1, (count,), generator=generator) + crop for _ in range(2)
-    )
-    flips = torch.rand(count, generator=generator) < flip
-    height, width = images.shape[2:]
-    results = []
-    for image, row, column, is_flipped in zip(images, rows, columns, flips, strict=True):
-        padded = torch.nn.functional.pad(image.float(), [crop] * 4, mode="reflect")
-        cropped = padded[:, row : row + height, column : column + width]
-        results.append(cropped.flip(-1) if is_flipped else cropped)
-    return torch.stack(results)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 9, 5)], ids=str)
-def test_crop_flip_of_a_batch_equals_one_image_at_a_time(shape):
-    images = torch.randint(256, (200, *shape), generator=generator(1), dtype=torch.uint8)
-    before = images.clone()
-    augmentation = Augmentation(crop=4, flip=0.5)
-    for seed in range(3):
-        augmented = augmentation(images, lambda batch: batch.float(), generator(seed))
-        assert torch.equal(augmented, crop_flipped(images, generator(seed), 4, 0.5))
-    assert torch.equal(images, before)
-
-
-def test_images_must_be_larger_than_the_crop():
-    with pytest.raises(
-        UserError, match=r"^augmentation=crop_flip: needs uint8 images larger than crop=4"
-    ):
-        Augmentation(crop=4).check((1, 4, 9), True, "crop_flip")
-    Augmentation(crop=4).check((1, 5, 9), True, "crop_flip")

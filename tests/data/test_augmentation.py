@@ -193,3 +193,40 @@ def test_options_out_of_range_are_refused(option, value):
     node = {"_target_": "dfl_experiments.data.augmentation.Augmentation", option: value}
     with pytest.raises(UserError, match=f"^augmentation.{option}="):
         component(node, "augmentation")
+
+
+def crop_flipped(
+    images: torch.Tensor, generator: torch.Generator, crop: int, flip: float
+) -> torch.Tensor:
+    """Pad by reflection, crop and flip one image at a time, with the random numbers of a whole batch."""
+    count = len(images)
+    rows, columns = (
+        torch.randint(-crop, crop + 1, (count,), generator=generator) + crop for _ in range(2)
+    )
+    flips = torch.rand(count, generator=generator) < flip
+    height, width = images.shape[2:]
+    results = []
+    for image, row, column, is_flipped in zip(images, rows, columns, flips, strict=True):
+        padded = torch.nn.functional.pad(image.float(), [crop] * 4, mode="reflect")
+        cropped = padded[:, row : row + height, column : column + width]
+        results.append(cropped.flip(-1) if is_flipped else cropped)
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 9, 5)], ids=str)
+def test_crop_flip_of_a_batch_equals_one_image_at_a_time(shape):
+    images = torch.randint(256, (200, *shape), generator=generator(1), dtype=torch.uint8)
+    before = images.clone()
+    augmentation = Augmentation(crop=4, flip=0.5)
+    for seed in range(3):
+        augmented = augmentation(images, lambda batch: batch.float(), generator(seed))
+        assert torch.equal(augmented, crop_flipped(images, generator(seed), 4, 0.5))
+    assert torch.equal(images, before)
+
+
+def test_images_must_be_larger_than_the_crop():
+    with pytest.raises(
+        UserError, match=r"^augmentation=crop_flip: needs uint8 images larger than crop=4"
+    ):
+        Augmentation(crop=4).check((1, 4, 9), True, "crop_flip")
+    Augmentation(crop=4).check((1, 5, 9), True, "crop_flip")

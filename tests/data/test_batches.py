@@ -150,3 +150,21 @@ def test_split_is_a_partition_that_depends_on_the_seed_only():
     assert [len(part) for part in split(1000, 0.0, 3)] == [1000, 0]
     with pytest.raises(UserError, match=r"validation_fraction=0\.001"):
         split(100, 0.001, 3)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.37])
+@pytest.mark.parametrize("sizes", [(50, 30, 20), (1, 1, 98), (7, 0, 13, 1), (3,) * 40], ids=str)
+def test_stratified_split_keeps_class_shares_to_within_one_sample(sizes, fraction):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    train, held_out = split(len(labels), fraction, 3, labels)
+    assert len(held_out) == round(len(labels) * fraction)
+    assert torch.equal(torch.cat([train, held_out]).sort().values, torch.arange(len(labels)))
+    counts = np.bincount(labels[held_out.numpy()], minlength=len(sizes))
+    assert np.abs(counts - np.array(sizes) * fraction).max() <= 1
+    again, other = (split(len(labels), fraction, seed, labels)[0] for seed in (3, 4))
+    assert torch.equal(again, train)
+    assert not torch.equal(other, train)
+    # the training part keeps the shuffled order, because `limit` takes its first samples
+    order = torch.cat(split(len(labels), 0.0, 3)).tolist()
+    positions = [order.index(sample) for sample in train]
+    assert positions == sorted(positions)
