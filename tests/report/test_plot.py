@@ -474,11 +474,6 @@ def test_dots_per_inch_have_a_range(dpi, outputs, capsys):
     assert f"argument --dpi: '{dpi}' is not a number from 20 to 1200" in capsys.readouterr().err
 
 
-def test_own_rules_have_different_looks():
-    looks = [look_of(name) for name in ("ours", "noisy", "clipped")]
-    assert len(set(looks)) == 3
-
-
 def test_variants_of_own_rules_are_not_nearly_black():
     variants = [f"ours, c={number}" for number in range(30)]
     assert min(max(to_rgb(look_of(name).colour)) for name in variants) > 0.4
