@@ -109,10 +109,8 @@ def with_settings(
             in_words = IN_WORDS.get(key, {})
             shown[key] = [in_words.get(value, str(value)) for value in frame[key]]
     names = option_names(runs)
-    options = runs.drop_duplicates(CELL)[[*CELL, *names]]
-    options_of_rows = frame[CELL].merge(options, on=CELL, how="left")
-    options_of_rows.index = frame.index
-    shown[names] = options_of_rows[names].replace("", NONE)
+    options = runs.drop_duplicates(CELL).set_index(CELL)[names]
+    shown[names] = frame[CELL].join(options, on=CELL)[names].replace("", NONE)
     shown["method"] = frame.method.map(method_name)
     for name, texts in columns.items():
         if set(texts) != {NONE}:
