@@ -131,9 +131,8 @@ class OfTorch(OptimizerFactory):
             parameter.grad = torch.ones_like(parameter)
         try:
             self.make(trial).step()
-        except (
-            TypeError
-        ) as error:  # an option of a wrong type; the factory checks no types of a user's optimizer
+        # an option of a wrong type; the factory checks no types of a user's optimizer
+        except TypeError as error:
             raise ValueError(str(error)) from error
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -201,9 +200,8 @@ def factory_of(kind: type[torch.optim.Optimizer]) -> type[OptimizerFactory]:
             continue
         default: Any = field()
         if parameter.default is not parameter.empty:
-            default = field(
-                default_factory=partial(copy, parameter.default)
-            )  # a default may be a list
+            # a copy, because a default may be a list
+            default = field(default_factory=partial(copy, parameter.default))
         options.append((name, without_tensor(hints.get(name, Any)), default))
     members = {"kind": kind, "captured": kind is torch.optim.RMSprop}
     return make_dataclass(

@@ -100,9 +100,8 @@ def test_labels_name_only_what_differs(outputs):
     assert labels(frame, facet="lr") == ["BP", "BP", "DFA", "DFA"]
     assert labels(frame[frame.lr == 0.01]) == ["BP", "DFA"]
     assert labels(frame[frame.rule == "bp"]) == ["lr 0.001", "lr 0.01"]
-    assert labels(frame[(frame.rule == "bp") & (frame.lr == 0.01)]) == [
-        ""
-    ]  # one line for all seeds
+    one_point = frame[(frame.rule == "bp") & (frame.lr == 0.01)]
+    assert labels(one_point) == [""]  # one line for all seeds
     with_las = runs(outputs / "alone", outputs / "grid").query("lr == 0.001")
     assert labels(with_las)[-1] == "LAS, 3 epochs"
 
