@@ -371,8 +371,10 @@ def runs_with(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
 
     Seed, number of epochs, alignment settings and memory format may differ from this configuration.
     """
-    same = frame[(frame.rule == values["method"]["name"]) & (frame.lr == values["optimizer"]["lr"])]
-    same = distinct(same[same.accuracy.notna() | same.fails])
+    has_rule = frame.rule == values["method"]["name"]
+    has_lr = frame.lr == values["optimizer"]["lr"]
+    has_ended = frame.accuracy.notna() | frame.fails
+    same = distinct(frame[has_rule & has_lr & has_ended])
     free = {key: values[key] for key in ("seed", "epochs", "alignment", "memory_format")}
     digest = config_digest(values)
     digests = [

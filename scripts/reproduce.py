@@ -134,9 +134,8 @@ def calls(asked: argparse.Namespace) -> list[list[str]]:
         for sweep, grid in chosen(asked.target, asked.only):
             if asked.smoke:  # every cell runs only one point of its grid
                 sweep = f"{sweep}-smoke"
-                grid = replace(
-                    grid, axes={key: v if key in PLACES else v[:1] for key, v in grid.axes.items()}
-                )
+                firsts = {key: v[:1] for key, v in grid.axes.items() if key not in PLACES}
+                grid = replace(grid, axes=grid.axes | firsts)
             result.append(arguments_of(asked, sweep, grid, seeds))
     return result
 

@@ -36,7 +36,8 @@ def check_run(cfg: DictConfig) -> tuple[Configuration, Path]:
     if cfg.hydra.job.chdir:  # in another working directory, a relative data_dir would be wrong
         raise UserError("hydra.job.chdir=true: a run cannot change the working directory")
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
-    configuration, run_dir = check(with_recorded(cfg, overrides)), Path(str(cfg.hydra.run.dir))
+    configuration = check(with_recorded(cfg, overrides))
+    run_dir = Path(str(cfg.hydra.run.dir))
     flags: Any = OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False)
     resume = configuration.settings.resume
     if resume == AUTO and not any(flag.startswith("hydra.run.dir=") for flag in flags):

@@ -93,5 +93,6 @@ def alive(pid: int) -> bool:
     except PermissionError:  # the process runs, but belongs to another user
         pass
     with suppress(OSError):  # a zombie process has ended; on Linux, /proc shows this state
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+        return after_name.split()[0] != "Z"
     return True

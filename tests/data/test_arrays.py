@@ -74,9 +74,8 @@ def test_float_features_of_any_shape_are_learnt(tmp_path, shape, dtype):
     rate = ("optimizer.lr=3e-3", "epochs=5", "dataset.fc_widths=[64,64]")
     result = trained(tmp_path, *rate)
     assert result["input_shape"] == list(shape)
-    if (
-        len(shape) == 1
-    ):  # with more axes the mean and std are per channel, over features of different sizes
+    # with more axes the mean and std are per channel, over features of different sizes
+    if len(shape) == 1:
         assert result["accuracy"] > 0.8
 
 
