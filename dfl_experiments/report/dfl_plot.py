@@ -32,13 +32,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of runs")
     add("--what", type=names, help=WHAT)
-    add(
-        "--layer",
-        dest="layers",
-        type=layers,
-        metavar="LAYER",
-        help="hidden layers, such as 1,3 (default: all)",
-    )
+    layer = "hidden layers, such as 1,3 (default: all)"
+    add("--layer", dest="layers", type=layers, metavar="LAYER", help=layer)
     by = "x axis (default: iteration, if all drawn runs have iterations.csv)"
     add("--by", choices=("iteration", "epoch"), help=by)
     smooth = "running mean over N values; 1: none (default: 1/40 of the iterations; by epoch, none)"
