@@ -37,7 +37,7 @@ class Setting:
     """Endings of the points of the setting."""
 
     def results(self, name: str) -> list[Any]:
-        """Return the values of one entry of result.json, of the runs that learned or, if none did, of all that finished.
+        """Return one entry of result.json of the runs that learned or, if none did, of all that finished.
 
         Runs that lack the entry are left out.
         """
