@@ -34,7 +34,7 @@ CLAIMS = {
     "is more accurate than DFA": IS_BETTER.format("{}", "DFA"),
     "is more accurate than Shallow": IS_BETTER.format("{}", "Shallow"),
     "is less accurate than BP": IS_BETTER.format("BP", "{}"),
-    "leads DFA by more with 100 classes than with 10": LEADS_MORE.format("{}", "DFA"),
+    "has a larger lead over DFA with 100 classes than with 10": LEADS_MORE.format("{}", "DFA"),
 }
 METHODS = ("DFA", "LAS", "LTAS")
 LADDER_RULES = ("bp", "shallow", "dfa", "las", "ltas", "fdfa", "fa")
@@ -86,9 +86,9 @@ def rates_caption(runs: pd.DataFrame) -> str:
     seeds_at_best = choose(runs).groupby([*COLUMN, "rule"]).seed.nunique()
     return (
         "A [narrow Conv3](outputs/reference/README.md#at-which-rates-each-rule-is-stable), with "
-        f"and without batch normalisation (BN), after {span_text(runs.epochs)} epochs of Adam: test accuracy in "
-        f"percent, mean ± sd of {span_text(seeds_at_best)} seeds, at the rate with the best validation accuracy (of "
-        f"{span_text(seeds_by_rate(runs))} seeds). Rates below {lr_text(runs.lr.min())} or above "
+        f"and without batch normalisation (BN), after {span_text(runs.epochs)} epochs of Adam. Test accuracy in "
+        f"percent, mean ± sd of {span_text(seeds_at_best)} seeds, at the rate with the best validation accuracy "
+        f"(over {span_text(seeds_by_rate(runs))} seeds). Rates below {lr_text(runs.lr.min())} or above "
         f"{lr_text(runs.lr.max())} may be better."
     )
 
@@ -206,15 +206,15 @@ def depth(summary: pd.DataFrame) -> str:
         cosine = against_dfa(at_common_rate, rule, "cosine/1")
         judged += [accuracy.judged, cosine.judged]
         sentences.append(
-            f"{method_name(rule)} is significantly more accurate than DFA in {accuracy.higher} of them and less "
-            f"accurate in {accuracy.lower}; its cosine of layer 1 at lr {COMMON_LR:g} is higher in {cosine.higher} and "
-            f"lower in {cosine.lower}."
+            f"{method_name(rule)} is significantly more accurate than DFA in {accuracy.higher} of these nets and "
+            f"less accurate in {accuracy.lower}; its cosine of layer 1 at lr {COMMON_LR:g} is higher in "
+            f"{cosine.higher} and lower in {cosine.lower}."
         )
     return (
         f"Bundled digits, {span_text(pd.Series(judged))} nets: {span_text(summary.depth)} hidden layers of 32 units, "
         f"two initialisations. {summary.seed.nunique()} seeds, each method at its best of {summary.lr.nunique()} rates "
-        f"by validation accuracy; 95 % intervals, not corrected. {' '.join(sentences)} {what_he_changes(summary)} "
-        "[All rules](outputs/reference/README.md#how-deep-each-rule-trains)."
+        f"by validation accuracy; 95 % intervals, not corrected for their number. {' '.join(sentences)} "
+        f"{what_he_changes(summary)} [All rules](outputs/reference/README.md#how-deep-each-rule-trains)."
     )
 
 

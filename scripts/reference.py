@@ -339,9 +339,9 @@ def families_part(runs: pd.DataFrame) -> Iterator[str]:
     yield "## Alignment and accuracy\n"
     yield "![Ranks of accuracy and of the cosine of layer 1, a point for each rule](figures/families.png)\n"
     yield (
-        "The table shows Spearman's ρ over the rules' means at one rate, and the number of rules in brackets. Left "
-        "out are failing runs, and rules with a zero signal for most samples. The figure shows the ranks; 1 is "
-        "the lowest. Read these ρ with care: many rules are similar, so they are not independent observations.\n"
+        "The table shows Spearman's ρ over the rules' means at one rate, and the number of rules in brackets. Failing "
+        "runs, and rules with a zero signal for most samples, are left out. The figure shows the ranks; 1 is the "
+        "lowest. Read these ρ with care: many rules are similar, so they are not independent observations.\n"
     )
     rows = []
     for setting, means in means_of_rules(runs).items():

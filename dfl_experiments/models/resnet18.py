@@ -1,4 +1,4 @@
-"""ResNet18 (He et al., 2016), with feedback boundaries after the stem and after every stage."""
+"""ResNet-18 (He et al., 2016), with feedback boundaries after the stem and after every stage."""
 
 from typing import Literal
 
@@ -67,7 +67,7 @@ def resnet18(
     batch_norm_updates_top: Passes | None = None,
     stem: Literal["7x7", "3x3"] = "7x7",
 ) -> BlockNet:
-    """Return a ResNet18: stem (convolution, BN, ReLU, no max-pool), stages, global average, linear layer.
+    """Return a ResNet-18: stem (convolution, BN, ReLU, no max-pool), stages, global average, linear layer.
 
     input_shape: (C, H, W). num_classes: K.
     channels: channels of each stage. residuals: number of basic blocks per stage.

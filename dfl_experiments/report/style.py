@@ -68,7 +68,7 @@ IN_WORDS = {
         "fashion_mnist": "Fashion-MNIST",
         "cifar10": "CIFAR-10",
         "cifar100": "CIFAR-100",
-        "tinyimagenet": "Tiny ImageNet",
+        "tinyimagenet": "TinyImageNet",
     },
     "model": {
         "fc": "fully connected net",
@@ -150,7 +150,8 @@ def look_of(method: str) -> Look:
     dash = DASHES.index(look.dash) + 1 + step
     target = 1.0 if is_lighter else 0.0
     share = 0.3 + 0.03 * (number % 11)
-    if rule not in LOOKS:  # dark red: much darker it would look like BP, and much lighter like FA
+    if rule not in LOOKS:
+        # dark red: a much darker one would look like BP, a much lighter one like FA
         target, share = 1.0, share / 2
     red, green, blue = [channel + share * (target - channel) for channel in to_rgb(look.colour)]
     return Look(to_hex((red, green, blue)), DASHES[dash % len(DASHES)])

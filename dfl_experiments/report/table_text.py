@@ -31,8 +31,8 @@ EXPLANATIONS = {
         "Accuracy: test accuracy in percent, as the protocol reports it; mean over n seeds ± sample standard "
         "deviation. Each method is shown at its best learning rate on the validation set. If there is no validation "
         "set, the rate is chosen on the test set, and the accuracy is biased upwards. A rate with a failing run is "
-        "used only if every rate has one, and a rate at which all runs fail only if all fail at every rate. The noise "
-        "floor is the standard error of one accuracy p on N test images."
+        "used only if every rate has one. A rate at which all runs fail is used only if all runs fail at every rate. "
+        "The noise floor is the standard error of one accuracy p on N test images."
     ),
     "n": (
         "Failing runs: a run fails if it diverges (its loss is NaN or infinite), if it collapses (no unit of the last "
@@ -49,8 +49,8 @@ EXPLANATIONS = {
     ),
     "depth": (
         "Depth utility: (accuracy − Shallow) / (BP − Shallow), each at its own best rate. 0 %: equal to a net whose "
-        "lower layers are not trained; 100 %: equal to BP. Intervals by Fieller's theorem, from 3 seeds on. A setting "
-        "cannot rank rules if BP is not significantly above Shallow."
+        "lower layers are not trained; 100 %: equal to BP. Intervals by Fieller's theorem, for 3 seeds or more. A "
+        "setting cannot rank rules if BP is not significantly above Shallow."
     ),
     "layer": (
         "Cosine: between the method's error signal and BP's, mean over the last epoch. It depends on the learning "
