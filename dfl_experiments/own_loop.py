@@ -182,7 +182,7 @@ class Rule:
     ) -> Tensor:
         """Add the rule's gradients to `.grad` of the network's parameters, and return the loss of this batch.
 
-        B is updated before the error signals are computed; after them, if `rule.method.sends_first` is true.
+        B is updated before the error signals are computed, or after them if `rule.method.sends_first` is true.
         The forward pass runs in the caller's autocast. The error signals are computed outside of autocast.
 
         inputs: a batch for the network.
@@ -192,8 +192,8 @@ class Rule:
             `loss.backward()` bit for bit. Default: the rule's own loss.
         step_feedback: whether to update B. To accumulate gradients over several batches, pass True only for the last
             batch.
-        weight: factor of the gradients of W and B, not of the returned loss; 1/k for one of k batches of equal size
-            whose gradients accumulate.
+        weight: factor of the gradients of W and B, not of the returned loss. To accumulate gradients over k batches of
+            equal size, pass 1/k.
 
         Raises:
             UserError: something would make the gradients wrong or absent, and PyTorch would raise no error.
@@ -301,7 +301,7 @@ class Rule:
         passed = {layers[index] for index in layers_to_replace(self.net)}
         if not passed <= set(transpose.layers):
             raise UserError(
-                "model: a parameter learns now that was frozen in dfl.rule, and a layer above it has no B; "
+                "model: a parameter that was frozen in dfl.rule learns now, but a layer above it has no B; "
                 "call dfl.rule again, or call it before you freeze parameters"
             )
         self._frozen = [parameter for parameter in self._frozen if not parameter.requires_grad]
@@ -366,8 +366,8 @@ class Rule:
             variable = getattr(node, "variable", leaf)
             if variable is not leaf:
                 raise UserError(
-                    f"loss: also depends on a tensor of shape {tuple(variable.shape)} that requires a gradient, which "
-                    "it does not get here; detach it, or call backward() on this part of the loss yourself"
+                    f"loss: also depends on a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
+                    "the rule sends it none; detach it, or call backward() on this part of the loss yourself"
                 )
         (error,) = torch.autograd.grad(value, leaf)
         return value.detach(), precise(error)

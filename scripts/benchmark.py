@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         default=",".join(PAPER),
-        help="methods beside BP, or all (default: %(default)s)",
+        help="methods in addition to BP, or all (default: %(default)s)",
     )
     parser.add_argument(
         "--precisions", default="float32", help="float32, bfloat16, tf32 (default: %(default)s)"
@@ -208,7 +208,7 @@ def main() -> None:
     known = {*MODELS, *group_options("method"), *get_args(Precision)}
     for name in (*models, *methods, *precisions):
         if name not in known:
-            parser.error(f"{name}: not a model, a method or a precision of --help")
+            parser.error(f"{name}: unknown; --help lists the models, methods and precisions")
     # Set up PyTorch as a training run does, also for the steps in plain PyTorch.
     as_a_run = partial(set_up, device, seed=0, deterministic=False, threads=options.threads)
     report: dict[str, Any] = {

@@ -45,7 +45,9 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument(
-        "--smoke", action="store_true", help="try every cell once on a few images; no results"
+        "--smoke",
+        action="store_true",
+        help="try every table cell once on a few images; not a result",
     )
     parser.add_argument("--protocol", choices=("paper", "authors", "fair"), help="default: fair")
     parser.add_argument(
@@ -65,8 +67,8 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         "--budget",
         type=hours,
         metavar="TIME",
-        help="only the cells that fit into this time on this machine, such as 12h: the cheapest\n"
-        "first, one seed of all before a second of any; what is finished does not count",
+        help="only the unfinished table cells that fit into this time on this machine, such as 12h:\n"
+        "the first seed of all cells, the cheapest first, then the next seed",
     )
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, help="default: basic; joblib if --jobs is above 1"
@@ -80,8 +82,8 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would run; without --smoke also the hours of what is not finished,\n"
-        "for which training steps are timed, so the project is installed first",
+        help="print what would run. Without --smoke, also print the hours of the unfinished runs:\n"
+        "this times training steps, so the project is installed first",
     )
     parser.add_argument(
         "overrides",
@@ -95,7 +97,7 @@ def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.error("--jobs: the basic launcher runs one job at a time; choose --launcher joblib")
     if asked.budget and (asked.launcher != "basic" or asked.smoke):
         parser.error(
-            "--budget: counts whole runs one after another; omit --launcher, --jobs, --smoke"
+            "--budget: assumes whole runs, one after another; omit --launcher, --jobs, --smoke"
         )
     return parser, asked
 

@@ -31,7 +31,7 @@ class Block(nn.Module):
     post: layers after a: activation, pooling, flattening.
     leak: whether the gradient of the block's shortcut crosses a cut below the block. If True, the block above a cut is
         called as `pre(x, shortcut)`. Both arguments are h_{i-1}. The gradient at `shortcut` is added to the signal at
-        h_{i-1}. The ResNet18 of the published code has this leak.
+        h_{i-1}. The ResNet-18 of the published code has this leak.
     """
 
     def __init__(self, pre: nn.Module, post: nn.Module, leak: bool = False) -> None:
@@ -85,8 +85,8 @@ class BlockNet(nn.Module):
                 lower = block_of.setdefault(weight, i)
                 if lower != i:
                     raise UserError(
-                        f"model: blocks {lower} and {i} share a weight of shape {tuple(weight.shape)}; return an "
-                        "nn.Module that is no BlockNet, because its boundaries keep a shared weight in one block"
+                        f"model: blocks {lower} and {i} share a weight of shape {tuple(weight.shape)}; return a "
+                        "plain nn.Module, not a BlockNet: its boundaries are chosen so that one block has this weight"
                     )
 
     @property

@@ -103,7 +103,7 @@ class ModuleNet(BlockNet):
         if calls.counts not in self._counts:
             counts = ", ".join(f"{name} {count} times" for name, count in calls.counts.items())
             raise UserError(
-                f"model: this forward pass calls {counts}, other numbers than when the net was built. So the boundary "
+                f"model: this forward pass calls {counts}, not as often as when the net was built. So the boundary "
                 f"{next(iter(self._calls))} may be another call; use modules such as nn.ReLU() as boundaries"
             )
         return logits
@@ -259,7 +259,7 @@ def as_net(
     The example for a `ModuleNet` consists of zeros. They are integers if the samples are tokens, otherwise floats.
 
     samples: kind of the samples. None: they are tokens if the module has an embedding and one sample is a vector.
-    Raises `UserError` for what is no module, and for a module in which parameters that learn are not float32.
+    Raises `UserError` for an object that is not a module, and for a module whose trainable parameters are not float32.
     """
     if isinstance(module, ModuleNet):
         return module

@@ -17,8 +17,8 @@ EPILOG = """examples:
   dfl-plot outputs/grid --what alignment --layer 1 --size 3.4x2.4 --out figure.pdf      for a paper
 """
 WHAT = """comma-separated: loss, accuracy, alignment (cosine with BP's error signal), norm (length of the error signal,
-divided by that of BP's), rms (size of the activations), dead (share of dead units), or any column of epochs.csv or
-iterations.csv, such as validation_loss (default: loss,accuracy,alignment if measured)"""
+divided by the length of BP's), rms (size of the activations), dead (share of dead units), or any column of epochs.csv
+or iterations.csv, such as validation_loss (default: loss,accuracy,alignment if measured)"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--layer", dest="layers", type=layers, metavar="LAYER", help=layer)
     by = "x axis (default: iteration, if all drawn runs have iterations.csv)"
     add("--by", choices=("iteration", "epoch"), help=by)
-    smooth = "running mean over N values; 1: none (default: 1/40 of the iterations; by epoch, none)"
+    smooth = "running mean over N values; 1: none (default: 1/40 of the iterations; by epoch: none)"
     add("--smooth", type=positive, metavar="N", help=smooth)
     color = "one colour for each value of this configuration key (default: method)"
     add("--color", metavar="KEY", help=color)

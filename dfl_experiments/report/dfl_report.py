@@ -9,8 +9,8 @@ from typing import Any
 from dfl_experiments.configuration.refusals import refusing
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "html", "commands")
-FORMAT = """terminal (default), markdown, csv (one row for each grid point), latex (booktabs), html (one page),
-or commands (dfl-train commands that repeat the runs in the table of methods)"""
+FORMAT = """terminal (default), markdown, csv (one row for each learning rate and weight decay of a method),
+latex (booktabs), html (one page), or commands (dfl-train commands that repeat the runs in the table of methods)"""
 EPILOG = """examples:
   dfl-report outputs/lr_grid                               the table of methods, then tables with details
   dfl-report outputs/lr_grid --format html --figures f     report.html, and every figure as PNG and PDF in f/

@@ -163,7 +163,7 @@ def note_seeds(counts: Series, number_of_lines: int, notes: list[str]) -> None:
 
 
 def without_constants(values: DataFrame, lines: DataFrame, notes: list[str]) -> DataFrame:
-    """Return the values without those relative to BP of BP itself, and of the layers in the column `exact_layers`."""
+    """Leave out values relative to BP in runs of BP itself, and in the layers of the column `exact_layers`."""
     about = lines.loc[values.line]
     layers = values.layer.astype(str)
     pairs = zip(layers, about.exact_layers, strict=True)
@@ -182,7 +182,7 @@ def layers_of(values: DataFrame, asked: Sequence[int] | None, notes: list[str]) 
     if asked and layers.any():
         return [layer for layer in asked if layer in layers]
     if len(layers) > MOST_LAYERS:
-        notes.append(f"Shown are {MOST_LAYERS} of {len(layers)} layers.")
+        notes.append(f"{MOST_LAYERS} of {len(layers)} layers are shown.")
     indices = evenly(len(layers), MOST_LAYERS)
     return layers[indices].tolist()
 

@@ -142,7 +142,7 @@ class Checks(Callback):
                     (job,) = jobs_of(config)
                     n_trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
                     most = "" if n_trials is None else f", up to {n_trials} runs"
-                    text = f"the sweeper chooses the points as it goes{most}; one run takes"
+                    text = f"the sweeper chooses the points during the sweep{most}; one run takes"
                     print(text, flush=True)
                     print_time([PlannedRun(sweep.folder, "", check_job(config, job)[0])])
                 raise SystemExit(0)

@@ -113,7 +113,7 @@ def discard_checkpoints(run_dir: Path, names: Sequence[str] = (LAST, PREVIOUS)) 
 
 
 def discard_spent(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Remove the checkpoints that an ended run with this configuration does not keep."""
+    """Remove the checkpoints that are not needed after the run has ended. config: the configuration of the run."""
     keeps = (config.get("checkpoint") or {}).get("keep", True)
     discard_checkpoints(run_dir, [PREVIOUS] if keeps else [LAST, PREVIOUS])
 

@@ -111,7 +111,7 @@ def show_plan(runs: Sequence[PlannedRun], force: bool) -> None:
 
 
 def print_time(runs: Sequence[PlannedRun]) -> None:
-    """Print the estimated time of runs. Of the runs of a kind, only one is measured.
+    """Print the estimated time of runs. Only one run of each kind is measured.
 
     For kinds whose time cannot be measured, print the reasons. The estimate is then for the other runs.
     """
@@ -184,7 +184,7 @@ def seconds_per_batch(batches: Iterator[Any], work: Callable[[int, Any], None]) 
 
 
 def missing_pack(configuration: Configuration) -> Path | None:
-    """Return the folder in which the data set should be packed, but is not; None if training needs no packing."""
+    """Return the folder in which the pack of the data set is missing; None if training needs no packing."""
     from dfl_experiments.data.packs import is_packed
 
     settings = configuration.settings

@@ -301,7 +301,7 @@ def explained(error: BaseException, settings: Settings, run_dir: Path) -> BaseEx
         problem = of_the_system(error)
         if error.errno == errno.ENOSPC:
             arguments = rerun_arguments("resume", relative(run_dir), settings.plugins)
-            problem += f"; make room, then continue with {arguments}, or start the sweep again"
+            problem += f"; free space, then continue with {arguments}, or start the sweep again"
         return Fault(problem)
     return error
 

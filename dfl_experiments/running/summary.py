@@ -37,7 +37,7 @@ class Setting:
     """Endings of the points of the setting."""
 
     def results(self, name: str) -> list[Any]:
-        """Return one entry of result.json of the runs that learned or, if none did, of all that finished.
+        """Return one entry of result.json of the runs that learned. If no run learned, use all finished runs.
 
         Runs that lack the entry are left out.
         """
@@ -177,7 +177,7 @@ def print_settings(endings: Sequence[Ending]) -> None:
     if any(setting.not_learned for setting in settings):
         print(
             "  did not learn: the last test accuracy is below 0.8 × the run's best, or at chance; "
-            "such runs are averaged only if all runs of a row are such"
+            "these runs are averaged only if no run of a row learned"
         )
 
 

@@ -223,7 +223,7 @@ def run_or_find(
     from dfl_experiments.running.run import run
 
     settings = configuration.settings
-    # With force=true, a command starts a point anew only once. If a queue starts the job again, the point continues.
+    # With force=true, a command deletes an earlier run only once. If a queue starts the job again, the point continues.
     is_forced = settings.force and not has_begun(run_dir, job.command)
     if not is_forced and (before := result_if_done(configuration, run_dir, settings.sweep)):
         return before, False

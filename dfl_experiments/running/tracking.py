@@ -28,7 +28,7 @@ from dfl_experiments.running.run_directory import Row, cell, header
 log = logging.getLogger(__name__)
 
 SECONDS_TO_START = 30
-# rows of this time are sent together: W&B takes 1 ms for a single row, 0.2 ms per row for many
+# The rows of this time are sent together, because W&B takes 1 ms for a single row, but 0.2 ms per row for many rows.
 SECONDS_TOGETHER = 5
 ROWS_AN_EPOCH = 200
 WANDB, TENSORBOARD = "W&B", "TensorBoard"

@@ -86,7 +86,7 @@ def test_dry_run_with_optuna_prints_the_time_of_one_run(tmp_path):
     dry = dfl_train(tmp_path, *OPTUNA, "--dry-run")
     assert (dry.returncode, dry.stderr) == (0, "")
     _, runs, *_, time = dry.stdout.splitlines()
-    assert runs == "the sweeper chooses the points as it goes, up to 3 runs; one run takes"
+    assert runs == "the sweeper chooses the points during the sweep, up to 3 runs; one run takes"
     assert re.match(r"about \d+ s on this machine", time)
     assert not list(tmp_path.iterdir())
 

@@ -129,7 +129,7 @@ def test_device_errors_become_one_line_with_advice():
     disk = OSError(28, "No space left on device", "epochs.csv")
     for error, words in (
         (memory, "batch_size=32: out of memory"),
-        (disk, "epochs.csv: No space left on device; make room"),
+        (disk, "epochs.csv: No space left on device; free space"),
     ):
         explanation = explained(error, settings, Path("here"))
         assert isinstance(explanation, Fault)
