@@ -125,7 +125,7 @@ def main() -> None:
 def run_jobs() -> None:
     """Run the command's jobs. If one worker is killed, joblib ends all workers. In this case, start the sweep again.
 
-    A repetition that finishes no further point is the last one.
+    The sweep is not started again if the last start finished no further point.
     """
     command = Checks.command
     ended_before = -1

@@ -1,4 +1,4 @@
-"""Judge the paper's claims on the runs in a folder, and draw a picture of settings × claims.
+"""Judge the paper's claims on the runs in a folder, and draw a figure of settings × claims.
 
     python scripts/claims.py outputs/mine      print the verdicts
 
@@ -46,7 +46,7 @@ MARKS = {
     TOO_FEW: "",
 }
 NET_OPTION = re.compile(r"model\.\w+=\[[^]]*\]")
-# the picture's labels have the channels of a net in few characters, and no widths
+# The figure's labels shorten the channels of a net and leave out its widths.
 CHANNELS = re.compile(r"model\.channels=\[([^]]*)\]")
 WIDTHS = re.compile(r", model\.widths=\[[^]]*\]")
 COLORS = {
@@ -65,7 +65,7 @@ ACCURACY = (*ALIGNMENT, *OVER_SHALLOW, *UNDER_BP)
 ALIGNS = "{} aligns better with BP than {}"
 IS_BETTER = "{} is more accurate than {}"
 LEADS_MORE = "{}'s lead over {} grows with the classes"
-ORDER = [(ALIGNS, ALIGNMENT), (IS_BETTER, ACCURACY), (LEADS_MORE, ALIGNMENT)]  # of the picture
+ORDER = [(ALIGNS, ALIGNMENT), (IS_BETTER, ACCURACY), (LEADS_MORE, ALIGNMENT)]  # in the figure
 RULES = ("bp", "shallow", "dfa", "las", "ltas")
 WEIGHTS = (1.0, -1.0, -1.0, 1.0)  # of the first method, the second one, and the same on other data
 COLUMNS = ["claim", "setting", "n", "found", "verdict", "value", "low", "high", "p"]

@@ -55,8 +55,8 @@ def with_collected(summary: pd.DataFrame, folders: list[Path]) -> pd.DataFrame:
 def at_best_rate(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of each combination of rule, depth and initialisation at its best learning rate.
 
-    The best rate has the highest validation accuracy. A rate with a failing run is used only if every rate has one, and
-    a rate at which all runs fail only if all fail at every rate.
+    The best rate has the highest validation accuracy. A rate with a failing run is used only if every rate has one. A
+    rate at which all runs fail is used only if all runs fail at every rate.
     """
     rates = summary.groupby([*CELL, "lr"], as_index=False).agg(
         score=("validation_accuracy", "mean"), fails=("fails", "any"), all_fail=("fails", "all")

@@ -18,7 +18,7 @@ def read_in_jobs(arguments: Sequence[str]) -> list[str]:
     """Return the arguments in a form in which Hydra reads the options of a swept group only in the jobs.
 
     An example is `method=dfa,sdfa method.top=direct`. Before Hydra makes the jobs, it composes a configuration without
-    the sweeps, thus with the default method. There it would refuse an option that the default method lacks. The form
+    the sweeps, thus with the default method. Hydra would then refuse an option that the default method lacks. The form
     `method.top=choice(direct)` counts as a sweep, so that composition leaves it out.
     """
     if not set(MULTIRUN) & set(arguments):

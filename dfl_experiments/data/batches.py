@@ -195,7 +195,7 @@ def preparation(training: np.ndarray, standardise: bool) -> Callable[[np.ndarray
 
 @dataclass(eq=False)
 class Batches:
-    """Batches of a training set. In every epoch, the samples are shuffled and augmented anew."""
+    """Batches of a training set. In every epoch, the samples are shuffled and augmented again."""
 
     images: Tensor
     """The samples, on the GPU or on the CPU. If they are images, the shape is (N, C, H, W) and the type uint8."""

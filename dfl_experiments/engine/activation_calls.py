@@ -1,4 +1,4 @@
-"""See the calls of activation functions in a forward pass, such as `F.relu(x)`, `x.tanh()` or a shared `nn.ReLU()`."""
+"""Find the calls of activation functions in a forward pass, such as `F.relu(x)`, `x.tanh()` or a shared `nn.ReLU()`."""
 
 import sys
 from collections import Counter

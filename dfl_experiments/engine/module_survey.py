@@ -224,7 +224,7 @@ class Survey:
 
 
 def refuse_unusable(module: nn.Module) -> None:
-    """Raise `UserError` for what is no module, and for a module in a wrapper that does not work with the rules."""
+    """Raise `UserError` for an object that is not a module, or for a wrapper that does not work with the rules."""
     if not isinstance(module, nn.Module):
         raise UserError(f"model: must be a torch.nn.Module, but is of type {type(module).__name__}")
     if hasattr(module, "_orig_mod"):

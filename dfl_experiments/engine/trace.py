@@ -136,9 +136,9 @@ class Trace:
 
 
 def refuse_shape(name: str, value: Any, shape: torch.Size) -> None:
-    """Raise `UserError` if what a method computed is not a tensor of a shape.
+    """Raise `UserError` if a value that a method computed is not a tensor of the right shape.
 
-    name: of the value, for the message.
+    name: name of the value, for the message.
     """
     if not isinstance(value, Tensor) or value.shape != shape:
         kind = type(value).__name__

@@ -1,4 +1,4 @@
-"""DRTP projects the label to the hidden layers; sDFA projects the sign of the error (Frenkel et al., 2021)."""
+"""DRTP projects the label to the hidden layers; error-sign DFA projects the error's sign (Frenkel et al., 2021)."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from dfl_experiments.methods.direct import Direct
 
 
 class TargetProjection(Direct):
-    """Target projection: δ_i = (B_{i+1} s) ⊙ f'(a_i), with a fixed B and s = -y*/N (DRTP) or sign(e)/N (sDFA).
+    """Target projection: δ_i = (B_{i+1} s) ⊙ f'(a_i), B fixed, s = -y*/N (DRTP) or s = sign(e)/N (error-sign DFA).
 
     DRTP replaces e = (softmax(a_L) - y*)/N by -y*/N. In e and in -y*/N, the entry of the label is negative. But -y*/N
     never vanishes, so units that do not saturate, such as ReLU, grow without bound. The authors use tanh (not checked
@@ -21,7 +21,7 @@ class TargetProjection(Direct):
     The authors' signal is +B y* without the factor 1/N. The sign makes no difference if the distribution of B is
     symmetric. In SGD, the learning rate can contain the factor 1/N.
 
-    projected: "target" (DRTP) or "error_sign" (sDFA).
+    projected: "target" (DRTP) or "error_sign" (error-sign DFA).
     options: see `Direct`.
     Raises `UserError` if `projected` is "target" and the loss is not cross-entropy. With another loss, the label's
         entry of e may be positive.

@@ -18,9 +18,9 @@ def choose(runs: DataFrame) -> DataFrame:
     """Return the runs at the best grid point of each cell, one run for each seed.
 
     Every pair of grid points is compared over the seeds that both points have. The point with the higher mean score
-    wins or, if the scores are equal, with the lower validation loss. The best point has the most wins. A point with a
-    failing run is used only if every point has one, and a point at which all runs fail only if all runs of the cell
-    fail. The score is the validation accuracy, or the test accuracy if there is no validation set.
+    wins. If the scores are equal, the point with the lower validation loss wins. The best point has the most wins. A
+    point with a failing run is used only if every point has one. A point at which all runs fail is used only if all
+    runs of the cell fail. The score is the validation accuracy, or the test accuracy if there is no validation set.
     """
     runs = distinct(runs)
     needed = runs[[*CELL, *POINT_IN_CELL, "seed", "status", "fails", "score", "validation_loss"]]
@@ -66,7 +66,7 @@ def beats(table: DataFrame, point: tuple[float, float], other: tuple[float, floa
 
 
 def counted(runs: DataFrame, keys: Sequence[str] = POINT) -> DataFrame:
-    """Return the runs that are averaged: those that do not fail or, if all with the same values of `keys` fail, all."""
+    """Return the runs to average. Failing runs are left out, unless all runs with the same values of `keys` fail."""
     ended = runs[runs.status.isin(ENDED)]
     all_fail = ended.groupby(list(keys)).fails.transform("all")
     return ended[~ended.fails | all_fail]

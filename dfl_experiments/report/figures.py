@@ -76,7 +76,8 @@ def figures_of_row(row: DataFrame, chosen: DataFrame, title: str) -> dict[str, F
 def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
     """Return the runs with cosines at one common grid point, because cosines depend on the learning rate.
 
-    It is the grid point with cosines of the most methods or, of several such points, with the most methods of `shown`.
+    It is the grid point at which the most methods have cosines. If there are several such points, it is the one with
+    the most methods of `shown`.
     """
     measured = compare.cosines(row)
     cosines = measured[layer_names(measured, "cosine")]
@@ -88,7 +89,7 @@ def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
     counts["shown"] = shown.groupby(POINT_IN_CELL).method.nunique()
     counts = counts.sort_values(["measured", "shown"], ascending=False)
     lr, decay = counts.index[0]
-    # a layer without a signal is drawn as little as a layer whose signal equals BP's
+    # a layer without a signal is not drawn, like a layer whose signal equals BP's
     silent = measured.no_signal.str.split(", ").map(tuple)
     measured = measured.assign(exact_layers=measured.exact_layers + silent)
     has_lr = measured.lr == lr

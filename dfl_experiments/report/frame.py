@@ -70,7 +70,11 @@ def runs(*folders: str | Path) -> DataFrame:
 
 
 def by_precedence(frame: DataFrame) -> DataFrame:
-    """Sort the runs by preference: finished, ended in another way, with measured alignment, ended last."""
+    """Sort the runs so that the preferred run comes first.
+
+    Finished runs come before runs that ended in another way, and these come before all others. Among equal runs, those
+    with measured alignment come first, then those that ended last.
+    """
     order = DataFrame(
         {
             "is_finished": frame.status == "finished",
@@ -192,7 +196,7 @@ def column_of(frame: DataFrame, key: str) -> Series:
     """
     name = ALIASES.get(key, key)
     keys = set().union(*frame.config)
-    is_column = name in frame and name != "config"  # which holds mappings
+    is_column = name in frame and name != "config"  # the column config holds mappings
     if is_column and (name in NOT_IN_SETTING or name not in keys):
         column = frame[name]
         return column.map(as_text).mask(column.isna(), "") if column.hasnans else column

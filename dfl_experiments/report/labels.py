@@ -23,7 +23,8 @@ FOLDER = r"^('?).*/(?=.)"  # the part of a path, which may be quoted, before the
 # This default depends on the rule. `options_of` leaves the option out at its default.
 ACTIVATION = "model.activation"
 UNRESOLVED = "${}"  # in place of a default that refers to another option
-# Runs with a name of the user's own started from this file of conf/, if they have the file's value of the key.
+# Files of conf/ on which a configuration with a name of the user's own may be based: group, file, key. It is based on
+# the file if it has the file's value of the key.
 OWN_NAMES = [
     ("dataset", "arrays", "source._target_"),
     ("dataset", "folder", "source._target_"),
@@ -40,8 +41,8 @@ def labelled(frame: DataFrame) -> DataFrame:
     """Add the columns `setting`, `shared` and `method`, and a column for each option that they name.
 
     setting: text with the options that differ between runs, without the method's and without defaults.
-    shared: text with the options that all runs share and that differ from their defaults. A class of the user is left
-        out if its part of the configuration has a name of the user's own, which the tables show.
+    shared: text with the options that all runs share and that differ from their defaults. The user's own class is left
+        out if the tables show it under the user's own name.
     is_default: whether all options except the method's have their defaults, and B has no optimizer of its own.
     method: text with the rule and those of its options that differ from their defaults.
     feedback_options: text with the options of B's own optimizer and schedule that all runs of the rule share.

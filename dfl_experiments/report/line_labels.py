@@ -24,7 +24,7 @@ from dfl_experiments.report.style import (
     words,
 )
 
-# largest number of labels in the legend; with more, the legend explains only what decides the looks
+# largest number of labels in the legend; with more, the legend explains only colours and dashes
 MOST_LABELS = 6
 # Columns that can appear in the label of a line. Options appear after FIRST_NAMES and before LAST_NAMES.
 FIRST_NAMES = ("method", "model", "dataset", "augmentation")

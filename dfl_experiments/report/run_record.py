@@ -51,7 +51,7 @@ NOT_IN_SETTING = {
     *ALIASES, "epochs", "precision", "seed", "smoke", "limit", "alignment.every", "alignment.quantities",
     "memory_format",
 }  # fmt: skip
-# Keys of B's own optimizer and schedule begin so. They belong to the method, because many methods learn no B.
+# Prefixes of the keys of B's own optimizer and schedule. They belong to the method, because many methods learn no B.
 OF_FEEDBACK = ("optimizer.feedback.", "schedule.feedback.")
 PLAIN_WORD = re.compile(r"(?!(?i:null|true|false)$)[A-Za-z_][A-Za-z_\d-]*")
 

@@ -35,10 +35,10 @@ WHAT = {
     "dead": Quantity("dead", "Dead units", "share of units (%)", 100),
     "lr": Quantity("lr", "Learning rate", "learning rate"),
 }
-# column, without the ending /i: the quantity of `WHAT` that it is another name of
+# for each column, without the ending /i, the name of its quantity in `WHAT`
 COLUMNS = {quantity.column: name for name, quantity in WHAT.items()}
 COLUMNS["cosine_sample"] = "alignment"
-KEYS = ("folder", "epoch", "iteration")  # columns that are no quantities
+KEYS = ("folder", "epoch", "iteration")  # columns that are not quantities
 
 
 def quantity_of(name: str) -> Quantity:
