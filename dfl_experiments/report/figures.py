@@ -8,8 +8,9 @@ from pandas import DataFrame
 
 from dfl_experiments.report import compare
 from dfl_experiments.report.choose import POINT_IN_CELL, counted
-from dfl_experiments.report.frame import ROW, distinct, layer_names
+from dfl_experiments.report.frame import ROW, curves, distinct, layer_names
 from dfl_experiments.report.lines import add_text, draw
+from dfl_experiments.report.series import long
 from dfl_experiments.report.style import (
     look_of,
     looks_of,
@@ -66,11 +67,26 @@ def figures_of_row(row: DataFrame, chosen: DataFrame, title: str) -> dict[str, F
     shown = chosen if len(chosen) else row
     aligned = at_common_rate(row, shown)
     with styled():
-        figures = {"differences": differences(chosen, title), "rates": rates(row, title)}
-        figures["learning"] = draw(shown, what=["accuracy", "loss"], by="epoch")
-        if len(aligned):
-            figures["alignment"] = draw(aligned, what=["alignment"], by="epoch")
+        figures = {
+            "differences": differences(chosen, title),
+            "rates": rates(row, title),
+            "learning": by_epoch(shown, ["accuracy", "loss"]),
+            "alignment": by_epoch(aligned, ["alignment"]),
+        }
     return {kind: figure for kind, figure in figures.items() if figure}
+
+
+def by_epoch(runs: DataFrame, names: list[str]) -> Figure | None:
+    """Draw those of the named quantities that have values, by epoch. Return None if none has.
+
+    A run that diverges in its first epoch has no loss, and a run may have lost its epochs.csv.
+    """
+    table = curves(runs)
+    if "epoch" not in table:
+        return None
+    with_values = set(long(table, "epoch", names).what)
+    drawn = [name for name in names if name in with_values]
+    return draw(runs, what=drawn, by="epoch") if drawn else None
 
 
 def at_common_rate(row: DataFrame, shown: DataFrame) -> DataFrame:
@@ -130,7 +146,8 @@ def rates(row: DataFrame, title: str) -> Figure | None:
     keys = ["method", "lr"]
     accuracies = counted(ended, keys).groupby(keys).accuracy
     points = 100 * accuracies.agg(mean="mean", low="min", high="max")
-    points["fails"] = ended.groupby(keys).fails.any()
+    # with NaN at a rate at which all runs diverged; there may be a method with no other rate
+    points = ended.groupby(keys).agg(fails=("fails", "any")).join(points)
     for method, (colour, dash) in looks_of(ended.method).items():
         curve = points.loc[method]
         label = method_name(method)

@@ -1,5 +1,6 @@
 """`dfl-report` on small real runs: formats, figures, the paper's values, cards."""
 
+import csv
 import re
 
 import pytest
@@ -233,6 +234,39 @@ def test_setting_whose_runs_all_diverged_has_no_rates_figure(finished_point, tmp
     done = dfl_report(tmp_path, "runs", "--figures", "figures")
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "figures").glob("*-rates.png"))
+
+
+def test_method_whose_runs_all_diverged_does_not_stop_the_figures_of_the_others(
+    finished_point, tmp_path
+):
+    dfa = plain(compose(["method=dfa"]))["method"]
+    for lr in (1e-3, 1e-2):
+        altered(finished_point, tmp_path / "runs" / f"bp{lr}", **finished(0.8, lr, 0))
+        values = finished(None, lr, 0, method=dfa) | {"status": "diverged"}
+        altered(finished_point, tmp_path / "runs" / f"dfa{lr}", **values)
+    done = dfl_report(tmp_path, "runs", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "figures").glob("*-rates.png"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["no table", "no loss"])
+def test_setting_without_curves_does_not_stop_the_figures_of_the_others(
+    kind, finished_point, tmp_path
+):
+    """A run that diverges in its first epoch has a test accuracy, but no loss."""
+    altered(finished_point, tmp_path / "runs" / "good", **finished(0.8, 1e-3, 0))
+    values = finished(None, 1e-3, 0, batch_size=7) | {"status": "diverged", "epochs": 1}
+    table = altered(finished_point, tmp_path / "runs" / "bad", **values) / "epochs.csv"
+    head, first, *_ = csv.reader(table.read_text().splitlines())
+    first[head.index("train_loss")] = ""
+    table.write_text(f"{','.join(head)}\n{','.join(first)}\n")
+    if kind == "no table":
+        table.unlink()
+    done = dfl_report(tmp_path, "runs", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "figures").glob("*-learning.png"))) == (
+        1 if kind == "no table" else 2
+    )
 
 
 def test_html_page_holds_its_figures_and_loads_no_other_file(reported, tmp_path):
