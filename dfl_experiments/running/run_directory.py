@@ -136,8 +136,11 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text to a file. A reader sees either the old text or the new text, never a part of it."""
     # the temporary name has the process ID, because two commands may write a sweep's summary at the same time
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    # A folder's name may not be UTF-8. Python reads such a byte as a character that UTF-8 lacks. It is written as an
+    # escape such as \udce9, which is the same character in JSON.
+    escaped = "backslashreplace"
     try:
-        with naming(path), temporary.open("w", encoding="utf-8") as file:
+        with naming(path), temporary.open("w", encoding="utf-8", errors=escaped) as file:
             file.write(text)
             synced(file)
         temporary.replace(path)

@@ -1,6 +1,7 @@
 """A run writes tables, result and checkpoint, prints a summary, and sends the same data to W&B."""
 
 import json
+import os
 from contextlib import nullcontext
 from statistics import fmean
 
@@ -10,8 +11,10 @@ import wandb
 from processes import dfl_train
 from run_files import records, summary, table
 
+import dfl_experiments as dfl
 from dfl_experiments.configuration.schema import Tracking
 from dfl_experiments.running import checkpoint
+from dfl_experiments.running.result import read_result
 from dfl_experiments.running.run_directory import epoch_columns
 from dfl_experiments.running.tracking import track
 
@@ -157,3 +160,17 @@ def test_training_loss_is_the_mean_over_images(tmp_path):
     (path,) = (tmp_path / "outputs").glob("*/*/epochs.csv")
     first, second = (float(row["loss"]) for row in table(path.parent / "iterations.csv"))
     assert float(table(path)[0]["train_loss"]) == pytest.approx((64 * first + second) / 65)
+
+
+def test_class_whose_name_is_not_utf_8_is_in_the_result(folder, tmp_path):
+    for split in ("train", "test"):
+        try:
+            os.rename(folder / split / "cats", os.fsencode(folder / split) + b"/\xff")
+        except OSError:
+            pytest.skip("this file system refuses names that are not valid UTF-8")
+    source = ["dataset=folder", f"dataset.source.path={folder}", f"data_dir={tmp_path / 'data'}"]
+    options = ["model=fc", "model.widths=[4,4]", "validation_fraction=0.25", *QUICK]
+    result = dfl.run(dfl.compose([*source, *options]), tmp_path / "run")
+    written = read_result(tmp_path / "run")
+    assert list(written["class_accuracy"]) == ["dogs", os.fsdecode(b"\xff")]
+    assert written["class_accuracy"] == result["class_accuracy"]
