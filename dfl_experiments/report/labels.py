@@ -121,7 +121,7 @@ def method_columns(protocol: str, rule: str, options: DataFrame) -> DataFrame:
     """
     equal = options.drop(columns=differing(options))
     of_feedback = equal[[key for key in equal if key.startswith(OF_FEEDBACK)]]
-    usual = equal.iloc[0].to_dict()
+    usual = equal.bfill().iloc[0].to_dict()  # a run without a result has no digest of the code
     values = conf_values("method", rule)
     for key, value in as_texts(values, {"protocol": protocol}).items():
         if value != UNRESOLVED:
@@ -165,7 +165,7 @@ def layers_sentence(runs: DataFrame, layers: Collection[int] | None = None) -> s
 
 def is_identity(key: str) -> bool:
     """Return whether an option is a digest of data or code, or the place of δ. These have no default."""
-    return key in ("data", "delta_at") or key.endswith(".code")
+    return key in ("data", "delta_at", "code") or key.endswith(".code")
 
 
 def differing(options: DataFrame) -> list[str]:

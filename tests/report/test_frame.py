@@ -17,6 +17,7 @@ from dfl_experiments.errors import UserError
 from dfl_experiments.report.choose import choose, grid_points
 from dfl_experiments.report.frame import curves, distinct, runs
 from dfl_experiments.report.tables import answer, sections
+from dfl_experiments.running.result import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).with_name("kept_cells.csv")
@@ -333,6 +334,24 @@ def test_place_of_delta_is_compared_between_the_runs_that_built_their_net(finish
     settings = runs(tmp_path).set_index("seed").setting
     assert settings[1] == "delta_at=boundary"
     assert settings[2] == "delta_at=pre-activation"
+
+
+@pytest.mark.parametrize("killed", [0, 2])
+def test_own_rule_has_one_name_while_a_run_has_not_recorded_its_code(
+    killed, finished_point, tmp_path
+):
+    """A killed run has no result.json, only config.yaml."""
+    mine = {"name": "mine", "_target_": "my_rules.Mine"}
+    for seed in range(3):
+        values = finished(0.9, 1e-3, seed, method=mine)
+        copy = altered(finished_point, tmp_path / str(seed), **values, code={"method": "mine 1"})
+        if seed == killed:
+            result = copy / "result.json"
+            write_config(copy, json.loads(result.read_text())["config"])
+            result.unlink()
+    assert list(runs(tmp_path).method) == ["mine"] * 3
+    altered(finished_point, tmp_path / "new", **values, code={"method": "mine 2"})
+    assert {"mine, code=mine 1", "mine, code=mine 2"} < set(runs(tmp_path).method)
 
 
 def test_only_the_two_tables_of_a_run_have_curves(finished_point):
