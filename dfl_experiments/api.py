@@ -223,11 +223,14 @@ class TrainedRun:
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracy on the run's own test set, which must be on this machine.
 
+        They are computed on the CPU, with float32 in place of tf32.
         If the data have moved, first change their path in `run.config`, such as `run.config["data_dir"]`.
         Raises `UserError` if the data or the model's code have changed since the run.
         """
         current = composition.plain(composition.compose([]))
         settings = completed(self.config, current) | {"plugins": [*self.plugins], "device": "cpu"}
+        if settings.get("precision") == "tf32":  # only GPUs have it
+            settings["precision"] = "float32"
         parts = build(check(settings))
         code = {"model": parts.origin["code"].get("model")}
         refuse_changes(

@@ -37,6 +37,12 @@ def test_loaded_run_predicts_raw_images_and_reproduces_its_accuracy(folder):
     assert run.config["method"]["name"] == "las"
 
 
+def test_run_of_a_gpu_in_tf32_is_evaluated_on_the_cpu(folder):
+    run = dfl.load_run(folder)
+    run.config = run.config | {"device": "cuda", "precision": "tf32"}
+    assert run.evaluate()["accuracy"] == run.result["accuracy"]
+
+
 def test_second_run_in_a_folder_is_refused_unless_it_resumes(folder):
     refusal = r'has a run already \(finished\); exist_ok="resume" .* another run_dir keeps both$'
     for changed in ([], ["epochs=4"]):
