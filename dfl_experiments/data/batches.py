@@ -112,13 +112,13 @@ class Normalise:
         self.shift = shift.float().reshape(shape)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return normalised images, float32. Features and tokens are returned unchanged.
+        """Return normalised images, float32, or a copy of features or tokens: a net may change its input in place.
 
         images: (N, C, H, W) uint8.
         Raises `UserError` if the number of values in `mean` and `std` is neither 1 nor the number of channels.
         """
         if images.dtype != torch.uint8:
-            return images
+            return images.clone()
         values = self.scale.numel()
         channels = images.shape[1]
         if values not in (1, channels):

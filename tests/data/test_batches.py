@@ -168,3 +168,19 @@ def test_stratified_split_keeps_class_shares_to_within_one_sample(sizes, fractio
     order = torch.cat(split(len(labels), 0.0, 3)).tolist()
     positions = [order.index(sample) for sample in train]
     assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_net_that_changes_its_input_in_place_changes_no_later_batch(kind):
+    """The evaluation after each epoch reads the same samples."""
+    samples = torch.arange(7 * 4, dtype=torch.uint8).reshape(7, 1, 2, 2)
+    if kind == "features":
+        samples = samples.float()
+    data = samples, torch.zeros(7), Normalise([0.5], [0.25])
+    evaluated = EvaluationBatches(*data, CPU, batch_size=3)
+    trained = Batches(*data, Augmentation(), 3, 0, CPU)
+    for batches in (lambda: evaluated, lambda: trained.epoch(1)):
+        first = [x.clone() for x, _ in batches()]
+        for x, _ in batches():
+            x.mul_(2)
+        assert all(torch.equal(x, y) for (x, _), y in zip(batches(), first, strict=True))
