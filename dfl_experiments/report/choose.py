@@ -98,8 +98,9 @@ def grid_points(runs: DataFrame, chosen: DataFrame) -> DataFrame:
         **identity, lr=("lr", "first"), weight_decay=("weight_decay", "first")
     )
     averaged = counted(runs).groupby(POINT)
-    ended = runs[runs.has_ended].groupby(POINT)
-    unstable = runs[runs.unstable != ""].groupby(POINT)
+    ended_runs = runs[runs.has_ended]
+    ended = ended_runs.groupby(POINT)
+    unstable = ended_runs[ended_runs.unstable != ""].groupby(POINT)
     results = averaged.agg(
         n=("rule", "size"),
         accuracy=("accuracy", "mean"),

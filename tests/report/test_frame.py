@@ -336,6 +336,16 @@ def test_place_of_delta_is_compared_between_the_runs_that_built_their_net(finish
     assert settings[2] == "delta_at=pre-activation"
 
 
+def test_unstable_runs_are_counted_among_the_ended_ones(finished_point, tmp_path):
+    unstable = {"layer": 1, "epoch": 1, "measure": "activation_rms", "value": 60.0}
+    values = [finished(0.8, 1e-3, seed) | {"unstable": unstable} for seed in range(3)]
+    values[2]["status"] = "interrupted"
+    for seed, entries in enumerate(values):
+        altered(finished_point, tmp_path / str(seed), **entries)
+    (cell,) = shown(runs(tmp_path))
+    assert (cell.unstable_runs, cell.ended) == (2, 2)
+
+
 @pytest.mark.parametrize("killed", [0, 2])
 def test_own_rule_has_one_name_while_a_run_has_not_recorded_its_code(
     killed, finished_point, tmp_path
