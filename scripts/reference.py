@@ -86,8 +86,8 @@ These runs used one CPU core:
 - The alignment figure with `protocol=paper` and with a random initial B, 3 seeds each.
 
 These runs are still missing: the fully connected net on CIFAR-100 at lower rates, `experiment=class_count model=fc
-dataset=cifar100 epochs=10 precision=float32` with `method=bp,ltas optimizer.lr=5e-5`, then `method=bp,ltas
-optimizer.lr=1e-5` (one seed, 4 runs of about 40 minutes on one core). bfloat16 is the experiment's default, but a core
+dataset=cifar100 epochs=10 precision=float32` with `method=ltas optimizer.lr=5e-5`, then `method=bp,ltas
+optimizer.lr=1e-5` (one seed, 3 runs of about 40 minutes on one core). bfloat16 is the experiment's default, but a core
 without AVX-512 trains this net 13 times slower with it.
 """
 
