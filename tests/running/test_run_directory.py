@@ -11,7 +11,6 @@ import wandb
 from processes import dfl_train
 from run_files import records, summary, table
 
-import dfl_experiments as dfl
 from dfl_experiments.configuration.schema import Tracking
 from dfl_experiments.running import checkpoint
 from dfl_experiments.running.result import read_result
@@ -162,15 +161,17 @@ def test_training_loss_is_the_mean_over_images(tmp_path):
     assert float(table(path)[0]["train_loss"]) == pytest.approx((64 * first + second) / 65)
 
 
-def test_class_whose_name_is_not_utf_8_is_in_the_result(folder, tmp_path):
+def test_class_whose_name_is_not_utf_8_is_in_the_result_and_the_log(folder, tmp_path):
     for split in ("train", "test"):
         try:
             os.rename(folder / split / "cats", os.fsencode(folder / split) + b"/\xff")
         except OSError:
             pytest.skip("this file system refuses names that are not valid UTF-8")
-    source = ["dataset=folder", f"dataset.source.path={folder}", f"data_dir={tmp_path / 'data'}"]
+    source = ["dataset=folder", f"dataset.source.path={folder}", "hydra.run.dir=here"]
     options = ["model=fc", "model.widths=[4,4]", "validation_fraction=0.25", *QUICK]
-    result = dfl.run(dfl.compose([*source, *options]), tmp_path / "run")
-    written = read_result(tmp_path / "run")
+    done = dfl_train(tmp_path, *source, *options)
+    assert done.returncode == 0, done.stderr
+    written = read_result(tmp_path / "here")
     assert list(written["class_accuracy"]) == ["dogs", os.fsdecode(b"\xff")]
-    assert written["class_accuracy"] == result["class_accuracy"]
+    log = (tmp_path / "here" / "run.log").read_text(encoding="utf-8")
+    assert "1 files are ignored, such as train/?/notes.txt" in log
