@@ -85,10 +85,9 @@ These runs used one CPU core:
 - Values that Akrout et al. and Webster et al. published, 3 seeds each.
 - The alignment figure with `protocol=paper` and with a random initial B, 3 seeds each.
 
-These runs are still missing: the fully connected net on CIFAR-100 at lower rates, `experiment=class_count model=fc
-dataset=cifar100 epochs=10 precision=float32` with `method=ltas optimizer.lr=5e-5`, then `method=bp,ltas
-optimizer.lr=1e-5` (one seed, 3 runs of about 40 minutes on one core). bfloat16 is the experiment's default, but a core
-without AVX-512 trains this net 13 times slower with it.
+This run is still missing: the fully connected net on CIFAR-100 at a lower rate, `experiment=class_count model=fc
+dataset=cifar100 epochs=10 precision=float32 method=ltas optimizer.lr=1e-5` (one seed, 40 to 60 minutes on one core).
+bfloat16 is the experiment's default, but a core without AVX-512 trains this net 13 times slower with it.
 """
 
 
