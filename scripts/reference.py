@@ -84,10 +84,6 @@ These runs used one CPU core:
   method's best rate by validation (without batch normalisation: its two best rates) also has seeds 1 and 2.
 - Values that Akrout et al. and Webster et al. published, 3 seeds each.
 - The alignment figure with `protocol=paper` and with a random initial B, 3 seeds each.
-
-This run is still missing: the fully connected net on CIFAR-100 at a lower rate, `experiment=class_count model=fc
-dataset=cifar100 epochs=10 precision=float32 method=ltas optimizer.lr=1e-5` (one seed, 40 to 60 minutes on one core).
-bfloat16 is the experiment's default, but a core without AVX-512 trains this net 13 times slower with it.
 """
 
 
