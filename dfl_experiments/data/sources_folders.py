@@ -210,7 +210,7 @@ class Folder(Source):
         used = {image.file for image in listing.images}
         ignored = [name for name in tree.names if name not in used]
         if ignored:
-            log.warning("%s: %d files are ignored, such as %s", self.path, len(ignored), ignored[0])
+            log.warning("%s: ignored files: %d, such as %s", self.path, len(ignored), ignored[0])
         return arrays_of(tree, listing, self.channels, self.size)
 
     def listing(self) -> tuple[Tree, Listing]:

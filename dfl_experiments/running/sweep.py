@@ -25,7 +25,12 @@ from dfl_experiments.running.locks import Busy, lock_run
 from dfl_experiments.running.outcome import Sweep, SweepPoint, has_begun, write_outcome
 from dfl_experiments.running.point_counter import PointCounter
 from dfl_experiments.running.result import status_left
-from dfl_experiments.running.run_directory import is_run, record_overrides, relative
+from dfl_experiments.running.run_directory import (
+    is_run,
+    record_overrides,
+    relative,
+    write_atomically,
+)
 from dfl_experiments.running.summary import four_digits
 from dfl_experiments.running.workers import BUSY, check_launcher, silence_submitit
 
@@ -205,7 +210,7 @@ def run_point(
         details = ""
         if not isinstance(error, UserError | OSError):
             path = run_dir / TRACEBACK
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            write_atomically(path, "".join(traceback.format_exception(error)))
             details = f" ({relative(path)} has the details)"
         # Hydra keeps the error of a job. Clear the error's frames, which would keep network and images in memory.
         traceback.clear_frames(error.__traceback__)

@@ -24,7 +24,7 @@ def test_folder_is_read_with_its_classes(folder, tmp_path, caplog):
         assert np.array_equal(arrays.train_images[5], np.asarray(image).transpose(2, 0, 1))
     grey = load_pack("folder", Folder(str(folder), channels=1), tmp_path / "data")
     assert grey.shape == (1, 8, 8)
-    assert f"{folder}: 1 files are ignored, such as train/cats/notes.txt" in caplog.text
+    assert f"{folder}: ignored files: 1, such as train/cats/notes.txt" in caplog.text
 
 
 def test_mixed_sizes_need_the_size_option(folder, tmp_path):

@@ -55,6 +55,13 @@ class FrozenStem(nn.Module):
 
     def forward(self, x):
         return self.body(self.stem(x.flatten(1).bfloat16()).float())
+
+
+class Unreadable(Small):
+    def forward(self, x):
+        if len(x) == 64:  # a batch of the training, which no check before it has
+            raise RuntimeError("cannot read \\udce9.png")
+        return super().forward(x)
 """
 OPTIONS = ("tracking=disabled", "threads=1", "hydra.run.dir=here", "epochs=1", "limit=128")
 MINE = (
@@ -198,3 +205,13 @@ def test_killed_and_resumed_run_of_a_module_is_bitwise_equal(tmp_path):
             arguments = ("resume=here", "plugins=[own_modules]")
     assert ended(forked(broken, *arguments)) == 0
     assert_same(outcome(whole / "here"), outcome(broken / "here"))
+
+
+def test_error_with_a_name_that_is_not_utf_8_stops_only_its_point_of_a_sweep(own_modules, tmp_path):
+    nets = "model._target_=own_modules.Unreadable,own_modules.Small"
+    options = ("tracking=disabled", "threads=1", "hydra.sweep.dir=here", "epochs=1", "limit=128")
+    done = dfl_train(tmp_path, "--multirun", *MINE, nets, *options)
+    assert done.returncode == 1
+    assert "2 points, 1 failed, 1 finished" in done.stdout
+    (path,) = tmp_path.glob("here/*/traceback.txt")
+    assert "cannot read \\udce9.png" in path.read_text(encoding="utf-8")

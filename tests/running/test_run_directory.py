@@ -174,4 +174,4 @@ def test_class_whose_name_is_not_utf_8_is_in_the_result_and_the_log(folder, tmp_
     written = read_result(tmp_path / "here")
     assert list(written["class_accuracy"]) == ["dogs", os.fsdecode(b"\xff")]
     log = (tmp_path / "here" / "run.log").read_text(encoding="utf-8")
-    assert "1 files are ignored, such as train/?/notes.txt" in log
+    assert "ignored files: 1, such as train/?/notes.txt" in log
